@@ -1,0 +1,33 @@
+"""Model hyper-parameters, importable without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class STDiTConfig:
+    """PixArt (`temporal_attention=False`) or STDiT (`temporal_attention=True`).
+
+    The defaults are the published XL/2 size. Field names follow Open-Sora 1.0's constructor; latent size and frame
+    count are not here because the model takes any at call time.
+    """
+
+    in_channels: int = 4
+    patch_size: tuple[int, int, int] = (1, 2, 2)  # latent frames, rows, columns a token covers
+    hidden_size: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    caption_channels: int = 4096
+    model_max_length: int = 120
+    class_dropout_prob: float = 0.1  # share of training samples that see the null caption
+    pred_sigma: bool = True  # also predict the variance: twice the output channels
+    space_scale: float = 1.0  # spatial position = index / space_scale
+    time_scale: float = 1.0  # temporal position = index / time_scale
+    temporal_attention: bool = True
+    no_temporal_pos_emb: bool = True  # PixArt only: do not add a temporal table to the tokens
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels * (2 if self.pred_sigma else 1)
