@@ -1,0 +1,75 @@
+"""What every test shares: the reference data's folders, and a process that computes the same thing every time."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+NUM_THREADS = max(1, min(2, os.cpu_count() or 1))
+
+# Before torch, transformers or OpenCV load: they read these once. Child processes of the tests inherit them.
+os.environ.setdefault("OMP_NUM_THREADS", str(NUM_THREADS))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would download something fails instead
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def shared_folder(name: str, variable: str) -> Path:
+    """Folder of reference data: the environment's word, or `../shared/NAME` beside the checkout."""
+    given = os.environ.get(variable)
+    folder = Path(given) if given else REPO.parent / "shared" / name
+    if not folder.is_dir():
+        pytest.fail(
+            f"reference data not found: {folder} (put it beside the checkout as ../shared/{name}, or set {variable})",
+            pytrace=False,
+        )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """Reference outputs of the published model code (`<case>.safetensors` and `<case>.json`)."""
+    return shared_folder("golden", "OPENSORA_GOLDEN")
+
+
+@pytest.fixture(scope="session")
+def videos_dir() -> Path:
+    """Real footage with known cuts, and damaged files with what is expected of them."""
+    return shared_folder("videos", "OPENSORA_VIDEOS")
+
+
+@pytest.fixture(scope="session")
+def repo_dir() -> Path:
+    """Root of the checkout."""
+    return REPO
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _deterministic_torch() -> None:
+    """Few threads and deterministic kernels, so that a result does not depend on the machine's size."""
+    import torch
+
+    torch.set_num_threads(NUM_THREADS)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+@pytest.fixture(autouse=True)
+def _same_seed() -> None:
+    """Each test starts from the same global random state, whichever tests ran before it."""
+    import random
+
+    import numpy
+    import torch
+
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything under tests/gpu needs a GPU; `make test` leaves it out, `make gpu` runs it."""
+    for item in items:
+        if (REPO / "tests" / "gpu") in item.path.parents:
+            item.add_marker("gpu")
