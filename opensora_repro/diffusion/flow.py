@@ -1,0 +1,73 @@
+"""Rectified flow: straight paths between data and noise (Liu et al. 2022, arXiv:2209.03003).
+
+Time t runs from 0 (data) to 1 (noise): `x_t = (1 - t) x_0 + t noise`, and the network predicts the constant velocity
+`noise - x_0`. It sees the timestep 1000 t, so that its embedding covers the same range as with IDDPM.
+Training times follow Esser et al. 2024 (arXiv:2403.03206): logit-normal, then shifted towards noise for larger latents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from einops import rearrange, reduce
+from torch import Tensor
+
+NUM_TIMESTEPS = 1000.0  # the network's timestep at t = 1
+REFERENCE_TOKENS = 256  # tokens at which the schedule is unshifted: one 256 px image (8x autoencoder, 2x2 patches)
+
+ModelFn = Callable[[Tensor, Tensor], Tensor]  # (x_t [B, C, T, H, W], timestep [B]) -> [B, C_out, T, H, W]
+
+
+def count_tokens(shape: Sequence[int], patch_size: Sequence[int]) -> int:
+    """Tokens of a latent [C, T, H, W] under patches (t, h, w); odd sizes are padded up."""
+    return math.prod(math.ceil(size / patch) for size, patch in zip(shape[1:], patch_size, strict=True))
+
+
+def resolution_shift(num_tokens: int) -> float:
+    """sqrt(m / n) of Esser et al. (section 5.3.2): more tokens need more noise to hide the same picture."""
+    return math.sqrt(num_tokens / REFERENCE_TOKENS)
+
+
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """Move times in [0, 1] towards noise (shift > 1) or data (shift < 1); 0 and 1 stay."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+class RectifiedFlow:
+    """The training objective and the time grid that its sampler walks.
+
+    `shift > 0` fixes the shift; 0 takes it from the number of tokens. Channels of the model's output beyond the
+    latent's own (a predicted variance) are ignored.
+    """
+
+    def __init__(self, *, logit_mean: float = 0.0, logit_std: float = 1.0, shift: float = 0.0) -> None:
+        if shift < 0:
+            raise ValueError(f"diffusion.shift={shift} must not be negative (0 derives it from the number of tokens)")
+        if logit_std <= 0:
+            raise ValueError(f"diffusion.logit_std={logit_std} must be positive")
+        self.logit_mean, self.logit_std, self.shift = logit_mean, logit_std, shift
+
+    def shift_for(self, num_tokens: int) -> float:
+        return self.shift if self.shift > 0 else resolution_shift(num_tokens)
+
+    def draw_timesteps(self, generators: Sequence[torch.Generator], num_tokens: int) -> Tensor:
+        """Return float32 [B] in [0, 1000] on the CPU, one draw from each sample's own generator."""
+        normal = torch.cat([torch.randn(1, generator=g, device=g.device).cpu() for g in generators])
+        t = torch.sigmoid(self.logit_mean + self.logit_std * normal)
+        return NUM_TIMESTEPS * shift_time(t, self.shift_for(num_tokens))
+
+    def fixed_timesteps(self, shares: Sequence[float]) -> list[float]:
+        """Timesteps at fixed shares of the noise range, unshifted, so that validation compares across sizes."""
+        return [NUM_TIMESTEPS * share for share in shares]
+
+    def sampling_times(self, steps: int, num_tokens: int) -> Tensor:
+        """The sampler's grid: float64 [steps + 1] from 1 down to 0, denser near noise where the shift exceeds 1."""
+        return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), self.shift_for(num_tokens))
+
+    def losses(self, model_fn: ModelFn, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Mean squared error of the velocity for each sample: [B, C, T, H, W] twice and [B] -> float32 [B]."""
+        t = rearrange(timesteps.to(latents) / NUM_TIMESTEPS, "b -> b 1 1 1 1")
+        velocity = model_fn((1 - t) * latents + t * noise, timesteps)[:, : latents.shape[1]]
+        return reduce((velocity.float() - (noise - latents).float()).square(), "b c t h w -> b", "mean")

@@ -1,0 +1,92 @@
+"""From noise to latents: classifier-free guidance and the samplers of both objectives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from einops import repeat
+from torch import Tensor
+
+from opensora_repro.diffusion.flow import NUM_TIMESTEPS, ModelFn
+from opensora_repro.diffusion.objective import build_flow
+
+if TYPE_CHECKING:
+    from opensora_repro.config import DiffusionConfig
+
+Progress = Callable[[int, int], None]  # (steps done, steps in all)
+
+
+def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator], device: torch.device) -> Tensor:
+    """Standard normal [B, *shape] on `device`, sample i from generator i alone, so that neighbours never matter."""
+    return torch.stack([torch.randn(tuple(shape), generator=g, device=g.device) for g in generators]).to(device)
+
+
+def guided_model(
+    model: Callable[..., Tensor],
+    text: Tensor,
+    mask: Tensor | None,
+    null_text: Tensor,
+    *,
+    guidance: float,
+    num_guided: int | None = None,
+) -> ModelFn:
+    """Classifier-free guidance (Ho & Salimans 2022) in one forward of [conditional; null].
+
+    The null caption [L, C] is cut by each prompt's own mask [B, L], as in the published model. Of the output's channels the
+    first `num_guided` (None: all) are guided; the others are the conditional half's. A guidance of 1 needs no null half.
+    """
+    if guidance == 1:
+        return lambda x, timestep: model(x, timestep, text, mask)
+    both_text = torch.cat([text, repeat(null_text.to(text), "l c -> b l c", b=len(text))])
+    both_mask = None if mask is None else torch.cat([mask, mask])
+
+    def guided(x: Tensor, timestep: Tensor) -> Tensor:
+        out = model(torch.cat([x, x]), torch.cat([timestep, timestep]), both_text, both_mask)
+        cond, null = out.chunk(2)  # each [B, C_out, T, H, W]
+        mixed = null + guidance * (cond - null)
+        return mixed if num_guided is None else torch.cat([mixed[:, :num_guided], cond[:, num_guided:]], dim=1)
+
+    return guided
+
+
+def euler_sample(model_fn: ModelFn, x: Tensor, times: Tensor, progress: Progress | None = None) -> Tensor:
+    """Follow the velocity from times[0] = 1 (noise) to times[-1] = 0 (data) by Euler steps; x is [B, C, T, H, W]."""
+    grid, num_channels = times.tolist(), x.shape[1]
+    for i, (now, after) in enumerate(pairwise(grid)):
+        timestep = torch.full((len(x),), NUM_TIMESTEPS * now, device=x.device)
+        x = x + (after - now) * model_fn(x, timestep)[:, :num_channels]
+        if progress is not None:
+            progress(i + 1, len(grid) - 1)
+    return x
+
+
+@torch.no_grad()
+def sample_latents(
+    model: Callable[..., Tensor],
+    objective_cfg: DiffusionConfig,
+    *,
+    shape: Sequence[int],
+    text: Tensor,
+    mask: Tensor | None,
+    null_text: Tensor,
+    steps: int,
+    guidance: float,
+    sampler: str,
+    generators: Sequence[torch.Generator],
+    num_tokens: int,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Return float32 latents [B, *shape] for captions `text` [B, L, Ct], `mask` [B, L], on the text's device.
+
+    `shape` is (C, T, H, W) of one sample and `num_tokens` what the model makes of it (it sets the flow's shift).
+    Sample i draws from `generators[i]` alone. `sampler` chooses among IDDPM's; flow models always use Euler steps.
+    """
+    if steps < 1:
+        raise ValueError(f"sampling needs at least one step, got {steps}")
+    noise = draw_noise(shape, generators, text.device)
+    times = build_flow(objective_cfg).sampling_times(steps, num_tokens)
+    model_fn = guided_model(model, text, mask, null_text, guidance=guidance)
+    return euler_sample(model_fn, noise, times, progress)
