@@ -1,0 +1,89 @@
+# make demo | make test | make bench | make gpu
+# Each sets up .venv first (once; again only when requirements.txt or pyproject.toml changed).
+
+PYTHON3 ?= python3
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+UV := uv==0.13.9
+WANTED := $(shell cat requirements.txt pyproject.toml | cksum | tr ' ' '-')
+
+# Seconds without a byte: a slow line is not a broken one.
+export UV_HTTP_TIMEOUT ?= 180
+
+# `make gpu` may run where nothing can be installed: it takes .venv if there is one, else the system's python3.
+GPU_PYTHON := $(if $(wildcard $(PYTHON)),$(PYTHON),$(PYTHON3))
+
+.PHONY: help setup demo test lint types unit format bench gpu lock clean
+
+help:
+	@echo "make demo    train a small video model in three stages and open runs/demo/report.html afterwards"
+	@echo "make test    lint, types and every test that needs no GPU"
+	@echo "make bench   side-by-side timings on this machine's CPU, as JSON in benchmarks/results/"
+	@echo "make gpu     every check that needs an NVIDIA GPU, as JSON in benchmarks/results/"
+	@echo "make setup   only create .venv;  make format, make lint, make types, make unit: single steps;"
+	@echo "make lock    renew requirements.txt;  make clean: remove caches (runs/ and .venv stay)"
+
+# --no-deps: requirements.txt names every package with its exact version, so nothing is left to resolve, and ColossalAI's
+# own older pins do not stand in the way. The stamp is written last: an interrupted set-up starts over.
+setup:
+	@if [ ! -x $(PYTHON) ] || [ "$$(cat $(STAMP) 2>/dev/null)" != "$(WANTED)" ]; then $(MAKE) --no-print-directory install; fi
+
+.PHONY: install
+install:
+	@command -v $(PYTHON3) >/dev/null || { echo "error: no $(PYTHON3) found; install Python 3.10 or newer" >&2; exit 2; }
+	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "error: $$($(PYTHON3) --version) is too old; name a newer one: for example make PYTHON3=python3.12 setup" >&2; exit 2; }
+	@test -x $(PYTHON) || $(PYTHON3) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "error: python3 -m venv failed; install the venv module (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 2; }
+	@echo "Installing the packages of requirements.txt into $(VENV) (a few GB, once)"
+	@if $(PYTHON) -m uv --version >/dev/null 2>&1 || $(PYTHON) -m pip install --quiet --disable-pip-version-check $(UV); then \
+	  $(PYTHON) -m uv pip install --python $(PYTHON) --no-deps --requirement requirements.txt && \
+	  $(PYTHON) -m uv pip install --python $(PYTHON) --no-deps --no-build-isolation --editable . ; \
+	else \
+	  echo "uv cannot be installed here; going on with pip" && \
+	  $(PYTHON) -m pip install --disable-pip-version-check --no-deps --requirement requirements.txt && \
+	  $(PYTHON) -m pip install --disable-pip-version-check --no-deps --no-build-isolation --editable . ; \
+	fi
+	@echo "$(WANTED)" > $(STAMP)
+
+demo: setup
+	$(PYTHON) -m stages.demo
+
+test: setup
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	$(PYTHON) -m pytest -m "not gpu"
+
+lint: setup
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+types: setup
+	$(PYTHON) -m mypy
+
+unit: setup
+	$(PYTHON) -m pytest -m "not gpu" tests/unit
+
+format: setup
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+bench: setup
+	$(PYTHON) -m benchmarks.train_step
+	$(PYTHON) -m benchmarks.loader
+
+gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu_checks
+
+# One file for Python 3.10 to 3.13 and every platform. requirements/overrides.txt lifts ColossalAI's own upper bounds.
+lock: setup
+	$(PYTHON) -m uv pip compile pyproject.toml --extra dev --universal --python-version 3.10 \
+	  --override requirements/overrides.txt --no-emit-index-url --no-annotate --no-header -o requirements.txt
+	@{ echo "# Made by 'make lock' from pyproject.toml and requirements/overrides.txt; install with --no-deps."; \
+	  grep -v '^#' requirements.txt; } > requirements.txt.tmp && mv requirements.txt.tmp requirements.txt
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
