@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import types
+import hashlib
+import json
+import math
+import sys
 import typing
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-if typing.TYPE_CHECKING or not hasattr(typing, "Self"):
-    import tomli as tomllib
-else:
+if sys.version_info >= (3, 11):
     import tomllib
+else:
+    import tomli as tomllib
 
 from opensora_repro.models.config import STDiTConfig
 
@@ -79,7 +83,7 @@ class OptimConfig:
     weight_decay: float = 0.0
     warmup_steps: int = 0
     decay_steps: int = 0  # linear decay to zero over the last n steps
-    clip_norm: float = 1.0
+    clip_norm: float = 1.0  # 0: the gradient norm is recorded, not clipped
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EmaConfig:
-    decay: float = 0.9999
+    decay: float = 0.9999  # approached from below: min(decay, (1 + n) / (10 + n)) after n updates; 0: no averaging
 
 
 @dataclass(frozen=True)
@@ -144,3 +148,232 @@ class Config:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file, apply `section.key=value` overrides, check types and ranges. Raises ConfigError (one line)."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"config {path}: cannot be read ({reason})") from None
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"config {path}: not valid TOML: {' '.join(str(error).split())}") from None
+    return parse_config(table, overrides, where=str(path))
+
+
+def parse_config(table: dict[str, Any], overrides: Sequence[str] = (), *, where: str = "config") -> Config:
+    """Build a Config from parsed TOML (`{section: {key: value}}`) and overrides. Raises ConfigError."""
+    sections = typing.get_type_hints(Config)
+    values: dict[str, dict[str, Any]] = {name: {} for name in sections}
+    for section, content in table.items():
+        if section not in sections:
+            raise ConfigError(f"{where}: unknown section [{section}]; did you mean {_closest_section(section)}?")
+        if not isinstance(content, dict):
+            raise ConfigError(f"{where}: [{section}] must be a section of keys, found {section} = {content!r}")
+        for key, value in content.items():
+            hint = _hint(section, key, where)
+            values[section][key] = _convert(f"{section}.{key}", value, hint, where)
+    for override in overrides:
+        section, key, value = _parse_override(override)
+        values[section][key] = value
+    config = Config(**{name: cls(**values[name]) for name, cls in sections.items()})
+    check_config(config)
+    return config
+
+
+def dump_toml(config: Config) -> str:
+    """Every key of the resolved config as TOML; `load_config` of it gives an equal config."""
+    import tomli_w
+
+    return tomli_w.dumps(config_dict(config))
+
+
+def config_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """`{section: {key: value}}` with lists for tuples, as TOML and JSON have them."""
+    return {
+        name: {key: list(value) if isinstance(value, tuple) else value for key, value in section.items()}
+        for name, section in dataclasses.asdict(config).items()
+    }
+
+
+def config_hash(config: Config) -> str:
+    """Short digest of all values, the same in every process and Python version."""
+    text = json.dumps(config_dict(config), sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _known_keys() -> Iterator[str]:
+    for section, cls in typing.get_type_hints(Config).items():
+        for item in dataclasses.fields(cls):
+            yield f"{section}.{item.name}"
+
+
+def _hint(section: str, key: str, where: str) -> Any:
+    hints = typing.get_type_hints(typing.get_type_hints(Config)[section])
+    if key not in hints:
+        raise ConfigError(f"{where}: unknown key {section}.{key}; did you mean {_closest_key(section, key)}?")
+    return hints[key]
+
+
+def _closest_section(section: str) -> str:
+    known = list(typing.get_type_hints(Config))
+    if section in (name.split(".")[1] for name in _known_keys()):
+        return _closest_key("", section)
+    return "[" + difflib.get_close_matches(section, known, n=1, cutoff=0.0)[0] + "]"
+
+
+def _closest_key(section: str, key: str) -> str:
+    """The key itself in another section, else the most alike here, else the most alike anywhere."""
+    known = list(_known_keys())
+    same = [name for name in known if name.split(".")[1] == key]
+    here = [name.split(".")[1] for name in known if name.split(".")[0] == section]
+    alike = difflib.get_close_matches(key, here, n=1, cutoff=0.6)
+    if alike:
+        return f"{section}.{alike[0]}"
+    if same:
+        return same[0]
+    return difflib.get_close_matches(f"{section}.{key}", known, n=1, cutoff=0.0)[0]
+
+
+def _parse_override(override: str) -> tuple[str, str, Any]:
+    name, equals, raw = override.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not equals or not dot:
+        guess = _closest_key("", section)
+        raise ConfigError(f"override {override!r}: expected section.key=value, such as {guess}=...")
+    sections = typing.get_type_hints(Config)
+    if section not in sections:
+        guess = _closest_key(_closest_section(section).strip("[]"), key)
+        raise ConfigError(f"override {override!r}: unknown key {section}.{key}; did you mean {guess}?")
+    hint = _hint(section, key, f"override {override!r}")
+    value = _toml_value(raw.strip())
+    # A path such as `run.dir=2024` is text whatever TOML would make of it.
+    if hint is str and not isinstance(value, str):
+        value = raw.strip()
+    return section, key, _convert(f"{section}.{key}", value, hint, f"override {override!r}")
+
+
+def _toml_value(raw: str) -> Any:
+    """A TOML value, or the text itself where it is none (`init.weights=runs/stage1` needs no quotes)."""
+    try:
+        parsed = tomllib.loads(f"value = {raw}")
+    except tomllib.TOMLDecodeError:
+        return raw
+    return parsed["value"] if len(parsed) == 1 else raw
+
+
+def _convert(name: str, value: Any, hint: Any, where: str) -> Any:
+    """`value` as the type `hint`: bool, int, float, str or a tuple of them; strict but for int -> float."""
+    if typing.get_origin(hint) is tuple:
+        return _convert_tuple(name, value, typing.get_args(hint), where)
+    exact = type(value) is hint
+    if hint is float and type(value) is int:
+        value, exact = float(value), True
+    if hint is float and exact and not math.isfinite(value):
+        raise ConfigError(f"{where}: {name} = {value}: expected a finite number")
+    if not exact:
+        expected = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}[hint]
+        shown = json.dumps(value) if isinstance(value, (str, bool)) else value
+        raise ConfigError(f"{where}: {name} = {shown}: expected {expected}")
+    return value
+
+
+def _convert_tuple(name: str, value: Any, kinds: tuple[Any, ...], where: str) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{where}: {name} = {json.dumps(value, default=str)}: expected a list, such as [...]")
+    if kinds[-1] is not Ellipsis and len(value) != len(kinds):
+        raise ConfigError(f"{where}: {name} = {list(value)}: expected a list of {len(kinds)} values")
+    kinds = kinds if kinds[-1] is not Ellipsis else (kinds[0],) * len(value)
+    return tuple(
+        _convert(f"{name}[{index}]", item, kind, where)
+        for index, (item, kind) in enumerate(zip(value, kinds, strict=True))
+    )
+
+
+_AT_LEAST_ONE = {
+    "model": ("in_channels", "hidden_size", "depth", "num_heads", "caption_channels", "model_max_length"),
+    "data": ("num_frames", "frame_interval", "height", "width"),
+    "vae": ("micro_batch_size",),
+    "train": ("steps", "batch_size", "accumulation", "max_bad_steps"),
+    "checkpoint": ("every",),
+    "validation": ("max_samples",),
+    "sample": ("steps", "fps"),
+    "parallel": ("tp_size", "sp_size"),
+}
+_AT_LEAST_ZERO = {
+    "run": ("seed",),
+    "data": ("num_workers", "draws"),
+    "diffusion": ("shift",),
+    "optim": ("weight_decay", "warmup_steps", "decay_steps", "clip_norm"),
+    "checkpoint": ("keep",),
+    "validation": ("every",),
+    "sample": ("every",),
+}
+_ABOVE_ZERO = {
+    "model": ("mlp_ratio", "space_scale", "time_scale"),
+    "diffusion": ("logit_std",),
+    "optim": ("lr", "eps"),
+}
+_CHOICES = {
+    "diffusion.objective": ("iddpm", "flow"),
+    "train.dtype": ("bf16", "fp32"),
+    "sample.sampler": ("iddpm", "ddim", "dpm", "euler"),
+}
+
+
+def check_config(config: Config) -> None:
+    """Raise ConfigError on a value that cannot work, whatever stage uses it."""
+
+    def value(name: str) -> Any:
+        section, key = name.split(".")
+        return getattr(getattr(config, section), key)
+
+    def require(name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ConfigError(f"{name} = {json.dumps(value(name))}: expected {expected}")
+
+    for name in _names(_AT_LEAST_ONE):
+        require(name, value(name) >= 1, "at least 1")
+    for name in _names(_AT_LEAST_ZERO):
+        require(name, value(name) >= 0, "0 or more")
+    for name in _names(_ABOVE_ZERO):
+        require(name, value(name) > 0, "more than 0")
+    for name, choices in _CHOICES.items():
+        require(name, value(name) in choices, "one of " + ", ".join(choices))
+    require("ema.decay", 0 <= config.ema.decay < 1, "0 or more and less than 1")
+    require("model.class_dropout_prob", 0 <= config.model.class_dropout_prob <= 1, "a share from 0 to 1")
+    require("data.max_bad_fraction", 0 <= config.data.max_bad_fraction <= 1, "a share from 0 to 1")
+    require("optim.betas", all(0 <= beta < 1 for beta in config.optim.betas), "two values from 0 to below 1")
+    require("model.patch_size", min(config.model.patch_size) >= 1, "sizes of at least 1")
+    shares = config.validation.timesteps
+    require("validation.timesteps", bool(shares) and all(0 <= t <= 1 for t in shares), "shares from 0 to 1")
+    _check_together(config, require)
+    _check_parallel(config.parallel)
+
+
+def _names(keys: dict[str, tuple[str, ...]]) -> Iterator[str]:
+    return (f"{section}.{key}" for section in keys for key in keys[section])
+
+
+def _check_together(config: Config, require: Any) -> None:
+    model, data = config.model, config.data
+    divides = model.hidden_size % model.num_heads == 0
+    require("model.num_heads", divides, f"a divisor of model.hidden_size = {model.hidden_size}")
+    require("model.hidden_size", model.hidden_size % 4 == 0, "a multiple of 4 (sine and cosine of rows and columns)")
+    require("data.draws", not data.cache or data.draws > 0, "more than 0 with data.cache (a cache holds fixed draws)")
+    flow, sampler = config.diffusion.objective == "flow", config.sample.sampler
+    require("sample.sampler", flow or sampler != "euler", "iddpm, ddim or dpm with diffusion.objective = iddpm")
+
+
+def _check_parallel(parallel: ParallelConfig) -> None:
+    """This release has one engine; the other names of the design are refused by name, not ignored."""
+    for key, only in (("engine", "torch"), ("plugin", "ddp"), ("tp_size", 1), ("sp_size", 1)):
+        found = getattr(parallel, key)
+        if found != only:
+            raise ConfigError(
+                f"parallel.{key} = {json.dumps(found)}: this release has only {json.dumps(only)}"
+                " (plain data parallelism: start the stage with torchrun)"
+            )

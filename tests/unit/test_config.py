@@ -1,0 +1,164 @@
+"""The config loader: strict keys, strict types, dotted overrides, ranges, and a lossless dump."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from opensora_repro.config import Config, ConfigError, config_hash, dump_toml, load_config
+
+BASE = """
+[model]
+patch_size = [1, 2, 2]
+hidden_size = 64
+num_heads = 4
+[optim]
+lr = 1e-3
+[train]
+steps = 20
+"""
+
+
+def load(tmp_path: Path, text: str = BASE, *overrides: str) -> Config:
+    path = tmp_path / "config.toml"
+    path.write_text(text, encoding="utf-8")
+    return load_config(path, list(overrides))
+
+
+def error(tmp_path: Path, text: str = BASE, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text, *overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_file_over_defaults_and_overrides_over_file(tmp_path: Path) -> None:
+    config = load(tmp_path, BASE, "train.steps=7", "optim.lr=3", "optim.betas=[0.5, 0.75]", "data.flip=false")
+    assert (config.train.steps, config.optim.lr, config.optim.betas) == (7, 3.0, (0.5, 0.75))
+    assert type(config.optim.lr) is float
+    assert config.data.flip is False
+    assert config.model.patch_size == (1, 2, 2)
+    assert config.train.batch_size == Config().train.batch_size
+
+
+def test_bare_text_is_a_string(tmp_path: Path) -> None:
+    config = load(tmp_path, BASE, "init.weights=runs/stage1", "run.dir=2024-01-01", 'data.manifest="a b=c.parquet"')
+    assert (config.init.weights, config.run.dir, config.data.manifest) == ("runs/stage1", "2024-01-01", "a b=c.parquet")
+    assert load(tmp_path, BASE, "run.dir=12").run.dir == "12"
+    assert load(tmp_path, BASE, 'sample.prompts=["a cat", "a dog"]').sample.prompts == ("a cat", "a dog")
+
+
+@pytest.mark.parametrize(
+    ("text", "named", "closest"),
+    [
+        ("[train]\nstep = 3", "train.step", "train.steps"),
+        ("[optim]\nlearning_rate = 3", "optim.learning_rate", "optim."),
+        ("[train]\nlr = 3", "train.lr", "optim.lr"),
+        ("[optimizer]\nlr = 3", "[optimizer]", "[optim]"),
+        ("[modell]\ndepth = 3", "[modell]", "[model]"),
+        ("steps = 3", "[steps]", "train.steps"),
+    ],
+)
+def test_unknown_names_get_the_closest_known_one(tmp_path: Path, text: str, named: str, closest: str) -> None:
+    message = error(tmp_path, text)
+    assert named in message
+    assert closest in message.split("did you mean")[1]
+
+
+@pytest.mark.parametrize(
+    ("override", "closest"),
+    [("train.stpes=3", "train.steps"), ("trian.steps=3", "train.steps"), ("steps=3", "train.steps"), ("train", "")],
+)
+def test_unknown_override(tmp_path: Path, override: str, closest: str) -> None:
+    message = error(tmp_path, BASE, override)
+    assert override in message
+    assert closest in message
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.steps=abc", 'train.steps = "abc": expected an integer'),
+        ("train.steps=1.5", "train.steps = 1.5: expected an integer"),
+        ("train.steps=true", "train.steps = true: expected an integer"),
+        ("data.flip=False", 'data.flip = "False": expected true or false'),
+        ("data.flip=1", "data.flip = 1: expected true or false"),
+        ("optim.lr=fast", 'optim.lr = "fast": expected a number'),
+        ("optim.lr=nan", "optim.lr = nan: expected a finite number"),
+        ("optim.betas=0.9", "optim.betas = 0.9: expected a list"),
+        ("optim.betas=[0.9]", "optim.betas = [0.9]: expected a list of 2 values"),
+        ("model.patch_size=[1, 2, 2.5]", "model.patch_size[2] = 2.5: expected an integer"),
+        ("sample.prompts=[1]", "sample.prompts[0] = 1: expected a string"),
+    ],
+)
+def test_wrong_types_are_named(tmp_path: Path, override: str, expected: str) -> None:
+    assert expected in error(tmp_path, BASE, override)
+    section, assignment = override.split(".", 1)
+    if not any(word in override for word in ("abc", "False", "fast")):
+        assert expected in error(tmp_path, f"[{section}]\n{assignment}")
+
+
+def test_wrong_type_in_file_and_section_that_is_none(tmp_path: Path) -> None:
+    assert "run.dir = 3: expected a string" in error(tmp_path, "[run]\ndir = 3")
+    assert "[train] must be a section" in error(tmp_path, "train = 3")
+    assert "not valid TOML" in error(tmp_path, "[train\n")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "absent.toml", [])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.steps=0",
+        "train.batch_size=-1",
+        "data.height=0",
+        "train.dtype=fp16",
+        "diffusion.objective=ddpm",
+        "sample.sampler=heun",
+        "ema.decay=1.0",
+        "optim.lr=0",
+        "optim.betas=[0.9, 1.0]",
+        "model.class_dropout_prob=1.5",
+        "validation.timesteps=[2.0]",
+        "validation.timesteps=[]",
+        "model.num_heads=3",
+        "data.max_bad_fraction=-0.1",
+        "run.seed=-1",
+        "data.cache=latents",
+        "sample.sampler=euler",
+    ],
+)
+def test_ranges(tmp_path: Path, override: str) -> None:
+    key = override.split("=")[0]
+    message = error(tmp_path, BASE, override)
+    assert ("data.draws" if key == "data.cache" else key) in message
+    assert "expected" in message
+
+
+@pytest.mark.parametrize(
+    "override", ["parallel.engine=colossalai", "parallel.plugin=zero2", "parallel.tp_size=2", "parallel.sp_size=2"]
+)
+def test_only_one_engine_yet(tmp_path: Path, override: str) -> None:
+    message = error(tmp_path, BASE, override)
+    assert override.split("=")[0] in message
+    assert "this release has only" in message
+
+
+def test_dump_round_trip_and_hash(tmp_path: Path) -> None:
+    prompts = 'sample.prompts=["naïve \\"quote\\"", "back\\\\slash"]'
+    config = load(tmp_path, BASE, prompts, "optim.lr=1e-5", "diffusion.shift=0.1")
+    again = load(tmp_path, dump_toml(config))
+    assert again == config
+    assert config_hash(again) == config_hash(config)
+    changed = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=1))
+    assert config_hash(changed) != config_hash(config)
+
+
+def test_importing_config_does_not_import_torch() -> None:
+    code = "import sys, opensora_repro.config; sys.exit(any(m in sys.modules for m in ('torch', 'numpy', 'pandas')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
