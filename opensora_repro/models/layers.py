@@ -1,0 +1,249 @@
+"""Layers of the PixArt / STDiT family: patch embedding, attention, embedders, position tables.
+
+Tokens are four-dimensional everywhere, [B, T, S, D]: samples, latent frames, places in a frame (row by row), channels.
+Module and parameter names follow the published state dicts.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+LAYER_NORM_EPS = 1e-6
+TIMESTEP_CHANNELS = 256  # width of the timestep's sinusoid
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Position tables: pure functions of a size, never weights, so any latent size works at call time.
+
+
+def _sincos(positions: Tensor, dim: int) -> Tensor:
+    """Return float64 [N, dim]: the sines, then the cosines, of positions [N] at dim / 2 frequencies."""
+    frequencies = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64, device="cpu") / (dim / 2))
+    angles = positions.double()[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def spatial_positions(dim: int, rows: int, cols: int, *, scale: float = 1.0, base_size: int | None = None) -> Tensor:
+    """Return float64 [rows * cols, dim], row by row; the column's sinusoid first, then the row's.
+
+    A position is index / scale; with `base_size` the axes are also stretched to `base_size` steps each, as PixArt does.
+    """
+    # Positions are rounded to float32 before the angle, as in the published tables.
+    row = torch.arange(rows, dtype=torch.float32, device="cpu") / scale
+    col = torch.arange(cols, dtype=torch.float32, device="cpu") / scale
+    if base_size is not None:
+        row, col = row * (base_size / rows), col * (base_size / cols)
+    by_row = _sincos(row, dim // 2)[:, None].expand(rows, cols, dim // 2)
+    by_col = _sincos(col, dim // 2)[None, :].expand(rows, cols, dim // 2)
+    return rearrange(torch.cat([by_col, by_row], dim=-1), "h w d -> (h w) d")
+
+
+def temporal_positions(dim: int, frames: int, *, scale: float = 1.0) -> Tensor:
+    """Return float64 [frames, dim] for positions index / scale."""
+    return _sincos(torch.arange(frames, dtype=torch.float64, device="cpu") / scale, dim)
+
+
+@lru_cache(maxsize=64)
+def spatial_table(
+    dim: int, rows: int, cols: int, scale: float, base_size: int | None, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Return `spatial_positions` as [S, D] on a device, computed once per size."""
+    with torch.inference_mode(False):  # a table first needed while sampling must also serve training
+        return spatial_positions(dim, rows, cols, scale=scale, base_size=base_size).float().to(device, dtype)
+
+
+@lru_cache(maxsize=64)
+def temporal_table(dim: int, frames: int, scale: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return `temporal_positions` as [T, 1, D] on a device, computed once per length."""
+    with torch.inference_mode(False):
+        table = temporal_positions(dim, frames, scale=scale).float().to(device, dtype)
+        return rearrange(table, "t d -> t 1 d")
+
+
+@lru_cache(maxsize=16)
+def _timestep_frequencies(half: int, max_period: float, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        steps = torch.arange(half, dtype=torch.float32, device="cpu")
+        return torch.exp(-math.log(max_period) * steps / half).to(device)
+
+
+def timestep_sinusoid(timestep: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+    """Return float32 [B, dim], cosines then sines, of timesteps [B]; an odd `dim` ends with a zero column."""
+    angles = timestep.float()[:, None] * _timestep_frequencies(dim // 2, max_period, timestep.device)
+    table = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    return F.pad(table, (0, dim % 2)) if dim % 2 else table
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Embedders
+
+
+class PatchEmbed3D(nn.Module):
+    """Latents [B, C, T, H, W] -> tokens [B, T', S, D]; sizes are zero-padded at the end to whole patches."""
+
+    def __init__(self, patch_size: tuple[int, int, int], in_channels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv3d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        p, q, r = self.patch_size
+        t, h, w = latents.shape[2:]
+        if t % p or h % q or w % r:
+            latents = F.pad(latents, (0, -w % r, 0, -h % q, 0, -t % p))
+        patches = rearrange(latents, "b c (t p) (h q) (w r) -> b t (h w) (c p q r)", p=p, q=q, r=r)
+        # A convolution whose stride is its kernel is one matrix product, and faster as such.
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class TimestepEmbedder(nn.Module):
+    """Timesteps [B] -> [B, D]. The sinusoid is float32 whatever the weights are: in bf16, 999 would become 1000."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(TIMESTEP_CHANNELS, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        return self.mlp(timestep_sinusoid(timestep, TIMESTEP_CHANNELS).to(self.mlp[0].weight.dtype))
+
+
+class CaptionEmbedder(nn.Module):
+    """Text embeddings [B, L, Ct] -> [B, L, D]; holds the null caption, a buffer that is saved but never trained."""
+
+    y_embedding: Tensor
+
+    def __init__(self, caption_channels: int, hidden_size: int, model_max_length: int) -> None:
+        super().__init__()
+        self.y_proj = Mlp(caption_channels, hidden_size, hidden_size, act_layer=GELUTanh)
+        self.register_buffer("y_embedding", torch.randn(model_max_length, caption_channels) / caption_channels**0.5)
+
+    def forward(self, text: Tensor, drop_text: Tensor | None = None) -> Tensor:
+        """Embed captions; rows where `drop_text` [B] is true become the null caption."""
+        text = text.to(self.y_embedding.dtype)
+        if drop_text is not None:
+            text = torch.where(drop_text[:, None, None], self.y_embedding[: text.shape[1]], text)
+        return self.y_proj(text)
+
+
+class GELUTanh(nn.GELU):
+    """GELU in its tanh approximation."""
+
+    def __init__(self) -> None:
+        super().__init__(approximate="tanh")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+# Which tokens see each other, as the way queries, keys and values leave [B, T, S, D] and come back.
+_SPLIT = {
+    "space": "b t s (three h d) -> three (b t) h s d",
+    "time": "(b s) t (three h d) -> three (b s) h t d",
+    "space_time": "b t s (three h d) -> three b h (t s) d",
+}
+_MERGE = {
+    "space": "(b t) h s d -> b t s (h d)",
+    "time": "(b s) h t d -> (b s) t (h d)",
+    "space_time": "b h (t s) d -> b t s (h d)",
+}
+
+
+class Attention(nn.Module):
+    """Self-attention on [B, T, S, D] within a frame ("space"), a place ("time") or a whole video ("space_time")."""
+
+    def __init__(self, hidden_size: int, num_heads: int, over: str = "space") -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.over = over
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, s, _ = x.shape
+        sizes = {"s": s} if self.over == "time" else {"t": t, "s": s}
+        if self.over == "time":  # one copy here, before the projection triples the channels
+            x = rearrange(x, "b t s d -> (b s) t d")
+        q, k, v = rearrange(self.qkv(x), _SPLIT[self.over], three=3, h=self.num_heads, **sizes).unbind(0)
+        out = F.scaled_dot_product_attention(q, k, v)
+        out = self.proj(rearrange(out, _MERGE[self.over], **sizes))
+        return rearrange(out, "(b s) t d -> b t s d", b=b) if self.over == "time" else out
+
+
+class CrossAttention(nn.Module):
+    """Tokens [B, T, S, D] attend to caption tokens [B, L, D]."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_linear = nn.Linear(hidden_size, hidden_size)
+        self.kv_linear = nn.Linear(hidden_size, 2 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor, text: Tensor, text_mask: TextMask | None = None) -> Tensor:
+        t = x.shape[1]
+        q = rearrange(self.q_linear(x), "b t s (h d) -> b h (t s) d", h=self.num_heads)
+        k, v = rearrange(self.kv_linear(text), "b l (two h d) -> two b h l d", two=2, h=self.num_heads).unbind(0)
+        if text_mask is None:
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v * text_mask.present, attn_mask=text_mask.attend)
+        return self.proj(rearrange(out, "b h (t s) d -> b t s (h d)", t=t))
+
+
+class TextMask:
+    """Which caption tokens [B, L] each sample attends to, made once for all blocks.
+
+    A caption without any token attends to nothing: a softmax over nothing is undefined, so all its tokens are let in
+    and their values are zeroed.
+    """
+
+    def __init__(self, mask: Tensor, num_samples: int, dtype: torch.dtype) -> None:
+        rows = mask.shape[0]
+        if rows == 0 or num_samples % rows:
+            raise ValueError(f"a caption mask of {rows} rows cannot be repeated over {num_samples} samples")
+        mask = mask.bool().repeat(num_samples // rows, 1)  # fewer rows: the same captions, again
+        present = mask.any(dim=1, keepdim=True)
+        self.attend = (mask | ~present)[:, None, None, :]  # [B, 1, 1, L]
+        self.present = present[:, None, None, :].to(dtype)  # [B, 1, 1, 1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Modulation and the final layer
+
+
+def layer_norm(hidden_size: int) -> nn.LayerNorm:
+    return nn.LayerNorm(hidden_size, elementwise_affine=False, eps=LAYER_NORM_EPS)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Return x * (1 + scale) + shift."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+class FinalLayer(nn.Module):
+    """Tokens [B, T, S, D] and the timestep embedding [B, D] -> patches [B, T, S, pT * pH * pW * C_out]."""
+
+    def __init__(self, hidden_size: int, patch_volume: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm_final = layer_norm(hidden_size)
+        self.linear = nn.Linear(hidden_size, patch_volume * out_channels)
+        self.scale_shift_table = nn.Parameter(torch.randn(2, hidden_size) / hidden_size**0.5)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        shift, scale = (self.scale_shift_table[:, None, None, None] + t[None, :, None, None]).unbind(0)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+def unpatchify(x: Tensor, patch_size: tuple[int, int, int], rows: int) -> Tensor:
+    """Patches [B, T', S, pT * pH * pW * C] with channels fastest -> [B, C, T, H, W]."""
+    p, q, r = patch_size
+    return rearrange(x, "b t (h w) (p q r c) -> b c (t p) (h q) (w r)", h=rows, p=p, q=q, r=r)

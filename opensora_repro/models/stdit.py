@@ -1,0 +1,203 @@
+"""PixArt and STDiT: one class, temporal attention off or on.
+
+PixArt is from "PixArt-alpha: Fast Training of Diffusion Transformer for Photorealistic Text-to-Image Synthesis"
+(arXiv:2310.00426); STDiT is Open-Sora 1.0's video model, PixArt with a temporal attention in every block. Outputs and
+state-dict keys are those of the published models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from einops import rearrange
+from timm.layers import Mlp
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from opensora_repro.models.config import STDiTConfig
+from opensora_repro.models.layers import (
+    Attention,
+    CaptionEmbedder,
+    CrossAttention,
+    FinalLayer,
+    GELUTanh,
+    PatchEmbed3D,
+    TextMask,
+    TimestepEmbedder,
+    layer_norm,
+    modulate,
+    spatial_table,
+    temporal_table,
+    unpatchify,
+)
+
+# Published files carry these tables; here they follow from the size of the call and from space_scale, time_scale.
+POSITION_TABLES = ("pos_embed", "pos_embed_temporal")
+
+
+class STDiTBlock(nn.Module):
+    """Spatial attention -> temporal attention -> cross-attention -> MLP, on tokens [B, T, S, D]."""
+
+    def __init__(self, cfg: STDiTConfig) -> None:
+        super().__init__()
+        dim = cfg.hidden_size
+        self.norm1 = layer_norm(dim)
+        self.attn = Attention(dim, cfg.num_heads, over="space" if cfg.temporal_attention else "space_time")
+        self.attn_temp = Attention(dim, cfg.num_heads, over="time") if cfg.temporal_attention else None
+        self.cross_attn = CrossAttention(dim, cfg.num_heads)
+        self.norm2 = layer_norm(dim)
+        self.mlp = Mlp(dim, int(dim * cfg.mlp_ratio), act_layer=GELUTanh)
+        self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
+
+    def forward(
+        self, x: Tensor, text: Tensor, modulation: Tensor, text_mask: TextMask | None, temporal: Tensor | None
+    ) -> Tensor:
+        """`modulation` is [6, B, 1, 1, D]; `temporal` [T, 1, D] joins the temporal branch's input (first block)."""
+        vectors = self.scale_shift_table[:, None, None, None] + modulation
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = vectors.unbind(0)
+
+        x = torch.addcmul(x, gate_msa, self.attn(modulate(self.norm1(x), shift_msa, scale_msa)))
+        if self.attn_temp is not None:  # reads the raw residual stream, shares the spatial branch's gate
+            x = torch.addcmul(x, gate_msa, self.attn_temp(x if temporal is None else x + temporal))
+        x = x + self.cross_attn(x, text, text_mask)
+        return torch.addcmul(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
+
+
+class STDiT(nn.Module):
+    """Text-conditional diffusion transformer on latents [B, C, T, H, W]; an image is a video of one frame.
+
+    With `temporal_attention=False` it is PixArt: every block attends over all tokens of the sample at once.
+    Any latent size and frame count may be given at call time. Set `gradient_checkpointing` to trade time for memory.
+    """
+
+    def __init__(self, cfg: STDiTConfig) -> None:
+        super().__init__()
+        _check(cfg)
+        self.cfg = cfg
+        self.gradient_checkpointing = False
+        dim = cfg.hidden_size
+        self.x_embedder = PatchEmbed3D(cfg.patch_size, cfg.in_channels, dim)
+        self.t_embedder = TimestepEmbedder(dim)
+        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.y_embedder = CaptionEmbedder(cfg.caption_channels, dim, cfg.model_max_length)
+        self.blocks = nn.ModuleList(STDiTBlock(cfg) for _ in range(cfg.depth))
+        self.final_layer = FinalLayer(dim, math.prod(cfg.patch_size), cfg.out_channels)
+        self.initialize_weights()
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        mask: Tensor | None = None,
+        *,
+        drop_text: Tensor | None = None,
+    ) -> Tensor:
+        """Predict float32 [B, C_out, T, H, W].
+
+        latents: [B, C, T, H, W]. timestep: [B], int or float, 0..1000. text: [B, L, Ct]. mask: which caption tokens
+        exist, [B, L], or fewer rows that are repeated; None: all. drop_text: [B] bool; true rows see the null caption
+        under their own mask.
+        """
+        self._check_inputs(latents, timestep, text, mask)
+        dtype = self.x_embedder.proj.weight.dtype
+        frames, height, width = latents.shape[2:]
+
+        t = self.t_embedder(timestep)  # [B, D]
+        modulation = rearrange(self.t_block(t), "b (six d) -> six b 1 1 d", six=6)
+        y = self.y_embedder(text, drop_text)  # [B, L, D]
+        text_mask = None if mask is None else TextMask(mask, len(text), dtype)
+
+        x = self.x_embedder(latents.to(dtype))  # [B, T', S, D]
+        rows = -(-height // self.cfg.patch_size[1])
+        x, temporal = self._add_positions(x, rows)
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        for block in self.blocks:
+            if recompute:  # the blocks draw no random numbers, so no generator state need be kept
+                x = checkpoint(
+                    block, x, y, modulation, text_mask, temporal, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x = block(x, y, modulation, text_mask, temporal)
+            temporal = None
+
+        x = self.final_layer(x, t)  # [B, T', S, pT * pH * pW * C_out]
+        x = unpatchify(x, self.cfg.patch_size, rows)
+        return x[:, :, :frames, :height, :width].float()
+
+    def null_text(self) -> Tensor:
+        """Return the null caption [L, Ct], what the model sees where a caption was dropped."""
+        return self.y_embedder.y_embedding
+
+    def _add_positions(self, x: Tensor, rows: int) -> tuple[Tensor, Tensor | None]:
+        """Add the spatial table to tokens [B, T, S, D]; return them and the table for the temporal branch."""
+        cfg = self.cfg
+        dtype = self.x_embedder.proj.weight.dtype
+        frames, places, dim = x.shape[1:]
+        # PixArt stretches the longer side's positions back to a square; STDiT does not.
+        base_size = None if cfg.temporal_attention else math.isqrt(places)
+        x = x + spatial_table(dim, rows, places // rows, cfg.space_scale, base_size, x.device, dtype)
+        if not cfg.temporal_attention and cfg.no_temporal_pos_emb:
+            return x, None
+        temporal = temporal_table(dim, frames, cfg.time_scale, x.device, dtype)
+        return (x, temporal) if cfg.temporal_attention else (x + temporal, None)
+
+    def _check_inputs(self, latents: Tensor, timestep: Tensor, text: Tensor, mask: Tensor | None) -> None:
+        cfg = self.cfg
+        if latents.ndim != 5 or latents.shape[1] != cfg.in_channels:
+            raise ValueError(f"expected latents [B, {cfg.in_channels}, T, H, W], got {list(latents.shape)}")
+        batch = latents.shape[0]
+        if timestep.shape != (batch,):
+            raise ValueError(f"expected one timestep a sample, [{batch}], got {list(timestep.shape)}")
+        if text.ndim != 3 or text.shape[0] != batch or text.shape[2] != cfg.caption_channels:
+            raise ValueError(f"expected text [{batch}, L, {cfg.caption_channels}], got {list(text.shape)}")
+        if text.shape[1] > cfg.model_max_length:
+            raise ValueError(f"captions of {text.shape[1]} tokens exceed model.model_max_length={cfg.model_max_length}")
+        if mask is not None and (mask.ndim != 2 or mask.shape[1] != text.shape[1]):
+            raise ValueError(f"expected a caption mask [B, {text.shape[1]}], got {list(mask.shape)}")
+
+    def initialize_weights(self) -> None:
+        """Draw initial weights as Open-Sora 1.0 does; every branch new to a pretrained model starts at zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # a view: fills the kernel itself
+        caption = self.y_embedder.y_proj
+        for linear in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], self.t_block[1], caption.fc1, caption.fc2):
+            nn.init.normal_(linear.weight, std=0.02)
+        for block in self.blocks:
+            nn.init.zeros_(block.cross_attn.proj.weight)
+            if block.attn_temp is not None:
+                nn.init.zeros_(block.attn_temp.proj.weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load as usual, but pass over the position tables that published files carry."""
+        weights = {key: value for key, value in state_dict.items() if key not in POSITION_TABLES}
+        return super().load_state_dict(weights, strict=strict, assign=assign)
+
+
+def _check(cfg: STDiTConfig) -> None:
+    if cfg.hidden_size % cfg.num_heads:
+        raise ValueError(f"model.num_heads={cfg.num_heads} does not divide model.hidden_size={cfg.hidden_size}")
+    if cfg.hidden_size % 4:
+        raise ValueError(f"model.hidden_size={cfg.hidden_size} must be a multiple of 4 (sine and cosine of two axes)")
+    if len(cfg.patch_size) != 3 or min(cfg.patch_size) < 1:
+        raise ValueError(f"model.patch_size={cfg.patch_size} must be three positive numbers: frames, rows, columns")
+    if cfg.space_scale <= 0 or cfg.time_scale <= 0:
+        raise ValueError("model.space_scale and model.time_scale must be positive")
+
+
+def pixart_xl_2(**changes: Any) -> STDiT:
+    """PixArt-XL/2 (610,856,096 parameters); `changes` are STDiTConfig fields."""
+    return STDiT(replace(STDiTConfig(temporal_attention=False), **changes))
+
+
+def stdit_xl_2(**changes: Any) -> STDiT:
+    """STDiT-XL/2 (759,620,768 parameters); `changes` are STDiTConfig fields."""
+    return STDiT(replace(STDiTConfig(), **changes))
