@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from opensora_repro.diffusion.flow import ModelFn, RectifiedFlow
+from opensora_repro.diffusion.gaussian import GaussianDiffusion
 
 if TYPE_CHECKING:
     from opensora_repro.config import DiffusionConfig
@@ -32,4 +33,6 @@ def build_objective(cfg: DiffusionConfig) -> Objective:
     """Raise ValueError for an objective that does not exist."""
     if cfg.objective == "flow":
         return build_flow(cfg)
+    if cfg.objective == "iddpm":
+        return GaussianDiffusion()
     raise ValueError(f"diffusion.objective={cfg.objective!r} is unknown; expected 'iddpm' or 'flow'")

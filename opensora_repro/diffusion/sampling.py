@@ -10,11 +10,16 @@ import torch
 from einops import repeat
 from torch import Tensor
 
+from opensora_repro.diffusion.dpm_solver import ContinuousSchedule, dpm_solver_sample
 from opensora_repro.diffusion.flow import NUM_TIMESTEPS, ModelFn
+from opensora_repro.diffusion.gaussian import GaussianDiffusion, linear_betas
 from opensora_repro.diffusion.objective import build_flow
 
 if TYPE_CHECKING:
     from opensora_repro.config import DiffusionConfig
+
+IDDPM_SAMPLERS = ("iddpm", "ddim", "dpm")
+NUM_GUIDED_CHANNELS = 3  # published models guide the first three noise channels under IDDPM (inherited from DiT)
 
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
 
@@ -63,6 +68,35 @@ def euler_sample(model_fn: ModelFn, x: Tensor, times: Tensor, progress: Progress
     return x
 
 
+def iddpm_sample(
+    diffusion: GaussianDiffusion,
+    model_fn: ModelFn,
+    x: Tensor,
+    next_noise: Callable[[], Tensor],
+    *,
+    clip_denoised: bool = False,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Ancestral sampling over all steps of `diffusion`; x and every `next_noise()` are [B, C, T, H, W]."""
+    for i in reversed(range(diffusion.num_steps)):
+        t = torch.full((len(x),), i, device=x.device)
+        x, _ = diffusion.p_sample(model_fn, x, t, next_noise(), clip_denoised=clip_denoised)
+        if progress is not None:
+            progress(diffusion.num_steps - i, diffusion.num_steps)
+    return x
+
+
+def ddim_sample(
+    diffusion: GaussianDiffusion, model_fn: ModelFn, x: Tensor, *, progress: Progress | None = None
+) -> Tensor:
+    """Deterministic DDIM sampling (eta 0) over all steps of `diffusion`; x is [B, C, T, H, W]."""
+    for i in reversed(range(diffusion.num_steps)):
+        x, _ = diffusion.ddim_sample(model_fn, x, torch.full((len(x),), i, device=x.device), None)
+        if progress is not None:
+            progress(diffusion.num_steps - i, diffusion.num_steps)
+    return x
+
+
 @torch.no_grad()
 def sample_latents(
     model: Callable[..., Tensor],
@@ -86,7 +120,23 @@ def sample_latents(
     """
     if steps < 1:
         raise ValueError(f"sampling needs at least one step, got {steps}")
-    noise = draw_noise(shape, generators, text.device)
-    times = build_flow(objective_cfg).sampling_times(steps, num_tokens)
-    model_fn = guided_model(model, text, mask, null_text, guidance=guidance)
-    return euler_sample(model_fn, noise, times, progress)
+    if objective_cfg.objective == "flow":
+        sampler = "euler"
+    elif sampler not in IDDPM_SAMPLERS:
+        raise ValueError(f"sampler {sampler!r} does not fit an IDDPM model; choose from {', '.join(IDDPM_SAMPLERS)}")
+
+    def next_noise() -> Tensor:
+        return draw_noise(shape, generators, text.device)
+
+    num_guided = NUM_GUIDED_CHANNELS if sampler in ("iddpm", "ddim") else None
+    model_fn = guided_model(model, text, mask, null_text, guidance=guidance, num_guided=num_guided)
+    noise = next_noise()
+    if sampler == "euler":
+        times = build_flow(objective_cfg).sampling_times(steps, num_tokens)
+        return euler_sample(model_fn, noise, times, progress)
+    if sampler == "dpm":
+        return dpm_solver_sample(model_fn, noise, ContinuousSchedule(linear_betas()), steps, progress)
+    diffusion = GaussianDiffusion.spaced(steps)
+    if sampler == "ddim":
+        return ddim_sample(diffusion, model_fn, noise, progress=progress)
+    return iddpm_sample(diffusion, model_fn, noise, next_noise, progress=progress)
