@@ -1,0 +1,158 @@
+"""The manifest: one row a clip, in Parquet or CSV, with the clip's caption, size and lineage.
+
+Required columns: id, path, caption, num_frames, fps, height, width. Optional lineage: source, start_frame, end_frame
+(half-open), start_time, end_time (seconds), resplit (true where a boundary is a length limit, not a scene cut). Other
+columns are kept. Relative paths are relative to the manifest's folder. An image is a clip of one frame.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TEXT_COLUMNS = ("id", "path", "caption")
+COUNT_COLUMNS = ("num_frames", "height", "width")
+REQUIRED_COLUMNS = ("id", "path", "caption", "num_frames", "fps", "height", "width")
+LINEAGE_COLUMNS = ("source", "start_frame", "end_frame", "start_time", "end_time")
+
+
+class DataError(ValueError):
+    """A mistake in the user's data; the message is one line meant for the user."""
+
+
+def read_manifest(path: str | Path, *, need_captions: bool = True) -> pd.DataFrame:
+    """Read and check a manifest; return a frame with absolute paths and a fresh index.
+
+    Rows in messages are counted from 1, the header not counted. `need_captions=False` is for tools that fill captions
+    in: missing ones become "". Clip files are not opened here. Raises DataError.
+    """
+    path = Path(path)
+    frame = read_table(path)
+    missing = [name for name in REQUIRED_COLUMNS if name not in frame.columns]
+    if missing:
+        raise DataError(
+            f"{path}: column{'s' if len(missing) > 1 else ''} {', '.join(missing)} missing; "
+            f"a manifest needs {', '.join(REQUIRED_COLUMNS)} (has {', '.join(map(str, frame.columns)) or 'none'})"
+        )
+    if frame.empty:
+        raise DataError(f"{path}: the manifest is empty (a header but no rows)")
+    frame = frame.reset_index(drop=True)
+    _check_ids(path, frame)
+    _check_texts(path, frame, need_captions)
+    _check_numbers(path, frame)
+    folder = path.absolute().parent
+    frame["path"] = [os.path.normpath(folder / name) for name in frame["path"]]
+    return frame
+
+
+def write_manifest(frame: pd.DataFrame, path: str | Path) -> None:
+    """Write a manifest, whole or not at all; its paths become relative to its own folder."""
+    path = Path(path)
+    folder = path.absolute().parent
+    frame = frame.copy()
+    if "path" in frame.columns:
+        frame["path"] = [os.path.relpath(folder / name, folder) for name in frame["path"]]
+    write_table(frame, path)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read a Parquet or CSV file, by its extension; the text columns of a CSV stay text. Raises DataError."""
+    import pandas as pd
+
+    kind = _kind(path)
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder, expected a .parquet or .csv file")
+    if not path.exists():
+        raise DataError(f"{path}: no such file")
+    try:
+        if kind == "parquet":
+            return pd.read_parquet(path, engine="pyarrow")
+        text = dict.fromkeys((*TEXT_COLUMNS, "source"), str)
+        # Only an empty field is missing: "NA" or "None" may be somebody's id.
+        return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""], encoding="utf-8-sig")
+    except (OSError, ValueError) as error:  # pandas' and pyarrow's own errors derive from these
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"{path}: cannot be read as {kind}: {reason}") from error
+
+
+def write_table(frame: pd.DataFrame, path: Path) -> None:
+    """Write a frame as Parquet or CSV by the extension; the name appears only once the file is whole."""
+    kind = _kind(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            if kind == "parquet":
+                frame.to_parquet(file, engine="pyarrow", index=False)
+            else:
+                file.write(frame.to_csv(index=False).encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _kind(path: Path) -> str:
+    kind = path.suffix.lower().removeprefix(".")
+    if kind not in ("parquet", "csv"):
+        raise DataError(f"{path}: expected a .parquet or .csv file")
+    return kind
+
+
+def _check_ids(path: Path, frame: pd.DataFrame) -> None:
+    for row, value in enumerate(frame["id"], start=1):
+        if is_missing(value):
+            raise DataError(f"{path}: row {row}: id is empty")
+    frame["id"] = frame["id"].astype(str)
+    repeated = frame.index[frame["id"].duplicated()]
+    if len(repeated):
+        name = frame.at[repeated[0], "id"]
+        rows = [str(i + 1) for i in frame.index[frame["id"] == name]]
+        raise DataError(f"{path}: id {name!r} is used by rows {', '.join(rows[:5])}; ids must be unique")
+
+
+def _check_texts(path: Path, frame: pd.DataFrame, need_captions: bool) -> None:
+    for column in ("path", "caption"):
+        values = []
+        for row, (name, value) in enumerate(zip(frame["id"], frame[column], strict=True), start=1):
+            if is_missing(value):
+                if column == "path" or need_captions:
+                    raise DataError(f"{path}: row {row} (id {name!r}): {column} is empty or NaN")
+                value = ""
+            elif not isinstance(value, str):
+                raise DataError(f"{path}: row {row} (id {name!r}): {column} is {value!r}, expected text")
+            values.append(value)
+        frame[column] = values
+
+
+def _check_numbers(path: Path, frame: pd.DataFrame) -> None:
+    import pandas as pd
+
+    for column in (*COUNT_COLUMNS, "fps"):
+        numbers = pd.to_numeric(frame[column], errors="coerce").astype("float64")
+        if column == "fps":
+            numbers = numbers.mask(numbers.isna() & (frame["num_frames"] == 1), 0.0)
+            wrong = ~((numbers > 0) | ((frame["num_frames"] == 1) & (numbers == 0))) | (numbers == float("inf"))
+            wanted = "a number of frames a second above 0 (an image may have 0)"
+        else:
+            wrong = ~((numbers >= 1) & (numbers % 1 == 0))
+            wanted = "a whole number of at least 1"
+        if wrong.any():
+            at = int(wrong.to_numpy().argmax())
+            found = frame[column].tolist()[at]
+            raise DataError(
+                f"{path}: row {at + 1} (id {frame.at[at, 'id']!r}): {column} is {found!r}, expected {wanted}"
+            )
+        frame[column] = numbers if column == "fps" else numbers.astype("int64")
+
+
+def is_missing(value: object) -> bool:
+    """True for None, NaN, empty or blank text, and the word "nan" that a NaN leaves in a CSV."""
+    if isinstance(value, str):
+        return value.strip().lower() in ("", "nan")
+    return value is None or str(value) in ("nan", "<NA>", "NaT")

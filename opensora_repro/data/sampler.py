@@ -1,0 +1,70 @@
+"""Which samples form which batch: a pure function of the micro-batch number, so that resuming needs no state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+
+import numpy as np
+
+from opensora_repro.data.keyed import keyed_seed
+
+Shape = tuple[int, int, int]  # frames, height, width in pixels
+
+
+class SampleBatch(list[tuple[int, int]]):
+    """(epoch, index) of each sample of a batch; `shape` is what they are cut to (None: the data section's size)."""
+
+    def __init__(self, samples: Iterable[tuple[int, int]] = (), shape: Shape | None = None) -> None:
+        super().__init__(samples)
+        self.shape = shape
+
+
+class BatchSampler:
+    """Endless batches over keyed epoch permutations.
+
+    Batch k of all ranks together covers positions [k * g, (k + 1) * g) of the epochs laid end to end, g = batch_size *
+    world_size, and rank r takes the r-th `batch_size` of them. So ranks never share a sample, every sample comes once
+    an epoch, and the samples of a global batch do not depend on how many processes share it.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        seed: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        shape: Shape | None = None,
+    ) -> None:
+        """`batch_size` counts one process's samples; raises ValueError for sizes below one or a rank out of range."""
+        if num_samples < 1:
+            raise ValueError("the dataset has no samples: there is nothing to draw batches from")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank={rank} is not in [0, world_size={world_size})")
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self.rank, self.world_size, self.shape = rank, world_size, shape
+
+    def batch(self, step: int) -> SampleBatch:
+        """Return this rank's (epoch, index) pairs of micro-batch `step`, counted from 0 over the whole run."""
+        first = (step * self.world_size + self.rank) * self.batch_size
+        positions = (divmod(p, self.num_samples) for p in range(first, first + self.batch_size))
+        return SampleBatch(((epoch, self._index(epoch, place)) for epoch, place in positions), self.shape)
+
+    def _index(self, epoch: int, place: int) -> int:
+        return int(epoch_permutation(self.num_samples, self.seed, epoch)[place])
+
+
+@lru_cache(maxsize=4)
+def epoch_permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the epoch's order, int64 [num_samples].
+
+    Sorted raw 64-bit words: numpy promises bit generators' raw streams for good, but not those of its `permutation`.
+    """
+    words = np.random.PCG64(keyed_seed(seed, epoch, "permutation")).random_raw(num_samples)
+    order = np.argsort(words, kind="stable")
+    order.setflags(write=False)  # shared through the cache
+    return order
