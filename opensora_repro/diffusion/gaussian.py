@@ -73,8 +73,9 @@ def stride_timesteps(num_steps: int, count: int) -> list[int]:
 
 def normal_kl(mean1: Tensor, log_var1: Tensor, mean2: Tensor, log_var2: Tensor) -> Tensor:
     """KL divergence in nats between diagonal Gaussians, elementwise."""
-    spread = torch.exp(log_var1 - log_var2) + (mean1 - mean2).square() * torch.exp(-log_var2)
-    return 0.5 * (log_var2 - log_var1 - 1 + spread)
+    shift = (mean1 - mean2).square() * torch.exp(-log_var2)
+    # Near-equal Gaussians leave only rounding: this order of terms keeps to the published values there.
+    return 0.5 * (-1.0 + log_var2 - log_var1 + torch.exp(log_var1 - log_var2) + shift)
 
 
 def _normal_cdf(x: Tensor) -> Tensor:
