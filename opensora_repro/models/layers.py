@@ -113,7 +113,8 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, timestep: Tensor) -> Tensor:
-        return self.mlp(timestep_sinusoid(timestep, TIMESTEP_CHANNELS).to(self.mlp[0].weight.dtype))
+        sinusoid = timestep_sinusoid(timestep, TIMESTEP_CHANNELS)
+        return self.mlp(sinusoid.to(next(self.parameters()).dtype))
 
 
 class CaptionEmbedder(nn.Module):

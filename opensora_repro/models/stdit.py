@@ -37,6 +37,8 @@ from opensora_repro.models.layers import (
 
 # Published files carry these tables; here they follow from the size of the call and from space_scale, time_scale.
 POSITION_TABLES = ("pos_embed", "pos_embed_temporal")
+# Branches that add nothing at first, so that each can join a pretrained model without disturbing it.
+ZERO_INITIALISED = ("cross_attn.proj", "attn_temp.proj", "final_layer.linear")
 
 
 class STDiTBlock(nn.Module):
@@ -161,20 +163,18 @@ class STDiT(nn.Module):
             raise ValueError(f"expected a caption mask [B, {text.shape[1]}], got {list(mask.shape)}")
 
     def initialize_weights(self) -> None:
-        """Draw initial weights as Open-Sora 1.0 does; every branch new to a pretrained model starts at zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
+        """Draw initial weights as Open-Sora 1.0 does."""
+        for name, module in self.named_modules():
+            if not isinstance(module, nn.Linear):
+                continue
+            nn.init.zeros_(module.bias)
+            if name.endswith(ZERO_INITIALISED):
+                nn.init.zeros_(module.weight)
+            elif name.startswith(("t_embedder.", "t_block.", "y_embedder.")):
+                nn.init.normal_(module.weight, std=0.02)
+            else:
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # a view: fills the kernel itself
-        caption = self.y_embedder.y_proj
-        for linear in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], self.t_block[1], caption.fc1, caption.fc2):
-            nn.init.normal_(linear.weight, std=0.02)
-        for block in self.blocks:
-            nn.init.zeros_(block.cross_attn.proj.weight)
-            if block.attn_temp is not None:
-                nn.init.zeros_(block.attn_temp.proj.weight)
-        nn.init.zeros_(self.final_layer.linear.weight)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load as usual, but pass over the position tables that published files carry."""
