@@ -1,0 +1,185 @@
+"""Clips of a manifest as training samples, read ahead by worker processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from opensora_repro.config import DataConfig
+from opensora_repro.data.keyed import keyed_generator
+from opensora_repro.data.manifest import read_manifest
+from opensora_repro.data.sampler import Shape
+from opensora_repro.data.transforms import crop, frame_window, mirror, names_a_side, to_tensor
+from opensora_repro.data.video import DecodeError, read_frames_at
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A sample ready to encode. Pixels stay uint8 until asked for: a quarter of the memory between processes."""
+
+    id: str
+    caption: str
+    pixels: torch.Tensor  # uint8 [T, H, W, C], already cropped and mirrored
+    flipped: bool
+
+    @property
+    def video(self) -> torch.Tensor:
+        """float32 [C, T, H, W] in [-1, 1]."""
+        return to_tensor(self.pixels)
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that could not be read; nothing takes its place."""
+
+    id: str
+    path: str
+    reason: str
+
+
+class ClipBatch(list["Clip | BadSample"]):
+    """The samples of one batch in the sampler's order; `shape` is (frames, height, width) of its clips."""
+
+    def __init__(self, samples: Iterable[Clip | BadSample], shape: Shape) -> None:
+        super().__init__(samples)
+        self.shape = shape
+
+
+class ClipDataset:
+    """Random windows, crops and mirrorings of a manifest's clips, all keyed by (seed, draw, sample id).
+
+    The draw is the epoch, or the epoch modulo `cfg.draws` if that is set. `augment=False` takes the middle window and
+    the centre of the picture, unmirrored, for evaluation.
+    """
+
+    def __init__(
+        self, manifest: pd.DataFrame | str | Path, cfg: DataConfig, seed: int, *, augment: bool = True
+    ) -> None:
+        """`manifest` is a file, or a frame that `read_manifest` returned. Raises DataError for a faulty file."""
+        frame = read_manifest(manifest) if isinstance(manifest, str | Path) else manifest.reset_index(drop=True)
+        self.cfg, self.seed, self.augment = cfg, seed, augment
+        self.ids: list[str] = frame["id"].tolist()
+        self.paths: list[str] = frame["path"].tolist()
+        self._captions: list[str] = frame["caption"].tolist()
+        self._num_frames: list[int] = frame["num_frames"].tolist()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def shape(self) -> Shape:
+        """Frames, height and width of a sample."""
+        return self.cfg.num_frames, self.cfg.height, self.cfg.width
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the rows' content: ids, captions, lengths, and paths from their common folder on."""
+        folder = os.path.commonpath([os.path.dirname(path) for path in self.paths])
+        names = (os.path.relpath(path, folder) for path in self.paths)
+        rows = sorted(zip(self.ids, names, self._captions, self._num_frames, strict=True))
+        return hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest()
+
+    def draw(self, epoch: int) -> int:
+        """Return which of a sample's draws (window, crop, mirroring) an epoch shows."""
+        return epoch % self.cfg.draws if self.cfg.draws else epoch
+
+    def load(self, epoch: int, index: int, shape: Shape | None = None) -> Clip | BadSample:
+        """Read one sample in the data section's size (or `shape`); what cannot be read comes back as a BadSample."""
+        num_frames, height, width = shape or self.shape
+        name, path, available = self.ids[index], self.paths[index], self._num_frames[index]
+        indices = frame_window(available, num_frames, self.cfg.frame_interval, self._generator(epoch, name, "window"))
+        if indices is None:
+            return BadSample(name, path, f"the clip has {available} frames, the sample needs {num_frames}")
+        try:
+            frames = read_frames_at(path, indices, size=(height, width))
+        except (DecodeError, OSError) as error:
+            return BadSample(name, path, str(error))
+        frames = crop(frames, (height, width), self._generator(epoch, name, "crop"))
+        flipped = self._flips(epoch, name, self._captions[index])
+        frames = mirror(frames) if flipped else frames
+        return Clip(name, self._captions[index], frames.contiguous(), flipped)
+
+    def _flips(self, epoch: int, name: str, caption: str) -> bool:
+        generator = self._generator(epoch, name, "flip")
+        if generator is None or not self.cfg.flip or names_a_side(caption):
+            return False
+        return bool(torch.rand((), generator=generator) < 0.5)
+
+    def _generator(self, epoch: int, name: str, stream: str) -> torch.Generator | None:
+        return keyed_generator(self.seed, self.draw(epoch), name, stream) if self.augment else None
+
+
+class BatchSource(Protocol):
+    """What says which samples form a batch: a `BatchSampler`, or any list of (epoch, index) pairs by number."""
+
+    def batch(self, step: int, /) -> list[tuple[int, int]]: ...
+
+
+class _Batches(Dataset[ClipBatch]):
+    """Map from a micro-batch's number to its samples: what a worker process computes."""
+
+    def __init__(self, dataset: ClipDataset, sampler: BatchSource) -> None:
+        self.dataset, self.sampler = dataset, sampler
+
+    def __getitem__(self, step: int) -> ClipBatch:
+        pairs = self.sampler.batch(step)
+        shape = getattr(pairs, "shape", None) or self.dataset.shape
+        return ClipBatch((self.dataset.load(epoch, index, shape) for epoch, index in pairs), shape)
+
+
+def build_loader(
+    dataset: ClipDataset, sampler: BatchSource, first_batch: int, num_batches: int, num_workers: int
+) -> DataLoader[ClipBatch]:
+    """Return an iterable of the batches first_batch, first_batch + 1, ..., in order.
+
+    Each worker reads whole batches, two ahead at most; with `num_workers` 0 they are read when asked for. Randomness
+    is keyed to samples, so the number of workers changes nothing but the speed.
+    """
+    steps: Sequence[int] = range(first_batch, first_batch + num_batches)
+    return DataLoader(
+        _Batches(dataset, sampler),
+        batch_size=None,
+        sampler=steps,
+        collate_fn=_as_is,
+        num_workers=num_workers,
+        prefetch_factor=2 if num_workers else None,
+        worker_init_fn=_outlive_stray_signals,
+        generator=torch.Generator(),  # or the loader would draw from the global stream
+    )
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _outlive_stray_signals(_worker: int) -> None:
+    """Let only the parent end a worker.
+
+    A scheduler, or Ctrl-C, signals every process of a job. The parent then finishes its step and saves, for which its
+    workers must live on; it stops them itself, and they notice within seconds when it is gone.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def end_with_parent() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
