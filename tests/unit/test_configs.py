@@ -1,0 +1,98 @@
+"""The recipe files: complete, loadable, and equal to the published table."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opensora_repro.config import Config, ConfigError, config_dict, load_config
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+REPO = Path(__file__).resolve().parents[2]
+FILES = sorted((REPO / "configs").rglob("*.toml"))
+SPLIT_OVER_GPUS = {"stage2_64x512x512-sp": 2, "stage2_360x512x512": 2}
+PLAIN = ["parallel.engine=torch", "parallel.plugin=ddp", "parallel.sp_size=1"]
+
+# frames, interval, size, batch a GPU, activation checkpointing, space scale, time scale, steps of the released run
+PUBLISHED = {
+    "stage1_1x512x512": (1, 1, 512, 32, True, 1.0, 1.0, None),
+    "stage2_16x256x256": (16, 3, 256, 8, True, 0.5, 1.0, 80_000),
+    "stage2_16x512x512": (16, 3, 512, 8, False, 1.0, 1.0, None),
+    "stage2_64x512x512": (64, 2, 512, 4, True, 1.0, 2 / 3, None),
+    "stage2_64x512x512-sp": (64, 2, 512, 1, True, 1.0, 2 / 3, None),
+    "stage2_360x512x512": (360, 1, 512, 1, True, 1.0, 2 / 3, None),
+    "stage3_hq_16x256x256": (16, 3, 256, 8, True, 0.5, 1.0, 24_000),
+    "stage3_hq_16x512x512": (16, 3, 512, 2, False, 1.0, 1.0, 20_000),
+}
+
+
+def load(name: str) -> Config:
+    return load_config(REPO / "configs" / f"{name}.toml", PLAIN if name in SPLIT_OVER_GPUS else [])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_key_is_written(path: Path) -> None:
+    """A recipe that leaves out a key would change when a default does."""
+    written: dict[str, dict[str, Any]] = tomllib.loads(path.read_text(encoding="utf-8"))
+    known = config_dict(Config())
+    assert {s: sorted(keys) for s, keys in written.items()} == {s: sorted(keys) for s, keys in known.items()}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_loads_to_the_written_values(path: Path) -> None:
+    cfg = load_config(path, PLAIN if path.stem in SPLIT_OVER_GPUS else [])
+    written = tomllib.loads(path.read_text(encoding="utf-8"))
+    if path.stem in SPLIT_OVER_GPUS:
+        written["parallel"].update(engine="torch", plugin="ddp", sp_size=1)
+    assert config_dict(cfg) == written
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_equals_the_published_recipe(name: str) -> None:
+    cfg = load(name)
+    frames, interval, size, batch, checkpointing, space, time, steps = PUBLISHED[name]
+    assert (cfg.data.num_frames, cfg.data.frame_interval) == (frames, interval)
+    assert (cfg.data.height, cfg.data.width) == (size, size)
+    assert (cfg.train.batch_size, cfg.train.activation_checkpointing) == (batch, checkpointing)
+    assert (cfg.model.space_scale, cfg.model.time_scale) == (space, time)
+    assert steps is None or cfg.train.steps == steps
+    assert (cfg.train.dtype, cfg.optim.lr, cfg.optim.weight_decay, cfg.optim.clip_norm) == ("bf16", 2e-5, 0.0, 1.0)
+    assert (cfg.optim.warmup_steps, cfg.optim.decay_steps) == (0, 0)  # a constant rate
+    assert cfg.ema.decay == 0.9999
+    assert cfg.diffusion.objective == "iddpm"
+    assert (cfg.sample.sampler, cfg.sample.steps, cfg.sample.guidance) == ("iddpm", 100, 7.0)
+    assert cfg.model.temporal_attention == (frames > 1)
+
+
+def test_images_from_scratch_follow_pixart() -> None:
+    cfg = load("stage1_1x256x256")
+    assert cfg.init.weights == ""
+    assert not cfg.model.temporal_attention
+    assert (cfg.data.num_frames, cfg.data.height, cfg.data.width) == (1, 256, 256)
+    assert (cfg.optim.weight_decay, cfg.optim.eps, cfg.optim.warmup_steps, cfg.optim.clip_norm) == (
+        3e-2,
+        1e-10,
+        1000,
+        0.01,
+    )
+
+
+def test_recipes_of_the_table_are_all_here() -> None:
+    names = {path.stem for path in (REPO / "configs").glob("*.toml")}
+    assert names == set(PUBLISHED) | {"stage1_1x256x256"}
+
+
+@pytest.mark.parametrize("name", SPLIT_OVER_GPUS)
+def test_what_this_release_cannot_run_is_refused_by_name(name: str) -> None:
+    path = REPO / "configs" / f"{name}.toml"
+    assert tomllib.loads(path.read_text())["parallel"]["sp_size"] == SPLIT_OVER_GPUS[name]
+    with pytest.raises(ConfigError, match=r"^parallel\.\w+ = .*this release has only") as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value)

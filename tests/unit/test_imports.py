@@ -1,0 +1,243 @@
+"""Who may import whom, what `--help` may load, and what no tracked file may contain."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+OURS = ("opensora_repro", "stages", "data_tools", "benchmarks", "tests")
+
+# Longest prefix wins. A part may always import itself; `opensora_repro.config` (sections and ConfigError) is open to
+# all but the modules that must be usable without any run configuration.
+CONFIG = "opensora_repro.config"
+LIBRARY = "opensora_repro"
+MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    "opensora_repro.config": ("opensora_repro.models.config",),
+    "opensora_repro.kernels": (),
+    "opensora_repro.models": ("opensora_repro.kernels", CONFIG),
+    "opensora_repro.models.config": (),
+    "opensora_repro.models.layers": ("opensora_repro.models", "opensora_repro.kernels"),
+    "opensora_repro.models.stdit": ("opensora_repro.models", "opensora_repro.kernels"),
+    "opensora_repro.diffusion": (CONFIG,),
+    "opensora_repro.data": (CONFIG,),
+    "opensora_repro.parallel": (CONFIG,),
+    "opensora_repro.training": (
+        CONFIG,
+        "opensora_repro.models",
+        "opensora_repro.kernels",
+        "opensora_repro.diffusion",
+        "opensora_repro.data",
+        "opensora_repro.parallel",
+    ),
+    "opensora_repro.demo": (LIBRARY, "data_tools"),
+    "stages": (LIBRARY,),
+    "stages.demo": (LIBRARY, "stages", "data_tools"),
+    "data_tools": (CONFIG, "opensora_repro.data", "opensora_repro.models"),
+    "benchmarks": (LIBRARY, "data_tools", "stages"),
+}
+
+COMMANDS = [
+    "stages.stage1_image",
+    "stages.stage2_video",
+    "stages.stage3_hq",
+    "stages.sample",
+    "stages.demo",
+    "data_tools.split",
+    "data_tools.caption",
+]
+HEAVY = ("torch", "torchvision", "diffusers", "transformers", "timm", "pandas", "pyarrow", "av", "cv2", "scenedetect")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(REPO).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def python_files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (REPO / folder).rglob("*.py"))
+
+
+def is_module(name: str) -> bool:
+    path = REPO.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and absolute name of everything the file imports, inside functions and `if TYPE_CHECKING` too."""
+    package = module_name(path).split(".")
+    if path.name != "__init__.py":
+        package = package[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                yield node.lineno, full if base.split(".")[0] in OURS and is_module(full) else base
+
+
+def inside(name: str, part: str) -> bool:
+    return name == part or name.startswith(part + ".")
+
+
+def rule_for(name: str) -> tuple[str, tuple[str, ...]]:
+    parts = [part for part in MAY_IMPORT if inside(name, part)]
+    assert parts, f"{name}: a new part of the house; say in MAY_IMPORT what it may import"
+    part = max(parts, key=len)
+    return part, MAY_IMPORT[part]
+
+
+def test_parts_import_only_what_the_design_allows() -> None:
+    wrong = []
+    files = python_files("opensora_repro", "stages", "data_tools", "benchmarks")
+    for path in files:
+        name = module_name(path)
+        if path.name == "__init__.py" and not list(imports(path)):
+            continue
+        part, allowed = rule_for(name)
+        for line, imported in imports(path):
+            if imported.split(".")[0] not in OURS:
+                continue
+            if not any(inside(imported, target) for target in (part, *allowed)):
+                wrong.append(f"{path.relative_to(REPO)}:{line} imports {imported}")
+    assert len(files) > 20
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_walk_sees_a_forbidden_import(tmp_path: Path) -> None:
+    """The rule above is only worth something if a breach of it is seen, wherever it stands in a file."""
+    assert rule_for("opensora_repro.models.stdit") == (
+        "opensora_repro.models.stdit",
+        ("opensora_repro.models", "opensora_repro.kernels"),
+    )
+    path = REPO / "opensora_repro" / "models" / "__init__.py"
+    assert module_name(path) == "opensora_repro.models"
+    tree = tmp_path / "example.py"
+    tree.write_text("def f():\n    from opensora_repro.training import checkpoint\n    import colossalai.booster\n")
+    found = [node for node in ast.walk(ast.parse(tree.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert len(found) == 2
+    assert not inside("opensora_repro.models_extra", "opensora_repro.models")
+    assert not any(inside("opensora_repro.training.checkpoint", t) for t in MAY_IMPORT["opensora_repro.models.stdit"])
+
+
+def test_only_one_module_imports_colossalai() -> None:
+    found = {
+        module_name(path)
+        for path in python_files("opensora_repro", "stages", "data_tools", "benchmarks")
+        for _, imported in imports(path)
+        if inside(imported, "colossalai")
+    }
+    assert found <= {"opensora_repro.parallel.colossal"}
+
+
+def commands() -> list[str]:
+    """Every module that can be started with `python -m`, and those the documentation promises."""
+    found = {
+        module_name(path)
+        for path in python_files("stages", "data_tools", "opensora_repro")
+        if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")
+    }
+    return sorted(found | set(COMMANDS))
+
+
+@pytest.mark.parametrize("command", commands())
+def test_help_loads_nothing_heavy(command: str) -> None:
+    """`--help` answers at once because it loads none of the large libraries."""
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = [{command!r}, '--help']\n"
+        "try:\n"
+        f"    runpy.run_module({command!r}, run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as stop:\n"
+        "    assert not stop.code, stop.code\n"
+        f"print('LOADED', *[name for name in {HEAVY!r} if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    *shown, loaded = done.stdout.splitlines()
+    assert any(line.startswith("usage:") for line in shown), done.stdout
+    assert loaded == "LOADED", f"{command} --help loads {loaded.removeprefix('LOADED ')}"
+
+
+def tracked_files() -> list[Path]:
+    done = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    files = [REPO / name for name in done.stdout.split("\0") if name]
+    return [path for path in files if path.is_file()]
+
+
+def text_of(path: Path) -> str:
+    data = path.read_bytes()
+    return "" if b"\0" in data[:8192] else data.decode("utf-8", errors="replace")
+
+
+def test_no_file_names_one_machine_or_a_package_registry() -> None:
+    machine = re.compile(r"(?<![\w.])/(?:home|root|Users|work|farm|mnt)/\w")
+    registry = re.compile(r"pypi[.]org|pythonhosted[.]org|registry[.]npmjs|deb[.]debian[.]org|download[.]pytorch[.]org")
+    wrong = [
+        f"{path.relative_to(REPO)}:{number}: {line.strip()[:120]}"
+        for path in tracked_files()
+        for number, line in enumerate(text_of(path).splitlines(), 1)
+        if machine.search(line) or registry.search(line)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_tracked_files_stay_small() -> None:
+    large = {str(path.relative_to(REPO)): path.stat().st_size for path in tracked_files()}
+    assert not {name: size for name, size in large.items() if size > 4_000_000}
+    demo = sum(size for name, size in large.items() if name.startswith("checkpoints/demo/"))
+    assert demo < 4_000_000, f"checkpoints/demo holds {demo} bytes; it is to stay under 4 MB"
+
+
+def unsafe_loads(source: str) -> Iterator[int]:
+    """Lines that unpickle: `torch.load` without a literal weights_only=True, pickle's own readers, numpy's opt-in.
+
+    A round trip of an object of our own through memory is no risk.
+    """
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        options = {option.arg: option.value for option in node.keywords}
+        name = f"{ast.unparse(node.func.value)}.{node.func.attr}"
+        safe = options.get("weights_only")
+        if (
+            (name == "torch.load" and not (isinstance(safe, ast.Constant) and safe.value is True))
+            or name in ("pickle.load", "pickle.Unpickler", "joblib.load")
+            or (name == "pickle.loads" and not ast.unparse(node.args[0]).startswith("pickle.dumps("))
+            or "allow_pickle" in options
+        ):
+            yield node.lineno
+
+
+def test_nothing_is_unpickled_unsafely() -> None:
+    example = [
+        "torch.load(p)",
+        "torch.load(p, weights_only=True)",
+        "torch.load(p, weights_only=flag)",
+        "pickle.loads(data)",
+        "pickle.loads(pickle.dumps(own))",
+        "numpy.load(p, allow_pickle=True)",
+    ]
+    assert list(unsafe_loads("\n".join(example))) == [1, 3, 4, 6]
+    wrong = [
+        f"{path.relative_to(REPO)}:{line}"
+        for path in python_files(*OURS)
+        for line in unsafe_loads(path.read_text(encoding="utf-8"))
+    ]
+    assert not wrong, "\n".join(wrong)
