@@ -1,16 +1,17 @@
 """Gaussian diffusion with a learned variance (IDDPM: Nichol & Dhariwal 2021, arXiv:2102.09672).
 
-The published models (DiT, PixArt, Open-Sora 1.0) train over all 1000 steps of a linear schedule, predict the noise and a
-per-channel interpolation of the log variance, and minimise MSE plus the variational bound in bits. Sampling keeps a spaced
+The published models (DiT, PixArt, Open-Sora 1.0) train over all 1000 steps of a linear schedule, predict the noise and
+an interpolation of the log variance, and minimise MSE plus the variational bound in bits. Sampling keeps a spaced
 subset of the steps; the network always sees the original step number.
 
-Index t below is an int64 tensor [B] into the (possibly respaced) steps. Tables are float64 and rounded once, to float32.
+Index t below is an int64 tensor [B] into the (possibly respaced) steps. Tables are float64, rounded once, to float32.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -42,7 +43,7 @@ def linear_betas(num_steps: int = NUM_TRAIN_STEPS) -> np.ndarray:
 def cosine_betas(num_steps: int = NUM_TRAIN_STEPS) -> np.ndarray:
     """The squared-cosine schedule of Nichol & Dhariwal, betas capped at 0.999; float64 [num_steps]."""
     signal = [math.cos((i / num_steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(num_steps + 1)]
-    return np.array([min(1 - after / now, 0.999) for now, after in zip(signal[:-1], signal[1:], strict=True)])
+    return np.array([min(1 - after / now, 0.999) for now, after in pairwise(signal)])
 
 
 def space_timesteps(num_steps: int, sections: Sequence[int]) -> list[int]:
@@ -198,7 +199,7 @@ class GaussianDiffusion:
         """Read a model's output [B, C or 2C, T, H, W] at x_t as the distribution of x_{t-1}."""
         num_channels = x_t.shape[1]
         if self.variance == "learned_range" and output.shape[1] != 2 * num_channels:
-            raise ValueError(f"IDDPM needs {2 * num_channels} output channels, got {output.shape[1]}: set model.pred_sigma")
+            raise ValueError("diffusion.objective = iddpm needs model.pred_sigma = true: a variance for every channel")
         if self.predicts == "x_0":
             x_0 = output[:, :num_channels]
         else:

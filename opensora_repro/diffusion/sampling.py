@@ -40,8 +40,9 @@ def guided_model(
 ) -> ModelFn:
     """Classifier-free guidance (Ho & Salimans 2022) in one forward of [conditional; null].
 
-    The null caption [L, C] is cut by each prompt's own mask [B, L], as in the published model. Of the output's channels the
-    first `num_guided` (None: all) are guided; the others are the conditional half's. A guidance of 1 needs no null half.
+    The null caption [L, C] is cut by each prompt's own mask [B, L], as in the published model. The output's first
+    `num_guided` channels (None: all) are guided; the others are the conditional half's. A guidance of 1 needs no null
+    half.
     """
     if guidance == 1:
         return lambda x, timestep: model(x, timestep, text, mask)

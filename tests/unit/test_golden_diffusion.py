@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from einops import rearrange
-from safetensors.torch import load_file
 from torch import Tensor
 
 from opensora_repro.diffusion.dpm_solver import ContinuousSchedule, dpm_solver_sample
@@ -24,9 +23,7 @@ from opensora_repro.diffusion.gaussian import (
     stride_timesteps,
 )
 from opensora_repro.diffusion.sampling import guided_model, iddpm_sample
-from opensora_repro.models.config import STDiTConfig
-
-Case = tuple[dict, dict[str, Tensor]]
+from tests.golden import Case, build_model, load_case, relative_error
 
 MODES = {
     "mse": {},
@@ -38,17 +35,8 @@ MODES = {
 
 
 @pytest.fixture
-def load_case(golden_dir: Path) -> Callable[[str], Case]:
-    def load(name: str) -> Case:
-        return json.loads((golden_dir / f"{name}.json").read_text()), load_file(golden_dir / f"{name}.safetensors")
-
-    return load
-
-
-def rel(actual: Tensor, expected: Tensor) -> float:
-    """max|a - b| / max|b|, the distance the tolerances are stated in."""
-    assert actual.shape == expected.shape
-    return ((actual.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+def case(golden_dir: Path) -> Callable[[str], Case]:
+    return lambda name: load_case(golden_dir, name)
 
 
 def toy_model(x: Tensor, t: Tensor, y: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -77,8 +65,8 @@ class Spy:
 # Schedules
 
 
-def test_space_timesteps(load_case: Callable[[str], Case]) -> None:
-    rows = load_case("iddpm_schedule")[0]["space_timesteps"]
+def test_space_timesteps(case: Callable[[str], Case]) -> None:
+    rows = case("iddpm_schedule").info["space_timesteps"]
     assert len(rows) >= 11
     for row, expected in rows.items():
         num_steps, sections = row.split("|")
@@ -91,19 +79,19 @@ def test_space_timesteps(load_case: Callable[[str], Case]) -> None:
 
 
 @pytest.mark.parametrize("name", ["full1000", "s100", "s10", "cosine100"])
-def test_schedule_tables(load_case: Callable[[str], Case], name: str) -> None:
-    meta, tensors = load_case("iddpm_schedule")
-    args = meta["schedules"][name]["args"]
+def test_schedule_tables(case: Callable[[str], Case], name: str) -> None:
+    g = case("iddpm_schedule")
+    args = g.info["schedules"][name]["args"]
     diffusion = GaussianDiffusion(
         space_timesteps(1000, [args.get("num_sampling_steps", 1000)]),
         betas=cosine_betas() if args.get("noise_schedule") == "squaredcos_cap_v2" else linear_betas(),
     )
-    assert diffusion.num_steps == meta["schedules"][name]["num_timesteps"]
-    expected = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+    assert diffusion.num_steps == g.info["schedules"][name]["num_timesteps"]
+    expected = g.group(name)
     assert len(expected) == 14
     assert diffusion.timestep_map == expected.pop("timestep_map").tolist()
     for key, value in expected.items():
-        np.testing.assert_allclose(diffusion.tables[key], value.numpy(), rtol=meta["tolerances"]["rel"], err_msg=key)
+        np.testing.assert_allclose(diffusion.tables[key], value.numpy(), rtol=g.info["tolerances"]["rel"], err_msg=key)
 
 
 def test_one_sampling_step_is_finite() -> None:
@@ -121,9 +109,9 @@ def test_too_many_sampling_steps() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_losses_and_gradients(load_case: Callable[[str], Case], mode: str) -> None:
-    meta, g = load_case("iddpm_losses")
-    tol = meta["tolerances"]
+def test_losses_and_gradients(case: Callable[[str], Case], mode: str) -> None:
+    g = case("iddpm_losses")
+    tol = g.info["tolerances"]
     diffusion = GaussianDiffusion(**MODES[mode])
     output = g["model_output"].clone()
     if mode.startswith("fixed"):
@@ -132,21 +120,21 @@ def test_losses_and_gradients(load_case: Callable[[str], Case], mode: str) -> No
     model = Spy(lambda x, t: output)
     losses = diffusion.losses(model, g["x_start"], g["noise"], g["t"].float())
     losses.mean().backward()
-    assert rel(model.x[0], g["x_t_seen_by_model"]) <= tol["rel"]
+    assert relative_error(model.x[0], g["x_t_seen_by_model"]) <= tol["rel"]
     terms = diffusion.loss_terms(output, g["x_start"], model.x[0], g["t"], g["noise"])
     if mode != "kl":
-        assert set(terms) == {key.split(".")[1] for key in g if key in (f"{mode}.mse", f"{mode}.vb")}
+        assert set(terms) == {key.split(".")[1] for key in g.tensors if key in (f"{mode}.mse", f"{mode}.vb")}
         torch.testing.assert_close(terms["mse"], g[f"{mode}.mse"], rtol=tol["rel"], atol=0)
     if "vb" in terms and mode != "kl":
         torch.testing.assert_close(terms["vb"], g[f"{mode}.vb"], rtol=tol["vb_rel"], atol=0)
     loss_tol = tol["rel"] if "vb" not in terms else tol["vb_rel"]
     torch.testing.assert_close(losses, g[f"{mode}.loss"], rtol=loss_tol, atol=0)
     assert output.grad is not None
-    assert rel(output.grad, g[f"{mode}.grad_mean_loss_wrt_model_output"]) <= loss_tol
+    assert relative_error(output.grad, g[f"{mode}.grad_mean_loss_wrt_model_output"]) <= loss_tol
 
 
-def test_bound_does_not_train_the_mean(load_case: Callable[[str], Case]) -> None:
-    _, g = load_case("iddpm_losses")
+def test_bound_does_not_train_the_mean(case: Callable[[str], Case]) -> None:
+    g = case("iddpm_losses")
     output = g["model_output"].clone().requires_grad_()
     GaussianDiffusion().loss_terms(output, g["x_start"], g["x_t"], g["t"], g["noise"])["vb"].sum().backward()
     assert output.grad is not None
@@ -154,40 +142,40 @@ def test_bound_does_not_train_the_mean(load_case: Callable[[str], Case]) -> None
     assert output.grad[:, 4:].abs().max() > 0
 
 
-def test_forward_process_and_likelihoods(load_case: Callable[[str], Case]) -> None:
-    meta, g = load_case("iddpm_losses")
-    tol, diffusion = meta["tolerances"]["rel"], GaussianDiffusion()
+def test_forward_process_and_likelihoods(case: Callable[[str], Case]) -> None:
+    g = case("iddpm_losses")
+    tol, diffusion = g.info["tolerances"]["rel"], GaussianDiffusion()
     x_t = diffusion.q_sample(g["x_start"], g["t"], g["noise"])
-    results = dict(zip(["q_mean", "q_variance", "q_log_variance"], diffusion.q_mean_variance(g["x_start"], g["t"])))
-    results |= dict(
-        zip(["post_mean", "post_variance", "post_logvar"], diffusion.q_posterior(g["x_start"], g["x_t"], g["t"]))
-    )
+    forward = diffusion.q_mean_variance(g["x_start"], g["t"])
+    posterior = diffusion.q_posterior(g["x_start"], x_t, g["t"])
+    results = dict(zip(("q_mean", "q_variance", "q_log_variance"), forward, strict=True))
+    results |= dict(zip(("post_mean", "post_variance", "post_logvar"), posterior, strict=True))
     results["x_t"] = x_t
     results["prior_bpd"] = diffusion.prior_bits(g["x_start"])
     results["normal_kl"] = normal_kl(g["x_start"], 0.1 * g["noise"], g["noise"], 0.2 * g["x_start"])
     scales = torch.full_like(g["noise"], -2)
     results["discretized_ll"] = discretized_log_likelihood(g["x_start"], g["x_start"] + 0.1 * g["noise"], scales)
     for key, value in results.items():
-        assert rel(value.expand_as(g[key]), g[key]) <= tol, key
+        assert relative_error(value.expand_as(g[key]), g[key]) <= tol, key
 
 
 @pytest.mark.parametrize(
     ("prefix", "steps", "index", "clip"),
     [("pmv_clip0", 1000, "t", False), ("pmv_clip1", 1000, "t", True), ("pmv100", 100, "t100", False)],
 )
-def test_reverse_moments(load_case: Callable[[str], Case], prefix: str, steps: int, index: str, clip: bool) -> None:
-    meta, g = load_case("iddpm_losses")
-    tol, t = meta["tolerances"], g[index]
+def test_reverse_moments(case: Callable[[str], Case], prefix: str, steps: int, index: str, clip: bool) -> None:
+    g = case("iddpm_losses")
+    tol, t = g.info["tolerances"], g[index]
     diffusion = GaussianDiffusion.spaced(steps)
     p = diffusion.predict(g["model_output"], g["x_t"], t, clip_denoised=clip)
-    assert rel(p.mean, g[f"{prefix}.mean"]) <= tol["rel"]
-    assert rel(p.log_variance, g[f"{prefix}.log_variance"]) <= tol["rel"]
-    assert rel(p.log_variance.exp(), g[f"{prefix}.variance"]) <= tol["rel"]
-    assert rel(p.x_0, g[f"{prefix}.pred_xstart"]) <= tol["pred_xstart_rel"]
+    assert relative_error(p.mean, g[f"{prefix}.mean"]) <= tol["rel"]
+    assert relative_error(p.log_variance, g[f"{prefix}.log_variance"]) <= tol["rel"]
+    assert relative_error(p.log_variance.exp(), g[f"{prefix}.variance"]) <= tol["rel"]
+    assert relative_error(p.x_0, g[f"{prefix}.pred_xstart"]) <= tol["pred_xstart_rel"]
 
 
-def test_respaced_process_shows_original_steps(load_case: Callable[[str], Case]) -> None:
-    _, g = load_case("iddpm_losses")
+def test_respaced_process_shows_original_steps(case: Callable[[str], Case]) -> None:
+    g = case("iddpm_losses")
     model = Spy(lambda x, t: g["model_output"])
     GaussianDiffusion.spaced(100).p_sample(model, g["x_t"], g["t100"], g["noise"])
     assert model.t[0].tolist() == g["t100_seen_by_model"].tolist()
@@ -197,8 +185,8 @@ def test_respaced_process_shows_original_steps(load_case: Callable[[str], Case])
 
 
 @pytest.mark.parametrize("name", ["p_noclip", "p_clip", "ddim_eta0", "ddim_eta0.5"])
-def test_sampling_loops(load_case: Callable[[str], Case], name: str) -> None:
-    meta, g = load_case("iddpm_loop")
+def test_sampling_loops(case: Callable[[str], Case], name: str) -> None:
+    g = case("iddpm_loop")
     diffusion, model, x = GaussianDiffusion.spaced(10), Spy(toy_model), g["z"]
     for i in range(10):
         t = torch.full((len(x),), 9 - i)
@@ -206,50 +194,49 @@ def test_sampling_loops(load_case: Callable[[str], Case], name: str) -> None:
             x, x_0 = diffusion.p_sample(model, x, t, g["noises"][i], clip_denoised=name == "p_clip")
         else:
             x, x_0 = diffusion.ddim_sample(model, x, t, g["noises"][i], eta=float(name.removeprefix("ddim_eta")))
-        assert rel(x, g[f"{name}.samples"][i]) <= meta["tolerances"]["per_step_rel"], i
+        assert relative_error(x, g[f"{name}.samples"][i]) <= g.info["tolerances"]["per_step_rel"], i
         if name == "p_noclip":
-            assert rel(x_0, g["p_noclip.pred_xstart"][i]) <= meta["tolerances"]["per_step_rel"], i
-    assert rel(x, g[f"{name}.samples"][-1]) <= meta["tolerances"]["final_rel"]
+            assert relative_error(x_0, g["p_noclip.pred_xstart"][i]) <= g.info["tolerances"]["per_step_rel"], i
+    assert relative_error(x, g[f"{name}.samples"][-1]) <= g.info["tolerances"]["final_rel"]
     assert torch.stack(model.t).tolist() == g["t_seen_by_model"].tolist()
 
 
-def test_guidance(load_case: Callable[[str], Case]) -> None:
-    meta, g = load_case("iddpm_cfg")
+def test_guidance(case: Callable[[str], Case]) -> None:
+    g = case("iddpm_cfg")
     n = len(g["x"]) // 2
     cond, null = g["y"].split(n)
-    assert (null == null[0]).all() or n == 2  # one null caption a prompt: the golden's differ, so take them in turn
-    for i in range(n):
+    for i in range(n):  # one at a time: these null captions differ from prompt to prompt, ours is one for all
         model = Spy(toy_model)
         guided = guided_model(
             model,
             rearrange(cond[i : i + 1], "b -> b 1 1"),
             None,
             rearrange(null[i : i + 1], "l -> l 1"),
-            guidance=meta["cfg_scale"],
+            guidance=g.info["cfg_scale"],
             num_guided=3,
         )
         out = guided(g["x"][i : i + 1], g["timestep"][i : i + 1].float())
-        assert rel(out[0], g["out"][i]) <= meta["tolerances"]["rel"]
+        assert relative_error(out[0], g["out"][i]) <= g.info["tolerances"]["rel"]
         assert torch.equal(model.x[0], g["x_seen_by_model"][[i, n + i]])
 
 
-def test_continuous_schedule(load_case: Callable[[str], Case]) -> None:
-    meta, g = load_case("dpm_toy")
+def test_continuous_schedule(case: Callable[[str], Case]) -> None:
+    g = case("dpm_toy")
     schedule = ContinuousSchedule(linear_betas())
     times = g["ns.t"].double().tolist()
     for key, function in [("log_alpha", schedule.log_alpha), ("sigma", schedule.sigma), ("lambda", schedule.log_snr)]:
         values = torch.tensor([function(t) for t in times])
-        assert rel(values, g[f"ns.{key}"]) <= 1e-4, key
+        assert relative_error(values, g[f"ns.{key}"]) <= 1e-4, key
     # The reference's inverse is not needed here (steps are uniform in time); lambda must undo it all the same.
     undone = torch.tensor([schedule.log_snr(t) for t in g["ns.inverse_lambda"].double().tolist()])
-    assert rel(undone, g["ns.lambda"]) <= meta["tolerances"]["out_rel"]
+    assert relative_error(undone, g["ns.lambda"]) <= g.info["tolerances"]["out_rel"]
 
 
 @pytest.mark.parametrize("steps", [20, 8, 5])
-def test_dpm_solver(load_case: Callable[[str], Case], steps: int) -> None:
-    meta, g = load_case("dpm_toy")
-    tol = meta["tolerances"]["out_rel"]
-    cond, null, scale = g["cond"], g["uncond"], meta["cfg_scale"]
+def test_dpm_solver(case: Callable[[str], Case], steps: int) -> None:
+    g = case("dpm_toy")
+    tol = g.info["tolerances"]["out_rel"]
+    cond, null, scale = g["cond"], g["uncond"], g.info["cfg_scale"]
     seen: list[Tensor] = []
     states: list[Tensor] = []
 
@@ -260,98 +247,42 @@ def test_dpm_solver(load_case: Callable[[str], Case], steps: int) -> None:
         return without + scale * (with_text - without)
 
     out = dpm_solver_sample(guided, g["z"], ContinuousSchedule(linear_betas()), steps)
-    assert rel(torch.stack([*states, out]), g[f"s{steps}.inter"]) <= tol
+    assert relative_error(torch.stack([*states, out]), g[f"s{steps}.inter"]) <= tol
     for i, (actual, expected) in enumerate(zip([*states, out], g[f"s{steps}.inter"], strict=True)):
-        assert rel(actual, expected) <= tol, i
-    assert rel(out, g[f"s{steps}.out"]) <= tol
+        assert relative_error(actual, expected) <= tol, i
+    assert relative_error(out, g[f"s{steps}.out"]) <= tol
     torch.testing.assert_close(torch.stack(seen), g[f"s{steps}.timesteps_seen"][:, :2], rtol=1e-6, atol=1e-3)
 
 
 # With the model
 
 
-def build_model(meta: dict, tensors: dict[str, Tensor]) -> torch.nn.Module:
-    from opensora_repro.models.stdit import STDiT
-
-    fields = {key: value for key, value in meta["config"].items() if key != "input_size"}
-    fields["patch_size"] = tuple(fields["patch_size"])
-    model = STDiT(STDiTConfig(**fields))
-    weights = {key.removeprefix("param."): value for key, value in tensors.items() if key.startswith("param.")}
-    rebuilt = {"pos_embed", "pos_embed_temporal"}  # position tables come from the config
-    report = model.load_state_dict({k: v for k, v in weights.items() if k not in rebuilt}, strict=False)
-    assert not report.unexpected_keys
-    assert set(report.missing_keys) <= rebuilt
-    return model.eval()
-
-
-def captions(g: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def captions(g: Case) -> tuple[Tensor, Tensor, Tensor]:
     return rearrange(g["in.y"], "b 1 l c -> b l c"), g["in.mask"].bool(), g["param.y_embedder.y_embedding"]
 
 
 @torch.no_grad()
-def test_iddpm_end_to_end(load_case: Callable[[str], Case]) -> None:
-    meta, g = load_case("e2e_iddpm_stdit")
-    tol = meta["tolerances"]["out_rel"]
+def test_iddpm_end_to_end(case: Callable[[str], Case]) -> None:
+    g = case("e2e_iddpm_stdit")
+    tol = g.info["tolerances"]["out_rel"]
     text, mask, null = captions(g)
-    guided = guided_model(build_model(meta, g), text, mask, null, guidance=meta["cfg_scale"], num_guided=3)
-    diffusion, n = GaussianDiffusion.spaced(meta["num_sampling_steps"]), len(g["in.z"])
+    guided = guided_model(build_model(g), text, mask, null, guidance=g.info["cfg_scale"], num_guided=3)
+    diffusion, n = GaussianDiffusion.spaced(g.info["num_sampling_steps"]), len(g["in.z"])
     for i in range(diffusion.num_steps):  # each step from the reference's own state
         x = g["in.z"] if i == 0 else g["samples"][i - 1, :n]
         t = torch.full((n,), diffusion.num_steps - 1 - i)
         x, _ = diffusion.p_sample(guided, x, t, g["in.noises"][i, :n])
-        assert rel(x, g["samples"][i, :n]) <= tol, i
+        assert relative_error(x, g["samples"][i, :n]) <= tol, i
     noises = iter(g["in.noises"][:, :n])
-    assert rel(iddpm_sample(diffusion, guided, g["in.z"], lambda: next(noises)), g["out"]) <= tol
+    assert relative_error(iddpm_sample(diffusion, guided, g["in.z"], lambda: next(noises)), g["out"]) <= tol
 
 
 @torch.no_grad()
-def test_dpm_end_to_end(load_case: Callable[[str], Case]) -> None:
-    meta, g = load_case("e2e_dpm_stdit")
+def test_dpm_end_to_end(case: Callable[[str], Case]) -> None:
+    g = case("e2e_dpm_stdit")
     text, mask, null = captions(g)
-    model = Spy(build_model(meta, g))
-    guided = guided_model(model, text, mask, null, guidance=meta["cfg_scale"])
-    out = dpm_solver_sample(guided, g["in.z"], ContinuousSchedule(linear_betas()), meta["num_sampling_steps"])
-    assert rel(out, g["out"]) <= meta["tolerances"]["out_rel"]
+    model = Spy(build_model(g))
+    guided = guided_model(model, text, mask, null, guidance=g.info["cfg_scale"])
+    out = dpm_solver_sample(guided, g["in.z"], ContinuousSchedule(linear_betas()), g.info["num_sampling_steps"])
+    assert relative_error(out, g["out"]) <= g.info["tolerances"]["out_rel"]
     torch.testing.assert_close(torch.stack(model.t), g["timesteps_seen"], rtol=1e-6, atol=1e-3)
-
-
-def test_train_step(load_case: Callable[[str], Case]) -> None:
-    meta, g = load_case("train_step_stdit")
-    tol, diffusion = meta["tolerances"], GaussianDiffusion()
-    text, mask, _ = captions(g)
-    drop = g["in.rand"] < meta["config"]["class_dropout_prob"]
-    assert drop.any() and not drop.all()
-    model = build_model(meta, g).train()
-
-    def model_fn(x: Tensor, t: Tensor) -> Tensor:
-        return model(x, t, text, mask, drop_text=drop)
-
-    def losses() -> Tensor:
-        return diffusion.losses(model_fn, g["in.x_start"], g["in.noise"], g["in.t"].float())
-
-    x_t = diffusion.q_sample(g["in.x_start"], g["in.t"], g["in.noise"])
-    terms = diffusion.loss_terms(model_fn(x_t, g["in.t"].float()), g["in.x_start"], x_t, g["in.t"], g["in.noise"])
-    torch.testing.assert_close(terms["mse"], g["mse"], rtol=tol["mse_rel"], atol=0)
-    torch.testing.assert_close(terms["vb"], g["vb"], rtol=tol["vb_rel"], atol=0)
-
-    loss = losses()
-    torch.testing.assert_close(loss, g["loss"], rtol=tol["vb_rel"], atol=0)
-    loss.mean().backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert set(gradients) == set(meta["grad_norm_per_param"])
-    for name, norm in meta["grad_norm_per_param"].items():
-        assert gradients[name].norm().item() == pytest.approx(norm, rel=tol["grad_rel"]), name
-    total = torch.stack([grad.norm() for grad in gradients.values()]).norm()
-    assert rel(total, g["global_grad_norm"]) <= tol["grad_rel"]
-    for key in (key for key in g if key.startswith("grad.")):
-        assert rel(gradients[key.removeprefix("grad.")], g[key]) <= tol["grad_rel"], key
-
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
-    curve = []
-    for _ in range(len(g["loss_curve_adamw_lr1e-3"])):
-        optimizer.zero_grad()
-        loss = losses().mean()
-        loss.backward()
-        optimizer.step()
-        curve.append(loss.detach())
-    torch.testing.assert_close(torch.stack(curve), g["loss_curve_adamw_lr1e-3"], rtol=tol["loss_curve_rel"], atol=0)
