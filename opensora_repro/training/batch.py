@@ -1,0 +1,108 @@
+"""From encoded samples to one micro-batch: every random number comes from the sample's own keyed generators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opensora_repro.data.keyed import keyed_generator
+from opensora_repro.diffusion.flow import count_tokens
+from opensora_repro.diffusion.objective import Objective
+from opensora_repro.models.vae import FrameVAE
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A sample after the frozen models."""
+
+    id: str
+    moments: Tensor  # [2 * Cz, T, h, w] float32: mean and log variance of the latents
+    text: Tensor  # [L, Ct] float32
+    mask: Tensor  # [L] bool
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the model and the loss take."""
+
+    ids: list[str]
+    latents: Tensor  # [B, C, T, h, w]
+    noise: Tensor  # [B, C, T, h, w]
+    timesteps: Tensor  # [B] float32
+    text: Tensor  # [B, L, Ct]
+    mask: Tensor  # [B, L] bool
+    drop_text: Tensor  # [B] bool
+    weight: float  # 1, or 0 for the stand-in of a micro-batch without a readable sample
+    num_tokens: int  # of all samples together
+
+
+class BatchBuilder:
+    """Draws posterior sample, noise, timestep and text dropout, keyed by (seed, epoch, sample id)."""
+
+    def __init__(
+        self,
+        vae: FrameVAE,
+        objective: Objective,
+        *,
+        seed: int,
+        patch_size: Sequence[int],
+        drop_probability: float,
+        latent_shape: Sequence[int],
+        text_shape: Sequence[int],
+        device: torch.device,
+    ) -> None:
+        """`latent_shape` is [C, T, h, w], `text_shape` [L, Ct] of one sample."""
+        self.vae, self.objective, self.seed = vae, objective, seed
+        self.patch_size, self.drop_probability, self.device = patch_size, drop_probability, device
+        self.latent_shape, self.text_shape = latent_shape, text_shape
+
+    def build(self, samples: Sequence[tuple[int, Encoded]]) -> Batch:
+        """A micro-batch of (epoch, sample) pairs; at least one."""
+
+        def generators(stream: str) -> list[torch.Generator]:
+            return [keyed_generator(self.seed, epoch, sample.id, stream) for epoch, sample in samples]
+
+        latents = torch.stack(
+            [
+                self.vae.sample_latents(sample.moments, generator)
+                for (_, sample), generator in zip(samples, generators("posterior"), strict=True)
+            ]
+        )
+        num_tokens = count_tokens(latents.shape[1:], self.patch_size)
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators("noise")])
+        timesteps = self.objective.draw_timesteps(generators("timestep"), num_tokens)
+        chances = torch.cat([torch.rand(1, generator=g) for g in generators("text dropout")])
+        return Batch(
+            ids=[sample.id for _, sample in samples],
+            latents=self._to_device(latents),
+            noise=self._to_device(noise),
+            timesteps=self._to_device(timesteps),
+            text=self._to_device(torch.stack([sample.text for _, sample in samples])),
+            mask=self._to_device(torch.stack([sample.mask for _, sample in samples])),
+            drop_text=self._to_device(chances < self.drop_probability),
+            weight=1.0,
+            num_tokens=num_tokens * len(samples),
+        )
+
+    def stand_in(self) -> Batch:
+        """One sample of zeros and weight 0: a rank without a readable sample still joins the others' exchange."""
+        zeros = torch.zeros(1, *self.latent_shape, device=self.device)
+        return Batch(
+            ids=[],
+            latents=zeros,
+            noise=zeros,
+            timesteps=torch.zeros(1, device=self.device),
+            text=torch.zeros(1, *self.text_shape, device=self.device),
+            mask=torch.ones(1, self.text_shape[0], dtype=torch.bool, device=self.device),
+            drop_text=torch.zeros(1, dtype=torch.bool, device=self.device),
+            weight=0.0,
+            num_tokens=0,
+        )
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        if tensor.device == self.device or self.device.type == "cpu":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)

@@ -1,0 +1,129 @@
+"""The command line that all stages share: `python -m stages.NAME CONFIG.toml [section.key=value ...] [--dry-run]`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from opensora_repro.config import Config, ConfigError, load_config
+from opensora_repro.training.errors import TrainingError
+from opensora_repro.training.stage import Stage
+
+if TYPE_CHECKING:
+    from opensora_repro.training.run import Outcome
+
+USER_MISTAKE, FAILURE = 2, 1
+
+
+def run_stage(stage: Stage, description: str | None, argv: Sequence[str] | None = None) -> int:
+    """Return the exit code: 0 done or saved after SIGTERM, 130 saved after Ctrl-C, 2 a user's mistake, 1 a failure."""
+    arguments = _parse(stage, description, argv)
+    try:
+        cfg = load_config(arguments.config, arguments.overrides)
+        _require(cfg)
+        stage.check(cfg)
+        return _dry_run(cfg, stage) if arguments.dry_run else _train(cfg, stage)
+    except ValueError as error:
+        if not _is_user_mistake(error):
+            raise
+        return _fail(error, USER_MISTAKE)
+    except TrainingError as error:
+        return _fail(error, FAILURE)
+
+
+def _parse(stage: Stage, description: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m stages.{stage.name}",
+        description=description,
+        epilog="The same command again resumes the run in run.dir; init.weights counts at its first start alone.",
+    )
+    parser.add_argument("config", metavar="CONFIG.toml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the config")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and the estimates, then stop")
+    return parser.parse_intermixed_args(argv)
+
+
+def _require(cfg: Config) -> None:
+    if not cfg.run.dir:
+        raise ConfigError("run.dir is not set: name the folder for the run, such as run.dir=runs/NAME")
+    if not cfg.data.manifest:
+        raise ConfigError("data.manifest is not set: name the Parquet or CSV file of the training clips")
+    if cfg.validation.every and not cfg.data.val_manifest:
+        raise ConfigError("validation.every is set, but data.val_manifest is not: name the held-out clips' manifest")
+    if cfg.sample.every and not cfg.sample.prompts:
+        raise ConfigError("sample.every is set, but sample.prompts is empty: give the captions to sample")
+
+
+def _dry_run(cfg: Config, stage: Stage) -> int:
+    from opensora_repro.training.plan import plan
+
+    for line in plan(cfg, stage):
+        print(line)
+    return 0
+
+
+def _train(cfg: Config, stage: Stage) -> int:
+    started = time.monotonic()
+    _limit_threads()
+    from opensora_repro.training.run import train
+
+    outcome = train(cfg, stage, say=lambda line: print(line, flush=True))
+    if int(os.environ.get("RANK", "0")) == 0:
+        _report(cfg, stage, outcome, time.monotonic() - started)
+    return 128 + signal.SIGINT if outcome.signal == signal.SIGINT and not outcome.finished else 0
+
+
+def _report(cfg: Config, stage: Stage, outcome: Outcome, seconds: float) -> None:
+    if not outcome.finished:
+        print(f"{stage.name}: stopped after step {outcome.step} of {cfg.train.steps}; saved: {outcome.checkpoint}")
+        print("the same command resumes it")
+        return
+    print(f"{stage.name}: {outcome.step} steps done, {seconds:.0f} s in this call; weights: {outcome.checkpoint}")
+    prompt = (cfg.sample.prompts or ("your text",))[0]
+    print(f'sample it: python -m stages.sample {cfg.run.dir} --prompt "{prompt}" --out {cfg.run.dir}/out --seed 0')
+
+
+def _limit_threads() -> None:
+    """No more threads than this process may use CPUs: a container's share is often far below the machine's count."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    import torch
+
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), available_cpus())))
+
+
+def available_cpus() -> int:
+    """CPUs by affinity and by the control group's quota."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
+            quota, period = file.read().split()
+        return min(count, max(1, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # no control groups, or "max": no quota
+        return count
+
+
+def _is_user_mistake(error: ValueError) -> bool:
+    from opensora_repro.data.manifest import DataError
+    from opensora_repro.data.video import DecodeError
+
+    if isinstance(error, ConfigError | DataError | DecodeError):
+        return True
+    from opensora_repro.models.errors import ModelNotFound
+    from opensora_repro.models.weights import WeightsError
+    from opensora_repro.parallel.engine import EngineError
+    from opensora_repro.training.checkpoint import CheckpointError
+
+    return isinstance(error, CheckpointError | EngineError | ModelNotFound | WeightsError)
+
+
+def _fail(error: Exception, code: int) -> int:
+    rank = int(os.environ.get("RANK", "0"))
+    where = f" (process {rank})" if rank else ""
+    print(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    return code

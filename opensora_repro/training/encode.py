@@ -1,0 +1,143 @@
+"""The frozen models: a clip's latent moments and its caption's embedding, sample by sample."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from opensora_repro.config import Config
+from opensora_repro.data.cache import LatentCache
+from opensora_repro.data.dataset import BadSample, Clip, ClipDataset, build_loader
+from opensora_repro.data.sampler import SampleBatch
+from opensora_repro.models.text import T5Text, load_text_encoder
+from opensora_repro.models.vae import FrameVAE, load_vae
+from opensora_repro.training.batch import Encoded
+from opensora_repro.training.feed import CacheRows
+
+TEXT_MEMORY = 256 << 20  # bytes of caption embeddings kept, so that a caption met again is not encoded again
+FLUSH_EVERY = 256  # samples between the cache's writes: what a killed fill loses at most
+
+
+class Encoder:
+    """Autoencoder and text encoder. A sample is encoded alone, so that its neighbours never change it."""
+
+    def __init__(self, vae: FrameVAE, text: T5Text, device: torch.device, *, half: bool) -> None:
+        self.vae, self.text, self.device, self.half = vae, text, device, half
+        self._captions: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+        self._caption_bytes = 0
+
+    @torch.no_grad()
+    def encode(self, clip: Clip) -> Encoded:
+        """`clip.video` is float [C, T, H, W] in [-1, 1]; the result lies on the frozen models' device."""
+        moments = self.vae.encode_moments(clip.video.to(self.device, non_blocking=True))
+        text, mask = self.encode_caption(clip.caption)
+        return Encoded(clip.id, moments, text, mask)
+
+    @torch.no_grad()
+    def encode_caption(self, caption: str) -> tuple[Tensor, Tensor]:
+        """Embedding [L, Ct] and mask [L]."""
+        if caption in self._captions:
+            self._captions.move_to_end(caption)
+            return self._captions[caption]
+        embeddings, masks = self.text.encode([caption])
+        found = (embeddings[0], masks[0])
+        self._captions[caption] = found
+        self._caption_bytes += found[0].nbytes
+        while self._caption_bytes > TEXT_MEMORY and len(self._captions) > 1:
+            self._caption_bytes -= self._captions.popitem(last=False)[1][0].nbytes
+        return found
+
+
+def load_encoder(cfg: Config, device: torch.device) -> Encoder:
+    """The config's frozen models; in bfloat16 on a GPU that trains in it, as the published runs did."""
+    half = device.type == "cuda" and cfg.train.dtype == "bf16"
+    dtype = torch.bfloat16 if half else torch.float32
+    vae = load_vae(cfg.vae, device, dtype)
+    text = load_text_encoder(cfg.text, cfg.model.model_max_length, device, dtype)
+    return Encoder(vae, text, device, half=half)
+
+
+def cache_fingerprint(cfg: Config, encoder: Encoder) -> str:
+    """Digest of all that an encoded sample depends on, but for its row and its draw."""
+    keys = ("num_frames", "frame_interval", "height", "width", "flip", "draws")
+    content = {
+        "vae": encoder.vae.fingerprint,
+        "text": encoder.text.fingerprint,
+        "max_length": cfg.model.model_max_length,
+        "half": encoder.half,
+        "data": {key: getattr(cfg.data, key) for key in keys},
+        "seed": cfg.run.seed,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def fill_cache(
+    dataset: ClipDataset,
+    rows: CacheRows,
+    share: tuple[int, int],
+    encoder: Encoder,
+    cache: LatentCache,
+    *,
+    num_workers: int,
+    set_aside: Callable[[BadSample], None],
+    stopped: Callable[[], bool],
+) -> None:
+    """Encode what the cache lacks of every sample's draws; what a killed fill wrote is kept.
+
+    `share` is (rank, world size): each process fills its part. Ends early once `stopped()`.
+    """
+    from tqdm import tqdm
+
+    draws = dataset.cfg.draws
+    missing = set(cache.missing(rows.keys(draws)))
+    pairs = [(draw, i) for i, name in enumerate(rows.names) for draw in range(draws) if (name, draw) in missing]
+    todo = pairs[share[0] :: share[1]]
+    if not todo:
+        return
+    interval = 0.5 if sys.stderr.isatty() else 15.0
+    with tqdm(
+        total=len(todo), desc="encoding", unit="clip", mininterval=interval, dynamic_ncols=True, disable=share[0] > 0
+    ) as bar:
+        for done, (draw, index, sample) in enumerate(_load(dataset, todo, num_workers), start=1):
+            if isinstance(sample, BadSample):
+                set_aside(sample)
+            else:
+                encoded = encoder.encode(sample)
+                entry = {"moments": encoded.moments, "text": encoded.text, "mask": encoded.mask}
+                cache.put((rows.names[index], draw), entry)
+            if done % FLUSH_EVERY == 0:
+                cache.flush()
+            bar.update(1)
+            if stopped():
+                break
+    cache.flush()
+
+
+def load_listed(dataset: ClipDataset, indices: list[int], num_workers: int) -> Iterator[Clip | BadSample]:
+    """The samples of these indexes, in order."""
+    for _, _, sample in _load(dataset, [(0, index) for index in indices], num_workers):
+        yield sample
+
+
+class _Listed:
+    """A sampler of listed (draw, index) pairs, one a batch, for the loader."""
+
+    def __init__(self, pairs: list[tuple[int, int]]) -> None:
+        self._pairs = pairs
+
+    def batch(self, step: int) -> SampleBatch:
+        return SampleBatch([self._pairs[step]])
+
+
+def _load(
+    dataset: ClipDataset, pairs: list[tuple[int, int]], num_workers: int
+) -> Iterator[tuple[int, int, Clip | BadSample]]:
+    loader = build_loader(dataset, _Listed(pairs), 0, len(pairs), num_workers)
+    for (draw, index), (sample,) in zip(pairs, loader, strict=True):
+        yield draw, index, sample

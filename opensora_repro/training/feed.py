@@ -1,0 +1,104 @@
+"""Where a run's samples come from: decoded clips, or the cache of encoded ones."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+from opensora_repro.data.cache import LatentCache
+from opensora_repro.data.dataset import BadSample, Clip, ClipDataset, build_loader
+from opensora_repro.data.sampler import BatchSampler
+from opensora_repro.training.batch import Encoded
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Sample: TypeAlias = "tuple[int, Clip | Encoded | BadSample]"  # with the epoch it is drawn in
+
+HELD_BYTES = 1 << 30  # cached samples kept in memory
+
+
+class Feed(Protocol):
+    def batches(self, first: int, count: int) -> Iterator[list[Sample]]:
+        """Micro-batches first .. first + count - 1 of this rank, in order."""
+        ...
+
+
+class ClipFeed:
+    """Decodes in loader processes while the model computes."""
+
+    def __init__(self, dataset: ClipDataset, sampler: BatchSampler, num_workers: int) -> None:
+        self.dataset, self.sampler, self.num_workers = dataset, sampler, num_workers
+
+    def batches(self, first: int, count: int) -> Iterator[list[Sample]]:
+        loader = build_loader(self.dataset, self.sampler, first, count, self.num_workers)
+        for number, clips in enumerate(loader, start=first):
+            epochs = [epoch for epoch, _ in self.sampler.batch(number)]
+            yield list(zip(epochs, clips, strict=True))
+
+
+class CacheFeed:
+    """Reads what was encoded before; the first `HELD_BYTES` met stay in memory.
+
+    A sample that is not in the cache could not be read when it was filled.
+    """
+
+    def __init__(self, cache: LatentCache, sampler: BatchSampler, rows: CacheRows, draws: int) -> None:
+        self.cache, self.sampler, self.rows, self.draws = cache, sampler, rows, draws
+        self._absent = set(cache.missing(rows.keys(draws)))
+        self._held: dict[tuple[str, int], Encoded] = {}
+        self._held_bytes = 0
+
+    def batches(self, first: int, count: int) -> Iterator[list[Sample]]:
+        for number in range(first, first + count):
+            yield [(epoch, self._get(index, epoch % self.draws)) for epoch, index in self.sampler.batch(number)]
+
+    def _get(self, index: int, draw: int) -> Encoded | BadSample:
+        key = (self.rows.names[index], draw)
+        if key in self._held:
+            return self._held[key]
+        if key in self._absent:
+            reason = "could not be read when the cache was filled"
+            return BadSample(self.rows.ids[index], self.rows.paths[index], reason)
+        encoded = Encoded(self.rows.ids[index], **self.cache.get(key))
+        size = encoded.moments.nbytes + encoded.text.nbytes + encoded.mask.nbytes
+        if self._held_bytes + size <= HELD_BYTES:
+            self._held[key] = encoded
+            self._held_bytes += size
+        return encoded
+
+
+class CacheRows:
+    """A manifest's rows under names that change with what they hold.
+
+    So a clip or caption that was changed is encoded again, and rows that were added leave the others' entries valid.
+    """
+
+    def __init__(self, frame: pd.DataFrame) -> None:
+        self.ids: list[str] = frame["id"].tolist()
+        self.paths: list[str] = frame["path"].tolist()
+        columns = (self.ids, self.paths, frame["caption"].tolist(), frame["num_frames"].tolist())
+        self.names = [_row_name(*row) for row in zip(*columns, strict=True)]
+
+    def keys(self, draws: int) -> Sequence[tuple[str, int]]:
+        return [(name, draw) for name in self.names for draw in range(draws)]
+
+
+def _row_name(sample_id: str, path: str, caption: str, num_frames: int) -> str:
+    try:
+        stat = os.stat(path)
+        file = f"{stat.st_size} {stat.st_mtime_ns}"
+    except OSError:
+        file = "absent"
+    digest = hashlib.blake2b("\0".join((caption, str(num_frames), file)).encode(), digest_size=8).hexdigest()
+    return f"{sample_id}#{digest}"
+
+
+def ids_fingerprint(ids: Sequence[str]) -> str:
+    """Digest of the ids in their order, on which the order of training depends."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name in ids:
+        digest.update(f"{len(name)}:{name}".encode())
+    return f"{len(ids)} samples, ids {digest.hexdigest()}"

@@ -1,0 +1,86 @@
+"""Pictures and videos of fixed prompts during training: RUN/samples/step-00000100/."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+
+from opensora_repro.config import Config
+from opensora_repro.data.write import write_png, write_video
+from opensora_repro.models.stdit import STDiT
+from opensora_repro.training.encode import Encoder
+from opensora_repro.training.generate import generate
+
+STRIP_FRAMES = 8  # frames of a video shown side by side in the grid
+GAP = 2  # pixels between pictures
+
+
+def write_samples(cfg: Config, model: STDiT, encoder: Encoder, step: int) -> tuple[Path, np.ndarray]:
+    """Sample `sample.prompts` with the model as it is; return the folder and the grid, uint8 [H, W, 3].
+
+    Files: 0000.mp4 (0000.png for one frame), ... in the prompts' order, and grid.png. The folder appears whole.
+    """
+    final = Path(cfg.run.dir) / "samples" / f"step-{step:08d}"
+    beside = final.with_name(f".{final.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    videos = _generate(cfg, model, encoder)
+    for index, video in enumerate(videos):
+        if len(video) == 1:
+            write_png(beside / f"{index:04d}.png", video[0])
+        else:
+            write_video(beside / f"{index:04d}.mp4", video, cfg.sample.fps)
+    grid = tile(videos)
+    write_png(beside / "grid.png", grid)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(beside, final)
+    return final, grid
+
+
+def _generate(cfg: Config, model: STDiT, encoder: Encoder) -> list[np.ndarray]:
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(encoder.device.type, torch.bfloat16, enabled=cfg.train.dtype == "bf16"):
+            found = generate(
+                model,
+                encoder.vae,
+                encoder.text,
+                cfg,
+                cfg.sample.prompts,
+                seed=cfg.run.seed,
+                num_frames=cfg.data.num_frames,
+                height=cfg.data.height,
+                width=cfg.data.width,
+                steps=cfg.sample.steps,
+                guidance=cfg.sample.guidance,
+                sampler=cfg.sample.sampler,
+                batch_size=cfg.train.batch_size,
+                progress=None,
+            )
+            return [video for _, video in sorted(found, key=lambda pair: pair[0])]
+    finally:
+        model.train(training)
+
+
+def tile(videos: Sequence[np.ndarray]) -> np.ndarray:
+    """Videos uint8 [T, H, W, 3] of one size -> one picture: a row a video, or near-square rows of single frames."""
+    frames = len(videos[0])
+    if frames > 1:
+        shown = np.linspace(0, frames - 1, min(frames, STRIP_FRAMES)).round().astype(int)
+        cells = np.stack([video[shown] for video in videos])  # [rows, columns, H, W, 3]
+    else:
+        columns = math.ceil(math.sqrt(len(videos)))
+        blank = np.zeros_like(videos[0])
+        padded = [*videos, *[blank] * (-len(videos) % columns)]
+        cells = rearrange(np.concatenate(padded), "(r c) h w k -> r c h w k", c=columns)
+    cells = np.pad(cells, ((0, 0), (0, 0), (0, GAP), (0, GAP), (0, 0)))
+    picture: np.ndarray = rearrange(cells, "r c h w k -> (r h) (c w) k")
+    return picture

@@ -1,0 +1,142 @@
+"""How a run begins: resume its own newest checkpoint, or start, from given weights or from noise.
+
+The two cannot be confused: a run folder with checkpoints is always resumed, and only with the settings it began with;
+`init.weights` counts at the very first step alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opensora_repro.config import Config, ConfigError, config_dict, load_config
+from opensora_repro.models.stdit import STDiT
+from opensora_repro.models.weights import LoadReport, load_model_weights
+from opensora_repro.training.checkpoint import CONFIG_FILE, TrainState, newest_checkpoint
+
+# What may change between a run's start and its continuation, because it changes no step already made and no later one
+# by more than rounding. Samples a step are compared as a whole, so that they can be shared out anew.
+FREE_SECTIONS = ("checkpoint", "validation", "sample", "parallel")
+FREE_KEYS = (
+    "run.dir",
+    "data.val_manifest",
+    "data.num_workers",
+    "data.cache",
+    "data.max_bad_fraction",
+    "vae.micro_batch_size",
+    "train.steps",
+    "train.batch_size",
+    "train.accumulation",
+    "train.activation_checkpointing",
+    "train.max_bad_steps",
+)
+
+
+@dataclass(frozen=True)
+class Start:
+    """The newest whole checkpoint of the run's folder and its state; None and a fresh state at a run's first start."""
+
+    checkpoint: Path | None
+    state: TrainState
+
+    @property
+    def resumes(self) -> bool:
+        return self.checkpoint is not None
+
+
+def global_batch_size(cfg: Config, world_size: int) -> int:
+    """Samples a step over all processes and micro-batches."""
+    return cfg.train.batch_size * cfg.train.accumulation * world_size
+
+
+def find_start(cfg: Config, world_size: int, report: Callable[[str], None] = print) -> Start:
+    """Look into `run.dir`. Raises ConfigError when it holds a run with other settings, CheckpointError when damaged."""
+    run_dir = Path(cfg.run.dir)
+    samples = global_batch_size(cfg, world_size)
+    found = newest_checkpoint(run_dir, report)
+    if found is None:
+        return Start(None, TrainState(global_batch_size=samples))
+    checkpoint, state = found
+    changes = changed_settings(load_config(checkpoint / CONFIG_FILE), cfg)
+    if state.global_batch_size != samples:
+        parts = f"{cfg.train.batch_size} x {cfg.train.accumulation} x {world_size} processes"
+        changes.append(
+            f"samples a step (train.batch_size x train.accumulation x processes) = {state.global_batch_size} there, "
+            f"{samples} here ({parts})"
+        )
+    if changes:
+        shown = "; ".join(changes[:6]) + (f"; and {len(changes) - 6} more" if len(changes) > 6 else "")
+        raise ConfigError(
+            f"{run_dir} holds a run with other settings: {shown}. Restore them to resume it, or set another run.dir "
+            f"for a new run (with init.weights={run_dir} it starts from this run's weights)"
+        )
+    return Start(checkpoint, state)
+
+
+def changed_settings(recorded: Config, wanted: Config) -> list[str]:
+    """`section.key = OLD there, NEW here` for every setting that changes the run."""
+    old, new = config_dict(recorded), config_dict(wanted)
+    return [
+        f"{section}.{key} = {_shown(old[section][key])} there, {_shown(new[section][key])} here"
+        for section in new
+        if section not in FREE_SECTIONS
+        for key in new[section]
+        if f"{section}.{key}" not in FREE_KEYS and old[section][key] != new[section][key]
+    ]
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if value != "" else "none"
+
+
+def build_model(cfg: Config, device: torch.device, *, load_init: bool) -> tuple[STDiT, LoadReport | None]:
+    """The model in float32, its initial weights from `run.seed` or, with `load_init`, from `init.weights`.
+
+    Raises WeightsError where the weights are absent or made for another model.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.run.seed)
+        model = STDiT(cfg.model)
+    report = None
+    if load_init and cfg.init.weights:
+        report = load_model_weights(model, cfg.init.weights)
+    model.gradient_checkpointing = cfg.train.activation_checkpointing
+    return model.to(device).train(), report
+
+
+@contextlib.contextmanager
+def claimed_run_folder(run_dir: Path) -> Iterator[None]:
+    """Create the folder and hold it for the block; an empty one is removed again. Raises ConfigError if held already."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        handle = os.open(run_dir, os.O_RDONLY)
+    except OSError as error:
+        raise ConfigError(f"run.dir = {run_dir}: cannot be used ({error.strerror})") from None
+    try:
+        # The kernel drops the lock with the process, however it dies.
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ConfigError(f"run.dir = {run_dir}: another process is training there; wait for it or stop it") from None
+    except OSError:
+        pass  # a network file system without locks
+    try:
+        yield
+    finally:
+        os.close(handle)
+        with contextlib.suppress(OSError):
+            run_dir.rmdir()
+
+
+def write_config(run_dir: Path, config_toml: str) -> None:
+    """RUN/config.toml, whole or not at all."""
+    beside = run_dir / f".{CONFIG_FILE}.tmp"
+    beside.write_text(config_toml, encoding="utf-8")
+    os.replace(beside, run_dir / CONFIG_FILE)

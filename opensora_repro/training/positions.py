@@ -1,0 +1,50 @@
+"""Where a size's tokens lie in the position tables: what "rescaled positions" means from one stage to the next."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from opensora_repro.config import Config, load_config
+
+CONFIG_FILE = "config.toml"
+
+
+def axes(cfg: Config, stride: int) -> dict[str, tuple[int, float]]:
+    """Tokens along each axis and the distance of their positions; `stride` is the autoencoder's, in pixels."""
+    frames, rows, columns = cfg.model.patch_size
+    return {
+        "frames": (math.ceil(cfg.data.num_frames / frames), 1 / cfg.model.time_scale),
+        "rows": (math.ceil(cfg.data.height / stride / rows), 1 / cfg.model.space_scale),
+        "columns": (math.ceil(cfg.data.width / stride / columns), 1 / cfg.model.space_scale),
+    }
+
+
+def describe_rescaling(cfg: Config, source: Config | None, stride: int) -> list[str]:
+    """Lines that tell the positions now and in the run that the weights come from, and warn of unknown ones."""
+    now = axes(cfg, stride)
+    if source is None:
+        return ["positions: " + "; ".join(f"{axis} {_shown(*now[axis])}" for axis in now)]
+    before = axes(source, stride)
+    lines = ["positions: " + "; ".join(f"{axis} {_shown(*before[axis])} -> {_shown(*now[axis])}" for axis in now)]
+    for axis, (count, distance) in now.items():
+        old_count, old_distance = before[axis]
+        known, reached = (old_count - 1) * old_distance, (count - 1) * distance
+        if reached > known + max(old_distance, distance):
+            scale = "time_scale" if axis == "frames" else "space_scale"
+            lines.append(
+                f"note: positions of {axis} reach {reached:g}, the weights know them up to {known:g}; "
+                f"model.{scale} = {count / (old_count * old_distance):g} would keep them there"
+            )
+    return lines
+
+
+def _shown(count: int, distance: float) -> str:
+    return f"0..{(count - 1) * distance:g} by {distance:g} ({count})"
+
+
+def source_config(weights: str) -> Config | None:
+    """The config of the run that `init.weights` (a run, a checkpoint or its file) belongs to; None where there is none."""
+    path = Path(weights)
+    folder = path if path.is_dir() else path.parent
+    return load_config(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else None

@@ -1,0 +1,222 @@
+"""From a config to a trained run: check, build, fill the cache, train."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from opensora_repro.config import Config, ConfigError, dump_toml
+from opensora_repro.data.cache import LatentCache
+from opensora_repro.data.dataset import BadSample, ClipDataset
+from opensora_repro.data.manifest import read_manifest
+from opensora_repro.data.sampler import BatchSampler
+from opensora_repro.diffusion.objective import build_objective
+from opensora_repro.parallel.engine import Engine, TorchEngine
+from opensora_repro.training.batch import BatchBuilder
+from opensora_repro.training.checkpoint import clean_leftovers, list_checkpoints, load_checkpoint
+from opensora_repro.training.ema import Ema, horizon_warning
+from opensora_repro.training.encode import Encoder, cache_fingerprint, fill_cache, load_encoder
+from opensora_repro.training.feed import CacheFeed, CacheRows, ClipFeed, Feed, ids_fingerprint
+from opensora_repro.training.init import Start, build_model, claimed_run_folder, find_start, write_config
+from opensora_repro.training.loop import Trainer
+from opensora_repro.training.metrics import RunLog
+from opensora_repro.training.optim import build_optimizer
+from opensora_repro.training.quarantine import Quarantine
+from opensora_repro.training.signals import StopSignals
+from opensora_repro.training.stage import Stage
+from opensora_repro.training.validate import Validator
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call ended: the step reached, whether that is `train.steps`, and the signal that stopped it, if one did."""
+
+    step: int
+    finished: bool
+    checkpoint: Path | None
+    signal: int | None = None
+
+
+def train(cfg: Config, stage: Stage, say: Say = print) -> Outcome:
+    """Start or resume the run in `run.dir`. Raises ValueError of one line for a user's mistake, TrainingError."""
+    engine = TorchEngine()
+    say = say if engine.is_main else _silent
+    try:
+        start = engine.on_main(lambda: find_start(cfg, engine.world_size, say))
+        frame = read_manifest(cfg.data.manifest)
+        _check_data(cfg, start, frame)
+        if start.state.step >= cfg.train.steps:
+            return Outcome(start.state.step, True, start.checkpoint)
+        return _Run(cfg, stage, engine, start, frame, say).train()
+    finally:
+        engine.close()
+
+
+def _silent(line: str) -> None:
+    pass
+
+
+def _check_data(cfg: Config, start: Start, frame: pd.DataFrame) -> None:
+    """The sampler's order follows from the ids: a manifest that has changed is another run."""
+    found = ids_fingerprint(frame["id"].tolist())
+    if start.state.data_fingerprint not in ("", found):
+        raise ConfigError(
+            f"data.manifest = {cfg.data.manifest} has changed since {cfg.run.dir} began "
+            f"({start.state.data_fingerprint} then, {found} now): restore it to resume, "
+            f"or set another run.dir and init.weights={cfg.run.dir}"
+        )
+    start.state.data_fingerprint = found
+
+
+class _Run:
+    """One process's part of a run, in the order in which mistakes are cheapest to find."""
+
+    def __init__(
+        self, cfg: Config, stage: Stage, engine: Engine, start: Start, frame: pd.DataFrame, say: Say
+    ) -> None:
+        self.cfg, self.stage, self.engine, self.start, self.say = cfg, stage, engine, start, say
+        self.run_dir = Path(cfg.run.dir)
+        self.dataset = ClipDataset(frame, cfg.data, cfg.run.seed)
+        self.rows = CacheRows(frame) if cfg.data.cache else None
+        validates = bool(cfg.data.val_manifest) and cfg.validation.every > 0
+        self.held_out = (
+            ClipDataset(cfg.data.val_manifest, cfg.data, cfg.run.seed, augment=False) if validates else None
+        )
+        self.model, self.report = build_model(cfg, engine.device, load_init=not start.resumes)
+        self.encoder = load_encoder(cfg, engine.device)
+        _check_sizes(cfg, self.encoder)
+        self.objective = build_objective(cfg.diffusion)
+
+    def train(self) -> Outcome:
+        self._announce()
+        with contextlib.ExitStack() as held, StopSignals() as stop:
+            self.engine.on_main(lambda: held.enter_context(claimed_run_folder(self.run_dir)))
+            trainer = self._build_trainer(stop)
+            held.callback(trainer.close)
+            if not self._agree(stop.requested()):
+                self.engine.on_main(self._write_config)
+                trainer.run(self.stage.name)
+            return self._outcome(trainer.state.step, stop)
+
+    def _announce(self) -> None:
+        cfg, start = self.cfg, self.start
+        if start.resumes:
+            self.say(f"{self.stage.name}: resuming {cfg.run.dir} after step {start.state.step} of {cfg.train.steps}")
+        else:
+            weights = str(self.report) if self.report else "weights drawn at random"
+            self.say(f"{self.stage.name}: starting {cfg.run.dir}; {weights}")
+            stride = self.encoder.vae.spatial_stride
+            for line in self.stage.check_start(self.model, cfg, self.report, stride):
+                self.say(line)
+        warning = horizon_warning(cfg.ema.decay, cfg.train.steps)
+        if warning:
+            self.say(f"warning: {warning}")
+
+    def _write_config(self) -> None:
+        clean_leftovers(self.run_dir)
+        write_config(self.run_dir, dump_toml(self.cfg))
+
+    def _build_trainer(self, stop: StopSignals) -> Trainer:
+        cfg, engine, state = self.cfg, self.engine, self.start.state
+        quarantine = Quarantine(
+            self.run_dir,
+            num_samples=len(self.dataset),
+            max_fraction=cfg.data.max_bad_fraction,
+            writes=engine.is_main,
+        )
+        optimizer = build_optimizer(self.model, cfg.optim)
+        ema = Ema(self.model, cfg.ema.decay)
+        if self.start.checkpoint is not None:
+            load_checkpoint(self.start.checkpoint, state, self.model, ema, optimizer)
+        feed = self._build_feed(quarantine, stop)
+        validator = Validator(cfg, self.held_out, self.encoder, self.objective, engine) if self.held_out else None
+        return Trainer(
+            cfg=cfg,
+            engine=engine,
+            model=self.model,
+            objective=self.objective,
+            encoder=self.encoder,
+            builder=self._build_batch_builder(),
+            optimizer=optimizer,
+            ema=ema,
+            feed=feed,
+            state=state,
+            log=RunLog(self.run_dir, resumed_step=state.step, enabled=engine.is_main),
+            quarantine=quarantine,
+            validator=validator,
+            stop=stop,
+        )
+
+    def _build_batch_builder(self) -> BatchBuilder:
+        cfg, vae = self.cfg, self.encoder.vae
+        height, width = cfg.data.height // vae.spatial_stride, cfg.data.width // vae.spatial_stride
+        return BatchBuilder(
+            vae,
+            self.objective,
+            seed=cfg.run.seed,
+            patch_size=cfg.model.patch_size,
+            drop_probability=cfg.model.class_dropout_prob,
+            latent_shape=(vae.latent_channels, cfg.data.num_frames, height, width),
+            text_shape=(cfg.model.model_max_length, cfg.model.caption_channels),
+            device=self.engine.device,
+        )
+
+    def _build_feed(self, quarantine: Quarantine, stop: StopSignals) -> Feed:
+        cfg, engine = self.cfg, self.engine
+        sampler = BatchSampler(
+            len(self.dataset), cfg.train.batch_size, cfg.run.seed, rank=engine.rank, world_size=engine.world_size
+        )
+        if self.rows is None:
+            return ClipFeed(self.dataset, sampler, cfg.data.num_workers)
+        cache = LatentCache(cfg.data.cache, cache_fingerprint(cfg, self.encoder))
+        bad: list[BadSample] = []
+
+        def set_aside(sample: BadSample) -> None:
+            bad.append(sample)
+            quarantine.add(sample)
+
+        fill_cache(
+            self.dataset,
+            self.rows,
+            (engine.rank, engine.world_size),
+            self.encoder,
+            cache,
+            num_workers=cfg.data.num_workers,
+            set_aside=set_aside,
+            stopped=stop.requested,
+        )
+        everywhere = engine.gather(bad)  # also waits until every process has filled its share
+        for sample in (sample for samples in everywhere for sample in samples):
+            quarantine.add(sample)
+        return CacheFeed(cache, sampler, self.rows, cfg.data.draws)
+
+    def _agree(self, wish: bool) -> bool:
+        return any(self.engine.gather(wish))
+
+    def _outcome(self, step: int, stop: StopSignals) -> Outcome:
+        newest = self.engine.on_main(lambda: list_checkpoints(self.run_dir)[-1:])
+        return Outcome(step, step >= self.cfg.train.steps, newest[0] if newest else None, stop.received)
+
+
+def _check_sizes(cfg: Config, encoder: Encoder) -> None:
+    """The frozen models must fit the config. Raises ConfigError."""
+    stride, channels = encoder.vae.spatial_stride, encoder.vae.latent_channels
+    for key in ("height", "width"):
+        if getattr(cfg.data, key) % stride:
+            found = getattr(cfg.data, key)
+            raise ConfigError(f"data.{key} = {found}: expected a multiple of {stride}, the autoencoder's stride")
+    if cfg.model.in_channels != channels:
+        raise ConfigError(f"model.in_channels = {cfg.model.in_channels}: the autoencoder {cfg.vae.path} has {channels}")
+    if cfg.model.caption_channels != encoder.text.channels:
+        raise ConfigError(
+            f"model.caption_channels = {cfg.model.caption_channels}: the text encoder {cfg.text.path} has "
+            f"{encoder.text.channels}"
+        )

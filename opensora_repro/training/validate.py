@@ -1,0 +1,59 @@
+"""Validation loss: held-out samples, fixed timesteps, noise keyed by the sample, so that only the weights change it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from opensora_repro.config import Config
+from opensora_repro.data.dataset import BadSample, ClipDataset
+from opensora_repro.data.keyed import keyed_generator, keyed_seed
+from opensora_repro.data.manifest import DataError
+from opensora_repro.diffusion.objective import Objective
+from opensora_repro.parallel.engine import Engine
+from opensora_repro.training.batch import Encoded
+from opensora_repro.training.encode import Encoder, load_listed
+from opensora_repro.training.forward import ModelRunner
+
+
+def chosen_samples(ids: Sequence[str], max_samples: int) -> list[int]:
+    """Indexes of at most `max_samples`, the same in every run: a keyed choice, so that order in the file is no bias."""
+    order = sorted(range(len(ids)), key=lambda index: keyed_seed(0, "validation", ids[index]))
+    return sorted(order[:max_samples])
+
+
+class Validator:
+    """Keeps this rank's share of the held-out samples, encoded once, in memory."""
+
+    def __init__(self, cfg: Config, dataset: ClipDataset, encoder: Encoder, objective: Objective, engine: Engine):
+        """Raises DataError for a held-out sample that cannot be read."""
+        self.cfg, self.encoder, self.objective, self.engine = cfg, encoder, objective, engine
+        self.timesteps = objective.fixed_timesteps(cfg.validation.timesteps)
+        chosen = chosen_samples(dataset.ids, cfg.validation.max_samples)
+        self.num_samples = len(chosen)
+        own = chosen[engine.rank :: engine.world_size]
+        self.samples: list[Encoded] = []
+        for sample in load_listed(dataset, own, cfg.data.num_workers):
+            if isinstance(sample, BadSample):
+                raise DataError(f"held-out sample {sample.id!r} ({sample.path}) cannot be read: {sample.reason}")
+            self.samples.append(encoder.encode(sample))
+
+    @torch.no_grad()
+    def losses(self, model: ModelRunner) -> list[float]:
+        """Mean loss at each fixed timestep over all held-out samples of all ranks."""
+        sums = torch.zeros(len(self.timesteps), dtype=torch.float64, device=self.engine.device)
+        size = self.cfg.train.batch_size
+        for first in range(0, len(self.samples), size):
+            samples = self.samples[first : first + size]
+            latents = torch.stack([self.encoder.vae.sample_latents(sample.moments, None) for sample in samples])
+            latents = latents.to(self.engine.device)
+            generators = [keyed_generator(0, 0, sample.id, "validation noise") for sample in samples]
+            noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators]).to(latents)
+            text = torch.stack([sample.text for sample in samples]).to(latents)
+            mask = torch.stack([sample.mask for sample in samples]).to(latents.device)
+            for index, timestep in enumerate(self.timesteps):
+                timesteps = torch.full((len(samples),), timestep, device=latents.device)
+                losses = self.objective.losses(model.conditioned(text, mask), latents, noise, timesteps)
+                sums[index] += losses.double().sum()
+        return (self.engine.sum(sums) / self.num_samples).tolist()

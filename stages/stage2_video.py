@@ -1,0 +1,44 @@
+"""Stage 2: temporal attention is inserted into an image model at zero, and learns motion from captioned clips."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from opensora_repro.config import Config, ConfigError
+from opensora_repro.training.cli import run_stage
+from opensora_repro.training.stage import Stage
+
+if TYPE_CHECKING:
+    from opensora_repro.models.stdit import STDiT
+    from opensora_repro.models.weights import LoadReport
+
+
+def check(cfg: Config) -> None:
+    if not cfg.model.temporal_attention:
+        raise ConfigError("model.temporal_attention = false: stage 2 trains video, set it to true")
+
+
+def check_start(model: STDiT, cfg: Config, report: LoadReport | None, stride: int) -> Sequence[str]:
+    """A video model made from an image model must still be that image model on every frame."""
+    if report is None or not report.inserted:
+        return ()
+    from opensora_repro.training.insertion import assert_equals_image_model
+
+    difference = assert_equals_image_model(model)
+    lines = [f"temporal attention inserted: on every frame the video model is the image model (to {difference:.1e})"]
+    if cfg.data.height != cfg.data.width:
+        lines.append("note: PixArt stretches positions of frames that are not square, STDiT does not")
+    return lines
+
+
+STAGE = Stage("stage2_video", "video training", check, check_start)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_stage(STAGE, __doc__, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
