@@ -1,0 +1,134 @@
+"""Prompts to pixels: encode the text, sample latents, decode the frames."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from opensora_repro.config import Config, ConfigError
+from opensora_repro.data.keyed import keyed_generator
+from opensora_repro.diffusion.flow import count_tokens
+from opensora_repro.diffusion.sampling import sample_latents
+
+if TYPE_CHECKING:
+    from opensora_repro.models.stdit import STDiT
+    from opensora_repro.models.text import T5Text
+    from opensora_repro.models.vae import FrameVAE
+
+Progress = Callable[[int, int], None]  # (denoising steps done, in all), over all batches
+
+
+def check_fit(cfg: Config, vae: FrameVAE, text: T5Text, *, num_frames: int, height: int, width: int) -> None:
+    """Raise ConfigError unless the frozen models fit the model and the size fits the autoencoder."""
+    stride = vae.spatial_stride
+    if min(num_frames, height, width) < 1:
+        raise ConfigError(f"frames, height and width must be positive, got {num_frames}, {height} and {width}")
+    if height % stride or width % stride:
+        raise ConfigError(f"height {height} and width {width} must be multiples of {stride}, the autoencoder's stride")
+    if cfg.model.in_channels != vae.latent_channels:
+        raise ConfigError(
+            f"model.in_channels = {cfg.model.in_channels}: the autoencoder {cfg.vae.path} has {vae.latent_channels}"
+        )
+    if cfg.model.caption_channels != text.channels:
+        raise ConfigError(
+            f"model.caption_channels = {cfg.model.caption_channels}: "
+            f"the text encoder {cfg.text.path} has {text.channels}"
+        )
+
+
+def generate(
+    model: STDiT,
+    vae: FrameVAE,
+    text: T5Text,
+    cfg: Config,
+    prompts: Sequence[str],
+    *,
+    seed: int,
+    num_frames: int,
+    height: int,
+    width: int,
+    steps: int,
+    guidance: float,
+    sampler: str,
+    batch_size: int,
+    progress: Progress | None = None,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (index, video) for every prompt in turn; video is uint8 [num_frames, height, width, 3].
+
+    Sample i's noise is keyed by (seed, i) alone, so neither the batch size nor the other prompts change it. The model
+    runs in evaluation mode, under the caller's autocast. Raises ConfigError for models or a size that do not fit.
+    """
+    check_fit(cfg, vae, text, num_frames=num_frames, height=height, width=width)
+    shape = (vae.latent_channels, num_frames, height // vae.spatial_stride, width // vae.spatial_stride)
+    batches = [range(i, min(i + batch_size, len(prompts))) for i in range(0, len(prompts), batch_size)]
+    for done, indices in enumerate(batches):
+        embedded, mask = text.encode([prompts[i] for i in indices])
+        device = next(model.parameters()).device
+        with evaluating(model):
+            latents = sample_latents(
+                model,
+                cfg.diffusion,
+                shape=shape,
+                text=embedded.to(device),
+                mask=mask.to(device),
+                null_text=model.null_text(),
+                steps=steps,
+                guidance=guidance,
+                sampler=sampler,
+                generators=[keyed_generator(seed, 0, str(i), "sample") for i in indices],
+                num_tokens=count_tokens(shape, cfg.model.patch_size),
+                progress=_counted(progress, done, len(batches)),
+            )
+        for i, latent in zip(indices, latents, strict=True):
+            yield i, decode(vae, latent)
+
+
+@contextmanager
+def evaluating(model: STDiT) -> Iterator[None]:
+    """Evaluation mode for the block."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _counted(progress: Progress | None, batches_done: int, num_batches: int) -> Progress | None:
+    """A batch's steps as a part of all batches'."""
+    if progress is None:
+        return None
+    return lambda done, total: progress(batches_done * total + done, num_batches * total)
+
+
+@torch.no_grad()
+def decode(vae: FrameVAE, latent: Tensor) -> np.ndarray:
+    """One sample alone, so that its neighbours never change it: latents [C, T, h, w] -> uint8 [T, H, W, 3]."""
+    video = vae.decode(rearrange(latent, "c t h w -> 1 c t h w"))[0]  # [3, T, H, W] in [-1, 1]
+    pixels = ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    frames: np.ndarray = rearrange(pixels, "c t h w -> t h w c").cpu().numpy()
+    return frames
+
+
+class ProgressBar:
+    """Shows `generate`'s progress on stderr once the work has taken two seconds."""
+
+    def __init__(self, label: str) -> None:
+        from tqdm import tqdm
+
+        interval = 0.5 if sys.stderr.isatty() else 15.0  # a log file wants few lines
+        self._bar = tqdm(desc=label, unit="step", delay=2, mininterval=interval)
+
+    def __call__(self, done: int, total: int) -> None:
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        self._bar.close()

@@ -1,0 +1,285 @@
+"""Sample videos (mp4) or, with one frame, images (png) from a trained run.
+
+Weights, autoencoder, text encoder and every default come from the checkpoint; `OUT/0000.mp4` is the first prompt's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opensora_repro.config import Config, ConfigError, load_config
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from opensora_repro.models.stdit import STDiT
+
+USER_MISTAKE = 2
+INTERRUPTED = 130
+NUM_TRAIN_STEPS = 1000  # IDDPM samplers keep some of these
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m stages.sample", description=__doc__)
+    add = parser.add_argument
+    add(
+        "source", metavar="RUN_OR_CHECKPOINT", type=Path, help="folder of a run (its newest checkpoint) or a checkpoint"
+    )
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
+    lines = "one prompt a line (UTF-8); blank lines and lines that start with # are passed over"
+    prompts.add_argument("--prompts", type=Path, metavar="FILE", help=lines)
+    add("--out", type=Path, required=True, metavar="DIR", help="where the files go")
+    add("--seed", type=int, default=0, metavar="N", help="sample i's noise depends on (seed, i) alone (%(default)s)")
+    add("--batch-size", type=int, default=8, metavar="N", help="prompts at once; changes no result (%(default)s)")
+    add("--device", help="such as cuda, cuda:1 or cpu (a GPU where there is one)")
+    add("--gif", action="store_true", help="also write 0000.gif, ...")
+    add("--no-ema", action="store_true", help="use the trained weights, not their moving average")
+    add("--dry-run", action="store_true", help="print what would be done and stop")
+    add = parser.add_argument_group("by default as in the checkpoint's config").add_argument
+    add("--steps", type=int, metavar="N", help="denoising steps (sample.steps)")
+    add("--guidance", type=float, metavar="X", help="classifier-free guidance; 1 is none (sample.guidance)")
+    add("--sampler", choices=("iddpm", "ddim", "dpm", "euler"), help="(sample.sampler)")
+    add("--num-frames", type=int, metavar="N", help="frames; 1 writes a png (data.num_frames)")
+    add("--height", type=int, metavar="N", help="pixels (data.height)")
+    add("--width", type=int, metavar="N", help="pixels (data.width)")
+    add("--fps", type=int, metavar="N", help="frames a second of the written file (sample.fps)")
+    add("--vae", metavar="PATH", help="autoencoder: hub name or local folder (vae.path)")
+    add("--text", metavar="PATH", help="text encoder: hub name or local folder (text.path)")
+    add("--dtype", choices=("bf16", "fp32"), help="autocast (train.dtype)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        prompts = read_prompts(args.prompts) if args.prompts else checked_prompts(args.prompt, "--prompt")
+        checkpoint = find_checkpoint(args.source)
+        cfg = resolve_config(checkpoint, args)
+        if args.out.exists() and not args.out.is_dir():
+            raise ConfigError(f"--out {args.out}: this is a file, expected a folder")
+        if args.dry_run:
+            return print_plan(args, cfg, checkpoint, prompts)
+        return sample(args, cfg, checkpoint, prompts)
+    except KeyboardInterrupt:
+        print(f"interrupted; what is finished is in {args.out}", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, OSError) as error:
+        if not is_user_mistake(error):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_MISTAKE
+
+
+def is_user_mistake(error: Exception) -> bool:
+    if isinstance(error, ConfigError):
+        return True
+    from opensora_repro.models.errors import ModelNotFound
+    from opensora_repro.models.weights import WeightsError
+
+    return isinstance(error, (ModelNotFound, WeightsError, OSError))
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt a line, blank lines and # lines left out. Raises ConfigError if none is left."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise ConfigError(f"--prompts {path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"--prompts {path}: not UTF-8 text") from None
+    prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not prompts:
+        raise ConfigError(f"--prompts {path}: no prompts in this file; write one a line")
+    return checked_prompts(prompts, f"--prompts {path}")
+
+
+def checked_prompts(prompts: list[str], source: str) -> list[str]:
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt.strip():
+            raise ConfigError(f"{source}: prompt {number} is empty")
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ConfigError(f"{source}: prompt {number} is not valid Unicode text") from None
+    return prompts
+
+
+def find_checkpoint(source: Path) -> Path:
+    """The folder itself if it is a checkpoint, else the newest checkpoint of the run. Raises ConfigError."""
+    from opensora_repro.training.checkpoint import CONFIG_FILE, list_checkpoints
+
+    if not source.exists():
+        raise ConfigError(f"{source}: no such run or checkpoint")
+    if not source.is_dir():
+        raise ConfigError(f"{source}: this is a file, expected a run's or a checkpoint's folder")
+    if (source / "model.safetensors").is_file():
+        checkpoint = source
+    else:
+        found = list_checkpoints(source)
+        if not found:
+            raise ConfigError(f"{source}: no checkpoint in this run yet (looked for checkpoints/step-*)")
+        checkpoint = found[-1]
+    if not (checkpoint / CONFIG_FILE).is_file():
+        raise ConfigError(f"{checkpoint}: {CONFIG_FILE} is missing; this is not a whole checkpoint")
+    return checkpoint
+
+
+def resolve_config(checkpoint: Path, args: argparse.Namespace) -> Config:
+    """The checkpoint's config with the command line's wishes in their places. Raises ConfigError."""
+    for name in ("steps", "num_frames", "height", "width", "fps", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    cfg = load_config(checkpoint / "config.toml")
+    flow = cfg.diffusion.objective == "flow"
+    if args.sampler is not None and (args.sampler == "euler") != flow:
+        fitting = "euler" if flow else "iddpm, ddim or dpm"
+        raise ConfigError(f"--sampler {args.sampler}: this {cfg.diffusion.objective} model needs {fitting}")
+    cfg = replace(
+        cfg,
+        data=_with(cfg.data, num_frames=args.num_frames, height=args.height, width=args.width),
+        sample=_with(cfg.sample, steps=args.steps, guidance=args.guidance, fps=args.fps,
+                     sampler="euler" if flow else args.sampler),
+        vae=_with(cfg.vae, path=args.vae),
+        text=_with(cfg.text, path=args.text),
+        train=_with(cfg.train, dtype=args.dtype),
+    )  # fmt: skip
+    if cfg.sample.sampler in ("iddpm", "ddim") and cfg.sample.steps > NUM_TRAIN_STEPS:
+        raise ConfigError(f"--steps {cfg.sample.steps}: this model was trained with {NUM_TRAIN_STEPS}")
+    return cfg
+
+
+def _with(section: Any, **wishes: Any) -> Any:
+    """A config section with the wishes that were uttered."""
+    return replace(section, **{key: value for key, value in wishes.items() if value is not None})
+
+
+def settings(args: argparse.Namespace, cfg: Config, checkpoint: Path) -> dict[str, Any]:
+    """What decides the samples besides the prompts."""
+    return {
+        "checkpoint": str(checkpoint),
+        "weights": "model" if args.no_ema else "ema",
+        "seed": args.seed,
+        "num_frames": cfg.data.num_frames,
+        "height": cfg.data.height,
+        "width": cfg.data.width,
+        "fps": cfg.sample.fps,
+        "sampler": cfg.sample.sampler,
+        "steps": cfg.sample.steps,
+        "guidance": cfg.sample.guidance,
+        "vae": cfg.vae.path,
+        "text": cfg.text.path,
+        "dtype": cfg.train.dtype,
+    }
+
+
+def print_plan(args: argparse.Namespace, cfg: Config, checkpoint: Path, prompts: list[str]) -> int:
+    import torch
+
+    from opensora_repro.models.stdit import STDiT
+
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in STDiT(cfg.model).parameters())
+    plan = {**settings(args, cfg, checkpoint), "parameters": f"{parameters:,}", "prompts": len(prompts)}
+    for key, value in {**plan, "batch_size": args.batch_size, "out": args.out}.items():
+        print(f"{key:>12}  {value}")
+    return 0
+
+
+def sample(args: argparse.Namespace, cfg: Config, checkpoint: Path, prompts: list[str]) -> int:
+    import torch
+
+    from opensora_repro.training.encode import load_encoder
+    from opensora_repro.training.generate import ProgressBar, generate
+
+    device = pick_device(args.device)
+    model = load_model(cfg, checkpoint, ema=not args.no_ema).to(device)
+    encoder = load_encoder(cfg, device)
+    record = settings(args, cfg, checkpoint)
+    samples: list[dict[str, Any]] = []
+    with (
+        closing(ProgressBar("sampling")) as bar,
+        torch.autocast(device.type, torch.bfloat16, enabled=cfg.train.dtype == "bf16"),
+    ):
+        for index, video in generate(
+            model,
+            encoder.vae,
+            encoder.text,
+            cfg,
+            prompts,
+            seed=args.seed,
+            num_frames=cfg.data.num_frames,
+            height=cfg.data.height,
+            width=cfg.data.width,
+            steps=cfg.sample.steps,
+            guidance=cfg.sample.guidance,
+            sampler=cfg.sample.sampler,
+            batch_size=args.batch_size,
+            progress=bar,
+        ):
+            name = write_files(args.out, index, video, fps=cfg.sample.fps, gif=args.gif)
+            samples.append({"file": name, "prompt": prompts[index]})
+            write_json(args.out / "samples.json", {**record, "samples": samples})
+    print(f"{len(samples)} written to {args.out} (samples.json has the prompts)")
+    return 0
+
+
+def pick_device(wish: str | None) -> Any:
+    """Raises ConfigError for a device that does not exist here."""
+    import torch
+
+    from opensora_repro.training.cli import available_cpus
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), available_cpus())))
+    try:
+        device = torch.device(wish or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--device {wish}: cannot be used ({reason})") from None
+    return device
+
+
+def load_model(cfg: Config, checkpoint: Path, *, ema: bool) -> STDiT:
+    """The checkpoint's model in float32, ready to sample. Raises WeightsError."""
+    from opensora_repro.models.stdit import STDiT
+    from opensora_repro.models.weights import load_model_weights
+
+    model = STDiT(cfg.model)
+    load_model_weights(model, checkpoint / ("ema.safetensors" if ema else "model.safetensors"))
+    return model.eval()
+
+
+def write_files(out: Path, index: int, video: np.ndarray, *, fps: int, gif: bool) -> str:
+    """Write one sample, named by its number alone; return the file's name."""
+    from opensora_repro.data.write import write_gif, write_png, write_video
+
+    if len(video) == 1:
+        name = f"{index:04d}.png"
+        write_png(out / name, video[0])
+        return name
+    name = f"{index:04d}.mp4"
+    write_video(out / name, video, fps)
+    if gif:
+        write_gif(out / f"{index:04d}.gif", video, fps)
+    return name
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
