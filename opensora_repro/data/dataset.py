@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # what a terminal or a scheduler sends to every process of a job
+
+
 @dataclass(frozen=True)
 class Clip:
     """A sample ready to encode. Pixels stay uint8 until asked for: a quarter of the memory between processes."""
@@ -140,6 +143,16 @@ class _Batches(Dataset[ClipBatch]):
         return ClipBatch((self.dataset.load(epoch, index, shape) for epoch, index in pairs), shape)
 
 
+class _Loader(DataLoader[ClipBatch]):
+    def __iter__(self) -> Any:
+        """Start the workers with the job's signals blocked: one that comes before they are set up waits."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def build_loader(
     dataset: ClipDataset, sampler: BatchSource, first_batch: int, num_batches: int, num_workers: int
 ) -> DataLoader[ClipBatch]:
@@ -149,7 +162,7 @@ def build_loader(
     is keyed to samples, so the number of workers changes nothing but the speed.
     """
     steps: Sequence[int] = range(first_batch, first_batch + num_batches)
-    return DataLoader(
+    return _Loader(
         _Batches(dataset, sampler),
         batch_size=None,
         sampler=steps,
@@ -171,11 +184,10 @@ def _outlive_stray_signals(_worker: int) -> None:
     A scheduler, or Ctrl-C, signals every process of a job. The parent then finishes its step and saves, for which its
     workers must live on; it stops them itself, and they notice within seconds when it is gone.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # macOS
+    signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS: they end when the parent closes their queue
         return
     parent = os.getppid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def end_with_parent() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:

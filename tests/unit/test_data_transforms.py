@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from opensora_repro.data.transforms import crop, frame_window, mirror, names_a_side, to_tensor
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "a red circle moving left",
+        "A car turns RIGHT.",
+        "the left-handed pitcher",
+        "a lefthander bowls",
+        "the wheel turns counter-clockwise",
+        "turning anticlockwise",
+        "the leftmost door",
+        "drifting leftwards",
+        "a train heading east",
+        "north-western shore",
+        "a southbound, then westbound lane",
+        "his right-hand side",
+    ],
+)
+def test_captions_that_name_a_side(caption: str) -> None:
+    assert names_a_side(caption)
+
+
+@pytest.mark.parametrize(
+    "caption",
+    ["a bright light", "a cleft rock at the beach", "moving up", "a feast", "wrights at work", "", "the least of it"],
+)
+def test_captions_that_do_not(caption: str) -> None:
+    assert not names_a_side(caption)
+
+
+def test_window_starts_cover_the_clip() -> None:
+    generator = torch.Generator().manual_seed(0)
+    windows = [frame_window(20, 5, 3, generator) for _ in range(300)]
+    assert {w[0] for w in windows if w} == set(range(8))  # a window of 13 frames has 8 places in 20
+    assert all(w == list(range(w[0], w[0] + 13, 3)) for w in windows if w)
+
+
+@pytest.mark.parametrize(
+    ("clip", "count", "interval", "expected"),
+    [
+        (20, 5, 3, [3, 6, 9, 12, 15]),  # the middle
+        (13, 5, 3, [0, 3, 6, 9, 12]),
+        (12, 5, 3, [0, 3, 6, 8, 11]),  # too short for the interval: evenly over all of it
+        (5, 5, 3, [0, 1, 2, 3, 4]),
+        (1, 1, 3, [0]),
+        (9, 1, 3, [4]),
+        (4, 5, 1, None),
+    ],
+)
+def test_window_without_a_generator(clip: int, count: int, interval: int, expected: list[int] | None) -> None:
+    assert frame_window(clip, count, interval) == expected
+
+
+def test_crop_reaches_every_corner() -> None:
+    frames = torch.arange(6 * 5).reshape(1, 6, 5, 1)
+    generator = torch.Generator().manual_seed(0)
+    corners = {int(crop(frames, (4, 4), generator)[0, 0, 0, 0]) for _ in range(100)}
+    assert corners == {0, 1, 5, 6, 10, 11}
+    assert int(crop(frames, (4, 3))[0, 0, 0, 0]) == 6
+    with pytest.raises(ValueError, match="smaller than the crop"):
+        crop(frames, (7, 5))
+
+
+def test_to_tensor_and_mirror() -> None:
+    frames = torch.zeros(2, 3, 4, 3, dtype=torch.uint8)
+    frames[1, 2, 0, 1] = 255
+    video = to_tensor(mirror(frames))
+    assert (video.shape, video.dtype) == ((3, 2, 3, 4), torch.float32)
+    assert video[1, 1, 2, 3] == 1.0
+    assert (video == -1.0).sum() == video.numel() - 1
