@@ -1,0 +1,44 @@
+"""A benchmark is only worth its numbers if both sides do the same work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import harness, loader, train_step
+
+
+def test_the_plain_model_computes_what_ours_does() -> None:
+    ours, plain = train_step.build((4, 8, 6))
+    batch = train_step.inputs(2, (4, 8, 6))
+    assert train_step.largest_difference(ours, plain, batch) < train_step.TOLERANCE
+    with torch.no_grad():
+        plain.get_parameter("blocks.3.attn_temp.proj.weight").mul_(1.5)
+    assert train_step.largest_difference(ours, plain, batch) > train_step.TOLERANCE
+
+
+def test_both_readers_return_the_frames_drawn_into_the_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"FRAMES": 80, "HEIGHT": 360, "WIDTH": 640}.items():
+        monkeypatch.setattr(loader, name, value)
+    path = tmp_path / "clip.mp4"
+    loader.write_clip(path, gop=16)
+    for read in (loader.read_ours, *loader.SIDES.values()):
+        assert loader.numbers(read(path, 21)) == list(range(21, 21 + 48, 3))
+
+
+def test_calls_are_interleaved_and_compared_round_by_round(tmp_path: Path) -> None:
+    order: list[str] = []
+    times = harness.interleaved(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=5, seconds=60, warmup=1
+    )
+    assert "".join(order) == "ab" * 6
+    assert [len(values) for values in times.values()] == [5, 5]
+    result = harness.side_by_side([0.1, 0.2, 0.1], [0.2, 0.2, 0.4])
+    assert result["ratio"] == 2.0
+    assert result["other"] == {"median_ms": 200.0, "min_ms": 200.0, "max_ms": 400.0, "rounds": 3}
+    path = harness.save("x", {"rows": [result], "environment": harness.environment()}, tmp_path / "sub" / "x.json")
+    assert json.loads(path.read_text())["rows"] == [result]
+    assert [file.name for file in path.parent.iterdir()] == ["x.json"]
