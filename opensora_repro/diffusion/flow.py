@@ -32,7 +32,7 @@ def resolution_shift(num_tokens: int) -> float:
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
     """Move times in [0, 1] towards noise (shift > 1) or data (shift < 1); 0 and 1 stay."""
-    return shift * t / (1 + (shift - 1) * t)
+    return shift * t / (1 - t + shift * t)  # Esser et al.'s s t / (1 + (s - 1) t), exact at both ends
 
 
 class RectifiedFlow:

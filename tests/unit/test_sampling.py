@@ -1,0 +1,222 @@
+"""Guidance and samplers with networks whose right answer is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from opensora_repro.config import DiffusionConfig
+from opensora_repro.diffusion.dpm_solver import ContinuousSchedule, dpm_solver_sample
+from opensora_repro.diffusion.gaussian import GaussianDiffusion, linear_betas
+from opensora_repro.diffusion.sampling import ddim_sample, draw_noise, guided_model, iddpm_sample, sample_latents
+from opensora_repro.models.config import STDiTConfig
+
+SHAPE = (4, 2, 4, 4)
+ALPHAS_CUMPROD = torch.from_numpy(GaussianDiffusion().tables["alphas_cumprod"])
+
+
+def generators(indices: list[int]) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(100 + i) for i in indices]
+
+
+class PointModel:
+    """The perfect network for one data point a caption: `text[:, 0]` holds the point's value in every place."""
+
+    def __init__(self, objective: str) -> None:
+        self.objective = objective
+        self.batches: list[int] = []
+
+    def __call__(self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
+        self.batches.append(len(x))
+        point = rearrange(text[:, 0, 0], "b -> b 1 1 1 1").expand_as(x)
+        if self.objective == "flow":
+            return (x - point) / rearrange(t / 1000, "b -> b 1 1 1 1")
+        signal = rearrange(ALPHAS_CUMPROD[t.round().long()].float(), "b -> b 1 1 1 1")
+        noise = (x - signal.sqrt() * point) / (1 - signal).sqrt()
+        return torch.cat([noise, -torch.ones_like(x)], dim=1)
+
+
+def sample(model: object, indices: list[int], *, objective: str, sampler: str, guidance: float = 1.0, steps: int = 20,
+           progress: object = None) -> Tensor:  # fmt: skip
+    text = rearrange(torch.tensor([0.1 * (i + 1) for i in indices]), "b -> b 1 1").repeat(1, 5, 3)
+    return sample_latents(
+        model,
+        DiffusionConfig(objective=objective),
+        shape=SHAPE,
+        text=text,
+        mask=torch.ones(len(indices), 5, dtype=torch.bool),
+        null_text=torch.zeros(5, 3),
+        steps=steps,
+        guidance=guidance,
+        sampler=sampler,
+        generators=generators(indices),
+        num_tokens=32,
+        progress=progress,
+    )
+
+
+ALL = [("flow", "euler"), ("iddpm", "iddpm"), ("iddpm", "ddim"), ("iddpm", "dpm")]
+
+
+@pytest.mark.parametrize(("objective", "sampler"), ALL)
+def test_every_sampler_finds_the_captions_point(objective: str, sampler: str) -> None:
+    latents = sample(PointModel(objective), [0, 4, 8], objective=objective, sampler=sampler, steps=25)
+    expected = torch.tensor([0.1, 0.5, 0.9])
+    assert latents.shape == (3, *SHAPE)
+    assert latents.dtype == torch.float32
+    # The last discrete step leaves a little noise; DPM-Solver++ stops at t = 1/1000.
+    torch.testing.assert_close(latents.mean((1, 2, 3, 4)), expected, rtol=0, atol=5e-3)
+    assert latents.std((1, 2, 3, 4)).max() < 0.03
+
+
+class WavyModel(PointModel):
+    """A network with no closed answer, so that every sample's own noise shows."""
+
+    def __call__(self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
+        self.batches.append(len(x))
+        t = rearrange(t, "b -> b 1 1 1 1")
+        y = rearrange(text.mean((1, 2)), "b -> b 1 1 1 1")
+        out = 0.7 * x + 0.1 * torch.sin(3 * x) + 0.05 * torch.cos(0.01 * t) + y
+        return torch.cat([out, 0.5 * torch.tanh(x)], dim=1)
+
+
+@pytest.mark.parametrize(("objective", "sampler"), ALL)
+def test_batch_composition_does_not_matter(objective: str, sampler: str) -> None:
+    args = {"objective": objective, "sampler": sampler, "guidance": 4.0}
+    together = sample(WavyModel(objective), [0, 1, 2, 3], **args)
+    apart = torch.cat([sample(WavyModel(objective), part, **args) for part in ([3], [0, 2], [1])])
+    torch.testing.assert_close(together[[3, 0, 2, 1]], apart, rtol=1e-6, atol=1e-6)
+    again = sample(WavyModel(objective), [0, 1, 2, 3], **args)
+    assert torch.equal(together, again)
+    assert (together[0] - together[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("objective", "sampler"), ALL)
+def test_guidance_of_one_is_the_conditional_model_at_half_the_work(objective: str, sampler: str) -> None:
+    plain, doubled = WavyModel(objective), WavyModel(objective)
+    expected = sample(plain, [0, 1], objective=objective, sampler=sampler, guidance=1.0)
+    almost = sample(doubled, [0, 1], objective=objective, sampler=sampler, guidance=1.0 + 1e-6)
+    torch.testing.assert_close(expected, almost, rtol=1e-3, atol=1e-3)
+    assert set(plain.batches) == {2}
+    assert set(doubled.batches) == {4}
+
+
+@pytest.mark.parametrize("num_guided", [None, 3])
+def test_guidance_formula(num_guided: int | None) -> None:
+    text, null = torch.randn(2, 5, 3), torch.randn(5, 3)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]).bool()
+    seen = {}
+
+    def model(x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        seen.update(x=x, t=t, text=text, mask=mask)
+        y = rearrange((text * mask[..., None]).sum((1, 2)), "b -> b 1 1 1 1")
+        return torch.cat([x + y, x - y], dim=1)
+
+    x, t = torch.randn(2, *SHAPE), torch.tensor([30.0, 70.5])
+    out = guided_model(model, text, mask, null, guidance=3.0, num_guided=num_guided)(x, t)
+    cond = model(x, t, text, mask)
+    uncond = model(x, t, torch.stack([null, null]), mask)  # the null caption under each prompt's own mask
+    expected = uncond + 3 * (cond - uncond)
+    if num_guided is not None:
+        expected[:, num_guided:] = cond[:, num_guided:]
+    torch.testing.assert_close(out, expected)
+
+
+def test_progress_counts_every_step() -> None:
+    for objective, sampler in ALL:
+        calls: list[tuple[int, int]] = []
+        sample(PointModel(objective), [0], objective=objective, sampler=sampler, steps=6,
+               progress=lambda done, total, calls=calls: calls.append((done, total)))  # fmt: skip
+        assert calls == [(i, 6) for i in range(1, 7)]
+
+
+def test_wrong_wishes_are_named() -> None:
+    with pytest.raises(ValueError, match="'euler' does not fit an IDDPM model; choose from iddpm, ddim, dpm"):
+        sample(PointModel("iddpm"), [0], objective="iddpm", sampler="euler")
+    with pytest.raises(ValueError, match="at least one step"):
+        sample(PointModel("flow"), [0], objective="flow", sampler="euler", steps=0)
+    with pytest.raises(ValueError, match=r"model\.pred_sigma"):
+        sample(lambda x, t, text, mask: x, [0], objective="iddpm", sampler="iddpm")
+
+
+def test_noise_is_standard_normal() -> None:
+    noise = draw_noise((4, 16, 32, 32), generators([0, 1]), torch.device("cpu"))
+    assert noise.mean().abs() < 0.01
+    assert noise.std().item() == pytest.approx(1, abs=0.01)
+
+
+def gaussian_model(mean: float, std: float) -> object:
+    """The perfect noise prediction for data N(mean, std^2), with the true posterior variance at every step."""
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        step = t.double()
+        low, high = step.floor().long(), step.ceil().long()
+        signal = ALPHAS_CUMPROD[low].log().lerp(ALPHAS_CUMPROD[high].log(), step - low).exp()
+        signal = rearrange(signal, "b -> b 1 1 1 1")
+        noise = (1 - signal).sqrt() * (x.double() - signal.sqrt() * mean) / (signal * std**2 + 1 - signal)
+        return torch.cat([noise, torch.zeros_like(noise)], dim=1).to(x)
+
+    return model
+
+
+def test_samplers_keep_a_gaussians_mean_and_spread() -> None:
+    model, noise = gaussian_model(0.4, 0.25), torch.randn(4, 4, 4, 8, 8)
+    results = {
+        "iddpm": iddpm_sample(GaussianDiffusion.spaced(100), model, noise, lambda: torch.randn_like(noise)),
+        "ddim": ddim_sample(GaussianDiffusion.spaced(100), model, noise),
+        "dpm": dpm_solver_sample(model, noise, ContinuousSchedule(linear_betas()), 100),
+    }
+    for name, samples in results.items():
+        assert samples.mean().item() == pytest.approx(0.4, abs=0.01), name
+        assert samples.std().item() == pytest.approx(0.25, rel=0.08), name
+
+
+def test_dpm_solver_is_of_second_order() -> None:
+    """Against the exact flow of a Gaussian, halving the step cuts the error about fourfold."""
+    model, noise = gaussian_model(0.4, 0.25), torch.randn(2, *SHAPE, dtype=torch.float64)
+    schedule = ContinuousSchedule(linear_betas())
+
+    def spread(t: float) -> float:
+        return ((1 - schedule.sigma(t) ** 2) * 0.25**2 + schedule.sigma(t) ** 2) ** 0.5
+
+    def centre(t: float) -> float:
+        return 0.4 * (1 - schedule.sigma(t) ** 2) ** 0.5
+
+    exact = centre(1e-3) + spread(1e-3) / spread(1.0) * (noise - centre(1.0))
+    errors = [(dpm_solver_sample(model, noise, schedule, n) - exact).abs().max().item() for n in (100, 200, 400)]
+    assert errors[1] < errors[0] / 3 and errors[2] < errors[1] / 3, errors
+
+
+@torch.no_grad()
+def test_the_real_model_agrees_with_itself_across_batches() -> None:
+    from opensora_repro.models.stdit import STDiT
+
+    torch.manual_seed(0)
+    cfg = STDiTConfig(hidden_size=32, depth=2, num_heads=2, caption_channels=8, model_max_length=6, pred_sigma=False)
+    model = STDiT(cfg).eval()
+    for parameter in model.parameters():  # what starts at zero would hide every mistake
+        torch.nn.init.normal_(parameter, std=0.15)
+    text = torch.randn(3, 6, 8)
+    mask = torch.tensor([[1] * 6, [1] * 2 + [0] * 4, [1] * 4 + [0] * 2]).bool()
+
+    def run(rows: list[int]) -> Tensor:
+        return sample_latents(
+            model, DiffusionConfig(objective="flow"), shape=SHAPE, text=text[rows], mask=mask[rows],
+            null_text=model.null_text(), steps=5, guidance=4.0, sampler="euler", generators=generators(rows),
+            num_tokens=8,
+        )  # fmt: skip
+
+    together, apart = run([0, 1, 2]), torch.cat([run([0]), run([1, 2])])
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
+    assert (together[0] - together[1]).abs().max() > 1e-2
+
+
+def test_nothing_uses_the_global_generator(repo_dir: Path) -> None:
+    state = torch.random.get_rng_state()
+    for objective, sampler in ALL:
+        sample(PointModel(objective), [0, 1], objective=objective, sampler=sampler, steps=3)
+    assert torch.equal(state, torch.random.get_rng_state())
