@@ -114,7 +114,7 @@ def _is_user_mistake(error: ValueError) -> bool:
 
     if isinstance(error, ConfigError | DataError | DecodeError):
         return True
-    from opensora_repro.models.errors import ModelNotFound
+    from opensora_repro.models.pretrained import ModelNotFound
     from opensora_repro.models.weights import WeightsError
     from opensora_repro.parallel.engine import EngineError
     from opensora_repro.training.checkpoint import CheckpointError

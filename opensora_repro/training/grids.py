@@ -45,29 +45,24 @@ def write_samples(cfg: Config, model: STDiT, encoder: Encoder, step: int) -> tup
 
 
 def _generate(cfg: Config, model: STDiT, encoder: Encoder) -> list[np.ndarray]:
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), torch.autocast(encoder.device.type, torch.bfloat16, enabled=cfg.train.dtype == "bf16"):
-            found = generate(
-                model,
-                encoder.vae,
-                encoder.text,
-                cfg,
-                cfg.sample.prompts,
-                seed=cfg.run.seed,
-                num_frames=cfg.data.num_frames,
-                height=cfg.data.height,
-                width=cfg.data.width,
-                steps=cfg.sample.steps,
-                guidance=cfg.sample.guidance,
-                sampler=cfg.sample.sampler,
-                batch_size=cfg.train.batch_size,
-                progress=None,
-            )
-            return [video for _, video in sorted(found, key=lambda pair: pair[0])]
-    finally:
-        model.train(training)
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=cfg.train.dtype == "bf16"):
+        found = generate(
+            model,
+            encoder.vae,
+            encoder.text,
+            cfg,
+            cfg.sample.prompts,
+            seed=cfg.run.seed,
+            num_frames=cfg.data.num_frames,
+            height=cfg.data.height,
+            width=cfg.data.width,
+            steps=cfg.sample.steps,
+            guidance=cfg.sample.guidance,
+            sampler=cfg.sample.sampler,
+            batch_size=cfg.train.batch_size,
+        )
+        return [video for _, video in found]
 
 
 def tile(videos: Sequence[np.ndarray]) -> np.ndarray:

@@ -44,7 +44,7 @@ def _shown(count: int, distance: float) -> str:
 
 
 def source_config(weights: str) -> Config | None:
-    """The config of the run that `init.weights` (a run, a checkpoint or its file) belongs to; None where there is none."""
+    """The config of the run that `init.weights` (a run, a checkpoint or its file) belongs to, if there is one."""
     path = Path(weights)
     folder = path if path.is_dir() else path.parent
     return load_config(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else None

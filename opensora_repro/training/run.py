@@ -20,6 +20,7 @@ from opensora_repro.training.checkpoint import clean_leftovers, list_checkpoints
 from opensora_repro.training.ema import Ema, horizon_warning
 from opensora_repro.training.encode import Encoder, cache_fingerprint, fill_cache, load_encoder
 from opensora_repro.training.feed import CacheFeed, CacheRows, ClipFeed, Feed, ids_fingerprint
+from opensora_repro.training.generate import check_fit
 from opensora_repro.training.init import Start, build_model, claimed_run_folder, find_start, write_config
 from opensora_repro.training.loop import Trainer
 from opensora_repro.training.metrics import RunLog
@@ -92,7 +93,10 @@ class _Run:
         )
         self.model, self.report = build_model(cfg, engine.device, load_init=not start.resumes)
         self.encoder = load_encoder(cfg, engine.device)
-        _check_sizes(cfg, self.encoder)
+        data = cfg.data
+        check_fit(
+            cfg, self.encoder.vae, self.encoder.text, num_frames=data.num_frames, height=data.height, width=data.width
+        )
         self.objective = build_objective(cfg.diffusion)
 
     def train(self) -> Outcome:
@@ -204,19 +208,3 @@ class _Run:
     def _outcome(self, step: int, stop: StopSignals) -> Outcome:
         newest = self.engine.on_main(lambda: list_checkpoints(self.run_dir)[-1:])
         return Outcome(step, step >= self.cfg.train.steps, newest[0] if newest else None, stop.received)
-
-
-def _check_sizes(cfg: Config, encoder: Encoder) -> None:
-    """The frozen models must fit the config. Raises ConfigError."""
-    stride, channels = encoder.vae.spatial_stride, encoder.vae.latent_channels
-    for key in ("height", "width"):
-        if getattr(cfg.data, key) % stride:
-            found = getattr(cfg.data, key)
-            raise ConfigError(f"data.{key} = {found}: expected a multiple of {stride}, the autoencoder's stride")
-    if cfg.model.in_channels != channels:
-        raise ConfigError(f"model.in_channels = {cfg.model.in_channels}: the autoencoder {cfg.vae.path} has {channels}")
-    if cfg.model.caption_channels != encoder.text.channels:
-        raise ConfigError(
-            f"model.caption_channels = {cfg.model.caption_channels}: the text encoder {cfg.text.path} has "
-            f"{encoder.text.channels}"
-        )

@@ -1,0 +1,274 @@
+"""The loop's parts one by one: learning rate, logs, quarantine, resume rules, the plan's estimates, insertion."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from opensora_repro.config import Config, ConfigError, OptimConfig, dump_toml
+from opensora_repro.data.dataset import BadSample
+from opensora_repro.data.manifest import DataError
+from opensora_repro.models.config import STDiTConfig
+from opensora_repro.models.stdit import STDiT
+from opensora_repro.models.weights import zero_temporal_attention
+from opensora_repro.training.checkpoint import TrainState, save_checkpoint
+from opensora_repro.training.ema import Ema
+from opensora_repro.training.errors import TrainingError
+from opensora_repro.training.feed import ids_fingerprint
+from opensora_repro.training.init import changed_settings, claimed_run_folder, find_start
+from opensora_repro.training.insertion import assert_equals_image_model
+from opensora_repro.training.metrics import JsonLines
+from opensora_repro.training.optim import build_optimizer, global_norm, learning_rate, scale_gradients
+from opensora_repro.training.plan import count_parameters, training_flops
+from opensora_repro.training.positions import describe_rescaling
+from opensora_repro.training.quarantine import Quarantine
+
+TINY = STDiTConfig(hidden_size=32, depth=2, num_heads=4, caption_channels=12, model_max_length=6)
+
+
+def changed(config: Config, **values: Any) -> Config:
+    """`changed(config, train__steps=3)`."""
+    for name, value in values.items():
+        section, key = name.split("__")
+        config = dataclasses.replace(
+            config, **{section: dataclasses.replace(getattr(config, section), **{key: value})}
+        )
+    return config
+
+
+# Learning rate and gradients
+
+
+def test_learning_rate_warms_up_stays_and_decays() -> None:
+    cfg = OptimConfig(lr=1.0, warmup_steps=4, decay_steps=3)
+    rates = [learning_rate(cfg, step, 10) for step in range(10)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+    constant = [learning_rate(OptimConfig(lr=0.3), step, 5) for step in range(5)]
+    assert constant == [0.3] * 5
+
+
+def test_global_norm_and_scaling() -> None:
+    model = torch.nn.Linear(7, 5)
+    model(torch.randn(3, 7)).square().sum().backward()
+    parameters = list(model.parameters())
+    expected = torch.cat([p.grad.flatten() for p in parameters]).norm()
+    torch.testing.assert_close(global_norm(parameters), expected)
+    scale_gradients(parameters, 0.5)
+    torch.testing.assert_close(global_norm(parameters), expected / 2)
+
+
+# Logs
+
+
+def test_json_lines_truncate_to_the_resumed_step(tmp_path: Path) -> None:
+    file = JsonLines(tmp_path / "metrics.jsonl")
+    assert file.read() == []
+    for step in range(1, 6):
+        file.write({"step": step, "loss": 1 / 3 / step})
+    file.close()
+    lines = file.path.read_text().splitlines()
+    with open(file.path, "a") as handle:
+        handle.write('{"step": 6, "lo')  # a kill in the middle of a line
+    file.truncate_after(3)
+    assert file.path.read_text().splitlines() == lines[:3]
+    file.write({"step": 4, "loss": math.nan})
+    assert file.read()[-1] == {"step": 4, "loss": None}
+    file.close()
+
+
+def test_every_line_reaches_the_file_at_once(tmp_path: Path) -> None:
+    file = JsonLines(tmp_path / "metrics.jsonl")
+    file.write({"step": 1})
+    assert json.loads(file.path.read_text()) == {"step": 1}
+    file.close()
+
+
+# Quarantine
+
+
+def bad(name: str) -> BadSample:
+    return BadSample(name, f"{name}.mp4", "ends early")
+
+
+def test_quarantine_records_once_and_stops_above_the_fraction(tmp_path: Path) -> None:
+    quarantine = Quarantine(tmp_path, num_samples=20, max_fraction=0.1)
+    assert quarantine.add(bad("a")) is True
+    assert quarantine.add(bad("a")) is False
+    assert quarantine.add(bad("b")) is True
+    with pytest.raises(DataError, match=r"3 of 20 samples cannot be read.*max_bad_fraction = 0.1.*'c'.*ends early"):
+        quarantine.add(bad("c"))
+    quarantine.close()
+    lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == ["a", "b", "c"]
+    assert lines[0] == {"id": "a", "path": "a.mp4", "reason": "ends early"}
+
+
+def test_quarantine_of_an_earlier_start_is_not_written_twice(tmp_path: Path) -> None:
+    for _ in range(2):
+        quarantine = Quarantine(tmp_path, num_samples=20, max_fraction=0.1)
+        quarantine.add(bad("a"))
+        quarantine.close()
+    assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 1
+
+
+# Start or resume
+
+
+def saved_run(tmp_path: Path, cfg: Config) -> None:
+    model = STDiT(TINY)
+    state = TrainState(step=4, global_batch_size=8)
+    optimizer = build_optimizer(model, cfg.optim)
+    save_checkpoint(tmp_path, state, model, Ema(model, 0.9), optimizer, dump_toml(cfg), keep=0)
+
+
+def test_resumes_with_equal_or_freely_changed_settings(tmp_path: Path) -> None:
+    cfg = changed(Config(model=TINY), run__dir=str(tmp_path), data__manifest="m.parquet")
+    assert not find_start(cfg, 1).resumes
+    saved_run(tmp_path, cfg)
+    assert find_start(cfg, 1).state.step == 4
+    free = changed(
+        cfg, train__steps=9999, checkpoint__every=3, sample__every=7, data__num_workers=0, train__batch_size=2,
+        train__accumulation=4, train__max_bad_steps=1, train__activation_checkpointing=False,
+    )  # fmt: skip
+    assert find_start(free, 1).resumes
+    assert find_start(changed(cfg, train__batch_size=2), 4).resumes
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "shown"),
+    [
+        ("optim__lr", 1e-3, "optim.lr = 2e-05 there, 0.001 here"),
+        ("run__seed", 1, "run.seed = 42 there, 1 here"),
+        ("init__weights", "other", "init.weights = none there, 'other' here"),
+        ("data__height", 64, "data.height = 256 there, 64 here"),
+        ("diffusion__objective", "flow", "diffusion.objective = 'iddpm' there, 'flow' here"),
+        ("model__depth", 3, "model.depth = 2 there, 3 here"),
+        ("ema__decay", 0.5, "ema.decay = 0.9999 there, 0.5 here"),
+        ("train__batch_size", 4, "train.accumulation x processes) = 8 there, 4 here (4 x 1 x 1 processes)"),
+    ],
+)
+def test_refuses_other_settings_by_name(tmp_path: Path, key: str, value: Any, shown: str) -> None:
+    cfg = changed(Config(model=TINY), run__dir=str(tmp_path))
+    saved_run(tmp_path, cfg)
+    with pytest.raises(ConfigError) as caught:
+        find_start(changed(cfg, **{key: value}), 1)
+    message = str(caught.value)
+    assert shown in message
+    assert "run.dir" in message
+    assert "\n" not in message
+
+
+def test_every_setting_is_compared_or_explicitly_free() -> None:
+    old = Config()
+    same = changed_settings(old, old)
+    assert same == []
+    new = changed(old, optim__eps=1e-3, optim__betas=(0.5, 0.5), data__flip=False)
+    assert len(changed_settings(old, new)) == 3
+
+
+
+
+def test_one_process_a_run_folder(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with claimed_run_folder(run_dir):
+        with pytest.raises(ConfigError, match="another process is training there"), claimed_run_folder(run_dir):
+            pass
+        (run_dir / "file").write_text("kept")
+    assert run_dir.exists()
+    with claimed_run_folder(tmp_path / "unused"):
+        pass
+    assert not (tmp_path / "unused").exists()
+
+
+def test_ids_fingerprint_sees_order_and_borders() -> None:
+    prints = {ids_fingerprint(ids) for ids in (["a", "b"], ["b", "a"], ["ab"], ["a", "b", "c"], ["a", "bc"])}
+    assert len(prints) == 5
+
+
+# The plan
+
+
+@pytest.mark.parametrize("temporal", [True, False])
+@pytest.mark.parametrize("recompute", [True, False])
+def test_flops_estimate_agrees_with_a_count(temporal: bool, recompute: bool) -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    cfg = dataclasses.replace(TINY, hidden_size=64, temporal_attention=temporal)
+    model = STDiT(cfg)
+    model.gradient_checkpointing = recompute
+    latents = torch.randn(1, 4, 3, 12, 8)
+    text = torch.randn(1, 6, 12)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(latents, torch.tensor([5.0]), text, torch.ones(1, 6, dtype=torch.bool)).sum().backward()
+    estimate = training_flops(cfg, latents.shape[1:], recompute=recompute)
+    assert estimate == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+def test_parameter_count_is_the_published_one() -> None:
+    assert count_parameters(STDiTConfig()) == 759_620_768
+    assert count_parameters(STDiTConfig(temporal_attention=False)) == 610_856_096
+
+
+def test_rescaled_positions_are_described() -> None:
+    small = changed(Config(), data__height=256, data__width=256, data__num_frames=16, model__space_scale=0.5)
+    large = changed(small, data__height=512, data__width=512, model__space_scale=1.0)
+    (line,) = describe_rescaling(large, small, stride=8)
+    assert "frames 0..15 by 1 (16) -> 0..15 by 1 (16)" in line
+    assert "rows 0..30 by 2 (16) -> 0..31 by 1 (32)" in line
+    lines = describe_rescaling(changed(large, model__space_scale=0.5), small, stride=8)
+    assert len(lines) == 3
+    assert "positions of rows reach 62, the weights know them up to 30; model.space_scale = 1 " in lines[1]
+    assert describe_rescaling(small, None, stride=8)[0].startswith("positions: frames 0..15 by 1 (16); rows 0..30")
+
+
+# Inserting temporal attention
+
+
+def video_model() -> STDiT:
+    torch.manual_seed(3)
+    model = STDiT(TINY)
+    with torch.no_grad():
+        for parameter in model.parameters():  # also what starts at zero
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    zero_temporal_attention(model)
+    return model
+
+
+def test_inserted_at_zero_equals_the_image_model() -> None:
+    model = video_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert assert_equals_image_model(model) < 1e-5
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_temporal_branch_that_is_not_zero_is_noticed() -> None:
+    model = video_model()
+    with torch.no_grad():
+        model.blocks[1].attn_temp.proj.weight.add_(1e-2)
+    with pytest.raises(TrainingError, match="differs from the image model"):
+        assert_equals_image_model(model)
+
+
+# Grids
+
+
+def test_grid_of_videos_and_of_pictures() -> None:
+    from opensora_repro.training.grids import tile
+
+    videos = [np.full((16, 10, 12, 3), value, dtype=np.uint8) for value in (50, 100)]
+    grid = tile(videos)
+    assert grid.shape == (2 * 12, 8 * 14, 3)
+    assert grid[0, 0, 0] == 50
+    assert grid[12, 0, 0] == 100
+    pictures = [np.full((1, 10, 12, 3), value, dtype=np.uint8) for value in (10, 20, 30)]
+    grid = tile(pictures)
+    assert grid.shape == (2 * 12, 2 * 14, 3)
+    assert [int(grid[y, x, 0]) for y, x in ((0, 0), (0, 14), (12, 0), (12, 14))] == [10, 20, 30, 0]
