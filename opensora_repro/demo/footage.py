@@ -1,0 +1,54 @@
+"""Film the demo's long videos: scenes of moving shapes joined by hard cuts, with a caption list beside them."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+
+import numpy as np
+
+from opensora_repro.demo.shapes import Scene, training_scenes
+
+FPS = 8
+FRAMES_A_SCENE = 16
+SIZE = 96  # pixels a side
+CAPTION_COLUMNS = ("source", "start_frame", "end_frame", "caption")
+
+
+def film(folder: Path, *, videos: int, seed: int) -> Path:
+    """Write `videos` long mp4 files, each showing every trained motion once; return the caption list (CSV).
+
+    A caption row names the source file, the frames [start, end) of the scene and the sentence. Finished files are kept.
+    """
+    from tqdm import tqdm
+
+    from opensora_repro.data.write import write_video
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: list[tuple[str, int, int, str]] = []
+    for index in tqdm(range(videos), desc="filming", unit="video"):
+        path = folder / f"long_{index:02d}.mp4"
+        scenes = list(training_scenes(1, seed=seed * 1000 + index))
+        rows += scene_rows(path.name, scenes)
+        if not path.exists():
+            frames = np.concatenate([scene.frames(count=FRAMES_A_SCENE, size=SIZE) for scene in scenes])
+            write_video(path, frames, FPS)
+    captions = folder / "captions.csv"
+    write_rows(captions, rows)
+    return captions
+
+
+def scene_rows(source: str, scenes: list[Scene]) -> list[tuple[str, int, int, str]]:
+    """One caption row a scene."""
+    starts = range(0, len(scenes) * FRAMES_A_SCENE, FRAMES_A_SCENE)
+    return [(source, start, start + FRAMES_A_SCENE, s.motion.caption) for start, s in zip(starts, scenes, strict=True)]
+
+
+def write_rows(path: Path, rows: list[tuple[str, int, int, str]]) -> None:
+    fresh = path.with_suffix(".csv.tmp")
+    with fresh.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(CAPTION_COLUMNS)
+        writer.writerows(rows)
+    os.replace(fresh, path)

@@ -1,0 +1,122 @@
+"""The demo's little world: one coloured shape moving across a dark plain background, and the sentence that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (235, 20, 20),
+    "green": (20, 235, 20),
+    "blue": (20, 20, 235),
+    "yellow": (235, 235, 20),
+    "magenta": (235, 20, 235),
+    "cyan": (20, 235, 235),
+}
+SHAPES = ("circle", "square", "triangle")
+DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+HELD_OUT_MODULUS = 7
+
+
+@dataclass(frozen=True)
+class Motion:
+    """What a caption says: colour, shape and direction by name."""
+
+    colour: str
+    shape: str
+    direction: str
+
+    @property
+    def caption(self) -> str:
+        return f"a {self.colour} {self.shape} moving {self.direction}"
+
+    @property
+    def still_caption(self) -> str:
+        return f"a {self.colour} {self.shape}"
+
+    @property
+    def held_out(self) -> bool:
+        """True for the combinations that no stage ever trains on."""
+        indexes = list(COLOURS).index(self.colour), SHAPES.index(self.shape), list(DIRECTIONS).index(self.direction)
+        return sum(indexes) % HELD_OUT_MODULUS == 0
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One shot: a motion with its numbers. Lengths are shares of the picture's side."""
+
+    motion: Motion
+    start: tuple[float, float]
+    end: tuple[float, float]
+    radius: float
+    background: tuple[int, int, int]
+
+    def frames(self, *, count: int, size: int) -> np.ndarray:
+        """Return uint8 [count, size, size, 3], the centre travelling evenly from `start` to `end`."""
+        shares = np.linspace(0.0, 1.0, count)
+        centres = [tuple(np.array(self.start) * (1 - s) + np.array(self.end) * s) for s in shares]
+        return np.stack([render(self.motion, (x, y), self.radius, self.background, size=size) for x, y in centres])
+
+
+def motions(*, held_out: bool | None = None) -> list[Motion]:
+    """Every combination in the language's order; only the held-out (or trained) ones if asked."""
+    everything = [Motion(c, s, d) for c in COLOURS for s in SHAPES for d in DIRECTIONS]
+    return [m for m in everything if held_out is None or m.held_out == held_out]
+
+
+def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
+    """Distance to the outline of a shape of about the same area for each name, negative inside."""
+    if shape == "circle":
+        return np.hypot(x, y) - radius
+    if shape == "square":
+        return np.maximum(np.abs(x), np.abs(y)) - 0.9 * radius
+    if shape == "triangle":  # pointing up, centred on its middle height
+        side = (np.abs(x) * 2.0 - y - 1.1 * radius) / np.sqrt(5.0)
+        return np.maximum(side, y - 1.1 * radius)
+    raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
+
+
+def render(
+    motion: Motion, centre: tuple[float, float], radius: float, background: tuple[int, int, int], *, size: int
+) -> np.ndarray:
+    """Draw one anti-aliased frame, uint8 [size, size, 3]."""
+    pixel = (np.arange(size, dtype=np.float32) + 0.5) / size
+    x, y = pixel[None, :] - centre[0], pixel[:, None] - centre[1]
+    coverage = np.clip(0.5 - signed_distance(motion.shape, x, y, radius) * size, 0.0, 1.0)[..., None]
+    picture = coverage * np.array(COLOURS[motion.colour]) + (1.0 - coverage) * np.array(background)
+    return np.round(picture).astype(np.uint8)
+
+
+def draw_scene(motion: Motion, rng: np.random.Generator) -> Scene:
+    """Choose position, size, path and background for a motion; the centre travels 0.42 to 0.5 of the picture."""
+    dx, dy = DIRECTIONS[motion.direction]
+    travel = rng.uniform(0.42, 0.50)
+    middle = 0.5 + rng.uniform(-0.05, 0.05)
+    across = 0.5 + rng.uniform(-0.18, 0.18)
+    x, y = (middle, across) if dx else (across, middle)
+    half = travel / 2
+    grey = rng.integers(8, 40)
+    tint = rng.integers(-6, 7, size=3)
+    r, g, b = (int(v) for v in np.clip(grey + tint, 0, 48))
+    return Scene(
+        motion=motion,
+        start=(x - dx * half, y - dy * half),
+        end=(x + dx * half, y + dy * half),
+        radius=float(rng.uniform(0.15, 0.20)),
+        background=(r, g, b),
+    )
+
+
+def training_scenes(repeats: int, *, seed: int) -> Iterator[Scene]:
+    """`repeats` scenes of every trained motion, shuffled so that neighbours differ in shape or colour."""
+    rng = np.random.default_rng(seed)
+    allowed = motions(held_out=False)
+    previous: Motion | None = None
+    for _ in range(repeats):
+        waiting = [allowed[i] for i in rng.permutation(len(allowed))]
+        while waiting:
+            index = next((i for i, m in enumerate(waiting) if previous is None or m.colour != previous.colour), 0)
+            previous = waiting.pop(index)
+            yield draw_scene(previous, rng)

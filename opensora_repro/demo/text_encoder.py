@@ -1,0 +1,98 @@
+"""Make the demo's text encoder: `python -m opensora_repro.demo.text_encoder --out checkpoints/demo/text`.
+
+A T5 v1.1 encoder of tiny size with seeded random weights, and a tokenizer that knows the demo's words whole and spells
+every other word letter by letter. Nothing needs training: frozen random embeddings already tell the words apart, and
+the diffusion model learns what each one means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast, T5EncoderModel
+
+WORD_START = "▁"  # sentencepiece's mark for a leading space
+SPECIAL = ("<pad>", "</s>", "<unk>")  # T5's ids 0, 1, 2
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,-'"
+MAX_LENGTH = 12
+
+
+def vocabulary() -> list[tuple[str, float]]:
+    """Pieces with unigram scores: whole words win over letters."""
+    from opensora_repro.demo.shapes import COLOURS, DIRECTIONS, SHAPES
+
+    words = ["a", "moving", *COLOURS, *SHAPES, *DIRECTIONS]
+    pieces = [(token, 0.0) for token in SPECIAL] + [(WORD_START + word, -1.0) for word in words]
+    known = {piece for piece, _ in pieces}
+    return pieces + [(p, -10.0) for p in (WORD_START, *LETTERS) if p not in known]
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.Unigram(vocabulary(), unk_id=SPECIAL.index("<unk>")))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", SPECIAL.index("</s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=MAX_LENGTH,
+    )
+
+
+def build_encoder(*, seed: int) -> T5EncoderModel:
+    import torch
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=len(vocabulary()),
+        d_model=64,
+        d_kv=16,
+        d_ff=128,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    return T5EncoderModel(config).eval()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("checkpoints/demo/text"))
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+
+    import torch
+
+    out: Path = args.out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    encoder = build_encoder(seed=args.seed)
+    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+        fresh = Path(scratch) / "text"
+        encoder.to(torch.float16).save_pretrained(fresh, safe_serialization=True)
+        build_tokenizer().save_pretrained(fresh)
+        if out.exists():
+            os.replace(out, Path(scratch) / "old")
+        os.replace(fresh, out)
+    print(f"wrote {out}: {sum(p.numel() for p in encoder.parameters()):,} parameters, {len(vocabulary())} tokens")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""The whole recipe in small: film, split, caption, train three stages, sample, measure, report (`make demo`)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from opensora_repro.demo.shapes import Motion
+
+STAGES = {"stage1": "stages.stage1_image", "stage2": "stages.stage2_video", "stage3": "stages.stage3_hq"}
+STILLS_A_CLIP = 2
+SAMPLE_SEED = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the demo works and how much it makes; the defaults are `make demo`."""
+
+    root: Path
+    configs: Path
+    videos: int  # long videos for training; one more is filmed for validation
+    hq_videos: int  # how many of them make the high-quality set of stage 3
+    prompts: int  # prompts sampled in each group, seen and never trained
+    overrides: tuple[str, ...]  # handed to every stage
+
+    @property
+    def manifest(self) -> Path:
+        return self.root / "manifest.parquet"
+
+
+def parse(argv: list[str] | None) -> Plan:
+    parser = argparse.ArgumentParser(prog="python -m stages.demo", description=__doc__)
+    parser.add_argument("--dir", type=Path, default=Path("runs/demo"), help="where everything goes (%(default)s)")
+    parser.add_argument("--configs", type=Path, default=Path("configs/demo"), help="folder of stage1..3.toml")
+    parser.add_argument("--videos", type=int, default=8, help="long training videos to film (%(default)s)")
+    parser.add_argument("--hq-videos", type=int, default=4, help="of these, how many stage 3 uses (%(default)s)")
+    parser.add_argument("--prompts", type=int, default=48, help="prompts to sample in each group (%(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="config changes for all three stages")
+    args = parser.parse_args(argv)
+    if min(args.videos, args.hq_videos, args.prompts) < 1 or args.hq_videos > args.videos:
+        parser.error("--videos, --hq-videos and --prompts must be at least 1, and --hq-videos at most --videos")
+    return Plan(args.dir, args.configs, args.videos, args.hq_videos, args.prompts, tuple(args.overrides))
+
+
+def main(argv: list[str] | None = None) -> int:
+    plan = parse(argv)
+    started = time.monotonic()
+    seconds: dict[str, float] = {}
+    steps: list[tuple[str, str, Callable[[Plan], Any]]] = [
+        ("data", "film long videos, split them at their cuts, join the captions", make_data),
+        ("stage1", "images: what colours and shapes look like", train("stage1")),
+        ("stage2", "video: temporal attention learns to move them", train("stage2")),
+        ("stage3", "high quality: more frames, higher resolution", train("stage3")),
+        ("samples", "sample seen and never-trained combinations", sample_all),
+    ]
+    for number, (name, what, step) in enumerate(steps, start=1):
+        print(f"\n[{number}/{len(steps)}] {what}", flush=True)
+        begin = time.monotonic()
+        try:
+            step(plan)
+        except subprocess.CalledProcessError as error:
+            print(f"error: {name} ended with exit code {error.returncode}; `make demo` continues there", file=sys.stderr)
+            return error.returncode if error.returncode > 0 else 1
+        seconds[name] = round(time.monotonic() - begin, 1)
+
+    records = measure_all(plan)
+    summary = {"adherence": table(records), "seconds": seconds, "records": records}
+    (plan.root / "adherence.json").write_text(json.dumps(summary, indent=1))
+    report = write_report(plan, summary)
+    print_adherence(summary["adherence"])
+    print(f"\ndone in {(time.monotonic() - started) / 60:.1f} minutes; open {report.resolve().as_uri()}")
+    print(f"your own text: python -m stages.sample {plan.root}/stage3 --prompt 'a cyan square moving up' --out mine")
+    return 0
+
+
+def run(*command: str) -> None:
+    """Run one of our command lines in a process of its own, as a user would."""
+    print("$ python -m " + " ".join(command), flush=True)
+    subprocess.run([sys.executable, "-m", *command], check=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def make_data(plan: Plan) -> None:
+    """Write `manifest.parquet` (training clips), `hq.parquet`, `val.parquet` and `images.parquet`."""
+    from opensora_repro.data.manifest import read_manifest, write_manifest
+    from opensora_repro.demo.footage import film
+
+    footage = plan.root / "footage"
+    captions = film(footage, videos=plan.videos + 1, seed=0)
+    run("data_tools.split", str(footage), "--out", str(plan.root / "clips"))
+    run("data_tools.caption", str(plan.root / "clips" / "manifest.parquet"), "--sidecar", str(captions),
+        "--out", str(plan.root / "captioned"))  # fmt: skip
+    clips = read_manifest(plan.root / "captioned" / "manifest.parquet")
+    number = clips["source"].map(lambda source: int(Path(source).stem.removeprefix("long_")))
+    training = clips[number < plan.videos]
+    write_manifest(training, plan.manifest)
+    write_manifest(clips[number < plan.hq_videos], plan.root / "hq.parquet")
+    write_manifest(clips[number == plan.videos], plan.root / "val.parquet")
+    write_manifest(take_stills(training, plan.root / "images"), plan.root / "images.parquet")
+    print(f"{len(training)} training clips in {plan.manifest}")
+
+
+def take_stills(clips: pd.DataFrame, folder: Path) -> pd.DataFrame:
+    """Save evenly spaced frames of every clip as png; the caption keeps colour and shape only."""
+    import pandas as pd
+    from tqdm import tqdm
+
+    from opensora_repro.data.video import read_frames
+    from opensora_repro.data.write import write_png
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for clip in tqdm(clips.to_dict("records"), desc="stills", unit="clip"):
+        for still in range(STILLS_A_CLIP):
+            frame = int(clip["num_frames"]) * (2 * still + 1) // (2 * STILLS_A_CLIP)
+            path = folder / f"{clip['id']}-{frame:04d}.png"
+            if not path.exists():
+                write_png(path, read_frames(Path(clip["path"]), start=frame, count=1)[0])
+            caption = str(clip["caption"]).split(" moving ")[0]
+            lineage = {"start_frame": clip["start_frame"] + frame, "end_frame": clip["start_frame"] + frame + 1}
+            rows.append({**clip, **lineage, "id": path.stem, "path": str(path), "caption": caption, "num_frames": 1})
+    return pd.DataFrame(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training and sampling
+
+
+def train(stage: str) -> Callable[[Plan], None]:
+    """Return the step that trains one stage; run again, it resumes or finds nothing left to do."""
+
+    def step(plan: Plan) -> None:
+        root = plan.root
+        manifest = {"stage1": "images.parquet", "stage2": "manifest.parquet", "stage3": "hq.parquet"}[stage]
+        places = [f"run.dir={root / stage}", f"data.manifest={root / manifest}", f"data.cache={root / 'cache' / stage}"]
+        if stage != "stage1":
+            before = {"stage2": "stage1", "stage3": "stage2"}[stage]
+            places += [f"data.val_manifest={root / 'val.parquet'}", f"init.weights={root / before}"]
+        run(STAGES[stage], str(plan.configs / f"{stage}.toml"), *places, *plan.overrides)
+
+    return step
+
+
+def sample_groups(plan: Plan) -> dict[str, list[Motion]]:
+    """The prompts of the two groups: seen ones in a fixed random order, the few never-trained ones in turn."""
+    import numpy as np
+
+    from opensora_repro.demo.shapes import motions
+
+    seen, held_out = motions(held_out=False), motions(held_out=True)
+    order = np.random.default_rng(0).permutation(len(seen))
+    return {
+        "seen": [seen[order[i % len(seen)]] for i in range(plan.prompts)],
+        "never trained": [held_out[i % len(held_out)] for i in range(plan.prompts)],
+    }
+
+
+def sample_folder(plan: Plan, group: str) -> Path:
+    return plan.root / "samples" / group.replace(" ", "-")
+
+
+def sample_all(plan: Plan) -> None:
+    for group, chosen in sample_groups(plan).items():
+        folder = sample_folder(plan, group)
+        folder.mkdir(parents=True, exist_ok=True)
+        prompts = folder / "prompts.txt"
+        prompts.write_text("\n".join(m.caption for m in chosen) + "\n")
+        run("stages.sample", str(plan.root / "stage3"), "--prompts", str(prompts), "--out", str(folder),
+            "--seed", str(SAMPLE_SEED))  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring and reporting
+
+
+def measure_all(plan: Plan) -> list[dict[str, Any]]:
+    """One record a written file: group, caption, path, what was seen in its pixels and whether that agrees."""
+    from dataclasses import asdict
+
+    from opensora_repro.demo.adherence import measure_file
+
+    records = []
+    for group, chosen in sample_groups(plan).items():
+        for index, motion in enumerate(chosen):
+            path = sample_folder(plan, group) / f"{index:04d}.mp4"
+            seen = measure_file(path)
+            records.append({"group": group, "caption": motion.caption, "path": str(path), "seen": asdict(seen),
+                            "agrees": seen.agrees(motion)})  # fmt: skip
+    return records
+
+
+def table(records: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    from opensora_repro.demo.adherence import shares
+
+    groups = dict.fromkeys(r["group"] for r in records)
+    return {group: shares([r for r in records if r["group"] == group]) for group in groups}
+
+
+def print_adherence(adherence: dict[str, dict[str, float]]) -> None:
+    print("\nprompt adherence, measured from the written mp4 files")
+    print(f"{'':>16}{'colour':>10}{'shape':>10}{'direction':>11}")
+    for group, row in adherence.items():
+        print(f"{group:>16}{row['colour']:>10.2f}{row['shape']:>10.2f}{row['direction']:>11.2f}")
+
+
+def write_report(plan: Plan, summary: dict[str, Any]) -> Path:
+    from opensora_repro.demo import report
+
+    out = plan.root / "report.html"
+    report.write_report(plan.root, out, title="Three stages, end to end", summary=summary)
+    return out
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""The demo end to end, a few steps of each stage: real files in, real files and a report out."""
+
+import json
+import subprocess
+import sys
+
+import av
+import pytest
+
+from opensora_repro.data.manifest import read_manifest
+from opensora_repro.demo.shapes import motions
+
+TINY = [
+    "train.steps=2", "optim.warmup_steps=0", "optim.decay_steps=0", "train.batch_size=2", "checkpoint.every=2",
+    "validation.every=2", "validation.max_samples=2", "sample.every=2", "sample.steps=2",
+    'sample.prompts=["a red square moving left"]', "data.num_workers=0",
+]  # fmt: skip
+
+
+def demo(root, *extra):
+    command = [sys.executable, "-m", "stages.demo", "--dir", str(root), "--videos", "1", "--hq-videos", "1"]
+    return subprocess.run([*command, "--prompts", "2", *extra, *TINY], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    root = tmp_path_factory.mktemp("demo")
+    done = demo(root)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return root, done.stdout
+
+
+def test_it_leaves_checkpoints_videos_and_a_report(finished):
+    root, printed = finished
+    for stage in ("stage1", "stage2", "stage3"):
+        assert (root / stage / "checkpoints" / "step-00000002" / "ema.safetensors").exists()
+    for group in ("seen", "never-trained"):
+        files = sorted((root / "samples" / group).glob("*.mp4"))
+        assert [f.name for f in files] == ["0000.mp4", "0001.mp4"]
+        with av.open(str(files[0])) as container:
+            stream = container.streams.video[0]
+            assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+            assert stream.width >= 64 and sum(1 for _ in container.decode(stream)) >= 8
+    report = (root / "report.html").read_text()
+    assert "report.html" in printed and "never trained" in printed
+    assert "<svg" in report and "<video" in report and "http://" not in report.replace("http://www.w3.org", "")
+    summary = json.loads((root / "adherence.json").read_text())
+    assert set(summary["adherence"]) == {"seen", "never trained"} and len(summary["records"]) == 4
+
+
+def test_every_cut_is_found_and_every_caption_on_its_clip(finished):
+    root, _ = finished
+    clips = read_manifest(root / "manifest.parquet")
+    trained = {m.caption for m in motions(held_out=False)}
+    assert sorted(clips["caption"]) == sorted(trained)  # one long video shows each trained motion once
+    assert (clips["num_frames"] == 16).all() and (clips["end_frame"] - clips["start_frame"] == 16).all()
+    captions = (root / "footage" / "captions.csv").read_text().splitlines()[1:]
+    listed = {tuple(line.split(",")) for line in captions}
+    for row in clips.to_dict("records"):
+        name = row["source"].split("/")[-1]
+        assert (name, str(row["start_frame"]), str(row["end_frame"]), row["caption"]) in listed
+    images = read_manifest(root / "images.parquet")
+    assert len(images) == 2 * len(clips) and not images["caption"].str.contains("moving").any()
+
+
+def test_run_again_it_trains_nothing_again(finished):
+    root, _ = finished
+    before = (root / "stage2" / "metrics.jsonl").read_bytes()
+    assert demo(root).returncode == 0
+    assert (root / "stage2" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_mistake_ends_the_demo_with_the_stages_own_exit_code(tmp_path):
+    done = demo(tmp_path, "model.hiden_size=8")
+    assert done.returncode == 2
+    assert "hidden_size" in done.stderr and "Traceback" not in done.stderr

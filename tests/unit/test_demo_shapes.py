@@ -1,0 +1,51 @@
+"""The demo's world and its judge: what is drawn is what is measured, and wrong videos are told from right ones."""
+
+import numpy as np
+import pytest
+
+from opensora_repro.demo.adherence import Seen, measure, shape_of
+from opensora_repro.demo.shapes import COLOURS, DIRECTIONS, SHAPES, Motion, draw_scene, motions, training_scenes
+
+
+def test_held_out_rule_and_counts():
+    assert len(motions()) == 72
+    assert motions(held_out=True)[0].caption == "a red circle moving left"
+    for c, colour in enumerate(COLOURS):
+        for s, shape in enumerate(SHAPES):
+            for d, direction in enumerate(DIRECTIONS):
+                assert Motion(colour, shape, direction).held_out == ((c + s + d) % 7 == 0)
+    assert not any(scene.motion.held_out for scene in training_scenes(2, seed=0))
+
+
+@pytest.mark.parametrize("size", [64, 96])
+def test_every_drawn_motion_is_measured_right(size):
+    rng = np.random.default_rng(0)
+    for motion in motions():
+        scene = draw_scene(motion, rng)
+        assert measure(scene.frames(count=8, size=size)) == Seen(motion.colour, motion.shape, motion.direction)
+        travel = np.abs(np.array(scene.end) - np.array(scene.start)).max()
+        assert travel >= 0.25
+
+
+def test_the_judge_says_none_to_fragments_stillness_and_darkness():
+    rng = np.random.default_rng(1)
+    frames = draw_scene(Motion("red", "circle", "left"), rng).frames(count=8, size=64)
+    assert measure(np.repeat(frames[:1], 8, axis=0)).direction is None
+    assert measure(np.zeros_like(frames)) == Seen(None, None, None)
+    speckled = frames.copy()
+    speckled[:, ::3] = speckled[:, :, ::3] = 0
+    assert measure(speckled).shape is None
+    two = np.zeros((64, 64), bool)
+    two[10:20, 10:20] = two[40:50, 40:50] = True
+    assert shape_of(two) is None
+
+
+def test_same_seed_same_scenes():
+    assert list(training_scenes(1, seed=3)) == list(training_scenes(1, seed=3))
+    assert list(training_scenes(1, seed=3)) != list(training_scenes(1, seed=4))
+
+
+def test_neighbouring_scenes_differ_in_colour_so_that_cuts_can_be_found():
+    scenes = list(training_scenes(3, seed=0))
+    same = sum(a.motion.colour == b.motion.colour for a, b in zip(scenes, scenes[1:], strict=False))
+    assert same <= len(scenes) // 20
