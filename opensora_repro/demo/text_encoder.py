@@ -1,7 +1,7 @@
 """Make the demo's text encoder: `python -m opensora_repro.demo.text_encoder --out checkpoints/demo/text`.
 
-A T5 v1.1 encoder of tiny size with seeded random weights, and a tokenizer that knows the demo's words whole and spells
-every other word letter by letter. Nothing needs training: frozen random embeddings already tell the words apart, and
+A T5 v1.1 encoder of tiny size with seeded random weights, and a tokenizer that knows the demo's words; any other word is
+one unknown token. Nothing needs training: frozen random embeddings already tell the words apart, and
 the diffusion model learns what each one means.
 """
 
@@ -19,18 +19,15 @@ if TYPE_CHECKING:
 
 WORD_START = "▁"  # sentencepiece's mark for a leading space
 SPECIAL = ("<pad>", "</s>", "<unk>")  # T5's ids 0, 1, 2
-LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,-'"
-MAX_LENGTH = 12
+MAX_LENGTH = 8
 
 
 def vocabulary() -> list[tuple[str, float]]:
-    """Pieces with unigram scores: whole words win over letters."""
+    """Pieces with unigram scores: the special tokens and the demo's words."""
     from opensora_repro.demo.shapes import COLOURS, DIRECTIONS, SHAPES
 
     words = ["a", "moving", *COLOURS, *SHAPES, *DIRECTIONS]
-    pieces = [(token, 0.0) for token in SPECIAL] + [(WORD_START + word, -1.0) for word in words]
-    known = {piece for piece, _ in pieces}
-    return pieces + [(p, -10.0) for p in (WORD_START, *LETTERS) if p not in known]
+    return [(token, 0.0) for token in SPECIAL] + [(WORD_START + word, -1.0) for word in words]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
