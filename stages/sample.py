@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def is_user_mistake(error: Exception) -> bool:
     if isinstance(error, ConfigError):
         return True
-    from opensora_repro.models.errors import ModelNotFound
+    from opensora_repro.models.pretrained import ModelNotFound
     from opensora_repro.models.weights import WeightsError
 
     return isinstance(error, (ModelNotFound, WeightsError, OSError))
@@ -115,12 +115,12 @@ def checked_prompts(prompts: list[str], source: str) -> list[str]:
 
 def find_checkpoint(source: Path) -> Path:
     """The folder itself if it is a checkpoint, else the newest checkpoint of the run. Raises ConfigError."""
-    from opensora_repro.training.checkpoint import CONFIG_FILE, list_checkpoints
-
     if not source.exists():
         raise ConfigError(f"{source}: no such run or checkpoint")
     if not source.is_dir():
         raise ConfigError(f"{source}: this is a file, expected a run's or a checkpoint's folder")
+    from opensora_repro.training.checkpoint import CONFIG_FILE, list_checkpoints
+
     if (source / "model.safetensors").is_file():
         checkpoint = source
     else:
