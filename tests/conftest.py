@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
-NUM_THREADS = max(1, min(2, os.cpu_count() or 1))
+NUM_THREADS = int(os.environ.get("OMP_NUM_THREADS") or max(1, min(2, os.cpu_count() or 1)))
 
 # Before torch, transformers or OpenCV load: they read these once. Child processes of the tests inherit them.
 os.environ.setdefault("OMP_NUM_THREADS", str(NUM_THREADS))

@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "stages": (LIBRARY,),
     "stages.demo": (LIBRARY, "stages", "data_tools"),
     "data_tools": (CONFIG, "opensora_repro.data", "opensora_repro.models"),
-    "benchmarks": (LIBRARY, "data_tools", "stages"),
+    "benchmarks": (LIBRARY, "data_tools", "stages", "tests.golden"),
 }
 
 COMMANDS = [

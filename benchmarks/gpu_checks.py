@@ -1,0 +1,379 @@
+"""Every check that needs an NVIDIA GPU, in one call of a few minutes.
+
+    python -m benchmarks.gpu_checks [--out FILE]
+
+The model on the GPU against itself on the CPU and against reference outputs, samplers, frozen encoders, and training
+steps at full size with their time and memory. Prints a line a check and writes JSON; exits 1 if a check failed, and 0
+with {"gpu": null} where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.harness import environment, save
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from opensora_repro.models.config import STDiTConfig
+
+REPO = Path(__file__).resolve().parent.parent
+BUDGET_SECONDS = 480  # no check begins after this
+NEEDED = ("torch", "numpy", "einops", "timm", "safetensors")  # without these there is nothing to check
+FP32_TOLERANCE = 5e-5  # largest difference over largest value; float32 sums in another order
+BF16_TOLERANCE = 3e-2  # root mean square of the difference over that of the values
+GOLDEN_SLACK = 5  # times a case's own tolerance, which was set for one order of sums
+GOLDEN_CASES = (
+    "stdit_base", "stdit_T1", "stdit_nonsquare_scaled", "stdit_maskholes_patch222", "stdit_fractional_t_maskrepeat",
+    "stdit_nomask", "stdit_nosigma", "pixart_image", "pixart_image_tpos", "pixart_video",
+)  # fmt: skip
+XL_LATENTS = (4, 16, 32, 32)  # 16 frames of 256x256 pixels
+
+
+class Skip(Exception):
+    """A check cannot run here; the message says what it lacks."""
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+
+
+def rms_error(found: Tensor, expected: Tensor) -> float:
+    found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
+    return float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+
+
+def require(error: float, tolerance: float, what: str) -> float:
+    """Return the error, rounded for the report; NaN never passes."""
+    assert error <= tolerance, f"{what}: {error:.2e} is above {tolerance:.0e}"
+    return float(f"{error:.2e}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The checks; each takes the device and returns what it measured, and raises AssertionError where something is wrong.
+
+
+def small_model(temporal_attention: bool) -> nn.Module:
+    """A model of a few blocks with random weights, also where a new one has zeros."""
+    import torch
+
+    from opensora_repro.models.config import STDiTConfig
+    from opensora_repro.models.stdit import STDiT
+
+    torch.manual_seed(0)
+    cfg = STDiTConfig(
+        hidden_size=144, depth=4, num_heads=4, caption_channels=32, model_max_length=12,
+        temporal_attention=temporal_attention,
+    )  # fmt: skip
+    model = STDiT(cfg)
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def small_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Latents with an odd side, a fractional timestep, captions of different length."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    return (
+        torch.randn(3, 4, 5, 9, 16, generator=generator),
+        torch.tensor([999.0, 12.5, 505.0]),
+        torch.randn(3, 12, 32, generator=generator),
+        torch.arange(12)[None] < torch.tensor([[12], [1], [7]]),
+    )
+
+
+def outputs_and_gradients(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
+    inputs = [value.to(device) for value in small_inputs()]
+    model.zero_grad(set_to_none=True)
+    out = model(*inputs)
+    out.square().mean().backward()
+    return {"output": out.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
+
+
+def parity(device: torch.device, temporal_attention: bool) -> dict[str, Any]:
+    """float32 outputs and gradients, kept and recomputed, and bf16 autocast, against float32 on the CPU."""
+    import torch
+
+    model = small_model(temporal_attention)
+    expected = outputs_and_gradients(model, torch.device("cpu"))
+    model = model.to(device)
+    errors: dict[str, Any] = {}
+    for recompute in (False, True):
+        model.gradient_checkpointing = recompute  # type: ignore[assignment]
+        found = outputs_and_gradients(model, device)
+        assert found.keys() == expected.keys()
+        worst = max(relative_error(found[name], expected[name]) for name in expected)
+        errors["fp32 recomputed" if recompute else "fp32"] = require(worst, FP32_TOLERANCE, "float32")
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+        half = model(*[value.to(device) for value in small_inputs()])
+    errors["bf16 rms"] = require(rms_error(half, expected["output"]), BF16_TOLERANCE, "bf16")
+    return errors
+
+
+def golden_folder() -> Path:
+    folder = Path(os.environ.get("OPENSORA_GOLDEN") or REPO.parent / "shared" / "golden")
+    if not folder.is_dir():
+        raise Skip(f"no reference outputs at {folder} (set OPENSORA_GOLDEN)")
+    return folder
+
+
+def golden(device: torch.device) -> dict[str, Any]:
+    """The published code's outputs, small cases, in float32."""
+    import torch
+
+    from tests.golden import build_model, load_case
+
+    folder = golden_folder()
+    errors = {}
+    for name in GOLDEN_CASES:
+        case = load_case(folder, name)
+        model = build_model(case).to(device).eval()
+        mask = case.tensors.get("in.mask")
+        given = [case["in.x"], case["in.timestep"], case["in.y"][:, 0], mask]
+        with torch.no_grad():
+            out = model(*[None if value is None else value.to(device) for value in given])
+        tolerance = GOLDEN_SLACK * case.info["tolerances"]["out_rel"]
+        errors[name] = require(relative_error(out, case["out"]), tolerance, name)
+    return errors
+
+
+def golden_full_size(device: torch.device, name: str = "xl_stdit_16x32x32") -> dict[str, Any]:
+    """STDiT-XL/2 with hashed weights against the published code's output, in float32 and bf16."""
+    import torch
+
+    from tests.golden import hashed_model, hashed_tensor, load_case, model_config
+
+    case = load_case(golden_folder(), name)
+    batch, size = len(case.info["caption_lens"]), case.info["config"]["input_size"]
+    x = hashed_tensor(f"{name}.in.x", (batch, 4, *size)).to(device)
+    text = hashed_tensor(f"{name}.in.y", (batch, 1, 120, 4096))[:, 0].to(device)
+    mask, timestep = case["mask"].to(device), case["timestep"].to(device)
+    model = hashed_model(model_config(case.info, temporal_attention=True)).to(device)
+    with torch.no_grad():
+        full = model(x, timestep, text, mask)
+        with torch.autocast(device.type, torch.bfloat16):
+            half = model(x, timestep, text, mask)
+    tolerance = GOLDEN_SLACK * case.info["tolerances"]["fp32_out_rel"]
+    return {
+        "fp32": require(relative_error(full, case["out"]), tolerance, "float32"),
+        "bf16 rms": require(rms_error(half, case["out"]), BF16_TOLERANCE, "bf16"),
+    }
+
+
+def samplers(device: torch.device) -> dict[str, Any]:
+    """Each sampler's latents against the same on the CPU: noise comes from CPU generators, so they start alike."""
+    import torch
+
+    from opensora_repro.config import DiffusionConfig
+    from opensora_repro.diffusion.sampling import sample_latents
+
+    model = small_model(temporal_attention=True).eval()
+    _, _, text, mask = small_inputs()
+    errors = {}
+    for sampler in ("iddpm", "ddim", "dpm"):
+        results = []
+        for where in (torch.device("cpu"), device):
+            model = model.to(where)
+            with torch.no_grad():
+                latents = sample_latents(
+                    model, DiffusionConfig(), shape=(4, 3, 6, 6), text=text.to(where), mask=mask.to(where),
+                    null_text=model.null_text(), steps=5, guidance=4.0, sampler=sampler,
+                    generators=[torch.Generator().manual_seed(i) for i in range(3)], num_tokens=27,
+                )  # fmt: skip
+            results.append(latents)
+        errors[sampler] = require(relative_error(results[1], results[0]), 20 * FP32_TOLERANCE, sampler)
+    return errors
+
+
+def frozen_models(device: torch.device) -> dict[str, Any]:
+    """The demo's autoencoder and text encoder, encoding and decoding as on the CPU."""
+    import torch
+
+    from opensora_repro.config import TextConfig, VaeConfig
+    from opensora_repro.models.text import load_text_encoder
+    from opensora_repro.models.vae import load_vae
+
+    vae_folder, text_folder = REPO / "checkpoints" / "demo" / "vae", REPO / "checkpoints" / "demo" / "text"
+    video = torch.rand(3, 5, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    captions = ["a red circle moving left", "", "a cyan triangle"]
+    found: list[dict[str, Tensor]] = []
+    for where in (torch.device("cpu"), device):
+        vae = load_vae(VaeConfig(path=str(vae_folder), micro_batch_size=2), where, torch.float32)
+        moments = vae.encode_moments(video.to(where))
+        pixels = vae.decode(vae.sample_latents(moments, None)[None])
+        text = load_text_encoder(TextConfig(path=str(text_folder)), 12, where, torch.float32)
+        embedded, mask = text.encode(captions)
+        found.append({"moments": moments, "pixels": pixels, "text": embedded, "mask": mask.float()})
+    on_cpu, on_gpu = found
+    return {key: require(relative_error(on_gpu[key], on_cpu[key]), 10 * FP32_TOLERANCE, key) for key in on_cpu}
+
+
+def training(
+    device: torch.device, *, cfg: STDiTConfig, shape: Sequence[int], batch_size: int, steps: int = 6, warmup: int = 2
+) -> dict[str, Any]:
+    """Optimizer steps on one batch, bf16 autocast, activation checkpointing: loss falls; time and peak memory."""
+    import torch
+
+    from opensora_repro.config import DiffusionConfig, OptimConfig
+    from opensora_repro.diffusion.objective import build_objective
+    from opensora_repro.models.stdit import STDiT
+    from opensora_repro.training.optim import build_optimizer
+
+    on_gpu = device.type == "cuda"
+    torch.manual_seed(0)
+    with device:
+        model = STDiT(cfg).train()
+    model.gradient_checkpointing = True
+    optimizer = build_optimizer(model, OptimConfig(lr=1e-4))
+    objective = build_objective(DiffusionConfig())
+    latents, noise = torch.randn(2, batch_size, *shape, device=device).unbind(0)
+    timesteps = torch.linspace(100, 900, batch_size, device=device).round()
+    text = torch.randn(batch_size, cfg.model_max_length, cfg.caption_channels, device=device)
+    mask = torch.ones(batch_size, cfg.model_max_length, dtype=torch.bool, device=device)
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            output: Tensor = model(x, t, text, mask)
+        return output
+
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    losses: list[Tensor] = []
+    seconds = []
+    for _ in range(warmup + steps):
+        start = time.perf_counter()
+        loss = objective.losses(predict, latents, noise, timesteps).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+        losses.append(loss.detach())
+    values = torch.stack(losses).tolist()
+    assert all(value == value for value in values), f"losses {values}"
+    assert values[-1] < values[0], f"the loss does not fall on one batch: {values}"
+    step = statistics.median(seconds[warmup:])
+    tokens = shape[1] * shape[2] * shape[3] // 4
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "latents": [batch_size, *shape],
+        "step_ms": round(1000 * step, 1),
+        "samples_per_second": round(batch_size / step, 3),
+        "tokens_per_second": round(batch_size * tokens / step),
+        "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if on_gpu else None,
+        "first_loss": round(values[0], 4),
+        "last_loss": round(values[-1], 4),
+    }
+
+
+def training_full_size(device: torch.device) -> dict[str, Any]:
+    """The published 16x256x256 step: STDiT-XL/2, 8 samples a GPU."""
+    from opensora_repro.models.config import STDiTConfig
+
+    return training(device, cfg=STDiTConfig(space_scale=0.5), shape=XL_LATENTS, batch_size=8)
+
+
+CHECKS: dict[str, tuple[Callable[[Any], dict[str, Any]], tuple[str, ...]]] = {  # what each needs besides NEEDED
+    "stdit parity": (lambda device: parity(device, True), ()),
+    "pixart parity": (lambda device: parity(device, False), ()),
+    "samplers": (samplers, ()),
+    "reference outputs": (golden, ()),
+    "reference outputs, XL/2": (golden_full_size, ()),
+    "autoencoder and text encoder": (frozen_models, ("diffusers", "transformers", "sentencepiece", "ftfy")),
+    "training, XL/2 16x32x32": (training_full_size, ()),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def missing(packages: Sequence[str]) -> list[str]:
+    return [name for name in packages if importlib.util.find_spec(name) is None]
+
+
+def run_check(name: str, device: Any) -> dict[str, Any]:
+    """Return status, seconds and what was measured; a fault in one check never keeps the next from running."""
+    check, packages = CHECKS[name]
+    start = time.perf_counter()
+    try:
+        lacking = missing(packages)
+        if lacking:
+            raise Skip(f"missing packages: {', '.join(lacking)}")
+        result: dict[str, Any] = {"status": "passed", **check(device)}
+    except Skip as reason:
+        result = {"status": "skipped", "reason": str(reason)}
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(last.filename).name}:{last.lineno}"
+        result = {"status": "failed", "reason": f"{type(error).__name__} at {where}: {error}"}
+    return {**result, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def run_all(device: Any) -> dict[str, dict[str, Any]]:
+    import torch
+
+    began = time.perf_counter()
+    results: dict[str, dict[str, Any]] = {}
+    for name in CHECKS:
+        if time.perf_counter() - began > BUDGET_SECONDS:
+            results[name] = {"status": "failed", "reason": f"not begun within {BUDGET_SECONDS} s", "seconds": 0.0}
+        else:
+            results[name] = run_check(name, device)
+        torch.cuda.empty_cache()
+        shown = {key: value for key, value in results[name].items() if key != "status"}
+        print(f"{results[name]['status']:<8}{name}: {shown}", flush=True)
+    return results
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/gpu_checks.json)")
+    args = parser.parse_args()
+
+    lacking = missing(NEEDED)
+    if lacking:
+        save("gpu_checks", {"gpu": None, "missing": lacking}, args.out)
+        print(f"nothing checked, missing packages: {', '.join(lacking)}")
+        return 1 if "torch" not in lacking else 0
+    import torch
+
+    if not torch.cuda.is_available():
+        save("gpu_checks", {"gpu": None, "environment": environment()}, args.out)
+        print("no NVIDIA GPU here: nothing to check")
+        return 0
+    # Parity is about our code, so float32 is float32; training runs in bf16 whatever this says.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    properties = torch.cuda.get_device_properties(0)
+    checks = run_all(torch.device("cuda", 0))
+    result = {
+        "gpu": properties.name,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "environment": environment(),
+        "checks": checks,
+    }
+    path = save("gpu_checks", result, args.out)
+    failed = [name for name, check in checks.items() if check["status"] == "failed"]
+    print(f"{properties.name}: {len(checks) - len(failed)} of {len(checks)} without a fault; written to {path}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

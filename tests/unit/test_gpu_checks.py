@@ -1,0 +1,50 @@
+"""The GPU checks' own machinery, run where there is no GPU: the device is the CPU, so every comparison must hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import gpu_checks
+from opensora_repro.models.config import STDiTConfig
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["stdit parity", "pixart parity", "samplers", "reference outputs"])
+def test_comparisons_hold_on_the_cpu(name: str, golden_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENSORA_GOLDEN", str(golden_dir))
+    result = gpu_checks.run_check(name, CPU)
+    assert result["status"] == "passed", result
+
+
+def test_demo_encoders_on_the_cpu() -> None:
+    result = gpu_checks.run_check("autoencoder and text encoder", CPU)
+    assert result["status"] == "passed", result
+
+
+def test_training_measures_and_notices_a_loss_that_does_not_fall(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = STDiTConfig(hidden_size=48, depth=1, num_heads=4, caption_channels=16, model_max_length=4)
+    run: dict[str, Any] = {"cfg": cfg, "shape": (4, 2, 4, 4), "batch_size": 2, "steps": 3}
+    result = gpu_checks.training(CPU, **run)
+    assert result["last_loss"] < result["first_loss"]
+    assert result["tokens_per_second"] > 0
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
+    with pytest.raises(AssertionError, match="does not fall"):
+        gpu_checks.training(CPU, **run)
+
+
+def test_faults_and_lacking_packages_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(device: torch.device) -> dict[str, Any]:
+        return {"error": gpu_checks.require(float("nan"), 1.0, "float32")}
+
+    checks = {"broken": (broken, ()), "elsewhere": (broken, ("no_such_package",))}
+    monkeypatch.setattr(gpu_checks, "CHECKS", checks)
+    results = gpu_checks.run_all(CPU)
+    assert results["broken"]["status"] == "failed"
+    assert "float32: nan" in results["broken"]["reason"]
+    assert results["elsewhere"]["status"] == "skipped"
+    assert "no_such_package" in results["elsewhere"]["reason"]
