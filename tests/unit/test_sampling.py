@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,8 +11,16 @@ from torch import Tensor
 
 from opensora_repro.config import DiffusionConfig
 from opensora_repro.diffusion.dpm_solver import ContinuousSchedule, dpm_solver_sample
+from opensora_repro.diffusion.flow import ModelFn
 from opensora_repro.diffusion.gaussian import GaussianDiffusion, linear_betas
-from opensora_repro.diffusion.sampling import ddim_sample, draw_noise, guided_model, iddpm_sample, sample_latents
+from opensora_repro.diffusion.sampling import (
+    Progress,
+    ddim_sample,
+    draw_noise,
+    guided_model,
+    iddpm_sample,
+    sample_latents,
+)
 from opensora_repro.models.config import STDiTConfig
 
 SHAPE = (4, 2, 4, 4)
@@ -40,8 +48,16 @@ class PointModel:
         return torch.cat([noise, -torch.ones_like(x)], dim=1)
 
 
-def sample(model: object, indices: list[int], *, objective: str, sampler: str, guidance: float = 1.0, steps: int = 20,
-           progress: object = None) -> Tensor:  # fmt: skip
+def sample(
+    model: Callable[..., Tensor],
+    indices: list[int],
+    *,
+    objective: str,
+    sampler: str,
+    guidance: float = 1.0,
+    steps: int = 20,
+    progress: Progress | None = None,
+) -> Tensor:
     text = rearrange(torch.tensor([0.1 * (i + 1) for i in indices]), "b -> b 1 1").repeat(1, 5, 3)
     return sample_latents(
         model,
@@ -149,7 +165,7 @@ def test_noise_is_standard_normal() -> None:
     assert noise.std().item() == pytest.approx(1, abs=0.01)
 
 
-def gaussian_model(mean: float, std: float) -> object:
+def gaussian_model(mean: float, std: float) -> ModelFn:
     """The perfect noise prediction for data N(mean, std^2), with the true posterior variance at every step."""
 
     def model(x: Tensor, t: Tensor) -> Tensor:
@@ -215,7 +231,7 @@ def test_the_real_model_agrees_with_itself_across_batches() -> None:
     assert (together[0] - together[1]).abs().max() > 1e-2
 
 
-def test_nothing_uses_the_global_generator(repo_dir: Path) -> None:
+def test_nothing_uses_the_global_generator() -> None:
     state = torch.random.get_rng_state()
     for objective, sampler in ALL:
         sample(PointModel(objective), [0, 1], objective=objective, sampler=sampler, steps=3)
