@@ -1,0 +1,121 @@
+"""The frozen T5 text encoder: captions -> embeddings and mask."""
+
+from __future__ import annotations
+
+import html
+import re
+import unicodedata
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from opensora_repro.models.pretrained import check_complete, fingerprint, load_frozen
+
+if TYPE_CHECKING:
+    from opensora_repro.config import TextConfig
+
+KIND = "transformers T5 encoder with its tokenizer"
+MAX_CHARACTERS = 4096  # far beyond what the encoder reads; bounds the work that a hostile caption can cause
+GPU_BATCH_SIZE = 8
+
+_URL = re.compile(r"\b(?:https?://|www\.)\S+")
+_TAG = re.compile(r"</?[a-z!][^<>]*>")
+_MARKDOWN_LINK = re.compile(r"!?\[([^\[\]]*)\]\([^()]*\)")
+_HANDLE = re.compile(r"(?<!\w)@\w+")
+
+
+def clean_caption(text: str) -> str:
+    """Return a caption as T5 should read it: plain lower-case text on one line.
+
+    In the manner of DeepFloyd's caption cleaning, which PixArt and Open-Sora were trained with: broken encodings are
+    repaired, HTML entities resolved, addresses, handles, markup and control characters removed. Cleaning twice
+    changes nothing.
+    """
+    text = text[:MAX_CHARACTERS]
+    for _ in range(8):  # what is removed may uncover more: `&amp;lt;b&amp;gt;`
+        cleaned = _clean_once(text)
+        if cleaned == text:
+            break
+        text = cleaned
+    return text
+
+
+def _clean_once(text: str) -> str:
+    import ftfy
+
+    text = html.unescape(ftfy.fix_text(text)).lower()
+    text = text.replace("<person>", "person")  # WebVid's placeholder for a name
+    text = _MARKDOWN_LINK.sub(r" \1 ", text)
+    for pattern in (_TAG, _URL, _HANDLE):
+        text = pattern.sub(" ", text)
+    # Controls, format characters (invisible, or turning the reading direction) and unassigned code points
+    text = "".join(" " if unicodedata.category(character)[0] in "CZ" else character for character in text)
+    return " ".join(text.split())
+
+
+class T5Text:
+    """A T5 encoder and its tokenizer; every caption becomes `max_length` tokens and a mask."""
+
+    def __init__(self, model: Any, tokenizer: Any, max_length: int) -> None:
+        if max_length < 1:
+            raise ValueError(f"model.model_max_length={max_length} must be at least 1")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.channels = int(model.config.d_model)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of what decides the embeddings: weights, dtype, tokenizer, length, and how captions are cleaned."""
+        vocabulary = repr(sorted(self.tokenizer.get_vocab().items()))
+        return fingerprint(self.model, vocabulary, str(self.max_length), Path(__file__))
+
+    @torch.no_grad()  # not inference mode: the embeddings may be saved for a backward pass
+    def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return float32 embeddings [B, L, Ct] and a bool mask [B, L]; an empty caption is the end token alone.
+
+        On a CPU a caption's embedding does not depend on its neighbours, bit for bit; on a GPU to rounding.
+        """
+        device = self.model.device
+        ids, mask = (part.to(device) for part in self._tokenize(captions))
+        size = 1 if device.type == "cpu" else GPU_BATCH_SIZE
+        batches = [torch.empty(0, self.max_length, self.channels, device=device)]
+        with torch.autocast(device.type, enabled=False):  # the weights' dtype decides, not the caller's
+            for start in range(0, len(ids), size):
+                part = slice(start, start + size)
+                output = self.model(input_ids=ids[part], attention_mask=mask[part])
+                batches.append(output.last_hidden_state.float())
+        return torch.cat(batches), mask.bool()
+
+    def _tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return int64 token ids and mask, both [B, L]; long captions are cut, keeping the end token."""
+        if not captions:
+            empty = torch.empty(0, self.max_length, dtype=torch.int64)
+            return empty, empty
+        batch = self.tokenizer(
+            [clean_caption(caption) for caption in captions],
+            max_length=self.max_length,
+            padding="max_length",
+            truncation=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        return batch["input_ids"], batch["attention_mask"]
+
+
+def load_text_encoder(cfg: TextConfig, max_length: int, device: torch.device | str, dtype: torch.dtype) -> T5Text:
+    """Load the encoder and tokenizer of `cfg.path`, a local folder or a hub name. Raises ModelNotFound."""
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    def load(path: str, **options: Any) -> tuple[Any, Any]:
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        model, info = T5EncoderModel.from_pretrained(path, torch_dtype=dtype, output_loading_info=True, **options)
+        check_complete(info)
+        return model, tokenizer
+
+    model, tokenizer = load_frozen(load, cfg.path, key="text.path", kind=KIND)
+    return T5Text(model.to(device).eval().requires_grad_(False), tokenizer, max_length)

@@ -1,0 +1,100 @@
+"""Frozen image autoencoders behind encode and decode on videos.
+
+The latents are Stable Diffusion's (arXiv:2112.10752): a sample of the posterior times a constant, frame by frame.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from opensora_repro.models.pretrained import check_complete, fingerprint, load_frozen
+
+if TYPE_CHECKING:
+    from opensora_repro.config import VaeConfig
+
+SD_LATENT_SCALE = 0.18215  # brings Stable Diffusion's latents to about unit variance
+KIND = "diffusers AutoencoderKL"
+
+
+class FrameVAE:
+    """An AutoencoderKL applied to single frames, in micro-batches that never mix samples."""
+
+    def __init__(self, vae: Any, micro_batch_size: int) -> None:
+        if micro_batch_size < 1:
+            raise ValueError(f"vae.micro_batch_size={micro_batch_size} must be at least 1")
+        self.vae = vae
+        self.micro_batch_size = micro_batch_size
+        self.scale = float(getattr(vae.config, "scaling_factor", None) or SD_LATENT_SCALE)
+        self.spatial_stride = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.latent_channels = int(vae.config.latent_channels)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of what decides the moments: the weights, their dtype and the architecture."""
+        return fingerprint(self.vae, repr(sorted((key, str(value)) for key, value in _architecture(self.vae).items())))
+
+    @torch.no_grad()  # not inference mode: latents and text may be saved for a backward pass
+    def encode_moments(self, video: Tensor) -> Tensor:
+        """Encode frames [C, T, H, W] in [-1, 1]; return float32 [2 * Cz, T, h, w], the mean and the log-variance.
+
+        A frame's moments depend on that frame alone: whatever the micro-batch, bit for bit on a CPU, to rounding on a
+        GPU.
+        """
+        height, width = video.shape[-2:]
+        if height % self.spatial_stride or width % self.spatial_stride:
+            raise ValueError(f"{height}x{width} pixels are not a multiple of the autoencoder's {self.spatial_stride}")
+        frames = rearrange(video, "c t h w -> t c h w")
+        return rearrange(self._in_micro_batches(self._moments, frames), "t c h w -> c t h w")
+
+    def sample_latents(self, moments: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Draw scaled latents [Cz, T, h, w] from moments [2 * Cz, T, h, w]; without a generator, take the mode."""
+        mean, logvar = rearrange(moments.float(), "(two c) t h w -> two c t h w", two=2).unbind(0)
+        if generator is not None:
+            noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean.device)
+            mean = mean + (0.5 * logvar.clamp(-30.0, 20.0)).exp() * noise
+        return mean * self.scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode scaled latents [B, Cz, T, h, w]; return float32 [B, 3, T, H, W] in [-1, 1]."""
+        frames = rearrange(latents / self.scale, "b c t h w -> b t c h w")
+        videos = [self._in_micro_batches(self._pixels, sample) for sample in frames]
+        return rearrange(videos, "b t c h w -> b c t h w").clamp(-1.0, 1.0)
+
+    def _moments(self, frames: Tensor) -> Tensor:
+        return self.vae.encode(frames).latent_dist.parameters
+
+    def _pixels(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(latents).sample
+
+    def _in_micro_batches(self, function: Any, frames: Tensor) -> Tensor:
+        """Apply `function` to frames [T, C, H, W] a few at a time; return float32."""
+        outputs = []
+        with torch.autocast(self.vae.device.type, enabled=False):  # the weights' dtype decides, not the caller's
+            for batch in frames.to(self.vae.device, self.vae.dtype).split(self.micro_batch_size):
+                # CPU kernels chosen for a batch of one round differently: let a lone frame run twice.
+                pair = batch.expand(2, -1, -1, -1) if len(batch) == 1 else batch
+                outputs.append(function(pair.contiguous())[: len(batch)].float())
+        return torch.cat(outputs)
+
+
+def load_vae(cfg: VaeConfig, device: torch.device | str, dtype: torch.dtype) -> FrameVAE:
+    """Load the autoencoder `cfg.path`, a local folder or a hub name. Raises ModelNotFound."""
+    from diffusers import AutoencoderKL
+
+    def load(path: str, **options: Any) -> Any:
+        vae, info = AutoencoderKL.from_pretrained(path, torch_dtype=dtype, output_loading_info=True, **options)
+        check_complete(info)
+        return vae
+
+    vae = load_frozen(load, cfg.path, key="vae.path", kind=KIND)
+    return FrameVAE(vae.to(device).eval().requires_grad_(False), cfg.micro_batch_size)
+
+
+def _architecture(vae: Any) -> dict[str, Any]:
+    return {key: value for key, value in dict(vae.config).items() if not key.startswith("_")}

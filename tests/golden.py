@@ -1,0 +1,137 @@
+"""Read the golden cases: reference weights, inputs, outputs and gradients of the published code."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from opensora_repro.models.config import STDiTConfig
+from opensora_repro.models.stdit import STDiT
+
+
+@dataclass
+class Case:
+    """One golden case: its JSON and its tensors."""
+
+    info: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.tensors[key]
+
+    def group(self, prefix: str) -> dict[str, Tensor]:
+        """Return the tensors under `prefix.`, by the rest of their name."""
+        return {k.removeprefix(prefix + "."): v for k, v in self.tensors.items() if k.startswith(prefix + ".")}
+
+
+def load_case(golden_dir: Path, name: str) -> Case:
+    tensors = golden_dir / f"{name}.safetensors"
+    info = json.loads((golden_dir / f"{name}.json").read_text())
+    return Case(info, load_file(tensors) if tensors.is_file() else {})
+
+
+def model_config(info: dict[str, Any], *, temporal_attention: bool) -> STDiTConfig:
+    """Return our config for a reference constructor's arguments; latent size is not among ours."""
+    known = {field.name for field in fields(STDiTConfig)}
+    values = {key: tuple(v) if isinstance(v, list) else v for key, v in info["config"].items() if key in known}
+    return STDiTConfig(**values, temporal_attention=temporal_attention)
+
+
+def build_model(case: Case) -> STDiT:
+    """Return the case's model with the reference weights."""
+    model = STDiT(model_config(case.info, temporal_attention="STDiT" in case.info["kind"]))
+    model.load_state_dict(case.group("param"))
+    return model
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest expected magnitude, as the golden tolerances mean it."""
+    assert got.shape == expected.shape, f"{list(got.shape)} != {list(expected.shape)}"
+    return ((got.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+
+
+def rms_error(got: Tensor, expected: Tensor) -> float:
+    """Root mean square of the difference over that of the expected values."""
+    return ((got - expected).square().mean().sqrt() / expected.square().mean().sqrt()).item()
+
+
+# Weights of the full-size cases: an integer hash of the key and the flat index (xl_recipe.md).
+
+
+def hashed_std(name: str, shape: tuple[int, ...]) -> float:
+    fan_in = int(np.prod(shape[1:]))
+    for ending, std in (("scale_shift_table", 0.2), ("bias", 0.05), ("y_embedding", 1.0)):
+        if name.endswith(ending):
+            return std
+    return (0.5 if name.startswith("t_block") else 1.0) / fan_in**0.5
+
+
+def fill_hashed(tensor: Tensor, name: str, std: float) -> None:
+    """Overwrite a contiguous float32 tensor with the values that belong to `name`."""
+    out = tensor.detach().view(-1).numpy()
+    seed = np.uint32(zlib.crc32(name.encode()))
+    scale = np.float32(np.sqrt(3.0) * std)
+    chunk = 1 << 16  # stays in the processor's cache through all passes
+    index = np.arange(chunk, dtype=np.uint32) * np.uint32(0x9E3779B1)
+    with np.errstate(over="ignore"):
+        for start in range(0, out.size, chunk):
+            part = out[start : start + chunk]
+            offset = np.uint32((start * 0x9E3779B1 + int(seed)) & 0xFFFFFFFF)
+            h = index[: part.size] + offset
+            h ^= h >> np.uint32(16)
+            h *= np.uint32(0x85EBCA6B)
+            h ^= h >> np.uint32(13)
+            h *= np.uint32(0xC2B2AE35)
+            h ^= h >> np.uint32(16)
+            np.multiply(h >> np.uint32(8), np.float32(2.0**-23), out=part, casting="unsafe", dtype=np.float32)
+            part -= np.float32(1)
+            part *= scale
+
+
+def hashed_tensor(name: str, shape: tuple[int, ...], std: float = 1.0) -> Tensor:
+    tensor = torch.empty(shape)
+    fill_hashed(tensor, name, std)
+    return tensor
+
+
+def hashed_model(cfg: STDiTConfig) -> STDiT:
+    """Return a model whose every parameter and the null caption come from the hash; nothing is drawn twice."""
+    with torch.device("meta"):
+        model = STDiT(cfg)
+    model.to_empty(device="cpu")
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [
+            pool.submit(fill_hashed, value, name, hashed_std(name, tuple(value.shape)))
+            for name, value in model.state_dict().items()
+        ]
+        for job in jobs:
+            job.result()
+    return model.eval()
+
+
+def module_outputs(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
+    """Return a dict that the next forward pass fills with the outputs of the named submodules."""
+    outputs: dict[str, Tensor] = {}
+    for name in names:
+        module = model.get_submodule(name)
+        module.register_forward_hook(lambda _module, _inputs, out, name=name: outputs.update({name: out.detach()}))
+    return outputs
+
+
+def reference_layout(name: str, value: Tensor) -> Tensor:
+    """Lay one of our activations out as the reference's: it flattens frames and places into one axis."""
+    if name.endswith("attn_temp"):
+        return rearrange(value, "b t s d -> (b s) t d")
+    if name == "y_embedder":
+        return rearrange(value, "b l d -> b 1 l d")
+    return rearrange(value, "b t s d -> b (t s) d") if value.ndim == 4 else value

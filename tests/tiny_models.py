@@ -1,0 +1,77 @@
+"""Tiny frozen models on disk, in the same formats as the real ones: an AutoencoderKL and a T5 encoder with tokenizer.
+
+They are random but seeded: two calls make the same files.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+TINY_STRIDE = 8
+TINY_LATENT_CHANNELS = 4
+TINY_TEXT_CHANNELS = 32
+SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")  # T5's ids 0, 1, 2
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,-'"
+
+
+def make_tiny_vae(folder: Path) -> Path:
+    """Write an AutoencoderKL (stride 8, 4 latent channels, 3 colours) into `folder`."""
+    from diffusers import AutoencoderKL
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vae = AutoencoderKL(
+            in_channels=3,
+            out_channels=3,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(8, 8, 16, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            latent_channels=TINY_LATENT_CHANNELS,
+            sample_size=32,
+        )
+    vae.save_pretrained(folder)
+    return folder
+
+
+def make_tiny_text(folder: Path) -> Path:
+    """Write a two-layer T5 encoder (32 channels) and a tokenizer that spells words into `folder`."""
+    from transformers import T5Config, T5EncoderModel
+
+    tokenizer = _spelling_tokenizer()
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=TINY_TEXT_CHANNELS,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = T5EncoderModel(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    # The name that every supported release of transformers knows
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+    return folder
+
+
+def _spelling_tokenizer():  # type: ignore[no-untyped-def]  # the class moved between transformers' releases
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = [(token, 0.0) for token in SPECIAL_TOKENS] + [(piece, -1.0) for piece in ("▁", *LETTERS)]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )

@@ -1,0 +1,182 @@
+"""The frozen text encoder: cleaning, masks, truncation, where it is looked for, and clear errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from opensora_repro.config import TextConfig
+from opensora_repro.models.pretrained import ModelNotFound
+from opensora_repro.models.text import MAX_CHARACTERS, T5Text, clean_caption, load_text_encoder
+from tests.tiny_models import TINY_TEXT_CHANNELS, make_tiny_text
+
+CAPTIONS = ["A red circle", "", "a", "a blue square moving left, then right"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_text(tmp_path_factory.mktemp("text"))
+
+
+def load(folder: Path, max_length: int = 20, dtype: torch.dtype = torch.float32) -> T5Text:
+    return load_text_encoder(TextConfig(str(folder)), max_length, "cpu", dtype)
+
+
+@pytest.fixture(scope="module")
+def text(folder: Path) -> T5Text:
+    return load(folder)
+
+
+def test_shapes_masks_and_lengths(text: T5Text) -> None:
+    embeddings, mask = text.encode(CAPTIONS)
+    assert embeddings.shape == (4, 20, TINY_TEXT_CHANNELS) and embeddings.dtype == torch.float32
+    assert text.channels == TINY_TEXT_CHANNELS
+    assert mask.dtype == torch.bool and mask.device == embeddings.device
+    # one token a letter and a space before each word, and the end token; the empty caption is the end token alone
+    assert mask.sum(dim=1).tolist() == [len("_a_red_circle") + 1, 1, len("_a") + 1, 20]
+    assert all(row == sorted(row, reverse=True) for row in mask.tolist())
+    assert not embeddings.requires_grad and not embeddings.is_inference()
+
+
+def test_a_captions_embedding_is_its_own(text: T5Text) -> None:
+    embeddings, mask = text.encode(CAPTIONS)
+    for index, caption in enumerate(CAPTIONS):
+        alone, alone_mask = text.encode([caption])
+        assert torch.equal(alone[0], embeddings[index]) and torch.equal(alone_mask[0], mask[index])
+    assert not torch.equal(embeddings[0], embeddings[2])
+
+
+def test_long_captions_keep_the_end_token(text: T5Text) -> None:
+    ids, mask = text._tokenize(["a" * 5000])
+    assert ids.shape == (1, 20) and mask.all()
+    assert ids[0, -1].item() == text.tokenizer.eos_token_id
+    embeddings, mask = text.encode([])
+    assert embeddings.shape == (0, 20, TINY_TEXT_CHANNELS) and mask.shape == (0, 20) and mask.dtype == torch.bool
+
+
+def test_embeddings_are_the_librarys(text: T5Text) -> None:
+    batch = text.tokenizer(["a red circle"], return_tensors="pt")
+    with torch.no_grad():
+        expected = text.model(**batch).last_hidden_state
+    embeddings, mask = text.encode(["A  red circle"])
+    torch.testing.assert_close(embeddings[:, mask[0]], expected)
+
+
+def test_autocast_does_not_reach_the_frozen_model(text: T5Text) -> None:
+    expected, _ = text.encode(CAPTIONS)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(text.encode(CAPTIONS)[0], expected)
+    assert not any(parameter.requires_grad for parameter in text.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("A Red CIRCLE", "a red circle"),
+        ("  two\tspaces\n\nand lines\r\n", "two spaces and lines"),
+        ("&amp;lt;b&amp;gt;bold&lt;/b&gt; &amp; brave", "bold & brave"),
+        ("see https://example.com/a?b=c&d=e or www.example.org now", "see or now"),
+        ('<p class="x">a <br/>dog</p> by @someone', "a dog by"),
+        ("[a cat](http://example.com) sits", "a cat sits"),
+        ("schÃ¶n “quoted”", 'schön "quoted"'),
+        ("left\u202etfel\u202c and\u200bzero\x00byte", "left tfel and zerobyte"),
+        ("<person> walks", "person walks"),
+        ("2 < 3 and 5 > 4, e.g. a@b", "2 < 3 and 5 > 4, e.g. a@b"),
+        ("", ""),
+        ("<>", "<>"),
+    ],
+)
+def test_clean_caption(caption: str, expected: str) -> None:
+    assert clean_caption(caption) == expected
+    assert clean_caption(expected) == expected
+
+
+def test_hostile_captions_cost_little() -> None:
+    for caption in (
+        "<" * 100_000,
+        "&amp;" * 50_000,
+        "[" * 100_000,
+        "@" * 100_000,
+        "http://" * 50_000,
+        "\u0301" * 100_000,
+    ):
+        start = time.process_time()
+        assert len(clean_caption(caption)) <= MAX_CHARACTERS
+        assert time.process_time() - start < 2
+
+
+def test_fingerprint(folder: Path, text: T5Text) -> None:
+    assert load(folder).fingerprint == text.fingerprint
+    assert load(folder, max_length=21).fingerprint != text.fingerprint
+    assert load(folder, dtype=torch.bfloat16).fingerprint != text.fingerprint
+
+
+def check_error(path: str, reason: str) -> None:
+    with pytest.raises(ModelNotFound, match=reason) as error:
+        load_text_encoder(TextConfig(path), 20, "cpu", torch.float32)
+    message = str(error.value)
+    assert message.startswith(f"text.path={path}: ") and "\n" not in message and len(message) < 600
+
+
+def test_wrong_folders_end_in_one_line(folder: Path, tmp_path: Path) -> None:
+    check_error(str(tmp_path / "absent"), "no such folder")
+    check_error(str(tmp_path), "no config.json in this folder")
+    for left_out, reason in (("tokenizer.json", "cannot be loaded"), ("model.safetensors", "cannot be loaded")):
+        copy = shutil.copytree(folder, tmp_path / left_out)
+        for file in copy.glob("tokenizer*" if "tokenizer" in left_out else left_out):
+            file.unlink()
+        check_error(str(copy), reason)
+
+
+def test_lacking_weights_are_an_error(folder: Path, tmp_path: Path) -> None:
+    """The library alone would draw them at random."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text()) | {"num_layers": 3}
+    (copy / "config.json").write_text(json.dumps(config))
+    check_error(str(copy), r"weights are missing or misshapen, first encoder\.block\.2")
+
+
+def test_hub_name_while_offline() -> None:
+    """The tests run with HF_HUB_OFFLINE set (tests/conftest.py)."""
+    start = time.monotonic()
+    check_error(
+        "nobody/no-such-model", "nor in the hub's cache .*HF_HUB_OFFLINE forbids.*hf download nobody/no-such-model"
+    )
+    assert time.monotonic() - start < 20
+
+
+def test_hub_cache_comes_before_the_network(folder: Path, tmp_path: Path) -> None:
+    """With a hub that refuses connections, a cached model loads and an absent one fails fast in one line."""
+    cached = tmp_path / "hub" / "models--owner--cached"
+    shutil.copytree(folder, cached / "snapshots" / "0123abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123abc")
+    script = (
+        "import time, torch\n"
+        "from opensora_repro.config import TextConfig\n"
+        "from opensora_repro.models.text import load_text_encoder\n"
+        "print(load_text_encoder(TextConfig('owner/cached'), 20, 'cpu', torch.float32).fingerprint)\n"
+        "start = time.monotonic()\n"
+        "try:\n"
+        "    load_text_encoder(TextConfig('owner/absent'), 20, 'cpu', torch.float32)\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
+        "print(time.monotonic() - start)\n"
+    )
+    env = os.environ | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    env |= {"HF_HUB_CACHE": str(tmp_path / "hub")}
+    result = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=250)
+    assert result.returncode == 0, result.stderr
+    found, absent, seconds = result.stdout.splitlines()
+    assert found == load(folder).fingerprint
+    assert absent.startswith("text.path=owner/absent: neither a folder here nor in the hub's cache")
+    assert "hf download owner/absent" in absent
+    assert float(seconds) < 30
