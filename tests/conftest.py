@@ -10,8 +10,9 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 NUM_THREADS = int(os.environ.get("OMP_NUM_THREADS") or max(1, min(2, os.cpu_count() or 1)))
 
-# Before torch, transformers or OpenCV load: they read these once. Child processes of the tests inherit them.
-os.environ.setdefault("OMP_NUM_THREADS", str(NUM_THREADS))
+# Before torch, transformers or OpenCV load: they read these once. Child processes of the tests inherit them; one thread
+# each, because threads that outnumber the cores wait for each other many times longer than they work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would download something fails instead
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
