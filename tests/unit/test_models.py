@@ -1,0 +1,467 @@
+"""What the models promise beyond the published code: sizes at call time, masks, memory, precision, weights on disk."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from einops import rearrange
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from opensora_repro.models import layers
+from opensora_repro.models.config import STDiTConfig
+from opensora_repro.models.stdit import POSITION_TABLES, STDiT
+from opensora_repro.models.weights import WeightsError, find_weights, load_model_weights
+
+TINY = STDiTConfig(hidden_size=48, depth=2, num_heads=4, caption_channels=16, model_max_length=10)
+IMAGE = replace(TINY, temporal_attention=False)
+
+
+def make_model(cfg: STDiTConfig = TINY, seed: int = 0) -> STDiT:
+    """Return a model none of whose branches is silent."""
+    torch.manual_seed(seed)
+    model = STDiT(cfg).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def make_inputs(batch: int = 2, size: tuple[int, int, int] = (3, 6, 8), seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Return latents, timesteps and text for TINY."""
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(batch, 4, *size, generator=generator)
+    timestep = torch.rand(batch, generator=generator) * 1000
+    return latents, timestep, torch.randn(batch, 10, 16, generator=generator)
+
+
+def prefix_mask(*lengths: int) -> Tensor:
+    return torch.arange(10) < torch.tensor(lengths)[:, None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Temporal attention
+
+
+def test_silent_temporal_attention_is_the_image_model_frame_by_frame() -> None:
+    image_model = make_model(IMAGE)
+    video_model = STDiT(TINY)
+    report = load_model_weights(video_model, image_model.state_dict())
+    assert len(report.inserted) == 4 * TINY.depth
+    latents, timestep, text = make_inputs(size=(3, 8, 8))
+    mask = prefix_mask(4, 10)
+    with torch.no_grad():
+        video = video_model(latents, timestep, text, mask)
+        for frame in range(3):
+            image = image_model(latents[:, :, frame : frame + 1], timestep, text, mask)
+            torch.testing.assert_close(video[:, :, frame : frame + 1], image, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cfg", [TINY, IMAGE], ids=["stdit", "pixart"])
+def test_frames_see_each_other(cfg: STDiTConfig) -> None:
+    model = make_model(cfg)
+    latents, timestep, text = make_inputs(1)
+    changed = latents.clone()
+    changed[:, :, 2] += 1
+    with torch.no_grad():
+        difference = (model(changed, timestep, text) - model(latents, timestep, text)).abs()
+    assert difference[:, :, 0].max().item() > 1e-4
+
+
+def test_the_order_of_frames_matters_only_to_the_video_model() -> None:
+    latents, timestep, text = make_inputs(1)
+    for cfg, same in ((TINY, False), (IMAGE, True), (replace(IMAGE, no_temporal_pos_emb=False), False)):
+        model = make_model(cfg)
+        with torch.no_grad():
+            turned = model(latents.flip(2), timestep, text).flip(2)
+            assert torch.allclose(turned, model(latents, timestep, text), atol=1e-5) == same, cfg
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes
+
+
+@pytest.mark.parametrize("cfg", [TINY, IMAGE, replace(TINY, patch_size=(2, 2, 2))], ids=["stdit", "pixart", "patch222"])
+def test_odd_sizes_are_padded_with_zeros_and_cropped(cfg: STDiTConfig) -> None:
+    model = make_model(cfg)
+    latents, timestep, text = make_inputs(size=(3, 5, 7))
+    frames = 3 + 3 % cfg.patch_size[0]
+    padded = torch.zeros(2, 4, frames, 6, 8)
+    padded[:, :, :3, :5, :7] = latents
+    with torch.no_grad():
+        out = model(latents, timestep, text)
+        assert out.shape == (2, 8, 3, 5, 7)
+        assert torch.equal(out, model(padded, timestep, text)[:, :, :3, :5, :7])
+
+
+@pytest.mark.parametrize("cfg", [TINY, IMAGE], ids=["stdit", "pixart"])
+def test_sizes_at_call_time(cfg: STDiTConfig) -> None:
+    """A model that has seen other sizes gives what a fresh one gives."""
+    used, text_mask = make_model(cfg), prefix_mask(3, 9)
+    fresh = STDiT(cfg)
+    fresh.load_state_dict(used.state_dict())
+    layers.spatial_table.cache_clear()
+    layers.temporal_table.cache_clear()
+    sizes = [(3, 6, 8), (1, 4, 4), (5, 8, 6), (3, 6, 8)]
+    with torch.no_grad():
+        outputs = [used(*make_inputs(size=size), text_mask) for size in sizes]
+        layers.spatial_table.cache_clear()
+        layers.temporal_table.cache_clear()
+        assert torch.equal(fresh(*make_inputs(size=sizes[2]), text_mask), outputs[2])
+    assert torch.equal(outputs[0], outputs[3])
+
+
+def test_scales_stretch_the_positions() -> None:
+    """Twice the rows and frames at half the step pass through the same places."""
+    fine = layers.spatial_positions(48, 8, 12, scale=2.0).view(8, 12, 48)
+    coarse = layers.spatial_positions(48, 4, 6).view(4, 6, 48)
+    torch.testing.assert_close(fine[::2, ::2], coarse)
+    torch.testing.assert_close(layers.temporal_positions(48, 12, scale=2.0)[::2], layers.temporal_positions(48, 6))
+    latents, timestep, text = make_inputs()
+    plain = make_model()
+    for change in ({"space_scale": 2.0}, {"time_scale": 2.0}):
+        scaled = STDiT(replace(TINY, **change)).eval()
+        scaled.load_state_dict(plain.state_dict())
+        with torch.no_grad():
+            assert not torch.allclose(scaled(latents, timestep, text), plain(latents, timestep, text), atol=1e-3)
+
+
+def test_tables_made_while_sampling_serve_training() -> None:
+    layers.spatial_table.cache_clear()
+    layers.temporal_table.cache_clear()
+    layers._timestep_frequencies.cache_clear()
+    model, inputs = make_model(), make_inputs()
+    with torch.inference_mode():
+        model(*inputs)
+    model(*inputs).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_position_tables_are_not_state() -> None:
+    model = make_model()
+    model(*make_inputs())
+    assert not set(POSITION_TABLES) & set(model.state_dict())
+    assert [name for name, _ in model.named_buffers()] == ["y_embedder.y_embedding"]
+    # a released file, which carries them, still loads strictly
+    tables = {"pos_embed": torch.zeros(1, 12, 48), "pos_embed_temporal": torch.zeros(1, 3, 48)}
+    make_model(seed=2).load_state_dict(model.state_dict() | tables, strict=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Captions
+
+
+def test_captions_of_different_length_equal_each_alone() -> None:
+    model = make_model()
+    latents, timestep, text = make_inputs(4)
+    mask = torch.cat([prefix_mask(1, 10, 6), torch.tensor([[0, 1, 1, 0, 0, 1, 0, 0, 0, 1]]).bool()])
+    with torch.no_grad():
+        together = model(latents, timestep, text, mask)
+        for i in range(4):
+            alone = model(latents[i : i + 1], timestep[i : i + 1], text[i : i + 1, mask[i]])
+            torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_masked_tokens_do_not_matter() -> None:
+    model = make_model()
+    latents, timestep, text = make_inputs()
+    mask = prefix_mask(4, 7)
+    garbage = torch.where(mask[..., None], text, 1e4)
+    with torch.no_grad():
+        assert torch.equal(model(latents, timestep, garbage, mask), model(latents, timestep, text, mask))
+
+
+def test_a_mask_with_fewer_rows_is_repeated() -> None:
+    model = make_model()
+    inputs = make_inputs(4)
+    with torch.no_grad():
+        assert torch.equal(model(*inputs, prefix_mask(3, 8)), model(*inputs, prefix_mask(3, 8, 3, 8)))
+        with pytest.raises(ValueError, match="mask of 3 rows cannot be repeated over 4 samples"):
+            model(*inputs, prefix_mask(1, 2, 3))
+
+
+@pytest.mark.parametrize("how", ["fp32", "bf16 weights", "autocast"])
+def test_a_caption_without_tokens_attends_to_nothing(how: str) -> None:
+    model = make_model()
+    latents, timestep, text = make_inputs()
+    mask = prefix_mask(0, 5)
+    if how == "bf16 weights":
+        model.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        out = model(latents, timestep, text, mask)
+        other = model(latents, timestep, torch.randn_like(text), mask)
+    assert out.isfinite().all()
+    assert torch.equal(out[0], other[0]) and not torch.equal(out[1], other[1])
+    out.square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_attending_to_nothing_adds_the_projections_bias() -> None:
+    attention = layers.CrossAttention(48, 4)
+    nn.init.normal_(attention.proj.bias)
+    mask = layers.TextMask(prefix_mask(0, 0), 2, torch.float32)
+    out = attention(torch.randn(2, 3, 4, 48), torch.randn(2, 10, 48), mask)
+    assert torch.equal(out, attention.proj.bias.expand(2, 3, 4, 48))
+
+
+def test_dropped_captions_keep_their_mask() -> None:
+    model = make_model()
+    latents, timestep, text = make_inputs(3)
+    mask = prefix_mask(3, 6, 10)
+    drop = torch.tensor([True, False, True])
+    null = model.null_text()
+    assert null.shape == (10, 16)
+    with torch.no_grad():
+        dropped = model(latents, timestep, text, mask, drop_text=drop)
+        replaced = model(latents, timestep, torch.where(drop[:, None, None], null, text), mask)
+        kept = model(latents, timestep, text, mask)
+    assert torch.equal(dropped, replaced)
+    assert torch.equal(dropped[1], kept[1]) and not torch.equal(dropped[0], kept[0])
+    # a shorter caption table is replaced by the head of the null caption
+    short = model.y_embedder(text[:, :4], torch.tensor([True] * 3))
+    assert torch.equal(short[0], model.y_embedder.y_proj(null[None])[0, :4])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latents": torch.zeros(2, 3, 1, 4, 4)}, r"expected latents \[B, 4, T, H, W\], got \[2, 3, 1, 4, 4\]"),
+        ({"timestep": torch.zeros(1)}, r"one timestep a sample, \[2\], got \[1\]"),
+        ({"text": torch.zeros(2, 10, 8)}, r"expected text \[2, L, 16\], got \[2, 10, 8\]"),
+        ({"text": torch.zeros(2, 11, 16)}, "captions of 11 tokens exceed model.model_max_length=10"),
+        ({"mask": torch.ones(2, 9)}, r"expected a caption mask \[B, 10\], got \[2, 9\]"),
+    ],
+)
+def test_wrong_inputs_are_named(change: dict[str, Tensor], message: str) -> None:
+    latents, timestep, text = make_inputs()
+    inputs = {"latents": latents, "timestep": timestep, "text": text} | change
+    with pytest.raises(ValueError, match=message):
+        make_model()(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_heads": 5}, "model.num_heads=5 does not divide model.hidden_size=48"),
+        ({"hidden_size": 50, "num_heads": 5}, "model.hidden_size=50 must be a multiple of 4"),
+        ({"patch_size": (2, 2)}, "model.patch_size"),
+        ({"space_scale": 0.0}, "model.space_scale"),
+    ],
+)
+def test_wrong_configs_are_named(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        STDiT(replace(TINY, **change))  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory and precision
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+def test_checkpointing_changes_nothing(autocast: bool) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = make_model()
+        model.gradient_checkpointing = checkpointing
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = model(*make_inputs(), prefix_mask(4, 9), drop_text=torch.tensor([True, False]))
+        out.square().sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
+def test_checkpointing_keeps_fewer_activations() -> None:
+    def bytes_kept(checkpointing: bool) -> int:
+        model = make_model(replace(TINY, depth=4))
+        model.gradient_checkpointing = checkpointing
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = model(*make_inputs(size=(4, 16, 16)))
+        assert out.requires_grad
+        gc.collect()
+        return sum(kept.values())
+
+    assert bytes_kept(True) < 0.5 * bytes_kept(False)
+
+
+@pytest.mark.parametrize("how", ["bf16 weights", "autocast"])
+def test_timesteps_stay_float32(how: str) -> None:
+    """In bf16 the timesteps 999 and 1000 are one number."""
+    model = make_model()
+    latents, _, text = make_inputs(1)
+    if how == "bf16 weights":
+        model.bfloat16()
+    outputs = []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        for timestep in (999, 999.0, 1000, 1000.0):
+            outputs.append(model(latents, torch.tensor([timestep]), text))
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[2], outputs[3])
+    assert not torch.equal(outputs[1], outputs[2])
+    assert outputs[0].dtype == torch.float32
+
+
+def test_autocast_keeps_the_residual_stream_float32() -> None:
+    model = make_model()
+    seen: list[torch.dtype] = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _module, _inputs, out: seen.append(out.dtype))
+    with torch.no_grad():
+        exact = model(*make_inputs())
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = model(*make_inputs())
+    assert seen == [torch.float32] * 4
+    assert not torch.equal(rounded, exact)
+    assert ((rounded - exact).norm() / exact.norm()).item() < 0.03
+
+
+def test_samples_do_not_mix() -> None:
+    for cfg in (TINY, IMAGE):
+        model = make_model(cfg)
+        latents, timestep, text = make_inputs(3)
+        with torch.no_grad():
+            out = model(latents, timestep, text)
+            latents[1], text[2], timestep[2] = 5.0, -3.0, 7.0
+            assert torch.equal(model(latents, timestep, text)[0], out[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights on disk
+
+
+def save_checkpoint(folder: Path, model: STDiT, ema: STDiT | None = None) -> Path:
+    folder.mkdir(parents=True)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    if ema is not None:
+        save_file(ema.state_dict(), folder / "ema.safetensors")
+    return folder
+
+
+def assert_same_weights(model: STDiT, other: STDiT) -> None:
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[key]), key
+
+
+def test_checkpoints_and_runs(tmp_path: Path) -> None:
+    old, new, average = (make_model(seed=seed) for seed in range(3))
+    save_checkpoint(tmp_path / "run/checkpoints/step-00000900", old)
+    newest = save_checkpoint(tmp_path / "run/checkpoints/step-00001000", new, average)
+    (tmp_path / "run/checkpoints/step-00002000").mkdir()  # nothing in it: was never finished
+    for source in (newest, tmp_path / "run"):
+        for ema, expected in ((True, average), (False, new)):
+            model = STDiT(TINY)
+            report = load_model_weights(model, source, ema=ema)
+            assert_same_weights(model, expected)
+            assert not report.inserted and not report.dropped and len(report.loaded) == len(model.state_dict())
+    assert find_weights(tmp_path / "run/checkpoints/step-00000900").name == "model.safetensors"
+    assert find_weights(newest / "ema.safetensors") == newest / "ema.safetensors"
+
+
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "ema", "model"])
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_pickled_files_are_unwrapped(tmp_path: Path, wrapper: str | None, legacy: bool) -> None:
+    source = make_model(IMAGE)
+    weights = source.state_dict() | {"pos_embed": torch.zeros(1, 12, 48)}
+    weights["x_embedder.proj.weight"] = weights["x_embedder.proj.weight"].squeeze(2)
+    content = weights if wrapper is None else {"epoch": 3, wrapper: weights}
+    torch.save(content, tmp_path / "image.pth", _use_new_zipfile_serialization=not legacy)
+    model = STDiT(IMAGE)
+    report = load_model_weights(model, tmp_path / "image.pth")
+    assert_same_weights(model, source)
+    assert report.dropped == ("pos_embed",)
+    assert str(report) == f"{tmp_path}/image.pth: {len(report.loaded)} tensors loaded, dropped pos_embed"
+
+
+def test_half_precision_files(tmp_path: Path) -> None:
+    source = make_model()
+    save_file({key: value.half() for key, value in source.state_dict().items()}, tmp_path / "half.safetensors")
+    model = STDiT(TINY)
+    load_model_weights(model, tmp_path / "half.safetensors")
+    assert model.x_embedder.proj.weight.dtype == torch.float32
+    torch.testing.assert_close(model.state_dict(), source.half().float().state_dict())
+
+
+def test_insertion_silences_temporal_attention_that_was_trained() -> None:
+    model = make_model()
+    report = load_model_weights(model, make_model(IMAGE, seed=3).state_dict())
+    expected = [key for key in model.state_dict() if ".attn_temp." in key]
+    assert list(report.inserted) == expected
+    assert not any(value.any() for key, value in model.state_dict().items() if ".attn_temp.proj." in key)
+
+
+class Trap:
+    """Unpickling this would create a file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return open, (self.path, "w")
+
+
+def check_error(source: object, message: str, cfg: STDiTConfig = TINY) -> str:
+    model = make_model(cfg)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(WeightsError, match=message) as error:
+        load_model_weights(model, source)  # type: ignore[arg-type]
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), f"{key} was changed by a load that failed"
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_pickled_code_is_never_run(tmp_path: Path) -> None:
+    torch.save({"state_dict": Trap(str(tmp_path / "created"))}, tmp_path / "evil.pth")
+    check_error(tmp_path / "evil.pth", "not a readable weights file")
+    assert not (tmp_path / "created").exists()
+
+
+def test_unreadable_weights(tmp_path: Path) -> None:
+    check_error(tmp_path / "absent.pth", "no such weights file, checkpoint or run")
+    check_error(tmp_path, "neither model.safetensors nor checkpoints")
+    for name in ("broken.safetensors", "broken.pth"):
+        (tmp_path / name).write_bytes(b"no weights")
+        check_error(tmp_path / name, f"{name}: not a readable weights file")
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    check_error(tmp_path / "list.pth", "holds a list, expected tensors by name")
+    torch.save({"epoch": 3}, tmp_path / "numbers.pth")
+    check_error(tmp_path / "numbers.pth", "expected tensors by name, found 'epoch'")
+    check_error({}, "expected tensors by name, found nothing")
+
+
+def test_weights_of_another_model_are_refused_with_the_keys_to_change() -> None:
+    wider = STDiT(replace(TINY, hidden_size=60, caption_channels=24, pred_sigma=False))
+    message = check_error(wider.state_dict(), "shapes differ")
+    expected = "the weights were made with model.hidden_size=60, model.caption_channels=24, model.pred_sigma=False"
+    assert message.endswith(expected)
+
+    message = check_error(make_model(replace(TINY, depth=3)).state_dict(), "19 are unknown")
+    assert message.endswith("model.depth=3")
+    message = check_error(make_model().state_dict(), "8 are unknown", cfg=IMAGE)
+    assert message.endswith("model.temporal_attention=True")
+
+    partly = make_model().state_dict()
+    del partly["blocks.1.attn_temp.qkv.bias"]
+    check_error(partly, r"1 tensors are missing \(first blocks\.1\.attn_temp\.qkv\.bias\)")
+    renamed = {f"module.{key}": value for key, value in make_model().state_dict().items()}
+    check_error(renamed, "these are not PixArt or STDiT weights")
+
+
+def test_tokens_and_patches_are_laid_out_row_by_row() -> None:
+    """A patch embedding that copies its patch, unpatchified, is the identity."""
+    patch = layers.PatchEmbed3D((2, 2, 2), 4, 32)
+    with torch.no_grad():
+        order = rearrange(torch.arange(32), "(c p q r) -> (p q r c)", c=4, p=2, q=2)
+        patch.proj.weight.copy_(rearrange(torch.eye(32)[order], "d (c p q r) -> d c p q r", c=4, p=2, q=2))
+        patch.proj.bias.zero_()
+        latents = torch.randn(2, 4, 4, 6, 8)
+        assert torch.equal(layers.unpatchify(patch(latents), (2, 2, 2), rows=3), latents)
