@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from opensora_repro.models.config import STDiTConfig
+    from opensora_repro.models.stdit import STDiT
 
 REPO = Path(__file__).resolve().parent.parent
 BUDGET_SECONDS = 480  # no check begins after this
@@ -65,7 +66,7 @@ def require(error: float, tolerance: float, what: str) -> float:
 # The checks; each takes the device and returns what it measured, and raises AssertionError where something is wrong.
 
 
-def small_model(temporal_attention: bool) -> nn.Module:
+def small_model(temporal_attention: bool) -> STDiT:
     """A model of a few blocks with random weights, also where a new one has zeros."""
     import torch
 
@@ -114,7 +115,7 @@ def parity(device: torch.device, temporal_attention: bool) -> dict[str, Any]:
     model = model.to(device)
     errors: dict[str, Any] = {}
     for recompute in (False, True):
-        model.gradient_checkpointing = recompute  # type: ignore[assignment]
+        model.gradient_checkpointing = recompute
         found = outputs_and_gradients(model, device)
         assert found.keys() == expected.keys()
         worst = max(relative_error(found[name], expected[name]) for name in expected)

@@ -90,7 +90,13 @@ class Block(nn.Module):
 
 
 class Named(nn.Module):
-    """A bare module to hang parameters on under published names."""
+    """A bare module to hang parameters on under published names, of which each holds some."""
+
+    proj: nn.Conv3d
+    mlp: nn.Sequential
+    y_proj: FeedForward
+    linear: nn.Linear
+    scale_shift_table: nn.Parameter
 
 
 class PlainSTDiT(nn.Module):

@@ -163,7 +163,7 @@ def _split(run_dir: Path) -> str:
     shown = clips.sort_values(["source", "start_frame"]).head(CLIPS_SHOWN)
     parts = [text]
     for source, own in shown.groupby("source", sort=False):
-        rows = own.to_dict("records")
+        rows: list[dict[str, Any]] = [dict(zip(own.columns, row, strict=True)) for row in own.itertuples(index=False)]
         parts.append(f"<h3>{escape(Path(str(source)).name)}</h3>{_timeline(rows)}")
         parts.append(f'<div class="tiles wide">{"".join(map(_clip, rows))}</div>')
     return "".join(parts)
