@@ -113,7 +113,7 @@ def build_model(cfg: Config, device: torch.device, *, load_init: bool) -> tuple[
 
 @contextlib.contextmanager
 def claimed_run_folder(run_dir: Path) -> Iterator[None]:
-    """Create the folder and hold it for the block; remove it again if empty. Raises ConfigError if it is held already."""
+    """Create the folder and hold it for the block; remove it again if empty. Raises ConfigError if it is held."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         handle = os.open(run_dir, os.O_RDONLY)

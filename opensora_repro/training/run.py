@@ -18,7 +18,7 @@ from opensora_repro.parallel.engine import Engine, TorchEngine
 from opensora_repro.training.batch import BatchBuilder
 from opensora_repro.training.checkpoint import clean_leftovers, list_checkpoints, load_checkpoint
 from opensora_repro.training.ema import Ema, horizon_warning
-from opensora_repro.training.encode import Encoder, cache_fingerprint, fill_cache, load_encoder
+from opensora_repro.training.encode import cache_fingerprint, fill_cache, load_encoder
 from opensora_repro.training.feed import CacheFeed, CacheRows, ClipFeed, Feed, ids_fingerprint
 from opensora_repro.training.generate import check_fit
 from opensora_repro.training.init import Start, build_model, claimed_run_folder, find_start, write_config

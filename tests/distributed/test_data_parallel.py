@@ -1,0 +1,134 @@
+"""Plain data parallelism over gloo: two processes train the run that one process with twice the batch trains."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tests.training_world import (
+    Command,
+    World,
+    free_port,
+    losses,
+    make_world,
+    metrics,
+    newest_tensors,
+    succeed,
+    wait_for_step,
+)
+
+STAGE = "stages.stage2_video"
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def one_process(world: World) -> Path:
+    run_dir = world.root / "one"
+    succeed(STAGE, arguments(world, run_dir, train__batch_size=4), world.root / "log" / "one")
+    return run_dir
+
+
+def arguments(world: World, run_dir: Path, **changes: Any) -> list[str]:
+    settings = {"train__steps": STEPS, "checkpoint__every": 4, "optim__clip_norm": 0.5, **changes}
+    settings |= {"data__val_manifest": str(world.manifest("val")), "validation__every": STEPS}
+    return [str(world.root / "empty.toml"), *world.arguments(run_dir, "clips", **settings)]
+
+
+def start_two(run_arguments: list[str], log: Path) -> list[Command]:
+    """What torchrun does: two processes that find each other through the environment."""
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        Command(STAGE, run_arguments, log / f"rank{rank}", {"RANK": str(rank), "LOCAL_RANK": str(rank), **shared})
+        for rank in range(2)
+    ]
+
+
+def finish(commands: list[Command]) -> None:
+    for command in commands:
+        code = command.wait()
+        assert code == 0, f"exit {code}\n{command.out}\n{command.err}"
+
+
+def assert_same_run(run_dir: Path, expected: Path) -> None:
+    """Equal to rounding: sums over samples are taken in another order."""
+    np.testing.assert_allclose(losses(run_dir), losses(expected), rtol=1e-5)
+    for ours, theirs in zip(map(json.loads, metrics(run_dir)), map(json.loads, metrics(expected)), strict=True):
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+        assert [ours[key] for key in ("step", "lr", "samples", "tokens")] == [
+            theirs[key] for key in ("step", "lr", "samples", "tokens")
+        ]
+    for name in ("model", "ema"):
+        weights, wanted = newest_tensors(run_dir, name), newest_tensors(expected, name)
+        assert set(weights) == set(wanted)
+        for key in wanted:
+            np.testing.assert_allclose(weights[key], wanted[key], rtol=1e-3, atol=2e-5, err_msg=key)
+
+
+def test_two_processes_equal_one_with_twice_the_batch(world: World, one_process: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "two"
+    commands = start_two(arguments(world, run_dir, train__batch_size=2), tmp_path / "log")
+    finish(commands)
+    assert len(metrics(run_dir)) == STEPS
+    assert_same_run(run_dir, one_process)
+    validations = [json.loads((path / "validation.jsonl").read_text()) for path in (run_dir, one_process)]
+    np.testing.assert_allclose(validations[0]["losses"], validations[1]["losses"], rtol=1e-4)
+    assert "8 steps done" in commands[0].out
+    assert commands[1].out == ""
+
+
+def test_stops_together_and_resumes_on_another_number_of_processes(
+    world: World, one_process: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    changes: dict[str, Any] = {"train__batch_size": 1, "train__accumulation": 2, "train__steps": 100_000}
+    commands = start_two(arguments(world, run_dir, **{**changes, "checkpoint__every": 100_000}), tmp_path / "log")
+    wait_for_step(run_dir, 2, commands[0])
+    os.kill(commands[1].pid, signal.SIGTERM)  # one rank is told: all stop after the same step
+    finish(commands)
+    done = len(metrics(run_dir))
+    if done >= STEPS:
+        pytest.fail(f"the signal took {done} steps to arrive; make the run slower")
+    succeed(STAGE, arguments(world, run_dir, train__batch_size=4), tmp_path / "log" / "resumed")
+    assert len(metrics(run_dir)) == STEPS
+    assert_same_run(run_dir, one_process)
+
+
+def test_bad_samples_on_one_rank(world: World, tmp_path: Path) -> None:
+    """Ranks with fewer (or no) readable samples wait for nobody, and every good sample weighs the same."""
+    frame = pd.read_parquet(world.manifest("clips"))
+    frame["path"] = [str(world.root / path) for path in frame["path"]]
+    for row in (1, 4, 5):
+        frame.loc[row, "path"] = str(tmp_path / f"absent{row}.mp4")
+    frame.to_parquet(tmp_path / "clips.parquet")
+    changes: dict[str, Any] = {"data__manifest": str(tmp_path / "clips.parquet"), "data__max_bad_fraction": 0.5}
+    finish(start_two(arguments(world, tmp_path / "two", train__batch_size=1, **changes), tmp_path / "log"))
+    succeed(STAGE, arguments(world, tmp_path / "one", train__batch_size=2, **changes), tmp_path / "log" / "one")
+    samples = [json.loads(line)["samples"] for line in metrics(tmp_path / "one")]
+    assert min(samples) < 2
+    lost = [path / "quarantine.jsonl" for path in (tmp_path / "two", tmp_path / "one")]
+    ids = [sorted(json.loads(line)["id"] for line in path.read_text().splitlines()) for path in lost]
+    assert ids[0] == ids[1] == ["clips-1", "clips-4", "clips-5"]
+    both = [[json.loads(line)["loss"] for line in metrics(tmp_path / name)] for name in ("two", "one")]
+    assert [loss is None for loss in both[0]] == [loss is None for loss in both[1]]
+    kept = [[loss for loss in run if loss is not None] for run in both]
+    np.testing.assert_allclose(kept[0], kept[1], rtol=1e-5)
+
+
+def test_a_mistake_is_told_once_and_ends_both(world: World, tmp_path: Path) -> None:
+    commands = start_two(arguments(world, tmp_path / "run", data__manifest=str(tmp_path / "no.parquet")), tmp_path)
+    assert [command.wait() for command in commands] == [2, 2]
+    assert commands[0].err.splitlines()[-1].startswith("error: ")
+    assert "no.parquet: no such file" in commands[0].err
+    assert not (tmp_path / "run").exists()
