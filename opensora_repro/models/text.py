@@ -115,7 +115,17 @@ def load_text_encoder(cfg: TextConfig, max_length: int, device: torch.device | s
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         model, info = T5EncoderModel.from_pretrained(path, torch_dtype=dtype, output_loading_info=True, **options)
         check_complete(info)
+        _check_tokenizer(tokenizer, model.config.vocab_size)
         return model, tokenizer
 
     model, tokenizer = load_frozen(load, cfg.path, key="text.path", kind=KIND)
     return T5Text(model.to(device).eval().requires_grad_(False), tokenizer, max_length)
+
+
+def _check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
+    """Raise ValueError for a tokenizer that is not the model's: without files, the library makes up an empty one."""
+    ids = tokenizer("a", add_special_tokens=False).input_ids
+    if not ids or tokenizer.unk_token_id in ids:
+        raise ValueError("its tokenizer knows no letters; are the tokenizer's files there?")
+    if len(tokenizer) > vocab_size:
+        raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, the model embeds {vocab_size}")

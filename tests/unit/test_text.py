@@ -129,11 +129,19 @@ def check_error(path: str, reason: str) -> None:
 def test_wrong_folders_end_in_one_line(folder: Path, tmp_path: Path) -> None:
     check_error(str(tmp_path / "absent"), "no such folder")
     check_error(str(tmp_path), "no config.json in this folder")
-    for left_out, reason in (("tokenizer.json", "cannot be loaded"), ("model.safetensors", "cannot be loaded")):
+    for left_out, reason in (
+        ("tokenizer.json", "its tokenizer knows no letters"),
+        ("model.safetensors", "cannot be loaded"),
+    ):
         copy = shutil.copytree(folder, tmp_path / left_out)
         for file in copy.glob("tokenizer*" if "tokenizer" in left_out else left_out):
             file.unlink()
         check_error(str(copy), reason)
+    copy = shutil.copytree(folder, tmp_path / "too-many-tokens")
+    tokenizer = load(folder).tokenizer
+    tokenizer.add_tokens(["circle"])
+    tokenizer.save_pretrained(copy)
+    check_error(str(copy), "its tokenizer has 45 tokens, the model embeds 44")
 
 
 def test_lacking_weights_are_an_error(folder: Path, tmp_path: Path) -> None:
