@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -91,7 +92,7 @@ def is_user_mistake(error: Exception) -> bool:
 def read_prompts(path: Path) -> list[str]:
     """One prompt a line, blank lines and # lines left out. Raises ConfigError if none is left."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise ConfigError(f"--prompts {path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
@@ -139,6 +140,8 @@ def resolve_config(checkpoint: Path, args: argparse.Namespace) -> Config:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    if args.guidance is not None and not math.isfinite(args.guidance):
+        raise ConfigError(f"--guidance {args.guidance}: expected a finite number")
     cfg = load_config(checkpoint / "config.toml")
     flow = cfg.diffusion.objective == "flow"
     if args.sampler is not None and (args.sampler == "euler") != flow:
@@ -276,9 +279,10 @@ def write_files(out: Path, index: int, video: np.ndarray, *, fps: int, gif: bool
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    from opensora_repro.data.write import replacing
+
+    with replacing(path) as part:
+        part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,10 @@ def write_video(path: str | Path, frames: Frames, fps: float) -> None:
     if not fps > 0:
         raise ValueError(f"a video needs a positive frame rate, got {fps}")
     images = np.pad(images, ((0, 0), (0, images.shape[1] % 2), (0, images.shape[2] % 2), (0, 0)), mode="edge")
-    with _beside(path) as part, av.open(str(part), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+    with (
+        replacing(path) as part,
+        av.open(str(part), "w", format="mp4", options={"movflags": "+faststart"}) as container,
+    ):
         # No B-frames: times start at zero without an edit list, which simple readers overlook.
         options = {"crf": str(CRF), "preset": "medium", "bf": "0", "g": str(GOP_SIZE)}
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
@@ -59,7 +62,7 @@ def write_png(path: str | Path, image: Frames) -> None:
     from PIL import Image
 
     picture = Image.fromarray(_checked(image, "an image [H, W, 3]", ndim=3))
-    with _beside(path) as part:
+    with replacing(path) as part:
         picture.save(part, format="PNG")
 
 
@@ -69,7 +72,7 @@ def write_gif(path: str | Path, frames: Frames, fps: float) -> None:
 
     images = [Image.fromarray(image) for image in _checked(frames, "frames [T, H, W, 3]", ndim=4)]
     duration = max(20, 10 * round(100 / fps))  # ms; browsers slow anything faster than 50 frames a second down
-    with _beside(path) as part:
+    with replacing(path) as part:
         images[0].save(part, format="GIF", save_all=True, append_images=images[1:], duration=duration, loop=0)
 
 
@@ -81,8 +84,8 @@ def _checked(array: Frames, expected: str, *, ndim: int) -> np.ndarray:
 
 
 @contextmanager
-def _beside(path: str | Path) -> Iterator[Path]:
-    """A name to write to; it becomes `path` at the end, or vanishes if anything went wrong."""
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yield a name beside `path` to write to; it becomes `path` at the end, or vanishes if anything went wrong."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")

@@ -180,7 +180,8 @@ def test_interrupted_work_leaves_whole_files(home: Path, tmp_path: Path) -> None
     assert code == 130
     files = sorted(path.name for path in tmp_path.iterdir())
     videos = [name for name in files if name != "samples.json"]
-    assert videos == [f"{i:04d}.mp4" for i in range(len(videos))] and 1 <= len(videos) < 200
+    assert videos == [f"{i:04d}.mp4" for i in range(len(videos))]
+    assert 1 <= len(videos) < 200
     assert all(len(decode(tmp_path / name)) == 6 for name in videos)
 
 
@@ -206,6 +207,7 @@ MISTAKES = {
     "no frames": (["{home}/flow", "--prompt", "x", "--num-frames", "0"], "--num-frames 0: expected at least 1"),
     "sampler": (["{home}/flow", "--prompt", "x", "--sampler", "dpm"], "--sampler dpm: this flow model needs euler"),
     "euler": (["{home}/iddpm", "--prompt", "x", "--sampler", "euler"], "this iddpm model needs iddpm, ddim or dpm"),
+    "guidance": (["{home}/flow", "--prompt", "x", "--guidance", "nan"], "--guidance nan: expected a finite number"),
     "steps": (["{home}/iddpm", "--prompt", "x", "--sampler", "ddim", "--steps", "1001"], "trained with 1000"),
     "empty prompt": (["{home}/flow", "--prompt", " "], "prompt 1 is empty"),
     "no prompts file": (["{home}/flow", "--prompts", "{home}/none.txt"], "none.txt: cannot be read"),

@@ -142,6 +142,31 @@ def test_guidance_formula(num_guided: int | None) -> None:
     torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.parametrize(("shift", "num_tokens", "expected"), [(3.0, 32, 3.0), (0.0, 1024, 2.0), (0.0, 64, 0.5)])
+def test_the_flow_sampler_walks_the_shifted_times(shift: float, num_tokens: int, expected: float) -> None:
+    seen: list[float] = []
+
+    def model(x: Tensor, t: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
+        assert (t == t[0]).all()
+        seen.append(t[0].item())
+        return torch.zeros_like(x)
+
+    sample_latents(
+        model,
+        DiffusionConfig(objective="flow", shift=shift),
+        shape=SHAPE,
+        text=torch.zeros(2, 5, 3),
+        mask=None,
+        null_text=torch.zeros(5, 3),
+        steps=4,
+        guidance=2.0,
+        sampler="euler",
+        generators=generators([0, 1]),
+        num_tokens=num_tokens,
+    )
+    assert seen == pytest.approx([1000 * expected * t / (1 + (expected - 1) * t) for t in (1, 0.75, 0.5, 0.25)])
+
+
 def test_progress_counts_every_step() -> None:
     for objective, sampler in ALL:
         calls: list[tuple[int, int]] = []
