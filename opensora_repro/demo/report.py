@@ -62,26 +62,17 @@ class Page:
         self.left = MAX_BYTES - 1_000_000  # the rest is for pictures and text
 
     def samples_of(self, stage: str) -> str:
-        """The newest samples that training itself wrote: the grid, and each video with its prompt."""
+        """The newest samples that training itself wrote, each picture or video with its prompt."""
         folders = sorted((self.run_dir / stage / "samples").glob("step-*"))
         if not folders:
             return _none("no samples written yet")
         folder = folders[-1]
-        grid, videos = folder / "grid.png", sorted(folder.glob("*.mp4"))
+        files = sorted(folder.glob("[0-9]*.mp4")) or sorted(folder.glob("[0-9]*.png"))
         prompts = _prompts(self.run_dir / stage / "config.toml")
-        parts = [f"<p>After step {int(folder.name.removeprefix('step-')):,}:</p>"]
-        if videos:
-            captions = prompts if len(prompts) == len(videos) else [path.stem for path in videos]
-            figures = [self.figure(path, escape(caption)) for path, caption in zip(videos, captions, strict=True)]
-            parts.append(f'<div class="tiles">{"".join(figures)}</div>')
-        elif grid.is_file():
-            listed = "; ".join(map(escape, prompts))
-            picture = _data_uri("image/png", grid.read_bytes())
-            parts.append(f'<figure><img class="wide" src="{picture}" alt="{listed}">')
-            parts.append(f"<figcaption>{listed}</figcaption></figure>")
-        else:
-            return _none(f"nothing in {folder.name}")
-        return "".join(parts)
+        captions = prompts if len(prompts) == len(files) else [path.stem for path in files]
+        figures = [self.figure(path, escape(caption)) for path, caption in zip(files, captions, strict=True)]
+        after = f"<p>After step {int(folder.name.removeprefix('step-')):,}:</p>"
+        return f'{after}<div class="tiles">{"".join(figures)}</div>'
 
     def gallery(self, records: Sequence[Mapping[str, Any]]) -> str:
         """Each group's videos with the caption, and what was measured in each file."""
@@ -96,16 +87,19 @@ class Page:
         return "".join(parts)
 
     def figure(self, path: Path, caption: str) -> str:
-        """A looping video; `caption` is HTML."""
+        """A picture or a looping video; `caption` is HTML."""
         content = path.read_bytes() if path.is_file() else b""
         size = len(content) * 4 // 3
         if not content or size > self.left:
             reason = "file is missing" if not content else "left out, the page would grow too large"
             inner = f'<p class="none">{escape(path.name)}: {reason}</p>'
+        elif path.suffix == ".png":
+            inner = f'<img src="{_data_uri("image/png", content)}" alt="">'
         else:
-            self.left -= size
             source = _data_uri("video/mp4", content)
             inner = f'<video src="{source}" loop muted playsinline controls preload="none"></video>'
+        if size <= self.left:
+            self.left -= size
         return f"<figure>{inner}<figcaption>{caption}</figcaption></figure>"
 
 
@@ -159,7 +153,8 @@ def _split(run_dir: Path) -> str:
 
     clips = read_manifest(path)
     sources = list(dict.fromkeys(clips["source"]))
-    text = f"<p>{len(sources)} long videos, cut into {len(clips)} clips at their scene changes.</p>"
+    videos = "1 long video" if len(sources) == 1 else f"{len(sources)} long videos"
+    text = f"<p>{videos}, cut into {len(clips)} clips at the scene changes.</p>"
     shown = clips.sort_values(["source", "start_frame"]).head(CLIPS_SHOWN)
     parts = [text]
     for source, own in shown.groupby("source", sort=False):
@@ -274,15 +269,14 @@ section { background: var(--card); border: 1px solid var(--edge); border-radius:
   overflow-x: auto; }
 p { margin: 0 0 .6rem; } .quiet, .none, small { color: var(--quiet); } .none { font-style: italic; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .8rem .35rem 0; text-align: left; } tr + tr { border-top: 1px solid var(--edge); }
-.bar { display: block; min-width: 5.5rem; padding: 0 .4rem; border-radius: 4px; background: linear-gradient(90deg,
+th, td { padding: .35rem .7rem .35rem 0; text-align: left; } tr + tr { border-top: 1px solid var(--edge); }
+.bar { display: block; min-width: 3.4rem; padding: 0 .4rem; border-radius: 4px; background: linear-gradient(90deg,
   color-mix(in srgb, var(--accent) 35%, transparent) calc(var(--share) * 100%), transparent 0); }
 figure { margin: 0; } figcaption { font-size: .85rem; line-height: 1.35; margin-top: .25rem; overflow-wrap: anywhere; }
 .tiles { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); }
 .tiles.wide { grid-template-columns: repeat(auto-fill, minmax(13.5rem, 1fr)); }
 .curves { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); }
 video, .tiles img { width: 100%; border-radius: 6px; display: block; background: #000; image-rendering: auto; }
-img.wide { max-width: 100%; height: auto; border-radius: 6px; }
 .timeline { display: flex; gap: 2px; height: 10px; margin-bottom: .7rem; }
 .timeline span { background: var(--accent); border-radius: 2px; opacity: .75; }
 .timeline span:nth-child(even) { opacity: .4; }

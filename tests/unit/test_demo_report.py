@@ -75,8 +75,10 @@ def run(tmp_path: Path) -> Path:
         for step in (5, 40):
             samples = folder / "samples" / f"step-{step:08d}"
             write_png(samples / "grid.png", moving_square()[number])
-            if stage != "stage1":
-                for i in range(2):
+            for i in range(2):
+                if stage == "stage1":
+                    write_png(samples / f"{i:04d}.png", moving_square()[i])
+                else:
                     write_video(samples / f"{i:04d}.mp4", moving_square(), 8)
     rows = []
     for i in range(3):
@@ -116,7 +118,7 @@ def test_a_finished_run_is_shown_whole(run: Path, tmp_path: Path) -> None:
     assert "Three <stages>" in page.text
     assert "2.0 minutes on this machine (data 0.5, stage1 1.5)" in page.text
     assert "0.88" in page.text
-    assert "1 long videos, cut into 3 clips" in page.text
+    assert "1 long video, cut into 3 clips" in page.text
     assert page.text.count("After step 40:") == 3
     assert "frames 8 to 16" in page.text
     assert "as asked" in page.text
@@ -124,7 +126,7 @@ def test_a_finished_run_is_shown_whole(run: Path, tmp_path: Path) -> None:
     assert sum(tag == "polyline" for tag, _ in page.tags) == 3
     assert sum(tag == "circle" for tag, _ in page.tags) == 6
     assert len(page.sources("video")) == 2 * 2 + 2
-    assert len(page.sources("img")) == 1 + 3  # stage 1's grid, three clips
+    assert len(page.sources("img")) == 2 + 3  # stage 1's pictures, three clips
 
 
 def test_nothing_is_fetched_and_media_are_the_files(run: Path, tmp_path: Path) -> None:
@@ -145,7 +147,7 @@ def test_captions_are_text_not_markup(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "report.html"
     report.write_report(run, out, title="t", summary=summary(run))
     page = Reader(out.read_text(encoding="utf-8"))
-    assert page.text.count(NASTY) == 1 + 2 + 3 + 1  # a stage's prompts, two stages' videos, the clips, the gallery
+    assert page.text.count(NASTY) == 3 + 3 + 1  # the stages' samples, the clips, the gallery
     assert not any(name == "b" and not attrs for name, attrs in page.tags)
 
 
