@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import socket
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from opensora_repro.data.files import beside, remove_leftovers
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +37,7 @@ class LatentCache:
         self._where: dict[Key, Path] = {}
         self._scanned: set[Path] = set()
         self._pending: dict[Key, dict[str, torch.Tensor]] = {}
-        _remove_leftovers(self.folder)
+        remove_leftovers(self.folder)
         self._scan()
 
     def __len__(self) -> int:
@@ -66,12 +67,12 @@ class LatentCache:
         tensors = {_name(field, key): t for key, entry in self._pending.items() for field, t in entry.items()}
         digest = hashlib.blake2b("\n".join(sorted(tensors)).encode(), digest_size=12).hexdigest()
         path = self.folder / f"shard-{digest}.safetensors"
-        beside = self.folder / f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp"
-        with open(beside, "wb") as file:
+        unfinished = beside(path)
+        with open(unfinished, "wb") as file:
             file.write(save(tensors, metadata={"fingerprint": self.fingerprint}))
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(unfinished, path)
         self._where.update(dict.fromkeys(self._pending, path))
         self._scanned.add(path)
         self._pending.clear()
@@ -128,14 +129,3 @@ def _read_header(path: Path) -> tuple[list[str], str]:
     if path.stat().st_size != 8 + length + end:
         raise ValueError("shorter than its header says")
     return list(header), fingerprint
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Delete half-written shards of processes of this machine that are gone."""
-    for path in folder.glob(f"shard-*.safetensors.{socket.gethostname()}.*.tmp"):
-        try:
-            os.kill(int(path.name.split(".")[-2]), 0)
-        except ProcessLookupError:
-            path.unlink(missing_ok=True)
-        except (PermissionError, ValueError):
-            pass  # somebody else's process, or not our file: leave it

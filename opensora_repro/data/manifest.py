@@ -7,9 +7,12 @@ columns are kept. Relative paths are relative to the manifest's folder. An image
 
 from __future__ import annotations
 
+import filecmp
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from opensora_repro.data.files import beside
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,21 +83,22 @@ def read_table(path: Path) -> pd.DataFrame:
 
 
 def write_table(frame: pd.DataFrame, path: Path) -> None:
-    """Write a frame as Parquet or CSV by the extension; the name appears only once the file is whole."""
+    """Write a frame as Parquet or CSV by the extension, whole or not at all; an equal file is left untouched."""
     kind = _kind(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unfinished = beside(path)
     try:
-        with open(beside, "wb") as file:
+        with open(unfinished, "wb") as file:
             if kind == "parquet":
                 frame.to_parquet(file, engine="pyarrow", index=False)
             else:
                 file.write(frame.to_csv(index=False).encode("utf-8"))
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        if not (path.is_file() and filecmp.cmp(unfinished, path, shallow=False)):
+            os.replace(unfinished, path)
     finally:
-        beside.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def _kind(path: Path) -> str:

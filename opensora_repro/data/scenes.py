@@ -1,0 +1,179 @@
+"""Where a video's scenes change: PySceneDetect's frame scores on exactly the frames that a reader will get.
+
+The frames come from our own decoder, so that a cut is an index in presentation order, whatever the frame rate does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opensora_repro.data.video import DecodeError, FrameIndex, frame_index, one_scaling_thread, open_video
+
+DETECTORS = ("adaptive", "content")
+ANALYSIS_WIDTH = 256  # pixels; wider pictures are reduced, which is also PySceneDetect's default
+WINDOW = 3  # frames on either side that a frame's change is compared with
+MIN_CHANGE = 8.0  # content score below which nothing is a cut
+MIN_SCENE = 8  # frames; a second cut within them is a flash
+CONTENT_THRESHOLD = 27.0  # PySceneDetect's default
+
+
+@dataclass(frozen=True)
+class Scan:
+    """All frames of a video that decode, and the cuts between them."""
+
+    times: tuple[int, ...]  # presentation times since the first frame, in time_base units, strictly ascending
+    time_base: Fraction
+    cuts: tuple[int, ...]  # index of each new scene's first frame
+
+    def seconds(self, frame: int) -> float:
+        """Return when a frame appears, in seconds since the first; for the frame after the last, when that one ends."""
+        if frame < len(self.times):
+            return float(self.times[frame] * self.time_base)
+        step = self.times[-1] - self.times[-2] if len(self.times) > 1 else 0
+        return float((self.times[-1] + step) * self.time_base)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Frames [start, end) of a source; `resplit` if either boundary is a length limit instead of a cut."""
+
+    start: int
+    end: int
+    resplit: bool = False
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+
+def scan_video(
+    path: str | Path, *, detector: str = "adaptive", threshold: float | None = None, on_frame: Callable[[], Any] = int
+) -> Scan:
+    """Decode a whole video, calling `on_frame` for each frame, and find its hard cuts.
+
+    "content" cuts where PySceneDetect's content score (mean change of hue, saturation and brightness) reaches the
+    threshold; "adaptive" where the score's ratio to its neighbours' mean does, by default at a level that follows from
+    how restless the video is (see `restless_threshold`). Raises DecodeError for a file that does not decode to the end.
+    """
+    import av
+
+    times: list[int | None] = []
+    metrics = _Metrics()
+    with open_video(path, threads=0) as (container, stream):
+        index, time_base = frame_index(path), Fraction(stream.time_base)
+        rate = Fraction(stream.average_rate) if stream.average_rate else Fraction(25)
+        try:
+            for frame in container.decode(stream):
+                if frame.is_corrupt:
+                    raise DecodeError("")
+                times.append(frame.pts)
+                metrics.add(frame)
+                on_frame()
+        except (DecodeError, av.FFmpegError) as error:
+            raise DecodeError(_damage(path, len(times), index)) from error
+    _check_complete(path, times, index)
+    known = [t for t in times if t is not None]
+    if len(known) < len(times) or any(b <= a for a, b in pairwise(known)):
+        known, time_base = list(range(len(times))), 1 / rate  # no usable clock: evenly at the header's rate
+    cuts = metrics.cuts(detector, threshold)
+    return Scan(tuple(t - known[0] for t in known), time_base, tuple(cuts))
+
+
+def restless_threshold(ratios: np.ndarray) -> float:
+    """Return the adaptive ratio above which a frame is a cut.
+
+    Evenly moving pictures keep their ratios near 1, so a faint cut stands out at 2; hand-held cameras, fast action and
+    repeated frames spread them, and the level rises with their upper quartile.
+    """
+    if not len(ratios):
+        return 3.0
+    return float(np.clip(1.9 + 4.0 * (np.quantile(ratios, 0.75) - 1.0), 1.9, 3.5))
+
+
+def plan_spans(num_frames: int, cuts: Sequence[int], *, min_frames: int = 1, max_frames: int = 0) -> list[Span]:
+    """Return the scenes, those longer than `max_frames` (0: no limit) divided.
+
+    Evenly; or, where even parts would be shorter than `min_frames`, into parts of `max_frames` and a rest.
+    """
+    spans = []
+    for start, end in pairwise([0, *cuts, num_frames]):
+        length = end - start
+        parts = -(-length // max_frames) if max_frames else 1
+        edges = [start + length * i // parts for i in range(parts + 1)]
+        if parts > 1 and length // parts < min_frames:
+            edges = [*range(start, end, max_frames), end]
+        spans += [Span(a, b, parts > 1) for a, b in pairwise(edges)]
+    return spans
+
+
+class _Metrics:
+    """PySceneDetect's content score and adaptive ratio of every frame."""
+
+    def __init__(self) -> None:
+        from av.video.reformatter import VideoReformatter
+        from scenedetect import StatsManager
+        from scenedetect.detectors import AdaptiveDetector
+
+        self.detector = AdaptiveDetector(window_width=WINDOW, min_content_val=MIN_CHANGE, min_scene_len=1)
+        self.detector.stats_manager = self.stats = StatsManager()
+        self.reformatter = VideoReformatter()
+        self.stamps: list[Any] = []
+
+    def add(self, frame: Any) -> None:
+        factor = max(1, frame.width // ANALYSIS_WIDTH)
+        width, height = frame.width // factor, max(1, frame.height // factor)
+        small = self.reformatter.reformat(
+            frame, width=width, height=height, format="bgr24", interpolation="AREA", **one_scaling_thread()
+        )
+        self.stamps.append(_stamp(len(self.stamps)))
+        self.detector.process_frame(self.stamps[-1], small.to_ndarray())
+
+    def cuts(self, detector: str, threshold: float | None) -> list[int]:
+        scores, ratios = self._column("content_val"), self._column(self.detector.get_metrics()[-1])
+        if detector == "content":
+            found = scores >= (CONTENT_THRESHOLD if threshold is None else threshold)
+        else:
+            level = restless_threshold(ratios[~np.isnan(ratios)]) if threshold is None else threshold
+            found = (ratios >= level) & (scores >= MIN_CHANGE)
+        cuts: list[int] = []
+        for frame in np.flatnonzero(found).tolist():
+            if frame >= (cuts[-1] if cuts else 0) + MIN_SCENE:
+                cuts.append(frame)
+        return cuts
+
+    def _column(self, name: str) -> np.ndarray:
+        """Return a metric of every frame, NaN where it has none (the first and the last ones)."""
+        values = (self.stats.get_metrics(stamp, [name])[0] for stamp in self.stamps)
+        return np.array([np.nan if v is None else v for v in values], dtype=np.float64)
+
+
+def _stamp(frame: int) -> Any:
+    """PySceneDetect's name of a frame: an object from 0.7 on, a number before."""
+    import scenedetect
+
+    if tuple(int(part) for part in scenedetect.__version__.split(".")[:2]) < (0, 7):
+        return frame
+    return scenedetect.FrameTimecode(frame, 25.0)  # the rate is arbitrary: nothing here is measured in seconds
+
+
+def _check_complete(path: str | Path, times: list[int | None], index: FrameIndex) -> None:
+    """Raise DecodeError if the header promises more than the file holds, or frames went missing after the first."""
+    if not times:
+        raise DecodeError(f"{path}: no frame decodes")
+    if index.promised > index.num_packets:
+        raise DecodeError(_damage(path, len(times), index))
+    decoded = set(times)
+    lost = [t for t in index.times if t not in decoded and times[0] is not None and t > times[0]]
+    one_a_field = len(index.times) in (2 * len(times), 2 * len(times) - 1)  # interlaced: two packets make a frame
+    if lost and not one_a_field and None not in decoded:
+        raise DecodeError(_damage(path, len(times), index))
+
+
+def _damage(path: str | Path, got: int, index: FrameIndex) -> str:
+    return f"{path}: damaged: {got} of {max(index.promised, len(index.times), got)} frames decode"
