@@ -7,7 +7,6 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 KIND = "transformers T5 encoder with its tokenizer"
 MAX_CHARACTERS = 4096  # far beyond what the encoder reads; bounds the work that a hostile caption can cause
 GPU_BATCH_SIZE = 8
+CLEANING = 1  # part of the fingerprint: count up when `clean_caption` changes, so that no cache mixes old and new text
 
 _URL = re.compile(r"\b(?:https?://|www\.)\S+")
 _TAG = re.compile(r"</?[a-z!][^<>]*>")
@@ -72,7 +72,7 @@ class T5Text:
     def fingerprint(self) -> str:
         """Hash of what decides the embeddings: weights, dtype, tokenizer, length, and how captions are cleaned."""
         vocabulary = repr(sorted(self.tokenizer.get_vocab().items()))
-        return fingerprint(self.model, vocabulary, str(self.max_length), Path(__file__))
+        return fingerprint(self.model, vocabulary, f"{self.max_length} {CLEANING}")
 
     @torch.no_grad()  # not inference mode: the embeddings may be saved for a backward pass
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:

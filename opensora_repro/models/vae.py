@@ -5,6 +5,7 @@ The latents are Stable Diffusion's (arXiv:2112.10752): a sample of the posterior
 
 from __future__ import annotations
 
+import logging
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +86,8 @@ class FrameVAE:
 
 def load_vae(cfg: VaeConfig, device: torch.device | str, dtype: torch.dtype) -> FrameVAE:
     """Load the autoencoder `cfg.path`, a local folder or a hub name. Raises ModelNotFound."""
+    # diffusers imports bitsandbytes where it is installed, which then warns of a kernel that nobody asked for
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from diffusers import AutoencoderKL
 
     def load(path: str, **options: Any) -> Any:
