@@ -126,6 +126,8 @@ def _child(module: str, arguments: list[str], log: str, environment: dict[str, s
     with open(log + ".out", "wb") as out, open(log + ".err", "wb") as err:
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    multiprocessing.set_start_method("fork", force=True)  # as in a process that a user starts
     importlib.import_module("torch").set_num_threads(1)
     sys.exit(importlib.import_module(module).main(arguments))
 

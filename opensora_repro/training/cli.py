@@ -70,6 +70,7 @@ def _dry_run(cfg: Config, stage: Stage) -> int:
 def _train(cfg: Config, stage: Stage) -> int:
     started = time.monotonic()
     _limit_threads()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it would warn at every fork of a loader process
     from opensora_repro.training.run import train
 
     outcome = train(cfg, stage, say=lambda line: print(line, flush=True))
