@@ -17,7 +17,7 @@ GPU_PYTHON := $(if $(wildcard $(PYTHON)),$(PYTHON),$(PYTHON3))
 .PHONY: help setup demo test lint types unit format bench gpu lock clean
 
 help:
-	@echo "make demo    train a small video model in three stages and open runs/demo/report.html afterwards"
+	@echo "make demo    train a small video model in three stages; then look at runs/demo/report.html"
 	@echo "make test    lint, types and every test that needs no GPU"
 	@echo "make bench   side-by-side timings on this machine's CPU, as JSON in benchmarks/results/"
 	@echo "make gpu     every check that needs an NVIDIA GPU, as JSON in benchmarks/results/"
