@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from opensora_repro.demo.shapes import Motion
 
 STAGES = {"stage1": "stages.stage1_image", "stage2": "stages.stage2_video", "stage3": "stages.stage3_hq"}
-STILLS_A_CLIP = 2
+STILLS_A_CLIP = 3
 SAMPLE_SEED = 0
 
 
@@ -69,7 +69,9 @@ def main(argv: list[str] | None = None) -> int:
         try:
             step(plan)
         except subprocess.CalledProcessError as error:
-            print(f"error: {name} ended with exit code {error.returncode}; `make demo` continues there", file=sys.stderr)
+            print(
+                f"error: {name} ended with exit code {error.returncode}; `make demo` continues there", file=sys.stderr
+            )
             return error.returncode if error.returncode > 0 else 1
         seconds[name] = round(time.monotonic() - begin, 1)
 
@@ -94,7 +96,7 @@ def run(*command: str) -> None:
 
 
 def make_data(plan: Plan) -> None:
-    """Write `manifest.parquet` (training clips), `hq.parquet`, `val.parquet` and `images.parquet`."""
+    """Write the manifests: training clips, the best of them, held-out clips, and stills of both."""
     from opensora_repro.data.manifest import read_manifest, write_manifest
     from opensora_repro.demo.footage import film
 
@@ -108,8 +110,10 @@ def make_data(plan: Plan) -> None:
     training = clips[number < plan.videos]
     write_manifest(training, plan.manifest)
     write_manifest(clips[number < plan.hq_videos], plan.root / "hq.parquet")
-    write_manifest(clips[number == plan.videos], plan.root / "val.parquet")
+    held_out = clips[number == plan.videos]
+    write_manifest(held_out, plan.root / "val.parquet")
     write_manifest(take_stills(training, plan.root / "images"), plan.root / "images.parquet")
+    write_manifest(take_stills(held_out, plan.root / "images"), plan.root / "val_images.parquet")
     print(f"{len(training)} training clips in {plan.manifest}")
 
 
@@ -144,12 +148,25 @@ def train(stage: str) -> Callable[[Plan], None]:
 
     def step(plan: Plan) -> None:
         root = plan.root
-        manifest = {"stage1": "images.parquet", "stage2": "manifest.parquet", "stage3": "hq.parquet"}[stage]
-        places = [f"run.dir={root / stage}", f"data.manifest={root / manifest}", f"data.cache={root / 'cache' / stage}"]
+        manifest, held_out = {
+            "stage1": ("images.parquet", "val_images.parquet"),
+            "stage2": ("manifest.parquet", "val.parquet"),
+            "stage3": ("hq.parquet", "val.parquet"),
+        }[stage]
+        places = {
+            "run.dir": root / stage,
+            "data.manifest": root / manifest,
+            "data.val_manifest": root / held_out,
+            "data.cache": root / "cache" / stage,
+        }
         if stage != "stage1":
-            before = {"stage2": "stage1", "stage3": "stage2"}[stage]
-            places += [f"data.val_manifest={root / 'val.parquet'}", f"init.weights={root / before}"]
-        run(STAGES[stage], str(plan.configs / f"{stage}.toml"), *places, *plan.overrides)
+            places["init.weights"] = root / {"stage2": "stage1", "stage3": "stage2"}[stage]
+        run(
+            STAGES[stage],
+            str(plan.configs / f"{stage}.toml"),
+            *(f"{k}={v}" for k, v in places.items()),
+            *plan.overrides,
+        )
 
     return step
 

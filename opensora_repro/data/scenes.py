@@ -20,7 +20,7 @@ DETECTORS = ("adaptive", "content")
 ANALYSIS_WIDTH = 256  # pixels; wider pictures are reduced, which is also PySceneDetect's default
 WINDOW = 3  # frames on either side that a frame's change is compared with
 MIN_CHANGE = 8.0  # content score below which nothing is a cut
-MIN_SCENE = 8  # frames; a second cut within them is a flash
+MIN_SCENE = 4  # frames; a second cut within them is taken for a flash, and the scenes stay together
 CONTENT_THRESHOLD = 27.0  # PySceneDetect's default
 
 

@@ -1,8 +1,8 @@
 """Make the demo's text encoder: `python -m opensora_repro.demo.text_encoder --out checkpoints/demo/text`.
 
-A T5 v1.1 encoder of tiny size with seeded random weights, and a tokenizer that knows the demo's words; any other word is
-one unknown token. Nothing needs training: frozen random embeddings already tell the words apart, and
-the diffusion model learns what each one means.
+A T5 v1.1 encoder of tiny size with seeded random weights, and a tokenizer that knows the demo's words; any other word
+is one unknown token. Nothing needs training: frozen random embeddings already tell the words apart, and the diffusion
+model learns what each one means.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def test_every_cut_is_found_and_every_caption_on_its_clip(finished):
         name = row["source"].split("/")[-1]
         assert (name, str(row["start_frame"]), str(row["end_frame"]), row["caption"]) in listed
     images = read_manifest(root / "images.parquet")
-    assert len(images) == 2 * len(clips) and not images["caption"].str.contains("moving").any()
+    assert len(images) == 3 * len(clips) and not images["caption"].str.contains("moving").any()
 
 
 def test_run_again_it_trains_nothing_again(finished):

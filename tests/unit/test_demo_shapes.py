@@ -1,5 +1,7 @@
 """The demo's world and its judge: what is drawn is what is measured, and wrong videos are told from right ones."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -47,5 +49,5 @@ def test_same_seed_same_scenes():
 
 def test_neighbouring_scenes_differ_in_colour_so_that_cuts_can_be_found():
     scenes = list(training_scenes(3, seed=0))
-    same = sum(a.motion.colour == b.motion.colour for a, b in zip(scenes, scenes[1:], strict=False))
+    same = sum(a.motion.colour == b.motion.colour for a, b in itertools.pairwise(scenes))
     assert same <= len(scenes) // 20
