@@ -1,0 +1,303 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pandas as pd
+import pytest
+
+from data_tools import caption, split
+from opensora_repro.data.manifest import read_manifest, read_table, write_manifest
+from opensora_repro.data.video import probe
+
+SCENES = [(40, 8), (200, 14), (90, 5), (150, 12)]  # brightness of the left half, frames
+
+
+def film(path: Path, scenes: list[tuple[int, int]] = SCENES, size: int = 64) -> None:
+    """Write a video of still scenes with a little noise."""
+    noise = np.random.default_rng(len(scenes))
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=12, options={"crf": "20"})
+        stream.width, stream.height, stream.pix_fmt = size, size, "yuv420p"
+        for level, count in scenes:
+            for _ in range(count):
+                frame = noise.integers(0, 6, (size, size, 3), dtype=np.uint8)
+                frame[:, : size // 2] += np.uint8(level)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+@pytest.fixture
+def footage(tmp_path: Path) -> Path:
+    folder = tmp_path / "footage"
+    (folder / "sub").mkdir(parents=True)
+    film(folder / "one, 'two'.MP4")
+    film(folder / "sub" / "-dash 视频.mp4", [(60, 20), (180, 20)])
+    (folder / "captions.csv").write_text("source,caption\n")
+    return folder
+
+
+def stamps(folder: Path) -> dict[str, tuple[int, bytes]]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes()) for p in files}
+
+
+def test_split_writes_clips_with_their_lineage(footage: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert split.main([str(footage), "--out", str(out)]) == 0
+    clips = read_manifest(out / "manifest.parquet", need_captions=False)
+    first = clips[clips["source"] == "one, 'two'.MP4"]
+    assert list(zip(first["start_frame"], first["end_frame"], strict=True)) == [(0, 8), (8, 22), (27, 39)]
+    assert first["start_time"].tolist() == pytest.approx([0, 8 / 12, 27 / 12])
+    assert first["end_time"].tolist() == pytest.approx([8 / 12, 22 / 12, 39 / 12])
+    assert clips["source"].tolist()[3:] == ["sub/-dash 视频.mp4"] * 2
+    assert set(clips["caption"]) == {""}
+    assert not clips["resplit"].any()
+    for row in clips.to_dict("records"):
+        info = probe(row["path"])
+        assert (info.num_frames, info.height, info.width) == (row["num_frames"], 64, 64)
+        assert row["num_frames"] == row["end_frame"] - row["start_frame"]
+        assert (row["fps"], info.fps) == (pytest.approx(12), pytest.approx(12))
+    rejects = read_table(out / "rejects.parquet")
+    assert rejects.to_dict("records") == [
+        {"source": "one, 'two'.MP4", "start_frame": 22, "end_frame": 27, "reason": "5 frames, --min-frames is 8"}
+    ]
+
+
+def test_split_again_does_nothing_and_new_files_are_added(footage: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert split.main([str(footage), "--out", str(out)]) == 0
+    before = stamps(out)
+    assert split.main([str(footage), "--out", str(out)]) == 0
+    assert stamps(out) == before
+    film(footage / "later.mp4", [(100, 11)])
+    shutil.copy(footage / "later.mp4", footage / "twin.mp4")
+    os.utime(footage / "sub" / "-dash 视频.mp4")  # content counts, not the clock
+    assert split.main([str(footage), "--out", str(out)]) == 0
+    after = stamps(out)
+    assert {name for name in before if before[name] != after[name]} == {"manifest.parquet", "rejects.parquet"}
+    assert len(read_manifest(out / "manifest.parquet", need_captions=False)) == 6
+    assert read_table(out / "rejects.parquet")["reason"].tolist()[-1] == "same content as later.mp4"
+
+
+def test_split_restores_a_lost_clip(footage: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert split.main([str(footage), "--out", str(out)]) == 0
+    lost = next((out / "clips").glob("*.mp4"))
+    content = lost.read_bytes()
+    lost.unlink()
+    assert split.main([str(footage), "--out", str(out)]) == 0
+    assert lost.read_bytes() == content
+
+
+def test_ids_follow_content_not_names(footage: Path, tmp_path: Path) -> None:
+    assert split.main([str(footage), "--out", str(tmp_path / "a")]) == 0
+    moved = tmp_path / "elsewhere" / "renamed.mp4"
+    moved.parent.mkdir()
+    shutil.copy(footage / "one, 'two'.MP4", moved)
+    assert split.main([str(moved), "--out", str(tmp_path / "b")]) == 0
+    one, two = (read_manifest(tmp_path / d / "manifest.parquet", need_captions=False) for d in "ab")
+    assert two["id"].tolist() == one["id"].tolist()[:3]
+    assert two["source"].tolist() == ["renamed.mp4"] * 3
+
+
+def test_split_divides_long_scenes(footage: Path, tmp_path: Path) -> None:
+    source = footage / "sub" / "-dash 视频.mp4"
+    assert split.main(["--out", str(tmp_path / "out"), "--max-frames", "12", "--crf", "30", "--", str(source)]) == 0
+    clips = read_manifest(tmp_path / "out" / "manifest.parquet", need_captions=False)
+    assert clips["num_frames"].tolist() == [10, 10, 10, 10]
+    assert clips["resplit"].all()
+
+
+def test_every_bad_file_is_listed_or_split(videos_dir: Path, tmp_path: Path) -> None:
+    """The odd but sound files give clips, the others a reason; small ones only, to be quick."""
+    expected = json.loads((videos_dir / "bad/expected.json").read_text(encoding="utf-8"))
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in expected:
+        source = videos_dir / "bad" / name
+        if source.is_dir():
+            (folder / name).mkdir()
+        elif source.stat().st_size < 60_000:
+            shutil.copy(source, folder / name, follow_symlinks=False)
+    (folder / "no_target.mp4").symlink_to(tmp_path / "nowhere")
+    assert split.main([str(folder), "--out", str(tmp_path / "out")]) == 0
+    clips = read_manifest(tmp_path / "out/manifest.parquet", need_captions=False)
+    rejects = read_table(tmp_path / "out/rejects.parquet")
+    reasons = dict(zip(rejects["source"], rejects["reason"], strict=True))
+    frames = clips.groupby("source")["num_frames"].sum().to_dict()
+    for path in folder.iterdir():
+        verdict = expected.get(path.name, {"verdict": "reject"})
+        if verdict["verdict"] != "accept":
+            assert path.name in reasons
+            assert path.name not in frames
+        elif verdict["frames"] < 8:
+            assert "--min-frames" in reasons[path.name]
+        else:
+            assert frames.get(path.name) == verdict["frames"] or reasons[path.name].startswith("same content as")
+    assert reasons["trunc_mdat_half.mp4"] == "damaged: 29 of 90 frames decode"
+    assert reasons["audio_only.mp4"] == "no video stream"
+    assert reasons["no_target.mp4"] == "a link to a file that is not there"
+    assert all("\n" not in reason and str(tmp_path) not in reason for reason in reasons.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing", "--out", "o"], "no such file or folder"),
+        (["empty", "--out", "o"], "no video in this folder"),
+        (["text.mp4", "--out", "o"], "no clip came out"),
+        (["text.mp4", "--out", "o", "--min-frames", "0"], "--min-frames 0: expected at least 1"),
+        (["text.mp4", "--out", "o", "--max-frames", "4"], "--max-frames 4"),
+        (["text.mp4", "--out", "o", "--crf", "99"], "--crf 99"),
+        (["text.mp4", "--out", "o", "--threshold", "nan"], "--threshold nan"),
+        (["text.mp4", "--out", "text.mp4/o"], "text.mp4"),
+    ],
+)
+def test_split_mistakes(
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.mp4").write_text("no video")
+    assert split.main(arguments) == 2
+    errors = capsys.readouterr().err.strip()
+    line = errors.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert message in line
+    assert "Traceback" not in errors
+
+
+def test_a_killed_split_continues(tmp_path: Path, repo_dir: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i in range(4):
+        film(folder / f"{i}.mp4", [(30 + 10 * i, 30), (150, 30 + i), (90, 30)], size=96)
+    command = [sys.executable, "-m", "data_tools.split", str(folder), "--out", str(tmp_path / "out")]
+    with subprocess.Popen(command, cwd=repo_dir, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "out").glob("sources/*.json")) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGKILL)
+    done = stamps(tmp_path / "out" / "sources")
+    assert 1 <= len(done) < 4
+    assert not (tmp_path / "out" / "manifest.parquet").exists()
+    assert split.main([str(folder), "--out", str(tmp_path / "out")]) == 0
+    assert split.main([str(folder), "--out", str(tmp_path / "fresh")]) == 0
+    again, fresh = stamps(tmp_path / "out"), stamps(tmp_path / "fresh")
+    assert {name: content for name, (_, content) in again.items()} == {name: c for name, (_, c) in fresh.items()}
+    assert all(again[f"sources/{name}"] == value for name, value in done.items())
+
+
+@pytest.mark.parametrize("tool", ["split", "caption"])
+def test_help_is_quick_and_light(repo_dir: Path, tool: str) -> None:
+    code = f"import sys, data_tools.{tool} as t\ntry: t.main(['--help'])\nfinally: print(sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=repo_dir, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "--out DIR" in done.stdout
+    loaded = done.stdout.splitlines()[-1]
+    assert not any(f"'{name}'" in loaded for name in ("torch", "av", "cv2", "pandas", "scenedetect", "numpy"))
+
+
+@pytest.fixture
+def clips(tmp_path: Path) -> Path:
+    """A manifest of five clips of two sources."""
+    spans = [("a.mp4", 0, 16), ("a.mp4", 16, 30), ("a.mp4", 30, 62), ("sub/b.mp4", 0, 20), ("sub/b.mp4", 20, 44)]
+    rows = [
+        {"id": f"c{i}", "path": f"clips/c{i}.mp4", "caption": "", "num_frames": e - s, "fps": 8.0, "height": 64,
+         "width": 64, "source": source, "start_frame": s, "end_frame": e, "start_time": s / 8, "end_time": e / 8}
+        for i, (source, s, e) in enumerate(spans)
+    ]  # fmt: skip
+    path = tmp_path / "split" / "manifest.parquet"
+    write_manifest(pd.DataFrame(rows), path)
+    return path
+
+
+def run_caption(clips: Path, sidecar: pd.DataFrame, out: Path) -> tuple[int, dict[str, str], dict[str, str]]:
+    sidecar.to_csv(clips.parent / "list.csv", index=False)
+    status = caption.main([str(clips), "--sidecar", str(clips.parent / "list.csv"), "--out", str(out)])
+    if not (out / "manifest.parquet").exists():
+        return status, {}, {}
+    good, bad = read_table(out / "manifest.parquet"), read_table(out / "rejects.parquet")
+    captions = dict(zip(good["id"], good["caption"], strict=True))
+    return status, captions, dict(zip(bad["id"], bad["reason"], strict=True))
+
+
+def test_captions_by_id_in_any_order(clips: Path, tmp_path: Path) -> None:
+    listed = pd.DataFrame({"id": ["c4", "c1", "other", "c0", "c3"], "caption": ["four", "one", "x", "zero ", None]})
+    status, captions, reasons = run_caption(clips, listed, tmp_path / "out")
+    assert status == 0
+    assert captions == {"c0": "zero", "c1": "one", "c4": "four"}
+    assert reasons == {"c2": "no caption for this id", "c3": "its caption (row 5 of the list) is empty"}
+    kept = read_manifest(tmp_path / "out" / "manifest.parquet")
+    assert kept["path"].tolist() == [str(clips.parent / "clips" / f"c{i}.mp4") for i in (0, 1, 4)]
+
+
+@pytest.mark.parametrize("unit", ["frame", "time"])
+def test_captions_by_source_and_span(clips: Path, tmp_path: Path, unit: str) -> None:
+    """Spans a frame or two off still match; a clip over two scenes, or outside all, is not given a wrong caption."""
+    rows = [("b.mp4", 19, 44, "b late"), ("a.mp4", 45, 62, "a end"), ("a.mp4", 17, 30, "a middle")]
+    rows += [("b.mp4", 0, 19, "b early"), ("a.mp4", 30, 45, "a third"), ("z/a.mp4", 0, 16, "another source")]
+    listed = pd.DataFrame(rows, columns=["source", f"start_{unit}", f"end_{unit}", "caption"])
+    if unit == "time":
+        listed[["start_time", "end_time"]] /= 8
+    status, captions, reasons = run_caption(clips, listed, tmp_path / "out")
+    assert status == 0
+    assert captions == {"c1": "a middle", "c3": "b early", "c4": "b late"}
+    assert reasons == {
+        "c0": "no caption's span holds its middle",
+        "c2": "reaches over several captioned spans (rows 2, 5 of the list)",
+    }
+
+
+def test_caption_again_does_nothing(clips: Path, tmp_path: Path) -> None:
+    listed = pd.DataFrame({"id": ["c0", "c1"], "caption": ["zero", "one"]})
+    run_caption(clips, listed, tmp_path / "out")
+    before = stamps(tmp_path / "out")
+    run_caption(clips, listed, tmp_path / "out")
+    assert stamps(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"id": ["c0"]}, "column caption missing"),
+        ({"caption": ["x"]}, "expected the columns id, or source with"),
+        ({"source": ["a.mp4"], "start_time": [0], "caption": ["x"]}, "expected the columns id, or source with"),
+        ({"id": ["c0", "c0"], "caption": ["x", "y"]}, "rows 1 and 2 give id 'c0' different captions"),
+        ({"id": ["zz"], "caption": ["x"]}, "no clip found its caption"),
+        (
+            {"source": ["a.mp4"], "start_frame": ["x"], "end_frame": [3], "caption": ["y"]},
+            "row 1: start_frame, end_frame",
+        ),
+        ({"source": ["a.mp4"], "start_frame": [9], "end_frame": [3], "caption": ["y"]}, "row 1: start_frame 9"),
+    ],
+)
+def test_caption_mistakes(
+    clips: Path, tmp_path: Path, columns: dict[str, list], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, captions, _ = run_caption(clips, pd.DataFrame(columns), tmp_path / "out")
+    assert (status, captions) == (2, {})
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert errors.startswith("error: ") and errors.count("\n") == 1
+
+
+def test_caption_will_not_overwrite_its_input(clips: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = clips.read_bytes()
+    pd.DataFrame({"id": ["c0"], "caption": ["x"]}).to_csv(clips.parent / "list.csv")
+    assert caption.main([str(clips), "--sidecar", str(clips.parent / "list.csv"), "--out", str(clips.parent)]) == 2
+    assert "the manifest's own folder" in capsys.readouterr().err
+    assert clips.read_bytes() == content
