@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
             step(plan)
         except subprocess.CalledProcessError as error:
             print(
-                f"error: {name} ended with exit code {error.returncode}; `make demo` continues there", file=sys.stderr
+                f"error: {name} ended with exit code {error.returncode}; run again, it continues there", file=sys.stderr
             )
             return error.returncode if error.returncode > 0 else 1
         seconds[name] = round(time.monotonic() - begin, 1)
@@ -135,7 +135,9 @@ def take_stills(clips: pd.DataFrame, folder: Path) -> pd.DataFrame:
                 write_png(path, read_frames(Path(clip["path"]), start=frame, count=1)[0])
             caption = str(clip["caption"]).split(" moving ")[0]
             lineage = {"start_frame": clip["start_frame"] + frame, "end_frame": clip["start_frame"] + frame + 1}
-            rows.append({**clip, **lineage, "id": path.stem, "path": str(path), "caption": caption, "num_frames": 1})
+            rows.append(
+                {**clip, **lineage, "id": path.stem, "path": str(path.resolve()), "caption": caption, "num_frames": 1}
+            )
     return pd.DataFrame(rows)
 
 
