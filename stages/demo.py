@@ -76,8 +76,8 @@ def main(argv: list[str] | None = None) -> int:
         seconds[name] = round(time.monotonic() - begin, 1)
 
     records = measure_all(plan)
-    summary = {"adherence": table(records), "seconds": seconds, "records": records}
-    (plan.root / "adherence.json").write_text(json.dumps(summary, indent=1))
+    summary: dict[str, Any] = {"adherence": table(records), "seconds": seconds, "records": records}
+    (plan.root / "adherence.json").write_text(json.dumps(summary, indent=1) + "\n")
     report = write_report(plan, summary)
     print_adherence(summary["adherence"])
     print(f"\ndone in {(time.monotonic() - started) / 60:.1f} minutes; open {report.resolve().as_uri()}")
@@ -134,10 +134,10 @@ def take_stills(clips: pd.DataFrame, folder: Path) -> pd.DataFrame:
             if not path.exists():
                 write_png(path, read_frames(Path(clip["path"]), start=frame, count=1)[0])
             caption = str(clip["caption"]).split(" moving ")[0]
-            lineage = {"start_frame": clip["start_frame"] + frame, "end_frame": clip["start_frame"] + frame + 1}
-            rows.append(
-                {**clip, **lineage, "id": path.stem, "path": str(path.resolve()), "caption": caption, "num_frames": 1}
-            )
+            first, time = clip["start_frame"] + frame, clip["start_time"] + frame / clip["fps"]
+            lineage = {"start_frame": first, "end_frame": first + 1, "start_time": time, "end_time": time}
+            still_row = {"id": path.stem, "path": str(path.resolve()), "caption": caption, "num_frames": 1}
+            rows.append(clip | still_row | lineage)
     return pd.DataFrame(rows)
 
 

@@ -8,6 +8,7 @@ model learns what each one means.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import tempfile
@@ -69,6 +70,13 @@ def build_encoder(*, seed: int) -> T5EncoderModel:
     return T5EncoderModel(config).eval()
 
 
+def name_tokenizer_class(path: Path) -> None:
+    """Write the class name that transformers 4 and 5 both know; 5 alone saves its own."""
+    settings = json.loads(path.read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(settings, indent=2) + "\n")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("checkpoints/demo/text"))
@@ -84,6 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         fresh = Path(scratch) / "text"
         encoder.to(torch.float16).save_pretrained(fresh, safe_serialization=True)
         build_tokenizer().save_pretrained(fresh)
+        name_tokenizer_class(fresh / "tokenizer_config.json")
         if out.exists():
             os.replace(out, Path(scratch) / "old")
         os.replace(fresh, out)
