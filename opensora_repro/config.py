@@ -364,8 +364,11 @@ def _check_together(config: Config, require: Any) -> None:
     require("model.num_heads", divides, f"a divisor of model.hidden_size = {model.hidden_size}")
     require("model.hidden_size", model.hidden_size % 4 == 0, "a multiple of 4 (sine and cosine of rows and columns)")
     require("data.draws", not data.cache or data.draws > 0, "more than 0 with data.cache (a cache holds fixed draws)")
-    flow, sampler = config.diffusion.objective == "flow", config.sample.sampler
-    require("sample.sampler", flow or sampler != "euler", "iddpm, ddim or dpm with diffusion.objective = iddpm")
+    if config.diffusion.objective == "iddpm":
+        require("model.pred_sigma", model.pred_sigma, "true with diffusion.objective = iddpm (it learns the variance)")
+        sampler, steps = config.sample.sampler, config.sample.steps
+        require("sample.sampler", sampler != "euler", "iddpm, ddim or dpm with diffusion.objective = iddpm")
+        require("sample.steps", steps <= 1000 or sampler == "dpm", f"at most 1000 with sample.sampler = {sampler}")
 
 
 def _check_parallel(parallel: ParallelConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 import time
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from opensora_repro.training.run import Outcome
 
 USER_MISTAKE, FAILURE = 2, 1
+_LESS_MEMORY = (
+    "Lower train.batch_size and raise train.accumulation by as much (the run stays the same), "
+    "or set train.activation_checkpointing = true"
+)
 
 
 def run_stage(stage: Stage, description: str | None, argv: Sequence[str] | None = None) -> int:
@@ -34,6 +39,10 @@ def run_stage(stage: Stage, description: str | None, argv: Sequence[str] | None 
         return _fail(error, USER_MISTAKE)
     except TrainingError as error:
         return _fail(error, FAILURE)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        return _fail(f"{str(error).splitlines()[0]} {_LESS_MEMORY}", FAILURE)
 
 
 def _parse(stage: Stage, description: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -86,7 +95,8 @@ def _report(cfg: Config, stage: Stage, outcome: Outcome, seconds: float) -> None
         return
     print(f"{stage.name}: {outcome.step} steps done, {seconds:.0f} s in this call; weights: {outcome.checkpoint}")
     prompt = (cfg.sample.prompts or ("your text",))[0]
-    print(f'sample it: python -m stages.sample {cfg.run.dir} --prompt "{prompt}" --out {cfg.run.dir}/out --seed 0')
+    run_dir, out, text = map(shlex.quote, (cfg.run.dir, f"{cfg.run.dir}/out", prompt))
+    print(f"sample it: python -m stages.sample {run_dir} --prompt {text} --out {out} --seed 0")
 
 
 def _limit_threads() -> None:
@@ -123,7 +133,7 @@ def _is_user_mistake(error: ValueError) -> bool:
     return isinstance(error, CheckpointError | EngineError | ModelNotFound | WeightsError)
 
 
-def _fail(error: Exception, code: int) -> int:
+def _fail(error: Exception | str, code: int) -> int:
     rank = int(os.environ.get("RANK", "0"))
     where = f" (process {rank})" if rank else ""
     print(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)

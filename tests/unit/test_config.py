@@ -131,6 +131,8 @@ def test_wrong_type_in_file_and_section_that_is_none(tmp_path: Path) -> None:
         "run.seed=-1",
         "data.cache=latents",
         "sample.sampler=euler",
+        "sample.steps=1001",
+        "model.pred_sigma=false",
     ],
 )
 def test_ranges(tmp_path: Path, override: str) -> None:

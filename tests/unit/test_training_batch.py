@@ -1,0 +1,90 @@
+"""A micro-batch's randomness: the sample's own, whatever its neighbours, its place and the process that draws it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from opensora_repro.config import DiffusionConfig, VaeConfig
+from opensora_repro.diffusion.objective import build_objective
+from opensora_repro.models.vae import FrameVAE, load_vae
+from opensora_repro.training.batch import Batch, BatchBuilder, Encoded
+from tests.tiny_models import TINY_LATENT_CHANNELS, make_tiny_vae
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory: pytest.TempPathFactory) -> FrameVAE:
+    folder = make_tiny_vae(tmp_path_factory.mktemp("vae"))
+    return load_vae(VaeConfig(path=str(folder)), "cpu", torch.float32)
+
+
+def builder(vae: FrameVAE, seed: int = 7, drop: float = 0.3, objective: str = "flow") -> BatchBuilder:
+    return BatchBuilder(
+        vae,
+        build_objective(DiffusionConfig(objective=objective)),
+        seed=seed,
+        patch_size=(1, 2, 2),
+        drop_probability=drop,
+        latent_shape=(TINY_LATENT_CHANNELS, 3, 5, 4),
+        text_shape=(6, 12),
+        device=torch.device("cpu"),
+    )
+
+
+def sample(name: str) -> Encoded:
+    generator = torch.Generator().manual_seed(len(name) + ord(name[-1]))
+    moments = torch.randn(2 * TINY_LATENT_CHANNELS, 3, 5, 4, generator=generator)
+    return Encoded(name, moments, torch.randn(6, 12, generator=generator), torch.arange(6) < 4)
+
+
+def row(batch: Batch, index: int) -> list[torch.Tensor]:
+    names = ("latents", "noise", "timesteps", "text", "mask", "drop_text")
+    return [getattr(batch, name)[index] for name in names]
+
+
+@pytest.mark.parametrize("objective", ["flow", "iddpm"])
+def test_neighbours_and_places_change_nothing(vae: FrameVAE, objective: str) -> None:
+    build = builder(vae, objective=objective).build
+    together = build([(0, sample("a")), (3, sample("b")), (0, sample("c"))])
+    alone = build([(3, sample("b"))])
+    assert together.ids == ["a", "b", "c"]
+    assert all(torch.equal(x, y) for x, y in zip(row(together, 1), row(alone, 0), strict=True))
+    assert together.num_tokens == 3 * (3 * 3 * 2)
+
+
+def test_seed_epoch_and_sample_each_change_the_draws(vae: FrameVAE) -> None:
+    first = builder(vae).build([(0, sample("a"))])
+    others = [
+        builder(vae, seed=8).build([(0, sample("a"))]),
+        builder(vae).build([(1, sample("a"))]),
+        builder(vae).build([(0, Encoded("b", sample("a").moments, sample("a").text, sample("a").mask))]),
+    ]
+    for other in others:
+        for name in ("latents", "noise", "timesteps"):
+            assert not torch.equal(getattr(first, name), getattr(other, name))
+    # Posterior sample and noise are two streams, not one drawn twice.
+    spread = (first.latents / vae.scale - sample("a").moments[:TINY_LATENT_CHANNELS]).flatten()
+    assert abs(torch.corrcoef(torch.stack([spread, first.noise.flatten()]))[0, 1]) < 0.3
+
+
+def test_captions_are_dropped_as_often_as_asked(vae: FrameVAE) -> None:
+    def share(drop: float) -> float:
+        build = builder(vae, drop=drop).build
+        return sum(float(build([(epoch, sample("a"))]).drop_text.float().mean()) for epoch in range(400)) / 400
+
+    assert share(0.0) == 0
+    assert share(1.0) == 1
+    assert 0.22 < share(0.3) < 0.38
+
+
+def test_global_random_state_is_left_alone(vae: FrameVAE) -> None:
+    before = torch.get_rng_state()
+    builder(vae).build([(0, sample("a"))])
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_stand_in_has_the_shape_and_no_weight(vae: FrameVAE) -> None:
+    build = builder(vae)
+    real, empty = build.build([(0, sample("a"))]), build.stand_in()
+    assert [x.shape for x in row(real, 0)] == [x.shape for x in row(empty, 0)]
+    assert (empty.weight, empty.num_tokens, empty.ids) == (0.0, 0, [])
