@@ -205,7 +205,7 @@ class Trainer:
         if state.bad_steps >= limit:
             raise TrainingError(
                 f"{limit} non-finite steps in a row (train.max_bad_steps), up to step {state.step}: the samples are in "
-                f"{self.log.bad_steps.path}; a lower optim.lr or train.dtype=\"fp32\" may help, in a new run.dir"
+                f'{self.log.bad_steps.path}; a lower optim.lr or train.dtype="fp32" may help, in a new run.dir'
             )
 
     def _save(self) -> None:

@@ -80,17 +80,13 @@ def _check_data(cfg: Config, start: Start, frame: pd.DataFrame) -> None:
 class _Run:
     """One process's part of a run, in the order in which mistakes are cheapest to find."""
 
-    def __init__(
-        self, cfg: Config, stage: Stage, engine: Engine, start: Start, frame: pd.DataFrame, say: Say
-    ) -> None:
+    def __init__(self, cfg: Config, stage: Stage, engine: Engine, start: Start, frame: pd.DataFrame, say: Say) -> None:
         self.cfg, self.stage, self.engine, self.start, self.say = cfg, stage, engine, start, say
         self.run_dir = Path(cfg.run.dir)
         self.dataset = ClipDataset(frame, cfg.data, cfg.run.seed)
         self.rows = CacheRows(frame) if cfg.data.cache else None
         validates = bool(cfg.data.val_manifest) and cfg.validation.every > 0
-        self.held_out = (
-            ClipDataset(cfg.data.val_manifest, cfg.data, cfg.run.seed, augment=False) if validates else None
-        )
+        self.held_out = ClipDataset(cfg.data.val_manifest, cfg.data, cfg.run.seed, augment=False) if validates else None
         self.model, self.report = build_model(cfg, engine.device, load_init=not start.resumes)
         self.encoder = load_encoder(cfg, engine.device)
         data = cfg.data

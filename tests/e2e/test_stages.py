@@ -188,9 +188,7 @@ def test_dry_run_of_the_full_size_builds_nothing(
 # Wrong input: one clear line, exit code 2, and no run folder
 
 
-def refused(
-    stage: Any, world: World, capsys: pytest.CaptureFixture[str], data: str = "images", **changes: Any
-) -> str:
+def refused(stage: Any, world: World, capsys: pytest.CaptureFixture[str], data: str = "images", **changes: Any) -> str:
     run_dir = world.root / "refused"
     capsys.readouterr()
     assert train(stage, world, run_dir, data, **changes) == 2
@@ -248,9 +246,7 @@ def test_wrong_settings(world: World, image_run: Path, capsys: pytest.CaptureFix
         assert message in refused(stage, world, capsys, data, **changes)
 
 
-def test_a_run_folder_with_other_settings(
-    world: World, image_run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_folder_with_other_settings(world: World, image_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in image_run.rglob("*")}
     capsys.readouterr()
     assert train(stage1_image, world, image_run, "images", optim__lr=1e-3, train__steps=9) == 2
@@ -345,9 +341,7 @@ def test_a_non_finite_sample_skips_its_steps_alone(world: World, tmp_path: Path)
                [bad["step"] for bad in skipped])  # fmt: skip
 
 
-def test_many_non_finite_steps_stop_the_run(
-    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_many_non_finite_steps_stop_the_run(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changes = {"optim__lr": 1e35, "optim__clip_norm": 0.0, "train__max_bad_steps": 3, "train__steps": 20}
     assert train(stage1_image, world, tmp_path / "run", "images", **changes) == 1
     (message,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]

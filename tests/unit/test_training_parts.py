@@ -37,9 +37,7 @@ def changed(config: Config, **values: Any) -> Config:
     """`changed(config, train__steps=3)`."""
     for name, value in values.items():
         section, key = name.split("__")
-        config = dataclasses.replace(
-            config, **{section: dataclasses.replace(getattr(config, section), **{key: value})}
-        )
+        config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{key: value})})
     return config
 
 
@@ -171,8 +169,6 @@ def test_every_setting_is_compared_or_explicitly_free() -> None:
     assert same == []
     new = changed(old, optim__eps=1e-3, optim__betas=(0.5, 0.5), data__flip=False)
     assert len(changed_settings(old, new)) == 3
-
-
 
 
 def test_one_process_a_run_folder(tmp_path: Path) -> None:
