@@ -127,12 +127,24 @@ def claimed_run_folder(run_dir: Path) -> Iterator[None]:
         raise ConfigError(f"run.dir = {run_dir}: another process is training there; wait for it or stop it") from None
     except OSError:
         pass  # a network file system without locks
+    held = [handle]
+    _close_in_children(held)
     try:
         yield
     finally:
-        os.close(handle)
+        os.close(held.pop())
         with contextlib.suppress(OSError):
             run_dir.rmdir()
+
+
+def _close_in_children(held: list[int]) -> None:
+    """Let forked loader workers close `held`: one that outlives its killed run for a moment must not keep the lock."""
+
+    def close() -> None:
+        while held:
+            os.close(held.pop())
+
+    os.register_at_fork(after_in_child=close)
 
 
 def write_config(run_dir: Path, config_toml: str) -> None:
