@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,7 +122,8 @@ def _make_clips(folder: Path, count: int, frames: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _child(module: str, arguments: list[str], log: str, environment: dict[str, str]) -> None:
+def _child(module: str, arguments: list[str], log: str, environment: dict[str, str], parent: int) -> None:
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     os.environ.update(environment)
     with open(log + ".out", "wb") as out, open(log + ".err", "wb") as err:
         os.dup2(out.fileno(), 1)
@@ -130,6 +132,16 @@ def _child(module: str, arguments: list[str], log: str, environment: dict[str, s
     multiprocessing.set_start_method("fork", force=True)  # as in a process that a user starts
     importlib.import_module("torch").set_num_threads(1)
     sys.exit(importlib.import_module(module).main(arguments))
+
+
+def _end_with(parent: int) -> None:
+    """A test that is killed leaves no training behind."""
+    while True:
+        time.sleep(1)
+        try:
+            os.kill(parent, 0)
+        except ProcessLookupError:
+            os._exit(1)
 
 
 @dataclass
@@ -144,7 +156,7 @@ class Command:
     def __post_init__(self) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         environment = {"OMP_NUM_THREADS": "1", **self.environment}
-        target = (self.module, self.arguments, str(self.log), environment)
+        target = (self.module, self.arguments, str(self.log), environment, os.getpid())
         self.process = _processes.Process(target=_child, args=target)
         self.process.start()
 

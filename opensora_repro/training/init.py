@@ -111,6 +111,20 @@ def build_model(cfg: Config, device: torch.device, *, load_init: bool) -> tuple[
     return model.to(device).train(), report
 
 
+# Open handles of run folders that this process holds.
+_claims: set[int] = set()
+
+
+def _leave_claims_to_parent() -> None:
+    """A lock lives as long as any process has its handle: a loader that outlives a killed run must not hold it."""
+    for handle in _claims:
+        os.close(handle)
+    _claims.clear()
+
+
+os.register_at_fork(after_in_child=_leave_claims_to_parent)
+
+
 @contextlib.contextmanager
 def claimed_run_folder(run_dir: Path) -> Iterator[None]:
     """Create the folder and hold it for the block; remove it again if empty. Raises ConfigError if it is held."""
@@ -119,32 +133,26 @@ def claimed_run_folder(run_dir: Path) -> Iterator[None]:
         handle = os.open(run_dir, os.O_RDONLY)
     except OSError as error:
         raise ConfigError(f"run.dir = {run_dir}: cannot be used ({error.strerror})") from None
+    _claims.add(handle)
+    try:
+        _lock(handle, run_dir)
+        yield
+    finally:
+        if handle in _claims:  # not in a process forked meanwhile
+            _claims.remove(handle)
+            os.close(handle)
+            with contextlib.suppress(OSError):
+                run_dir.rmdir()
+
+
+def _lock(handle: int, run_dir: Path) -> None:
     try:
         # The kernel drops the lock with the process, however it dies.
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(handle)
         raise ConfigError(f"run.dir = {run_dir}: another process is training there; wait for it or stop it") from None
     except OSError:
         pass  # a network file system without locks
-    held = [handle]
-    _close_in_children(held)
-    try:
-        yield
-    finally:
-        os.close(held.pop())
-        with contextlib.suppress(OSError):
-            run_dir.rmdir()
-
-
-def _close_in_children(held: list[int]) -> None:
-    """Let forked loader workers close `held`: one that outlives its killed run for a moment must not keep the lock."""
-
-    def close() -> None:
-        while held:
-            os.close(held.pop())
-
-    os.register_at_fork(after_in_child=close)
 
 
 def write_config(run_dir: Path, config_toml: str) -> None:

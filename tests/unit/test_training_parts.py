@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +183,25 @@ def test_one_process_a_run_folder(tmp_path: Path) -> None:
     with claimed_run_folder(tmp_path / "unused"):
         pass
     assert not (tmp_path / "unused").exists()
+
+
+def test_a_forked_loader_does_not_keep_a_dead_runs_folder(tmp_path: Path) -> None:
+    """As after kill -9: the run is gone, its loader processes still live for some seconds."""
+    reading, writing = os.pipe()
+    run = os.fork()
+    if run == 0:
+        with claimed_run_folder(tmp_path / "run"):
+            if os.fork() == 0:
+                os.close(writing)
+                os.read(reading, 1)  # the loader: until this test ends
+            else:
+                os.kill(os.getpid(), signal.SIGKILL)
+        os._exit(0)
+    os.waitpid(run, 0)
+    with claimed_run_folder(tmp_path / "run"):
+        pass
+    os.close(writing)
+    os.close(reading)
 
 
 def test_ids_fingerprint_sees_order_and_borders() -> None:
