@@ -134,15 +134,18 @@ def claimed_run_folder(run_dir: Path) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(f"run.dir = {run_dir}: cannot be used ({error.strerror})") from None
     _claims.add(handle)
+    locked = False
     try:
         _lock(handle, run_dir)
+        locked = True
         yield
     finally:
         if handle in _claims:  # not in a process forked meanwhile
             _claims.remove(handle)
             os.close(handle)
-            with contextlib.suppress(OSError):
-                run_dir.rmdir()
+            if locked:
+                with contextlib.suppress(OSError):
+                    run_dir.rmdir()
 
 
 def _lock(handle: int, run_dir: Path) -> None:
