@@ -10,8 +10,8 @@ import numpy as np
 
 from opensora_repro.demo.shapes import Scene, training_scenes
 
-FPS = 8
-FRAMES_A_SCENE = 16
+FPS = 24
+FRAMES_A_SCENE = 24
 SIZE = 96  # pixels a side
 CAPTION_COLUMNS = ("source", "start_frame", "end_frame", "caption")
 

@@ -92,15 +92,15 @@ def render(
 def draw_scene(motion: Motion, rng: np.random.Generator) -> Scene:
     """Choose position, size, path and background for a motion.
 
-    The centre starts a little behind the picture's middle and travels about 0.43 of the side, on towards the border
+    The centre starts a little behind the picture's middle and travels about 0.42 of the side, on towards the border
     that the caption names. Were the paths centred, neither the word nor the moment alone would say anything about the
     place, and a small model would need many steps to find out that both together do.
     """
     step = np.array(DIRECTIONS[motion.direction])
-    across = np.array([step[1] != 0, step[0] != 0]) * rng.uniform(-0.15, 0.15)
+    across = np.array([step[1] != 0, step[0] != 0]) * rng.uniform(-0.04, 0.04)
     middle = 0.5 + across
-    start = middle - step * rng.uniform(0.09, 0.13)
-    end = middle + step * rng.uniform(0.30, 0.33)
+    start = middle - step * rng.uniform(0.10, 0.12)
+    end = middle + step * rng.uniform(0.30, 0.32)
     grey = rng.integers(8, 40)
     tint = rng.integers(-6, 7, size=3)
     r, g, b = (int(v) for v in np.clip(grey + tint, 0, 48))
@@ -108,7 +108,7 @@ def draw_scene(motion: Motion, rng: np.random.Generator) -> Scene:
         motion=motion,
         start=(float(start[0]), float(start[1])),
         end=(float(end[0]), float(end[1])),
-        radius=float(rng.uniform(0.14, 0.18)),
+        radius=float(rng.uniform(0.155, 0.165)),
         background=(r, g, b),
     )
 

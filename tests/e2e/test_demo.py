@@ -53,7 +53,7 @@ def test_every_cut_is_found_and_every_caption_on_its_clip(finished):
     clips = read_manifest(root / "manifest.parquet")
     trained = {m.caption for m in motions(held_out=False)}
     assert sorted(clips["caption"]) == sorted(trained)  # one long video shows each trained motion once
-    assert (clips["num_frames"] == 16).all() and (clips["end_frame"] - clips["start_frame"] == 16).all()
+    assert (clips["num_frames"] == 24).all() and (clips["end_frame"] - clips["start_frame"] == 24).all()
     captions = (root / "footage" / "captions.csv").read_text().splitlines()[1:]
     listed = {tuple(line.split(",")) for line in captions}
     for row in clips.to_dict("records"):
