@@ -8,6 +8,9 @@ STAMP := $(VENV)/.installed
 UV := uv==0.13.9
 WANTED := $(shell cat requirements.txt pyproject.toml | cksum | tr ' ' '-')
 
+# Bytecode is compiled once and kept in .venv, whatever the shell says: demo and tests start many processes.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Seconds without a byte: a slow line is not a broken one.
 export UV_HTTP_TIMEOUT ?= 180
 
