@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,16 +18,29 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would download somet
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+NO_REFERENCE = "reference data not found"
+
+
 def shared_folder(name: str, variable: str) -> Path:
-    """Folder of reference data: the environment's word, or `../shared/NAME` beside the checkout."""
+    """Folder of reference data: the environment's word, or `../shared/NAME` beside the checkout.
+
+    A wrong word fails; a checkout without the data skips what needs it, and says so at the end.
+    """
     given = os.environ.get(variable)
     folder = Path(given) if given else REPO.parent / "shared" / name
-    if not folder.is_dir():
-        pytest.fail(
-            f"reference data not found: {folder} (put it beside the checkout as ../shared/{name}, or set {variable})",
-            pytrace=False,
-        )
-    return folder
+    if folder.is_dir():
+        return folder
+    if given:
+        pytest.fail(f"{NO_REFERENCE}: {variable} = {given} is no folder", pytrace=False)
+    pytest.skip(f"{NO_REFERENCE}: {folder} (put it there, or set {variable})")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    missing = [report for report in terminalreporter.stats.get("skipped", []) if NO_REFERENCE in str(report.longrepr)]
+    if missing:
+        terminalreporter.write_sep("!", f"{len(missing)} tests NOT RUN: {NO_REFERENCE}", red=True)
+        for reason in sorted({str(report.longrepr[2]) for report in missing}):
+            terminalreporter.write_line(reason)
 
 
 @pytest.fixture(scope="session")
