@@ -80,7 +80,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--threshold",
         type=float,
         metavar="X",
-        help="level of a cut (adaptive: by how restless the video is, 1.9 to 3.5; content: 27)",
+        help="level of a cut (adaptive: by how restless the video is, 2.1 to 3.5; content: 27)",
     )
     parser.add_argument("--min-frames", type=int, default=8, metavar="N", help="drop shorter scenes (%(default)s)")
     parser.add_argument(

@@ -88,12 +88,12 @@ def scan_video(
 def restless_threshold(ratios: np.ndarray) -> float:
     """Return the adaptive ratio above which a frame is a cut.
 
-    Evenly moving pictures keep their ratios near 1, so a faint cut stands out at 2; hand-held cameras, fast action and
-    repeated frames spread them, and the level rises with their upper quartile.
+    Evenly moving pictures keep their ratios near 1, so a faint cut stands out at little above 2; hand-held cameras,
+    fast action and repeated frames spread them, and the level rises with their upper quartile.
     """
     if not len(ratios):
         return 3.0
-    return float(np.clip(1.9 + 4.0 * (np.quantile(ratios, 0.75) - 1.0), 1.9, 3.5))
+    return float(np.clip(1.9 + 4.0 * (np.quantile(ratios, 0.75) - 1.0), 2.1, 3.5))
 
 
 def plan_spans(num_frames: int, cuts: Sequence[int], *, min_frames: int = 1, max_frames: int = 0) -> list[Span]:

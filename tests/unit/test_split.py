@@ -82,7 +82,7 @@ def test_cuts_of_real_footage_at_variable_rate(videos_dir: Path) -> None:
 
 def test_the_level_follows_the_unrest() -> None:
     steady, restless = np.full(100, 1.0), np.r_[np.full(60, 1.0), np.full(40, 1.35)]
-    assert restless_threshold(steady) == pytest.approx(1.9)
+    assert restless_threshold(steady) == pytest.approx(2.1)
     assert restless_threshold(restless) == pytest.approx(3.3)
     assert restless_threshold(np.array([])) == 3.0
 
