@@ -7,6 +7,7 @@ CPUs, NCCL on GPUs. Weights, gradients and optimizer state are whole on every ra
 from __future__ import annotations
 
 import contextlib
+import copy
 import datetime
 import os
 import pickle
@@ -139,7 +140,10 @@ def choose_device(name: str | None, local_rank: int) -> torch.device:
 
 
 def _picklable(error: Exception) -> Exception:
+    """The error itself where another process can rebuild it, else one that says the same."""
     try:
-        return pickle.loads(pickle.dumps(error)) and error
+        pickle.dumps(error)
+        copy.copy(error)  # rebuilds it as unpickling would
+        return error
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
