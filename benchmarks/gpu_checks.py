@@ -192,8 +192,8 @@ def samplers(device: torch.device) -> dict[str, Any]:
             model = model.to(where)
             with torch.no_grad():
                 latents = sample_latents(
-                    model, DiffusionConfig(), shape=(4, 3, 6, 6), text=text.to(where), mask=mask.to(where),
-                    null_text=model.null_text(), steps=5, guidance=4.0, sampler=sampler,
+                    model, DiffusionConfig(), shape=(4, 3, 6, 6), condition=text.to(where), mask=mask.to(where),
+                    null_condition=model.null_condition(), steps=5, guidance=4.0, sampler=sampler,
                     generators=[torch.Generator().manual_seed(i) for i in range(3)], num_tokens=27,
                 )  # fmt: skip
             results.append(latents)

@@ -305,6 +305,7 @@ _AT_LEAST_ONE = {
 }
 _AT_LEAST_ZERO = {
     "run": ("seed",),
+    "model": ("base_size",),
     "data": ("num_workers", "draws"),
     "diffusion": ("shift",),
     "optim": ("weight_decay", "warmup_steps", "decay_steps", "clip_norm"),
@@ -363,6 +364,12 @@ def _check_together(config: Config, require: Any) -> None:
     divides = model.hidden_size % model.num_heads == 0
     require("model.num_heads", divides, f"a divisor of model.hidden_size = {model.hidden_size}")
     require("model.hidden_size", model.hidden_size % 4 == 0, "a multiple of 4 (sine and cosine of rows and columns)")
+    image, sizes = not model.temporal_attention, model.hidden_size % 3 == 0 or not model.size_conditioning
+    require(
+        "model.size_conditioning", image or not model.size_conditioning, "false in a video model (PixArt-1024-MS's)"
+    )
+    require("model.base_size", image or not model.base_size, "0 in a video model (PixArt's)")
+    require("model.hidden_size", sizes, "a multiple of 3 with model.size_conditioning (height, width and their ratio)")
     require("data.draws", not data.cache or data.draws > 0, "more than 0 with data.cache (a cache holds fixed draws)")
     if config.diffusion.objective == "iddpm":
         require("model.pred_sigma", model.pred_sigma, "true with diffusion.objective = iddpm (it learns the variance)")

@@ -15,7 +15,8 @@ from einops import rearrange
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from opensora_repro.models.config import STDiTConfig
+from opensora_repro.models.config import DiTConfig, STDiTConfig
+from opensora_repro.models.dit import DiT
 from opensora_repro.models.stdit import STDiT
 
 
@@ -42,9 +43,19 @@ def load_case(golden_dir: Path, name: str) -> Case:
 
 def model_config(info: dict[str, Any], *, temporal_attention: bool) -> STDiTConfig:
     """Return our config for a reference constructor's arguments; latent size is not among ours."""
-    known = {field.name for field in fields(STDiTConfig)}
-    values = {key: tuple(v) if isinstance(v, list) else v for key, v in info["config"].items() if key in known}
-    return STDiTConfig(**values, temporal_attention=temporal_attention)
+    return STDiTConfig(**_known_values(info, STDiTConfig), temporal_attention=temporal_attention)
+
+
+def dit_config(info: dict[str, Any], *, factorised: bool) -> DiTConfig:
+    """Return our config for a reference constructor's arguments; its condition is "text" or "label_<classes>"."""
+    condition, _, classes = info["config"]["condition"].partition("_")
+    number = {"num_classes": int(classes)} if classes else {}
+    return DiTConfig(**_known_values(info, DiTConfig) | number | {"condition": condition}, factorised=factorised)
+
+
+def _known_values(info: dict[str, Any], config: type) -> dict[str, Any]:
+    known = {field.name for field in fields(config)}
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in info["config"].items() if key in known}
 
 
 def build_model(case: Case) -> STDiT:
@@ -70,10 +81,11 @@ def rms_error(got: Tensor, expected: Tensor) -> float:
 
 def hashed_std(name: str, shape: tuple[int, ...]) -> float:
     fan_in = int(np.prod(shape[1:]))
-    for ending, std in (("scale_shift_table", 0.2), ("bias", 0.05), ("y_embedding", 1.0)):
+    endings = {"scale_shift_table": 0.2, "bias": 0.05, "y_embedding": 1.0, "embedding_table.weight": 0.5}
+    for ending, std in endings.items():
         if name.endswith(ending):
             return std
-    return (0.5 if name.startswith("t_block") else 1.0) / fan_in**0.5
+    return (0.5 if name.startswith("t_block") or "adaLN" in name else 1.0) / fan_in**0.5
 
 
 def fill_hashed(tensor: Tensor, name: str, std: float) -> None:
@@ -104,10 +116,10 @@ def hashed_tensor(name: str, shape: tuple[int, ...], std: float = 1.0) -> Tensor
     return tensor
 
 
-def hashed_model(cfg: STDiTConfig) -> STDiT:
+def hashed_model(cfg: STDiTConfig | DiTConfig) -> STDiT | DiT:
     """Return a model whose every parameter and the null caption come from the hash; nothing is drawn twice."""
     with torch.device("meta"):
-        model = STDiT(cfg)
+        model = DiT(cfg) if isinstance(cfg, DiTConfig) else STDiT(cfg)
     model.to_empty(device="cpu")
     with ThreadPoolExecutor(2) as pool:
         jobs = [

@@ -7,7 +7,6 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
-from einops import repeat
 from torch import Tensor
 
 from opensora_repro.diffusion.dpm_solver import ContinuousSchedule, dpm_solver_sample
@@ -31,26 +30,26 @@ def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator], devi
 
 def guided_model(
     model: Callable[..., Tensor],
-    text: Tensor,
+    condition: Tensor,
     mask: Tensor | None,
-    null_text: Tensor,
+    null_condition: Tensor,
     *,
     guidance: float,
     num_guided: int | None = None,
 ) -> ModelFn:
     """Classifier-free guidance (Ho & Salimans 2022) in one forward of [conditional; null].
 
-    The null caption [L, C] is cut by each prompt's own mask [B, L], as in the published model. The output's first
-    `num_guided` channels (None: all) are guided; the others are the conditional half's. A guidance of 1 needs no null
-    half.
+    The condition is text [B, L, Ct] or labels [B]; the null condition is one sample's, [L, Ct] or []. The null caption
+    is cut by each prompt's own mask [B, L], as in the published model. The output's first `num_guided` channels (None:
+    all) are guided; the others are the conditional half's. A guidance of 1 needs no null half.
     """
     if guidance == 1:
-        return lambda x, timestep: model(x, timestep, text, mask)
-    both_text = torch.cat([text, repeat(null_text.to(text), "l c -> b l c", b=len(text))])
+        return lambda x, timestep: model(x, timestep, condition, mask)
+    both = torch.cat([condition, null_condition.to(condition).expand_as(condition)])
     both_mask = None if mask is None else torch.cat([mask, mask])
 
     def guided(x: Tensor, timestep: Tensor) -> Tensor:
-        out = model(torch.cat([x, x]), torch.cat([timestep, timestep]), both_text, both_mask)
+        out = model(torch.cat([x, x]), torch.cat([timestep, timestep]), both, both_mask)
         cond, null = out.chunk(2)  # each [B, C_out, T, H, W]
         mixed = null + guidance * (cond - null)
         return mixed if num_guided is None else torch.cat([mixed[:, :num_guided], cond[:, num_guided:]], dim=1)
@@ -104,9 +103,9 @@ def sample_latents(
     objective_cfg: DiffusionConfig,
     *,
     shape: Sequence[int],
-    text: Tensor,
+    condition: Tensor,
     mask: Tensor | None,
-    null_text: Tensor,
+    null_condition: Tensor,
     steps: int,
     guidance: float,
     sampler: str,
@@ -114,8 +113,9 @@ def sample_latents(
     num_tokens: int,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Return float32 latents [B, *shape] for captions `text` [B, L, Ct], `mask` [B, L], on the text's device.
+    """Return float32 latents [B, *shape] on the condition's device.
 
+    `condition` is text [B, L, Ct] with its `mask` [B, L], or labels [B]; `null_condition` is a single sample's.
     `shape` is (C, T, H, W) of one sample and `num_tokens` what the model makes of it (it sets the flow's shift).
     Sample i draws from `generators[i]` alone. `sampler` chooses among IDDPM's; flow models always use Euler steps.
     """
@@ -127,10 +127,10 @@ def sample_latents(
         raise ValueError(f"sampler {sampler!r} does not fit an IDDPM model; choose from {', '.join(IDDPM_SAMPLERS)}")
 
     def next_noise() -> Tensor:
-        return draw_noise(shape, generators, text.device)
+        return draw_noise(shape, generators, condition.device)
 
     num_guided = NUM_GUIDED_CHANNELS if sampler in ("iddpm", "ddim") else None
-    model_fn = guided_model(model, text, mask, null_text, guidance=guidance, num_guided=num_guided)
+    model_fn = guided_model(model, condition, mask, null_condition, guidance=guidance, num_guided=num_guided)
     noise = next_noise()
     if sampler == "euler":
         times = build_flow(objective_cfg).sampling_times(steps, num_tokens)

@@ -27,6 +27,34 @@ class STDiTConfig:
     time_scale: float = 1.0  # temporal position = index / time_scale
     temporal_attention: bool = True
     no_temporal_pos_emb: bool = True  # PixArt only: do not add a temporal table to the tokens
+    size_conditioning: bool = False  # PixArt-1024-MS: also told the picture's size and aspect ratio
+    base_size: int = 0  # PixArt only: positions stretch to this many steps an axis; 0: the square root of the places
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels * (2 if self.pred_sigma else 1)
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """DiT (`factorised=False`) or Latte (`factorised=True`).
+
+    The defaults are the published DiT-XL/2 for the classes of ImageNet. Field names follow Open-Sora 1.0's
+    constructor, but for `condition` and `num_classes`, its "label_1000".
+    """
+
+    in_channels: int = 4
+    patch_size: tuple[int, int, int] = (1, 2, 2)  # latent frames, rows, columns a token covers
+    hidden_size: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    condition: str = "label"  # "label", a class number, or "text", one pooled token
+    num_classes: int = 1000  # label only
+    caption_channels: int = 512  # text only; CLIP ViT-B/32 has 512
+    pred_sigma: bool = True  # also predict the variance: twice the output channels
+    factorised: bool = False  # even blocks attend within frames, odd ones over time; else all over all tokens
+    no_temporal_pos_emb: bool = True  # DiT only: do not add a temporal table to the tokens
 
     @property
     def out_channels(self) -> int:

@@ -1,4 +1,4 @@
-"""Layers of the PixArt / STDiT family: patch embedding, attention, embedders, position tables.
+"""Layers of the DiT, Latte, PixArt and STDiT models: patch embedding, attention, embedders, position tables.
 
 Tokens are four-dimensional everywhere, [B, T, S, D]: samples, latent frames, places in a frame (row by row), channels.
 Module and parameter names follow the published state dicts.
@@ -104,7 +104,10 @@ class PatchEmbed3D(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Timesteps [B] -> [B, D]. The sinusoid is float32 whatever the weights are: in bf16, 999 would become 1000."""
+    """Timesteps, or other numbers, [B] -> [B, D].
+
+    The sinusoid is float32 whatever the weights are: in bf16, 999 would become 1000.
+    """
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -248,3 +251,23 @@ def unpatchify(x: Tensor, patch_size: tuple[int, int, int], rows: int) -> Tensor
     """Patches [B, T', S, pT * pH * pW * C] with channels fastest -> [B, C, T, H, W]."""
     p, q, r = patch_size
     return rearrange(x, "b t (h w) (p q r c) -> b c (t p) (h q) (w r)", h=rows, p=p, q=q, r=r)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Users' mistakes
+
+
+def check_sizes(hidden_size: int, num_heads: int, patch_size: tuple[int, ...]) -> None:
+    if hidden_size % num_heads:
+        raise ValueError(f"model.num_heads={num_heads} does not divide model.hidden_size={hidden_size}")
+    if hidden_size % 4:
+        raise ValueError(f"model.hidden_size={hidden_size} must be a multiple of 4 (sine and cosine of two axes)")
+    if len(patch_size) != 3 or min(patch_size) < 1:
+        raise ValueError(f"model.patch_size={patch_size} must be three positive numbers: frames, rows, columns")
+
+
+def check_latents(latents: Tensor, timestep: Tensor, in_channels: int) -> None:
+    if latents.ndim != 5 or latents.shape[1] != in_channels:
+        raise ValueError(f"expected latents [B, {in_channels}, T, H, W], got {list(latents.shape)}")
+    if timestep.shape != (len(latents),):
+        raise ValueError(f"expected one timestep a sample, [{len(latents)}], got {list(timestep.shape)}")

@@ -1,7 +1,8 @@
-"""Find frozen models: a local folder, or a Hugging Face hub name (its cache first, the network only when needed)."""
+"""Find frozen models: a local folder, or a hub name that the Hugging Face cache holds. Nothing is downloaded here."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Callable
@@ -13,7 +14,6 @@ from torch import nn
 
 T = TypeVar("T")
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-PROBE_SECONDS = 5.0  # how long the hub may take to answer before we say that there is no connection
 
 
 class ModelNotFound(ValueError):
@@ -21,7 +21,7 @@ class ModelNotFound(ValueError):
 
 
 def load_frozen(load: Callable[..., T], path: str, *, key: str, kind: str) -> T:
-    """Return `load(path, local_files_only=...)` for a local folder or a hub name.
+    """Return `load(path, local_files_only=True)` for a local folder or a hub name.
 
     `key` is the config key that holds `path`, `kind` what is expected there; both appear in the error. Raises
     ModelNotFound.
@@ -30,18 +30,17 @@ def load_frozen(load: Callable[..., T], path: str, *, key: str, kind: str) -> T:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelNotFound(f"{key}={path}: no config.json in this folder, expected a {kind}")
-        return _load(load, str(folder), f"{key}={path}", kind, local_files_only=True)
+        return _load(load, str(folder), f"{key}={path}", kind)
     if folder.exists() or not HUB_NAME.fullmatch(path):
         raise ModelNotFound(f"{key}={path}: no such folder, expected a {kind} (a local folder or a hub name)")
-    if _in_cache(path):
-        return _load(load, path, f"{key}={path}", kind, local_files_only=True)
-    _reach_hub(path, key)
-    return _load(load, path, f"{key}={path}", kind, local_files_only=False)
+    if not _in_cache(path):
+        raise ModelNotFound(_how_to_fetch(path, key))
+    return _load(load, path, f"{key}={path}", kind)
 
 
-def _load(load: Callable[..., T], path: str, where: str, kind: str, *, local_files_only: bool) -> T:
+def _load(load: Callable[..., T], path: str, where: str, kind: str) -> T:
     try:
-        return load(path, local_files_only=local_files_only)
+        return load(path, local_files_only=True)
     except Exception as error:  # the libraries raise whatever the file at hand made them stumble over
         raise ModelNotFound(f"{where}: cannot be loaded as a {kind} ({_one_line(error)})") from error
 
@@ -52,21 +51,19 @@ def _in_cache(name: str) -> bool:
     return isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
-def _reach_hub(name: str, key: str) -> None:
-    """Fetch the small config.json first, so that an absent model or network is noticed at once."""
-    from huggingface_hub import constants, hf_hub_download
+def _how_to_fetch(name: str, key: str) -> str:
+    from huggingface_hub import constants
 
-    try:
-        hf_hub_download(name, "config.json", etag_timeout=PROBE_SECONDS)
-    except Exception as error:
-        if constants.HF_HUB_OFFLINE:
-            reason = "HF_HUB_OFFLINE forbids fetching it"
-        else:
-            reason = f"fetching it failed: {_one_line(error)}"
-        raise ModelNotFound(
-            f"{key}={name}: neither a folder here nor in the hub's cache {constants.HF_HUB_CACHE}, and {reason}; "
-            f"give a local folder, or run `hf download {name}` once where there is a connection"
-        ) from error
+    from opensora_repro.models.catalog import CatalogError, load_catalog
+
+    command = f"hf download {name}"
+    with contextlib.suppress(CatalogError):  # an installation without the catalog
+        if any(entry.name == name for entry in load_catalog()):
+            command = f"python -m stages.weights fetch {name}"
+    return (
+        f"{key}={name}: neither a folder here nor in the hub's cache {constants.HF_HUB_CACHE}; "
+        f"run `{command}` once where there is a connection, or give a local folder"
+    )
 
 
 def _one_line(error: Exception) -> str:

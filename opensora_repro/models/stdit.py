@@ -2,7 +2,7 @@
 
 PixArt is from "PixArt-alpha: Fast Training of Diffusion Transformer for Photorealistic Text-to-Image Synthesis"
 (arXiv:2310.00426); STDiT is Open-Sora 1.0's video model, PixArt with a temporal attention in every block. Outputs and
-state-dict keys are those of the published models.
+state-dict keys are those of the published models, PixArt-1024-MS with its size conditioning among them.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from opensora_repro.models.layers import (
     PatchEmbed3D,
     TextMask,
     TimestepEmbedder,
+    check_latents,
+    check_sizes,
     layer_norm,
     modulate,
     spatial_table,
@@ -39,6 +41,8 @@ from opensora_repro.models.layers import (
 POSITION_TABLES = ("pos_embed", "pos_embed_temporal")
 # Branches that add nothing at first, so that each can join a pretrained model without disturbing it.
 ZERO_INITIALISED = ("cross_attn.proj", "attn_temp.proj", "final_layer.linear")
+STD_002 = ("t_embedder.", "t_block.", "y_embedder.", "csize_embedder.", "ar_embedder.")
+PIXELS_A_LATENT = 8  # of the Stable Diffusion autoencoders, which PixArt-1024-MS was trained with
 
 
 class STDiTBlock(nn.Module):
@@ -86,6 +90,9 @@ class STDiT(nn.Module):
         self.t_embedder = TimestepEmbedder(dim)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.y_embedder = CaptionEmbedder(cfg.caption_channels, dim, cfg.model_max_length)
+        if cfg.size_conditioning:
+            self.csize_embedder = TimestepEmbedder(dim // 3)
+            self.ar_embedder = TimestepEmbedder(dim // 3)
         self.blocks = nn.ModuleList(STDiTBlock(cfg) for _ in range(cfg.depth))
         self.final_layer = FinalLayer(dim, math.prod(cfg.patch_size), cfg.out_channels)
         self.initialize_weights()
@@ -98,18 +105,25 @@ class STDiT(nn.Module):
         mask: Tensor | None = None,
         *,
         drop_text: Tensor | None = None,
+        image_size: Tensor | None = None,
+        aspect_ratio: Tensor | None = None,
     ) -> Tensor:
         """Predict float32 [B, C_out, T, H, W].
 
         latents: [B, C, T, H, W]. timestep: [B], int or float, 0..1000. text: [B, L, Ct]. mask: which caption tokens
         exist, [B, L], or fewer rows that are repeated; None: all. drop_text: [B] bool; true rows see the null caption
-        under their own mask.
+        under their own mask. With size conditioning also image_size: [B, 2], height and width in pixels, and
+        aspect_ratio: [B] or [B, 1], height / width; None: those of the latents.
         """
         self._check_inputs(latents, timestep, text, mask)
         dtype = self.x_embedder.proj.weight.dtype
         frames, height, width = latents.shape[2:]
 
         t = self.t_embedder(timestep)  # [B, D]
+        if self.cfg.size_conditioning:
+            t = t + self._embed_size(latents, image_size, aspect_ratio)
+        elif image_size is not None or aspect_ratio is not None:
+            raise ValueError("image_size and aspect_ratio need model.size_conditioning=true")
         modulation = rearrange(self.t_block(t), "b (six d) -> six b 1 1 d", six=6)
         y = self.y_embedder(text, drop_text)  # [B, L, D]
         text_mask = None if mask is None else TextMask(mask, len(text), dtype)
@@ -131,9 +145,24 @@ class STDiT(nn.Module):
         x = unpatchify(x, self.cfg.patch_size, rows)
         return x[:, :, :frames, :height, :width].float()
 
-    def null_text(self) -> Tensor:
+    def null_condition(self) -> Tensor:
         """Return the null caption [L, Ct], what the model sees where a caption was dropped."""
         return self.y_embedder.y_embedding
+
+    def _embed_size(self, latents: Tensor, image_size: Tensor | None, aspect_ratio: Tensor | None) -> Tensor:
+        """Return [B, D]: two thirds for height and width, one for their ratio."""
+        batch, (height, width) = len(latents), latents.shape[3:]
+        if image_size is None:
+            pixels = (PIXELS_A_LATENT * height, PIXELS_A_LATENT * width)
+            image_size = torch.stack([torch.full((batch,), side, device=latents.device) for side in pixels], dim=1)
+        if aspect_ratio is None:
+            aspect_ratio = torch.full((batch,), height / width, device=latents.device)
+        if image_size.shape != (batch, 2):
+            raise ValueError(f"expected image_size [{batch}, 2], got {list(image_size.shape)}")
+        if aspect_ratio.shape not in ((batch,), (batch, 1)):
+            raise ValueError(f"expected aspect_ratio [{batch}], got {list(aspect_ratio.shape)}")
+        size = rearrange(self.csize_embedder(image_size.flatten()), "(b two) d -> b (two d)", two=2)
+        return torch.cat([size, self.ar_embedder(aspect_ratio.flatten())], dim=1)
 
     def _add_positions(self, x: Tensor, rows: int) -> tuple[Tensor, Tensor | None]:
         """Add the spatial table to tokens [B, T, S, D]; return them and the table for the temporal branch."""
@@ -141,7 +170,7 @@ class STDiT(nn.Module):
         dtype = self.x_embedder.proj.weight.dtype
         frames, places, dim = x.shape[1:]
         # PixArt stretches the longer side's positions back to a square; STDiT does not.
-        base_size = None if cfg.temporal_attention else math.isqrt(places)
+        base_size = None if cfg.temporal_attention else cfg.base_size or math.isqrt(places)
         x = x + spatial_table(dim, rows, places // rows, cfg.space_scale, base_size, x.device, dtype)
         if not cfg.temporal_attention and cfg.no_temporal_pos_emb:
             return x, None
@@ -150,11 +179,8 @@ class STDiT(nn.Module):
 
     def _check_inputs(self, latents: Tensor, timestep: Tensor, text: Tensor, mask: Tensor | None) -> None:
         cfg = self.cfg
-        if latents.ndim != 5 or latents.shape[1] != cfg.in_channels:
-            raise ValueError(f"expected latents [B, {cfg.in_channels}, T, H, W], got {list(latents.shape)}")
+        check_latents(latents, timestep, cfg.in_channels)
         batch = latents.shape[0]
-        if timestep.shape != (batch,):
-            raise ValueError(f"expected one timestep a sample, [{batch}], got {list(timestep.shape)}")
         if text.ndim != 3 or text.shape[0] != batch or text.shape[2] != cfg.caption_channels:
             raise ValueError(f"expected text [{batch}, L, {cfg.caption_channels}], got {list(text.shape)}")
         if text.shape[1] > cfg.model_max_length:
@@ -162,19 +188,21 @@ class STDiT(nn.Module):
         if mask is not None and (mask.ndim != 2 or mask.shape[1] != text.shape[1]):
             raise ValueError(f"expected a caption mask [B, {text.shape[1]}], got {list(mask.shape)}")
 
-    def initialize_weights(self) -> None:
-        """Draw initial weights as Open-Sora 1.0 does."""
+    def initialize_weights(self, only: str = "", generator: torch.Generator | None = None) -> None:
+        """Draw initial weights as Open-Sora 1.0 does; `only` in the modules that have it in their names."""
         for name, module in self.named_modules():
-            if not isinstance(module, nn.Linear):
+            if not isinstance(module, nn.Linear) or only not in name:
                 continue
             nn.init.zeros_(module.bias)
             if name.endswith(ZERO_INITIALISED):
                 nn.init.zeros_(module.weight)
-            elif name.startswith(("t_embedder.", "t_block.", "y_embedder.")):
-                nn.init.normal_(module.weight, std=0.02)
+            elif name.startswith(STD_002):
+                nn.init.normal_(module.weight, std=0.02, generator=generator)
             else:
-                nn.init.xavier_uniform_(module.weight)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # a view: fills the kernel itself
+                nn.init.xavier_uniform_(module.weight, generator=generator)
+        if not only:
+            kernel = self.x_embedder.proj.weight.flatten(1)  # a view: fills the kernel itself
+            nn.init.xavier_uniform_(kernel, generator=generator)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load as usual, but pass over the position tables that published files carry."""
@@ -183,19 +211,26 @@ class STDiT(nn.Module):
 
 
 def _check(cfg: STDiTConfig) -> None:
-    if cfg.hidden_size % cfg.num_heads:
-        raise ValueError(f"model.num_heads={cfg.num_heads} does not divide model.hidden_size={cfg.hidden_size}")
-    if cfg.hidden_size % 4:
-        raise ValueError(f"model.hidden_size={cfg.hidden_size} must be a multiple of 4 (sine and cosine of two axes)")
-    if len(cfg.patch_size) != 3 or min(cfg.patch_size) < 1:
-        raise ValueError(f"model.patch_size={cfg.patch_size} must be three positive numbers: frames, rows, columns")
+    check_sizes(cfg.hidden_size, cfg.num_heads, cfg.patch_size)
     if cfg.space_scale <= 0 or cfg.time_scale <= 0:
         raise ValueError("model.space_scale and model.time_scale must be positive")
+    if cfg.base_size < 0:
+        raise ValueError(f"model.base_size={cfg.base_size} must be 0 or more")
+    if cfg.temporal_attention and (cfg.size_conditioning or cfg.base_size):
+        raise ValueError("model.size_conditioning and model.base_size need model.temporal_attention=false (PixArt)")
+    if cfg.size_conditioning and cfg.hidden_size % 3:
+        raise ValueError(f"model.hidden_size={cfg.hidden_size} must be a multiple of 3 with model.size_conditioning")
 
 
 def pixart_xl_2(**changes: Any) -> STDiT:
     """PixArt-XL/2 (610,856,096 parameters); `changes` are STDiTConfig fields."""
     return STDiT(replace(STDiTConfig(temporal_attention=False), **changes))
+
+
+def pixart_ms_xl_2(**changes: Any) -> STDiT:
+    """PixArt-XL/2-1024-MS (611,349,152 parameters); `changes` are STDiTConfig fields."""
+    cfg = STDiTConfig(temporal_attention=False, space_scale=2.0, size_conditioning=True, base_size=64)
+    return STDiT(replace(cfg, **changes))
 
 
 def stdit_xl_2(**changes: Any) -> STDiT:

@@ -1,4 +1,4 @@
-"""The frozen T5 text encoder: captions -> embeddings and mask."""
+"""What models are conditioned on: captions through the frozen T5 or CLIP text encoder, or class numbers."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from opensora_repro.config import TextConfig
 
 KIND = "transformers T5 encoder with its tokenizer"
+CLIP_KIND = "transformers CLIP text model with its tokenizer"
 MAX_CHARACTERS = 4096  # far beyond what the encoder reads; bounds the work that a hostile caption can cause
 GPU_BATCH_SIZE = 8
 CLEANING = 1  # part of the fingerprint: count up when `clean_caption` changes, so that no cache mixes old and new text
@@ -120,6 +121,72 @@ def load_text_encoder(cfg: TextConfig, max_length: int, device: torch.device | s
 
     model, tokenizer = load_frozen(load, cfg.path, key="text.path", kind=KIND)
     return T5Text(model.to(device).eval().requires_grad_(False), tokenizer, max_length)
+
+
+class ClipText:
+    """A CLIP text model and its tokenizer; every caption becomes one pooled token, as Open-Sora's DiT and Latte read.
+
+    Captions go to the tokenizer as they are: Open-Sora cleans them for T5 alone.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_length = int(model.config.max_position_embeddings)  # 77 in the published models
+        self.channels = int(model.config.hidden_size)
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> tuple[Tensor, None]:
+        """Return float32 embeddings [B, 1, Ct] and no mask; a caption is encoded alone, whatever its neighbours."""
+        device = self.model.device
+        pooled = [torch.empty(0, self.channels, device=device)]
+        with torch.autocast(device.type, enabled=False):  # the weights' dtype decides, not the caller's
+            for caption in captions:
+                ids = self.tokenizer(
+                    caption[:MAX_CHARACTERS],
+                    max_length=self.max_length,
+                    padding="max_length",
+                    truncation=True,
+                    return_tensors="pt",
+                )["input_ids"]
+                pooled.append(self.model(input_ids=ids.to(device)).pooler_output.float())
+        return torch.cat(pooled)[:, None], None
+
+
+def load_clip_text(cfg: TextConfig, device: torch.device | str, dtype: torch.dtype) -> ClipText:
+    """Load the text half of a CLIP model from `cfg.path`, a local folder or a hub name. Raises ModelNotFound.
+
+    Open-Sora conditioned DiT and Latte on openai/clip-vit-base-patch32.
+    """
+    from transformers import AutoTokenizer, CLIPTextModel
+
+    def load(path: str, **options: Any) -> tuple[Any, Any]:
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        model, info = CLIPTextModel.from_pretrained(path, torch_dtype=dtype, output_loading_info=True, **options)
+        check_complete(info)
+        _check_tokenizer(tokenizer, model.config.vocab_size)
+        return model, tokenizer
+
+    model, tokenizer = load_frozen(load, cfg.path, key="text.path", kind=CLIP_KIND)
+    return ClipText(model.to(device).eval().requires_grad_(False), tokenizer)
+
+
+class ClassLabels:
+    """Prompts that are class numbers, for models conditioned on a class."""
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, None]:
+        """Return int64 labels [B] and no mask. Raises ValueError for a prompt that is not a class number."""
+        for prompt in prompts:
+            if not prompt.strip().isdecimal() or int(prompt) >= self.num_classes:
+                raise ValueError(f"prompt {prompt!r}: expected a class number, 0 to {self.num_classes - 1}")
+        return torch.tensor([int(prompt) for prompt in prompts], dtype=torch.int64), None
+
+
+# Whose `encode` makes prompts a condition, one row a prompt, and the mask of its tokens or None.
+ConditionEncoder = T5Text | ClipText | ClassLabels
 
 
 def _check_tokenizer(tokenizer: Any, vocab_size: int) -> None:

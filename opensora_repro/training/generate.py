@@ -1,4 +1,4 @@
-"""Prompts to pixels: encode the text, sample latents, decode the frames."""
+"""Prompts to pixels: encode the condition, sample latents, decode the frames."""
 
 from __future__ import annotations
 
@@ -10,43 +10,62 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from opensora_repro.config import Config, ConfigError
 from opensora_repro.data.keyed import keyed_generator
 from opensora_repro.diffusion.flow import count_tokens
 from opensora_repro.diffusion.sampling import sample_latents
+from opensora_repro.models.config import DiTConfig, STDiTConfig
+from opensora_repro.models.text import ClassLabels, ConditionEncoder
 
 if TYPE_CHECKING:
+    from opensora_repro.models.dit import DiT
     from opensora_repro.models.stdit import STDiT
-    from opensora_repro.models.text import T5Text
     from opensora_repro.models.vae import FrameVAE
 
 Progress = Callable[[int, int], None]  # (denoising steps done, in all), over all batches
 
 
-def check_fit(cfg: Config, vae: FrameVAE, text: T5Text, *, num_frames: int, height: int, width: int) -> None:
-    """Raise ConfigError unless the frozen models fit the model and the size fits the autoencoder."""
+def check_fit(
+    cfg: Config,
+    vae: FrameVAE,
+    encoder: ConditionEncoder,
+    *,
+    num_frames: int,
+    height: int,
+    width: int,
+    model: STDiTConfig | DiTConfig | None = None,
+) -> None:
+    """Raise ConfigError unless the frozen models fit the model and the size fits both; None: `cfg.model`."""
+    model = model or cfg.model
     stride = vae.spatial_stride
     if min(num_frames, height, width) < 1:
         raise ConfigError(f"frames, height and width must be positive, got {num_frames}, {height} and {width}")
     if height % stride or width % stride:
         raise ConfigError(f"height {height} and width {width} must be multiples of {stride}, the autoencoder's stride")
-    if cfg.model.in_channels != vae.latent_channels:
+    if isinstance(model, DiTConfig) and height != width:
+        raise ConfigError(f"height {height} and width {width} must be equal: DiT and Latte make squares alone")
+    if model.in_channels != vae.latent_channels:
         raise ConfigError(
-            f"model.in_channels = {cfg.model.in_channels}: the autoencoder {cfg.vae.path} has {vae.latent_channels}"
+            f"model.in_channels = {model.in_channels}: the autoencoder {cfg.vae.path} has {vae.latent_channels}"
         )
-    if cfg.model.caption_channels != text.channels:
+    if isinstance(model, DiTConfig) and model.condition == "label":
+        if not isinstance(encoder, ClassLabels) or encoder.num_classes != model.num_classes:
+            raise ConfigError(f"model.num_classes = {model.num_classes}: the prompts are not read as their numbers")
+    elif isinstance(encoder, ClassLabels):
+        raise ConfigError("the model is conditioned on text: its prompts are no class numbers")
+    elif model.caption_channels != encoder.channels:
         raise ConfigError(
-            f"model.caption_channels = {cfg.model.caption_channels}: "
-            f"the text encoder {cfg.text.path} has {text.channels}"
+            f"model.caption_channels = {model.caption_channels}: "
+            f"the text encoder {cfg.text.path} has {encoder.channels}"
         )
 
 
 def generate(
-    model: STDiT,
+    model: STDiT | DiT,
     vae: FrameVAE,
-    text: T5Text,
+    encoder: ConditionEncoder,
     cfg: Config,
     prompts: Sequence[str],
     *,
@@ -63,27 +82,28 @@ def generate(
     """Yield (index, video) for every prompt in turn; video is uint8 [num_frames, height, width, 3].
 
     Sample i's noise is keyed by (seed, i) alone, so neither the batch size nor the other prompts change it. The model
-    runs in evaluation mode, under the caller's autocast. Raises ConfigError for models or a size that do not fit.
+    runs in evaluation mode, under the caller's autocast. Of `cfg`, the objective decides; what the model is, its own
+    config does. Raises ConfigError for models or a size that do not fit.
     """
-    check_fit(cfg, vae, text, num_frames=num_frames, height=height, width=width)
+    check_fit(cfg, vae, encoder, num_frames=num_frames, height=height, width=width, model=model.cfg)
     shape = (vae.latent_channels, num_frames, height // vae.spatial_stride, width // vae.spatial_stride)
     batches = [range(i, min(i + batch_size, len(prompts))) for i in range(0, len(prompts), batch_size)]
     for done, indices in enumerate(batches):
-        embedded, mask = text.encode([prompts[i] for i in indices])
+        condition, mask = encoder.encode([prompts[i] for i in indices])
         device = next(model.parameters()).device
         with evaluating(model):
             latents = sample_latents(
                 model,
                 cfg.diffusion,
                 shape=shape,
-                text=embedded.to(device),
-                mask=mask.to(device),
-                null_text=model.null_text(),
+                condition=condition.to(device),
+                mask=None if mask is None else mask.to(device),
+                null_condition=model.null_condition(),
                 steps=steps,
                 guidance=guidance,
                 sampler=sampler,
                 generators=[keyed_generator(seed, 0, str(i), "sample") for i in indices],
-                num_tokens=count_tokens(shape, cfg.model.patch_size),
+                num_tokens=count_tokens(shape, model.cfg.patch_size),
                 progress=_counted(progress, done, len(batches)),
             )
         for i, latent in zip(indices, latents, strict=True):
@@ -91,7 +111,7 @@ def generate(
 
 
 @contextmanager
-def evaluating(model: STDiT) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for the block."""
     training = model.training
     model.eval()

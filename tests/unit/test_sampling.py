@@ -63,9 +63,9 @@ def sample(
         model,
         DiffusionConfig(objective=objective),
         shape=SHAPE,
-        text=text,
+        condition=text,
         mask=torch.ones(len(indices), 5, dtype=torch.bool),
-        null_text=torch.zeros(5, 3),
+        null_condition=torch.zeros(5, 3),
         steps=steps,
         guidance=guidance,
         sampler=sampler,
@@ -155,9 +155,9 @@ def test_the_flow_sampler_walks_the_shifted_times(shift: float, num_tokens: int,
         model,
         DiffusionConfig(objective="flow", shift=shift),
         shape=SHAPE,
-        text=torch.zeros(2, 5, 3),
+        condition=torch.zeros(2, 5, 3),
         mask=None,
-        null_text=torch.zeros(5, 3),
+        null_condition=torch.zeros(5, 3),
         steps=4,
         guidance=2.0,
         sampler="euler",
@@ -246,8 +246,8 @@ def test_the_real_model_agrees_with_itself_across_batches() -> None:
 
     def run(rows: list[int]) -> Tensor:
         return sample_latents(
-            model, DiffusionConfig(objective="flow"), shape=SHAPE, text=text[rows], mask=mask[rows],
-            null_text=model.null_text(), steps=5, guidance=4.0, sampler="euler", generators=generators(rows),
+            model, DiffusionConfig(objective="flow"), shape=SHAPE, condition=text[rows], mask=mask[rows],
+            null_condition=model.null_condition(), steps=5, guidance=4.0, sampler="euler", generators=generators(rows),
             num_tokens=8,
         )  # fmt: skip
 

@@ -152,17 +152,14 @@ def test_lacking_weights_are_an_error(folder: Path, tmp_path: Path) -> None:
     check_error(str(copy), r"weights are missing or misshapen, first encoder\.block\.2")
 
 
-def test_hub_name_while_offline() -> None:
-    """The tests run with HF_HUB_OFFLINE set (tests/conftest.py)."""
-    start = time.monotonic()
-    check_error(
-        "nobody/no-such-model", "nor in the hub's cache .*HF_HUB_OFFLINE forbids.*hf download nobody/no-such-model"
-    )
-    assert time.monotonic() - start < 20
+def test_a_hub_name_that_was_not_fetched() -> None:
+    check_error("nobody/no-such-model", "nor in the hub's cache .*; run `hf download nobody/no-such-model` once")
+    published = "DeepFloyd/t5-v1_1-xxl"
+    check_error(published, f"nor in the hub's cache .*; run `python -m stages.weights fetch {published}` once")
 
 
-def test_hub_cache_comes_before_the_network(folder: Path, tmp_path: Path) -> None:
-    """With a hub that refuses connections, a cached model loads and an absent one fails fast in one line."""
+def test_hub_names_are_looked_up_in_the_cache_alone(folder: Path, tmp_path: Path) -> None:
+    """A fetched model loads, and an absent one fails in one line, whatever the network could do."""
     cached = tmp_path / "hub" / "models--owner--cached"
     shutil.copytree(folder, cached / "snapshots" / "0123abc")
     (cached / "refs").mkdir()
