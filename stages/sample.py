@@ -1,6 +1,7 @@
-"""Sample videos (mp4) or, with one frame, images (png) from a trained run.
+"""Sample videos (mp4) or, with one frame, images (png) from a trained run or from published weights.
 
-Weights, autoencoder, text encoder and every default come from the checkpoint; `OUT/0000.mp4` is the first prompt's.
+Weights, autoencoder, text encoder and every default come from the checkpoint, or are the release's; `OUT/0000.mp4` is
+the first prompt's.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opensora_repro.config import Config, ConfigError, load_config
+from opensora_repro.config import Config, ConfigError
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from opensora_repro.models.stdit import STDiT
+    from opensora_repro.training.source import Source
 
 USER_MISTAKE = 2
 INTERRUPTED = 130
@@ -31,21 +32,24 @@ NUM_TRAIN_STEPS = 1000  # IDDPM samplers keep some of these
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m stages.sample", description=__doc__)
     add = parser.add_argument
-    add(
-        "source", metavar="RUN_OR_CHECKPOINT", type=Path, help="folder of a run (its newest checkpoint) or a checkpoint"
-    )
+    source = "folder of a run (its newest checkpoint), a checkpoint, or published weights (file or folder)"
+    add("source", metavar="RUN_OR_CHECKPOINT", type=Path, help=source)
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
     lines = "one prompt a line (UTF-8); blank lines and lines that start with # are passed over"
     prompts.add_argument("--prompts", type=Path, metavar="FILE", help=lines)
+    labels = "class number, for models conditioned on a class; may be given several times"
+    prompts.add_argument("--label", action="append", metavar="N", help=labels)
     add("--out", type=Path, required=True, metavar="DIR", help="where the files go")
     add("--seed", type=int, default=0, metavar="N", help="sample i's noise depends on (seed, i) alone (%(default)s)")
     add("--batch-size", type=int, default=8, metavar="N", help="prompts at once; changes no result (%(default)s)")
     add("--device", help="such as cuda, cuda:1 or cpu (a GPU where there is one)")
     add("--gif", action="store_true", help="also write 0000.gif, ...")
     add("--no-ema", action="store_true", help="use the trained weights, not their moving average")
+    add("--num-heads", type=int, metavar="N", help="attention heads, where published weights cannot tell")
+    add("--family", choices=("dit", "latte"), help="whose the weights are, where they cannot tell")
     add("--dry-run", action="store_true", help="print what would be done and stop")
-    add = parser.add_argument_group("by default as in the checkpoint's config").add_argument
+    add = parser.add_argument_group("by default as in the checkpoint's config, or its release's").add_argument
     add("--steps", type=int, metavar="N", help="denoising steps (sample.steps)")
     add("--guidance", type=float, metavar="X", help="classifier-free guidance; 1 is none (sample.guidance)")
     add("--sampler", choices=("iddpm", "ddim", "dpm", "euler"), help="(sample.sampler)")
@@ -62,14 +66,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
-        prompts = read_prompts(args.prompts) if args.prompts else checked_prompts(args.prompt, "--prompt")
-        checkpoint = find_checkpoint(args.source)
-        cfg = resolve_config(checkpoint, args)
+        if not args.source.exists():  # seen without importing torch
+            raise ConfigError(f"{args.source}: no such run, checkpoint or weights file")
         if args.out.exists() and not args.out.is_dir():
             raise ConfigError(f"--out {args.out}: this is a file, expected a folder")
+        prompts = given_prompts(args)
+        source = resolve_source(args)
+        check_prompts_fit(source, prompts, labels=args.label is not None)
         if args.dry_run:
-            return print_plan(args, cfg, checkpoint, prompts)
-        return sample(args, cfg, checkpoint, prompts)
+            return print_plan(args, source, prompts)
+        return sample(args, source, prompts)
     except KeyboardInterrupt:
         print(f"interrupted; what is finished is in {args.out}", file=sys.stderr)
         return INTERRUPTED
@@ -87,6 +93,12 @@ def is_user_mistake(error: Exception) -> bool:
     from opensora_repro.models.weights import WeightsError
 
     return isinstance(error, (ModelNotFound, WeightsError, OSError))
+
+
+def given_prompts(args: argparse.Namespace) -> list[str]:
+    if args.prompts:
+        return read_prompts(args.prompts)
+    return checked_prompts(args.prompt or args.label, "--prompt" if args.prompt else "--label")
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -114,35 +126,25 @@ def checked_prompts(prompts: list[str], source: str) -> list[str]:
     return prompts
 
 
-def find_checkpoint(source: Path) -> Path:
-    """The folder itself if it is a checkpoint, else the newest checkpoint of the run. Raises ConfigError."""
-    if not source.exists():
-        raise ConfigError(f"{source}: no such run or checkpoint")
-    if not source.is_dir():
-        raise ConfigError(f"{source}: this is a file, expected a run's or a checkpoint's folder")
-    from opensora_repro.training.checkpoint import CONFIG_FILE, list_checkpoints
+def resolve_source(args: argparse.Namespace) -> Source:
+    """The weights and their config with the command line's wishes. Raises ConfigError, WeightsError."""
+    check_numbers(args)
+    from opensora_repro.training.source import find_source
 
-    if (source / "model.safetensors").is_file():
-        checkpoint = source
-    else:
-        found = list_checkpoints(source)
-        if not found:
-            raise ConfigError(f"{source}: no checkpoint in this run yet (looked for checkpoints/step-*)")
-        checkpoint = found[-1]
-    if not (checkpoint / CONFIG_FILE).is_file():
-        raise ConfigError(f"{checkpoint}: {CONFIG_FILE} is missing; this is not a whole checkpoint")
-    return checkpoint
+    source = find_source(args.source, ema=not args.no_ema, num_heads=args.num_heads, family=args.family)
+    return replace(source, config=with_wishes(source.config, args))
 
 
-def resolve_config(checkpoint: Path, args: argparse.Namespace) -> Config:
-    """The checkpoint's config with the command line's wishes in their places. Raises ConfigError."""
+def check_numbers(args: argparse.Namespace) -> None:
     for name in ("steps", "num_frames", "height", "width", "fps", "batch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: expected at least 1")
     if args.guidance is not None and not math.isfinite(args.guidance):
         raise ConfigError(f"--guidance {args.guidance}: expected a finite number")
-    cfg = load_config(checkpoint / "config.toml")
+
+
+def with_wishes(cfg: Config, args: argparse.Namespace) -> Config:
     flow = cfg.diffusion.objective == "flow"
     if args.sampler is not None and (args.sampler == "euler") != flow:
         fitting = "euler" if flow else "iddpm, ddim or dpm"
@@ -166,10 +168,25 @@ def _with(section: Any, **wishes: Any) -> Any:
     return replace(section, **{key: value for key, value in wishes.items() if value is not None})
 
 
-def settings(args: argparse.Namespace, cfg: Config, checkpoint: Path) -> dict[str, Any]:
+def check_prompts_fit(source: Source, prompts: list[str], *, labels: bool) -> None:
+    """Raise ConfigError for class numbers where text is wanted, and the other way round."""
+    from opensora_repro.models.config import DiTConfig
+    from opensora_repro.models.text import ClassLabels
+
+    if isinstance(source.model, DiTConfig) and source.model.condition == "label":
+        try:
+            ClassLabels(source.model.num_classes).encode(prompts)
+        except ValueError as error:
+            raise ConfigError(f"{source.path} is conditioned on a class: {error}") from None
+    elif labels:
+        raise ConfigError(f"--label: {source.path} is conditioned on text, give --prompt")
+
+
+def settings(args: argparse.Namespace, source: Source) -> dict[str, Any]:
     """What decides the samples besides the prompts."""
+    cfg = source.config
     return {
-        "checkpoint": str(checkpoint),
+        "checkpoint": str(source.path),
         "weights": "model" if args.no_ema else "ema",
         "seed": args.seed,
         "num_frames": cfg.data.num_frames,
@@ -185,29 +202,27 @@ def settings(args: argparse.Namespace, cfg: Config, checkpoint: Path) -> dict[st
     }
 
 
-def print_plan(args: argparse.Namespace, cfg: Config, checkpoint: Path, prompts: list[str]) -> int:
-    import torch
+def print_plan(args: argparse.Namespace, source: Source, prompts: list[str]) -> int:
+    from opensora_repro.training.source import empty_model
 
-    from opensora_repro.models.stdit import STDiT
-
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in STDiT(cfg.model).parameters())
-    plan = {**settings(args, cfg, checkpoint), "parameters": f"{parameters:,}", "prompts": len(prompts)}
+    parameters = sum(p.numel() for p in empty_model(source).parameters())
+    plan = {**settings(args, source), "parameters": f"{parameters:,}", "prompts": len(prompts)}
     for key, value in {**plan, "batch_size": args.batch_size, "out": args.out}.items():
         print(f"{key:>12}  {value}")
     return 0
 
 
-def sample(args: argparse.Namespace, cfg: Config, checkpoint: Path, prompts: list[str]) -> int:
+def sample(args: argparse.Namespace, source: Source, prompts: list[str]) -> int:
     import torch
 
-    from opensora_repro.training.encode import load_encoder
     from opensora_repro.training.generate import ProgressBar, generate
+    from opensora_repro.training.source import load_models
 
+    cfg = source.config
     device = pick_device(args.device)
-    model = load_model(cfg, checkpoint, ema=not args.no_ema).to(device)
-    encoder = load_encoder(cfg, device)
-    record = settings(args, cfg, checkpoint)
+    model, vae, conditions, report = load_models(source, device)
+    print(report)
+    record = settings(args, source)
     samples: list[dict[str, Any]] = []
     with (
         closing(ProgressBar("sampling")) as bar,
@@ -215,8 +230,8 @@ def sample(args: argparse.Namespace, cfg: Config, checkpoint: Path, prompts: lis
     ):
         for index, video in generate(
             model,
-            encoder.vae,
-            encoder.text,
+            vae,
+            conditions,
             cfg,
             prompts,
             seed=args.seed,
@@ -251,16 +266,6 @@ def pick_device(wish: str | None) -> Any:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"--device {wish}: cannot be used ({reason})") from None
     return device
-
-
-def load_model(cfg: Config, checkpoint: Path, *, ema: bool) -> STDiT:
-    """The checkpoint's model in float32, ready to sample. Raises WeightsError."""
-    from opensora_repro.models.stdit import STDiT
-    from opensora_repro.models.weights import load_model_weights
-
-    model = STDiT(cfg.model)
-    load_model_weights(model, checkpoint / ("ema.safetensors" if ema else "model.safetensors"))
-    return model.eval()
 
 
 def write_files(out: Path, index: int, video: np.ndarray, *, fps: int, gif: bool) -> str:

@@ -22,7 +22,7 @@ def check(cfg: Config) -> None:
 
 def check_start(model: STDiT, cfg: Config, report: LoadReport | None, stride: int) -> Sequence[str]:
     """A video model made from an image model must still be that image model on every frame."""
-    if report is None or not report.inserted:
+    if report is None or not report.inserted_temporal_attention:
         return ()
     from opensora_repro.training.insertion import assert_equals_image_model
 

@@ -24,7 +24,7 @@ def check(cfg: Config) -> None:
 
 
 def check_start(model: STDiT, cfg: Config, report: LoadReport | None, stride: int) -> Sequence[str]:
-    if report is not None and report.inserted:
+    if report is not None and report.inserted_temporal_attention:
         raise ConfigError(f"init.weights = {cfg.init.weights} is an image model: stage 3 goes on from a stage 2 run")
     return describe_rescaling(cfg, source_config(cfg.init.weights), stride)
 

@@ -1,179 +1,258 @@
-"""Load weights of the PixArt / STDiT family: ours, plain safetensors and the published .pth files.
+"""Load weights of the PixArt, STDiT, DiT and Latte family: ours, and every published layout.
 
-What a file may lack or carry too much is an explicit list; anything else stops with one line, so that nobody trains
-from noise by accident.
+What a file may lack or carry too much is an explicit list (layouts.py); anything else stops with one line, so that
+nobody trains from noise by accident.
 """
 
 from __future__ import annotations
 
-import math
-import pickle
-import re
+import dataclasses
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from opensora_repro.models.stdit import POSITION_TABLES, STDiT
+from opensora_repro.models.config import DiTConfig, STDiTConfig
+from opensora_repro.models.dit import DiT
+from opensora_repro.models.layouts import (
+    NULL_CAPTION,
+    TEMPORAL_KEYS,
+    Layout,
+    Trained,
+    dit_facts,
+    dtype_name,
+    matching,
+    may_lack,
+    num_elements,
+    recognise,
+    stdit_facts,
+    to_ours,
+    trained_at,
+)
+from opensora_repro.models.stdit import STDiT
+from opensora_repro.models.weight_files import WeightsError, WeightsFile, find_weights, open_weights, release
 
-# Keys under which training scripts keep the weights: PixArt; Latte and DiT; others.
-WRAPPERS = ("state_dict", "ema", "model")
+__all__ = [
+    "LoadReport",
+    "WeightsError",
+    "check_complete",
+    "find_weights",
+    "load_model_weights",
+    "zero_temporal_attention",
+]
 
-
-class WeightsError(ValueError):
-    """Weights that are absent, unreadable or made for another model; the message is one line meant for the user."""
+SHOWN = 3  # keys named on each side of a mismatch
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What was loaded, what kept its initial value and what was left in the file."""
+    """What was loaded, what kept an initial value, and what of the file was not used."""
 
     source: str
+    layout: str  # whose layout it is, in words
+    container: str
+    wrapper: str  # the key that held the weights; empty: none
     loaded: tuple[str, ...]
-    inserted: tuple[str, ...]  # temporal attention that the file, an image model, does not have; its output is zero
+    inserted: tuple[str, ...]  # temporal attention or null caption that the file does not have; both start at zero
     dropped: tuple[str, ...]  # position tables, which follow from the config
+    num_parameters: int  # elements loaded
+    dtype: str  # in the file
+    positions: str  # how positions are counted here and were when the file was made
+    files: tuple[str, ...]  # all that were opened; none for a state dict
+
+    @property
+    def lacks_null_caption(self) -> bool:
+        return NULL_CAPTION in self.inserted
+
+    @property
+    def inserted_temporal_attention(self) -> bool:
+        return any(".attn_temp." in key for key in self.inserted)
 
     def __str__(self) -> str:
-        text = f"{self.source}: {len(self.loaded)} tensors loaded"
-        if self.inserted:
-            text += f", temporal attention inserted at zero ({len(self.inserted)} tensors)"
-        return text + (f", dropped {', '.join(self.dropped)}" if self.dropped else "")
+        wrapper = f" under {self.wrapper!r}" if self.wrapper else ""
+        parts = [
+            f"{self.source}: {self.layout} weights{wrapper}, {len(self.loaded)} tensors loaded "
+            f"({self.num_parameters:,} elements, {self.dtype})"
+        ]
+        temporal = sum(".attn_temp." in key for key in self.inserted)
+        if temporal:
+            parts.append(f"temporal attention inserted at zero ({temporal} tensors)")
+        if self.lacks_null_caption:
+            parts.append("no null caption in them: the empty text is encoded instead")
+        if self.dropped:
+            parts.append(f"{' and '.join(self.dropped)} not used: {self.positions}")
+        return ", ".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self)
 
 
-def load_model_weights(model: STDiT, source: str | Path | Mapping[str, Any], *, ema: bool = True) -> LoadReport:
+def load_model_weights(
+    model: STDiT | DiT, source: str | Path | Mapping[str, Any] | WeightsFile, *, ema: bool = True
+) -> LoadReport:
     """Copy weights into `model`; PixArt weights in an STDiT insert the temporal attention at zero.
 
-    `source` is a state dict, a .safetensors or .pth/.pt file, one of our checkpoints or a run, whose newest checkpoint
-    is taken. `ema` prefers a checkpoint's averaged weights. Raises WeightsError.
+    `source` is a state dict, a weights file of any published layout, a checkpoint, a folder of Open-Sora's training or
+    of diffusers, or a run, whose newest checkpoint is taken. `ema` prefers averaged weights. A model on the meta device
+    comes to the CPU without an initialisation that would be overwritten; what the file lacks is then drawn from torch's
+    seed. Raises WeightsError, the model unchanged.
     """
     if isinstance(source, Mapping):
-        name, raw = "state dict", source
+        file = WeightsFile(Path("state dict"), "memory", "", dict(source))
+        _check_tensors(file)
     else:
-        path = find_weights(source, ema=ema)
-        name, raw = str(path), read_state_dict(path)
-    weights = to_published_layout(raw, name)
-    dropped = tuple(key for key in POSITION_TABLES if key in weights)
-    weights = {key: value for key, value in weights.items() if key not in POSITION_TABLES}
-    inserted = _check_fit(model, weights, name)
-    model.load_state_dict(weights, strict=not inserted)
-    if inserted:
-        zero_temporal_attention(model)
-    return LoadReport(name, tuple(weights), inserted, dropped)
+        file = source if isinstance(source, WeightsFile) else open_weights(source, ema=ema)
+    where = str(file.path)
+    layout = recognise(file.tensors, where)
+    weights, tables = to_ours(layout, file.tensors, where)
+    _check_heads(model, file, where)
+    inserted = _check_fit(model, layout, weights, where)
+    fresh = next(model.parameters()).is_meta
+    if fresh:
+        model.to_empty(device="cpu")
+    with ThreadPoolExecutor(1) as beside:  # drawing takes as long as copying
+        drawn = beside.submit(_initialise, model, inserted, fresh)
+        _copy(model, weights, from_map=file.mapped and file.container != "memory")
+    drawn.result()
+    return LoadReport(
+        source=where,
+        layout=layout.title,
+        container=file.container,
+        wrapper=file.wrapper,
+        loaded=tuple(weights),
+        inserted=tuple(inserted),
+        dropped=tuple(tables),
+        num_parameters=num_elements(weights),
+        dtype=dtype_name(weights),
+        positions=_positions(model, trained_at(tables)),
+        files=tuple(map(str, file.files)),
+    )
 
 
-def zero_temporal_attention(model: STDiT) -> None:
+def zero_temporal_attention(model: nn.Module) -> None:
     """Make the temporal branches' output zero: the video model then treats every frame as an image."""
     for name, parameter in model.named_parameters():
         if ".attn_temp.proj." in name:
-            torch.nn.init.zeros_(parameter)
+            nn.init.zeros_(parameter)
 
 
-def find_weights(path: str | Path, *, ema: bool = True) -> Path:
-    """Return the weights file that `path` means: itself, a checkpoint's, or that of a run's newest checkpoint."""
-    path = Path(path)
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise WeightsError(f"{path}: no such weights file, checkpoint or run")
-    steps = [folder for folder in path.glob("checkpoints/step-*") if (folder / "model.safetensors").is_file()]
-    folder = max(steps, key=lambda step: int(step.name.removeprefix("step-"))) if steps else path
-    for name in ("ema.safetensors", "model.safetensors") if ema else ("model.safetensors",):
-        if (folder / name).is_file():
-            return folder / name
-    raise WeightsError(f"{path}: neither model.safetensors nor checkpoints/step-*/model.safetensors in this folder")
+def check_complete(file: WeightsFile, cfg: STDiTConfig | DiTConfig) -> None:
+    """Raise WeightsError unless `file` has every tensor of the model `cfg`, in shape, and nothing else."""
+    with torch.device("meta"):
+        model = STDiT(cfg) if isinstance(cfg, STDiTConfig) else DiT(cfg)
+    where = str(file.path)
+    layout = recognise(file.tensors, where)
+    _check_fit(model, layout, to_ours(layout, file.tensors, where)[0], where)
 
 
-def read_state_dict(path: Path) -> Mapping[str, Any]:
-    """Read a .safetensors file or, never running code from it, a pickled one; unwrap the latter."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = _load_pickle(path)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise WeightsError(f"{path}: not a readable weights file ({reason})") from error
-    for key in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            return content[key]
-    if not isinstance(content, Mapping):
-        raise WeightsError(f"{path}: holds a {type(content).__name__}, expected tensors by name")
-    return content
+def family_of(model: STDiT | DiT) -> str:
+    """The model's name in layouts.MAY_LACK."""
+    if isinstance(model, DiT):
+        return "latte" if model.cfg.factorised else "dit"
+    if model.cfg.temporal_attention:
+        return "stdit"
+    return "pixart-ms" if model.cfg.size_conditioning else "pixart"
 
 
-def _load_pickle(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError:  # written by torch < 1.6, which cannot be mapped
-        return torch.load(path, map_location="cpu", weights_only=True)
+def _check_tensors(file: WeightsFile) -> None:
+    stray = next((key for key, value in file.tensors.items() if not isinstance(value, Tensor)), None)
+    if stray is not None or not file.tensors:
+        raise WeightsError(
+            f"{file.path}: expected tensors by name, found {'nothing' if stray is None else repr(stray)}"
+        )
 
 
-def to_published_layout(weights: Mapping[str, Any], name: str) -> dict[str, Tensor]:
-    """Return the tensors by name, an image model's patch kernel [D, C, H, W] with its frame axis added."""
-    stray = next((key for key, value in weights.items() if not isinstance(value, Tensor)), None)
-    if stray is not None or not weights:
-        raise WeightsError(f"{name}: expected tensors by name, found {'nothing' if stray is None else repr(stray)}")
-    result = dict(weights)
-    kernel = result.get("x_embedder.proj.weight")
-    if kernel is not None and kernel.ndim == 4:
-        result["x_embedder.proj.weight"] = kernel.unsqueeze(2)
-    return result
+@torch.no_grad()
+def _copy(model: nn.Module, weights: Mapping[str, Tensor], *, from_map: bool) -> None:
+    """Tensor by tensor, so that no more than one of them is in memory twice."""
+    own = model.state_dict()
+    for key, value in weights.items():
+        own[key].copy_(value)
+        if from_map:
+            release(value)
 
 
-def _check_fit(model: STDiT, weights: Mapping[str, Tensor], name: str) -> tuple[str, ...]:
-    """Return the temporal keys that `weights` lacks, all or none; raise WeightsError at any other difference."""
+def _initialise(model: STDiT | DiT, inserted: list[str], fresh: bool) -> None:
+    """Give what the file does not have its first value, the same as in a model drawn at random."""
+    if isinstance(model, DiT) or not inserted:
+        return
+    if fresh:
+        model.initialize_weights(".attn_temp.", torch.Generator().manual_seed(torch.initial_seed()))
+    if any(".attn_temp." in key for key in inserted):
+        zero_temporal_attention(model)
+    if NULL_CAPTION in inserted:
+        model.y_embedder.y_embedding.zero_()
+
+
+def _check_heads(model: STDiT | DiT, file: WeightsFile, where: str) -> None:
+    """Shapes do not tell the number of heads; what comes with the file may."""
+    heads = file.facts.get("num_heads", model.cfg.num_heads)
+    if heads != model.cfg.num_heads:
+        raise WeightsError(
+            f"{where}: made with {heads} attention heads, the model has {model.cfg.num_heads}: "
+            f"set model.num_heads={heads}"
+        )
+
+
+def _check_fit(model: STDiT | DiT, layout: Layout, weights: Mapping[str, Tensor], where: str) -> list[str]:
+    """Return the keys that the file lacks and may lack; raise WeightsError at any other difference."""
     expected = {key: value.shape for key, value in model.state_dict().items()}
     missing = [key for key in expected if key not in weights]
     extra = [key for key in weights if key not in expected]
     other = [key for key in expected if key in weights and weights[key].shape != expected[key]]
-    temporal = [key for key in expected if ".attn_temp." in key]
-    if not extra and not other and (not missing or missing == temporal):
-        return tuple(missing)
-
-    parts = []
+    patterns = may_lack(layout, family_of(model))
+    if patterns is not None and not extra and not other:
+        whole = set(matching(expected, (TEMPORAL_KEYS,)))  # all of it or none
+        allowed = set(matching(missing, patterns))
+        if allowed == set(missing) and (not whole & allowed or whole <= allowed):
+            return missing
+    share = 100 * (len(expected) - len(missing) - len(other)) / len(expected)
+    parts = [f"{layout.title} weights, {share:.1f} % of the model's {len(expected)} tensors found"]
+    if patterns is None:
+        parts.append(f"they are a {layout.family} model's, this is a {family_of(model)}")
     if other:
-        key = other[0]
-        shapes = f"{list(weights[key].shape)} there, {list(expected[key])} in the model"
-        parts.append(f"{len(other)} shapes differ (first {key}: {shapes})")
+        parts.append(f"{len(other)} shapes differ ({_shapes(other[0], weights[other[0]].shape, expected[other[0]])})")
     if missing:
-        parts.append(f"{len(missing)} tensors are missing (first {missing[0]})")
+        parts.append(f"{len(missing)} are missing (first {', '.join(missing[:SHOWN])})")
     if extra:
-        parts.append(f"{len(extra)} are unknown (first {extra[0]})")
-    raise WeightsError(f"{name} does not fit the model: {'; '.join(parts)}{_advice(model, weights)}")
+        parts.append(f"{len(extra)} are unknown (first {', '.join(extra[:SHOWN])})")
+    raise WeightsError(f"{where} does not fit the model: {'; '.join(parts)}{_advice(model, layout, weights)}")
 
 
-def _advice(model: STDiT, weights: Mapping[str, Tensor]) -> str:
-    """Name the config keys under which the weights would fit, or say whose weights they are not."""
-    facts = _facts(weights)
-    if not facts:
-        return "; these are not PixArt or STDiT weights"
-    changes = [f"model.{key}={value}" for key, value in facts.items() if value != getattr(model.cfg, key)]
+def _shapes(key: str, there: torch.Size, here: torch.Size) -> str:
+    transposed = ", transposed" if list(there) == list(here)[::-1] else ""
+    return f"first {key}: {list(there)} there, {list(here)} in the model{transposed}"
+
+
+def _advice(model: STDiT | DiT, layout: Layout, weights: Mapping[str, Tensor]) -> str:
+    """Name the config keys under which the weights would fit, or say that they are another model's."""
+    ours = family_of(model)
+    if (layout.family in ("dit", "latte", "dit-or-latte")) != isinstance(model, DiT):
+        return f"; {layout.title} weights fit no {'STDiT or PixArt' if isinstance(model, STDiT) else ours} model"
+    facts = dit_facts(weights) if isinstance(model, DiT) else stdit_facts(weights)
+    changes = [f"model.{key}={_value(value)}" for key, value in facts.items() if value != getattr(model.cfg, key)]
     return f"; the weights were made with {', '.join(changes)}" if changes else ""
 
 
-def _facts(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Read the STDiTConfig fields that tensor shapes tell; empty when these are other weights."""
-    shapes = {key: tuple(value.shape) for key, value in weights.items()}
-    try:
-        hidden_size, in_channels, *patch_size = shapes["x_embedder.proj.weight"]
-        model_max_length, caption_channels = shapes["y_embedder.y_embedding"]
-        out_channels = shapes["final_layer.linear.weight"][0] // math.prod(patch_size)
-        mlp_ratio = shapes["blocks.0.mlp.fc1.weight"][0] / hidden_size
-    except (KeyError, ValueError):
-        return {}
-    blocks = {int(match[1]) for key in shapes if (match := re.match(r"blocks\.(\d+)\.", key))}
-    return {
-        "in_channels": in_channels,
-        "patch_size": tuple(patch_size),
-        "hidden_size": hidden_size,
-        "depth": len(blocks),
-        "mlp_ratio": mlp_ratio,
-        "caption_channels": caption_channels,
-        "model_max_length": model_max_length,
-        "pred_sigma": out_channels == 2 * in_channels,
-        "temporal_attention": any(".attn_temp." in key for key in shapes),
-    }
+def _value(value: Any) -> str:
+    """As a config file and the command line have it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return str(list(value)).replace(" ", "")
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _positions(model: STDiT | DiT, trained: Trained) -> str:
+    """What a reader of the report must know of positions: they follow from the config, not from the file."""
+    if isinstance(model, DiT):
+        return "positions follow from the size of the sample"
+    here = f"positions are index / {model.cfg.space_scale:.4g}"
+    if trained.space_scale is None:
+        return f"{here} (model.space_scale)"
+    return f"{here} (model.space_scale), in the file index / {trained.space_scale:.4g} at {trained}"

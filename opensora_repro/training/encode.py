@@ -55,12 +55,16 @@ class Encoder:
 
 
 def load_encoder(cfg: Config, device: torch.device) -> Encoder:
-    """The config's frozen models; in bfloat16 on a GPU that trains in it, as the published runs did."""
-    half = device.type == "cuda" and cfg.train.dtype == "bf16"
-    dtype = torch.bfloat16 if half else torch.float32
+    """The config's frozen models."""
+    dtype = frozen_dtype(cfg, device)
     vae = load_vae(cfg.vae, device, dtype)
     text = load_text_encoder(cfg.text, cfg.model.model_max_length, device, dtype)
-    return Encoder(vae, text, device, half=half)
+    return Encoder(vae, text, device, half=dtype == torch.bfloat16)
+
+
+def frozen_dtype(cfg: Config, device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU that trains in it, as the published runs did."""
+    return torch.bfloat16 if device.type == "cuda" and cfg.train.dtype == "bf16" else torch.float32
 
 
 def cache_fingerprint(cfg: Config, encoder: Encoder) -> str:

@@ -8,18 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from opensora_repro.config import Config, ConfigError, config_dict, load_config
+from opensora_repro.models.catalog import sha256_of
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.models.weights import LoadReport, load_model_weights
 from opensora_repro.training.checkpoint import CONFIG_FILE, TrainState, newest_checkpoint
+
+if TYPE_CHECKING:
+    from opensora_repro.models.text import T5Text
+
+WEIGHTS_FILE = "weights.json"
 
 # What may change between a run's start and its continuation, because it changes no step already made and no later one
 # by more than rounding. Samples a step are compared as a whole, so that they can be shared out anew.
@@ -101,12 +108,15 @@ def build_model(cfg: Config, device: torch.device, *, load_init: bool) -> tuple[
 
     Raises WeightsError where the weights are absent or made for another model.
     """
+    report = None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.run.seed)
-        model = STDiT(cfg.model)
-    report = None
-    if load_init and cfg.init.weights:
-        report = load_model_weights(model, cfg.init.weights)
+        if load_init and cfg.init.weights:
+            with torch.device("meta"):  # nothing is drawn that the file would overwrite
+                model = STDiT(cfg.model)
+            report = load_model_weights(model, cfg.init.weights)
+        else:
+            model = STDiT(cfg.model)
     model.gradient_checkpointing = cfg.train.activation_checkpointing
     return model.to(device).train(), report
 
@@ -158,8 +168,26 @@ def _lock(handle: int, run_dir: Path) -> None:
         pass  # a network file system without locks
 
 
+@torch.no_grad()
+def take_null_caption(model: STDiT, text: T5Text) -> None:
+    """For weights without a null caption (diffusers'): the empty text's encoding, as their pipelines use it."""
+    encoded, _ = text.encode([""])
+    model.y_embedder.y_embedding.copy_(encoded[0])
+
+
 def write_config(run_dir: Path, config_toml: str) -> None:
     """RUN/config.toml, whole or not at all."""
-    beside = run_dir / f".{CONFIG_FILE}.tmp"
-    beside.write_text(config_toml, encoding="utf-8")
-    os.replace(beside, run_dir / CONFIG_FILE)
+    _write_text(run_dir / CONFIG_FILE, config_toml)
+
+
+def write_weights_report(run_dir: Path, report: LoadReport) -> None:
+    """RUN/weights.json: what the run started from, with the sha256 of every file that was read."""
+    content = report.to_dict()
+    content["files"] = {name: sha256_of(Path(name)) for name in report.files}
+    _write_text(run_dir / WEIGHTS_FILE, json.dumps(content, indent=1) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)

@@ -21,7 +21,15 @@ from opensora_repro.training.ema import Ema, horizon_warning
 from opensora_repro.training.encode import cache_fingerprint, fill_cache, load_encoder
 from opensora_repro.training.feed import CacheFeed, CacheRows, ClipFeed, Feed, ids_fingerprint
 from opensora_repro.training.generate import check_fit
-from opensora_repro.training.init import Start, build_model, claimed_run_folder, find_start, write_config
+from opensora_repro.training.init import (
+    Start,
+    build_model,
+    claimed_run_folder,
+    find_start,
+    take_null_caption,
+    write_config,
+    write_weights_report,
+)
 from opensora_repro.training.loop import Trainer
 from opensora_repro.training.metrics import RunLog
 from opensora_repro.training.optim import build_optimizer
@@ -89,6 +97,8 @@ class _Run:
         self.held_out = ClipDataset(cfg.data.val_manifest, cfg.data, cfg.run.seed, augment=False) if validates else None
         self.model, self.report = build_model(cfg, engine.device, load_init=not start.resumes)
         self.encoder = load_encoder(cfg, engine.device)
+        if self.report is not None and self.report.lacks_null_caption:
+            take_null_caption(self.model, self.encoder.text)
         data = cfg.data
         check_fit(
             cfg, self.encoder.vae, self.encoder.text, num_frames=data.num_frames, height=data.height, width=data.width
@@ -123,6 +133,8 @@ class _Run:
     def _write_config(self) -> None:
         clean_leftovers(self.run_dir)
         write_config(self.run_dir, dump_toml(self.cfg))
+        if self.report is not None:
+            write_weights_report(self.run_dir, self.report)
 
     def _build_trainer(self, stop: StopSignals) -> Trainer:
         cfg, engine, state = self.cfg, self.engine, self.start.state

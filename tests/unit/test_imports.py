@@ -48,6 +48,7 @@ COMMANDS = [
     "stages.stage2_video",
     "stages.stage3_hq",
     "stages.sample",
+    "stages.weights",
     "stages.demo",
     "data_tools.split",
     "data_tools.caption",

@@ -1,0 +1,111 @@
+"""Loading full-size published weights: our checked load into STDiT-XL/2 against a plain read and copy of the file.
+
+    python -m benchmarks.load_weights [--rounds N] [--file FILE] [--out FILE]
+
+The file is PixArt-XL/2 in PixArt-alpha's layout, float32, with random values (2.4 GB, written to a temporary folder).
+Each side runs in a process of its own and times from the first to the last byte, imports left out; its peak resident
+memory is the kernel's count. `other` is torch.load(mmap=True) and a copy of every tensor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import environment, save, side_by_side, table
+
+SIDES = ("ours", "other")
+
+
+def write_file(path: Path) -> None:
+    """PixArt-XL/2 as PixArt-alpha's training saves it: wrapped, an image's patch kernel, a position table."""
+    import torch
+
+    from opensora_repro.models.stdit import pixart_xl_2
+
+    with torch.device("meta"):
+        shapes = {key: value.shape for key, value in pixart_xl_2().state_dict().items()}
+    kernel = shapes.pop("x_embedder.proj.weight")
+    shapes |= {"x_embedder.proj.weight": (*kernel[:2], *kernel[3:]), "pos_embed": (1, 1024, 1152)}
+    torch.save({"state_dict": {key: torch.rand(shape) for key, shape in shapes.items()}, "epoch": 1}, path)
+
+
+def run_side(side: str, path: Path) -> dict[str, float]:
+    """Load in this process: seconds, peak bytes, and bytes of what was made."""
+    import torch
+
+    from opensora_repro.models.stdit import stdit_xl_2
+    from opensora_repro.models.weights import load_model_weights
+
+    began = time.perf_counter()
+    if side == "other":
+        mapped = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+        made = {key: value.clone() for key, value in mapped.items()}
+    else:
+        with torch.device("meta"):
+            model = stdit_xl_2()
+        load_model_weights(model, path)
+        made = model.state_dict()
+    seconds = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": seconds, "peak_bytes": peak, "bytes": sum(value.nbytes for value in made.values())}
+
+
+def in_process(side: str, path: Path) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.load_weights", "--side", side, "--file", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def compare(path: Path, rounds: int) -> dict[str, Any]:
+    runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    for _ in range(rounds + 1):  # the first round brings the file into the page cache
+        for side in SIDES:
+            runs[side].append(in_process(side, path))
+    seconds = {side: [run["seconds"] for run in runs[side][1:]] for side in SIDES}
+    model = runs["ours"][0]["bytes"]
+    peak = max(run["peak_bytes"] for run in runs["ours"])
+    return {
+        "name": "PixArt-XL/2 .pth into STDiT-XL/2",
+        **side_by_side(seconds["ours"], seconds["other"]),
+        "model_bytes": model,
+        "peak_bytes": peak,
+        "peak_over_model": round(peak / model, 3),
+        "file_bytes": path.stat().st_size,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.load_weights", description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--file", type=Path, help="a file to read instead of making one")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        print(json.dumps(run_side(args.side, args.file)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = args.file or Path(folder) / "PixArt-XL-2.pth"
+        if not args.file:
+            print(f"writing {path}", file=sys.stderr)
+            write_file(path)
+        row = compare(path, args.rounds)
+    result = {"environment": environment(), "rows": [row]}
+    columns = ("", "ours ms", "other ms", "ratio", "peak / model")
+    cells = (row["name"], row["ours"]["median_ms"], row["other"]["median_ms"], row["ratio"], row["peak_over_model"])
+    print(table("Loading weights (ratio: how many times as fast as a plain read and copy)", columns, [cells]))
+    print(json.dumps(result, indent=2))
+    print(f"written to {save('load_weights', result, args.out)}")
+
+
+if __name__ == "__main__":
+    main()

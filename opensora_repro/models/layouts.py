@@ -1,0 +1,224 @@
+"""The published layouts of weights: recognised by their keys, brought to ours, and what may differ, as explicit lists.
+
+Ours are the published state-dict keys of Open-Sora 1.0, position tables left out: they follow from the config.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opensora_repro.models.diffusers_layout import dit_from_diffusers, pixart_from_diffusers
+from opensora_repro.models.weight_files import WeightsError
+
+KERNEL = "x_embedder.proj.weight"
+NULL_CAPTION = "y_embedder.y_embedding"
+TABLES = ("pos_embed", "pos_embed_spatial", "pos_embed_temporal", "temp_embed")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Whose file it is, and the model that its tensors make.
+
+    `family` is one of pixart, pixart-ms, stdit, dit, latte and, where keys do not tell which, dit-or-latte. `marks` are
+    keys that all files of this layout have, and `absent` keys that none has.
+    """
+
+    title: str
+    family: str
+    marks: tuple[str, ...]
+    absent: tuple[str, ...] = ()
+    kernel_axes: int | None = None  # of x_embedder.proj.weight; None: any
+    to_ours: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
+
+
+_PIXART = ("t_block.1.weight", "blocks.0.cross_attn.q_linear.weight", "blocks.0.scale_shift_table")
+_DIT = ("blocks.0.adaLN_modulation.1.weight", "final_layer.adaLN_modulation.1.weight")
+_SIZE = "csize_embedder.mlp.0.weight"
+_TEMPORAL = "blocks.0.attn_temp.qkv.weight"
+
+# The first that fits is it.
+LAYOUTS = (
+    Layout("Open-Sora STDiT", "stdit", (*_PIXART, _TEMPORAL)),
+    Layout("PixArt-alpha 1024-MS", "pixart-ms", (*_PIXART, _SIZE), kernel_axes=4),
+    Layout("Open-Sora PixArt-MS", "pixart-ms", (*_PIXART, _SIZE)),
+    Layout("PixArt-alpha", "pixart", _PIXART, kernel_axes=4),
+    Layout("Open-Sora PixArt", "pixart", _PIXART),
+    Layout("Latte", "latte", (*_DIT, "temp_embed")),
+    Layout("DiT", "dit", _DIT, ("pos_embed_temporal",), kernel_axes=4),
+    Layout("Open-Sora DiT or Latte", "dit-or-latte", _DIT),
+    Layout(
+        "diffusers PixArt 1024-MS",
+        "pixart-ms",
+        ("adaln_single.linear.weight", "adaln_single.emb.resolution_embedder.linear_1.weight"),
+        to_ours=pixart_from_diffusers,
+    ),
+    Layout("diffusers PixArt", "pixart", ("adaln_single.linear.weight",), to_ours=pixart_from_diffusers),
+    Layout(
+        "diffusers DiT",
+        "dit",
+        ("proj_out_1.weight", "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"),
+        to_ours=dit_from_diffusers,
+    ),
+)
+
+# What a file of a family may lack in a model of another, as patterns of whole keys. A pair that is not here stops.
+TEMPORAL_KEYS = r"blocks\.\d+\.attn_temp\.(qkv|proj)\.(weight|bias)"
+MAY_LACK: dict[tuple[str, str], tuple[str, ...]] = {
+    ("pixart", "pixart"): (),
+    ("pixart", "stdit"): (TEMPORAL_KEYS,),
+    ("pixart-ms", "pixart-ms"): (),
+    ("stdit", "stdit"): (),
+    ("dit", "dit"): (),
+    ("latte", "latte"): (),
+    ("dit-or-latte", "dit"): (),
+    ("dit-or-latte", "latte"): (),
+}
+# diffusers' PixArt classes have no place for the null caption: pipelines encode the empty text instead.
+DIFFUSERS_PIXART_LACKS = (re.escape(NULL_CAPTION),)
+
+
+def recognise(tensors: Mapping[str, Tensor], where: str) -> Layout:
+    """The layout by its keys. Raises WeightsError that names some of the keys of unknown weights."""
+    kernel = tensors.get(KERNEL)
+    for layout in LAYOUTS:
+        marked = all(key in tensors for key in layout.marks) and not any(key in tensors for key in layout.absent)
+        if marked and layout.kernel_axes in (None, None if kernel is None else kernel.ndim):
+            return layout
+    some = ", ".join(list(tensors)[:3])
+    raise WeightsError(f"{where}: these are not PixArt, STDiT, DiT or Latte weights (its first keys: {some})")
+
+
+def to_ours(layout: Layout, tensors: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(weights under our keys, position tables that are not used). Raises WeightsError."""
+    weights = dict(tensors)
+    try:
+        if layout.to_ours is not None:
+            beside = {key: weights.pop(key) for key in (NULL_CAPTION,) if key in weights}
+            weights = layout.to_ours(weights) | beside
+    except (KeyError, ValueError, RuntimeError) as error:
+        reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise WeightsError(f"{where}: not whole {layout.title} weights: {reason}") from None
+    kernel = weights.get(KERNEL)
+    if kernel is not None and kernel.ndim == 4:  # an image model's patches have no frame axis
+        weights[KERNEL] = kernel.unsqueeze(2)
+    tables = {key: weights.pop(key) for key in TABLES if key in weights}
+    return weights, tables
+
+
+def may_lack(layout: Layout, target: str) -> tuple[str, ...] | None:
+    """Patterns of keys that these weights need not have for a model of family `target`; None: they do not fit it."""
+    allowed = MAY_LACK.get((layout.family, target))
+    if allowed is None or layout.to_ours is not pixart_from_diffusers:
+        return allowed
+    return (*allowed, *DIFFUSERS_PIXART_LACKS)
+
+
+def matching(keys: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    whole = [re.compile(pattern) for pattern in patterns]
+    return [key for key in keys if any(pattern.fullmatch(key) for pattern in whole)]
+
+
+# What shapes and position tables tell. Numbers of heads they do not: published models of one width have one number.
+HEADS_BY_WIDTH = {384: 6, 768: 12, 1024: 16, 1152: 16}
+
+
+def stdit_facts(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """STDiTConfig fields that the shapes of PixArt or STDiT weights (our keys) tell; empty where they are others."""
+    shapes = {key: tuple(value.shape) for key, value in weights.items()}
+    try:
+        facts = _common_facts(shapes)
+        facts["caption_channels"] = shapes["y_embedder.y_proj.fc1.weight"][1]
+        facts["temporal_attention"] = any(".attn_temp." in key for key in shapes)
+        facts["size_conditioning"] = _SIZE in shapes
+        if NULL_CAPTION in shapes:
+            facts["model_max_length"] = shapes[NULL_CAPTION][0]
+    except (KeyError, ValueError, IndexError):
+        return {}
+    return facts
+
+
+def dit_facts(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """DiTConfig fields that the shapes of DiT or Latte weights (our keys) tell; empty where they are others."""
+    shapes = {key: tuple(value.shape) for key, value in weights.items()}
+    try:
+        facts = _common_facts(shapes)
+        if "y_embedder.embedding_table.weight" in shapes:
+            facts |= {"condition": "label", "num_classes": shapes["y_embedder.embedding_table.weight"][0] - 1}
+        else:
+            facts |= {"condition": "text", "caption_channels": shapes[NULL_CAPTION][1]}
+    except (KeyError, ValueError, IndexError):
+        return {}
+    return facts
+
+
+def _common_facts(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    hidden_size, in_channels, *patch_size = shapes[KERNEL]
+    out_channels = shapes["final_layer.linear.weight"][0] // math.prod(patch_size)
+    return {
+        "in_channels": in_channels,
+        "patch_size": tuple(patch_size),
+        "hidden_size": hidden_size,
+        "depth": len({match[1] for key in shapes if (match := re.match(r"blocks\.(\d+)\.", key))}),
+        "mlp_ratio": shapes["blocks.0.mlp.fc1.weight"][0] / hidden_size,
+        "pred_sigma": out_channels == 2 * in_channels,
+    }
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a file's position tables tell about its training; None: the file has no such table."""
+
+    rows: int | None = None  # tokens along each side, where the number of places is a square
+    places: int | None = None
+    frames: int | None = None
+    space_scale: float | None = None
+    time_scale: float | None = None
+
+    def __str__(self) -> str:
+        grid = "" if self.places is None else f"{self.rows}x{self.rows}" if self.rows else f"{self.places} places"
+        parts = [f"{grid} places".replace("places places", "places")] if grid else []
+        parts += [f"{self.frames} frames"] if self.frames and self.frames > 1 else []
+        return " and ".join(parts)
+
+
+def trained_at(tables: Mapping[str, Tensor]) -> Trained:
+    """Read the sizes and scales off stored position tables ([1, S, D] sines and cosines of index / scale)."""
+    spatial = next((tables[key] for key in ("pos_embed", "pos_embed_spatial") if key in tables), None)
+    temporal = next((tables[key] for key in ("pos_embed_temporal", "temp_embed") if key in tables), None)
+    places = None if spatial is None else spatial.shape[1]
+    side = math.isqrt(places) if places else 0
+    return Trained(
+        rows=side if places and side * side == places else None,
+        places=places,
+        frames=None if temporal is None else temporal.shape[1],
+        space_scale=None if spatial is None else _scale(spatial[0], spatial.shape[2] // 2),
+        time_scale=None if temporal is None else _scale(temporal[0], temporal.shape[2]),
+    )
+
+
+def _scale(table: Tensor, width: int) -> float | None:
+    """The scale of index / scale: of one axis's [sin | cos] in the first `width` channels, the first turns fastest."""
+    if len(table) < 2:
+        return None
+    position = math.atan2(float(table[1, 0]), float(table[1, width // 2])) % (2 * math.pi)
+    return round(1 / position, 4) if position > 1e-3 else None
+
+
+def num_elements(weights: Mapping[str, Tensor]) -> int:
+    return sum(value.numel() for value in weights.values())
+
+
+def dtype_name(weights: Mapping[str, Tensor]) -> str:
+    """The dtype that most elements have, and that there are others."""
+    counts: dict[torch.dtype, int] = {}
+    for value in weights.values():
+        counts[value.dtype] = counts.get(value.dtype, 0) + value.numel()
+    most = max(counts, key=lambda dtype: counts[dtype])
+    return str(most).removeprefix("torch.") + (" and others" if len(counts) > 1 else "")

@@ -1,0 +1,206 @@
+"""Published weights: what there is, what a file holds, fetching, checking and converting it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from opensora_repro.models.catalog import Entry
+    from opensora_repro.models.weight_files import WeightsFile
+    from opensora_repro.training.published import Published
+
+USER_MISTAKE, FAILURE = 2, 1
+FORMATS = ("opensora", "pixart", "diffusers", "safetensors")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m stages.weights", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command.set_defaults(run=run)
+        return command
+
+    source = "a weights file, a checkpoint, a run, a folder of Open-Sora's training or of diffusers"
+    add("list", run_list, "show the published weights that can be fetched, with size and licence")
+    inspect = add("inspect", run_inspect, "say whose weights these are, the model they make, and how to use them")
+    fetch = add("fetch", run_fetch, "fetch published weights into the hub's cache, resuming, and verify them")
+    fetch.add_argument("name", metavar="NAME", help="as `list` shows it")
+    verify = add("verify", run_verify, "read everything: complete, finite, and unchanged where a sha256 is known")
+    convert = add("convert", run_convert, "write weights in another layout")
+    convert.add_argument("--to", choices=FORMATS, required=True)
+    convert.add_argument("--out", type=Path, required=True, metavar="PATH", help="a file; for diffusers a folder")
+    for command in (inspect, verify, convert):
+        command.add_argument("source", metavar="FILE", type=Path, help=source)
+        command.add_argument("--no-ema", action="store_true", help="the trained weights, not their moving average")
+        command.add_argument("--num-heads", type=int, metavar="N", help="attention heads, where the file cannot tell")
+        command.add_argument("--family", choices=("dit", "latte"), help="whose these are, where the file cannot tell")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        result: int = args.run(args)
+        return result
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        if not is_user_mistake(error):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_MISTAKE
+
+
+def is_user_mistake(error: Exception) -> bool:
+    from opensora_repro.config import ConfigError
+    from opensora_repro.models.catalog import CatalogError
+    from opensora_repro.models.weight_files import WeightsError
+
+    return isinstance(error, (ConfigError, CatalogError, WeightsError, OSError))
+
+
+def run_list(args: argparse.Namespace) -> int:
+    from opensora_repro.models.catalog import load_catalog
+
+    entries = load_catalog()
+    width = max(len(entry.name) for entry in entries)
+    for entry in entries:
+        print(f"{entry.name:<{width}}  {_size(entry):>8}  {entry.licence:<16}  {entry.about}")
+    print("\nfetch one: python -m stages.weights fetch NAME")
+    return 0
+
+
+def _size(entry: Entry) -> str:
+    return f"{entry.about_bytes / 1e9:.2f} GB" if entry.about_bytes else "?"
+
+
+def run_fetch(args: argparse.Namespace) -> int:
+    from opensora_repro.models.catalog import fetch, find_entry
+
+    entry = find_entry(args.name)
+    print(f"{entry.name}: {_size(entry)}, licence {entry.licence}")
+    with progress("verifying") as on_bytes:
+        path = fetch(entry, progress=on_bytes)
+    print(path)
+    if entry.layout not in ("diffusers-vae", "transformers-t5"):  # those are found by their names
+        print(f"look into it: python -m stages.weights inspect {path}")
+    return 0
+
+
+def open_source(args: argparse.Namespace) -> tuple[WeightsFile, Published]:
+    from opensora_repro.models.weight_files import open_weights
+    from opensora_repro.training.published import describe
+
+    file = open_weights(args.source, ema=not args.no_ema)
+    return file, describe(file, num_heads=args.num_heads, family=args.family)
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    from opensora_repro.models.layouts import dtype_name, num_elements, to_ours
+
+    file, found = open_source(args)
+    weights, tables = to_ours(found.layout, file.tensors, str(file.path))
+    data, sample = found.config.data, found.config.sample
+    wrapper = f", under {file.wrapper!r}" if file.wrapper else ""
+    facts = {
+        "file": file.path,
+        "layout": f"{found.layout.title} ({file.container}{wrapper})",
+        "tensors": f"{len(weights)}, {num_elements(weights):,} elements, {dtype_name(weights)}",
+        "tables": ", ".join(f"{key} {list(value.shape)}" for key, value in tables.items()) or "none",
+        "made at": f"{found.trained}" if str(found.trained) else "not told by the file",
+        "samples": f"{data.num_frames} frame(s), {data.height}x{data.width}; "
+        f"{sample.sampler}, {sample.steps} steps, guidance {sample.guidance:g}",
+    }
+    for key, value in facts.items():
+        print(f"{key:>10}  {value}")
+    for key, value in asdict(found.model).items():
+        print(f"{'model.' + key:>32} = {value}")
+    print(f"sample it: python -m stages.sample {args.source} {_prompt(found)} --out OUT --seed 0")
+    if found.family in ("pixart", "stdit"):
+        print(f"train from it: init.weights={args.source}")
+    return 0
+
+
+def _prompt(found: Published) -> str:
+    return "--label 0" if getattr(found.model, "condition", "text") == "label" else '--prompt "your text"'
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    from opensora_repro.models.catalog import load_catalog, sha256_of
+    from opensora_repro.models.layouts import to_ours
+    from opensora_repro.models.weight_files import release
+    from opensora_repro.models.weights import check_complete
+
+    file, found = open_source(args)
+    check_complete(file, found.model)
+    weights, _ = to_ours(found.layout, file.tensors, str(file.path))
+    bad = []
+    with progress("reading") as on_bytes:
+        done = 0
+        for key, value in weights.items():
+            if not bool(value.isfinite().all()):
+                bad.append(key)
+            done += value.nbytes
+            on_bytes(done)
+            if file.mapped:
+                release(value)
+    if bad:
+        print(
+            f"error: {file.path}: {len(bad)} tensors hold values that are not finite, first {bad[0]}", file=sys.stderr
+        )
+        return FAILURE
+    known = {item.sha256: entry.name for entry in load_catalog() for item in entry.files if item.sha256}
+    expected = {Path(item.path).name: item for entry in load_catalog() for item in entry.files if item.sha256}
+    for path in file.files:
+        with progress(f"sha256 of {path.name}") as on_bytes:
+            digest = sha256_of(path, on_bytes)
+        print(f"{digest}  {path}" + (f"  ({known[digest]})" if digest in known else ""))
+        if path.name in expected and expected[path.name].sha256 != digest:
+            print(f"note: the published {path.name} has another sha256, {expected[path.name].sha256}")
+    print(f"{file.path}: whole {found.layout.title} weights, {len(weights)} tensors, all finite")
+    return 0
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    from opensora_repro.models.export import Grid, export
+    from opensora_repro.models.layouts import to_ours
+    from opensora_repro.models.weights import check_complete
+    from opensora_repro.training.published import PIXELS_A_LATENT
+
+    file, found = open_source(args)
+    check_complete(file, found.model)
+    weights, _ = to_ours(found.layout, file.tensors, str(file.path))
+    frames, rows, cols = found.model.patch_size
+    data = found.config.data
+    grid = Grid(
+        -(-data.num_frames // frames), data.height // PIXELS_A_LATENT // rows, data.width // PIXELS_A_LATENT // cols
+    )
+    export(weights, found.model, grid, args.to, args.out)
+    print(f"{found.layout.title} weights, {len(weights)} tensors, written as {args.to}: {args.out}")
+    return 0
+
+
+@contextmanager
+def progress(label: str) -> Iterator[Callable[[int], None]]:
+    """Shows the bytes done on stderr once the work has taken two seconds."""
+    from tqdm import tqdm
+
+    with tqdm(desc=label, unit="B", unit_scale=True, delay=2, mininterval=0.5 if sys.stderr.isatty() else 15.0) as bar:
+
+        def show(done: int) -> None:
+            bar.update(done - bar.n)
+
+        yield show
+
+
+if __name__ == "__main__":
+    sys.exit(main())
