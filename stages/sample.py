@@ -173,13 +173,18 @@ def check_prompts_fit(source: Source, prompts: list[str], *, labels: bool) -> No
     from opensora_repro.models.config import DiTConfig
     from opensora_repro.models.text import ClassLabels
 
-    if isinstance(source.model, DiTConfig) and source.model.condition == "label":
+    if conditioned_on_class(source):
+        assert isinstance(source.model, DiTConfig)
         try:
             ClassLabels(source.model.num_classes).encode(prompts)
         except ValueError as error:
             raise ConfigError(f"{source.path} is conditioned on a class: {error}") from None
     elif labels:
         raise ConfigError(f"--label: {source.path} is conditioned on text, give --prompt")
+
+
+def conditioned_on_class(source: Source) -> bool:
+    return getattr(source.model, "condition", "text") == "label"
 
 
 def settings(args: argparse.Namespace, source: Source) -> dict[str, Any]:
@@ -197,7 +202,7 @@ def settings(args: argparse.Namespace, source: Source) -> dict[str, Any]:
         "steps": cfg.sample.steps,
         "guidance": cfg.sample.guidance,
         "vae": cfg.vae.path,
-        "text": cfg.text.path,
+        "text": "class numbers" if conditioned_on_class(source) else cfg.text.path,
         "dtype": cfg.train.dtype,
     }
 

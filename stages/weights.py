@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -92,7 +93,7 @@ def run_fetch(args: argparse.Namespace) -> int:
         path = fetch(entry, progress=on_bytes)
     print(path)
     if entry.layout not in ("diffusers-vae", "transformers-t5"):  # those are found by their names
-        print(f"look into it: python -m stages.weights inspect {path}")
+        print(f"look into it: python -m stages.weights inspect {shlex.quote(str(path))}")
     return 0
 
 
@@ -124,14 +125,17 @@ def run_inspect(args: argparse.Namespace) -> int:
         print(f"{key:>10}  {value}")
     for key, value in asdict(found.model).items():
         print(f"{'model.' + key:>32} = {value}")
-    print(f"sample it: python -m stages.sample {args.source} {_prompt(found)} --out OUT --seed 0")
+    source = shlex.quote(str(args.source))
+    print(f"sample it: python -m stages.sample {source} {_wishes(args, found)} --out OUT --seed 0")
     if found.family in ("pixart", "stdit"):
-        print(f"train from it: init.weights={args.source}")
+        print(f"train from it: init.weights={source}")
     return 0
 
 
-def _prompt(found: Published) -> str:
-    return "--label 0" if getattr(found.model, "condition", "text") == "label" else '--prompt "your text"'
+def _wishes(args: argparse.Namespace, found: Published) -> str:
+    prompt = "--label 0" if getattr(found.model, "condition", "text") == "label" else '--prompt "your text"'
+    told = {"--num-heads": args.num_heads, "--family": args.family}
+    return " ".join([*(f"{name} {value}" for name, value in told.items() if value is not None), prompt])
 
 
 def run_verify(args: argparse.Namespace) -> int:
@@ -159,13 +163,14 @@ def run_verify(args: argparse.Namespace) -> int:
         )
         return FAILURE
     known = {item.sha256: entry.name for entry in load_catalog() for item in entry.files if item.sha256}
-    expected = {Path(item.path).name: item for entry in load_catalog() for item in entry.files if item.sha256}
+    # Files of folders are all called alike.
+    expected = {entry.name: entry.files[0].sha256 for entry in load_catalog() if not entry.folder}
     for path in file.files:
         with progress(f"sha256 of {path.name}") as on_bytes:
             digest = sha256_of(path, on_bytes)
         print(f"{digest}  {path}" + (f"  ({known[digest]})" if digest in known else ""))
-        if path.name in expected and expected[path.name].sha256 != digest:
-            print(f"note: the published {path.name} has another sha256, {expected[path.name].sha256}")
+        if expected.get(path.name, "") not in ("", digest):
+            print(f"note: the published {path.name} has another sha256, {expected[path.name]}")
     print(f"{file.path}: whole {found.layout.title} weights, {len(weights)} tensors, all finite")
     return 0
 
@@ -186,6 +191,9 @@ def run_convert(args: argparse.Namespace) -> int:
     )
     export(weights, found.model, grid, args.to, args.out)
     print(f"{found.layout.title} weights, {len(weights)} tensors, written as {args.to}: {args.out}")
+    if found.config.diffusion.objective == "flow":
+        print("note: trained with diffusion.objective=flow, which the file does not tell: stages.sample would take it")
+        print("      for IDDPM; sample the checkpoint, or train on from this with diffusion.objective=flow")
     return 0
 
 

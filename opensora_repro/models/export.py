@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -44,17 +45,19 @@ class Grid:
 def export(weights: Mapping[str, Tensor], model: STDiTConfig | DiTConfig, grid: Grid, to: str, out: Path) -> None:
     """Write `weights` (our keys) as `to`, one of FORMATS: a file, or for diffusers a folder, that must not exist yet.
 
-    Raises WeightsError where the layout has no place for the model.
+    Raises WeightsError where the layout has no place for the model, and when the disk has none.
     """
     if out.exists():
         raise WeightsError(f"{out}: exists already; move it away, or name another --out")
     _check_place(model, to)
+    if isinstance(model, STDiTConfig) and NULL_CAPTION not in weights and to != "diffusers":
+        raise WeightsError(f"--to {to}: it needs a null caption, and these weights (diffusers') have none")
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         if to == "safetensors":
-            facts = json.dumps(asdict(model))
-            save_file(_contiguous(weights), beside, {"format": "pt", FACTS_KEY: facts})
+            size = {"sample_size": _sample_size(model, grid), "sample_frames": grid.frames}
+            save_file(_contiguous(weights), beside, {"format": "pt", FACTS_KEY: json.dumps(asdict(model) | size)})
         elif to == "diffusers":
             _write_diffusers(weights, model, grid, beside)
         elif to == "pixart":
@@ -62,6 +65,8 @@ def export(weights: Mapping[str, Tensor], model: STDiTConfig | DiTConfig, grid: 
         else:
             torch.save({**weights, **position_tables(model, grid)}, beside)
         os.replace(beside, out)
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk: torch, safetensors and Python differ
+        raise WeightsError(f"{out}: cannot be written ({' '.join(str(error).split())[:200]})") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True) if beside.is_dir() else beside.unlink(missing_ok=True)
 
@@ -107,7 +112,7 @@ def _write_diffusers(weights: Mapping[str, Tensor], model: STDiTConfig | DiTConf
         "in_channels": model.in_channels,
         "out_channels": model.out_channels,
         "patch_size": model.patch_size,
-        "sample_size": math.isqrt(grid.rows * grid.cols) * model.patch_size[1],
+        "sample_size": _sample_size(model, grid),
     }
     if isinstance(model, STDiTConfig):
         config = pixart_diffusers_config(
@@ -125,6 +130,12 @@ def _write_diffusers(weights: Mapping[str, Tensor], model: STDiTConfig | DiTConf
     save_file(_contiguous(tensors), folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     if NULL_CAPTION in weights:
         save_file({NULL_CAPTION: weights[NULL_CAPTION].contiguous()}, folder / NULL_CAPTION_FILE, {"format": "pt"})
+
+
+def _sample_size(model: STDiTConfig | DiTConfig, grid: Grid) -> int:
+    """Latents along a side; PixArt's positions stretch to it."""
+    side = (isinstance(model, STDiTConfig) and model.base_size) or math.isqrt(grid.rows * grid.cols)
+    return side * model.patch_size[1]
 
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

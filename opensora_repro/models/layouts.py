@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -190,8 +191,9 @@ class Trained:
 
 def trained_at(tables: Mapping[str, Tensor]) -> Trained:
     """Read the sizes and scales off stored position tables ([1, S, D] sines and cosines of index / scale)."""
-    spatial = next((tables[key] for key in ("pos_embed", "pos_embed_spatial") if key in tables), None)
-    temporal = next((tables[key] for key in ("pos_embed_temporal", "temp_embed") if key in tables), None)
+    whole = {key: table for key, table in tables.items() if table.ndim == 3}
+    spatial = next((whole[key] for key in ("pos_embed", "pos_embed_spatial") if key in whole), None)
+    temporal = next((whole[key] for key in ("pos_embed_temporal", "temp_embed") if key in whole), None)
     places = None if spatial is None else spatial.shape[1]
     side = math.isqrt(places) if places else 0
     return Trained(
@@ -204,11 +206,14 @@ def trained_at(tables: Mapping[str, Tensor]) -> Trained:
 
 
 def _scale(table: Tensor, width: int) -> float | None:
-    """The scale of index / scale: of one axis's [sin | cos] in the first `width` channels, the first turns fastest."""
-    if len(table) < 2:
+    """The scale of index / scale, read off one axis's [sin | cos], the first `width` channels of the table's row 1."""
+    half = width // 2
+    if len(table) < 2 or half < 1:
         return None
-    position = math.atan2(float(table[1, 0]), float(table[1, width // 2])) % (2 * math.pi)
-    return round(1 / position, 4) if position > 1e-3 else None
+    slow = round(half * math.log(64, 10000))  # turns once in some 400 positions: neither wraps nor drowns in rounding
+    angle = math.atan2(float(table[1, slow]), float(table[1, half + slow]))
+    position = Fraction(angle * 10000 ** (slow / half)).limit_denominator(64)
+    return float(1 / position) if position > 0 else None
 
 
 def num_elements(weights: Mapping[str, Tensor]) -> int:

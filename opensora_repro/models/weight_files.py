@@ -76,10 +76,11 @@ def open_weights(path: str | Path, *, ema: bool = True) -> WeightsFile:
         weights = _open_file(found, ema)
     if found.name == "ema.pt":  # the average leaves the null caption out: it is never trained
         weights.tensors.update(_null_caption_of_model(found.parent, weights.tensors))
-    beside = found.parent / NULL_CAPTION_FILE
-    if beside.is_file():
-        weights.tensors.update(_open_file(beside, ema).tensors)
-    weights.facts.update(_diffusers_facts(found.parent))
+    if found.name.startswith("diffusion_pytorch_model"):
+        beside = found.parent / NULL_CAPTION_FILE
+        if beside.is_file():
+            weights.tensors.update(_open_file(beside, ema).tensors)
+        weights.facts.update(_diffusers_facts(found.parent))
     stray = next((key for key, value in weights.tensors.items() if not isinstance(value, Tensor)), None)
     if stray is not None or not weights.tensors:
         found_there = "nothing" if stray is None else f"{stray!r}"

@@ -142,7 +142,7 @@ def zero_temporal_attention(model: nn.Module) -> None:
 
 
 def check_complete(file: WeightsFile, cfg: STDiTConfig | DiTConfig) -> None:
-    """Raise WeightsError unless `file` has every tensor of the model `cfg`, in shape, and nothing else."""
+    """Raise WeightsError unless `file` has what loading it into the model `cfg` needs, in shape, and nothing else."""
     with torch.device("meta"):
         model = STDiT(cfg) if isinstance(cfg, STDiTConfig) else DiT(cfg)
     where = str(file.path)

@@ -14,7 +14,8 @@ from opensora_repro.data.manifest import read_manifest
 from opensora_repro.diffusion.flow import count_tokens
 from opensora_repro.models.config import STDiTConfig
 from opensora_repro.models.stdit import STDiT
-from opensora_repro.models.weights import find_weights
+from opensora_repro.models.weight_files import open_weights
+from opensora_repro.models.weights import check_complete
 from opensora_repro.training.checkpoint import list_checkpoints
 from opensora_repro.training.ema import horizon_warning
 from opensora_repro.training.init import find_start
@@ -62,7 +63,9 @@ def _start(cfg: Config, checkpoint: Path | None) -> str:
     if checkpoint is not None:
         return f"resumes {checkpoint}"
     if cfg.init.weights:
-        return f"from the weights {find_weights(cfg.init.weights)}"
+        file = open_weights(cfg.init.weights)
+        check_complete(file, cfg.model)
+        return f"from the weights {file.path}"
     return "from weights drawn at random"
 
 

@@ -12,6 +12,8 @@ from opensora_repro.config import Config, DataConfig, SampleConfig, TextConfig, 
 from opensora_repro.models.config import DiTConfig, STDiTConfig
 from opensora_repro.models.layouts import (
     HEADS_BY_WIDTH,
+    KERNEL,
+    NULL_CAPTION,
     Layout,
     Trained,
     dit_facts,
@@ -23,7 +25,10 @@ from opensora_repro.models.layouts import (
 from opensora_repro.models.weight_files import WeightsError, WeightsFile
 
 PIXELS_A_LATENT = 8  # of the autoencoder that all published models use
-DEFAULT_SIZE = 256  # where a file has no position table to tell
+DEFAULT_SIZE, DEFAULT_FRAMES = 256, 16  # where a file has no position table to tell
+# Whose shapes tell the model; DiT's and Latte's classes besides
+TELLING = (KERNEL, "blocks.0.mlp.fc1.weight", "final_layer.linear.weight")
+TEXT, CLASSES = "y_embedder.y_proj.fc1.weight", "y_embedder.embedding_table.weight"
 CLIP = "openai/clip-vit-base-patch32"  # what Open-Sora's DiT and Latte read text with
 
 # Sampler, steps and guidance that each release uses.
@@ -64,7 +69,8 @@ def describe(file: WeightsFile, *, num_heads: int | None = None, family: str | N
     family = _family(layout, file, tables, family)
     model = (_dit if family in ("dit", "latte") else _stdit)(weights, file, trained, family, num_heads)
     height = (trained.rows * model.patch_size[1] if trained.rows else _sample_size(file)) * PIXELS_A_LATENT
-    frames = (trained.frames or (16 if family in ("stdit", "latte") else 1)) * model.patch_size[0]
+    default = DEFAULT_FRAMES if family in ("stdit", "latte") else 1
+    frames = (trained.frames or int(file.facts.get("sample_frames", default))) * model.patch_size[0]
     config = Config(
         model=model if isinstance(model, STDiTConfig) else STDiTConfig(),
         data=DataConfig(num_frames=frames, height=height, width=height),
@@ -92,7 +98,10 @@ def _sample_size(file: WeightsFile) -> int:
 def _stdit(
     weights: Mapping[str, Tensor], file: WeightsFile, trained: Trained, family: str, num_heads: int | None
 ) -> STDiTConfig:
-    facts = _with_heads(stdit_facts(weights), file, num_heads)
+    facts = stdit_facts(weights)
+    if not facts:
+        raise _not_whole(file, weights, (*TELLING, TEXT))
+    facts["num_heads"] = _heads(file, facts["hidden_size"], num_heads)
     if trained.space_scale is not None:
         facts["space_scale"] = trained.space_scale
     if trained.time_scale is not None and family == "stdit":
@@ -105,25 +114,34 @@ def _stdit(
 def _dit(
     weights: Mapping[str, Tensor], file: WeightsFile, trained: Trained, family: str, num_heads: int | None
 ) -> DiTConfig:
-    facts = _with_heads(dit_facts(weights), file, num_heads)
+    facts = dit_facts(weights)
+    if not facts:
+        raise _not_whole(file, weights, (*TELLING, NULL_CAPTION if TEXT in weights else CLASSES))
+    facts["num_heads"] = _heads(file, facts["hidden_size"], num_heads)
     still = trained.frames is None or trained.frames == 1
     facts |= {"factorised": family == "latte", "no_temporal_pos_emb": family == "latte" or still}
     return replace(DiTConfig(), **{**facts, **_known(DiTConfig, file.facts)})
 
 
-def _with_heads(facts: dict[str, Any], file: WeightsFile, num_heads: int | None) -> dict[str, Any]:
-    if not facts:
-        raise WeightsError(
-            f"{file.path}: some of its tensors are missing; `python -m stages.weights verify` names them"
-        )
-    width = facts["hidden_size"]
-    heads = num_heads or file.facts.get("num_heads") or HEADS_BY_WIDTH.get(width)
+def _not_whole(file: WeightsFile, weights: Mapping[str, Tensor], telling: tuple[str, ...]) -> WeightsError:
+    missing = [key for key in telling if key not in weights]
+    what = f"{', '.join(missing)} missing" if missing else "tensors of shapes that no such model has"
+    return WeightsError(f"{file.path}: not whole weights: {what}")
+
+
+def _heads(file: WeightsFile, width: int, wish: int | None) -> int:
+    told = file.facts.get("num_heads")
+    if wish is not None and told not in (None, wish):
+        raise WeightsError(f"--num-heads {wish}: {file.path} was made with {told}")
+    heads = wish if wish is not None else told or HEADS_BY_WIDTH.get(width)
     if heads is None:
         raise WeightsError(
             f"{file.path}: the file does not tell how many attention heads its {width} channels have: "
             "give them with --num-heads"
         )
-    return {**facts, "num_heads": heads}
+    if heads < 1 or width % heads:
+        raise WeightsError(f"{file.path}: its {width} channels cannot be shared among {heads} attention heads")
+    return int(heads)
 
 
 def _known(config: type, facts: Mapping[str, Any]) -> dict[str, Any]:

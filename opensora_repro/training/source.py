@@ -15,10 +15,12 @@ from opensora_repro.models.text import ClassLabels, ConditionEncoder, load_clip_
 from opensora_repro.models.vae import FrameVAE, load_vae
 from opensora_repro.models.weight_files import WeightsFile, open_weights
 from opensora_repro.models.weights import LoadReport, load_model_weights
-from opensora_repro.training.checkpoint import CONFIG_FILE, list_checkpoints
+from opensora_repro.training.checkpoint import CONFIG_FILE, STATE_FILE, list_checkpoints
 from opensora_repro.training.encode import frozen_dtype, load_encoder
 from opensora_repro.training.init import take_null_caption
 from opensora_repro.training.published import describe
+
+OWN_FILES = (STATE_FILE, CONFIG_FILE)  # what our checkpoints have besides tensors
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def _own_checkpoint(path: Path) -> Path | None:
     if not path.is_dir():
         return None
     found = list_checkpoints(path)
-    if found or (path / "model.safetensors").is_file():
+    if found or ((path / "model.safetensors").is_file() and any((path / name).is_file() for name in OWN_FILES)):
         checkpoint = found[-1] if found else path
         if not (checkpoint / CONFIG_FILE).is_file():
             raise ConfigError(f"{checkpoint}: {CONFIG_FILE} is missing; this is not a whole checkpoint")
