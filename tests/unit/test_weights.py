@@ -24,7 +24,7 @@ from opensora_repro.models.dit import DiT
 from opensora_repro.models.layers import spatial_positions
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.models.weight_files import NULL_CAPTION_FILE
-from opensora_repro.models.weights import WeightsError, find_weights, load_model_weights
+from opensora_repro.models.weights import WeightsError, draw_xavier_uniform, find_weights, load_model_weights
 
 TINY = STDiTConfig(hidden_size=48, depth=2, num_heads=4, caption_channels=16, model_max_length=10)
 IMAGE = replace(TINY, temporal_attention=False)
@@ -283,6 +283,21 @@ def test_inserted_attention_is_drawn_from_the_seed_as_in_a_new_model() -> None:
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     limit = (6 / (48 + 3 * 48)) ** 0.5
     assert 0.98 * limit < drawn[0].abs().max() <= limit  # Xavier's uniform distribution
+
+
+def test_xavier_draw() -> None:
+    weight = torch.empty(301, 1001)  # an odd number of elements, more than one part
+    draw_xavier_uniform(weight, (1, 2))
+    limit = (6 / (301 + 1001)) ** 0.5
+    shares = torch.histc(weight, bins=20, min=-limit, max=limit) / weight.numel()
+    assert weight.abs().max() <= limit and shares.sum() == pytest.approx(1)
+    assert (20 * shares - 1).abs().max() < 0.05  # flat
+    neighbours = torch.corrcoef(torch.stack([weight.flatten()[:-1], weight.flatten()[1:]]))
+    assert abs(neighbours[0, 1].item()) < 0.01
+    again, other = torch.empty_like(weight), torch.empty_like(weight)
+    draw_xavier_uniform(again, (1, 2))
+    draw_xavier_uniform(other, (1, 3))
+    assert torch.equal(again, weight) and not torch.equal(other, weight)
 
 
 def test_positions_follow_the_config_and_the_report_says_so(tmp_path: Path) -> None:
