@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 REPO = Path(__file__).resolve().parent.parent
 BUDGET_SECONDS = 480  # no check begins after this
-NEEDED = ("torch", "numpy", "einops", "timm", "safetensors")  # without these there is nothing to check
+NEEDED = ("torch", "numpy", "einops", "safetensors")  # without these there is nothing to check
 FP32_TOLERANCE = 5e-5  # largest difference over largest value; float32 sums in another order
 BF16_TOLERANCE = 3e-2  # root mean square of the difference over that of the values
 GOLDEN_SLACK = 5  # times a case's own tolerance, which was set for one order of sums

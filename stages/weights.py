@@ -178,8 +178,8 @@ def run_verify(args: argparse.Namespace) -> int:
 def run_convert(args: argparse.Namespace) -> int:
     from opensora_repro.models.export import Grid, export
     from opensora_repro.models.layouts import to_ours
+    from opensora_repro.models.stdit import PIXELS_A_LATENT
     from opensora_repro.models.weights import check_complete
-    from opensora_repro.training.published import PIXELS_A_LATENT
 
     file, found = open_source(args)
     check_complete(file, found.model)

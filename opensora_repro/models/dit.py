@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from timm.layers import Mlp
 from torch import Tensor, nn
 
 from opensora_repro.models.config import DiTConfig
 from opensora_repro.models.layers import (
     Attention,
     CaptionEmbedder,
-    GELUTanh,
+    Mlp,
     PatchEmbed3D,
     TimestepEmbedder,
     check_latents,
@@ -59,7 +58,7 @@ class DiTBlock(nn.Module):
         self.norm1 = layer_norm(dim)
         self.attn = Attention(dim, cfg.num_heads, over=over)
         self.norm2 = layer_norm(dim)
-        self.mlp = Mlp(dim, int(dim * cfg.mlp_ratio), act_layer=GELUTanh)
+        self.mlp = Mlp(dim, int(dim * cfg.mlp_ratio), dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:

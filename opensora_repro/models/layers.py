@@ -12,7 +12,6 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import Mlp
 from torch import Tensor, nn
 
 LAYER_NORM_EPS = 1e-6
@@ -127,7 +126,7 @@ class CaptionEmbedder(nn.Module):
 
     def __init__(self, caption_channels: int, hidden_size: int, model_max_length: int) -> None:
         super().__init__()
-        self.y_proj = Mlp(caption_channels, hidden_size, hidden_size, act_layer=GELUTanh)
+        self.y_proj = Mlp(caption_channels, hidden_size, hidden_size)
         self.register_buffer("y_embedding", torch.randn(model_max_length, caption_channels) / caption_channels**0.5)
 
     def forward(self, text: Tensor, drop_text: Tensor | None = None) -> Tensor:
@@ -138,11 +137,17 @@ class CaptionEmbedder(nn.Module):
         return self.y_proj(text)
 
 
-class GELUTanh(nn.GELU):
-    """GELU in its tanh approximation."""
+class Mlp(nn.Module):
+    """Two linear layers with a tanh-approximated GELU between: [..., D_in] -> [..., D_out]."""
 
-    def __init__(self) -> None:
-        super().__init__(approximate="tanh")
+    def __init__(self, in_features: int, hidden_features: int, out_features: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(in_features, hidden_features)
+        self.act = nn.GELU(approximate="tanh")
+        self.fc2 = nn.Linear(hidden_features, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,7 +23,7 @@ from opensora_repro.models.layers import (
     CaptionEmbedder,
     CrossAttention,
     FinalLayer,
-    GELUTanh,
+    Mlp,
     PatchEmbed3D,
     TextMask,
     TimestepEmbedder,
@@ -56,7 +55,7 @@ class STDiTBlock(nn.Module):
         self.attn_temp = Attention(dim, cfg.num_heads, over="time") if cfg.temporal_attention else None
         self.cross_attn = CrossAttention(dim, cfg.num_heads)
         self.norm2 = layer_norm(dim)
-        self.mlp = Mlp(dim, int(dim * cfg.mlp_ratio), act_layer=GELUTanh)
+        self.mlp = Mlp(dim, int(dim * cfg.mlp_ratio), dim)
         self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
 
     def forward(

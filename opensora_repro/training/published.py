@@ -22,9 +22,9 @@ from opensora_repro.models.layouts import (
     to_ours,
     trained_at,
 )
+from opensora_repro.models.stdit import PIXELS_A_LATENT
 from opensora_repro.models.weight_files import WeightsError, WeightsFile
 
-PIXELS_A_LATENT = 8  # of the autoencoder that all published models use
 DEFAULT_SIZE, DEFAULT_FRAMES = 256, 16  # where a file has no position table to tell
 # Whose shapes tell the model; DiT's and Latte's classes besides
 TELLING = (KERNEL, "blocks.0.mlp.fc1.weight", "final_layer.linear.weight")

@@ -332,6 +332,17 @@ def test_samples_do_not_mix() -> None:
             assert torch.equal(model(latents, timestep, text)[0], out[0])
 
 
+def test_the_mlp_is_timms() -> None:
+    """Written out because importing timm takes as long as importing torch."""
+    from timm.layers import Mlp
+
+    theirs = Mlp(6, 24, 10, act_layer=lambda: nn.GELU(approximate="tanh"))
+    ours = layers.Mlp(6, 24, 10)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(3, 5, 6)
+    assert torch.equal(ours(x), theirs(x))
+
+
 def test_tokens_and_patches_are_laid_out_row_by_row() -> None:
     """A patch embedding that copies its patch, unpatchified, is the identity."""
     patch = layers.PatchEmbed3D((2, 2, 2), 4, 32)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from torch import Tensor
 from benchmarks.load_weights import write_file
 from opensora_repro.models.dit import dit_xl_2, latte_xl_2
 from opensora_repro.models.export import Grid, position_tables
+from opensora_repro.models.layouts import recognise
 from opensora_repro.models.stdit import pixart_ms_xl_2, pixart_xl_2, stdit_xl_2
-from opensora_repro.models.weight_files import open_weights
-from opensora_repro.models.weights import LoadReport, load_model_weights
+from opensora_repro.models.weight_files import WeightsError, open_weights
+from opensora_repro.models.weights import LoadReport, check_complete, load_model_weights
 from opensora_repro.training.published import describe
 
 # Key list, wrapper, the model it is for, its layout, and whether temporal attention must be inserted.
@@ -50,7 +52,20 @@ def write_repeated(path: Path, shapes: dict[str, list[int]], wrapper: str) -> di
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_full_size_layouts(golden_dir: Path, tmp_path: Path, name: str) -> None:
+def test_full_size_layouts_fit(golden_dir: Path, tmp_path: Path, name: str) -> None:
+    wrapper, build, layout, _ = FILES[name]
+    write_repeated(tmp_path / "weights", published_shapes(golden_dir, name), wrapper)
+    with torch.device("meta"):
+        cfg = build().cfg
+    file = open_weights(tmp_path / "weights")
+    assert (recognise(file.tensors, name).title, file.wrapper) == (layout, wrapper)
+    check_complete(file, cfg)
+    with pytest.raises(WeightsError, match="are unknown"):
+        check_complete(file, replace(cfg, depth=27))
+
+
+@pytest.mark.parametrize("name", ["keys_pixart_xl2_512_alpha", "keys_stdit_xl2_16x512x512", "keys_dit_xl2_256_fb"])
+def test_full_size_files_load(golden_dir: Path, tmp_path: Path, name: str) -> None:
     wrapper, build, layout, inserts = FILES[name]
     numbers = write_repeated(tmp_path / "weights", published_shapes(golden_dir, name), wrapper)
     with torch.device("meta"):
