@@ -172,13 +172,17 @@ def test_interrupted_work_leaves_whole_files(home: Path, tmp_path: Path) -> None
         while not (tmp_path / "0000.mp4").exists():
             time.sleep(0.005)
         os.kill(os.getpid(), signal.SIGINT)
+        while not ended.wait(3):  # Python drops one that arrives within a destructor
+            os.kill(os.getpid(), signal.SIGINT)
 
+    ended = threading.Event()
     watcher = threading.Thread(target=interrupt)
     watcher.start()
     args = [word for _ in range(200) for word in ("--prompt", PROMPTS[0])]
     try:
         code = main([str(home / "flow"), *args, "--out", str(tmp_path), "--device", "cpu", "--batch-size", "1"])
     finally:
+        ended.set()
         watcher.join()
     assert code == 130
     files = sorted(path.name for path in tmp_path.iterdir())
