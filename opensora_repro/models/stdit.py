@@ -107,6 +107,7 @@ class STDiT(nn.Module):
         drop_text: Tensor | None = None,
         image_size: Tensor | None = None,
         aspect_ratio: Tensor | None = None,
+        first_frame: int = 0,
     ) -> Tensor:
         """Predict float32 [B, C_out, T, H, W].
 
@@ -114,8 +115,14 @@ class STDiT(nn.Module):
         exist, [B, L], or fewer rows that are repeated; None: all. drop_text: [B] bool; true rows see the null caption
         under their own mask. With size conditioning also image_size: [B, 2], height and width in pixels, and
         aspect_ratio: [B] or [B, 1], height / width; None: those of the latents.
+        first_frame: index of the first latent frame where the latents are a part of a longer video, a multiple of
+        patch_size[0]; it moves the temporal positions.
         """
         self._check_inputs(latents, timestep, text, mask)
+        if first_frame < 0 or first_frame % self.cfg.patch_size[0]:
+            raise ValueError(
+                f"first_frame={first_frame} must be a multiple of patch_size[0]={self.cfg.patch_size[0]}, 0 or more"
+            )
         dtype = self.x_embedder.proj.weight.dtype
         frames, height, width = latents.shape[2:]
 
@@ -130,7 +137,7 @@ class STDiT(nn.Module):
 
         x = self.x_embedder(latents.to(dtype))  # [B, T', S, D]
         rows = -(-height // self.cfg.patch_size[1])
-        x, temporal = self._add_positions(x, rows)
+        x, temporal = self._add_positions(x, rows, first_frame // self.cfg.patch_size[0])
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
             if recompute:  # the blocks draw no random numbers, so no generator state need be kept
@@ -164,8 +171,11 @@ class STDiT(nn.Module):
         size = rearrange(self.csize_embedder(image_size.flatten()), "(b two) d -> b (two d)", two=2)
         return torch.cat([size, self.ar_embedder(aspect_ratio.flatten())], dim=1)
 
-    def _add_positions(self, x: Tensor, rows: int) -> tuple[Tensor, Tensor | None]:
-        """Add the spatial table to tokens [B, T, S, D]; return them and the table for the temporal branch."""
+    def _add_positions(self, x: Tensor, rows: int, first: int) -> tuple[Tensor, Tensor | None]:
+        """Add the spatial table to tokens [B, T, S, D]; return them and the table for the temporal branch.
+
+        `first` is the index of the first token frame.
+        """
         cfg = self.cfg
         dtype = self.x_embedder.proj.weight.dtype
         frames, places, dim = x.shape[1:]
@@ -174,7 +184,7 @@ class STDiT(nn.Module):
         x = x + spatial_table(dim, rows, places // rows, cfg.space_scale, base_size, x.device, dtype)
         if not cfg.temporal_attention and cfg.no_temporal_pos_emb:
             return x, None
-        temporal = temporal_table(dim, frames, cfg.time_scale, x.device, dtype)
+        temporal = temporal_table(dim, first + frames, cfg.time_scale, x.device, dtype)[first:]
         return (x, temporal) if cfg.temporal_attention else (x + temporal, None)
 
     def _check_inputs(self, latents: Tensor, timestep: Tensor, text: Tensor, mask: Tensor | None) -> None:

@@ -79,6 +79,34 @@ def test_the_order_of_frames_matters_only_to_the_video_model() -> None:
             assert torch.allclose(turned, model(latents, timestep, text), atol=1e-5) == same, cfg
 
 
+@pytest.mark.parametrize("pixart", [False, True], ids=["stdit", "pixart"])
+@pytest.mark.parametrize("patch_frames", [1, 2])
+def test_frames_of_a_longer_video_keep_its_positions(pixart: bool, patch_frames: int) -> None:
+    """A part of a video, told where it begins, is given the very rows of the whole video's temporal table."""
+    cfg = replace(TINY, patch_size=(patch_frames, 2, 2), time_scale=1.5)
+    if pixart:
+        cfg = replace(cfg, temporal_attention=False, no_temporal_pos_emb=False)
+    model = make_model(cfg)
+    latents, timestep, text = make_inputs(size=(4 * patch_frames, 6, 8))
+    part = latents[:, :, 2 * patch_frames :]
+    seen: list[Tensor] = []  # the table where it comes separately, else the tokens it was added to
+    model.blocks[0].register_forward_hook(lambda _module, inputs, _out: seen.append(inputs[0] if pixart else inputs[4]))
+    with torch.no_grad():
+        model(latents, timestep, text)
+        model(part, timestep, text, first_frame=2 * patch_frames)
+        model(part, timestep, text)
+    whole = seen[0][:, 2:] if pixart else seen[0][2:]
+    torch.testing.assert_close(seen[1], whole, rtol=0, atol=1e-6 if pixart else 0)
+    assert not torch.allclose(seen[2], whole, atol=1e-3)
+
+
+def test_first_frame_is_a_whole_number_of_patches() -> None:
+    model = make_model(replace(TINY, patch_size=(2, 2, 2)))
+    for wrong in (1, -2):
+        with pytest.raises(ValueError, match=f"first_frame={wrong} must be a multiple of patch_size"):
+            model(*make_inputs(), first_frame=wrong)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Sizes
 
