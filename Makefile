@@ -22,7 +22,7 @@ GPU_PYTHON := $(if $(wildcard $(PYTHON)),$(PYTHON),$(PYTHON3))
 help:
 	@echo "make demo    train a small video model in three stages; then look at runs/demo/report.html"
 	@echo "make test    lint, types and every test that needs no GPU"
-	@echo "make bench   side-by-side timings on this machine's CPU, as JSON in benchmarks/results/"
+	@echo "make bench   side-by-side timings and counts on this machine's CPU, as JSON in benchmarks/results/"
 	@echo "make gpu     every check that needs an NVIDIA GPU, as JSON in benchmarks/results/"
 	@echo "make setup   only create .venv;  make format, make lint, make types, make unit: single steps;"
 	@echo "make lock    renew requirements.txt;  make clean: remove caches (runs/ and .venv stay)"
@@ -76,6 +76,7 @@ format: setup
 bench: setup
 	$(PYTHON) -m benchmarks.train_step
 	$(PYTHON) -m benchmarks.loader
+	$(PYTHON) -m benchmarks.collectives
 
 gpu:
 	$(GPU_PYTHON) -m benchmarks.gpu_checks

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import harness, loader, train_step
+from benchmarks import collectives, harness, loader, train_step
 
 
 def test_the_plain_model_computes_what_ours_does() -> None:
@@ -42,3 +42,23 @@ def test_calls_are_interleaved_and_compared_round_by_round(tmp_path: Path) -> No
     path = harness.save("x", {"rows": [result], "environment": harness.environment()}, tmp_path / "sub" / "x.json")
     assert json.loads(path.read_text())["rows"] == [result]
     assert [file.name for file in path.parent.iterdir()] == ["x.json"]
+
+
+def test_a_count_that_is_not_its_formula_is_a_fault() -> None:
+    sizes = collectives.Sizes()
+    counted = {"ours": collectives.our_formula(sizes, 4), "everywhere": collectives.everywhere_formula(sizes, 4)}
+    rows = collectives.compare(counted, sizes, 4)
+    assert not collectives.faults(rows)
+    assert all(row["share"] < 0.4 for row in rows)
+    counted["ours"]["forward"][1] *= 3
+    told = collectives.faults(collectives.compare(counted, sizes, 4))
+    assert any("forward: ours counts are not the formula's" in fault for fault in told)
+    assert any("forward: ours moves 114%" in fault for fault in told)
+
+
+def test_a_collective_of_an_unknown_kind_is_not_passed_over() -> None:
+    kept = torch.distributed.all_reduce
+    with collectives.counting() as total, pytest.raises(NotImplementedError, match="all_reduce"):
+        torch.distributed.all_reduce(torch.ones(1))
+    assert total == [0, 0]
+    assert torch.distributed.all_reduce is kept
