@@ -225,14 +225,27 @@ def frozen_models(device: torch.device) -> dict[str, Any]:
 
 
 def training(
-    device: torch.device, *, cfg: STDiTConfig, shape: Sequence[int], batch_size: int, steps: int = 6, warmup: int = 2
+    device: torch.device,
+    *,
+    cfg: STDiTConfig,
+    shape: Sequence[int],
+    batch_size: int,
+    plugin: str = "",
+    fused: bool = True,
+    steps: int = 6,
+    warmup: int = 2,
 ) -> dict[str, Any]:
-    """Optimizer steps on one batch, bf16 autocast, activation checkpointing: loss falls; time and peak memory."""
+    """Optimizer steps on one batch, bf16 autocast, activation checkpointing: loss falls; time and peak memory.
+
+    `plugin` is ColossalAI's; empty: the torch engine.
+    """
     import torch
 
-    from opensora_repro.config import DiffusionConfig, OptimConfig
+    from opensora_repro.config import DiffusionConfig, OptimConfig, ParallelConfig
     from opensora_repro.diffusion.objective import build_objective
     from opensora_repro.models.stdit import STDiT
+    from opensora_repro.parallel.engine import build_engine
+    from opensora_repro.training.forward import ModelRunner
     from opensora_repro.training.optim import build_optimizer
 
     on_gpu = device.type == "cuda"
@@ -241,32 +254,38 @@ def training(
         model = STDiT(cfg).train()
     model.gradient_checkpointing = True
     optimizer = build_optimizer(model, OptimConfig(lr=1e-4))
+    optimizer.param_groups[0]["fused"] = fused
+    parallel = ParallelConfig(engine="colossalai", plugin=plugin) if plugin else ParallelConfig()
+    engine = build_engine(parallel, device.type)
+    engine.prepare(model, optimizer)
     objective = build_objective(DiffusionConfig())
     latents, noise = torch.randn(2, batch_size, *shape, device=device).unbind(0)
     timesteps = torch.linspace(100, 900, batch_size, device=device).round()
     text = torch.randn(batch_size, cfg.model_max_length, cfg.caption_channels, device=device)
     mask = torch.ones(batch_size, cfg.model_max_length, dtype=torch.bool, device=device)
+    predict = ModelRunner(engine.train_forward, "bf16", device).conditioned(text, mask)
 
-    def predict(x: Tensor, t: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16):
-            output: Tensor = model(x, t, text, mask)
-        return output
+    def now() -> float:
+        if on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     losses: list[Tensor] = []
-    seconds = []
+    seconds, update_seconds = [], []
     for _ in range(warmup + steps):
-        start = time.perf_counter()
+        start = now()
         loss = objective.losses(predict, latents, noise, timesteps).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if on_gpu:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
+        engine.backward(loss)
+        norm = engine.squared_gradients().sqrt().item()
+        computed = now()
+        engine.step(1e-4, min(1.0, 1 / norm))
+        engine.zero_grad()
+        seconds.append(now() - start)
+        update_seconds.append(start + seconds[-1] - computed)
         losses.append(loss.detach())
+    engine.close()
     values = torch.stack(losses).tolist()
     assert all(value == value for value in values), f"losses {values}"
     assert values[-1] < values[0], f"the loss does not fall on one batch: {values}"
@@ -276,6 +295,7 @@ def training(
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "latents": [batch_size, *shape],
         "step_ms": round(1000 * step, 1),
+        "update_ms": round(1000 * statistics.median(update_seconds[warmup:]), 1),
         "samples_per_second": round(batch_size / step, 3),
         "tokens_per_second": round(batch_size * tokens / step),
         "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if on_gpu else None,
@@ -284,11 +304,11 @@ def training(
     }
 
 
-def training_full_size(device: torch.device) -> dict[str, Any]:
+def training_full_size(device: torch.device, **options: Any) -> dict[str, Any]:
     """The published 16x256x256 step: STDiT-XL/2, 8 samples a GPU."""
     from opensora_repro.models.config import STDiTConfig
 
-    return training(device, cfg=STDiTConfig(space_scale=0.5), shape=XL_LATENTS, batch_size=8)
+    return training(device, cfg=STDiTConfig(space_scale=0.5), shape=XL_LATENTS, batch_size=8, **options)
 
 
 CHECKS: dict[str, tuple[Callable[[Any], dict[str, Any]], tuple[str, ...]]] = {  # what each needs besides NEEDED
@@ -299,6 +319,10 @@ CHECKS: dict[str, tuple[Callable[[Any], dict[str, Any]], tuple[str, ...]]] = {  
     "reference outputs, XL/2": (golden_full_size, ()),
     "autoencoder and text encoder": (frozen_models, ("diffusers", "transformers", "sentencepiece", "ftfy")),
     "training, XL/2 16x32x32": (training_full_size, ()),
+    "training, XL/2, optimizer not fused": (lambda device: training_full_size(device, fused=False), ()),
+    "training, XL/2, zero2": (lambda device: training_full_size(device, plugin="zero2"), ("colossalai",)),
+    "training, XL/2, hybrid": (lambda device: training_full_size(device, plugin="hybrid"), ("colossalai",)),
+    "training, XL/2, gemini": (lambda device: training_full_size(device, plugin="gemini"), ("colossalai",)),
 }
 
 

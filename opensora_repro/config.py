@@ -105,6 +105,7 @@ class EmaConfig:
 class CheckpointConfig:
     every: int = 1000
     keep: int = 2  # newest checkpoints kept; 0 keeps all
+    background: bool = False  # write behind the training, which waits for a copy in host memory alone
 
 
 @dataclass(frozen=True)
@@ -126,10 +127,10 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    engine: str = "torch"
-    plugin: str = "ddp"
-    tp_size: int = 1
-    sp_size: int = 1
+    engine: str = "torch"  # "torch" (DDP) or "colossalai"
+    plugin: str = "ddp"  # of colossalai: "ddp", "zero1", "zero2", "gemini", "hybrid" (ZeRO-1 with tensor parallelism)
+    tp_size: int = 1  # processes that share each weight matrix, by attention heads
+    sp_size: int = 1  # processes that share each sample's frames
 
 
 @dataclass(frozen=True)
@@ -320,6 +321,8 @@ _ABOVE_ZERO = {
 }
 _CHOICES = {
     "diffusion.objective": ("iddpm", "flow"),
+    "parallel.engine": ("torch", "colossalai"),
+    "parallel.plugin": ("ddp", "zero1", "zero2", "gemini", "hybrid"),
     "train.dtype": ("bf16", "fp32"),
     "sample.sampler": ("iddpm", "ddim", "dpm", "euler"),
 }
@@ -352,7 +355,7 @@ def check_config(config: Config) -> None:
     shares = config.validation.timesteps
     require("validation.timesteps", bool(shares) and all(0 <= t <= 1 for t in shares), "shares from 0 to 1")
     _check_together(config, require)
-    _check_parallel(config.parallel)
+    _check_parallel(config, require)
 
 
 def _names(keys: dict[str, tuple[str, ...]]) -> Iterator[str]:
@@ -378,12 +381,19 @@ def _check_together(config: Config, require: Any) -> None:
         require("sample.steps", steps <= 1000 or sampler == "dpm", f"at most 1000 with sample.sampler = {sampler}")
 
 
-def _check_parallel(parallel: ParallelConfig) -> None:
-    """This release has one engine; the other names of the design are refused by name, not ignored."""
-    for key, only in (("engine", "torch"), ("plugin", "ddp"), ("tp_size", 1), ("sp_size", 1)):
-        found = getattr(parallel, key)
-        if found != only:
-            raise ConfigError(
-                f"parallel.{key} = {json.dumps(found)}: this release has only {json.dumps(only)}"
-                " (plain data parallelism: start the stage with torchrun)"
-            )
+def _check_parallel(config: Config, require: Any) -> None:
+    """Combinations that no number of processes makes possible; the engine checks that number itself."""
+    parallel, model = config.parallel, config.model
+    plugin, tp_size, sp_size = parallel.plugin, parallel.tp_size, parallel.sp_size
+    require("parallel.plugin", parallel.engine != "torch" or plugin == "ddp", "ddp with parallel.engine = torch")
+    require("parallel.tp_size", tp_size == 1 or plugin == "hybrid", f"1 with parallel.plugin = {plugin} (hybrid cuts)")
+    require("parallel.sp_size", sp_size == 1 or plugin != "gemini", "1 with parallel.plugin = gemini")
+    require("parallel.sp_size", sp_size == 1 or model.temporal_attention, "1 without model.temporal_attention")
+    if model.num_heads % tp_size:
+        raise ConfigError(f"model.num_heads: {model.num_heads} heads are not divisible by tp_size={tp_size}")
+    if int(model.hidden_size * model.mlp_ratio) % tp_size:
+        width = int(model.hidden_size * model.mlp_ratio)
+        raise ConfigError(f"model.mlp_ratio: the MLP's {width} channels are not divisible by tp_size={tp_size}")
+    frames = -(-config.data.num_frames // model.patch_size[0])
+    if frames < sp_size:
+        raise ConfigError(f"parallel.sp_size = {sp_size}: there are only {frames} latent frames to share")

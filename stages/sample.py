@@ -22,6 +22,7 @@ from opensora_repro.config import Config, ConfigError
 if TYPE_CHECKING:
     import numpy as np
 
+    from opensora_repro.parallel.engine import TorchEngine
     from opensora_repro.training.source import Source
 
 USER_MISTAKE = 2
@@ -48,6 +49,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--no-ema", action="store_true", help="use the trained weights, not their moving average")
     add("--num-heads", type=int, metavar="N", help="attention heads, where published weights cannot tell")
     add("--family", choices=("dit", "latte"), help="whose the weights are, where they cannot tell")
+    sharing = "processes of torchrun that share a video's frames; groups of them share out the prompts (%(default)s)"
+    add("--sp-size", type=int, default=1, metavar="N", help=sharing)
     add("--dry-run", action="store_true", help="print what would be done and stop")
     add = parser.add_argument_group("by default as in the checkpoint's config, or its release's").add_argument
     add("--steps", type=int, metavar="N", help="denoising steps (sample.steps)")
@@ -91,8 +94,9 @@ def is_user_mistake(error: Exception) -> bool:
         return True
     from opensora_repro.models.pretrained import ModelNotFound
     from opensora_repro.models.weights import WeightsError
+    from opensora_repro.parallel.errors import EngineError
 
-    return isinstance(error, (ModelNotFound, WeightsError, OSError))
+    return isinstance(error, (EngineError, ModelNotFound, WeightsError, OSError))
 
 
 def given_prompts(args: argparse.Namespace) -> list[str]:
@@ -136,7 +140,7 @@ def resolve_source(args: argparse.Namespace) -> Source:
 
 
 def check_numbers(args: argparse.Namespace) -> None:
-    for name in ("steps", "num_frames", "height", "width", "fps", "batch_size"):
+    for name in ("steps", "num_frames", "height", "width", "fps", "batch_size", "sp_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: expected at least 1")
@@ -218,19 +222,32 @@ def print_plan(args: argparse.Namespace, source: Source, prompts: list[str]) -> 
 
 
 def sample(args: argparse.Namespace, source: Source, prompts: list[str]) -> int:
+    engine = start_engine(args)
+    with closing(engine):
+        samples = sample_share(args, source, prompts, engine)
+        everyone = [entry for part in engine.peers.gather(samples) for entry in part]
+        if engine.is_main:
+            write_json(args.out / "samples.json", {**settings(args, source), "samples": sorted_by_file(everyone)})
+            print(f"{len(everyone)} written to {args.out} (samples.json has the prompts)")
+    return 0
+
+
+def sample_share(
+    args: argparse.Namespace, source: Source, prompts: list[str], engine: TorchEngine
+) -> list[dict[str, Any]]:
+    """Sample this process's share of the prompts; return what it wrote, which a lone process also keeps up to date."""
     import torch
 
     from opensora_repro.training.generate import ProgressBar, generate
     from opensora_repro.training.source import load_models
 
-    cfg = source.config
-    device = pick_device(args.device)
+    cfg, device, mesh = source.config, engine.device, engine.mesh
     model, vae, conditions, report = load_models(source, device)
-    print(report)
-    record = settings(args, source)
+    if engine.is_main:
+        print(report)
     samples: list[dict[str, Any]] = []
     with (
-        closing(ProgressBar("sampling")) as bar,
+        closing(ProgressBar("sampling", shown=engine.is_main)) as bar,
         torch.autocast(device.type, torch.bfloat16, enabled=cfg.train.dtype == "bf16"),
     ):
         for index, video in generate(
@@ -248,29 +265,43 @@ def sample(args: argparse.Namespace, source: Source, prompts: list[str]) -> int:
             sampler=cfg.sample.sampler,
             batch_size=args.batch_size,
             progress=bar,
+            forward=engine.spread(model),
+            share=(mesh.data_rank, mesh.data_size),
         ):
+            if mesh.member:
+                continue  # the group's first process writes
             name = write_files(args.out, index, video, fps=cfg.sample.fps, gif=args.gif)
             samples.append({"file": name, "prompt": prompts[index]})
-            write_json(args.out / "samples.json", {**record, "samples": samples})
-    print(f"{len(samples)} written to {args.out} (samples.json has the prompts)")
-    return 0
+            if mesh.world_size == 1:
+                write_json(args.out / "samples.json", {**settings(args, source), "samples": samples})
+    return samples
 
 
-def pick_device(wish: str | None) -> Any:
-    """Raises ConfigError for a device that does not exist here."""
+def sorted_by_file(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(samples, key=lambda entry: (len(entry["file"]), entry["file"]))
+
+
+def start_engine(args: argparse.Namespace) -> TorchEngine:
+    """This process among those that torchrun started. Raises ConfigError, EngineError."""
     import torch
 
-    from opensora_repro.training.cli import available_cpus
+    from opensora_repro.config import ParallelConfig
+    from opensora_repro.parallel.engine import TorchEngine
+    from opensora_repro.training.cli import limit_threads
 
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), available_cpus())))
+    limit_threads()
+    wish = args.device
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and wish not in (None, "cpu", "cuda"):
+        raise ConfigError(f"--device {wish}: several processes take cpu or cuda, each its own GPU")
     try:
         device = torch.device(wish or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"--device {wish}: cannot be used ({reason})") from None
-    return device
+        raise ConfigError(f"--device {wish}: cannot be used ({str(error).splitlines()[0]})") from None
+    engine = TorchEngine(ParallelConfig(sp_size=args.sp_size), device.type)
+    if device.index is not None:
+        engine.device = device
+    return engine
 
 
 def write_files(out: Path, index: int, video: np.ndarray, *, fps: int, gif: bool) -> str:

@@ -32,7 +32,8 @@ WALL_CLOCK = ("seconds", "data_seconds")
 
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(
-    ["opensora_repro.training.run", "opensora_repro.training.plan", "diffusers", "transformers",
+    ["opensora_repro.training.run", "opensora_repro.training.plan", "opensora_repro.parallel.colossal", "diffusers",
+     "transformers",
      "torch.utils.tensorboard", "diffusers.models.autoencoders.autoencoder_kl", "transformers.models.t5.modeling_t5"]
 )  # fmt: skip
 
@@ -188,6 +189,22 @@ def succeed(module: str, arguments: list[str], log: Path) -> Command:
     code = command.wait()
     assert code == 0, f"exit {code}\n{command.out}\n{command.err}"
     return command
+
+
+def start_processes(module: str, arguments: list[str], count: int, log: Path) -> list[Command]:
+    """What torchrun does: processes that find each other through the environment."""
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        Command(module, arguments, log / f"rank{rank}", {"RANK": str(rank), "LOCAL_RANK": str(rank), **shared})
+        for rank in range(count)
+    ]
+
+
+def finish(commands: list[Command]) -> None:
+    """Wait for all; fail with what was said where an exit code is not 0."""
+    for command in commands:
+        code = command.wait()
+        assert code == 0, f"exit {code}\n{command.out}\n{command.err}"
 
 
 def wait_for_step(run_dir: Path, step: int, command: Command, seconds: float = 240) -> None:

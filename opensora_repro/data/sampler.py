@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 
 from opensora_repro.data.keyed import keyed_seed
 
+T = TypeVar("T")
 Shape = tuple[int, int, int]  # frames, height, width in pixels
 
 
@@ -56,6 +58,23 @@ class BatchSampler:
 
     def _index(self, epoch: int, place: int) -> int:
         return int(epoch_permutation(self.num_samples, self.seed, epoch)[place])
+
+
+class SharedBatches:
+    """The part of each batch that one of the processes reads which work on the same samples: every `size`-th sample."""
+
+    def __init__(self, sampler: BatchSampler, member: int, size: int) -> None:
+        self.sampler, self.member, self.size = sampler, member, size
+
+    def batch(self, step: int) -> SampleBatch:
+        whole = self.sampler.batch(step)
+        return SampleBatch(whole[self.member :: self.size], whole.shape)
+
+
+def interleave(parts: Sequence[Sequence[T]]) -> list[T]:
+    """A batch in its order from its parts, inverse of `SharedBatches`."""
+    count = sum(map(len, parts))
+    return [parts[index % len(parts)][index // len(parts)] for index in range(count)]
 
 
 @lru_cache(maxsize=4)

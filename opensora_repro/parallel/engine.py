@@ -1,54 +1,81 @@
 """Where processes and devices are known: the engine's protocol and the plain torch engine.
 
+Every engine keeps float32 master weights by name. A rank holds a piece of each (under the torch engine the whole);
+`whole` and `take` lead from pieces to published tensors and back, so that averages, optimizer state and checkpoints
+need not know how a run is spread.
+
 The torch engine is one process, or plain data parallelism (DistributedDataParallel) when started by torchrun: gloo on
-CPUs, NCCL on GPUs. Weights, gradients and optimizer state are whole on every rank; rank 0 alone writes.
+CPUs, NCCL on GPUs. With `parallel.sp_size` the processes of a group share each sample's frames.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import datetime
 import os
-import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-Result = TypeVar("Result")
+from opensora_repro.config import ParallelConfig
+from opensora_repro.parallel.errors import EngineError
+from opensora_repro.parallel.mesh import Mesh
+from opensora_repro.parallel.peers import Peers, Result
+from opensora_repro.parallel.sequence import FrameParallel, apply_sequence_parallelism
+
+Forward = Callable[..., Tensor]
 
 # Work that only rank 0 does (filling a cache, sampling) may outlast any collective's usual time limit.
 PATIENCE = datetime.timedelta(days=7)
 
 
-class EngineError(ValueError):
-    """The processes cannot run as they were started; the message is one line meant for the user."""
-
-
 class Engine(Protocol):
-    """What training asks of the processes that run it."""
+    """What training asks of the processes that run it. Everything but `is_main` to `eval_forward` is collective."""
 
     device: torch.device
-    rank: int
-    world_size: int
+    mesh: Mesh
+    peers: Peers  # all processes
+    members: Peers  # those that work on the same samples
+    savers: Peers  # all processes again, for a thread that writes checkpoints
+    masters: dict[str, Tensor]  # this rank's piece of every trained parameter, float32
+    fixed: dict[str, Tensor]  # the rest of the model's state, whole on every rank
+    optimizer: torch.optim.Optimizer  # over the masters
+    train_forward: Forward
+    eval_forward: Forward
 
     @property
     def is_main(self) -> bool: ...
 
-    def wrap(self, model: nn.Module) -> nn.Module: ...
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None: ...
 
-    def accumulating(self, model: nn.Module, *, last: bool) -> AbstractContextManager[Any]: ...
+    def accumulating(self, *, last: bool) -> AbstractContextManager[Any]: ...
+
+    def backward(self, loss: Tensor) -> None: ...
+
+    def squared_gradients(self) -> Tensor: ...
+
+    def step(self, lr: float, factor: float) -> None: ...
+
+    def zero_grad(self) -> None: ...
 
     def sum(self, values: Tensor) -> Tensor: ...
 
-    def gather(self, value: Any) -> list[Any]: ...
+    def whole(self, name: str, piece: Tensor) -> Tensor: ...
 
-    def on_main(self, work: Callable[[], Result]) -> Result: ...
+    def take(self, name: str, whole: Tensor) -> Tensor: ...
+
+    def whole_shape(self, name: str) -> torch.Size: ...
+
+    def load(self, name: str, whole: Tensor) -> None: ...
+
+    def show(self, pieces: Mapping[str, Tensor]) -> None: ...
+
+    def on_first_model(self, work: Callable[[], Result]) -> Result: ...
 
     def close(self) -> None: ...
 
@@ -56,70 +83,158 @@ class Engine(Protocol):
 class TorchEngine:
     """One process, or torchrun's data-parallel ones. Raises EngineError where there are more processes than GPUs."""
 
-    def __init__(self, device: str | None = None) -> None:
+    def __init__(self, cfg: ParallelConfig | None = None, device: str | None = None) -> None:
         """`device`: "cpu" or "cuda"; None takes the GPU where there is one."""
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.cfg = cfg or ParallelConfig()
+        rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.mesh = Mesh(rank, world_size, self.cfg.tp_size, self.cfg.sp_size)
         self.device = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
-        self._patient: dist.ProcessGroup | None = None
-        if self.world_size > 1:
+        if world_size > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-            self._patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self.peers, self.savers = self._peers(), self._peers()
+        self.members = Peers(self._own_group(self.mesh.model_groups(), "gloo", PATIENCE))
+        self._sequence_group = self._own_group(self.mesh.sequence_groups())
+
+    def _peers(self) -> Peers:
+        return Peers(dist.new_group(backend="gloo", timeout=PATIENCE) if self.mesh.world_size > 1 else None)
+
+    def _own_group(
+        self, groups: list[list[int]], backend: str | None = None, timeout: datetime.timedelta | None = None
+    ) -> dist.ProcessGroup | None:
+        """Make every group on every rank, as torch wants it; return this rank's, None where it is alone in it."""
+        own = None
+        for ranks in groups:
+            if len(ranks) > 1:
+                group = dist.new_group(ranks, backend=backend, timeout=timeout)
+                own = group if self.mesh.rank in ranks else own
+        return own
 
     @property
     def is_main(self) -> bool:
-        return self.rank == 0
+        return self.mesh.rank == 0
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The module to run forward and backward through; every rank then holds rank 0's weights."""
-        if self.world_size == 1:
-            return model
-        device_ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(
-            model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+    # Before training
 
-    def accumulating(self, model: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Take the model and the optimizer over its trained parameters; every rank must come with the same weights.
+
+        Afterwards `train_forward` and `eval_forward` have the model's own call signature, whole samples in and out.
+        """
+        self.model = model
+        self.working = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        self.fixed = {name: value for name, value in model.state_dict().items() if name not in self.working}
+        self._whole_shapes = {name: value.shape for name, value in self.working.items()}
+        self.eval_forward: Forward = self.spread(model)
+        self._wrap(optimizer)
+        self.train_forward: Forward = self._by_frames(self.wrapped)
+
+    def spread(self, model: nn.Module) -> Forward:
+        """Let the processes of a group share each sample's frames; call the model through the result from then on."""
+        if self._sequence_group is not None:
+            apply_sequence_parallelism(model, self._sequence_group)
+        return self._by_frames(model)
+
+    def _by_frames(self, module: nn.Module) -> Forward:
+        if self._sequence_group is None:
+            return module
+        model: Any = next(part for part in module.modules() if hasattr(part, "cfg"))
+        return FrameParallel(module, self._sequence_group, model.cfg.patch_size[0])
+
+    def _wrap(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.masters: dict[str, Tensor] = dict(self.working)
+        self.wrapped: nn.Module = self.model
+        if self.mesh.world_size > 1:
+            device_ids = [self.device.index] if self.device.type == "cuda" else None
+            self.wrapped = DistributedDataParallel(
+                self.model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+
+    # A step
+
+    def accumulating(self, *, last: bool) -> AbstractContextManager[Any]:
         """Around a micro-batch's forward and backward: ranks average their gradients at the step's last one only."""
-        if last or not isinstance(model, DistributedDataParallel):
+        if last or not isinstance(self.wrapped, DistributedDataParallel):
             return contextlib.nullcontext()
-        return model.no_sync()
+        return self.wrapped.no_sync()
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def squared_gradients(self) -> Tensor:
+        """This rank's share of the squared norm of all gradients together, float64 []; the ranks' shares add up."""
+        norms = torch._foreach_norm(self._gradients())
+        return torch.linalg.vector_norm(torch.stack(norms)).double().square() / self.mesh.world_size
+
+    def step(self, lr: float, factor: float) -> None:
+        """Multiply the gradients and let the optimizer make its step."""
+        if factor != 1:
+            torch._foreach_mul_(self._gradients(), factor)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self.working.values() if parameter.grad is not None]
+
+    # Weights
+
+    def whole(self, name: str, piece: Tensor) -> Tensor:
+        """The whole tensor, on every rank, of which each rank has a piece as of the parameter `name`."""
+        return piece
+
+    def take(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's piece of a whole tensor; inverse of `whole`."""
+        return whole
+
+    def whole_shape(self, name: str) -> torch.Size:
+        return self._whole_shapes[name]
+
+    @torch.no_grad()
+    def load(self, name: str, whole: Tensor) -> None:
+        """Set a trained parameter, its master and what the model computes with, from the whole tensor."""
+        self.masters[name].copy_(self.take(name, whole))
+
+    @torch.no_grad()
+    def show(self, pieces: Mapping[str, Tensor]) -> None:
+        """Let the model compute with these weights instead of its own."""
+        for name, value in pieces.items():
+            self.masters[name].copy_(value)
+
+    # All processes
 
     def sum(self, values: Tensor) -> Tensor:
         """Add `values` up over all ranks, in place; every rank gets the result."""
-        if self.world_size > 1:
+        if self.mesh.world_size > 1:
             dist.all_reduce(values)
         return values
 
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's picklable value, in rank order, on every rank."""
-        if self.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self._patient)
-        return values
-
-    def on_main(self, work: Callable[[], Result]) -> Result:
-        """Run `work` on rank 0 while the others wait; all get its (picklable) result, or raise its error."""
-        if self.world_size == 1:
-            return work()
-        outcome: list[Any] = [None, None]
-        if self.is_main:
-            try:
-                outcome[0] = work()
-            except Exception as error:
-                outcome[1] = _picklable(error)
-                dist.broadcast_object_list(outcome, group=self._patient)
-                raise
-        dist.broadcast_object_list(outcome, group=self._patient)
-        if outcome[1] is not None:
-            raise outcome[1]
-        result: Result = outcome[0]
-        return result
+    def on_first_model(self, work: Callable[[], Result]) -> Result:
+        """Run `work` on all processes of the first data rank while the others wait; all get rank 0's result."""
+        if self.mesh.data_rank == 0 and not self.is_main:
+            work()
+        return self.peers.on_first(work)
 
     def close(self) -> None:
-        if self.world_size > 1 and dist.is_initialized():
+        if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def build_engine(cfg: ParallelConfig, device: str | None = None) -> TorchEngine:
+    """The engine that `parallel.engine` names. Raises EngineError where it cannot run here."""
+    if cfg.engine == "torch":
+        return TorchEngine(cfg, device)
+    try:
+        from opensora_repro.parallel.colossal import ColossalEngine
+    except ModuleNotFoundError as error:
+        raise EngineError(
+            f'parallel.engine = "colossalai": the package {error.name} is not installed: '
+            'pip install colossalai, or set parallel.engine=torch (plugin "ddp")'
+        ) from None
+    return ColossalEngine(cfg, device)
 
 
 def choose_device(name: str | None, local_rank: int) -> torch.device:
@@ -137,13 +252,3 @@ def choose_device(name: str | None, local_rank: int) -> torch.device:
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
-
-
-def _picklable(error: Exception) -> Exception:
-    """The error itself where another process can rebuild it, else one that says the same."""
-    try:
-        pickle.dumps(error)
-        copy.copy(error)  # rebuilds it as unpickling would
-        return error
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")

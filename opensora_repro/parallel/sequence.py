@@ -21,11 +21,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from opensora_repro.parallel.errors import EngineError
+
 FRAMES, PLACES = 1, 2  # axes of tokens [B, T, S, D]
-
-
-class SequenceParallelError(ValueError):
-    """The model or the call cannot be shared out by frames; the message is one line meant for the user."""
 
 
 class Frames:
@@ -42,7 +40,7 @@ class Frames:
     def of_each_rank(self, held: int, size: int) -> list[int]:
         """Real frames of each rank, where every rank holds `held` frames, the last ones padded."""
         if self.total is None or -(-self.total // size) != held:
-            raise SequenceParallelError(
+            raise EngineError(
                 f"a model made sequence parallel was called with {held} frames that FrameParallel did not give it"
             )
         return [min(max(self.total - rank * held, 0), held) for rank in range(size)]
@@ -89,14 +87,14 @@ class SequenceParallelAttention(nn.Module):
 def apply_sequence_parallelism(model: nn.Module, group: dist.ProcessGroup) -> None:
     """Make every temporal attention of `model` sequence parallel over `group`, in place; a group of one adds nothing.
 
-    Temporal attentions are the children named `attn_temp`. Raises SequenceParallelError for a model without any.
+    Temporal attentions are the children named `attn_temp`. Raises EngineError for a model without any.
     """
     size = dist.get_world_size(group)
     if size == 1:
         return
     blocks = [block for block in model.modules() if isinstance(getattr(block, "attn_temp", None), nn.Module)]
     if not blocks:
-        raise SequenceParallelError(
+        raise EngineError(
             f"parallel.sp_size={size} needs model.temporal_attention=true: "
             "without it every frame attends to every other in all layers, and frames cannot be shared out"
         )
@@ -115,7 +113,7 @@ class FrameParallel:
     """
 
     def __init__(self, module: nn.Module, group: dist.ProcessGroup, patch_frames: int) -> None:
-        """`patch_frames`: latent frames a token covers, patch_size[0]. Raises SequenceParallelError."""
+        """`patch_frames`: latent frames a token covers, patch_size[0]. Raises EngineError."""
         self.module = module
         self.group = group
         self.patch_frames = patch_frames
@@ -124,7 +122,7 @@ class FrameParallel:
         if self.size > 1:
             found = {layer.frames for layer in module.modules() if isinstance(layer, SequenceParallelAttention)}
             if len(found) != 1:
-                raise SequenceParallelError("FrameParallel needs one model that apply_sequence_parallelism was given")
+                raise EngineError("FrameParallel needs one model that apply_sequence_parallelism was given")
             self.frames = found.pop()
 
     def __call__(

@@ -23,6 +23,9 @@ class Encoded:
     text: Tensor  # [L, Ct] float32
     mask: Tensor  # [L] bool
 
+    def cpu(self) -> Encoded:
+        return Encoded(self.id, self.moments.cpu(), self.text.cpu(), self.mask.cpu())
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -7,30 +7,32 @@ RUN/checkpoints/step-00000100/
     state.json             TrainState, schema version, and every file's sha256
     config.toml            the run's resolved config
 
-No generator state: all randomness is keyed by seed, epoch and sample id.
+No generator state: all randomness is keyed by seed, epoch and sample id. Nothing of how the run was spread over
+processes: every rank takes its pieces from the whole tensors, so any other topology or engine can go on with it.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
+from opensora_repro.parallel.engine import Engine
 from opensora_repro.training.ema import Ema
 
 SCHEMA_VERSION = 1
+MODEL_FILE, EMA_FILE, OPTIMIZER_FILE = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
 STATE_FILE, CONFIG_FILE = "state.json", "config.toml"
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 
@@ -64,43 +66,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoint folders (not verified), oldest first."""
     folder = checkpoints_folder(run_dir)
     found = [path for path in folder.glob("step-*") if _STEP_NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=_step_of)
-
-
-def save_checkpoint(
-    run_dir: Path,
-    state: TrainState,
-    model: nn.Module,
-    ema: Ema,
-    optimizer: torch.optim.Optimizer,
-    config_toml: str,
-    *,
-    keep: int,
-) -> Path:
-    """Write the checkpoint of `state.step`, then delete all but the newest `keep` (0: none). Raises CheckpointError."""
-    folder = checkpoints_folder(run_dir)
-    final = folder / f"step-{state.step:08d}"
-    beside = folder / f".{final.name}.tmp"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove(beside)
-        beside.mkdir()
-        _write_tensors(beside / "model.safetensors", model.state_dict())
-        _write_tensors(beside / "ema.safetensors", ema.state_dict(model))
-        _write_tensors(beside / "optimizer.safetensors", optimizer_tensors(model, optimizer))
-        _write_text(beside / CONFIG_FILE, config_toml)
-        files = {path.name: _sha256(path) for path in sorted(beside.iterdir())}
-        content = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(state), "sha256": files}
-        _write_text(beside / STATE_FILE, json.dumps(content, indent=2) + "\n")
-        _sync_folder(beside)
-        _remove(final)  # a damaged one of this step, which resuming passed over
-        os.rename(beside, final)
-        _sync_folder(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise CheckpointError(f"cannot write checkpoint {final}: {' '.join(str(error).split())}") from error
-    _prune(run_dir, state.step, keep)
-    return final
+    return sorted(found, key=step_of)
 
 
 def clean_leftovers(run_dir: Path) -> None:
@@ -114,7 +80,7 @@ def verify_checkpoint(folder: Path) -> TrainState:
     state, hashes = read_state(folder)
     for name, expected in hashes.items():
         try:
-            found = _sha256(folder / name)
+            found = file_sha256(folder / name)
         except OSError as error:
             raise CheckpointError(f"checkpoint {folder} is damaged: {name}: {error.strerror}") from None
         if found != expected:
@@ -161,48 +127,71 @@ def newest_checkpoint(run_dir: Path, report: Callable[[str], None] = print) -> t
     return None
 
 
-def load_checkpoint(
-    folder: Path, state: TrainState, model: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer
-) -> None:
-    """Put a verified checkpoint's tensors in place. Raises CheckpointError where names or shapes differ."""
+def load_checkpoint(folder: Path, state: TrainState, engine: Engine, ema: Ema) -> None:
+    """Put a verified checkpoint's tensors in place, each rank its own pieces, tensor by tensor.
+
+    Raises CheckpointError where names or shapes differ.
+    """
     try:
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-        ema.load(load_file(folder / "ema.safetensors"), state.ema_updates)
-        load_optimizer_tensors(model, optimizer, load_file(folder / "optimizer.safetensors"))
+        with _opened(folder / MODEL_FILE, engine) as file:
+            for name in engine.masters:
+                engine.load(name, file.get_tensor(name))
+            for name, value in engine.fixed.items():
+                value.copy_(file.get_tensor(name))
+        with _opened(folder / EMA_FILE, engine) as file:
+            for name, value in ema.shadow.items():
+                value.copy_(engine.take(name, file.get_tensor(name)))
+        ema.updates = state.ema_updates
+        with safe_open(folder / OPTIMIZER_FILE, framework="pt") as file:
+            _load_optimizer(engine, file)
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"checkpoint {folder} does not fit this model: {reason[:400]}") from error
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by `KIND.PARAMETER`; empty before the first step."""
-    return {
-        f"{kind}.{name}": value
-        for name, parameter in model.named_parameters()
-        for kind, value in optimizer.state.get(parameter, {}).items()
-    }
+@contextlib.contextmanager
+def _opened(path: Path, engine: Engine) -> Iterator[Any]:
+    """A file of the model's weights. Raises RuntimeError unless it has the model's names and shapes."""
+    wanted = {name: engine.whole_shape(name) for name in engine.masters}
+    wanted |= {name: value.shape for name, value in engine.fixed.items()}
+    with safe_open(path, framework="pt") as file:
+        found = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        for name in sorted(found.keys() | wanted.keys()):
+            if found.get(name) != wanted.get(name):
+                there, here = (list(shapes[name]) if name in shapes else "absent" for shapes in (found, wanted))
+                raise RuntimeError(f"{name} is {there} in {path.name}, {here} in the model")
+        yield file
 
 
-def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Inverse of `optimizer_tensors`. Raises KeyError for a parameter that the model does not have."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+def optimizer_pieces(engine: Engine) -> Iterator[tuple[str, str, Tensor]]:
+    """(kind, parameter, this rank's piece) of the optimizer's whole state; nothing before the first step."""
+    for name, master in engine.masters.items():
+        for kind, value in engine.optimizer.state.get(master, {}).items():
+            yield kind, name, value
+
+
+def _load_optimizer(engine: Engine, file: Any) -> None:
+    """Raises KeyError for a parameter that the model does not have."""
+    names = {id(master): name for name, master in engine.masters.items()}
+    optimizer = engine.optimizer
     ordered = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
     index = {name: i for i, name in enumerate(ordered)}
     state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
+    for key in file.keys():  # noqa: SIM118
         kind, _, name = key.partition(".")
-        state.setdefault(index[name], {})[kind] = value
+        value = file.get_tensor(key)
+        state.setdefault(index[name], {})[kind] = engine.take(name, value) if value.ndim else value
     # torch's own loading puts each tensor on the device and in the dtype that its implementation of the step wants.
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _prune(run_dir: Path, newest_step: int, keep: int) -> None:
-    older = [path for path in list_checkpoints(run_dir) if _step_of(path) <= newest_step]
+def prune(run_dir: Path, newest_step: int, keep: int) -> None:
+    older = [path for path in list_checkpoints(run_dir) if step_of(path) <= newest_step]
     for path in older[:-keep] if keep else []:
-        _remove(path)
+        remove(path)
 
 
-def _remove(folder: Path) -> None:
+def remove(folder: Path) -> None:
     """Delete a folder; its name goes first, so that a half-deleted checkpoint is never seen."""
     if folder.exists():
         doomed = folder.with_name(f".{folder.name.lstrip('.')}.old")
@@ -211,26 +200,20 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(doomed)
 
 
-def _step_of(folder: Path) -> int:
+def step_of(folder: Path) -> int:
     match = _STEP_NAME.fullmatch(folder.name)
     assert match is not None
     return int(match[1])
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     with open(path, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -238,7 +221,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):

@@ -78,7 +78,7 @@ def _dry_run(cfg: Config, stage: Stage) -> int:
 
 def _train(cfg: Config, stage: Stage) -> int:
     started = time.monotonic()
-    _limit_threads()
+    limit_threads()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it would warn at every fork of a loader process
     from opensora_repro.training.run import train
 
@@ -99,7 +99,7 @@ def _report(cfg: Config, stage: Stage, outcome: Outcome, seconds: float) -> None
     print(f"sample it: python -m stages.sample {run_dir} --prompt {text} --out {out} --seed 0")
 
 
-def _limit_threads() -> None:
+def limit_threads() -> None:
     """No more threads than this process may use CPUs: a container's share is often far below the machine's count."""
     if "OMP_NUM_THREADS" in os.environ:
         return
@@ -127,7 +127,7 @@ def _is_user_mistake(error: ValueError) -> bool:
         return True
     from opensora_repro.models.pretrained import ModelNotFound
     from opensora_repro.models.weights import WeightsError
-    from opensora_repro.parallel.engine import EngineError
+    from opensora_repro.parallel.errors import EngineError
     from opensora_repro.training.checkpoint import CheckpointError
 
     return isinstance(error, CheckpointError | EngineError | ModelNotFound | WeightsError)

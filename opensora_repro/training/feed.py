@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from opensora_repro.data.cache import LatentCache
 from opensora_repro.data.dataset import BadSample, Clip, ClipDataset, build_loader
-from opensora_repro.data.sampler import BatchSampler
+from opensora_repro.data.sampler import SharedBatches
 from opensora_repro.training.batch import Encoded
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Feed(Protocol):
 class ClipFeed:
     """Decodes in loader processes while the model computes."""
 
-    def __init__(self, dataset: ClipDataset, sampler: BatchSampler, num_workers: int) -> None:
+    def __init__(self, dataset: ClipDataset, sampler: SharedBatches, num_workers: int) -> None:
         self.dataset, self.sampler, self.num_workers = dataset, sampler, num_workers
 
     def batches(self, first: int, count: int) -> Iterator[list[Sample]]:
@@ -45,7 +45,7 @@ class CacheFeed:
     A sample that is not in the cache could not be read when it was filled.
     """
 
-    def __init__(self, cache: LatentCache, sampler: BatchSampler, rows: CacheRows, draws: int) -> None:
+    def __init__(self, cache: LatentCache, sampler: SharedBatches, rows: CacheRows, draws: int) -> None:
         self.cache, self.sampler, self.rows, self.draws = cache, sampler, rows, draws
         self._absent = set(cache.missing(rows.keys(draws)))
         self._held: dict[tuple[str, int], Encoded] = {}

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class ModelRunner:
-    """Calls the (possibly wrapped) model in bfloat16 autocast or float32; timesteps and losses stay float32."""
+    """Calls the model, as an engine offers it, in bfloat16 autocast or float32; timesteps and losses stay float32."""
 
-    def __init__(self, module: nn.Module, dtype: str, device: torch.device) -> None:
-        self.module, self.half, self.device = module, dtype == "bf16", device
+    def __init__(self, forward: Callable[..., Tensor], dtype: str, device: torch.device) -> None:
+        self.forward, self.half, self.device = forward, dtype == "bf16", device
 
     def conditioned(
         self, text: Tensor, mask: Tensor, drop_text: Tensor | None = None
@@ -21,7 +21,7 @@ class ModelRunner:
 
         def call(x: Tensor, timestep: Tensor) -> Tensor:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-                output: Tensor = self.module(x, timestep, text, mask, drop_text=drop_text)
+                output: Tensor = self.forward(x, timestep, text, mask, drop_text=drop_text)
             return output
 
         return call

@@ -78,22 +78,26 @@ def generate(
     sampler: str,
     batch_size: int,
     progress: Progress | None = None,
+    forward: Callable[..., Tensor] | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (index, video) for every prompt in turn; video is uint8 [num_frames, height, width, 3].
 
     Sample i's noise is keyed by (seed, i) alone, so neither the batch size nor the other prompts change it. The model
     runs in evaluation mode, under the caller's autocast. Of `cfg`, the objective decides; what the model is, its own
-    config does. Raises ConfigError for models or a size that do not fit.
+    config does; `forward` calls it where it is spread over processes. `share` (r, n) leaves all but every n-th batch
+    of prompts, from the r-th on, to others. Raises ConfigError for models or a size that do not fit.
     """
     check_fit(cfg, vae, encoder, num_frames=num_frames, height=height, width=width, model=model.cfg)
     shape = (vae.latent_channels, num_frames, height // vae.spatial_stride, width // vae.spatial_stride)
     batches = [range(i, min(i + batch_size, len(prompts))) for i in range(0, len(prompts), batch_size)]
+    batches = batches[share[0] :: share[1]]
     for done, indices in enumerate(batches):
         condition, mask = encoder.encode([prompts[i] for i in indices])
         device = next(model.parameters()).device
         with evaluating(model):
             latents = sample_latents(
-                model,
+                forward or model,
                 cfg.diffusion,
                 shape=shape,
                 condition=condition.to(device),
@@ -140,11 +144,11 @@ def decode(vae: FrameVAE, latent: Tensor) -> np.ndarray:
 class ProgressBar:
     """Shows `generate`'s progress on stderr once the work has taken two seconds."""
 
-    def __init__(self, label: str) -> None:
+    def __init__(self, label: str, *, shown: bool = True) -> None:
         from tqdm import tqdm
 
         interval = 0.5 if sys.stderr.isatty() else 15.0  # a log file wants few lines
-        self._bar = tqdm(desc=label, unit="step", delay=2, mininterval=interval)
+        self._bar = tqdm(desc=label, unit="step", delay=2, mininterval=interval, disable=not shown)
 
     def __call__(self, done: int, total: int) -> None:
         self._bar.total = total

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
+from torch import Tensor
 
 from opensora_repro.config import Config
 from opensora_repro.data.write import write_png, write_video
@@ -22,8 +23,8 @@ STRIP_FRAMES = 8  # frames of a video shown side by side in the grid
 GAP = 2  # pixels between pictures
 
 
-def write_samples(cfg: Config, model: STDiT, encoder: Encoder, step: int) -> tuple[Path, np.ndarray]:
-    """Sample `sample.prompts` with the model as it is; return the folder and the grid, uint8 [H, W, 3].
+def write_samples(cfg: Config, videos: Sequence[np.ndarray], step: int) -> tuple[Path, np.ndarray]:
+    """Write the videos of `sample.prompts`; return the folder and the grid, uint8 [H, W, 3].
 
     Files: 0000.mp4 (0000.png for one frame), ... in the prompts' order, and grid.png. The folder appears whole.
     """
@@ -31,7 +32,6 @@ def write_samples(cfg: Config, model: STDiT, encoder: Encoder, step: int) -> tup
     beside = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    videos = _generate(cfg, model, encoder)
     for index, video in enumerate(videos):
         if len(video) == 1:
             write_png(beside / f"{index:04d}.png", video[0])
@@ -44,7 +44,8 @@ def write_samples(cfg: Config, model: STDiT, encoder: Encoder, step: int) -> tup
     return final, grid
 
 
-def _generate(cfg: Config, model: STDiT, encoder: Encoder) -> list[np.ndarray]:
+def sample_prompts(cfg: Config, model: STDiT, forward: Callable[..., Tensor], encoder: Encoder) -> list[np.ndarray]:
+    """Sample `sample.prompts` with the model as it is, called through `forward`; videos uint8 [T, H, W, 3]."""
     device = next(model.parameters()).device
     with torch.autocast(device.type, torch.bfloat16, enabled=cfg.train.dtype == "bf16"):
         found = generate(
@@ -61,6 +62,7 @@ def _generate(cfg: Config, model: STDiT, encoder: Encoder) -> list[np.ndarray]:
             guidance=cfg.sample.guidance,
             sampler=cfg.sample.sampler,
             batch_size=cfg.train.batch_size,
+            forward=forward,
         )
         return [video for _, video in found]
 

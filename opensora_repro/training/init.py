@@ -58,24 +58,24 @@ class Start:
         return self.checkpoint is not None
 
 
-def global_batch_size(cfg: Config, world_size: int) -> int:
-    """Samples a step over all processes and micro-batches."""
-    return cfg.train.batch_size * cfg.train.accumulation * world_size
+def global_batch_size(cfg: Config, data_size: int) -> int:
+    """Samples a step over all data ranks and micro-batches."""
+    return cfg.train.batch_size * cfg.train.accumulation * data_size
 
 
-def find_start(cfg: Config, world_size: int, report: Callable[[str], None] = print) -> Start:
+def find_start(cfg: Config, data_size: int, report: Callable[[str], None] = print) -> Start:
     """Look into `run.dir`. Raises ConfigError when it holds a run with other settings, CheckpointError when damaged."""
     run_dir = Path(cfg.run.dir)
-    samples = global_batch_size(cfg, world_size)
+    samples = global_batch_size(cfg, data_size)
     found = newest_checkpoint(run_dir, report)
     if found is None:
         return Start(None, TrainState(global_batch_size=samples))
     checkpoint, state = found
     changes = changed_settings(load_config(checkpoint / CONFIG_FILE), cfg)
     if state.global_batch_size != samples:
-        parts = f"{cfg.train.batch_size} x {cfg.train.accumulation} x {world_size} processes"
+        parts = f"{cfg.train.batch_size} x {cfg.train.accumulation} x {data_size} data ranks"
         changes.append(
-            f"samples a step (train.batch_size x train.accumulation x processes) = {state.global_batch_size} there, "
+            f"samples a step (train.batch_size x train.accumulation x data ranks) = {state.global_batch_size} there, "
             f"{samples} here ({parts})"
         )
     if changes:

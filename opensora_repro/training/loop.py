@@ -12,29 +12,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opensora_repro.config import Config, dump_toml
-from opensora_repro.data.dataset import BadSample
+from opensora_repro.config import Config
+from opensora_repro.data.dataset import BadSample, Clip
+from opensora_repro.data.sampler import interleave
 from opensora_repro.diffusion.objective import Objective
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.parallel.engine import Engine
 from opensora_repro.training.batch import Batch, BatchBuilder, Encoded
-from opensora_repro.training.checkpoint import TrainState, save_checkpoint
+from opensora_repro.training.checkpoint import TrainState
 from opensora_repro.training.ema import Ema
 from opensora_repro.training.encode import Encoder
 from opensora_repro.training.errors import TrainingError
 from opensora_repro.training.feed import Feed, Sample
 from opensora_repro.training.forward import ModelRunner
-from opensora_repro.training.grids import write_samples
+from opensora_repro.training.grids import sample_prompts, write_samples
 from opensora_repro.training.metrics import Progress, RunLog
-from opensora_repro.training.optim import global_norm, learning_rate, scale_gradients
+from opensora_repro.training.optim import learning_rate
 from opensora_repro.training.quarantine import Quarantine
+from opensora_repro.training.save import CheckpointWriter
 from opensora_repro.training.signals import StopSignals
 from opensora_repro.training.validate import Validator
 
 
 @dataclass
 class StepTotals:
-    """A step's sums over this rank's micro-batches, then over all ranks."""
+    """A step's sums over this data rank's micro-batches, then over all of them."""
 
     loss: Tensor  # float64 scalar: sum of the good samples' losses
     samples: int = 0
@@ -52,21 +54,19 @@ class Trainer:
     objective: Objective
     encoder: Encoder
     builder: BatchBuilder
-    optimizer: torch.optim.Optimizer
     ema: Ema
     feed: Feed
     state: TrainState
+    writer: CheckpointWriter
     log: RunLog
     quarantine: Quarantine
     validator: Validator | None
     stop: StopSignals
 
     def __post_init__(self) -> None:
-        device = self.engine.device
-        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.train_runner = ModelRunner(self.engine.wrap(self.model), self.cfg.train.dtype, device)
-        self.eval_runner = ModelRunner(self.model, self.cfg.train.dtype, device)
-        self.config_toml = dump_toml(self.cfg)
+        dtype, device = self.cfg.train.dtype, self.engine.device
+        self.train_runner = ModelRunner(self.engine.train_forward, dtype, device)
+        self.eval_runner = ModelRunner(self.engine.eval_forward, dtype, device)
         self._saved_step = self.state.step
         self._waited = 0.0
         self._bad_samples: list[BadSample] = []
@@ -90,6 +90,7 @@ class Trainer:
                 self._evaluate()
                 if state.step % self.cfg.checkpoint.every == 0 or state.step == steps:
                     self._save()
+        self.writer.wait()
 
     def close(self) -> None:
         self.log.close()
@@ -132,25 +133,27 @@ class Trainer:
 
     def _micro_batch(self, totals: StepTotals, *, last: bool) -> None:
         """Forward and backward; gradients gather as if every sample of the step were good."""
-        batch = self._assemble(self._pending)
+        batch, num_bad = self._assemble(self._pending)
         self._ids += batch.ids
-        with self.engine.accumulating(self.train_runner.module, last=last):
+        with self.engine.accumulating(last=last):
             model_fn = self.train_runner.conditioned(batch.text, batch.mask, batch.drop_text)
             losses = self.objective.losses(model_fn, batch.latents, batch.noise, batch.timesteps)
             share = batch.weight / (self.cfg.train.batch_size * self.cfg.train.accumulation)
-            (losses.sum() * share).backward()
+            self.engine.backward(losses.sum() * share)
         totals.loss += losses.detach().double().sum() * batch.weight
         totals.samples += len(batch.ids)
-        totals.bad += len(self._pending) - len(batch.ids)
+        totals.bad += num_bad
         totals.tokens += batch.num_tokens
 
     def _exchange(self, totals: StepTotals) -> tuple[bool, float, float]:
         """Add up the ranks' totals in place; whether to stop, mean loss, and norm of the mean loss's gradient."""
         counts = [totals.samples, totals.bad, totals.tokens, int(self.stop.requested())]
         sums = torch.cat([totals.loss[None], torch.tensor(counts).to(totals.loss)])
-        sums = torch.cat([self.engine.sum(sums), global_norm(self.parameters).double()[None]])
+        sums /= self.engine.mesh.model_size  # as many ranks have counted the same samples
+        sums = self.engine.sum(torch.cat([sums, self.engine.squared_gradients()[None]]))
         # The step's only wait for the device; the next micro-batch has been fetched meanwhile.
-        loss, samples, bad, tokens, stopping, norm = sums.tolist()
+        loss, samples, bad, tokens, stopping, square = sums.tolist()
+        norm = math.sqrt(square)
         totals.samples, totals.bad, totals.tokens = int(samples), int(bad), int(tokens)
         good = max(totals.samples, 1)
         return bool(stopping), loss / good, norm * self.state.global_batch_size / good
@@ -163,13 +166,9 @@ class Trainer:
             factor = self.state.global_batch_size / num_good
             if clip and norm > clip:
                 factor *= clip / norm
-            if factor != 1:
-                scale_gradients(self.parameters, factor)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
+            self.engine.step(lr, factor)
             self.ema.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.engine.zero_grad()
         self.state.bad_steps = 0 if finite else self.state.bad_steps + 1
         return not finite
 
@@ -180,25 +179,32 @@ class Trainer:
         self._waited += time.perf_counter() - started
         return samples
 
-    def _assemble(self, samples: list[Sample]) -> Batch:
-        """Encode what is not yet encoded, set bad samples aside and draw the micro-batch's random numbers."""
-        good: list[tuple[int, Encoded]] = []
-        for epoch, sample in samples:
-            if isinstance(sample, BadSample):
-                self._bad_samples.append(sample)
-            else:
-                good.append((epoch, sample if isinstance(sample, Encoded) else self.encoder.encode(sample)))
-        return self.builder.build(good) if good else self.builder.stand_in()
+    def _assemble(self, samples: list[Sample]) -> tuple[Batch, int]:
+        """Encode what is not yet encoded, set bad samples aside, draw the random numbers; also how many were bad.
+
+        Ranks that work on the same samples have read and encoded a share each.
+        """
+        own = [(epoch, self._encoded(sample)) for epoch, sample in samples]
+        everyone = interleave(self.engine.members.gather(own))
+        good = [(epoch, encoded) for epoch, encoded in everyone if encoded is not None]
+        return self.builder.build(good) if good else self.builder.stand_in(), len(everyone) - len(good)
+
+    def _encoded(self, sample: Clip | Encoded | BadSample) -> Encoded | None:
+        if isinstance(sample, BadSample):
+            self._bad_samples.append(sample)
+            return None
+        encoded = sample if isinstance(sample, Encoded) else self.encoder.encode(sample)
+        return encoded if self.engine.members.size == 1 else encoded.cpu()
 
     # What a step leaves behind
 
     def _record_bad_samples(self) -> None:
-        for sample in (sample for samples in self.engine.gather(self._bad_samples) for sample in samples):
+        for sample in (sample for samples in self.engine.peers.gather(self._bad_samples) for sample in samples):
             if self.quarantine.add(sample):
                 self.progress.say(f"sample {sample.id!r} set aside ({sample.path}): {sample.reason}")
 
     def _record_bad_step(self, loss: float, norm: float) -> None:
-        ids = [name for names in self.engine.gather(self._ids) for name in names]
+        ids = list(dict.fromkeys(name for names in self.engine.peers.gather(self._ids) for name in names))
         state, limit = self.state, self.cfg.train.max_bad_steps
         self.log.bad_step({"step": state.step, "loss": loss, "grad_norm": norm, "sample_ids": ids})
         self.progress.say(f"step {state.step} skipped: loss {loss}, gradient norm {norm} (non-finite)")
@@ -212,15 +218,7 @@ class Trainer:
         if self._saved_step == self.state.step:
             return
         self.state.ema_updates = self.ema.updates
-
-        def save() -> Path:
-            keep = self.cfg.checkpoint.keep
-            run_dir = Path(self.cfg.run.dir)
-            return save_checkpoint(
-                run_dir, self.state, self.model, self.ema, self.optimizer, self.config_toml, keep=keep
-            )
-
-        self.engine.on_main(save)
+        self.writer.save(self.state, self.ema)
         self._saved_step = self.state.step
 
     def _evaluate(self, *, resuming: bool = False) -> None:
@@ -229,16 +227,17 @@ class Trainer:
         validate = self.validator is not None and self._due(cfg.validation.every)
         sample = bool(cfg.sample.prompts) and self._due(cfg.sample.every)
         if resuming:
-            recorded = self.engine.on_main(lambda: [line["step"] for line in self.log.validation.read()])
+            recorded = self.engine.peers.on_first(lambda: [line["step"] for line in self.log.validation.read()])
             validate = validate and step not in recorded
-            sample = sample and not (Path(cfg.run.dir) / "samples" / f"step-{step:08d}").exists()
+            folder = Path(cfg.run.dir) / "samples" / f"step-{step:08d}"
+            sample = sample and not self.engine.peers.on_first(folder.exists)
         if not (validate or sample):
             return
         with self.ema.applied():
             if validate:
                 self._validate()
             if sample:
-                self.engine.on_main(self._sample)
+                self.engine.on_first_model(self._sample)
 
     def _due(self, every: int) -> bool:
         return every > 0 and (self.state.step % every == 0 or self.state.step == self.cfg.train.steps)
@@ -256,6 +255,8 @@ class Trainer:
         self.log.validate(line)
 
     def _sample(self) -> None:
-        folder, grid = write_samples(self.cfg, self.model, self.encoder, self.state.step)
-        self.log.image("samples", grid, self.state.step)
-        self.progress.say(f"samples of step {self.state.step}: {folder / 'grid.png'}")
+        videos = sample_prompts(self.cfg, self.model, self.engine.eval_forward, self.encoder)
+        if self.engine.is_main:
+            folder, grid = write_samples(self.cfg, videos, self.state.step)
+            self.log.image("samples", grid, self.state.step)
+            self.progress.say(f"samples of step {self.state.step}: {folder / 'grid.png'}")

@@ -24,13 +24,3 @@ def learning_rate(cfg: OptimConfig, step: int, num_steps: int) -> float:
     if num_steps - step <= cfg.decay_steps:
         rate *= (num_steps - step) / (cfg.decay_steps + 1)
     return rate
-
-
-def global_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
-    """Euclidean norm of all gradients together, a scalar on their device."""
-    norms = torch._foreach_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    return torch.linalg.vector_norm(torch.stack(norms))
-
-
-def scale_gradients(parameters: list[nn.Parameter], factor: float) -> None:
-    torch._foreach_mul_([parameter.grad for parameter in parameters if parameter.grad is not None], factor)

@@ -9,44 +9,47 @@ from pathlib import Path
 
 import torch
 
-from opensora_repro.config import Config, dump_toml
+from opensora_repro.config import Config, ParallelConfig, dump_toml
 from opensora_repro.data.manifest import read_manifest
 from opensora_repro.diffusion.flow import count_tokens
 from opensora_repro.models.config import STDiTConfig
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.models.weight_files import open_weights
 from opensora_repro.models.weights import check_complete
+from opensora_repro.parallel.mesh import Mesh
 from opensora_repro.training.checkpoint import list_checkpoints
 from opensora_repro.training.ema import horizon_warning
-from opensora_repro.training.init import find_start
+from opensora_repro.training.init import find_start, global_batch_size
 from opensora_repro.training.stage import Stage
 
-BYTES_A_PARAMETER = 20  # float32 weight, gradient, two Adam moments, average
+BYTES_WHOLE = 8  # of a parameter: float32 weight and gradient
+BYTES_SPREAD = 12  # two Adam moments and the average, which ZeRO spreads over its ranks
 ACTIVATIONS_A_BLOCK = 34  # tensors of [tokens, hidden_size] that one block keeps for its backward, roughly
 PUBLISHED_STRIDE = 8  # of the Stable Diffusion autoencoders
 
 
 def plan(cfg: Config, stage: Stage) -> list[str]:
     """Lines to print. Raises what the run itself would for a wrong config, manifest or folder."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    mesh = planned_mesh(cfg.parallel)
     lines = [*dump_toml(cfg).splitlines(), ""]
 
     def add(name: str, text: str) -> None:
         lines.append(f"# {name + ':':<14}{text}")
 
-    start = find_start(cfg, world_size, report=lambda line: add("warning", line))
+    start = find_start(cfg, mesh.data_size, report=lambda line: add("warning", line))
     rows = len(read_manifest(cfg.data.manifest))
     shape = latent_shape(cfg)
     tokens = count_tokens(shape, cfg.model.patch_size)
-    samples = cfg.train.batch_size * cfg.train.accumulation * world_size
+    samples = global_batch_size(cfg, mesh.data_size)
     parameters = count_parameters(cfg.model)
     flops = samples * training_flops(cfg.model, shape, recompute=cfg.train.activation_checkpointing)
-    memory = parameters * BYTES_A_PARAMETER + activation_bytes(cfg, tokens)
+    memory = parameters * parameter_bytes(cfg.parallel, mesh) + activation_bytes(cfg, tokens) / mesh.model_size
 
     add("stage", f"{stage.name}, {stage.title}")
     add("model", f"{parameters:,} parameters" + (", temporal attention" if cfg.model.temporal_attention else ""))
     add("latents", "x".join(map(str, shape)) + f" -> {tokens:,} tokens a sample, {tokens * samples:,} a step")
-    batch = f"{cfg.train.batch_size} x {cfg.train.accumulation} micro-batches x {world_size} processes"
+    batch = f"{cfg.train.batch_size} x {cfg.train.accumulation} micro-batches x {mesh.data_size} data ranks"
+    add("processes", f"{mesh.world_size} = {mesh.data_size} data x {mesh.sp_size} sequence x {mesh.tp_size} tensor")
     add("step", f"{samples} samples ({batch}), about {flops / 1e12:.3g} TFLOP (transformer alone)")
     add("data", f"{rows:,} rows; {cfg.train.steps} steps are {cfg.train.steps * samples / rows:.3g} epochs")
     add("memory", f"about {_size(memory)} a process, without autoencoder and text encoder")
@@ -57,6 +60,19 @@ def plan(cfg: Config, stage: Stage) -> list[str]:
     if warning:
         add("warning", warning)
     return lines
+
+
+def planned_mesh(parallel: ParallelConfig) -> Mesh:
+    """Of torchrun's processes; without torchrun, of as many as one sample needs. Raises EngineError."""
+    tp_size, sp_size = parallel.tp_size, parallel.sp_size
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", tp_size * sp_size))
+    return Mesh(rank, world_size, tp_size, sp_size)
+
+
+def parameter_bytes(parallel: ParallelConfig, mesh: Mesh) -> float:
+    """Bytes that one process keeps for each parameter of the model."""
+    sharers = 1 if parallel.plugin == "ddp" else mesh.world_size // mesh.tp_size
+    return (BYTES_WHOLE + BYTES_SPREAD / sharers) / mesh.tp_size
 
 
 def _start(cfg: Config, checkpoint: Path | None) -> str:

@@ -12,9 +12,9 @@ from opensora_repro.config import Config, ConfigError, dump_toml
 from opensora_repro.data.cache import LatentCache
 from opensora_repro.data.dataset import BadSample, ClipDataset
 from opensora_repro.data.manifest import read_manifest
-from opensora_repro.data.sampler import BatchSampler
+from opensora_repro.data.sampler import BatchSampler, SharedBatches
 from opensora_repro.diffusion.objective import build_objective
-from opensora_repro.parallel.engine import Engine, TorchEngine
+from opensora_repro.parallel.engine import Engine, build_engine
 from opensora_repro.training.batch import BatchBuilder
 from opensora_repro.training.checkpoint import clean_leftovers, list_checkpoints, load_checkpoint
 from opensora_repro.training.ema import Ema, horizon_warning
@@ -34,6 +34,7 @@ from opensora_repro.training.loop import Trainer
 from opensora_repro.training.metrics import RunLog
 from opensora_repro.training.optim import build_optimizer
 from opensora_repro.training.quarantine import Quarantine
+from opensora_repro.training.save import CheckpointWriter
 from opensora_repro.training.signals import StopSignals
 from opensora_repro.training.stage import Stage
 from opensora_repro.training.validate import Validator
@@ -56,10 +57,10 @@ class Outcome:
 
 def train(cfg: Config, stage: Stage, say: Say = print) -> Outcome:
     """Start or resume the run in `run.dir`. Raises ValueError of one line for a user's mistake, TrainingError."""
-    engine = TorchEngine()
+    engine = build_engine(cfg.parallel)
     say = say if engine.is_main else _silent
     try:
-        start = engine.on_main(lambda: find_start(cfg, engine.world_size, say))
+        start = engine.peers.on_first(lambda: find_start(cfg, engine.mesh.data_size, say))
         frame = read_manifest(cfg.data.manifest)
         _check_data(cfg, start, frame)
         if start.state.step >= cfg.train.steps:
@@ -108,11 +109,11 @@ class _Run:
     def train(self) -> Outcome:
         self._announce()
         with contextlib.ExitStack() as held, StopSignals() as stop:
-            self.engine.on_main(lambda: held.enter_context(claimed_run_folder(self.run_dir)))
+            self.engine.peers.on_first(lambda: held.enter_context(claimed_run_folder(self.run_dir)))
             trainer = self._build_trainer(stop)
             held.callback(trainer.close)
             if not self._agree(stop.requested()):
-                self.engine.on_main(self._write_config)
+                self.engine.peers.on_first(self._write_config)
                 trainer.run(self.stage.name)
             return self._outcome(trainer.state.step, stop)
 
@@ -144,10 +145,10 @@ class _Run:
             max_fraction=cfg.data.max_bad_fraction,
             writes=engine.is_main,
         )
-        optimizer = build_optimizer(self.model, cfg.optim)
-        ema = Ema(self.model, cfg.ema.decay)
+        engine.prepare(self.model, build_optimizer(self.model, cfg.optim))
+        ema = Ema(engine, cfg.ema.decay)
         if self.start.checkpoint is not None:
-            load_checkpoint(self.start.checkpoint, state, self.model, ema, optimizer)
+            load_checkpoint(self.start.checkpoint, state, engine, ema)
         feed = self._build_feed(quarantine, stop)
         validator = Validator(cfg, self.held_out, self.encoder, self.objective, engine) if self.held_out else None
         return Trainer(
@@ -157,15 +158,20 @@ class _Run:
             objective=self.objective,
             encoder=self.encoder,
             builder=self._build_batch_builder(),
-            optimizer=optimizer,
             ema=ema,
             feed=feed,
             state=state,
+            writer=self._build_writer(),
             log=RunLog(self.run_dir, resumed_step=state.step, enabled=engine.is_main),
             quarantine=quarantine,
             validator=validator,
             stop=stop,
         )
+
+    def _build_writer(self) -> CheckpointWriter:
+        cfg = self.cfg
+        keep, background = cfg.checkpoint.keep, cfg.checkpoint.background
+        return CheckpointWriter(self.run_dir, self.engine, dump_toml(cfg), keep=keep, background=background)
 
     def _build_batch_builder(self) -> BatchBuilder:
         cfg, vae = self.cfg, self.encoder.vae
@@ -182,10 +188,11 @@ class _Run:
         )
 
     def _build_feed(self, quarantine: Quarantine, stop: StopSignals) -> Feed:
-        cfg, engine = self.cfg, self.engine
-        sampler = BatchSampler(
-            len(self.dataset), cfg.train.batch_size, cfg.run.seed, rank=engine.rank, world_size=engine.world_size
+        cfg, engine, mesh = self.cfg, self.engine, self.engine.mesh
+        whole = BatchSampler(
+            len(self.dataset), cfg.train.batch_size, cfg.run.seed, rank=mesh.data_rank, world_size=mesh.data_size
         )
+        sampler = SharedBatches(whole, mesh.member, mesh.model_size)
         if self.rows is None:
             return ClipFeed(self.dataset, sampler, cfg.data.num_workers)
         cache = LatentCache(cfg.data.cache, cache_fingerprint(cfg, self.encoder))
@@ -198,21 +205,21 @@ class _Run:
         fill_cache(
             self.dataset,
             self.rows,
-            (engine.rank, engine.world_size),
+            (mesh.rank, mesh.world_size),
             self.encoder,
             cache,
             num_workers=cfg.data.num_workers,
             set_aside=set_aside,
             stopped=stop.requested,
         )
-        everywhere = engine.gather(bad)  # also waits until every process has filled its share
+        everywhere = engine.peers.gather(bad)  # also waits until every process has filled its share
         for sample in (sample for samples in everywhere for sample in samples):
             quarantine.add(sample)
         return CacheFeed(cache, sampler, self.rows, cfg.data.draws)
 
     def _agree(self, wish: bool) -> bool:
-        return any(self.engine.gather(wish))
+        return any(self.engine.peers.gather(wish))
 
     def _outcome(self, step: int, stop: StopSignals) -> Outcome:
-        newest = self.engine.on_main(lambda: list_checkpoints(self.run_dir)[-1:])
+        newest = self.engine.peers.on_first(lambda: list_checkpoints(self.run_dir)[-1:])
         return Outcome(step, step >= self.cfg.train.steps, newest[0] if newest else None, stop.received)

@@ -24,7 +24,7 @@ def chosen_samples(ids: Sequence[str], max_samples: int) -> list[int]:
 
 
 class Validator:
-    """Keeps this rank's share of the held-out samples, encoded once, in memory."""
+    """Keeps this data rank's share of the held-out samples, encoded once, in memory."""
 
     def __init__(self, cfg: Config, dataset: ClipDataset, encoder: Encoder, objective: Objective, engine: Engine):
         """Raises DataError for a held-out sample that cannot be read."""
@@ -32,7 +32,7 @@ class Validator:
         self.timesteps = objective.fixed_timesteps(cfg.validation.timesteps)
         chosen = chosen_samples(dataset.ids, cfg.validation.max_samples)
         self.num_samples = len(chosen)
-        own = chosen[engine.rank :: engine.world_size]
+        own = chosen[engine.mesh.data_rank :: engine.mesh.data_size]
         self.samples: list[Encoded] = []
         for sample in load_listed(dataset, own, cfg.data.num_workers):
             if isinstance(sample, BadSample):
@@ -56,4 +56,5 @@ class Validator:
                 timesteps = torch.full((len(samples),), timestep, device=latents.device)
                 losses = self.objective.losses(model.conditioned(text, mask), latents, noise, timesteps)
                 sums[index] += losses.double().sum()
-        return (self.engine.sum(sums) / self.num_samples).tolist()
+        sums = self.engine.sum(sums) / self.engine.mesh.model_size  # as many ranks have the same samples
+        return (sums / self.num_samples).tolist()

@@ -13,13 +13,13 @@ import pandas as pd
 import pytest
 
 from tests.training_world import (
-    Command,
     World,
-    free_port,
+    finish,
     losses,
     make_world,
     metrics,
     newest_tensors,
+    start_processes,
     succeed,
     wait_for_step,
 )
@@ -46,21 +46,6 @@ def arguments(world: World, run_dir: Path, **changes: Any) -> list[str]:
     return [str(world.root / "empty.toml"), *world.arguments(run_dir, "clips", **settings)]
 
 
-def start_two(run_arguments: list[str], log: Path) -> list[Command]:
-    """What torchrun does: two processes that find each other through the environment."""
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [
-        Command(STAGE, run_arguments, log / f"rank{rank}", {"RANK": str(rank), "LOCAL_RANK": str(rank), **shared})
-        for rank in range(2)
-    ]
-
-
-def finish(commands: list[Command]) -> None:
-    for command in commands:
-        code = command.wait()
-        assert code == 0, f"exit {code}\n{command.out}\n{command.err}"
-
-
 def assert_same_run(run_dir: Path, expected: Path) -> None:
     """Equal to rounding: sums over samples are taken in another order."""
     np.testing.assert_allclose(losses(run_dir), losses(expected), rtol=1e-5)
@@ -78,7 +63,7 @@ def assert_same_run(run_dir: Path, expected: Path) -> None:
 
 def test_two_processes_equal_one_with_twice_the_batch(world: World, one_process: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "two"
-    commands = start_two(arguments(world, run_dir, train__batch_size=2), tmp_path / "log")
+    commands = start_processes(STAGE, arguments(world, run_dir, train__batch_size=2), 2, tmp_path / "log")
     finish(commands)
     assert len(metrics(run_dir)) == STEPS
     assert_same_run(run_dir, one_process)
@@ -91,7 +76,9 @@ def test_two_processes_equal_one_with_twice_the_batch(world: World, one_process:
 def test_stops_together_and_resumes_on_another_number_of_processes(world: World, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     changes: dict[str, Any] = {"train__batch_size": 1, "train__accumulation": 2, "train__steps": 100_000}
-    commands = start_two(arguments(world, run_dir, **{**changes, "checkpoint__every": 100_000}), tmp_path / "log")
+    commands = start_processes(
+        STAGE, arguments(world, run_dir, **{**changes, "checkpoint__every": 100_000}), 2, tmp_path / "log"
+    )
     wait_for_step(run_dir, 2, commands[0])
     os.kill(commands[1].pid, signal.SIGTERM)  # one rank is told: all stop after the same step
     finish(commands)
@@ -111,7 +98,9 @@ def test_bad_samples_on_one_rank(world: World, tmp_path: Path) -> None:
         frame.loc[row, "path"] = str(tmp_path / f"absent{row}.mp4")
     frame.to_parquet(tmp_path / "clips.parquet")
     changes: dict[str, Any] = {"data__manifest": str(tmp_path / "clips.parquet"), "data__max_bad_fraction": 0.5}
-    finish(start_two(arguments(world, tmp_path / "two", train__batch_size=1, **changes), tmp_path / "log"))
+    finish(
+        start_processes(STAGE, arguments(world, tmp_path / "two", train__batch_size=1, **changes), 2, tmp_path / "log")
+    )
     succeed(STAGE, arguments(world, tmp_path / "one", train__batch_size=2, **changes), tmp_path / "log" / "one")
     samples = [json.loads(line)["samples"] for line in metrics(tmp_path / "one")]
     assert min(samples) < 2
@@ -125,7 +114,9 @@ def test_bad_samples_on_one_rank(world: World, tmp_path: Path) -> None:
 
 
 def test_a_mistake_is_told_once_and_ends_both(world: World, tmp_path: Path) -> None:
-    commands = start_two(arguments(world, tmp_path / "run", data__manifest=str(tmp_path / "no.parquet")), tmp_path)
+    commands = start_processes(
+        STAGE, arguments(world, tmp_path / "run", data__manifest=str(tmp_path / "no.parquet")), 2, tmp_path
+    )
     assert [command.wait() for command in commands] == [2, 2]
     assert commands[0].err.splitlines()[-1].startswith("error: ")
     assert "no.parquet: no such file" in commands[0].err

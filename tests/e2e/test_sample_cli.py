@@ -24,6 +24,7 @@ from opensora_repro.config import Config, DataConfig, DiffusionConfig, SampleCon
 from opensora_repro.models.config import STDiTConfig
 from opensora_repro.models.weight_files import NULL_CAPTION_FILE
 from stages.sample import main
+from tests.checkpoints import write_checkpoint
 from tests.published_files import PUBLISHED, publish
 
 PROMPTS = ["a red circle moving left", "a blue square moving up", "../../etc/passwd; rm -rf ~"]
@@ -32,19 +33,14 @@ PROMPTS = ["a red circle moving left", "a blue square moving up", "../../etc/pas
 def save_run(run: Path, cfg: Config, *, steps: tuple[int, ...]) -> None:
     """A run's folder with a checkpoint of other random weights at each of `steps`."""
     from opensora_repro.models.stdit import STDiT
-    from opensora_repro.training.checkpoint import TrainState, save_checkpoint
-    from opensora_repro.training.ema import Ema
+    from opensora_repro.training.checkpoint import TrainState
 
     for step in steps:
         torch.manual_seed(step)
         model = STDiT(cfg.model)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
-        ema = Ema(model, 0.9)
-        for shadow in ema.shadow.values():
-            shadow.mul_(0.8)
-        optimizer = torch.optim.AdamW(model.parameters())
-        save_checkpoint(run, TrainState(step=step), model, ema, optimizer, dump_toml(cfg), keep=0)
+        write_checkpoint(run, model, dump_toml(cfg), TrainState(step=step), shrink_average=0.8)
 
 
 @pytest.fixture(scope="module")

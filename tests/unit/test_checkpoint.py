@@ -14,40 +14,43 @@ from opensora_repro.config import OptimConfig
 from opensora_repro.training.checkpoint import (
     CheckpointError,
     TrainState,
+    checkpoints_folder,
     clean_leftovers,
     list_checkpoints,
     load_checkpoint,
     newest_checkpoint,
-    save_checkpoint,
     verify_checkpoint,
 )
 from opensora_repro.training.ema import Ema
 from opensora_repro.training.optim import build_optimizer
+from opensora_repro.training.save import CheckpointWriter
+from tests.checkpoints import prepared
 
 
 class Run:
     """A tiny model with its average and optimizer."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, width: int = 5) -> None:
         torch.manual_seed(seed)
-        self.model = nn.Sequential(nn.Linear(3, 5), nn.GELU(), nn.Linear(5, 2))
-        self.ema = Ema(self.model, 0.9)
-        self.optimizer = build_optimizer(self.model, OptimConfig(lr=1e-2))
+        self.model = nn.Sequential(nn.Linear(3, width), nn.GELU(), nn.Linear(width, 2))
+        self.engine = prepared(self.model, build_optimizer(self.model, OptimConfig(lr=1e-2)))
+        self.ema = Ema(self.engine, 0.9)
 
     def step(self, seed: int) -> None:
         inputs = torch.randn(4, 3, generator=torch.Generator().manual_seed(seed))
         self.model(inputs).square().mean().backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.engine.step(1e-2, 1)
+        self.engine.zero_grad()
         self.ema.update()
 
     def save(self, run_dir: Path, step: int, keep: int = 0) -> Path:
         state = TrainState(step=step, samples_seen=4 * step, position=4 * step, ema_updates=self.ema.updates)
-        return save_checkpoint(run_dir, state, self.model, self.ema, self.optimizer, "[run]\n", keep=keep)
+        CheckpointWriter(run_dir, self.engine, "[run]\n", keep=keep, background=False).save(state, self.ema)
+        return checkpoints_folder(run_dir) / f"step-{step:08d}"
 
     def load(self, folder: Path) -> TrainState:
         state = verify_checkpoint(folder)
-        load_checkpoint(folder, state, self.model, self.ema, self.optimizer)
+        load_checkpoint(folder, state, self.engine, self.ema)
         return state
 
     def tensors(self) -> list[torch.Tensor]:
@@ -77,7 +80,7 @@ def test_layout_is_readable_without_us(tmp_path: Path) -> None:
     assert torch.equal(load_file(folder / "model.safetensors")["2.weight"], run.model[2].weight)
     assert torch.equal(load_file(folder / "ema.safetensors")["2.weight"], run.ema.shadow["2.weight"])
     moments = load_file(folder / "optimizer.safetensors")
-    assert torch.equal(moments["exp_avg.0.bias"], run.optimizer.state[run.model[0].bias]["exp_avg"])
+    assert torch.equal(moments["exp_avg.0.bias"], run.engine.optimizer.state[run.model[0].bias]["exp_avg"])
     state = json.loads((folder / "state.json").read_text())
     assert (state["step"], state["samples_seen"], state["position"], state["schema_version"]) == (1, 4, 4, 1)
     assert set(state["sha256"]) == names - {"state.json"}
@@ -165,8 +168,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
 
 def test_another_model_is_one_line(tmp_path: Path) -> None:
     folder = Run().save(tmp_path, 1)
-    other = Run()
-    other.model = nn.Sequential(nn.Linear(3, 6), nn.GELU(), nn.Linear(6, 2))
+    other = Run(width=6)
     with pytest.raises(CheckpointError, match="does not fit this model") as caught:
         other.load(folder)
     assert "\n" not in str(caught.value)

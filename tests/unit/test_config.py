@@ -142,13 +142,32 @@ def test_ranges(tmp_path: Path, override: str) -> None:
     assert "expected" in message
 
 
+HYBRID = ("parallel.engine=colossalai", "parallel.plugin=hybrid")
+
+
 @pytest.mark.parametrize(
-    "override", ["parallel.engine=colossalai", "parallel.plugin=zero2", "parallel.tp_size=2", "parallel.sp_size=2"]
+    ("overrides", "said"),
+    [
+        (["parallel.plugin=zero2"], 'parallel.plugin = "zero2": expected ddp with parallel.engine = torch'),
+        (["parallel.engine=deepspeed"], "parallel.engine"),
+        ([*HYBRID, "parallel.tp_size=3", "model.num_heads=16"], "16 heads are not divisible by tp_size=3"),
+        (["parallel.tp_size=2"], "parallel.tp_size = 2: expected 1 with parallel.plugin = ddp"),
+        ([*HYBRID, "parallel.tp_size=4", "model.mlp_ratio=1.05"], "channels are not divisible by tp_size=4"),
+        (["parallel.sp_size=2", "model.temporal_attention=false"], "parallel.sp_size = 2: expected 1 without"),
+        (["parallel.sp_size=8", "data.num_frames=7"], "parallel.sp_size = 8: there are only 7 latent frames"),
+        (["parallel.engine=colossalai", "parallel.plugin=gemini", "parallel.sp_size=2"], "parallel.plugin = gemini"),
+    ],
 )
-def test_only_one_engine_yet(tmp_path: Path, override: str) -> None:
-    message = error(tmp_path, BASE, override)
-    assert override.split("=")[0] in message
-    assert "this release has only" in message
+def test_impossible_layouts_stop_with_the_arithmetic(tmp_path: Path, overrides: list[str], said: str) -> None:
+    message = error(tmp_path, BASE, *overrides)
+    assert said in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("plugin", ["ddp", "zero1", "zero2", "gemini", "hybrid"])
+def test_every_plugin_of_the_design_is_known(tmp_path: Path, plugin: str) -> None:
+    config = load(tmp_path, BASE, "parallel.engine=colossalai", f"parallel.plugin={plugin}")
+    assert config.parallel.plugin == plugin
 
 
 def test_dump_round_trip_and_hash(tmp_path: Path) -> None:

@@ -32,6 +32,9 @@ def test_training_measures_and_notices_a_loss_that_does_not_fall(monkeypatch: py
     result = gpu_checks.training(CPU, **run)
     assert result["last_loss"] < result["first_loss"]
     assert result["tokens_per_second"] > 0
+    sharded = gpu_checks.training(CPU, **run, plugin="zero2")
+    assert sharded["first_loss"] == pytest.approx(result["first_loss"], rel=1e-4)
+    assert sharded["last_loss"] == pytest.approx(result["last_loss"], rel=1e-2)
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
     with pytest.raises(AssertionError, match="does not fall"):
         gpu_checks.training(CPU, **run)

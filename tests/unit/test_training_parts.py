@@ -20,17 +20,17 @@ from opensora_repro.data.manifest import DataError
 from opensora_repro.models.config import STDiTConfig
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.models.weights import zero_temporal_attention
-from opensora_repro.training.checkpoint import TrainState, save_checkpoint
-from opensora_repro.training.ema import Ema
+from opensora_repro.training.checkpoint import TrainState
 from opensora_repro.training.errors import TrainingError
 from opensora_repro.training.feed import ids_fingerprint
 from opensora_repro.training.init import changed_settings, claimed_run_folder, find_start
 from opensora_repro.training.insertion import assert_equals_image_model
 from opensora_repro.training.metrics import JsonLines
-from opensora_repro.training.optim import build_optimizer, global_norm, learning_rate, scale_gradients
+from opensora_repro.training.optim import learning_rate
 from opensora_repro.training.plan import count_parameters, training_flops
 from opensora_repro.training.positions import describe_rescaling
 from opensora_repro.training.quarantine import Quarantine
+from tests.checkpoints import prepared, write_checkpoint
 
 TINY = STDiTConfig(hidden_size=32, depth=2, num_heads=4, caption_channels=12, model_max_length=6)
 
@@ -54,14 +54,18 @@ def test_learning_rate_warms_up_stays_and_decays() -> None:
     assert constant == [0.3] * 5
 
 
-def test_global_norm_and_scaling() -> None:
+def test_the_engines_norm_and_step() -> None:
     model = torch.nn.Linear(7, 5)
-    model(torch.randn(3, 7)).square().sum().backward()
-    parameters = list(model.parameters())
-    expected = torch.cat([p.grad.flatten() for p in parameters]).norm()
-    torch.testing.assert_close(global_norm(parameters), expected)
-    scale_gradients(parameters, 0.5)
-    torch.testing.assert_close(global_norm(parameters), expected / 2)
+    before = model.weight.detach().clone()
+    engine = prepared(model, torch.optim.SGD(model.parameters(), lr=9.0))
+    engine.backward(model(torch.randn(3, 7)).square().sum())
+    gradient = model.weight.grad.clone()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()]).double().square().sum()
+    torch.testing.assert_close(engine.squared_gradients(), expected, rtol=1e-6, atol=0)
+    engine.step(lr=0.1, factor=0.5)
+    torch.testing.assert_close(model.weight.detach(), before - 0.05 * gradient)
+    engine.zero_grad()
+    assert model.weight.grad is None
 
 
 # Logs
@@ -122,10 +126,7 @@ def test_quarantine_of_an_earlier_start_is_not_written_twice(tmp_path: Path) -> 
 
 
 def saved_run(tmp_path: Path, cfg: Config) -> None:
-    model = STDiT(TINY)
-    state = TrainState(step=4, global_batch_size=8)
-    optimizer = build_optimizer(model, cfg.optim)
-    save_checkpoint(tmp_path, state, model, Ema(model, 0.9), optimizer, dump_toml(cfg), keep=0)
+    write_checkpoint(tmp_path, STDiT(TINY), dump_toml(cfg), TrainState(step=4, global_batch_size=8))
 
 
 def test_resumes_with_equal_or_freely_changed_settings(tmp_path: Path) -> None:
@@ -151,7 +152,7 @@ def test_resumes_with_equal_or_freely_changed_settings(tmp_path: Path) -> None:
         ("diffusion__objective", "flow", "diffusion.objective = 'iddpm' there, 'flow' here"),
         ("model__depth", 3, "model.depth = 2 there, 3 here"),
         ("ema__decay", 0.5, "ema.decay = 0.9999 there, 0.5 here"),
-        ("train__batch_size", 4, "train.accumulation x processes) = 8 there, 4 here (4 x 1 x 1 processes)"),
+        ("train__batch_size", 4, "train.accumulation x data ranks) = 8 there, 4 here (4 x 1 x 1 data ranks)"),
     ],
 )
 def test_refuses_other_settings_by_name(tmp_path: Path, key: str, value: Any, shown: str) -> None:

@@ -1,0 +1,63 @@
+"""How ranks are laid out: data x sequence x tensor parallelism, the last axis fastest.
+
+Ranks that share a sample are neighbours, so that their traffic stays within a machine wherever it fits; tensor
+parallelism talks most, so its ranks are the closest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opensora_repro.parallel.errors import EngineError
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """One process's place. Raises EngineError where the processes cannot be laid out."""
+
+    rank: int = 0
+    world_size: int = 1
+    tp_size: int = 1
+    sp_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.world_size % self.model_size:
+            raise EngineError(
+                f"{self.world_size} processes are not divisible by parallel.tp_size={self.tp_size} x "
+                f"parallel.sp_size={self.sp_size} = {self.model_size}: start a multiple of {self.model_size}"
+            )
+
+    @property
+    def model_size(self) -> int:
+        """Processes that work on the same samples."""
+        return self.tp_size * self.sp_size
+
+    @property
+    def data_size(self) -> int:
+        """Shares that a step's samples are divided into."""
+        return self.world_size // self.model_size
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank // self.model_size
+
+    @property
+    def member(self) -> int:
+        """This process's number among those that work on the same samples."""
+        return self.rank % self.model_size
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.member % self.tp_size
+
+    @property
+    def sequence_rank(self) -> int:
+        return self.member // self.tp_size
+
+    def model_groups(self) -> list[list[int]]:
+        """Ranks that work on the same samples."""
+        return [list(range(first, first + self.model_size)) for first in range(0, self.world_size, self.model_size)]
+
+    def sequence_groups(self) -> list[list[int]]:
+        """Ranks that share a sample's frames and hold the same weights."""
+        return [group[t :: self.tp_size] for group in self.model_groups() for t in range(self.tp_size)]

@@ -1,0 +1,183 @@
+"""Saving a checkpoint by all ranks together, in the foreground or behind the training.
+
+Tensors become whole one at a time and each is kept, in host memory, by the one rank that will write it; so no device
+and no process ever holds a second model. The snapshot is all that training waits for: writing, hashing and renaming
+may go on in a thread, which talks to the other ranks' threads through a process group of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from opensora_repro.parallel.engine import Engine
+from opensora_repro.parallel.peers import Peers
+from opensora_repro.training.checkpoint import (
+    CONFIG_FILE,
+    EMA_FILE,
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    SCHEMA_VERSION,
+    STATE_FILE,
+    CheckpointError,
+    TrainState,
+    checkpoints_folder,
+    file_sha256,
+    optimizer_pieces,
+    prune,
+    remove,
+    sync_folder,
+    write_text,
+)
+from opensora_repro.training.ema import Ema
+from opensora_repro.training.tensor_file import TensorFile
+
+
+@dataclass
+class Snapshot:
+    """A checkpoint's content: every file's layout, and the tensors that this rank writes."""
+
+    state: TrainState
+    layouts: dict[str, dict[str, tuple[torch.dtype, torch.Size]]]
+    own: dict[str, dict[str, Tensor]]
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints and keeps the newest `keep` of them (0: all). All methods are collective."""
+
+    def __init__(self, run_dir: Path, engine: Engine, config_toml: str, *, keep: int, background: bool) -> None:
+        self.run_dir, self.engine, self.config_toml, self.keep = run_dir, engine, config_toml, keep
+        self.background = background
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def save(self, state: TrainState, ema: Ema) -> None:
+        """Write the checkpoint of `state.step`, or begin to; raises CheckpointError, also the one before's."""
+        self.wait()
+        snapshot = take_snapshot(self.engine, ema, state, copy=self.background)
+        if not self.background:
+            self._write(snapshot, self.engine.peers)
+            return
+        self._thread = threading.Thread(target=self._write_behind, args=(snapshot,), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until what was begun is written. Raises CheckpointError where it could not be."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _write_behind(self, snapshot: Snapshot) -> None:
+        try:
+            self._write(snapshot, self.engine.savers)
+        except Exception as error:  # raised where the run waits for this thread
+            self._error = error
+
+    def _write(self, snapshot: Snapshot, peers: Peers) -> None:
+        final = checkpoints_folder(self.run_dir) / f"step-{snapshot.state.step:08d}"
+        beside = final.with_name(f".{final.name}.tmp")
+        files = {name: TensorFile(beside / name, layout) for name, layout in snapshot.layouts.items()}
+        try:
+            with _together(peers, final):
+                if peers.rank == 0:
+                    _create(beside, files)
+            with _together(peers, final):
+                for name, file in files.items():
+                    file.write(snapshot.own[name])
+            hashes: dict[str, str] = {}
+            with _together(peers, final):
+                hashes = {name: file_sha256(beside / name) for name in sorted(files)[peers.rank :: peers.size]}
+            every = {name: value for part in peers.gather(hashes) for name, value in part.items()}
+            with _together(peers, final):
+                if peers.rank == 0:
+                    _finish(beside, final, snapshot.state, self.config_toml, every)
+                    prune(self.run_dir, snapshot.state.step, self.keep)
+        except CheckpointError:
+            if peers.rank == 0:
+                shutil.rmtree(beside, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def _together(peers: Peers, final: Path) -> Iterator[None]:
+    """Every rank does its part of the block and waits for the others; all raise where one could not."""
+    error = None
+    try:
+        yield
+    except OSError as found:
+        where = f" (process {peers.rank} on {socket.gethostname()}: all need one file system)" if peers.rank else ""
+        error = CheckpointError(f"cannot write checkpoint {final}: {' '.join(str(found).split())}{where}")
+    peers.agree(error)
+
+
+def take_snapshot(engine: Engine, ema: Ema, state: TrainState, *, copy: bool) -> Snapshot:
+    """Collective. `copy`: the tensors will still be read after training has gone on."""
+    entries = list(_entries(engine, ema))
+    sizes = [math.prod(shape) * dtype.itemsize for _, _, dtype, shape, _, _ in entries]
+    owners = share_out(sizes, engine.mesh.world_size)
+    files = (MODEL_FILE, EMA_FILE, OPTIMIZER_FILE)
+    snapshot = Snapshot(dataclasses.replace(state), {file: {} for file in files}, {file: {} for file in files})
+    for (file, key, dtype, shape, name, piece), owner in zip(entries, owners, strict=True):
+        snapshot.layouts[file][key] = (dtype, shape)
+        whole = engine.whole(name, piece) if name else piece
+        if owner == engine.mesh.rank:
+            snapshot.own[file][key] = whole.detach().to("cpu", copy=copy)
+    return snapshot
+
+
+def _entries(engine: Engine, ema: Ema) -> Iterator[tuple[str, str, torch.dtype, torch.Size, str, Tensor]]:
+    """(file, key, dtype, shape, parameter that it is spread as, this rank's piece); no parameter: whole everywhere."""
+    for file, weights in ((MODEL_FILE, engine.masters), (EMA_FILE, ema.shadow)):
+        for name, piece in weights.items():
+            yield file, name, piece.dtype, engine.whole_shape(name), name, piece
+        for name, value in engine.fixed.items():
+            yield file, name, value.dtype, value.shape, "", value
+    for kind, name, piece in optimizer_pieces(engine):
+        shape = engine.whole_shape(name) if piece.ndim else piece.shape
+        yield OPTIMIZER_FILE, f"{kind}.{name}", piece.dtype, shape, name if piece.ndim else "", piece
+
+
+def share_out(sizes: Sequence[int], count: int) -> list[int]:
+    """Whose each item is, so that all `count` get about as much: always the least laden one's."""
+    load = [0] * count
+    owners = []
+    for size in sizes:
+        owner = load.index(min(load))
+        load[owner] += size
+        owners.append(owner)
+    return owners
+
+
+def _create(beside: Path, files: dict[str, TensorFile]) -> None:
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    remove(beside)
+    beside.mkdir()
+    for file in files.values():
+        file.create()
+
+
+def _finish(beside: Path, final: Path, state: TrainState, config_toml: str, hashes: dict[str, str]) -> None:
+    """What is not a tensor; then the name under which the checkpoint is seen."""
+    write_text(beside / CONFIG_FILE, config_toml)
+    hashes = {**hashes, CONFIG_FILE: file_sha256(beside / CONFIG_FILE)}
+    content = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(state), "sha256": dict(sorted(hashes.items()))}
+    write_text(beside / STATE_FILE, json.dumps(content, indent=2) + "\n")
+    sync_folder(beside)
+    remove(final)  # a damaged one of this step, which resuming passed over
+    os.rename(beside, final)
+    sync_folder(final.parent)

@@ -1,0 +1,161 @@
+"""Every engine, plugin and layout over gloo trains the run of one process, and goes on with any other's checkpoints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.training_world import World, finish, losses, make_world, metrics, newest_tensors, start_processes
+
+STAGE = "stages.stage2_video"
+STEPS, SAVED = 8, 4
+SAMPLES = 4  # a step
+TOLERANCE = 1e-5  # relative
+
+COLOSSAL = {"parallel__engine": "colossalai"}
+DDP, ZERO1, ZERO2, HYBRID = ({**COLOSSAL, "parallel__plugin": name} for name in ("ddp", "zero1", "zero2", "hybrid"))
+
+# name: processes and settings
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "zero2 x 1": (1, ZERO2),
+    "torch sp 2": (2, {"parallel__sp_size": 2}),
+    "torch sp 4": (4, {"parallel__sp_size": 4}),
+    "ddp x 2": (2, DDP),
+    "ddp x 4": (4, DDP),
+    "zero1 x 2": (2, ZERO1),
+    "zero1 x 4": (4, ZERO1),
+    "zero2 x 2": (2, ZERO2),
+    "zero2 x 4": (4, ZERO2),
+    "hybrid x 2": (2, HYBRID),
+    "tp 2": (2, {**HYBRID, "parallel__tp_size": 2}),
+    "zero2 sp 2": (2, {**ZERO2, "parallel__sp_size": 2}),
+    "zero1 x 2, sp 2": (4, {**ZERO1, "parallel__sp_size": 2}),
+    "tp 2, sp 2": (4, {**HYBRID, "parallel__tp_size": 2, "parallel__sp_size": 2}),
+    "hybrid x 2, tp 2": (4, {**HYBRID, "parallel__tp_size": 2}),
+}
+RESUMED = ("one process", "zero2 x 2", "tp 2, sp 2")  # saved by each, continued by each
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def runs(world: World) -> dict[str, Path]:
+    """The finished runs of this file by layout."""
+    return {}
+
+
+def train(world: World, layout: str, run_dir: Path, **changes: Any) -> Path:
+    """Start the layout's processes, to 8 steps of 4 samples; every third caption is much longer than the others."""
+    processes, settings = LAYOUTS.get(layout, (1, {}))
+    model_size = settings.get("parallel__tp_size", 1) * settings.get("parallel__sp_size", 1)
+    given = {
+        "train__steps": STEPS,
+        "train__batch_size": SAMPLES * model_size // processes,
+        "checkpoint__every": SAVED,
+        "checkpoint__keep": 0,
+        "optim__clip_norm": 0.5,
+        "optim__eps": 1e-6,  # AdamW makes whole steps of rounding errors where a gradient is nought (a key's bias)
+        "data__num_frames": 5,  # which neither 2 nor 4 divides
+        "data__val_manifest": str(world.manifest("val")),
+        "validation__every": STEPS,
+        "sample__every": STEPS,
+        "sample__prompts": ["a red square", "a much longer caption of a blue square"],
+        "sample__steps": 2,
+        **settings,
+        **changes,
+    }
+    arguments = [str(world.root / "empty.toml"), *world.arguments(run_dir, "clips", **given)]
+    finish(start_processes(STAGE, arguments, processes, run_dir.with_name(f"{run_dir.name}-log")))
+    return run_dir
+
+
+def run_of(world: World, runs: dict[str, Path], layout: str) -> Path:
+    if layout not in runs:
+        runs[layout] = train(world, layout, world.root / layout.replace(" ", "").replace(",", "-"))
+    return runs[layout]
+
+
+def distance(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]) -> float:
+    """The worst tensor's |difference| over its |value|, Euclidean."""
+    assert found.keys() == wanted.keys()
+    return max(float(np.linalg.norm(found[key] - wanted[key]) / np.linalg.norm(wanted[key])) for key in wanted)
+
+
+def assert_same(run_dir: Path, expected: Path) -> None:
+    np.testing.assert_allclose(losses(run_dir), losses(expected), rtol=TOLERANCE)
+    for ours, theirs in zip(map(json.loads, metrics(run_dir)), map(json.loads, metrics(expected)), strict=True):
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=TOLERANCE)
+        assert [ours[key] for key in ("step", "lr", "samples", "tokens")] == [
+            theirs[key] for key in ("step", "lr", "samples", "tokens")
+        ]
+    for name in ("model", "ema"):
+        assert distance(newest_tensors(run_dir, name), newest_tensors(expected, name)) <= TOLERANCE
+    validations = [json.loads((path / "validation.jsonl").read_text()) for path in (run_dir, expected)]
+    np.testing.assert_allclose(validations[0]["losses"], validations[1]["losses"], rtol=TOLERANCE)
+    assert {path.name for path in samples(run_dir)} == {path.name for path in samples(expected)}
+
+
+def samples(run_dir: Path) -> list[Path]:
+    return list((run_dir / "samples" / f"step-{STEPS:08d}").iterdir())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_trains_the_run_of_one_process(world: World, runs: dict[str, Path], layout: str) -> None:
+    assert_same(run_of(world, runs, layout), run_of(world, runs, "one process"))
+
+
+def test_micro_batches_and_recomputed_activations(world: World, runs: dict[str, Path], tmp_path: Path) -> None:
+    """Gradients of several micro-batches add up under ZeRO too, and recomputing meets the same exchanges again."""
+    for layout in ("zero1 x 2", "zero2 x 2", "tp 2, sp 2"):
+        processes, settings = LAYOUTS[layout]
+        batch_size = SAMPLES * settings.get("parallel__tp_size", 1) * settings.get("parallel__sp_size", 1) // processes
+        changes = {"train__batch_size": batch_size // 2, "train__accumulation": 2}
+        run_dir = train(
+            world, layout, tmp_path / layout.replace(" ", ""), train__activation_checkpointing=True, **changes
+        )
+        assert_same(run_dir, run_of(world, runs, "one process"))
+
+
+@pytest.mark.parametrize("then", RESUMED)
+@pytest.mark.parametrize("first", RESUMED)
+def test_continues_from_any_layouts_checkpoint(
+    world: World, runs: dict[str, Path], tmp_path: Path, first: str, then: str
+) -> None:
+    if first == then:
+        pytest.skip("the whole run above")
+    whole = run_of(world, runs, first)
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole, run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / f"step-{STEPS:08d}")
+    shutil.rmtree(run_dir / "samples")
+    (run_dir / "validation.jsonl").unlink()
+    train(world, then, run_dir)
+    assert_same(run_dir, whole)
+
+
+def test_bf16_is_within_rounding(world: World, tmp_path: Path) -> None:
+    """The yardstick: what one process gets when it takes the same samples in micro-batches instead."""
+    changes: dict[str, Any] = {"train__dtype": "bf16"}
+    one = train(world, "one process", tmp_path / "one", **changes)
+    ordered = train(
+        world, "one process", tmp_path / "ordered", **changes, train__batch_size=1, train__accumulation=SAMPLES
+    )
+    noise = loss_distance(ordered, one)
+    assert noise > 0
+    for layout in ("zero2 x 2", "torch sp 2", "tp 2, sp 2"):
+        found = train(world, layout, tmp_path / layout.replace(" ", ""), **changes)
+        assert loss_distance(found, one) <= noise, layout
+
+
+def loss_distance(found: Path, wanted: Path) -> float:
+    ours, theirs = np.array(losses(found)), np.array(losses(wanted))
+    return float(np.abs(ours / theirs - 1).max())
