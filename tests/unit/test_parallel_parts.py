@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from opensora_repro.config import ParallelConfig
 from opensora_repro.data.sampler import BatchSampler, SharedBatches, interleave
+from opensora_repro.parallel.engine import build_engine
 from opensora_repro.parallel.errors import EngineError
 from opensora_repro.parallel.mesh import Mesh
 from opensora_repro.parallel.tensor import Cut
@@ -127,3 +130,14 @@ def test_a_failed_background_save_is_raised_at_the_next_one(tmp_path: Path) -> N
     run.writer.save(TrainState(step=3), run.ema)
     run.writer.wait()
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000003"]
+
+
+def test_without_colossalai_the_torch_engine_works_and_the_other_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "colossalai", None)
+    for name in ("opensora_repro.parallel.colossal", "opensora_repro.parallel.cpu"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert build_engine(ParallelConfig(), "cpu").mesh == Mesh()
+    with pytest.raises(EngineError, match="the package colossalai is not installed: pip install colossalai, or set"):
+        build_engine(ParallelConfig(engine="colossalai", plugin="zero2"), "cpu")

@@ -1,0 +1,69 @@
+"""`stages.sample` under torchrun: prompts shared out, frames shared, the samples those of one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from opensora_repro.config import dump_toml, load_config
+from opensora_repro.data.video import read_frames
+from opensora_repro.models.stdit import STDiT
+from opensora_repro.training.checkpoint import TrainState
+from tests.checkpoints import write_checkpoint
+from tests.training_world import World, finish, make_world, start_processes
+
+FRAMES = 5  # which two processes cannot halve
+PROMPTS = ["a red square", "a much longer caption of a blue square that moves", "green"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    world = make_world(tmp_path_factory.mktemp("world"))
+    cfg = load_config(world.root / "empty.toml", world.arguments(world.root / "run", "clips", data__num_frames=FRAMES))
+    torch.manual_seed(0)
+    model = STDiT(cfg.model)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    write_checkpoint(world.root / "run", model, dump_toml(cfg), TrainState(step=1))
+    return world
+
+
+def sample(world: World, processes: int, out: Path, *options: str) -> list[str]:
+    """Sample all prompts; return what the processes said."""
+    prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    arguments = [str(world.root / "run"), *prompts, "--out", str(out), "--steps", "3", "--batch-size", "2", *options]
+    commands = start_processes("stages.sample", arguments, processes, out.with_name(f"{out.name}-log"))
+    finish(commands)
+    return [command.out for command in commands]
+
+
+def videos(out: Path) -> np.ndarray:
+    files = [entry["file"] for entry in json.loads((out / "samples.json").read_text())["samples"]]
+    assert files == [f"{index:04d}.mp4" for index in range(len(PROMPTS))]
+    return np.stack([read_frames(out / file, start=0, count=FRAMES).numpy() for file in files]).astype(int)
+
+
+@pytest.mark.parametrize(("processes", "options"), [(2, ()), (2, ("--sp-size", "2")), (4, ("--sp-size", "2"))])
+def test_samples_are_those_of_one_process(
+    world: World, tmp_path: Path, processes: int, options: tuple[str, ...]
+) -> None:
+    sample(world, 1, tmp_path / "one")
+    said = sample(world, processes, tmp_path / "shared", *options)
+    difference = np.abs(videos(tmp_path / "shared") - videos(tmp_path / "one"))
+    assert difference.max() <= 4  # rounding to pixels, then the codec's
+    assert "3 written to" in said[0]
+    assert not any(said[1:])
+    records = [json.loads((tmp_path / name / "samples.json").read_text()) for name in ("shared", "one")]
+    assert records[0] == records[1]
+
+
+def test_processes_that_do_not_divide_are_one_line(world: World, tmp_path: Path) -> None:
+    arguments = [str(world.root / "run"), "--prompt", "x", "--out", str(tmp_path / "out"), "--sp-size", "2"]
+    (command,) = start_processes("stages.sample", arguments, 1, tmp_path / "log")
+    assert command.wait() == 2
+    assert "1 processes are not divisible by" in command.err
+    assert len(command.err.strip().splitlines()) == 1
