@@ -94,14 +94,16 @@ def fill_cache(
 ) -> None:
     """Encode what the cache lacks of every sample's draws; what a killed fill wrote is kept.
 
-    `share` is (rank, world size): each process fills its part. Ends early once `stopped()`.
+    `share` is (rank, world size): each process fills its rows. Ends early once `stopped()`.
     """
     from tqdm import tqdm
 
     draws = dataset.cfg.draws
     missing = set(cache.missing(rows.keys(draws)))
-    pairs = [(draw, i) for i, name in enumerate(rows.names) for draw in range(draws) if (name, draw) in missing]
-    todo = pairs[share[0] :: share[1]]
+    # A share is every so many rows of all, not of those missing: others write while this one looks. A row's draws stay
+    # together, so that its caption is encoded once.
+    own = range(share[0], len(rows.names), share[1])
+    todo = [(draw, i) for i in own for draw in range(draws) if (rows.names[i], draw) in missing]
     if not todo:
         return
     interval = 0.5 if sys.stderr.isatty() else 15.0
