@@ -219,6 +219,8 @@ def frozen_models(device: torch.device) -> dict[str, Any]:
         pixels = vae.decode(vae.sample_latents(moments, None)[None])
         text = load_text_encoder(TextConfig(path=str(text_folder)), 12, where, torch.float32)
         embedded, mask = text.encode(captions)
+        streamed = load_text_encoder(TextConfig(path=str(text_folder), offload=True), 12, where, torch.float32)
+        assert torch.equal(streamed.encode(captions)[0], embedded), "text.offload changes the embeddings"
         found.append({"moments": moments, "pixels": pixels, "text": embedded, "mask": mask.float()})
     on_cpu, on_gpu = found
     return {key: require(relative_error(on_gpu[key], on_cpu[key]), 10 * FP32_TOLERANCE, key) for key in on_cpu}

@@ -65,6 +65,7 @@ class VaeConfig:
 @dataclass(frozen=True)
 class TextConfig:
     path: str = "DeepFloyd/t5-v1_1-xxl"  # hub name or local folder
+    offload: bool = False  # on a GPU: keep the weights in host memory, stream them layer by layer
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import nn
 
 T = TypeVar("T")
+HashFile = Callable[[Path], str]  # a digest of a file's content
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -20,35 +21,159 @@ class ModelNotFound(ValueError):
     """A frozen model is absent or unusable; the message is one line meant for the user."""
 
 
+class FrozenModel(Generic[T]):
+    """A frozen model whose files have been looked over, and whose weights are read when something first needs them."""
+
+    def __init__(
+        self,
+        load: Callable[..., T],
+        path: str,
+        *,
+        key: str,
+        kind: str,
+        weights: Sequence[str],
+        tokenizer: Sequence[str] = (),
+    ) -> None:
+        """`load` takes a folder, as `load_frozen` calls it; `weights` are the names it tries, the first one found wins.
+
+        `tokenizer` names what a tokenizer may consist of; a model that has one needs at least one of the files. Raises
+        ModelNotFound for whatever can be seen without reading the weights.
+        """
+        self.where, self.kind = f"{key}={path}", kind
+        self.folder = find_folder(path, key=key, kind=kind)
+        try:
+            self.config = _read_object(self.folder / "config.json")
+            self.files = [self.folder / "config.json", *_weight_files(self.folder, weights)]
+            found = [self.folder / name for name in tokenizer if (self.folder / name).is_file()]
+            if tokenizer and not found:
+                raise ValueError(f"no {tokenizer[0]} or {tokenizer[1]}; are the tokenizer's files there?")
+            self.files += found
+        except (OSError, ValueError) as error:
+            raise self._unusable(error) from error
+        self._load = load
+        self._model: T | None = None
+
+    @property
+    def loaded(self) -> bool:
+        return self._model is not None
+
+    def get(self) -> T:
+        """The model, loaded at the first call. Raises ModelNotFound."""
+        if self._model is None:
+            self._model = _load(self._load, self.folder, self.where, self.kind)
+        return self._model
+
+    def release(self) -> None:
+        """Let go of the weights; the next `get` reads them again."""
+        self._model = None
+
+    def size(self, name: str) -> int:
+        """A whole number of config.json. Raises ModelNotFound."""
+        value = self.config.get(name)
+        if type(value) is not int:
+            raise self._unusable(ValueError(f"config.json has no number {name}"))
+        return value
+
+    def sizes(self, name: str) -> list[int]:
+        """A list of whole numbers of config.json. Raises ModelNotFound."""
+        value = self.config.get(name)
+        if not isinstance(value, list) or not value or not all(type(item) is int for item in value):
+            raise self._unusable(ValueError(f"config.json has no numbers {name}"))
+        return value
+
+    def fingerprint(self, hash_file: HashFile, *settings: object) -> str:
+        """Hash of the files' contents, wherever they lie, and of the settings that decide what is made of them."""
+        digest = hashlib.blake2b(digest_size=16)
+        for part in (*(f"{file.name} {hash_file(file)}" for file in self.files), *map(str, settings)):
+            digest.update(f"{len(part)};{part};".encode())
+        return digest.hexdigest()
+
+    def _unusable(self, error: Exception) -> ModelNotFound:
+        return ModelNotFound(f"{self.where}: cannot be loaded as a {self.kind} ({_one_line(error)})")
+
+
 def load_frozen(load: Callable[..., T], path: str, *, key: str, kind: str) -> T:
-    """Return `load(path, local_files_only=True)` for a local folder or a hub name.
+    """Return `load(folder, local_files_only=True)` for a local folder or a hub name.
 
     `key` is the config key that holds `path`, `kind` what is expected there; both appear in the error. Raises
     ModelNotFound.
     """
+    return _load(load, find_folder(path, key=key, kind=kind), f"{key}={path}", kind)
+
+
+def find_folder(path: str, *, key: str, kind: str) -> Path:
+    """The local folder itself, or the one in the hub's cache. Raises ModelNotFound."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelNotFound(f"{key}={path}: no config.json in this folder, expected a {kind}")
-        return _load(load, str(folder), f"{key}={path}", kind)
+        return folder
     if folder.exists() or not HUB_NAME.fullmatch(path):
         raise ModelNotFound(f"{key}={path}: no such folder, expected a {kind} (a local folder or a hub name)")
-    if not _in_cache(path):
+    cached = _in_cache(path)
+    if cached is None:
         raise ModelNotFound(_how_to_fetch(path, key))
-    return _load(load, path, f"{key}={path}", kind)
+    return cached
 
 
-def _load(load: Callable[..., T], path: str, where: str, kind: str) -> T:
+def _load(load: Callable[..., T], folder: Path, where: str, kind: str) -> T:
     try:
-        return load(path, local_files_only=True)
+        return load(str(folder), local_files_only=True)
+    except torch.cuda.OutOfMemoryError:
+        raise  # nothing is wrong with the files
     except Exception as error:  # the libraries raise whatever the file at hand made them stumble over
         raise ModelNotFound(f"{where}: cannot be loaded as a {kind} ({_one_line(error)})") from error
 
 
-def _in_cache(name: str) -> bool:
+def _weight_files(folder: Path, names: Sequence[str]) -> list[Path]:
+    """What the libraries read: the first of the names that is there, as one file, as an index with shards, or both.
+
+    Raises ValueError where a file is absent or ends early.
+    """
+    for name in names:
+        found = [folder / name] if (folder / name).is_file() else []
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            shards = _read_object(index).get("weight_map")
+            if not isinstance(shards, dict):
+                raise ValueError(f"{index.name} has no weight_map")
+            found += [index, *(folder / shard for shard in sorted(set(map(str, shards.values()))))]
+        for file in found:
+            if not file.is_file():
+                raise ValueError(f"{file.name} is missing, which {index.name} lists")
+            if file.suffix == ".safetensors":
+                _check_whole(file)
+        if found:
+            return found
+    raise ValueError(f"no {' or '.join(names)} in the folder")
+
+
+def _check_whole(path: Path) -> None:
+    """Raise ValueError for a safetensors file that is not as long as its header says, such as half a download."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt"):  # reads the header alone
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path.name}: {error}; was it copied whole?") from None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} holds no JSON object")
+    return content
+
+
+def _in_cache(name: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    config = try_to_load_from_cache(name, "config.json")
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def _how_to_fetch(name: str, key: str) -> str:
@@ -76,16 +201,3 @@ def check_complete(info: dict[str, Any]) -> None:
     missing = sorted(map(str, info.get("missing_keys", ()))) + sorted(map(str, info.get("mismatched_keys", ())))
     if missing:
         raise ValueError(f"{len(missing)} weights are missing or misshapen, first {missing[0]}")
-
-
-def fingerprint(*parts: nn.Module | str) -> str:
-    """Return a hash of modules' weights (values and dtype) and of plain strings."""
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        if isinstance(part, nn.Module):
-            for name, value in sorted(part.named_parameters()):
-                digest.update(f"{name} {value.dtype} {list(value.shape)};".encode())
-                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        else:
-            digest.update(f"{len(part)};{part};".encode())
-    return digest.hexdigest()

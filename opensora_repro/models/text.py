@@ -6,18 +6,20 @@ import html
 import re
 import unicodedata
 from collections.abc import Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from opensora_repro.models.pretrained import check_complete, fingerprint, load_frozen
+from opensora_repro.models.catalog import sha256_of
+from opensora_repro.models.pretrained import FrozenModel, HashFile, check_complete, load_frozen
 
 if TYPE_CHECKING:
     from opensora_repro.config import TextConfig
 
 KIND = "transformers T5 encoder with its tokenizer"
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # as transformers looks for them
+TOKENIZER = ("tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 CLIP_KIND = "transformers CLIP text model with its tokenizer"
 MAX_CHARACTERS = 4096  # far beyond what the encoder reads; bounds the work that a hostile caption can cause
 GPU_BATCH_SIZE = 8
@@ -59,21 +61,34 @@ def _clean_once(text: str) -> str:
 
 
 class T5Text:
-    """A T5 encoder and its tokenizer; every caption becomes `max_length` tokens and a mask."""
+    """A T5 encoder and its tokenizer; every caption becomes `max_length` tokens and a mask.
 
-    def __init__(self, model: Any, tokenizer: Any, max_length: int) -> None:
+    Both are loaded at the first encoding; `channels` and `fingerprint` need neither.
+    """
+
+    def __init__(
+        self, frozen: FrozenModel[tuple[Any, Any]], max_length: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """`frozen` gives the model and its tokenizer, `device` is where it computes. Raises ModelNotFound."""
         if max_length < 1:
             raise ValueError(f"model.model_max_length={max_length} must be at least 1")
-        self.model = model
-        self.tokenizer = tokenizer
+        self.frozen = frozen
         self.max_length = max_length
-        self.channels = int(model.config.d_model)
+        self.device, self.dtype = device, dtype
+        self.channels = frozen.size("d_model")
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of what decides the embeddings: weights, dtype, tokenizer, length, and how captions are cleaned."""
-        vocabulary = repr(sorted(self.tokenizer.get_vocab().items()))
-        return fingerprint(self.model, vocabulary, f"{self.max_length} {CLEANING}")
+    @property
+    def model(self) -> Any:
+        """The T5EncoderModel. Raises ModelNotFound."""
+        return self.frozen.get()[0]
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.frozen.get()[1]
+
+    def fingerprint(self, hash_file: HashFile = sha256_of) -> str:
+        """Hash of what decides the embeddings: the files, the dtype, the length, and how captions are cleaned."""
+        return self.frozen.fingerprint(hash_file, self.dtype, self.max_length, CLEANING)
 
     @torch.no_grad()  # not inference mode: the embeddings may be saved for a backward pass
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -81,7 +96,7 @@ class T5Text:
 
         On a CPU a caption's embedding does not depend on its neighbours, bit for bit; on a GPU to rounding.
         """
-        device = self.model.device
+        device = self.device  # an offloaded model's weights lie elsewhere
         ids, mask = (part.to(device) for part in self._tokenize(captions))
         size = 1 if device.type == "cpu" else GPU_BATCH_SIZE
         batches = [torch.empty(0, self.max_length, self.channels, device=device)]
@@ -110,17 +125,45 @@ class T5Text:
 
 def load_text_encoder(cfg: TextConfig, max_length: int, device: torch.device | str, dtype: torch.dtype) -> T5Text:
     """Load the encoder and tokenizer of `cfg.path`, a local folder or a hub name. Raises ModelNotFound."""
-    from transformers import AutoTokenizer, T5EncoderModel
+    text = open_text_encoder(cfg, max_length, device, dtype)
+    text.frozen.get()
+    return text
+
+
+def open_text_encoder(cfg: TextConfig, max_length: int, device: torch.device | str, dtype: torch.dtype) -> T5Text:
+    """As `load_text_encoder`, but read when first needed. Raises ModelNotFound for what can be seen without."""
+    device = torch.device(device)
 
     def load(path: str, **options: Any) -> tuple[Any, Any]:
+        from transformers import AutoTokenizer, T5EncoderModel
+
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         model, info = T5EncoderModel.from_pretrained(path, torch_dtype=dtype, output_loading_info=True, **options)
         check_complete(info)
         _check_tokenizer(tokenizer, model.config.vocab_size)
-        return model, tokenizer
+        model.eval().requires_grad_(False)
+        if cfg.offload and device.type != "cpu":
+            return apply_offload(model, device), tokenizer
+        return model.to(device), tokenizer
 
-    model, tokenizer = load_frozen(load, cfg.path, key="text.path", kind=KIND)
-    return T5Text(model.to(device).eval().requires_grad_(False), tokenizer, max_length)
+    frozen = FrozenModel(load, cfg.path, key="text.path", kind=KIND, weights=WEIGHTS, tokenizer=TOKENIZER)
+    return T5Text(frozen, max_length, device, dtype)
+
+
+def apply_offload(model: nn.Module, device: torch.device) -> nn.Module:
+    """Keep the weights in host memory; each layer's are on `device` during its own forward alone.
+
+    The same numbers meet the same kernels, so the results are the same bit for bit.
+    """
+    from accelerate import cpu_offload
+
+    if device.type == "cuda":
+        for parameter in model.parameters():
+            try:
+                parameter.data = parameter.data.pin_memory()  # copied to the GPU about twice as fast
+            except RuntimeError:  # the machine lets no more memory be pinned
+                break
+    return cpu_offload(model, device, state_dict=model.state_dict())  # the dict shares the weights: no second copy
 
 
 class ClipText:

@@ -6,38 +6,48 @@ The latents are Stable Diffusion's (arXiv:2112.10752): a sample of the posterior
 from __future__ import annotations
 
 import logging
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from opensora_repro.models.pretrained import check_complete, fingerprint, load_frozen
+from opensora_repro.models.catalog import sha256_of
+from opensora_repro.models.pretrained import FrozenModel, HashFile, check_complete
 
 if TYPE_CHECKING:
     from opensora_repro.config import VaeConfig
 
 SD_LATENT_SCALE = 0.18215  # brings Stable Diffusion's latents to about unit variance
 KIND = "diffusers AutoencoderKL"
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")  # as diffusers looks for them
 
 
 class FrameVAE:
-    """An AutoencoderKL applied to single frames, in micro-batches that never mix samples."""
+    """An AutoencoderKL applied to single frames, in micro-batches that never mix samples.
 
-    def __init__(self, vae: Any, micro_batch_size: int) -> None:
+    Its sizes and `sample_latents` need no weights; `vae` is loaded at the first encoding or decoding.
+    """
+
+    def __init__(self, frozen: FrozenModel[Any], micro_batch_size: int, dtype: torch.dtype) -> None:
+        """Raises ModelNotFound for a model of another kind."""
         if micro_batch_size < 1:
             raise ValueError(f"vae.micro_batch_size={micro_batch_size} must be at least 1")
-        self.vae = vae
+        self.frozen = frozen
         self.micro_batch_size = micro_batch_size
-        self.scale = float(getattr(vae.config, "scaling_factor", None) or SD_LATENT_SCALE)
-        self.spatial_stride = 2 ** (len(vae.config.block_out_channels) - 1)
-        self.latent_channels = int(vae.config.latent_channels)
+        self.dtype = dtype
+        self.scale = float(frozen.config.get("scaling_factor") or SD_LATENT_SCALE)
+        self.spatial_stride = 2 ** (len(frozen.sizes("block_out_channels")) - 1)
+        self.latent_channels = frozen.size("latent_channels")
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of what decides the moments: the weights, their dtype and the architecture."""
-        return fingerprint(self.vae, repr(sorted((key, str(value)) for key, value in _architecture(self.vae).items())))
+    @property
+    def vae(self) -> Any:
+        """The AutoencoderKL. Raises ModelNotFound."""
+        return self.frozen.get()
+
+    def fingerprint(self, hash_file: HashFile = sha256_of) -> str:
+        """Hash of what decides the moments: architecture and weights, as the files have them, and the dtype."""
+        return self.frozen.fingerprint(hash_file, self.dtype)
 
     @torch.no_grad()  # not inference mode: latents and text may be saved for a backward pass
     def encode_moments(self, video: Tensor) -> Tensor:
@@ -86,18 +96,22 @@ class FrameVAE:
 
 def load_vae(cfg: VaeConfig, device: torch.device | str, dtype: torch.dtype) -> FrameVAE:
     """Load the autoencoder `cfg.path`, a local folder or a hub name. Raises ModelNotFound."""
-    # diffusers imports bitsandbytes where it is installed, which then warns of a kernel that nobody asked for
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from diffusers import AutoencoderKL
+    vae = open_vae(cfg, device, dtype)
+    vae.frozen.get()
+    return vae
+
+
+def open_vae(cfg: VaeConfig, device: torch.device | str, dtype: torch.dtype) -> FrameVAE:
+    """As `load_vae`, but the weights are read when first needed. Raises ModelNotFound for what can be seen without."""
 
     def load(path: str, **options: Any) -> Any:
+        # diffusers imports bitsandbytes where it is installed, which then warns of a kernel that nobody asked for
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        from diffusers import AutoencoderKL
+
         vae, info = AutoencoderKL.from_pretrained(path, torch_dtype=dtype, output_loading_info=True, **options)
         check_complete(info)
-        return vae
+        return vae.to(device).eval().requires_grad_(False)
 
-    vae = load_frozen(load, cfg.path, key="vae.path", kind=KIND)
-    return FrameVAE(vae.to(device).eval().requires_grad_(False), cfg.micro_batch_size)
-
-
-def _architecture(vae: Any) -> dict[str, Any]:
-    return {key: value for key, value in dict(vae.config).items() if not key.startswith("_")}
+    frozen = FrozenModel(load, cfg.path, key="vae.path", kind=KIND, weights=WEIGHTS)
+    return FrameVAE(frozen, cfg.micro_batch_size, dtype)

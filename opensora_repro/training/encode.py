@@ -6,7 +6,8 @@ import hashlib
 import json
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,22 +16,43 @@ from opensora_repro.config import Config
 from opensora_repro.data.cache import LatentCache
 from opensora_repro.data.dataset import BadSample, Clip, ClipDataset, build_loader
 from opensora_repro.data.sampler import SampleBatch
-from opensora_repro.models.text import T5Text, load_text_encoder
-from opensora_repro.models.vae import FrameVAE, load_vae
+from opensora_repro.models.text import T5Text, open_text_encoder
+from opensora_repro.models.vae import FrameVAE, open_vae
 from opensora_repro.training.batch import Encoded
 from opensora_repro.training.feed import CacheRows
+from opensora_repro.training.hashes import HashMemo
 
 TEXT_MEMORY = 256 << 20  # bytes of caption embeddings kept, so that a caption met again is not encoded again
 FLUSH_EVERY = 256  # samples between the cache's writes: what a killed fill loses at most
 
 
 class Encoder:
-    """Autoencoder and text encoder. A sample is encoded alone, so that its neighbours never change it."""
+    """Autoencoder and text encoder, loaded when first used. A sample is encoded alone: neighbours never change it."""
 
     def __init__(self, vae: FrameVAE, text: T5Text, device: torch.device, *, half: bool) -> None:
         self.vae, self.text, self.device, self.half = vae, text, device, half
         self._captions: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
         self._caption_bytes = 0
+
+    def load(self) -> Encoder:
+        """Read the weights now: what is wrong with them is said at the start. Raises ModelNotFound."""
+        self.vae.frozen.get()
+        self.text.frozen.get()
+        return self
+
+    def not_loaded(self) -> list[str]:
+        """Names of the models whose weights were not needed so far."""
+        models = {"text encoder": self.text.frozen, "autoencoder": self.vae.frozen}
+        return [name for name, model in models.items() if not model.loaded]
+
+    def release(self) -> None:
+        """Give the weights' memory back; a later use reads them again."""
+        self.vae.frozen.release()
+        self.text.frozen.release()
+        self._captions.clear()
+        self._caption_bytes = 0
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @torch.no_grad()
     def encode(self, clip: Clip) -> Encoded:
@@ -54,12 +76,29 @@ class Encoder:
         return found
 
 
-def load_encoder(cfg: Config, device: torch.device) -> Encoder:
-    """The config's frozen models."""
+def open_encoder(cfg: Config, device: torch.device) -> Encoder:
+    """The config's frozen models; their weights are read when first used. Raises ModelNotFound."""
     dtype = frozen_dtype(cfg, device)
-    vae = load_vae(cfg.vae, device, dtype)
-    text = load_text_encoder(cfg.text, cfg.model.model_max_length, device, dtype)
+    vae = open_vae(cfg.vae, device, dtype)
+    text = open_text_encoder(cfg.text, cfg.model.model_max_length, device, dtype)
     return Encoder(vae, text, device, half=dtype == torch.bfloat16)
+
+
+def encodes_always(cfg: Config) -> bool:
+    """Whether a run needs the frozen models even when the cache holds every sample."""
+    return not cfg.data.cache or cfg.sample.every > 0 or (cfg.validation.every > 0 and bool(cfg.data.val_manifest))
+
+
+def encodes_after_start(cfg: Config) -> bool:
+    """Whether a run needs the frozen models still once it trains."""
+    return not cfg.data.cache or cfg.sample.every > 0
+
+
+def skipped_models(not_loaded: Sequence[Sequence[str]]) -> str:
+    """What to tell the user of the models that no process needed to load; nothing if there is none."""
+    first, *others = not_loaded
+    names = [name for name in first if all(name in other for other in others)]
+    return f"{' and '.join(names)} not loaded: everything is in the cache" if names else ""
 
 
 def frozen_dtype(cfg: Config, device: torch.device) -> torch.dtype:
@@ -68,11 +107,15 @@ def frozen_dtype(cfg: Config, device: torch.device) -> torch.dtype:
 
 
 def cache_fingerprint(cfg: Config, encoder: Encoder) -> str:
-    """Digest of all that an encoded sample depends on, but for its row and its draw."""
+    """Digest of all that an encoded sample depends on, but for its row and its draw.
+
+    The frozen models enter by their files' digests, which `data.cache` remembers.
+    """
+    hash_file = HashMemo(Path(cfg.data.cache) / "frozen-files.json")
     keys = ("num_frames", "frame_interval", "height", "width", "flip", "draws")
     content = {
-        "vae": encoder.vae.fingerprint,
-        "text": encoder.text.fingerprint,
+        "vae": encoder.vae.fingerprint(hash_file),
+        "text": encoder.text.fingerprint(hash_file),
         "max_length": cfg.model.model_max_length,
         "half": encoder.half,
         "data": {key: getattr(cfg.data, key) for key in keys},
@@ -94,14 +137,16 @@ def fill_cache(
 ) -> None:
     """Encode what the cache lacks of every sample's draws; what a killed fill wrote is kept.
 
-    `share` is (rank, world size): each process fills its part. Ends early once `stopped()`.
+    `share` is (rank, world size): each process fills its rows. Ends early once `stopped()`.
     """
     from tqdm import tqdm
 
     draws = dataset.cfg.draws
     missing = set(cache.missing(rows.keys(draws)))
-    pairs = [(draw, i) for i, name in enumerate(rows.names) for draw in range(draws) if (name, draw) in missing]
-    todo = pairs[share[0] :: share[1]]
+    # A share is every so many rows of all, not of those missing: others write while this one looks. A row's draws stay
+    # together, so that its caption is encoded once.
+    own = range(share[0], len(rows.names), share[1])
+    todo = [(draw, i) for i in own for draw in range(draws) if (rows.names[i], draw) in missing]
     if not todo:
         return
     interval = 0.5 if sys.stderr.isatty() else 15.0

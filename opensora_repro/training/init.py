@@ -38,6 +38,7 @@ FREE_KEYS = (
     "data.cache",
     "data.max_bad_fraction",
     "vae.micro_batch_size",
+    "text.offload",
     "train.steps",
     "train.batch_size",
     "train.accumulation",

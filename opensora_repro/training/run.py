@@ -18,7 +18,14 @@ from opensora_repro.parallel.engine import Engine, build_engine
 from opensora_repro.training.batch import BatchBuilder
 from opensora_repro.training.checkpoint import clean_leftovers, list_checkpoints, load_checkpoint
 from opensora_repro.training.ema import Ema, horizon_warning
-from opensora_repro.training.encode import cache_fingerprint, fill_cache, load_encoder
+from opensora_repro.training.encode import (
+    cache_fingerprint,
+    encodes_after_start,
+    encodes_always,
+    fill_cache,
+    open_encoder,
+    skipped_models,
+)
 from opensora_repro.training.feed import CacheFeed, CacheRows, ClipFeed, Feed, ids_fingerprint
 from opensora_repro.training.generate import check_fit
 from opensora_repro.training.init import (
@@ -96,14 +103,16 @@ class _Run:
         self.rows = CacheRows(frame) if cfg.data.cache else None
         validates = bool(cfg.data.val_manifest) and cfg.validation.every > 0
         self.held_out = ClipDataset(cfg.data.val_manifest, cfg.data, cfg.run.seed, augment=False) if validates else None
-        self.model, self.report = build_model(cfg, engine.device, load_init=not start.resumes)
-        self.encoder = load_encoder(cfg, engine.device)
-        if self.report is not None and self.report.lacks_null_caption:
-            take_null_caption(self.model, self.encoder.text)
+        self.encoder = open_encoder(cfg, engine.device)
         data = cfg.data
         check_fit(
             cfg, self.encoder.vae, self.encoder.text, num_frames=data.num_frames, height=data.height, width=data.width
         )
+        self.model, self.report = build_model(cfg, engine.device, load_init=not start.resumes)
+        if encodes_always(cfg):
+            self.encoder.load()
+        if self.report is not None and self.report.lacks_null_caption:
+            take_null_caption(self.model, self.encoder.text)
         self.objective = build_objective(cfg.diffusion)
 
     def train(self) -> Outcome:
@@ -151,6 +160,7 @@ class _Run:
             load_checkpoint(self.start.checkpoint, state, engine, ema)
         feed = self._build_feed(quarantine, stop)
         validator = Validator(cfg, self.held_out, self.encoder, self.objective, engine) if self.held_out else None
+        self._leave_encoder()
         return Trainer(
             cfg=cfg,
             engine=engine,
@@ -195,7 +205,7 @@ class _Run:
         sampler = SharedBatches(whole, mesh.member, mesh.model_size)
         if self.rows is None:
             return ClipFeed(self.dataset, sampler, cfg.data.num_workers)
-        cache = LatentCache(cfg.data.cache, cache_fingerprint(cfg, self.encoder))
+        cache = LatentCache(cfg.data.cache, engine.on_main(lambda: cache_fingerprint(cfg, self.encoder)))
         bad: list[BadSample] = []
 
         def set_aside(sample: BadSample) -> None:
@@ -216,6 +226,14 @@ class _Run:
         for sample in (sample for samples in everywhere for sample in samples):
             quarantine.add(sample)
         return CacheFeed(cache, sampler, self.rows, cfg.data.draws)
+
+    def _leave_encoder(self) -> None:
+        """All that is encoded before training has been."""
+        skipped = skipped_models(self.engine.gather(self.encoder.not_loaded()))
+        if skipped:
+            self.say(skipped)
+        if not encodes_after_start(self.cfg):
+            self.encoder.release()
 
     def _agree(self, wish: bool) -> bool:
         return any(self.engine.peers.gather(wish))

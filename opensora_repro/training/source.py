@@ -16,7 +16,7 @@ from opensora_repro.models.vae import FrameVAE, load_vae
 from opensora_repro.models.weight_files import WeightsFile, open_weights
 from opensora_repro.models.weights import LoadReport, load_model_weights
 from opensora_repro.training.checkpoint import CONFIG_FILE, STATE_FILE, list_checkpoints
-from opensora_repro.training.encode import frozen_dtype, load_encoder
+from opensora_repro.training.encode import frozen_dtype, open_encoder
 from opensora_repro.training.init import take_null_caption
 from opensora_repro.training.published import describe
 
@@ -77,7 +77,7 @@ def load_models(source: Source, device: torch.device) -> tuple[STDiT | DiT, Fram
     report = load_model_weights(model, source.weights)
     model = model.eval().to(device)
     if isinstance(model, STDiT):
-        encoder = load_encoder(replace(source.config, model=model.cfg), device)
+        encoder = open_encoder(replace(source.config, model=model.cfg), device).load()
         if report.lacks_null_caption:
             take_null_caption(model, encoder.text)
         return model, encoder.vae, encoder.text, report

@@ -15,7 +15,7 @@ import torch
 
 from opensora_repro.config import TextConfig
 from opensora_repro.models.pretrained import ModelNotFound
-from opensora_repro.models.text import MAX_CHARACTERS, T5Text, clean_caption, load_text_encoder
+from opensora_repro.models.text import MAX_CHARACTERS, T5Text, apply_offload, clean_caption, load_text_encoder
 from tests.tiny_models import TINY_TEXT_CHANNELS, make_tiny_text
 
 CAPTIONS = ["A red circle", "", "a", "a blue square moving left, then right"]
@@ -114,9 +114,23 @@ def test_hostile_captions_cost_little() -> None:
 
 
 def test_fingerprint(folder: Path, text: T5Text) -> None:
-    assert load(folder).fingerprint == text.fingerprint
-    assert load(folder, max_length=21).fingerprint != text.fingerprint
-    assert load(folder, dtype=torch.bfloat16).fingerprint != text.fingerprint
+    assert load(folder).fingerprint() == text.fingerprint()
+    assert load(folder, max_length=21).fingerprint() != text.fingerprint()
+    assert load(folder, dtype=torch.bfloat16).fingerprint() != text.fingerprint()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_offload_gives_the_same_bits(folder: Path, dtype: torch.dtype) -> None:
+    """Forced on a CPU, where the config key changes nothing."""
+    plain, streamed = load(folder, dtype=dtype), load(folder, dtype=dtype)
+    apply_offload(streamed.model, torch.device("cpu"))
+    for _ in range(2):
+        for expected, found in zip(plain.encode(CAPTIONS), streamed.encode(CAPTIONS), strict=True):
+            assert torch.equal(expected, found)
+        assert {parameter.device.type for parameter in streamed.model.parameters()} == {"meta"}
+    asked = load_text_encoder(TextConfig(str(folder), offload=True), 20, "cpu", dtype)
+    assert {parameter.device.type for parameter in asked.model.parameters()} == {"cpu"}
+    assert asked.fingerprint() == plain.fingerprint()
 
 
 def check_error(path: str, reason: str) -> None:
@@ -168,7 +182,7 @@ def test_hub_names_are_looked_up_in_the_cache_alone(folder: Path, tmp_path: Path
         "import time, torch\n"
         "from opensora_repro.config import TextConfig\n"
         "from opensora_repro.models.text import load_text_encoder\n"
-        "print(load_text_encoder(TextConfig('owner/cached'), 20, 'cpu', torch.float32).fingerprint)\n"
+        "print(load_text_encoder(TextConfig('owner/cached'), 20, 'cpu', torch.float32).fingerprint())\n"
         "start = time.monotonic()\n"
         "try:\n"
         "    load_text_encoder(TextConfig('owner/absent'), 20, 'cpu', torch.float32)\n"
@@ -181,7 +195,7 @@ def test_hub_names_are_looked_up_in_the_cache_alone(folder: Path, tmp_path: Path
     result = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=250)
     assert result.returncode == 0, result.stderr
     found, absent, seconds = result.stdout.splitlines()
-    assert found == load(folder).fingerprint
+    assert found == load(folder).fingerprint()
     assert absent.startswith("text.path=owner/absent: neither a folder here nor in the hub's cache")
     assert "hf download owner/absent" in absent
     assert float(seconds) < 30

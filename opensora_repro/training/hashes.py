@@ -1,0 +1,53 @@
+"""Digests of large files, remembered: the text encoder's 10 GB are read once, not at every start."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+from opensora_repro.data.files import beside
+from opensora_repro.models.catalog import sha256_of
+
+
+class HashMemo:
+    """sha256 by path, size and time of change, kept in a JSON file: a file that was changed is read again.
+
+    The memo only saves time: where it is absent, damaged or cannot be written, files are read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._known: dict[str, list[str | int]] = {}  # path: size in bytes, time of change in ns, sha256
+        with contextlib.suppress(OSError, ValueError):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            self._known = content if isinstance(content, dict) else {}
+
+    def __call__(self, file: Path) -> str:
+        """The file's sha256 in hex."""
+        file = file.resolve()  # the hub's cache holds links, whose targets are what changes
+        facts = _facts(file)
+        known = self._known.get(str(file))
+        if isinstance(known, list) and len(known) == 3 and known[:2] == facts:
+            return str(known[2])
+        digest = sha256_of(file)
+        if _facts(file) == facts:  # not changed while it was read
+            self._known[str(file)] = [*facts, digest]
+            self._save()
+        return digest
+
+    def _save(self) -> None:
+        unfinished = beside(self.path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished.write_text(json.dumps(self._known, indent=1) + "\n", encoding="utf-8")
+            os.replace(unfinished, self.path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                unfinished.unlink(missing_ok=True)
+
+
+def _facts(file: Path) -> list[str | int]:
+    stat = file.stat()
+    return [stat.st_size, stat.st_mtime_ns]

@@ -1,0 +1,231 @@
+"""Frozen models before and after their weights are read: what is known without, what is refused, what is remembered."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from opensora_repro.config import Config, parse_config
+from opensora_repro.data.cache import LatentCache
+from opensora_repro.models.catalog import sha256_of
+from opensora_repro.models.pretrained import ModelNotFound
+from opensora_repro.training import encode, hashes
+from opensora_repro.training.batch import Encoded
+from opensora_repro.training.encode import (
+    Encoder,
+    cache_fingerprint,
+    encodes_after_start,
+    encodes_always,
+    open_encoder,
+    skipped_models,
+)
+from opensora_repro.training.hashes import HashMemo
+from tests.tiny_models import TINY_LATENT_CHANNELS, TINY_STRIDE, TINY_TEXT_CHANNELS, make_tiny_text, make_tiny_vae
+
+CPU = torch.device("cpu")
+VAE_WEIGHTS, TEXT_WEIGHTS = "diffusion_pytorch_model.safetensors", "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("frozen")
+    make_tiny_vae(root / "vae")
+    make_tiny_text(root / "text")
+    return root
+
+
+@pytest.fixture
+def folder(originals: Path, tmp_path: Path) -> Path:
+    """The two models' folders, to spoil."""
+    return shutil.copytree(originals, tmp_path / "frozen")
+
+
+def config(folder: Path, **changes: object) -> Config:
+    vae, text = {"path": str(folder / "vae")}, {"path": str(folder / "text")}
+    data = {"draws": 1, "cache": str(folder / "cache")}
+    return parse_config({"vae": vae, "text": text, "data": data, "model": {"model_max_length": 12}, **changes})
+
+
+def change(file: Path, old: bytes, new: bytes) -> None:
+    """Replace bytes by as many others, and let some time pass."""
+    content = file.read_bytes()
+    assert old in content and len(old) == len(new)
+    stat = file.stat()
+    file.write_bytes(content.replace(old, new))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+
+
+def change_last_byte(file: Path) -> None:
+    last = file.read_bytes()[-4:]
+    change(file, last, bytes(byte ^ 1 for byte in last))
+
+
+def test_weights_are_read_at_the_first_use(folder: Path) -> None:
+    encoder = open_encoder(config(folder), CPU)
+    vae, text = encoder.vae, encoder.text
+    assert (vae.spatial_stride, vae.latent_channels) == (TINY_STRIDE, TINY_LATENT_CHANNELS)
+    assert (text.channels, text.max_length) == (TINY_TEXT_CHANNELS, 12)
+    vae.sample_latents(torch.zeros(2 * TINY_LATENT_CHANNELS, 1, 4, 4), torch.Generator())
+    cache_fingerprint(config(folder), encoder)
+    assert encoder.not_loaded() == ["text encoder", "autoencoder"]
+    embedding, _ = encoder.encode_caption("a red square")
+    assert encoder.not_loaded() == ["autoencoder"]
+    moments = vae.encode_moments(torch.zeros(3, 1, 16, 16))
+    assert encoder.not_loaded() == []
+
+    encoder.release()
+    assert encoder.not_loaded() == ["text encoder", "autoencoder"]
+    assert torch.equal(encoder.encode_caption("a red square")[0], embedding)
+    assert torch.equal(vae.encode_moments(torch.zeros(3, 1, 16, 16)), moments)
+    assert open_encoder(config(folder), CPU).load().not_loaded() == []
+
+
+def test_what_a_run_needs() -> None:
+    def needs(**sections: object) -> tuple[bool, bool]:
+        cfg = parse_config({"data": {"draws": 1, "cache": "somewhere", "val_manifest": "val"}, **sections})
+        return encodes_always(cfg), encodes_after_start(cfg)
+
+    assert needs() == (False, False)
+    assert needs(data={}) == (True, True)
+    assert needs(validation={"every": 5}) == (True, False)
+    assert needs(sample={"every": 5, "prompts": ["a"]}) == (True, True)
+
+
+def test_only_what_no_process_loaded_was_skipped() -> None:
+    both = ["text encoder", "autoencoder"]
+    assert skipped_models([both]) == "text encoder and autoencoder not loaded: everything is in the cache"
+    assert skipped_models([both, ["autoencoder"]]) == "autoencoder not loaded: everything is in the cache"
+    assert skipped_models([both, []]) == ""
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def shard(file: Path, present: bool = False) -> None:
+    """Weights under an index that lists one shard."""
+    name = "part-1.safetensors"
+    file.rename(file.with_name(name))
+    index = file.with_name(f"{file.name}.index.json")
+    index.write_text(json.dumps({"weight_map": {"some.weight": name}}))
+    if not present:
+        file.with_name(name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda root: (root / "vae" / VAE_WEIGHTS).unlink(), f"vae.path=.*: cannot be loaded as .*no {VAE_WEIGHTS} or"),
+        (lambda root: cut(root / "vae" / VAE_WEIGHTS), f"vae.path=.*{VAE_WEIGHTS}: .*was it copied whole"),
+        (lambda root: cut(root / "text" / TEXT_WEIGHTS), f"text.path=.*{TEXT_WEIGHTS}: .*was it copied whole"),
+        (lambda root: shard(root / "text" / TEXT_WEIGHTS), "text.path=.*part-1.safetensors is missing, which"),
+        (lambda root: (root / "text" / "config.json").write_text("{"), "text.path=.*config.json holds no JSON object"),
+        (lambda root: (root / "vae" / "config.json").write_text("{}"), "vae.path=.*no numbers block_out_channels"),
+        (lambda root: [file.unlink() for file in (root / "text").glob("*token*")], "text.path=.*tokenizer's files"),
+        (
+            lambda root: shutil.copytree(root / "vae", root / "text", dirs_exist_ok=True),
+            "text.path=.*no number d_model",
+        ),
+    ],
+)
+def test_what_can_be_seen_is_refused_without_loading(folder: Path, spoil, message: str) -> None:  # type: ignore[no-untyped-def]
+    spoil(folder)
+    with pytest.raises(ModelNotFound, match=message) as error:
+        open_encoder(config(folder), CPU)
+    assert "\n" not in str(error.value)
+
+
+def test_shards_and_pickled_weights_are_found(folder: Path) -> None:
+    weights = folder / "text" / TEXT_WEIGHTS
+    shard(weights, present=True)
+    names = [file.name for file in open_encoder(config(folder), CPU).text.frozen.files]
+    assert names[:3] == ["config.json", f"{TEXT_WEIGHTS}.index.json", "part-1.safetensors"]
+    assert "tokenizer.json" in names
+    encoder = open_encoder(config(folder), CPU)
+    torch.save(encoder.vae.vae.state_dict(), folder / "vae" / "diffusion_pytorch_model.bin")
+    moments = encoder.vae.encode_moments(torch.zeros(3, 1, 16, 16))
+    (folder / "vae" / VAE_WEIGHTS).unlink()
+    pickled = open_encoder(config(folder), CPU).vae
+    assert pickled.frozen.files[1].suffix == ".bin"
+    assert torch.equal(pickled.encode_moments(torch.zeros(3, 1, 16, 16)), moments)
+
+
+def test_the_caches_fingerprint_follows_every_file(folder: Path) -> None:
+    def current(cfg: Config | None = None) -> str:
+        cfg = cfg or config(folder)
+        return cache_fingerprint(cfg, open_encoder(cfg, CPU))
+
+    seen = [current()]
+    assert current() == seen[0]
+    assert current(config(folder, text={"path": str(folder / "text"), "offload": True})) == seen[0]
+    elsewhere = shutil.copytree(folder, folder.parent / "elsewhere")
+    assert current(config(elsewhere)) == seen[0]
+    for name in (f"vae/{VAE_WEIGHTS}", f"text/{TEXT_WEIGHTS}"):
+        change_last_byte(folder / name)
+        seen.append(current())
+    change(folder / "text" / "tokenizer.json", b'"q"', b'"Q"')
+    seen.append(current())
+    change(folder / "vae" / "config.json", b'"silu"', b'"relu"')
+    seen.append(current())
+    assert len(set(seen)) == 5
+
+    text = open_encoder(config(folder), CPU).text
+    longer = open_encoder(config(folder, model={"model_max_length": 13}), CPU).text
+    assert text.fingerprint() != longer.fingerprint()
+    bf16 = Encoder(open_encoder(config(folder), CPU).vae, text, CPU, half=True)
+    assert cache_fingerprint(config(folder), bf16) != seen[-1]
+
+
+def test_a_file_is_hashed_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def counted(file: Path) -> str:
+        read.append(file.name)
+        return sha256_of(file)
+
+    monkeypatch.setattr(hashes, "sha256_of", counted)
+    memo, file = tmp_path / "cache" / "memo.json", tmp_path / "weights"
+    file.write_bytes(b"one")
+    first = HashMemo(memo)(file)
+    assert first == sha256_of(file)
+    link = tmp_path / "link"
+    link.symlink_to(file)
+    assert HashMemo(memo)(link) == first and read == ["weights"]
+
+    change(file, b"one", b"two")  # as long as before
+    assert HashMemo(memo)(file) == sha256_of(file) != first and len(read) == 2
+    assert len(json.loads(memo.read_text())) == 1
+    for damaged in ("", "[]", "{", json.dumps({str(file): 3}), json.dumps({str(file): [3, None, "0"]})):
+        memo.write_text(damaged)
+        assert HashMemo(memo)(file) == sha256_of(file)
+    assert len(read) == 7
+    assert list(memo.parent.iterdir()) == [memo]
+
+
+def test_a_memo_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert HashMemo(tmp_path / "file" / "memo.json")(tmp_path / "file") == sha256_of(tmp_path / "file")
+
+
+def test_two_processes_fill_everything_between_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when one has written its share before the other looks at what is missing."""
+
+    class Zeros:
+        def encode(self, clip: str) -> Encoded:
+            return Encoded(clip, torch.zeros(8, 1, 2, 2), torch.zeros(2, 4), torch.ones(2, dtype=torch.bool))
+
+    rows = SimpleNamespace(names=list("abcde"), keys=lambda draws: [(n, d) for n in "abcde" for d in range(draws)])
+    dataset = SimpleNamespace(cfg=SimpleNamespace(draws=2))
+    monkeypatch.setattr(encode, "_load", lambda dataset, pairs, workers: [(d, i, rows.names[i]) for d, i in pairs])
+    caches = [LatentCache(tmp_path, "same"), LatentCache(tmp_path, "same")]
+    for rank, cache in enumerate(caches):
+        encode.fill_cache(
+            dataset, rows, (rank, 2), Zeros(), cache, num_workers=0, set_aside=pytest.fail, stopped=lambda: False
+        )  # fmt: skip
+        assert len(cache.missing(rows.keys(2))) == (4 if rank == 0 else 0)
