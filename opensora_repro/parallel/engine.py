@@ -231,7 +231,7 @@ def build_engine(cfg: ParallelConfig, device: str | None = None) -> TorchEngine:
         from opensora_repro.parallel.colossal import ColossalEngine
     except ModuleNotFoundError as error:
         raise EngineError(
-            f'parallel.engine = "colossalai": the package {error.name} is not installed: '
+            f'parallel.engine = "colossalai": the package {str(error.name).split(".")[0]} is not installed: '
             'pip install colossalai, or set parallel.engine=torch (plugin "ddp")'
         ) from None
     return ColossalEngine(cfg, device)

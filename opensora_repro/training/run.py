@@ -205,7 +205,7 @@ class _Run:
         sampler = SharedBatches(whole, mesh.member, mesh.model_size)
         if self.rows is None:
             return ClipFeed(self.dataset, sampler, cfg.data.num_workers)
-        cache = LatentCache(cfg.data.cache, engine.on_main(lambda: cache_fingerprint(cfg, self.encoder)))
+        cache = LatentCache(cfg.data.cache, engine.peers.on_first(lambda: cache_fingerprint(cfg, self.encoder)))
         bad: list[BadSample] = []
 
         def set_aside(sample: BadSample) -> None:
@@ -229,7 +229,7 @@ class _Run:
 
     def _leave_encoder(self) -> None:
         """All that is encoded before training has been."""
-        skipped = skipped_models(self.engine.gather(self.encoder.not_loaded()))
+        skipped = skipped_models(self.engine.peers.gather(self.encoder.not_loaded()))
         if skipped:
             self.say(skipped)
         if not encodes_after_start(self.cfg):
