@@ -130,6 +130,7 @@ class ParallelConfig:
     plugin: str = "ddp"
     tp_size: int = 1
     sp_size: int = 1
+    timeout: int = 600  # seconds without progress after which a run of several processes is ended
 
 
 @dataclass(frozen=True)
@@ -301,7 +302,7 @@ _AT_LEAST_ONE = {
     "checkpoint": ("every",),
     "validation": ("max_samples",),
     "sample": ("steps", "fps"),
-    "parallel": ("tp_size", "sp_size"),
+    "parallel": ("tp_size", "sp_size", "timeout"),
 }
 _AT_LEAST_ZERO = {
     "run": ("seed",),
