@@ -20,14 +20,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from opensora_repro.parallel.errors import EngineError as EngineError
+from opensora_repro.parallel.preflight import launch
+from opensora_repro.parallel.watchdog import Watchdog
+
 Result = TypeVar("Result")
 
 # Work that only rank 0 does (filling a cache, sampling) may outlast any collective's usual time limit.
 PATIENCE = datetime.timedelta(days=7)
-
-
-class EngineError(ValueError):
-    """The processes cannot run as they were started; the message is one line meant for the user."""
 
 
 class Engine(Protocol):
@@ -36,6 +36,7 @@ class Engine(Protocol):
     device: torch.device
     rank: int
     world_size: int
+    watchdog: Watchdog
 
     @property
     def is_main(self) -> bool: ...
@@ -54,16 +55,19 @@ class Engine(Protocol):
 
 
 class TorchEngine:
-    """One process, or torchrun's data-parallel ones. Raises EngineError where there are more processes than GPUs."""
+    """One process, or torchrun's data-parallel ones.
 
-    def __init__(self, device: str | None = None) -> None:
-        """`device`: "cpu" or "cuda"; None takes the GPU where there is one."""
+    Raises EngineError where there are more processes than GPUs, or where the processes do not come together.
+    """
+
+    def __init__(self, device: str | None = None, timeout: float = 600) -> None:
+        """`device`: "cpu" or "cuda"; None takes the GPU where there is one. `timeout`: seconds a step may take."""
         self.rank = int(os.environ.get("RANK", "0"))
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self.device = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
         self._patient: dist.ProcessGroup | None = None
+        self.watchdog = launch(self.rank, self.world_size, self.device, timeout)
         if self.world_size > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
             self._patient = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     @property
@@ -103,6 +107,10 @@ class TorchEngine:
         """Run `work` on rank 0 while the others wait; all get its (picklable) result, or raise its error."""
         if self.world_size == 1:
             return work()
+        with self.watchdog.paused():
+            return self._share(work)
+
+    def _share(self, work: Callable[[], Result]) -> Result:
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
@@ -120,6 +128,7 @@ class TorchEngine:
     def close(self) -> None:
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+        self.watchdog.close()
 
 
 def choose_device(name: str | None, local_rank: int) -> torch.device:

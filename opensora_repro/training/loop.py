@@ -132,6 +132,7 @@ class Trainer:
 
     def _micro_batch(self, totals: StepTotals, *, last: bool) -> None:
         """Forward and backward; gradients gather as if every sample of the step were good."""
+        self.engine.watchdog.progress(f"step {self.state.step + 1}")
         batch = self._assemble(self._pending)
         self._ids += batch.ids
         with self.engine.accumulating(self.train_runner.module, last=last):
@@ -234,7 +235,7 @@ class Trainer:
             sample = sample and not (Path(cfg.run.dir) / "samples" / f"step-{step:08d}").exists()
         if not (validate or sample):
             return
-        with self.ema.applied():
+        with self.ema.applied(), self.engine.watchdog.paused():
             if validate:
                 self._validate()
             if sample:

@@ -15,6 +15,7 @@ from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.sampler import BatchSampler
 from opensora_repro.diffusion.objective import build_objective
 from opensora_repro.parallel.engine import Engine, TorchEngine
+from opensora_repro.parallel.preflight import check_same, config_facts, weights_digest
 from opensora_repro.training.batch import BatchBuilder
 from opensora_repro.training.checkpoint import clean_leftovers, list_checkpoints, load_checkpoint
 from opensora_repro.training.ema import Ema, horizon_warning
@@ -56,17 +57,24 @@ class Outcome:
 
 def train(cfg: Config, stage: Stage, say: Say = print) -> Outcome:
     """Start or resume the run in `run.dir`. Raises ValueError of one line for a user's mistake, TrainingError."""
-    engine = TorchEngine()
+    engine = TorchEngine(timeout=cfg.parallel.timeout)
     say = say if engine.is_main else _silent
     try:
-        start = engine.on_main(lambda: find_start(cfg, engine.world_size, say))
-        frame = read_manifest(cfg.data.manifest)
-        _check_data(cfg, start, frame)
-        if start.state.step >= cfg.train.steps:
-            return Outcome(start.state.step, True, start.checkpoint)
-        return _Run(cfg, stage, engine, start, frame, say).train()
+        with engine.watchdog.reporting(Path(cfg.run.dir) / "logs"):
+            return _train(cfg, stage, engine, say)
     finally:
         engine.close()
+
+
+def _train(cfg: Config, stage: Stage, engine: Engine, say: Say) -> Outcome:
+    check_same(engine.watchdog, "settings", config_facts(cfg))
+    start = engine.on_main(lambda: find_start(cfg, engine.world_size, say))
+    frame = read_manifest(cfg.data.manifest)
+    check_same(engine.watchdog, "data", {"data.manifest": ids_fingerprint(frame["id"].tolist())})
+    _check_data(cfg, start, frame)
+    if start.state.step >= cfg.train.steps:
+        return Outcome(start.state.step, True, start.checkpoint)
+    return _Run(cfg, stage, engine, start, frame, say).train()
 
 
 def _silent(line: str) -> None:
@@ -107,7 +115,7 @@ class _Run:
 
     def train(self) -> Outcome:
         self._announce()
-        with contextlib.ExitStack() as held, StopSignals() as stop:
+        with StopSignals() as stop, contextlib.ExitStack() as held:
             self.engine.on_main(lambda: held.enter_context(claimed_run_folder(self.run_dir)))
             trainer = self._build_trainer(stop)
             held.callback(trainer.close)
@@ -148,6 +156,7 @@ class _Run:
         ema = Ema(self.model, cfg.ema.decay)
         if self.start.checkpoint is not None:
             load_checkpoint(self.start.checkpoint, state, self.model, ema, optimizer)
+        check_same(engine.watchdog, "weights", {"the model's weights": weights_digest(self.model.state_dict())})
         feed = self._build_feed(quarantine, stop)
         validator = Validator(cfg, self.held_out, self.encoder, self.objective, engine) if self.held_out else None
         return Trainer(
