@@ -215,16 +215,20 @@ class Watchdog:
         gone = self._cut_off is not None and now - self._cut_off > GRACE / 2
         if gone or now - self._exchanged > self._silence:
             return self._store_gone()
-        silent = self._silent(self._silence)
+        stands = now - self._since > self._limit
+        silent = self._silent(SUSPICION if stands else self._silence)
         if silent:
             return self._silence_of(silent)
-        waited = now - self._since
-        return self._standstill(waited) if waited > self._limit else None
+        return self._standstill(now - self._since) if stands else None
 
     def _silent(self, seconds: float) -> list[Place]:
         """Measured at the last exchange, so that this process's own delay makes nobody silent."""
-        beats = [(place, self._beats.get(place.rank)) for place in self.places if place.rank != self.rank]
-        return [place for place, beat in beats if beat and not beat.ended and self._exchanged - beat.changed > seconds]
+        late = self._exchanged - seconds
+        return [place for place, beat in self._others() if not beat.ended and beat.changed < late]
+
+    def _others(self) -> list[tuple[Place, Beat]]:
+        """The other processes, as far as their beats are known."""
+        return [(p, self._beats[p.rank]) for p in self.places if p.rank != self.rank and p.rank in self._beats]
 
     def _silence_of(self, silent: Sequence[Place]) -> str:
         seconds = min(self._exchanged - self._beats[place.rank].changed for place in silent)
@@ -235,8 +239,8 @@ class Watchdog:
         return f"{keeper()}, through which the processes watch each other, is gone. {self._advice()}"
 
     def _standstill(self, seconds: float) -> str:
-        behind = [p for p in self.places if p.rank in self._beats and self._beats[p.rank].count < self._count]
-        who = "; ".join(f"{place} is behind, at {self._beats[place.rank].at}" for place in behind)
+        behind = [(place, beat) for place, beat in self._others() if beat.count < self._count]
+        who = "; ".join(f"{place} is behind, at {beat.at}" for place, beat in behind)
         return f"{self._at} has not ended after {seconds:.0f} s; {who or 'all processes are in it'}. {self._advice()}"
 
     def _advice(self) -> str:
@@ -289,8 +293,7 @@ class Watchdog:
         end = time.monotonic() + seconds
         while time.monotonic() < end and self._cut_off is None:
             silent = self._silent(SUSPICION)
-            rest = [place for place in self.places if place not in silent and place.rank != self.rank]
-            if all(beat.ended for place in rest if (beat := self._beats.get(place.rank))):
+            if all(beat.ended for place, beat in self._others() if place not in silent):
                 return
             time.sleep(0.05)
             self._wake.set()
