@@ -156,7 +156,8 @@ class _Run:
         ema = Ema(self.model, cfg.ema.decay)
         if self.start.checkpoint is not None:
             load_checkpoint(self.start.checkpoint, state, self.model, ema, optimizer)
-        check_same(engine.watchdog, "weights", {"the model's weights": weights_digest(self.model.state_dict())})
+        if engine.world_size > 1:  # one process alone need not read all its weights
+            check_same(engine.watchdog, "weights", {"the model's weights": weights_digest(self.model.state_dict())})
         feed = self._build_feed(quarantine, stop)
         validator = Validator(cfg, self.held_out, self.encoder, self.objective, engine) if self.held_out else None
         return Trainer(
