@@ -132,6 +132,7 @@ class ParallelConfig:
     plugin: str = "ddp"  # of colossalai: "ddp", "zero1", "zero2", "gemini", "hybrid" (ZeRO-1 with tensor parallelism)
     tp_size: int = 1  # processes that share each weight matrix, by attention heads
     sp_size: int = 1  # processes that share each sample's frames
+    timeout: int = 600  # seconds without progress after which a run of several processes is ended
 
 
 @dataclass(frozen=True)
@@ -303,7 +304,7 @@ _AT_LEAST_ONE = {
     "checkpoint": ("every",),
     "validation": ("max_samples",),
     "sample": ("steps", "fps"),
-    "parallel": ("tp_size", "sp_size"),
+    "parallel": ("tp_size", "sp_size", "timeout"),
 }
 _AT_LEAST_ZERO = {
     "run": ("seed",),

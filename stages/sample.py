@@ -223,7 +223,7 @@ def print_plan(args: argparse.Namespace, source: Source, prompts: list[str]) -> 
 
 def sample(args: argparse.Namespace, source: Source, prompts: list[str]) -> int:
     engine = start_engine(args)
-    with closing(engine):
+    with closing(engine), engine.watchdog.reporting(args.out / "logs"):
         samples = sample_share(args, source, prompts, engine)
         everyone = [entry for part in engine.peers.gather(samples) for entry in part]
         if engine.is_main:

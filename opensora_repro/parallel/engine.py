@@ -26,7 +26,9 @@ from opensora_repro.config import ParallelConfig
 from opensora_repro.parallel.errors import EngineError
 from opensora_repro.parallel.mesh import Mesh
 from opensora_repro.parallel.peers import Peers, Result
+from opensora_repro.parallel.preflight import launch
 from opensora_repro.parallel.sequence import FrameParallel, apply_sequence_parallelism
+from opensora_repro.parallel.watchdog import Watchdog
 
 Forward = Callable[..., Tensor]
 
@@ -38,6 +40,7 @@ class Engine(Protocol):
     """What training asks of the processes that run it. Everything but `is_main` to `eval_forward` is collective."""
 
     device: torch.device
+    watchdog: Watchdog
     mesh: Mesh
     peers: Peers  # all processes
     members: Peers  # those that work on the same samples
@@ -81,7 +84,10 @@ class Engine(Protocol):
 
 
 class TorchEngine:
-    """One process, or torchrun's data-parallel ones. Raises EngineError where there are more processes than GPUs."""
+    """One process, or torchrun's data-parallel ones.
+
+    Raises EngineError where there are more processes than GPUs, or where the processes do not come together.
+    """
 
     def __init__(self, cfg: ParallelConfig | None = None, device: str | None = None) -> None:
         """`device`: "cpu" or "cuda"; None takes the GPU where there is one."""
@@ -89,14 +95,14 @@ class TorchEngine:
         rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.mesh = Mesh(rank, world_size, self.cfg.tp_size, self.cfg.sp_size)
         self.device = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
-        if world_size > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self.watchdog = launch(rank, world_size, self.device, self.cfg.timeout)
         self.peers, self.savers = self._peers(), self._peers()
         self.members = Peers(self._own_group(self.mesh.model_groups(), "gloo", PATIENCE))
         self._sequence_group = self._own_group(self.mesh.sequence_groups())
 
     def _peers(self) -> Peers:
-        return Peers(dist.new_group(backend="gloo", timeout=PATIENCE) if self.mesh.world_size > 1 else None)
+        group = dist.new_group(backend="gloo", timeout=PATIENCE) if self.mesh.world_size > 1 else None
+        return Peers(group, self.watchdog.paused)
 
     def _own_group(
         self, groups: list[list[int]], backend: str | None = None, timeout: datetime.timedelta | None = None
@@ -221,6 +227,7 @@ class TorchEngine:
     def close(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
+        self.watchdog.close()
 
 
 def build_engine(cfg: ParallelConfig, device: str | None = None) -> TorchEngine:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -15,8 +17,13 @@ Result = TypeVar("Result")
 class Peers:
     """The processes of one gloo group; without a group, this process alone."""
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self.group = group
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        paused: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
+        """`paused`: the context in which work of one process may take as long as it likes."""
+        self.group, self.paused = group, paused
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
 
@@ -38,6 +45,10 @@ class Peers:
         """Run `work` on the first process while the others wait; all get its (picklable) result, or raise its error."""
         if self.size == 1:
             return work()
+        with self.paused():
+            return self._share(work)
+
+    def _share(self, work: Callable[[], Result]) -> Result:
         outcome: list[Any] = [None, None]
         if self.rank == 0:
             try:

@@ -79,6 +79,7 @@ class Trainer:
         first = state.step * self.cfg.train.accumulation
         batches = self.feed.batches(first, (steps - state.step) * self.cfg.train.accumulation)
         with Progress(title, done=state.step, total=steps, enabled=self.engine.is_main) as self.progress:
+            self._settle_exchange()
             if state.step:
                 self._evaluate(resuming=True)
             self._pending = self._fetch(batches)
@@ -90,11 +91,24 @@ class Trainer:
                 self._evaluate()
                 if state.step % self.cfg.checkpoint.every == 0 or state.step == steps:
                     self._save()
-        self.writer.wait()
+        with self.engine.watchdog.paused():
+            self.writer.wait()
 
     def close(self) -> None:
         self.log.close()
         self.quarantine.close()
+
+    def _settle_exchange(self) -> None:
+        """DDP orders its gradients anew after a process's first backward, and sums in that order from then on.
+
+        So let the first be nobody's: then a resumed run adds up as the uninterrupted one does, bit for bit.
+        """
+        if self.engine.mesh.world_size > 1:
+            batch = self.builder.stand_in()
+            model_fn = self.train_runner.conditioned(batch.text, batch.mask, batch.drop_text)
+            losses = self.objective.losses(model_fn, batch.latents, batch.noise, batch.timesteps)
+            self.engine.backward(losses.sum() * batch.weight)
+            self.engine.zero_grad()
 
     # One step
 
@@ -133,6 +147,7 @@ class Trainer:
 
     def _micro_batch(self, totals: StepTotals, *, last: bool) -> None:
         """Forward and backward; gradients gather as if every sample of the step were good."""
+        self.engine.watchdog.progress(f"step {self.state.step + 1}")
         batch, num_bad = self._assemble(self._pending)
         self._ids += batch.ids
         with self.engine.accumulating(last=last):
@@ -218,7 +233,8 @@ class Trainer:
         if self._saved_step == self.state.step:
             return
         self.state.ema_updates = self.ema.updates
-        self.writer.save(self.state, self.ema)
+        with self.engine.watchdog.paused():
+            self.writer.save(self.state, self.ema)
         self._saved_step = self.state.step
 
     def _evaluate(self, *, resuming: bool = False) -> None:
@@ -233,7 +249,7 @@ class Trainer:
             sample = sample and not self.engine.peers.on_first(folder.exists)
         if not (validate or sample):
             return
-        with self.ema.applied():
+        with self.ema.applied(), self.engine.watchdog.paused():
             if validate:
                 self._validate()
             if sample:

@@ -15,8 +15,9 @@ from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.sampler import BatchSampler, SharedBatches
 from opensora_repro.diffusion.objective import build_objective
 from opensora_repro.parallel.engine import Engine, build_engine
+from opensora_repro.parallel.preflight import check_same, config_facts, weights_digest
 from opensora_repro.training.batch import BatchBuilder
-from opensora_repro.training.checkpoint import clean_leftovers, list_checkpoints, load_checkpoint
+from opensora_repro.training.checkpoint import clean_leftovers, list_checkpoints, load_checkpoint, read_state
 from opensora_repro.training.ema import Ema, horizon_warning
 from opensora_repro.training.encode import (
     cache_fingerprint,
@@ -67,14 +68,21 @@ def train(cfg: Config, stage: Stage, say: Say = print) -> Outcome:
     engine = build_engine(cfg.parallel)
     say = say if engine.is_main else _silent
     try:
-        start = engine.peers.on_first(lambda: find_start(cfg, engine.mesh.data_size, say))
-        frame = read_manifest(cfg.data.manifest)
-        _check_data(cfg, start, frame)
-        if start.state.step >= cfg.train.steps:
-            return Outcome(start.state.step, True, start.checkpoint)
-        return _Run(cfg, stage, engine, start, frame, say).train()
+        with engine.watchdog.reporting(Path(cfg.run.dir) / "logs"):
+            return _train(cfg, stage, engine, say)
     finally:
         engine.close()
+
+
+def _train(cfg: Config, stage: Stage, engine: Engine, say: Say) -> Outcome:
+    check_same(engine.watchdog, "settings", config_facts(cfg))
+    start = engine.peers.on_first(lambda: find_start(cfg, engine.mesh.data_size, say))
+    frame = read_manifest(cfg.data.manifest)
+    check_same(engine.watchdog, "data", {"data.manifest": ids_fingerprint(frame["id"].tolist())})
+    _check_data(cfg, start, frame)
+    if start.state.step >= cfg.train.steps:
+        return Outcome(start.state.step, True, start.checkpoint)
+    return _Run(cfg, stage, engine, start, frame, say).train()
 
 
 def _silent(line: str) -> None:
@@ -117,7 +125,7 @@ class _Run:
 
     def train(self) -> Outcome:
         self._announce()
-        with contextlib.ExitStack() as held, StopSignals() as stop:
+        with StopSignals() as stop, contextlib.ExitStack() as held:
             self.engine.peers.on_first(lambda: held.enter_context(claimed_run_folder(self.run_dir)))
             trainer = self._build_trainer(stop)
             held.callback(trainer.close)
@@ -154,6 +162,7 @@ class _Run:
             max_fraction=cfg.data.max_bad_fraction,
             writes=engine.is_main,
         )
+        self._check_weights()
         engine.prepare(self.model, build_optimizer(self.model, cfg.optim))
         ema = Ema(engine, cfg.ema.decay)
         if self.start.checkpoint is not None:
@@ -177,6 +186,16 @@ class _Run:
             validator=validator,
             stop=stop,
         )
+
+    def _check_weights(self) -> None:
+        """All processes must begin with the same weights. Raises EngineError."""
+        if self.engine.mesh.world_size == 1:
+            return
+        if self.start.checkpoint is not None:
+            facts = read_state(self.start.checkpoint)[1]
+        else:
+            facts = {"the model's weights": weights_digest(self.model.state_dict())}
+        check_same(self.engine.watchdog, "weights", facts)
 
     def _build_writer(self) -> CheckpointWriter:
         cfg = self.cfg
