@@ -13,7 +13,10 @@ from pathlib import Path
 
 import torch
 
-LIMIT = 6.0  # seconds a step may take here
+from opensora_repro.config import ParallelConfig
+from opensora_repro.parallel.engine import TorchEngine
+
+LIMIT = 6  # seconds a step may take here
 DEADLINE = 3.0
 
 
@@ -28,6 +31,10 @@ def main(arguments: list[str]) -> int:
         return 2
     print("finished", flush=True)
     return 0
+
+
+def short_engine() -> TorchEngine:
+    return TorchEngine(ParallelConfig(timeout=LIMIT))
 
 
 def absent(rank: int, world_size: int, logs: Path) -> None:
@@ -59,9 +66,8 @@ def no_collective(rank: int, world_size: int, logs: Path) -> None:
 
 def hang(rank: int, world_size: int, logs: Path) -> None:
     """Step 1 is done; in step 2 process 1 does not come to the all-reduce, though it lives."""
-    from opensora_repro.parallel.engine import TorchEngine
 
-    engine = TorchEngine(timeout=LIMIT)
+    engine = short_engine()
     with engine.watchdog.reporting(logs):
         for step in (1, 2):
             engine.watchdog.progress(f"step {step}")
@@ -72,9 +78,8 @@ def hang(rank: int, world_size: int, logs: Path) -> None:
 
 def work(rank: int, world_size: int, logs: Path) -> None:
     """All-reduces until somebody kills a process."""
-    from opensora_repro.parallel.engine import TorchEngine
 
-    engine = TorchEngine(timeout=LIMIT)
+    engine = short_engine()
     with engine.watchdog.reporting(logs):
         for step in range(100_000):
             engine.watchdog.progress(f"step {step}")
@@ -86,9 +91,8 @@ def work(rank: int, world_size: int, logs: Path) -> None:
 
 def error(rank: int, world_size: int, logs: Path) -> None:
     """Process 1 raises what nobody expected."""
-    from opensora_repro.parallel.engine import TorchEngine
 
-    engine = TorchEngine(timeout=LIMIT)
+    engine = short_engine()
     try:
         with engine.watchdog.reporting(logs):
             engine.sum(torch.ones(1))
@@ -101,10 +105,9 @@ def error(rank: int, world_size: int, logs: Path) -> None:
 
 def facts(rank: int, world_size: int, logs: Path) -> None:
     """All agree twice, once while a pause lasts longer than a step may; then process 1 has other weights."""
-    from opensora_repro.parallel.engine import TorchEngine
     from opensora_repro.parallel.preflight import check_same, weights_digest
 
-    engine = TorchEngine(timeout=LIMIT)
+    engine = short_engine()
     try:
         with engine.watchdog.reporting(logs):
             check_same(engine.watchdog, "data", {"data.manifest": "7 samples, ids 12"})
