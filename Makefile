@@ -17,6 +17,9 @@ export UV_HTTP_TIMEOUT ?= 180
 # `make gpu` may run where nothing can be installed: it takes .venv if there is one, else the system's python3.
 GPU_PYTHON := $(if $(wildcard $(PYTHON)),$(PYTHON),$(PYTHON3))
 
+# Test files run side by side: many tests wait for processes of their own.
+WORKERS ?= -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+
 .PHONY: help setup demo test lint types unit format bench gpu lock clean
 
 help:
@@ -57,7 +60,7 @@ test: setup
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
-	$(PYTHON) -m pytest -m "not gpu"
+	$(PYTHON) -m pytest -m "not gpu" $(WORKERS)
 
 lint: setup
 	$(PYTHON) -m ruff check .
@@ -67,7 +70,7 @@ types: setup
 	$(PYTHON) -m mypy
 
 unit: setup
-	$(PYTHON) -m pytest -m "not gpu" tests/unit
+	$(PYTHON) -m pytest -m "not gpu" $(WORKERS) tests/unit
 
 format: setup
 	$(PYTHON) -m ruff check --fix .

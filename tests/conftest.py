@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
-NUM_THREADS = int(os.environ.get("OMP_NUM_THREADS") or max(1, min(2, os.cpu_count() or 1)))
+BESIDE_OTHERS = "PYTEST_XDIST_WORKER" in os.environ
+NUM_THREADS = int(os.environ.get("OMP_NUM_THREADS") or (1 if BESIDE_OTHERS else max(1, min(2, os.cpu_count() or 1))))
 
 # Before torch, transformers or OpenCV load: they read these once. Child processes of the tests inherit them; one thread
 # each, because threads that outnumber the cores wait for each other many times longer than they work.
@@ -18,6 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would download somet
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+LONGEST = ("e2e", "distributed")  # folders
 NO_REFERENCE = "reference data not found"
 
 
@@ -84,7 +86,11 @@ def _same_seed() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything under tests/gpu needs a GPU; `make test` leaves it out, `make gpu` runs it."""
+    """Everything under tests/gpu needs a GPU; `make test` leaves it out, `make gpu` runs it.
+
+    The longest files come first, so that at the end no worker is alone with one.
+    """
+    items.sort(key=lambda item: LONGEST.index(item.path.parent.name) if item.path.parent.name in LONGEST else 9)
     for item in items:
         if (REPO / "tests" / "gpu") in item.path.parents:
             item.add_marker("gpu")
