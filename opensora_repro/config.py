@@ -390,6 +390,8 @@ def _check_parallel(config: Config, require: Any) -> None:
     require("parallel.plugin", parallel.engine != "torch" or plugin == "ddp", "ddp with parallel.engine = torch")
     require("parallel.tp_size", tp_size == 1 or plugin == "hybrid", f"1 with parallel.plugin = {plugin} (hybrid cuts)")
     require("parallel.sp_size", sp_size == 1 or plugin != "gemini", "1 with parallel.plugin = gemini")
+    bf16 = config.train.dtype == "bf16"
+    require("train.dtype", bf16 or plugin != "gemini", "bf16 with parallel.plugin = gemini (its weights are)")
     require("parallel.sp_size", sp_size == 1 or model.temporal_attention, "1 without model.temporal_attention")
     if model.num_heads % tp_size:
         raise ConfigError(f"model.num_heads: {model.num_heads} heads are not divisible by tp_size={tp_size}")

@@ -32,7 +32,7 @@ WALL_CLOCK = ("seconds", "data_seconds")
 
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(
-    ["opensora_repro.training.run", "opensora_repro.training.plan", "opensora_repro.parallel.colossal", "diffusers",
+    ["opensora_repro.training.run", "opensora_repro.training.plan", "opensora_repro.parallel.gemini", "diffusers",
      "transformers",
      "torch.utils.tensorboard", "diffusers.models.autoencoders.autoencoder_kl", "transformers.models.t5.modeling_t5"]
 )  # fmt: skip

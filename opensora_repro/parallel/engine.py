@@ -235,6 +235,10 @@ def build_engine(cfg: ParallelConfig, device: str | None = None) -> TorchEngine:
     if cfg.engine == "torch":
         return TorchEngine(cfg, device)
     try:
+        if cfg.plugin == "gemini":
+            from opensora_repro.parallel.gemini import GeminiEngine
+
+            return GeminiEngine(cfg, device)
         from opensora_repro.parallel.colossal import ColossalEngine
     except ModuleNotFoundError as error:
         raise EngineError(

@@ -24,6 +24,7 @@ from opensora_repro.training.stage import Stage
 
 BYTES_WHOLE = 8  # of a parameter: float32 weight and gradient
 BYTES_SPREAD = 12  # two Adam moments and the average, which ZeRO spreads over its ranks
+BYTES_GEMINI = 22  # all of these and a bfloat16 weight, which Gemini spreads altogether
 ACTIVATIONS_A_BLOCK = 34  # tensors of [tokens, hidden_size] that one block keeps for its backward, roughly
 PUBLISHED_STRIDE = 8  # of the Stable Diffusion autoencoders
 
@@ -71,6 +72,8 @@ def planned_mesh(parallel: ParallelConfig) -> Mesh:
 
 def parameter_bytes(parallel: ParallelConfig, mesh: Mesh) -> float:
     """Bytes that one process keeps for each parameter of the model."""
+    if parallel.plugin == "gemini":
+        return BYTES_GEMINI / mesh.world_size
     sharers = 1 if parallel.plugin == "ddp" else mesh.world_size // mesh.tp_size
     return (BYTES_WHOLE + BYTES_SPREAD / sharers) / mesh.tp_size
 

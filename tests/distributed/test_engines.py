@@ -11,8 +11,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from tests.training_world import World, finish, losses, make_world, metrics, newest_tensors, start_processes
+from opensora_repro.config import OptimConfig, ParallelConfig
+from opensora_repro.models.config import STDiTConfig
+from opensora_repro.models.stdit import STDiT
+from opensora_repro.parallel.engine import build_engine
+from opensora_repro.training.optim import build_optimizer
+from tests.training_world import (
+    World,
+    finish,
+    losses,
+    make_world,
+    metrics,
+    newest_hashes,
+    newest_tensors,
+    start_processes,
+)
 
 STAGE = "stages.stage2_video"
 STEPS, SAVED = 8, 4
@@ -37,6 +52,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "zero1 x 2, sp 2": (4, {**ZERO1, "parallel__sp_size": 2}),
     "tp 2, sp 2": (4, {**HYBRID, "parallel__tp_size": 2, "parallel__sp_size": 2}),
 }
+# Whose working weights are bfloat16, so that they train another run than the above.
+GEMINI: dict[str, tuple[int, dict[str, Any]]] = {
+    f"gemini x {count}": (count, {**COLOSSAL, "parallel__plugin": "gemini", "train__dtype": "bf16"}) for count in (1, 2)
+}
 RESUMED = ("one process", "zero2 x 2", "tp 2, sp 2")  # saved by each, continued by each
 
 
@@ -53,7 +72,12 @@ def runs(world: World) -> dict[str, Path]:
 
 def train(world: World, layout: str, run_dir: Path, **changes: Any) -> Path:
     """Start the layout's processes, to 8 steps of 4 samples; every third caption is much longer than the others."""
-    processes, settings = LAYOUTS.get(layout, (1, {}))
+    start(STAGE, world, layout, run_dir, run_dir.with_name(f"{run_dir.name}-log"), **changes)
+    return run_dir
+
+
+def start(module: str, world: World, layout: str, run_dir: Path, log: Path, *last: str, **changes: Any) -> None:
+    processes, settings = {**LAYOUTS, **GEMINI}.get(layout, (1, {}))
     model_size = settings.get("parallel__tp_size", 1) * settings.get("parallel__sp_size", 1)
     given = {
         "train__steps": STEPS,
@@ -71,9 +95,8 @@ def train(world: World, layout: str, run_dir: Path, **changes: Any) -> Path:
         **settings,
         **changes,
     }
-    arguments = [str(world.root / "empty.toml"), *world.arguments(run_dir, "clips", **given)]
-    finish(start_processes(STAGE, arguments, processes, run_dir.with_name(f"{run_dir.name}-log")))
-    return run_dir
+    arguments = [str(world.root / "empty.toml"), *world.arguments(run_dir, "clips", **given), *last]
+    finish(start_processes(module, arguments, processes, log))
 
 
 def run_of(world: World, runs: dict[str, Path], layout: str) -> Path:
@@ -133,13 +156,18 @@ def test_continues_from_any_layouts_checkpoint(
     if first == then:
         pytest.skip("the whole run above")
     whole = run_of(world, runs, first)
-    run_dir = tmp_path / "run"
+    run_dir = halfway(whole, tmp_path / "run")
+    train(world, then, run_dir)
+    assert_same(run_dir, whole)
+
+
+def halfway(whole: Path, run_dir: Path) -> Path:
+    """A copy of a finished run, as it was at its first checkpoint but for the metrics."""
     shutil.copytree(whole, run_dir)
     shutil.rmtree(run_dir / "checkpoints" / f"step-{STEPS:08d}")
     shutil.rmtree(run_dir / "samples")
     (run_dir / "validation.jsonl").unlink()
-    train(world, then, run_dir)
-    assert_same(run_dir, whole)
+    return run_dir
 
 
 def test_bf16_is_within_rounding(world: World, tmp_path: Path) -> None:
@@ -173,3 +201,89 @@ def weight_distance(found: Path, wanted: Path) -> float:
     ours, theirs = newest_tensors(found), newest_tensors(wanted)
     squares = [(float(((ours[key] - theirs[key]) ** 2).sum()), float((theirs[key] ** 2).sum())) for key in theirs]
     return float(np.sqrt(sum(part for part, _ in squares) / sum(whole for _, whole in squares)))
+
+
+# Gemini
+
+
+@pytest.fixture(scope="module")
+def half(world: World, runs: dict[str, Path]) -> Path:
+    """The torch engine's run in bfloat16 autocast, of one process."""
+    return train(world, "one process", world.root / "half", train__dtype="bf16")
+
+
+def test_gemini_trains_the_run_of_one_process_to_bf16_rounding(
+    world: World, runs: dict[str, Path], half: Path, tmp_path: Path
+) -> None:
+    """The yardstick is what bfloat16 autocast does to the float32 run: Gemini rounds the weights and sums besides.
+
+    Each of the two bfloat16 runs lies about so far from the float32 one, so they are at most twice as far apart; once
+    more is for luck. Among each other, Gemini's runs differ by the order and number of the sums alone.
+    """
+    exact = run_of(world, runs, "one process")
+    alone = run_of(world, runs, "gemini x 1")
+    micro_batches = {"train__batch_size": 1, "train__accumulation": 2, "train__activation_checkpointing": True}
+    many = train(world, "gemini x 2", tmp_path / "many", **micro_batches)
+    noise = loss_distance(half, exact)
+    assert loss_distance(alone, half) <= 3 * noise
+    for found in (run_of(world, runs, "gemini x 2"), many):
+        assert loss_distance(found, half) <= 3 * noise
+        assert loss_distance(found, alone) <= noise
+        norms = [[json.loads(line)["grad_norm"] for line in metrics(path)] for path in (found, alone)]
+        np.testing.assert_allclose(*norms, rtol=2**-9)  # bfloat16's rounding
+        for name in ("model", "ema"):
+            spread = distance(newest_tensors(half, name), newest_tensors(exact, name))
+            assert distance(newest_tensors(found, name), newest_tensors(alone, name)) <= spread
+        assert samples(found)
+
+
+@pytest.mark.parametrize(("first", "then"), [("gemini x 2", "one process"), ("one process", "gemini x 2")])
+def test_gemini_hands_float32_weights_over_exactly(
+    world: World, runs: dict[str, Path], half: Path, tmp_path: Path, first: str, then: str
+) -> None:
+    """Resumed and saved again by the other engine, averages and optimizer state included, all bytes are the same."""
+    run_dir = half if first == "one process" else run_of(world, runs, first)
+    again = tmp_path / "again"
+    start("tests.resave", world, then, run_dir, tmp_path / "log", str(again), train__dtype="bf16")
+    assert newest_hashes(again) == newest_hashes(run_dir)
+    assert all(tensor.dtype == np.float32 for tensor in newest_tensors(again).values())
+
+
+def test_gemini_resumes_bit_for_bit(world: World, runs: dict[str, Path], tmp_path: Path) -> None:
+    whole = run_of(world, runs, "gemini x 2")
+    run_dir = halfway(whole, tmp_path / "run")
+    train(world, "gemini x 2", run_dir)
+    assert metrics(run_dir) == metrics(whole)
+    assert newest_hashes(run_dir) == newest_hashes(whole)
+
+
+def test_gemini_keeps_float32_values_and_a_skipped_step_changes_nothing() -> None:
+    torch.manual_seed(0)
+    cfg = STDiTConfig(in_channels=4, hidden_size=32, depth=2, num_heads=4, caption_channels=16, model_max_length=8)
+    model = STDiT(cfg)
+    torch.nn.init.normal_(model.final_layer.linear.weight)  # at zero, it would hide every mistake before it
+    initial = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    inputs = (torch.randn(2, 4, 3, 4, 4), torch.tensor([301.0, 999.0]), torch.randn(2, 8, 16))
+    engine = build_engine(ParallelConfig("colossalai", "gemini"), "cpu")
+    try:
+        engine.prepare(model, build_optimizer(model, OptimConfig()))
+
+        def state() -> dict[str, torch.Tensor]:
+            return {name: engine.whole(name, piece).clone() for name, piece in engine.masters.items()} | engine.fixed
+
+        def output() -> torch.Tensor:
+            engine.show(engine.masters)
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                return engine.eval_forward(*inputs)
+
+        before = output()
+        with torch.autocast("cpu", torch.bfloat16):
+            engine.backward(engine.train_forward(*inputs).mean() * float("nan"))
+        assert engine.squared_gradients().isnan()
+        engine.zero_grad()
+        torch.testing.assert_close(state(), initial, rtol=0, atol=0)
+        assert model.null_condition().dtype == torch.float32
+        assert type(before) is torch.Tensor and before.dtype == torch.float32
+        assert torch.equal(output(), before)
+    finally:
+        engine.close()

@@ -156,6 +156,10 @@ HYBRID = ("parallel.engine=colossalai", "parallel.plugin=hybrid")
         (["parallel.sp_size=2", "model.temporal_attention=false"], "parallel.sp_size = 2: expected 1 without"),
         (["parallel.sp_size=8", "data.num_frames=7"], "parallel.sp_size = 8: there are only 7 latent frames"),
         (["parallel.engine=colossalai", "parallel.plugin=gemini", "parallel.sp_size=2"], "parallel.plugin = gemini"),
+        (
+            ["parallel.engine=colossalai", "parallel.plugin=gemini", "train.dtype=fp32"],
+            'train.dtype = "fp32": expected bf16 with parallel.plugin = gemini',
+        ),
     ],
 )
 def test_impossible_layouts_stop_with_the_arithmetic(tmp_path: Path, overrides: list[str], said: str) -> None:
