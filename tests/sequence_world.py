@@ -24,10 +24,10 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks import collectives
 from opensora_repro.models.config import STDiTConfig
 from opensora_repro.models.stdit import STDiT
+from opensora_repro.parallel.errors import EngineError
 from opensora_repro.parallel.sequence import (
     FrameParallel,
     SequenceParallelAttention,
-    SequenceParallelError,
     apply_sequence_parallelism,
 )
 
@@ -287,7 +287,7 @@ def check_group_of_one() -> Errors:
 def _refusal(call: Callable[[], object]) -> str:
     try:
         call()
-    except SequenceParallelError as error:
+    except EngineError as error:
         assert "\n" not in str(error)
         return str(error)
     raise AssertionError("nothing was refused")
