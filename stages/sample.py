@@ -286,6 +286,7 @@ def start_engine(args: argparse.Namespace) -> TorchEngine:
     import torch
 
     from opensora_repro.config import ParallelConfig
+    from opensora_repro.parallel.device import default_kind
     from opensora_repro.parallel.engine import TorchEngine
     from opensora_repro.training.cli import limit_threads
 
@@ -294,7 +295,7 @@ def start_engine(args: argparse.Namespace) -> TorchEngine:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and wish not in (None, "cpu", "cuda"):
         raise ConfigError(f"--device {wish}: several processes take cpu or cuda, each its own GPU")
     try:
-        device = torch.device(wish or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(wish or default_kind())
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {wish}: cannot be used ({str(error).splitlines()[0]})") from None

@@ -33,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from opensora_repro.config import ParallelConfig
 from opensora_repro.parallel.cpu import GlooAccelerator
+from opensora_repro.parallel.device import backend_of
 from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.parallel.tensor import ColumnLinear, Cut, RowLinear, tensor_cuts
 
@@ -45,8 +46,7 @@ class ColossalEngine(TorchEngine):
     def __init__(self, cfg: ParallelConfig, device: str | None = None) -> None:
         super().__init__(cfg, device)
         if not dist.is_initialized():
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+            dist.init_process_group(backend_of(self.device), store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         if self.device.type == "cpu":
             set_accelerator(GlooAccelerator())
         logging.getLogger("colossalai").setLevel(logging.ERROR)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from opensora_repro.config import ParallelConfig
+from opensora_repro.parallel.device import choose_device
 from opensora_repro.parallel.errors import EngineError
 from opensora_repro.parallel.mesh import Mesh
 from opensora_repro.parallel.peers import Peers, Result
@@ -246,20 +247,3 @@ def build_engine(cfg: ParallelConfig, device: str | None = None) -> TorchEngine:
             'pip install colossalai, or set parallel.engine=torch (plugin "ddp")'
         ) from None
     return ColossalEngine(cfg, device)
-
-
-def choose_device(name: str | None, local_rank: int) -> torch.device:
-    """The GPU of this process's local rank, or the CPU. Raises EngineError."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
-        return torch.device("cpu")
-    count = torch.cuda.device_count()
-    if local_rank >= count:
-        raise EngineError(
-            f"process {local_rank} of this machine has no GPU ({count} found): start torchrun with "
-            f"--nproc-per-node={count}, or hide the GPUs with CUDA_VISIBLE_DEVICES= to run on CPUs"
-        )
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opensora_repro.config import Config, config_dict
+from opensora_repro.parallel.device import backend_of, device_name
 from opensora_repro.parallel.errors import EngineError
 from opensora_repro.parallel.store import Place, Store, keeper, keeps_store, listed, open_store, part_of
 from opensora_repro.parallel.watchdog import Watchdog
@@ -64,11 +65,6 @@ def check_in(store: Store, rank: int, world_size: int, device: torch.device, dea
     return [Place(other, *json.loads(text)) for other, text in enumerate(store.multi_get(keys))]
 
 
-def device_name(device: torch.device) -> str:
-    """`cpu`, or `cuda:0 (NVIDIA H100)`."""
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-
-
 def table(places: Sequence[Place]) -> list[str]:
     """Rank, host, pid and device of every process, in aligned columns."""
     rows = [("rank", "host", "pid", "device")]
@@ -92,7 +88,7 @@ def all_reduce_check(watchdog: Watchdog, device: torch.device, deadline: float =
     with watchdog.limited("the first all-reduce", deadline):
         try:
             dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo",
+                backend_of(device),
                 store=part_of(watchdog.store, "group"),
                 rank=rank,
                 world_size=count,

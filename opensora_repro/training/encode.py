@@ -18,6 +18,7 @@ from opensora_repro.data.dataset import BadSample, Clip, ClipDataset, build_load
 from opensora_repro.data.sampler import SampleBatch
 from opensora_repro.models.text import T5Text, open_text_encoder
 from opensora_repro.models.vae import FrameVAE, open_vae
+from opensora_repro.parallel.device import return_memory
 from opensora_repro.training.batch import Encoded
 from opensora_repro.training.feed import CacheRows
 from opensora_repro.training.hashes import HashMemo
@@ -51,8 +52,7 @@ class Encoder:
         self.text.frozen.release()
         self._captions.clear()
         self._caption_bytes = 0
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        return_memory(self.device)
 
     @torch.no_grad()
     def encode(self, clip: Clip) -> Encoded:
