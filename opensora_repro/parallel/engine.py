@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import logging
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -236,14 +238,22 @@ def build_engine(cfg: ParallelConfig, device: str | None = None) -> TorchEngine:
     if cfg.engine == "torch":
         return TorchEngine(cfg, device)
     try:
-        if cfg.plugin == "gemini":
-            from opensora_repro.parallel.gemini import GeminiEngine
-
-            return GeminiEngine(cfg, device)
-        from opensora_repro.parallel.colossal import ColossalEngine
+        return _colossal_engine(cfg.plugin)(cfg, device)
     except ModuleNotFoundError as error:
         raise EngineError(
             f'parallel.engine = "colossalai": the package {str(error.name).split(".")[0]} is not installed: '
             'pip install colossalai, or set parallel.engine=torch (plugin "ddp")'
         ) from None
-    return ColossalEngine(cfg, device)
+
+
+def _colossal_engine(plugin: str) -> type[TorchEngine]:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which ColossalAI imports, and nobody here uses
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # ColossalAI's, about packages that would serve others
+        if plugin == "gemini":
+            from opensora_repro.parallel.gemini import GeminiEngine
+
+            return GeminiEngine
+        from opensora_repro.parallel.colossal import ColossalEngine
+
+        return ColossalEngine
