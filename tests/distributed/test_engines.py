@@ -170,6 +170,18 @@ def halfway(whole: Path, run_dir: Path) -> Path:
     return run_dir
 
 
+@pytest.mark.parametrize(("plugin", "processes"), [("zero1", 2), ("zero2", 4), ("hybrid", 2), ("gemini", 2)])
+def test_nobody_holds_or_writes_more_than_a_share(tmp_path: Path, plugin: str, processes: int) -> None:
+    """Masters, averages and moments are spread; of a checkpoint every process writes its part."""
+    commands = start_processes("tests.shares", [plugin], processes, tmp_path)
+    finish(commands)
+    shares = [json.loads(command.out.splitlines()[-1]) for command in commands]
+    for kind, copies in (("masters", 1), ("average", 1), ("moments", 1), ("written", 4)):
+        counts = [share[kind] for share in shares]
+        assert max(counts) <= 1.2 * copies * shares[0]["whole"] / processes, (kind, counts)
+        assert sum(counts) >= copies * shares[0]["whole"], (kind, counts)
+
+
 def test_bf16_is_within_rounding(world: World, tmp_path: Path) -> None:
     """The yardstick: how far one process gets from itself when it takes the same samples in other micro-batches.
 

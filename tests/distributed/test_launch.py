@@ -262,3 +262,27 @@ def test_slurm_script(tmp_path: Path) -> None:
         for rank in range(4)
     ]
     assert sorted(done.stdout.splitlines()) == expected
+
+
+@pytest.mark.slow
+def test_colossalai_run(tmp_path: Path) -> None:
+    """ColossalAI's launcher starts the same processes; torchrun must be on its PATH."""
+    launcher = Path(sys.executable).with_name("colossalai")
+    environment = {**os.environ, "PATH": f"{launcher.parent}:{os.environ['PATH']}"}
+    port = str(free_port())
+    command = [
+        str(launcher),
+        "run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        port,
+        "-m",
+        "tests.print_rank",
+        "CONFIG.toml",
+    ]
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        line = f"RANK={rank} WORLD_SIZE=2 LOCAL_RANK={rank} GROUP_RANK=0 arguments=['CONFIG.toml']"
+        assert line in done.stdout.splitlines()

@@ -1,0 +1,50 @@
+"""One process of a small group: how much of a run it holds, and how much of a checkpoint it would write, as JSON."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from opensora_repro.config import OptimConfig, ParallelConfig
+from opensora_repro.models.config import STDiTConfig
+from opensora_repro.models.stdit import STDiT
+from opensora_repro.parallel.engine import build_engine
+from opensora_repro.training.checkpoint import TrainState, optimizer_pieces
+from opensora_repro.training.ema import Ema
+from opensora_repro.training.optim import build_optimizer
+from opensora_repro.training.save import take_snapshot
+
+TINY = STDiTConfig(hidden_size=48, depth=2, num_heads=4, caption_channels=12, model_max_length=6)
+
+
+def main(arguments: list[str]) -> int:
+    (plugin,) = arguments
+    torch.manual_seed(0)
+    model = STDiT(TINY)
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    engine = build_engine(ParallelConfig(engine="colossalai", plugin=plugin), "cpu")
+    try:
+        engine.prepare(model, build_optimizer(model, OptimConfig()))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = engine.train_forward(torch.randn(1, 4, 2, 4, 4), torch.tensor([5.0]), torch.randn(1, 6, 12)).mean()
+        engine.backward(loss)
+        engine.step(1e-3, 1)
+        ema = Ema(engine, 0.9)
+        snapshot = take_snapshot(engine, ema, TrainState(step=1), copy=True)
+        moments = [piece for kind, _, piece in optimizer_pieces(engine) if kind == "exp_avg"]
+        found = {
+            "whole": whole,
+            "masters": _count(engine.masters.values()),
+            "average": _count(ema.shadow.values()),
+            "moments": _count(moments),
+            "written": sum(_count(tensors.values()) for tensors in snapshot.own.values()),
+        }
+        print(json.dumps(found), flush=True)
+    finally:
+        engine.close()
+    return 0
+
+
+def _count(tensors: object) -> int:
+    return sum(tensor.numel() for tensor in tensors)  # type: ignore[attr-defined]
