@@ -20,11 +20,12 @@ GPU_PYTHON := $(if $(wildcard $(PYTHON)),$(PYTHON),$(PYTHON3))
 # Test files run side by side: many tests wait for processes of their own.
 WORKERS ?= -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo test lint types unit format bench gpu lock clean
+.PHONY: help setup demo test test-all lint types unit format bench gpu lock clean
 
 help:
 	@echo "make demo    train a small video model in three stages; then look at runs/demo/report.html"
-	@echo "make test    lint, types and every test that needs no GPU"
+	@echo "make test    lint, types and the tests that need no GPU"
+	@echo "make test-all  the tests again, with every layout of processes (twice as long)"
 	@echo "make bench   side-by-side timings and counts on this machine's CPU, as JSON in benchmarks/results/"
 	@echo "make gpu     every check that needs an NVIDIA GPU, as JSON in benchmarks/results/"
 	@echo "make setup   only create .venv;  make format, make lint, make types, make unit: single steps;"
@@ -60,6 +61,9 @@ test: setup
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+	$(PYTHON) -m pytest -m "not gpu and not exhaustive" $(WORKERS)
+
+test-all: setup
 	$(PYTHON) -m pytest -m "not gpu" $(WORKERS)
 
 lint: setup

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
-from itertools import combinations
+from collections.abc import Collection, Mapping, Sequence
+from itertools import combinations, permutations
 from pathlib import Path
 from typing import Any
 
@@ -135,18 +135,26 @@ def samples(run_dir: Path) -> list[Path]:
     return list((run_dir / "samples" / f"step-{STEPS:08d}").iterdir())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+def sampled(cases: Sequence[Any], kept: Collection[Any]) -> list[Any]:
+    """All cases; those that are not kept run in `make test-all` alone."""
+    return [pytest.param(*case, marks=() if case in kept else pytest.mark.exhaustive) for case in cases]
+
+
+EVERY_TIME = ("torch sp 2", "ddp x 2", "zero1 x 2", "zero2 x 2", "tp 2", "tp 2, sp 2")
+
+
+@pytest.mark.parametrize("layout", sampled([(name,) for name in LAYOUTS], [(name,) for name in EVERY_TIME]))
 def test_trains_the_run_of_one_process(world: World, runs: dict[str, Path], layout: str) -> None:
     assert_same(run_of(world, runs, layout), run_of(world, runs, "one process"))
 
 
-@pytest.mark.parametrize("then", RESUMED)
-@pytest.mark.parametrize("first", RESUMED)
+@pytest.mark.parametrize(
+    ("first", "then"),
+    sampled(list(permutations(RESUMED, 2)), list(zip(RESUMED, RESUMED[1:] + RESUMED[:1], strict=True))),
+)
 def test_continues_from_any_layouts_checkpoint(
     world: World, runs: dict[str, Path], tmp_path: Path, first: str, then: str
 ) -> None:
-    if first == then:
-        pytest.skip("the whole run above")
     whole = run_of(world, runs, first)
     run_dir = halfway(whole, tmp_path / "run")
     train(world, then, run_dir)
@@ -162,7 +170,10 @@ def halfway(whole: Path, run_dir: Path) -> Path:
     return run_dir
 
 
-@pytest.mark.parametrize(("plugin", "processes"), [("zero1", 2), ("zero2", 4), ("hybrid", 2), ("gemini", 2)])
+@pytest.mark.parametrize(
+    ("plugin", "processes"),
+    sampled([("zero1", 2), ("zero2", 4), ("hybrid", 2), ("gemini", 2)], [("zero1", 2), ("gemini", 2)]),
+)
 def test_nobody_holds_or_writes_more_than_a_share(tmp_path: Path, plugin: str, processes: int) -> None:
     """Masters, averages and moments are spread; of a checkpoint every process writes its part."""
     commands = start_processes("tests.shares", [plugin], processes, tmp_path)
@@ -180,6 +191,7 @@ def half(world: World) -> Path:
     return train(world, "one process", world.root / "half", train__dtype="bf16")
 
 
+@pytest.mark.exhaustive
 def test_bf16_is_within_rounding(world: World, half: Path, tmp_path: Path) -> None:
     """The yardstick: how far one process gets from itself when it takes the same samples in other micro-batches.
 

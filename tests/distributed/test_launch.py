@@ -196,7 +196,7 @@ def test_settings_that_differ_are_named_before_anything_is_made(world: World, tm
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_torchrun_ends_soon_after_a_kill_and_resumes(world: World, whole: Path, tmp_path: Path) -> None:
     """The real command, one of its processes killed; the same again continues the same curve."""
     run_dir = tmp_path / "run"
@@ -240,7 +240,7 @@ def test_an_elastic_job_restarts_by_itself(world: World, whole: Path, tmp_path: 
     assert_same_curve(run_dir, whole)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_slurm_script(tmp_path: Path) -> None:
     """SLURM's commands are stand-ins: `srun` starts the two nodes' tasks on this machine."""
     tools = {
@@ -264,7 +264,7 @@ def test_slurm_script(tmp_path: Path) -> None:
     assert sorted(done.stdout.splitlines()) == expected
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_colossalai_run(tmp_path: Path) -> None:
     """ColossalAI's launcher starts the same processes; torchrun must be on its PATH."""
     launcher = Path(sys.executable).with_name("colossalai")

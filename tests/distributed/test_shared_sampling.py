@@ -47,7 +47,10 @@ def videos(out: Path) -> np.ndarray:
     return np.stack([read_frames(out / file, start=0, count=FRAMES).numpy() for file in files]).astype(int)
 
 
-@pytest.mark.parametrize(("processes", "options"), [(2, ()), (2, ("--sp-size", "2")), (4, ("--sp-size", "2"))])
+@pytest.mark.parametrize(
+    ("processes", "options"),
+    [(2, ()), (2, ("--sp-size", "2")), pytest.param(4, ("--sp-size", "2"), marks=pytest.mark.exhaustive)],
+)
 def test_samples_are_those_of_one_process(
     world: World, tmp_path: Path, processes: int, options: tuple[str, ...]
 ) -> None:
