@@ -171,7 +171,7 @@ class STDiT(nn.Module):
         size = rearrange(self.csize_embedder(image_size.flatten()), "(b two) d -> b (two d)", two=2)
         return torch.cat([size, self.ar_embedder(aspect_ratio.flatten())], dim=1)
 
-    def _add_positions(self, x: Tensor, rows: int, first: int) -> tuple[Tensor, Tensor | None]:
+    def _add_positions(self, x: Tensor, rows: int, first: int = 0) -> tuple[Tensor, Tensor | None]:
         """Add the spatial table to tokens [B, T, S, D]; return them and the table for the temporal branch.
 
         `first` is the index of the first token frame.

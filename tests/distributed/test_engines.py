@@ -181,7 +181,8 @@ def test_nobody_holds_or_writes_more_than_a_share(tmp_path: Path, plugin: str, p
     shares = [json.loads(command.out.splitlines()[-1]) for command in commands]
     for kind, copies in (("masters", 1), ("average", 1), ("moments", 1), ("written", 4)):
         counts = [share[kind] for share in shares]
-        assert max(counts) <= 1.2 * copies * shares[0]["whole"] / processes, (kind, counts)
+        slack = 1.6 if plugin == "gemini" else 1.2  # a small model leaves its last chunk half empty
+        assert max(counts) <= slack * copies * shares[0]["whole"] / processes, (kind, counts)
         assert sum(counts) >= copies * shares[0]["whole"], (kind, counts)
 
 

@@ -135,7 +135,8 @@ def test_a_failed_background_save_is_raised_at_the_next_one(tmp_path: Path) -> N
 def test_without_colossalai_the_torch_engine_works_and_the_other_says_what_is_missing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "colossalai", None)
+    for name in ["colossalai", *(name for name in sys.modules if name.startswith("colossalai."))]:
+        monkeypatch.setitem(sys.modules, name, None)
     for name in ("opensora_repro.parallel.colossal", "opensora_repro.parallel.cpu"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     assert build_engine(ParallelConfig(), "cpu").mesh == Mesh()
