@@ -103,7 +103,7 @@ def counting() -> Iterator[list[int]]:
 
     def unknown(name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            raise NotImplementedError(f"torch.distributed.{name} was called, whose bytes are not counted here")
+            raise RuntimeError(f"torch.distributed.{name} was called, whose bytes are not counted here")
 
         return call
 

@@ -299,10 +299,7 @@ def start_engine(args: argparse.Namespace) -> TorchEngine:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {wish}: cannot be used ({str(error).splitlines()[0]})") from None
-    engine = TorchEngine(ParallelConfig(sp_size=args.sp_size), device.type)
-    if device.index is not None:
-        engine.device = device
-    return engine
+    return TorchEngine(ParallelConfig(sp_size=args.sp_size), str(device))
 
 
 def write_files(out: Path, index: int, video: np.ndarray, *, fps: int, gif: bool) -> str:

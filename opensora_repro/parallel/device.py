@@ -12,17 +12,21 @@ def default_kind() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def choose_device(kind: str | None, local_rank: int) -> torch.device:
-    """The GPU of this process's local rank, or the CPU; None: a GPU where there is one. Raises EngineError."""
-    if (kind or default_kind()) == "cpu":
-        return torch.device("cpu")
-    count = torch.cuda.device_count()
-    if local_rank >= count:
+def choose_device(wish: str | None, local_rank: int) -> torch.device:
+    """The device torch calls `wish`; "cuda" is this process's GPU by its local rank, None a GPU where there is one.
+
+    Raises EngineError where there is no such GPU.
+    """
+    device = torch.device(wish or default_kind())
+    if device.type != "cuda":
+        return device
+    index, count = local_rank if device.index is None else device.index, torch.cuda.device_count()
+    if index >= count:
         raise EngineError(
-            f"process {local_rank} of this machine has no GPU ({count} found): start torchrun with "
+            f"process {local_rank} of this machine has no GPU {index} ({count} found): start torchrun with "
             f"--nproc-per-node={count}, or hide the GPUs with CUDA_VISIBLE_DEVICES= to run on CPUs"
         )
-    device = torch.device("cuda", local_rank)
+    device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
 

@@ -93,7 +93,7 @@ class TorchEngine:
     """
 
     def __init__(self, cfg: ParallelConfig | None = None, device: str | None = None) -> None:
-        """`device`: "cpu" or "cuda"; None takes the GPU where there is one."""
+        """`device`: as torch calls it; None takes a GPU where there is one."""
         self.cfg = cfg or ParallelConfig()
         rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.mesh = Mesh(rank, world_size, self.cfg.tp_size, self.cfg.sp_size)
