@@ -84,6 +84,7 @@ bench: setup
 	$(PYTHON) -m benchmarks.train_step
 	$(PYTHON) -m benchmarks.loader
 	$(PYTHON) -m benchmarks.collectives
+	$(PYTHON) -m benchmarks.split
 
 gpu:
 	$(GPU_PYTHON) -m benchmarks.gpu_checks

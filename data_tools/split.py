@@ -1,4 +1,4 @@
-"""Split long videos at their hard cuts into clips that training reads fast.
+"""Split long videos at their cuts into clips that training reads fast.
 
     python -m data_tools.split INPUT --out DIR
 
@@ -16,7 +16,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,14 +25,16 @@ from opensora_repro.data.files import beside, remove_leftovers
 from opensora_repro.data.manifest import LINEAGE_COLUMNS, REQUIRED_COLUMNS, DataError
 
 if TYPE_CHECKING:
+    from opensora_repro.data.cut import Encoding
     from opensora_repro.data.scenes import Scan, Span
 
 VIDEO_SUFFIXES = frozenset(
     (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv")
 )
+PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
 CLIP_COLUMNS = (*REQUIRED_COLUMNS, *LINEAGE_COLUMNS, "resplit")
 REJECT_COLUMNS = ("source", "start_frame", "end_frame", "reason")
-METHOD = 1  # raise when the same options would give other clips, so that finished sources are done again
+METHOD = 2  # raise when the same options would give other clips, so that finished sources are done again
 Row = dict[str, Any]
 Record = dict[str, list[Row]]  # a finished source's "clips" and "rejects"
 
@@ -45,6 +48,13 @@ class Options:
     min_frames: int
     max_frames: int
     crf: int
+    trim: int | None = None
+    preset: str = "veryfast"
+    short_side: int = 0
+    fps: str = ""
+    audio: bool = False
+    copy: bool = False
+    for_training: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,15 +82,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for clips/ and their manifest")
     parser.add_argument(
         "--detector",
-        choices=("adaptive", "content"),
-        default="adaptive",
-        help="adaptive: change against the neighbouring frames; content: change as such (%(default)s)",
+        choices=("shots", "adaptive", "content"),
+        default="shots",
+        help="shots: what no motion explains, dissolves and fades too; PySceneDetect's adaptive: change against the"
+        " neighbouring frames; its content: change as such (%(default)s)",
     )
     parser.add_argument(
         "--threshold",
         type=float,
         metavar="X",
-        help="level of a cut (adaptive: by how restless the video is, 2.1 to 3.5; content: 27)",
+        help="level of a cut (shots: 1.5; adaptive: by how restless the video is, 2.1 to 3.5; content: 27)",
     )
     parser.add_argument("--min-frames", type=int, default=8, metavar="N", help="drop shorter scenes (%(default)s)")
     parser.add_argument(
@@ -90,8 +101,28 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="divide longer scenes evenly and mark them `resplit` (0: never)",
     )
-    parser.add_argument("--crf", type=int, default=18, help="x264 quality of the clips, 0 (best) to 51 (%(default)s)")
+    parser.add_argument(
+        "--trim",
+        type=int,
+        metavar="N",
+        help="leave out dissolves and fades, and N frames on either side of every cut (default: leave out nothing)",
+    )
+    add_encoding_arguments(parser)
     return parser.parse_args(argv)
+
+
+def add_encoding_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", default="veryfast", choices=PRESETS, help="x264 preset (%(default)s)")
+    parser.add_argument("--short-side", type=int, default=0, metavar="PX", help="reduce to this short side (0: keep)")
+    parser.add_argument("--fps", default="", metavar="RATE", help="frames a second, such as 24 or 30000/1001 (keep)")
+    parser.add_argument("--audio", action="store_true", help="keep the sound, as AAC")
+    parser.add_argument("--copy", action="store_true", help="copy instead of encoding where cuts fall on key frames")
+    parser.add_argument(
+        "--for-training",
+        action="store_true",
+        help="clips that are read fast: short side 256 unless --short-side says otherwise, quick to decode",
+    )
+    parser.add_argument("--crf", type=int, default=18, help="x264 quality of the clips, 0 (best) to 51 (%(default)s)")
 
 
 def options_of(args: argparse.Namespace) -> Options:
@@ -104,7 +135,31 @@ def options_of(args: argparse.Namespace) -> Options:
         raise DataError(f"--max-frames {args.max_frames}: expected 0 or at least --min-frames {args.min_frames}")
     if not 0 <= args.crf <= 51:
         raise DataError(f"--crf {args.crf}: expected 0 to 51")
-    return Options(args.detector, args.threshold, args.min_frames, args.max_frames, args.crf)
+    if args.trim is not None and args.trim < 0:
+        raise DataError(f"--trim {args.trim}: expected 0 or more frames")
+    if args.short_side and args.short_side < 16:
+        raise DataError(f"--short-side {args.short_side}: expected 0 or at least 16 pixels")
+    try:
+        wrong = args.fps != "" and not 0 < Fraction(args.fps) <= 1000
+    except (ValueError, ZeroDivisionError):
+        wrong = True
+    if wrong:
+        raise DataError(f"--fps {args.fps}: expected a number or a fraction, such as 24 or 30000/1001")
+    return Options(**{field.name: getattr(args, field.name) for field in fields(Options)})
+
+
+def encoding_of(options: Options) -> Encoding:
+    from opensora_repro.data.cut import TRAINING_SIDE, Encoding
+
+    return Encoding(
+        crf=options.crf,
+        preset=options.preset,
+        short_side=options.short_side or (TRAINING_SIDE if options.for_training else 0),
+        fps=Fraction(options.fps) if options.fps else None,
+        audio=options.audio,
+        copy=options.copy and not options.for_training,
+        fast_decode=options.for_training,
+    )
 
 
 def split(root: Path, out: Path, options: Options) -> int:
@@ -149,9 +204,10 @@ def split_source(source: Source, out: Path, options: Options, on_frame: Callable
     limits = {"min_frames": options.min_frames, "max_frames": options.max_frames}
     try:
         scan = scan_video(source.path, detector=options.detector, threshold=options.threshold, on_frame=on_frame)
-        spans = plan_spans(len(scan.times), scan.cuts, **limits)
+        gradual = {"transitions": scan.transitions, "trim": options.trim}
+        spans = plan_spans(len(scan.times), scan.cuts, **limits, **gradual)
         kept = [(s, out / "clips" / f"{clip_id(source, s)}.mp4") for s in spans if len(s) >= options.min_frames]
-        cut_clips(source.path, scan, kept, crf=options.crf, on_frame=on_frame)
+        cut_clips(source.path, scan, kept, encoding=encoding_of(options), on_frame=on_frame)
         short = [span for span in spans if len(span) < options.min_frames]
         clips = [clip_row(target, scan, span) for span, target in kept]
         rejects = [reject_row(f"{len(s)} frames, --min-frames is {options.min_frames}", s.start, s.end) for s in short]
@@ -180,8 +236,8 @@ def clip_row(path: Path, scan: Scan, span: Span) -> Row:
         "id": path.stem,
         "path": path.name,
         "caption": "",
-        "num_frames": len(span),
-        "fps": rate or info.fps,
+        "num_frames": info.num_frames,
+        "fps": (rate if info.num_frames == len(span) else 0) or info.fps,
         "height": info.height,
         "width": info.width,
         "start_frame": span.start,

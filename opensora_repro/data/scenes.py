@@ -1,6 +1,8 @@
-"""Where a video's scenes change: PySceneDetect's frame scores on exactly the frames that a reader will get.
+"""Where a video's scenes change, on exactly the frames that a reader will get, and the spans that follow from it.
 
-The frames come from our own decoder, so that a cut is an index in presentation order, whatever the frame rate does.
+The frames come from our own decoder, so that a cut is an index in presentation order, whatever the frame rate does. The
+default detector is ours (see shots.py): PySceneDetect's frame scores, which can be chosen instead, compare each picture
+with the one before without asking whether it has moved, and so cannot tell similar shots from fast motion.
 """
 
 from __future__ import annotations
@@ -16,7 +18,10 @@ import numpy as np
 
 from opensora_repro.data.video import DecodeError, FrameIndex, frame_index, one_scaling_thread, open_video
 
-DETECTORS = ("adaptive", "content")
+DETECTORS = ("shots", "adaptive", "content")
+# Thumbnails do not need the filter that smooths block edges, and H.264 and HEVC spend a quarter of their time on it.
+DRAFT = {"skip_loop_filter": "all", "flags2": "+fast"}
+PLANES = frozenset(f"yuv{kind}{sampling}p" for kind in ("", "j") for sampling in ("420", "422", "444"))  # 8 bits
 ANALYSIS_WIDTH = 256  # pixels; wider pictures are reduced, which is also PySceneDetect's default
 WINDOW = 3  # frames on either side that a frame's change is compared with
 MIN_CHANGE = 8.0  # content score below which nothing is a cut
@@ -30,7 +35,8 @@ class Scan:
 
     times: tuple[int, ...]  # presentation times since the first frame, in time_base units, strictly ascending
     time_base: Fraction
-    cuts: tuple[int, ...]  # index of each new scene's first frame
+    cuts: tuple[int, ...]  # index of each new scene's first frame; in the middle of a dissolve or fade
+    transitions: tuple[tuple[int, int], ...] = ()  # frames [start, end) of gradual cuts, where the detector tells
 
     def seconds(self, frame: int) -> float:
         """Return when a frame appears, in seconds since the first; for the frame after the last, when that one ends."""
@@ -53,20 +59,24 @@ class Span:
 
 
 def scan_video(
-    path: str | Path, *, detector: str = "adaptive", threshold: float | None = None, on_frame: Callable[[], Any] = int
+    path: str | Path, *, detector: str = "shots", threshold: float | None = None, on_frame: Callable[[], Any] = int
 ) -> Scan:
-    """Decode a whole video, calling `on_frame` for each frame, and find its hard cuts.
+    """Decode a whole video, calling `on_frame` for each frame, and find its cuts.
 
-    "content" cuts where PySceneDetect's content score (mean change of hue, saturation and brightness) reaches the
-    threshold; "adaptive" where the score's ratio to its neighbours' mean does, by default at a level that follows from
-    how restless the video is (see `restless_threshold`). Raises DecodeError for a file that does not decode to the end.
+    "shots" finds hard cuts, dissolves and fades (see shots.py); its threshold is how many times a cut's residual
+    exceeds its neighbours', 1.5 by default. PySceneDetect's two find hard cuts: "content" where the content score (mean
+    change of hue, saturation and brightness) reaches the threshold; "adaptive" where the score's ratio to its
+    neighbours' mean does, by default at a level that follows from how restless the video is (see `restless_threshold`).
+    Raises DecodeError for a file that does not decode to the end.
     """
     import av
 
     times: list[int | None] = []
-    metrics = _Metrics()
+    metrics = _Thumbnails(threshold) if detector == "shots" else _Metrics(detector, threshold)
     with open_video(path, threads=0) as (container, stream):
         index, time_base = frame_index(path), Fraction(stream.time_base)
+        if detector == "shots":
+            stream.codec_context.options = DRAFT
         rate = Fraction(stream.average_rate) if stream.average_rate else Fraction(25)
         try:
             for frame in container.decode(stream):
@@ -81,8 +91,8 @@ def scan_video(
     known = [t for t in times if t is not None]
     if len(known) < len(times) or any(b <= a for a, b in pairwise(known)):
         known, time_base = list(range(len(times))), 1 / rate  # no usable clock: evenly at the header's rate
-    cuts = metrics.cuts(detector, threshold)
-    return Scan(tuple(t - known[0] for t in known), time_base, tuple(cuts))
+    cuts, transitions = metrics.finish()
+    return Scan(tuple(t - known[0] for t in known), time_base, cuts, transitions)
 
 
 def restless_threshold(ratios: np.ndarray) -> float:
@@ -96,32 +106,86 @@ def restless_threshold(ratios: np.ndarray) -> float:
     return float(np.clip(1.9 + 4.0 * (np.quantile(ratios, 0.75) - 1.0), 2.1, 3.5))
 
 
-def plan_spans(num_frames: int, cuts: Sequence[int], *, min_frames: int = 1, max_frames: int = 0) -> list[Span]:
+def plan_spans(
+    num_frames: int,
+    cuts: Sequence[int],
+    *,
+    min_frames: int = 1,
+    max_frames: int = 0,
+    transitions: Sequence[tuple[int, int]] = (),
+    trim: int | None = None,
+) -> list[Span]:
     """Return the scenes, those longer than `max_frames` (0: no limit) divided.
 
-    Evenly; or, where even parts would be shorter than `min_frames`, into parts of `max_frames` and a rest.
+    Evenly; or, where even parts would be shorter than `min_frames`, into parts of `max_frames` and a rest. With `trim`,
+    the frames of `transitions` belong to no scene, nor do so many frames on either side of any cut.
     """
+    edges = [(0, 0), *_gaps(cuts, transitions, trim), (num_frames, num_frames)]
     spans = []
-    for start, end in pairwise([0, *cuts, num_frames]):
+    for (_, start), (end, _) in pairwise(edges):
+        if end <= start:
+            continue  # trimmed away
         length = end - start
         parts = -(-length // max_frames) if max_frames else 1
-        edges = [start + length * i // parts for i in range(parts + 1)]
+        inner = [start + length * i // parts for i in range(parts + 1)]
         if parts > 1 and length // parts < min_frames:
-            edges = [*range(start, end, max_frames), end]
-        spans += [Span(a, b, parts > 1) for a, b in pairwise(edges)]
+            inner = [*range(start, end, max_frames), end]
+        spans += [Span(a, b, parts > 1) for a, b in pairwise(inner)]
     return spans
+
+
+def _gaps(cuts: Sequence[int], transitions: Sequence[tuple[int, int]], trim: int | None) -> list[tuple[int, int]]:
+    """Return (end of the scene before, start of the scene after) for each cut."""
+    if trim is None:
+        return [(cut, cut) for cut in cuts]
+    gaps = []
+    for cut in cuts:
+        start, end = next(((a, b) for a, b in transitions if a <= cut <= b), (cut, cut))
+        gaps.append((max(0, start - trim), end + trim))
+    return gaps
+
+
+class _Thumbnails:
+    """Our own detector, fed with decoded frames."""
+
+    def __init__(self, threshold: float | None) -> None:
+        from av.video.reformatter import VideoReformatter
+
+        from opensora_repro.data.shots import ShotDetector, ShotOptions
+
+        self.detector = ShotDetector(ShotOptions() if threshold is None else ShotOptions(ratio=threshold))
+        self.reformatter = VideoReformatter()
+
+    def add(self, frame: Any) -> None:
+        from opensora_repro.data.shots import thumbnail
+
+        if frame.format.name not in PLANES:
+            frame = self.reformatter.reformat(
+                frame, width=256, height=144, format="yuv420p", interpolation="AREA", **one_scaling_thread()
+            )
+        self.detector.add(thumbnail([_plane(plane) for plane in frame.planes]))
+
+    def finish(self) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+        shots = self.detector.finish()
+        return shots.cuts, shots.transitions
+
+
+def _plane(plane: Any) -> np.ndarray:
+    """Return a plane's pixels, uint8 [height, width], without a copy."""
+    return np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: plane.height, : plane.width]
 
 
 class _Metrics:
     """PySceneDetect's content score and adaptive ratio of every frame."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str, threshold: float | None) -> None:
         from av.video.reformatter import VideoReformatter
         from scenedetect import StatsManager
         from scenedetect.detectors import AdaptiveDetector
 
         self.detector = AdaptiveDetector(window_width=WINDOW, min_content_val=MIN_CHANGE, min_scene_len=1)
         self.detector.stats_manager = self.stats = StatsManager()
+        self.name, self.threshold = name, threshold
         self.reformatter = VideoReformatter()
         self.stamps: list[Any] = []
 
@@ -134,7 +198,9 @@ class _Metrics:
         self.stamps.append(_stamp(len(self.stamps)))
         self.detector.process_frame(self.stamps[-1], small.to_ndarray())
 
-    def cuts(self, detector: str, threshold: float | None) -> list[int]:
+    def finish(self) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+        """Return the cuts, and no gradual ones."""
+        detector, threshold = self.name, self.threshold
         scores, ratios = self._column("content_val"), self._column(self.detector.get_metrics()[-1])
         if detector == "content":
             found = scores >= (CONTENT_THRESHOLD if threshold is None else threshold)
@@ -145,7 +211,7 @@ class _Metrics:
         for frame in np.flatnonzero(found).tolist():
             if frame >= (cuts[-1] if cuts else 0) + MIN_SCENE:
                 cuts.append(frame)
-        return cuts
+        return tuple(cuts), ()
 
     def _column(self, name: str) -> np.ndarray:
         """Return a metric of every frame, NaN where it has none (the first and the last ones)."""

@@ -10,8 +10,8 @@ import cv2
 import numpy as np
 import pytest
 
-from opensora_repro.data.cut import cut_clips
-from opensora_repro.data.scenes import Span, plan_spans, restless_threshold, scan_video
+from opensora_repro.data.cut import Encoding, cut_clips, frame_times, read_sound
+from opensora_repro.data.scenes import Scan, Span, plan_spans, restless_threshold, scan_video
 from opensora_repro.data.video import DecodeError, frame_index, open_video, probe, read_frames
 
 COLOURS = [(235, 20, 20), (20, 235, 20), (20, 20, 235), (235, 235, 20), (235, 20, 235), (20, 235, 235)]
@@ -149,3 +149,97 @@ def test_an_unwritable_folder_is_not_the_sources_fault(tmp_path: Path) -> None:
     scan = scan_video(tmp_path / "long.mp4")
     with pytest.raises(OSError, match="clip"):
         cut_clips(tmp_path / "long.mp4", scan, [(Span(0, 10), tmp_path / "nowhere" / "clip.mp4")])
+
+
+@pytest.mark.parametrize("name", ["rotated_90.mp4", "vfr_30_10_4fps.mp4"])
+def test_a_smaller_clip_shows_the_same_frames(videos_dir: Path, tmp_path: Path, name: str) -> None:
+    source, span, target = videos_dir / "bad" / name, Span(3, 21), tmp_path / "clip.mp4"
+    full, scan = probe(source), scan_video(source)
+    side = min(full.height, full.width) // 2 // 2 * 2
+    cut_clips(source, scan, [(span, target)], encoding=Encoding(short_side=side, fast_decode=True))
+    info = probe(target)
+    assert min(info.height, info.width) == side
+    assert info.width / info.height == pytest.approx(full.width / full.height, rel=0.03)
+    clip = read_frames(target, start=0, count=len(span)).numpy().astype(int)
+    wide = read_frames(source, start=span.start, count=len(span)).numpy()
+    small = np.stack([cv2.resize(f, (info.width, info.height), interpolation=cv2.INTER_AREA) for f in wide])
+    assert np.abs(clip - small).mean(axis=(1, 2, 3)).max() < 5
+
+
+def test_frames_at_a_new_rate_are_those_shown_then() -> None:
+    scan = Scan((0, 1, 2, 5, 8, 9, 10, 11), Fraction(1, 10), ())
+    assert frame_times(scan, Span(1, 6), None) == (Fraction(1, 10), [[0], [1], [4], [7], [8]])
+    base, shown = frame_times(scan, Span(1, 6), Fraction(5))  # 0.9 s from frame 1 on
+    assert base == Fraction(1, 5)
+    assert shown == [[0], [1], [2, 3], [], []]
+    assert frame_times(scan, Span(0, 8), Fraction(10))[1] == [[0], [1], [2, 3, 4], [5, 6, 7], [8], [9], [10], [11]]
+
+
+def test_a_clip_at_another_rate(tmp_path: Path) -> None:
+    film(tmp_path / "long.mp4", 64, 3, 5, rate=24)
+    scan = scan_video(tmp_path / "long.mp4")
+    how = Encoding(fps=Fraction(8), crf=10)
+    cut_clips(tmp_path / "long.mp4", scan, [(Span(2, 26), tmp_path / "clip.mp4")], encoding=how)
+    assert probe(tmp_path / "clip.mp4").fps == pytest.approx(8)
+    clip = read_frames(tmp_path / "clip.mp4", start=0, count=8).numpy().astype(int)
+    assert np.abs(clip - read_frames(tmp_path / "long.mp4", start=2, count=8, step=3).numpy()).mean() < 3
+
+
+def keyed(path: Path, counts: list[int], sound: bool = False) -> None:
+    """Write scenes, each from a key frame on and with B-frames, and a tone that grows louder."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"g": "999", "forced-idr": "1"})
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        if sound:
+            track = container.add_stream("aac", rate=16000, layout="mono")
+            at = np.arange(1600 * sum(counts))
+            tone = (np.sin(at / 8) * at / len(at)).astype(np.float32)[None]
+            for i in range(0, tone.shape[1], 1024):
+                part = av.AudioFrame.from_ndarray(np.ascontiguousarray(tone[:, i : i + 1024]), "fltp", "mono")
+                part.sample_rate, part.pts, part.time_base = 16000, i, Fraction(1, 16000)
+                container.mux(track.encode(part))
+            container.mux(track.encode(None))
+        for number, count in enumerate(counts):
+            for i in range(count):
+                picture = draw(96, 0, number % 6, [20, 20, 20], (0.3 + 0.01 * i, 0.5), 0.2)[:64]
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+                frame.pict_type = 1 if i == 0 else 0
+                container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def packets(path: Path) -> list[bytes]:
+    with av.open(str(path)) as container:
+        return [bytes(p) for p in container.demux(video=0) if p.size]
+
+
+def test_copies_where_the_span_lies_between_key_frames(tmp_path: Path) -> None:
+    keyed(tmp_path / "long.mp4", [14, 20, 12])
+    scan = scan_video(tmp_path / "long.mp4")
+    spans = [Span(0, 14), Span(14, 34), Span(34, 46)]
+    clips = [(span, tmp_path / f"{span.start}.mp4") for span in spans]
+    cut_clips(tmp_path / "long.mp4", scan, clips, encoding=Encoding(copy=True))
+    source = packets(tmp_path / "long.mp4")
+    for span, target in clips:
+        assert packets(target) == source[span.start : span.end]
+        copied = read_frames(target, start=0, count=len(span)).numpy()
+        assert (copied == read_frames(tmp_path / "long.mp4", start=span.start, count=len(span)).numpy()).all()
+    odd = [(Span(0, 10), tmp_path / "a.mp4"), (Span(20, 34), tmp_path / "b.mp4")]  # a key frame at one end only
+    cut_clips(tmp_path / "long.mp4", scan, odd, encoding=Encoding(copy=True))
+    assert [probe(target).num_frames for _, target in odd] == [10, 14]
+    assert packets(tmp_path / "a.mp4")[0] != source[0]
+
+
+def test_sound_goes_with_its_frames(tmp_path: Path) -> None:
+    keyed(tmp_path / "long.mp4", [20, 30], sound=True)
+    scan = scan_video(tmp_path / "long.mp4")
+    clips = [(Span(20, 40), tmp_path / "loud.mp4")]
+    cut_clips(tmp_path / "long.mp4", scan, clips, encoding=Encoding(audio=True))
+    sound = read_sound(tmp_path / "loud.mp4", 0.0, 2.0)
+    assert sound is not None
+    samples, rate = sound
+    assert (samples.shape, rate) == ((1, 32000), 16000)
+    loudness = [float(np.abs(part).max()) for part in np.split(samples[0, 1600:-1600], 9)]
+    assert loudness == pytest.approx(np.linspace(0.46, 0.76, 9), abs=0.06)  # of the third and fourth second
+    cut_clips(tmp_path / "long.mp4", scan, [(Span(20, 40), tmp_path / "mute.mp4")])
+    assert read_sound(tmp_path / "mute.mp4", 0.0, 2.0) is None

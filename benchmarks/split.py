@@ -1,0 +1,192 @@
+"""Scene detection, cutting and reading clips, against what others do on the same file in the same run.
+
+    python -m benchmarks.split [--video FILE --cuts FILE.cuts.json] [--out FILE]
+
+Detection: CPU seconds (user and system, of a process each) and F1 within two frames (gradual cuts: inside their span)
+of ours and of PySceneDetect's detectors with their own reader. Cutting: ours, detecting and cutting, against
+ContentDetector and then one encoder a scene (seek, decode, encode) at the same settings. That side runs through PyAV
+instead of an ffmpeg binary, which need not be installed; both have the same libraries inside, and its processes would
+only add to its time. Reading: random windows of 16 frames, every third, of the source and of its --for-training clips.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import environment, save, table
+
+VIDEOS = Path(__file__).resolve().parent.parent.parent / "shared" / "videos"
+COUNT, STEP, SIZE, READS = 16, 3, 256, 12
+LONGEST = (COUNT - 1) * STEP + 1
+
+
+def detect_ours(video: Path) -> list[int]:
+    from opensora_repro.data.scenes import scan_video
+
+    return list(scan_video(video).cuts)
+
+
+def detect_theirs(video: Path, name: str) -> list[int]:
+    """PySceneDetect's cuts as frame numbers; it tells times, which the file's own clock turns into frames."""
+    from bisect import bisect_left
+
+    import scenedetect
+
+    from opensora_repro.data.video import frame_index, open_video
+
+    manager = scenedetect.SceneManager()
+    manager.add_detector(getattr(scenedetect, name)())
+    manager.detect_scenes(scenedetect.open_video(str(video)))
+    with open_video(video) as (_, stream):
+        base = float(stream.time_base)
+    times = frame_index(video).times
+    seconds = [(t - times[0]) * base for t in times]
+    return [bisect_left(seconds, scene[0].seconds - 1e-3) for scene in manager.get_scene_list()[1:]]
+
+
+def cut_ours(video: Path, folder: Path) -> None:
+    from opensora_repro.data.cut import cut_clips
+    from opensora_repro.data.scenes import plan_spans, scan_video
+
+    scan = scan_video(video)
+    spans = plan_spans(len(scan.times), scan.cuts)
+    cut_clips(video, scan, [(span, folder / f"{span.start}.mp4") for span in spans])
+
+
+def cut_theirs(video: Path, folder: Path) -> None:
+    """Detect, then seek, decode and encode each scene by itself."""
+    import av
+
+    from opensora_repro.data.video import frame_index
+
+    cuts, times = detect_theirs(video, "ContentDetector"), frame_index(video).times
+    options = {"crf": "18", "preset": "veryfast", "g": "16", "bf": "0", "sc_threshold": "0"}
+    for start, end in zip([0, *cuts], [*cuts, len(times)], strict=True):
+        with av.open(str(video)) as source, av.open(str(folder / f"{start}.mp4"), "w") as out:
+            stream = source.streams.video[0]
+            stream.thread_type = "AUTO"
+            written = out.add_stream("libx264", rate=stream.average_rate, options=options)
+            written.width, written.height, written.pix_fmt = stream.width, stream.height, "yuv420p"
+            written.codec_context.time_base = stream.time_base
+            source.seek(times[start], stream=stream, backward=True)
+            for frame in source.decode(stream):
+                if frame.pts >= (times[end] if end < len(times) else times[-1] + 1):
+                    break
+                if frame.pts >= times[start]:
+                    frame.pts, frame.pict_type = frame.pts - times[start], 0
+                    out.mux(written.encode(frame))
+            out.mux(written.encode(None))
+
+
+def make_clips(video: Path, folder: Path) -> None:
+    from opensora_repro.data.cut import TRAINING_SIDE, Encoding, cut_clips
+    from opensora_repro.data.scenes import Span, scan_video
+
+    total = len(scan_video(video).times)
+    spans = [Span(a, a + 150) for a in range(0, total - 149, 150)]
+    how = Encoding(short_side=TRAINING_SIDE, fast_decode=True)
+    cut_clips(video, scan_video(video), [(s, folder / f"{s.start}.mp4") for s in spans], encoding=how)
+
+
+def read_speed(paths: Sequence[Path]) -> float:
+    """Seconds of a random window, the median of READS."""
+    import statistics
+
+    from opensora_repro.data.video import frame_index, read_frames
+
+    draw, times = random.Random(0), []
+    for _ in range(READS):
+        path = draw.choice(list(paths))
+        start = draw.randrange(len(frame_index(path).times) - LONGEST)
+        began = time.perf_counter()
+        read_frames(path, start=start, count=COUNT, step=STEP, size=(SIZE, SIZE))
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def f1(found: Sequence[int], truth: Sequence[dict[str, Any]]) -> float:
+    left, hits = list(found), 0
+    for cut in truth:
+        start, end = cut.get("start", cut["frame"]), cut.get("end", cut["frame"])
+        near = [c for c in left if start - 2 <= c <= end + 2]
+        if near:
+            left.remove(min(near, key=lambda c: abs(c - cut["frame"])))
+            hits += 1
+    return round(2 * hits / max(1, len(found) + len(truth)), 3)
+
+
+SIDES = {
+    "ours": lambda video, folder: detect_ours(video),
+    "ContentDetector": lambda video, folder: detect_theirs(video, "ContentDetector"),
+    "AdaptiveDetector": lambda video, folder: detect_theirs(video, "AdaptiveDetector"),
+    "cut ours": lambda video, folder: cut_ours(video, folder),
+    "cut theirs": lambda video, folder: cut_theirs(video, folder),
+}
+
+
+def in_a_process(side: str, video: Path, folder: Path) -> tuple[float, Any]:
+    """Run a side by itself: CPU seconds and what it returns."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-m", "benchmarks.split", "--video", str(video), "--side", side, "--out", str(folder)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, json.loads(done.stdout)
+
+
+def measure(video: Path, cuts: Path) -> dict[str, Any]:
+    truth = json.loads(cuts.read_text())["cuts"]
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        for side in SIDES:
+            folder = Path(name) / side.replace(" ", "_")
+            folder.mkdir()
+            seconds, found = in_a_process(side, video, folder)
+            result[side] = {"cpu_seconds": round(seconds, 2)}
+            if found is not None:
+                result[side]["f1"] = f1(found, truth)
+        clips = Path(name) / "clips"
+        clips.mkdir()
+        make_clips(video, clips)
+        result["read source"] = {"seconds": round(read_speed([video]), 4)}
+        result["read clips"] = {"seconds": round(read_speed(sorted(clips.iterdir())), 4)}
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--video", type=Path, default=VIDEOS / "long_dev.mp4")
+    parser.add_argument("--cuts", type=Path, help="its true cuts (default: beside the video)")
+    parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/split.json)")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        print(json.dumps(SIDES[args.side](args.video, args.out)))
+        return
+    if not args.video.exists():
+        print(f"{args.video}: not there; name a video and its cuts with --video and --cuts")
+        return
+    where, rows = environment(), measure(args.video, args.cuts or args.video.with_suffix(".cuts.json"))
+    ratios = {
+        "detection": round(rows["ours"]["cpu_seconds"] / rows["ContentDetector"]["cpu_seconds"], 3),
+        "detection_and_cutting": round(rows["cut ours"]["cpu_seconds"] / rows["cut theirs"]["cpu_seconds"], 3),
+        "reading": round(rows["read source"]["seconds"] / rows["read clips"]["seconds"], 2),
+    }
+    result = {"benchmark": "split", "environment": where, "video": args.video.name, "rows": rows, "ratios": ratios}
+    path = save("split", result, args.out)
+    shown = [(n, r.get("f1", ""), r.get("cpu_seconds", ""), r.get("seconds", "")) for n, r in rows.items()]
+    print(table(f"{args.video.name}: {ratios}", ("side", "F1", "CPU s", "s a read"), shown))
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""Synthetic shots, each with one thing that is a cut or only looks like one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+import pytest
+
+from opensora_repro.data.scenes import Span, plan_spans, scan_video
+from opensora_repro.data.shots import HEIGHT, WIDTH, ShotDetector, thumbnail
+
+SIZE = (160, 288)  # height, width
+Frames = list[np.ndarray]
+
+
+def place(seed: int, height: int = SIZE[0], width: int = SIZE[1], grain: int = 24) -> np.ndarray:
+    """A picture uint8 [H, W, 3] of soft patches and finer detail: somewhere a camera could point at."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(30, 220, (height // grain + 1, width // grain + 1, 3)).astype(np.float32)
+    fine = rng.normal(0, 18, (height // 6 + 1, width // 6 + 1, 1)).astype(np.float32)
+    picture = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+    return (picture + cv2.resize(fine, (width, height))[..., None]).clip(0, 255).astype(np.uint8)
+
+
+def pan(seed: int, count: int, speed: float = 2.0, start: float = 0.0) -> Frames:
+    """A camera moving over a wide place, `speed` pixels a frame."""
+    wide = place(seed, width=SIZE[1] + int(start + abs(speed) * count) + 8)
+    return [wide[:, round(start + speed * i) :][:, : SIZE[1]] for i in range(count)]
+
+
+def noisy(frames: Iterable[np.ndarray], amount: float = 4.0) -> Frames:
+    rng = np.random.default_rng(7)
+    return [(f + rng.normal(0, amount, f.shape)).clip(0, 255).astype(np.uint8) for f in frames]
+
+
+def mixed(one: Frames, other: Frames) -> Frames:
+    """Frames of two shots, the first fading into the second."""
+    shares = np.linspace(0, 1, len(one) + 2)[1:-1]
+    return [(a * (1 - s) + b * s).astype(np.uint8) for a, b, s in zip(one, other, shares, strict=True)]
+
+
+def shots(frames: Frames) -> tuple[list[int], list[tuple[int, int]]]:
+    detector = ShotDetector()
+    for frame in frames:
+        y, u, v = cv2.split(cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2YUV))
+        detector.add(thumbnail([y, u, v]))
+    found = detector.finish()
+    return list(found.cuts), list(found.transitions)
+
+
+def test_hard_cuts_between_moving_shots() -> None:
+    assert shots(pan(1, 30) + pan(2, 24, 5) + pan(3, 9) + pan(4, 30)) == ([30, 54, 63], [])
+
+
+def test_a_cut_between_similar_pictures() -> None:
+    """The same place, and what stands in it elsewhere."""
+
+    def view(x: int, i: int) -> np.ndarray:
+        picture = place(5)
+        cv2.circle(picture, (x + i, 80), 38, (250, 250, 240), -1)
+        return picture
+
+    assert shots(noisy([view(60, i) for i in range(30)] + [view(200, i) for i in range(30)]))[0] == [30]
+
+
+@pytest.mark.parametrize("length", [1, 2, 4])
+def test_a_flash_is_no_cut(length: int) -> None:
+    frames = pan(6, 60)
+    for i in range(30, 30 + length):
+        frames[i] = (frames[i] * 0.2 + 200).astype(np.uint8)
+    assert shots(frames) == ([], [])
+
+
+def test_a_whip_pan_is_no_cut() -> None:
+    wide = place(8, width=2400)
+    at = np.cumsum(np.r_[np.full(20, 1.0), np.linspace(1, 70, 12), np.linspace(70, 1, 12), np.full(20, 1.0)])
+    whip = []
+    for x, step in zip(at, np.diff(at, append=at[-1] + 1), strict=True):
+        blur = max(1, int(step))  # an open shutter smears what moves
+        whip.append(cv2.blur(wide, (blur, 1))[:, int(x) : int(x) + SIZE[1]])
+    assert shots(whip)[0] == []
+
+
+def test_a_still_with_noise_holds_no_cut() -> None:
+    assert shots(noisy([place(9)] * 60, 6)) == ([], [])
+
+
+def test_a_title_that_fades_in_is_no_dissolve() -> None:
+    bare, titled = place(10), place(10)
+    cv2.putText(titled, "TITLE", (60, 100), cv2.FONT_HERSHEY_DUPLEX, 2, (255, 255, 255), 8)
+    assert shots([bare] * 30 + mixed([bare] * 20, [titled] * 20) + [titled] * 30) == ([], [])
+
+
+@pytest.mark.parametrize("length", [6, 12, 24, 40])
+def test_a_dissolve_is_one_cut_inside_it(length: int) -> None:
+    one, other = pan(11, 40 + length, 1), pan(12, 40 + length, 1)
+    cuts, transitions = shots(one[:40] + mixed(one[40:], other[:length]) + other[length:])
+    assert len(cuts) == len(transitions) == 1
+    assert 38 <= cuts[0] <= 42 + length
+
+
+@pytest.mark.parametrize("black", [1, 8])
+def test_a_fade_through_black_is_one_cut(black: int) -> None:
+    nothing = np.zeros((*SIZE, 3), np.uint8)
+    one, other = pan(13, 50), pan(14, 50)
+    frames = one[:38] + mixed(one[38:], [nothing] * 12) + [nothing] * black + mixed([nothing] * 12, other[:12])
+    cuts, transitions = shots(frames + other[12:])
+    assert len(cuts) == 1
+    assert 38 <= cuts[0] <= 62 + black
+    assert transitions[0][0] <= 45
+    assert transitions[0][1] >= 55 + black
+
+
+@pytest.mark.parametrize("repeat", [2, 3])
+def test_repeated_frames(repeat: int) -> None:
+    """10 or 15 frames a second stored at 30, the cut right after a repeated frame."""
+    slow = pan(15, 20, 6) + pan(16, 20, 6)
+    assert shots([f for f in slow for _ in range(repeat)])[0] == [20 * repeat]
+
+
+def test_a_blended_frame_between_two_shots_is_one_cut() -> None:
+    one, other = pan(17, 31), pan(18, 31)
+    cuts, transitions = shots(one[:30] + mixed(one[30:], other[:1]) + other[1:])
+    assert len(cuts) == 1
+    assert abs(cuts[0] - 30) <= 2
+    assert all(30 <= a < b <= 31 for a, b in transitions)
+
+
+def test_short_videos() -> None:
+    assert shots([]) == ([], [])
+    assert shots(pan(19, 1)) == ([], [])
+    assert shots(pan(19, 2)) == ([], [])
+
+
+@pytest.mark.parametrize("shape", [(36, 64), (20, 30), (500, 300), (1080, 1920)])
+def test_thumbnails_of_any_shape(shape: tuple[int, int]) -> None:
+    plane = np.full(shape, 90, np.uint8)
+    bright, colour = thumbnail([plane, plane[::2, ::2], plane[::2, ::2]])
+    assert (bright.shape, colour.shape) == ((HEIGHT, WIDTH), (18, 16))
+    assert set(np.unique(bright)) | set(np.unique(colour)) == {90}
+
+
+def test_a_scan_of_one_frame(tmp_path: Path) -> None:
+    path = tmp_path / "one.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = SIZE[1], SIZE[0], "yuv420p"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(place(20), format="rgb24")))
+        container.mux(stream.encode(None))
+    scan = scan_video(path)
+    assert (len(scan.times), scan.cuts, scan.transitions) == (1, (), ())
+
+
+def test_trimming_leaves_transitions_out() -> None:
+    assert plan_spans(100, (30, 60), transitions=[(50, 70)]) == [Span(0, 30), Span(30, 60), Span(60, 100)]
+    assert plan_spans(100, (30, 60), transitions=[(50, 70)], trim=0) == [Span(0, 30), Span(30, 50), Span(70, 100)]
+    assert plan_spans(100, (30, 60), transitions=[(50, 70)], trim=2) == [Span(0, 28), Span(32, 48), Span(72, 100)]
+    assert plan_spans(10, (3, 5), trim=2) == [Span(0, 1), Span(7, 10)]
+
+
+@pytest.mark.parametrize(("name", "least"), [("long_dev", 0.97), ("long_dev_vfr", 0.96)])
+def test_real_footage(videos_dir: Path, name: str, least: float) -> None:
+    """Cuts within two frames, gradual ones inside their span, matched one to one."""
+    truth = json.loads((videos_dir / f"{name}.cuts.json").read_text())["cuts"]
+    found = list(scan_video(videos_dir / f"{name}.mp4").cuts)
+    num_found, hits = len(found), 0
+    for cut in truth:
+        start, end = cut.get("start", cut["frame"]), cut.get("end", cut["frame"])
+        near = [c for c in found if start - 2 <= c <= end + 2]
+        if near:
+            found.remove(min(near, key=lambda c: abs(c - cut["frame"])))
+            hits += 1
+    assert 2 * hits / (num_found + len(truth)) >= least
