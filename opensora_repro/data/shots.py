@@ -33,7 +33,7 @@ FLAT = 4.0  # contrast (standard deviation, in grey levels) below which a pictur
 BLENDED = 2  # mixed frames that a hard cut may have
 CALM = 0.5  # grey levels: a smaller change is its own residual
 PURE = 0.15  # how far from the line between two shots their mixture may lie within a hard cut
-STRIDE = 3  # frames between two looks for a dissolve
+STRIDE = 4  # frames between two looks for a dissolve
 ALIKE = 0.6  # correlation from which a region shows the same at both ends of a dissolve
 Picture = tuple[np.ndarray, np.ndarray]  # brightness uint8 [36, 64], colour differences uint8 [18, 16], one below other
 
@@ -133,18 +133,22 @@ class ShotDetector:
         o, first = self.options, frame - blended
         if first < 1:
             return False
+        step = sum(self.changes[first : frame + 1])
+        contrast = min(self.contrasts[first - 1], self.contrasts[frame])
+        if 1.25 * step < (max(o.least, o.unlike * contrast) if blended else o.least):
+            return False
+        around = self.changes[max(1, first - o.window) : first] + self.changes[frame + 1 : frame + 1 + o.window]
+        if around and step < (1 + blended) * sorted(around)[len(around) // 2]:
+            return False  # most frames end here, before anything is searched
         near = [i for n in range(1, o.window + 1) for i in (first - n, frame + n) if 0 < i < self.count]
         near = [i for i in near if i not in self.hard[-4:]]
-        step = sum(self.changes[first : frame + 1])
-        if step < max(o.least, (1 + blended) * float(np.median([self.changes[i] for i in near] or [0]))):
-            return False  # most frames end here, before anything is searched
         if blended and not self._is_blend(first - 1, frame):
             return False
         before, after = self._picture(first - 1), self._picture(frame)
         here = residual(before, after) if blended else self._residual(frame)
         least = o.least
         if blended or len(near) < 4:  # a small motion, too, looks like a mixture, or has nothing to be compared with
-            least = max(least, o.unlike * min(self.contrasts[first - 1], self.contrasts[frame]))
+            least = max(least, o.unlike * contrast)
         if here < least or self._restless(near, here / o.ratio - o.floor):
             return False
         here = min(here, residual(after, before))
@@ -167,7 +171,7 @@ class ShotDetector:
         return False
 
     def _is_blend(self, start: int, end: int) -> bool:
-        off, shares = mixture(np.stack([self._picture(i)[0] for i in range(start, end + 1)]))
+        off, shares = mixture(np.stack([self._picture(i)[0][::2, ::2] for i in range(start, end + 1)]))
         return off <= PURE and bool((np.diff(shares) > 0.1).all())
 
     def _mix(self, frame: int, reach: int) -> None:
