@@ -135,7 +135,7 @@ class ShotDetector:
             return False
         step = sum(self.changes[first : frame + 1])
         contrast = min(self.contrasts[first - 1], self.contrasts[frame])
-        if 1.25 * step < (max(o.least, o.unlike * contrast) if blended else o.least):
+        if step < o.least or (blended and 1.25 * step < o.unlike * contrast):
             return False
         around = self.changes[max(1, first - o.window) : first] + self.changes[frame + 1 : frame + 1 + o.window]
         if around and step < (1 + blended) * sorted(around)[len(around) // 2]:
@@ -158,7 +158,7 @@ class ShotDetector:
         later = [distance(before, self._picture(min(self.count - 1, frame + i))) / here for i in steps]
         earlier = [distance(self._picture(max(0, first - 1 - i)), after) / here for i in steps]
         lasts = min(later + earlier) >= o.lasting
-        return lasts and max(np.median(later), np.median(earlier)) <= o.growth
+        return lasts and bool(max(np.median(later), np.median(earlier)) <= o.growth)
 
     def _restless(self, frames: list[int], most: float) -> bool:
         """Whether two of the frames, nearest first, leave more than `most` unexplained; one alone may be a cut."""
