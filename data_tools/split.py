@@ -204,8 +204,7 @@ def split_source(source: Source, out: Path, options: Options, on_frame: Callable
     limits = {"min_frames": options.min_frames, "max_frames": options.max_frames}
     try:
         scan = scan_video(source.path, detector=options.detector, threshold=options.threshold, on_frame=on_frame)
-        gradual = {"transitions": scan.transitions, "trim": options.trim}
-        spans = plan_spans(len(scan.times), scan.cuts, **limits, **gradual)
+        spans = plan_spans(len(scan.times), scan.cuts, transitions=scan.transitions, trim=options.trim, **limits)
         kept = [(s, out / "clips" / f"{clip_id(source, s)}.mp4") for s in spans if len(s) >= options.min_frames]
         cut_clips(source.path, scan, kept, encoding=encoding_of(options), on_frame=on_frame)
         short = [span for span in spans if len(span) < options.min_frames]
