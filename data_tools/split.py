@@ -2,9 +2,10 @@
 
     python -m data_tools.split INPUT --out DIR
 
-INPUT is a video or a folder of videos (searched with its subfolders). DIR receives `clips/*.mp4`, `manifest.parquet`
-(one row a clip, captions empty) and `rejects.parquet` (what gave no clip, with the reason). Run again, it does only
-what is not done yet: a source is finished once its file in `DIR/sources` exists, and is known by its content.
+INPUT is a video, a folder of videos (searched with its subfolders), a glob pattern, or a CSV or Parquet table with a
+`path` column, such as `probe`'s manifest. DIR receives `clips/*.mp4`, `manifest.parquet` (one row a clip, captions
+empty) and `rejects.parquet` (what gave no clip, with the reason). Run again, it does only what is not done yet: a
+source is finished once its file in `DIR/sources` exists, and is known by its content.
 """
 
 from __future__ import annotations
@@ -14,28 +15,27 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opensora_repro.data.files import beside, remove_leftovers
-from opensora_repro.data.manifest import LINEAGE_COLUMNS, REQUIRED_COLUMNS, DataError
+from opensora_repro.data.files import remove_leftovers
+from opensora_repro.data.inputs import content_digests, find_inputs
+from opensora_repro.data.jobs import Job, Runner, add_runner_options, read_record, run_jobs, runner_of
+from opensora_repro.data.manifest import DataError
+from opensora_repro.data.outcome import LINEAGE, MANIFEST, Row, reject, run_tool, write_outcome
 
 if TYPE_CHECKING:
     from opensora_repro.data.cut import Encoding
     from opensora_repro.data.scenes import Scan, Span
 
-VIDEO_SUFFIXES = frozenset(
-    (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv")
-)
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
-CLIP_COLUMNS = (*REQUIRED_COLUMNS, *LINEAGE_COLUMNS, "resplit")
-REJECT_COLUMNS = ("source", "start_frame", "end_frame", "reason")
+CLIP_COLUMNS = {**MANIFEST, **LINEAGE, "resplit": "bool"}
 METHOD = 2  # raise when the same options would give other clips, so that finished sources are done again
-Row = dict[str, Any]
+PATIENCE = 600.0  # seconds that any source may take
+SLOWEST = 20e3  # bytes of a source that a busy core splits in a second
 Record = dict[str, list[Row]]  # a finished source's "clips" and "rejects"
 
 
@@ -69,16 +69,12 @@ class Source:
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
     args = parse(argv)
-    try:
-        return split(Path(args.input), Path(args.out), options_of(args))
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_tool(lambda: split(args.input, Path(args.out), options_of(args), runner_of(args)))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="data_tools.split", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("input", help="a video, or a folder of videos (put -- before a name that starts with a dash)")
+    parser.add_argument("input", help="a video, folder, glob pattern or table (put -- before a leading dash)")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for clips/ and their manifest")
     parser.add_argument(
         "--detector",
@@ -108,6 +104,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="leave out dissolves and fades, and N frames on either side of every cut (default: leave out nothing)",
     )
     add_encoding_arguments(parser)
+    add_runner_options(parser)
     return parser.parse_args(argv)
 
 
@@ -162,41 +159,59 @@ def encoding_of(options: Options) -> Encoding:
     )
 
 
-def split(root: Path, out: Path, options: Options) -> int:
+def split(given: str, out: Path, options: Options, runner: Runner) -> int:
     """Split every source, then write the manifest and the rejects; returns the exit status."""
-    paths, others = find_videos(root, out)
+    inputs = find_inputs(given, out=out)
     for folder in (out / "clips", out / "sources"):
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
-    sources = [Source(path, name, digest_of(path, options)) for path, name in paths]
-    todo = [source.path for source in sources if read_record(out, source) is None]
-    with progress(todo) as on_frame:
-        records = [read_record(out, source) or split_source(source, out, options, on_frame) for source in sources]
-    clips, rejects = collect(sources, records)
-    write_tables(out, clips, rejects)
-    print(f"{len(sources)} videos, {len(clips)} clips, {len(rejects)} rejected, {others} other files: {out}")
+    usable = [item for item in inputs.items if not item.reason]
+    digests = content_digests(item.path for item in usable)
+    sources = [Source(i.path, i.name, name_record(d, options)) for i, d in zip(usable, digests, strict=True)]
+    forget_lost_clips(out, sources)
+    jobs = [job_of(source, out, options) for source in sources]
+    records = run_jobs(split_job, jobs, out / "sources", runner=runner, label="splitting", unit="video")
+    clips, rejects = collect(sources, [records[source.digest] for source in sources])
+    rejects += [reject("", item.name, "split", item.reason) for item in inputs.items if item.reason]
+    write_outcome(out, clips, rejects, CLIP_COLUMNS)
+    total = len(inputs.items)
+    print(f"{total} videos, {len(clips)} clips, {len(rejects)} rejected, {inputs.others} other files: {out}")
     if not clips:
-        raise DataError(f"{root}: no clip came out; the reasons are in {out / 'rejects.parquet'}")
+        raise DataError(f"{given}: no clip came out; the reasons are in {out / 'rejects.parquet'}")
     return 0
 
 
-def find_videos(root: Path, out: Path) -> tuple[list[tuple[Path, str]], int]:
-    """Return the videos with their names (paths from INPUT on, with /), sorted, and how many other files there are."""
-    if root.is_file():
-        return [(root, root.name)], 0
-    if not root.is_dir():
-        raise DataError(f"{root}: no such file or folder")
-    within = out.resolve()
-    files = [p for p in root.rglob("*") if not p.is_dir() or p.suffix.lower() in VIDEO_SUFFIXES]
-    files = [p for p in files if within not in p.absolute().parents and not p.name.startswith(".")]
-    videos = sorted(p for p in files if p.suffix.lower() in VIDEO_SUFFIXES)
-    if not videos:
-        raise DataError(f"{root}: no video in this folder (looked for {' '.join(sorted(VIDEO_SUFFIXES))})")
-    return [(path, path.relative_to(root).as_posix()) for path in videos], len(files) - len(videos)
+def name_record(content: str, options: Options) -> str:
+    """Return CONTENT-OPTIONS digests: the name of a source's record."""
+    how = hashlib.blake2b(json.dumps([METHOD, asdict(options)]).encode(), digest_size=4)
+    return f"{content}-{how.hexdigest()}"
 
 
-def split_source(source: Source, out: Path, options: Options, on_frame: Callable[[], Any]) -> Record:
-    """Detect, cut, verify; then record the source as finished. A source that cannot be read is recorded as rejected."""
+def forget_lost_clips(out: Path, sources: list[Source]) -> None:
+    """Take back the record of a source that lost a clip, so that it is split again."""
+    for digest in {source.digest for source in sources}:
+        record = read_record(out / "sources", digest) or {}
+        if not all((out / "clips" / row["path"]).is_file() for row in record.get("clips", [])):
+            (out / "sources" / f"{digest}.json").unlink(missing_ok=True)
+
+
+def job_of(source: Source, out: Path, options: Options) -> Job:
+    """Return the job that splits a source; a file that hangs its decoder is given up, a slow machine is waited for."""
+    place = {"path": os.fspath(source.path.absolute()), "name": source.name, "digest": source.digest}
+    size = source.path.stat().st_size if source.path.is_file() else 0
+    args = {"source": place, "out": os.fspath(out.absolute()), "options": asdict(options)}
+    return Job(source.digest, source.name, args, PATIENCE + size / SLOWEST)
+
+
+def split_job(args: dict[str, Any]) -> Record:
+    """Split one source: the part that runs in a worker."""
+    place = args["source"]
+    source = Source(Path(place["path"]), place["name"], place["digest"])
+    return split_source(source, Path(args["out"]), Options(**args["options"]))
+
+
+def split_source(source: Source, out: Path, options: Options, on_frame: Callable[[], Any] = int) -> Record:
+    """Detect, cut, verify; return the clips and what gave none. A source that cannot be read is a reject."""
     from opensora_repro.data.cut import cut_clips
     from opensora_repro.data.scenes import plan_spans, scan_video
     from opensora_repro.data.video import DecodeError
@@ -213,7 +228,6 @@ def split_source(source: Source, out: Path, options: Options, on_frame: Callable
         record = {"clips": clips, "rejects": rejects}
     except DecodeError as error:
         record = {"clips": [], "rejects": [reject_row(str(error).removeprefix(f"{source.path}: "))]}
-    write_text(record_path(out, source), json.dumps(record))
     return record
 
 
@@ -247,80 +261,28 @@ def clip_row(path: Path, scan: Scan, span: Span) -> Row:
     }
 
 
-def digest_of(path: Path, options: Options) -> str:
-    """Return CONTENT-OPTIONS digests: the name of a source's record."""
-    content = hashlib.blake2b(digest_size=8)
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                content.update(block)
-    except OSError:  # a folder, a dangling link, no permission: told when it is decoded
-        content.update(os.fsencode(path))
-    how = hashlib.blake2b(json.dumps([METHOD, asdict(options)]).encode(), digest_size=4)
-    return f"{content.hexdigest()}-{how.hexdigest()}"
-
-
-def record_path(out: Path, source: Source) -> Path:
-    return out / "sources" / f"{source.digest}.json"
-
-
-def read_record(out: Path, source: Source) -> Record | None:
-    """Return a finished source's rows, or None if it is not finished or one of its clips has gone."""
-    try:
-        record: Record = json.loads(record_path(out, source).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return record if all((out / "clips" / row["path"]).is_file() for row in record["clips"]) else None
-
-
-def write_text(path: Path, text: str) -> None:
-    unfinished = beside(path)
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
-
-
 def collect(sources: list[Source], records: list[Record]) -> tuple[list[Row], list[Row]]:
     """Join the sources' rows; of sources with the same content the first is kept."""
     clips: list[Row] = []
     rejects: list[Row] = []
     owner: dict[str, str] = {}
     for source, record in zip(sources, records, strict=True):
-        first = owner.setdefault(source.digest, source.name) if record["clips"] else source.name
+        found = record.get("clips", [])
+        refused = record.get("rejects", []) if "error" not in record else [reject_row(str(record["error"]))]
+        first = owner.setdefault(source.digest, source.name) if found else source.name
         if first != source.name:
-            rejects.append({**reject_row(f"same content as {first}"), "source": source.name})
-            continue
-        clips += [{**row, "source": source.name, "path": f"clips/{row['path']}"} for row in record["clips"]]
-        rejects += [{**row, "source": source.name} for row in record["rejects"]]
+            found, refused = [], [reject_row(f"same content as {first}")]
+        clips += [{**row, "source": source.name, "path": f"clips/{row['path']}"} for row in found]
+        rejects += [named_reject(source, row) for row in refused]
     return clips, rejects
 
 
-def write_tables(out: Path, clips: list[Row], rejects: list[Row]) -> None:
-    import pandas as pd
-
-    from opensora_repro.data.manifest import write_table
-
-    whole = {"start_frame": "Int64", "end_frame": "Int64"}  # or whole-file rejects would make them floats
-    write_table(pd.DataFrame(clips, columns=list(CLIP_COLUMNS)), out / "manifest.parquet")
-    write_table(pd.DataFrame(rejects, columns=list(REJECT_COLUMNS)).astype(whole), out / "rejects.parquet")
-
-
-@contextmanager
-def progress(paths: list[Path]) -> Iterator[Callable[[], Any]]:
-    """Show a bar over the frames of the sources still to do, each decoded twice: once to detect, once to cut."""
-    from tqdm import tqdm
-
-    total = 2 * sum(count_packets(path) for path in paths)
-    with tqdm(total=total, desc="splitting", unit="frame", disable=not paths or None, mininterval=0.5) as bar:
-        yield bar.update
-
-
-def count_packets(path: Path) -> int:
-    from opensora_repro.data.video import DecodeError, frame_index
-
-    try:
-        return frame_index(path).num_packets
-    except (DecodeError, OSError):
-        return 0
+def named_reject(source: Source, row: Row) -> Row:
+    """Give a reject its id: the source's content, and the span if it has one."""
+    identity = source.digest.split("-")[0]
+    if row["start_frame"] is not None:
+        identity = f"{identity}-{row['start_frame']:06d}-{row['end_frame']:06d}"
+    return reject(identity, source.name, "split", **row)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,28 @@ def remove_leftovers(folder: Path) -> None:
     """Delete unfinished files in `folder` whose writers, processes of this machine, are gone."""
     for path in folder.glob(f".*.{socket.gethostname()}.*.tmp"):
         try:
-            os.kill(int(path.name.split(".")[-2]), 0)
-        except ProcessLookupError:
+            gone = not _is_running(int(path.name.split(".")[-2]))
+        except ValueError:
+            continue  # not our file: leave it
+        if gone:
             path.unlink(missing_ok=True)
-        except (PermissionError, ValueError):
-            pass  # somebody else's process, or not our file: leave it
+
+
+def one_line(text: object) -> str:
+    """Return `text` with line breaks and control characters escaped: a file's name cannot forge or hide a message."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
+
+
+def _is_running(pid: int) -> bool:
+    """False also for a process that has ended and only waits for its parent to take notice."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # somebody else's
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[:1]
+    except OSError:
+        return os.name != "posix" or not Path("/proc/self").exists()
+    return state not in (["Z"], ["X"])

@@ -67,10 +67,11 @@ def test_split_writes_clips_with_their_lineage(footage: Path, tmp_path: Path) ->
         assert (info.num_frames, info.height, info.width) == (row["num_frames"], 64, 64)
         assert row["num_frames"] == row["end_frame"] - row["start_frame"]
         assert (row["fps"], info.fps) == (pytest.approx(12), pytest.approx(12))
-    rejects = read_table(out / "rejects.parquet")
-    assert rejects.to_dict("records") == [
-        {"source": "one, 'two'.MP4", "start_frame": 22, "end_frame": 27, "reason": "5 frames, --min-frames is 8"}
-    ]
+    (rejected,) = read_table(out / "rejects.parquet").to_dict("records")
+    assert rejected["id"] == f"{first['id'].iloc[0].split('-')[0]}-000022-000027"
+    assert (rejected["source"], rejected["stage"]) == ("one, 'two'.MP4", "split")
+    assert (rejected["start_frame"], rejected["end_frame"]) == (22, 27)
+    assert rejected["reason"] == "5 frames, --min-frames is 8"
 
 
 def test_split_again_does_nothing_and_new_files_are_added(footage: Path, tmp_path: Path) -> None:
@@ -216,7 +217,7 @@ def same_film(one: Path, other: Path) -> bool:
     return all(np.abs(x.to_ndarray().astype(int) - y.to_ndarray()).mean() < 0.1 for x, y in pairs)
 
 
-@pytest.mark.parametrize("tool", ["split", "caption"])
+@pytest.mark.parametrize("tool", ["probe", "split", "caption"])
 def test_help_is_quick_and_light(repo_dir: Path, tool: str) -> None:
     code = f"import sys, data_tools.{tool} as t\ntry: t.main(['--help'])\nfinally: print(sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=repo_dir, capture_output=True, text=True)

@@ -50,6 +50,7 @@ COMMANDS = [
     "stages.sample",
     "stages.weights",
     "stages.demo",
+    "data_tools.probe",
     "data_tools.split",
     "data_tools.caption",
 ]

@@ -1,0 +1,168 @@
+"""What a video file is: container and stream facts, and whether it holds what it promises.
+
+Damage is looked for where it is cheap: one pass over the packets compares their number with the header's promise, asks
+the demuxer whether one was cut short, and walks the NAL units of H.264 and HEVC packets, whose lengths must add up to
+the packet. That needs no decoding and finds what truncation and overwritten bytes leave behind. A full decode finds the
+rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from opensora_repro.data.video import (
+    DecodeError,
+    FrameIndex,
+    Orientation,
+    PictureConverter,
+    average_rate,
+    frame_index,
+    is_image,
+    open_video,
+    orientation,
+    probe,
+)
+
+# Byte of the decoder configuration whose low two bits are the size of a NAL unit's length, less 1.
+NAL_CODECS = {"h264": 4, "hevc": 21}  # ISO/IEC 14496-15, 5.3.3.1 and 8.3.3.1
+STEADY = Fraction(1, 8)  # of a frame's time: how far a frame of a constant rate may be from its place
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Sizes in pixels, times in seconds. `num_frames`, `height` and `width` are what a reader gets."""
+
+    num_frames: int
+    fps: float  # average; 0 for an image
+    height: int  # as displayed: rotated, in square pixels
+    width: int
+    constant_fps: bool
+    duration: float  # of the video stream, the last frame's own time included
+    codec: str
+    pixel_format: str
+    coded_height: int  # as stored
+    coded_width: int
+    rotation: int  # degrees counterclockwise that a player applies, as ffprobe tells it: 0, 90, 180, 270
+    audio: bool
+    container: str
+
+
+def read_facts(path: str | Path, *, decode: bool = False, threads: int = 1) -> Facts:
+    """Return a file's facts; `decode` also decodes every frame. Raises DecodeError, for damage too."""
+    if is_image(path):
+        info = probe(path)
+        kind = Path(path).suffix.lower().removeprefix(".")
+        return Facts(1, 0.0, info.height, info.width, True, 0.0, kind, "", info.height, info.width, 0, False, kind)
+    with open_video(path):  # tells what is wrong with the file as such
+        pass
+    index = frame_index(path)
+    _check_packets(path, index)
+    with open_video(path) as (container, stream):
+        first = next(container.decode(stream), None)
+        if first is None:
+            raise DecodeError(f"{path}: no frame decodes")
+        height, width = PictureConverter(path, stream, None).output_size(first)
+        context = stream.codec_context
+        audio, kind = bool(container.streams.audio), container.format.name
+        rate = average_rate(index.times, stream.time_base) or float(stream.average_rate or stream.guessed_rate or 0)
+        base = Fraction(stream.time_base)
+        codec, pixels, stored, turn = context.codec.canonical_name, first.format.name, first, orientation(first)
+    count = len(index.times)
+    if decode or not count:
+        count = _count_decoded(path, index, threads)
+    if count > 1 and not rate > 0:
+        raise DecodeError(f"{path}: neither its packets nor its header tell a frame rate")
+    return Facts(
+        count, rate, height, width, is_steady(index.times, base), count / rate if rate else 0.0, codec, pixels,
+        stored.height, stored.width, rotation(turn), audio, kind,
+    )  # fmt: skip
+
+
+def is_steady(times: Sequence[int], time_base: Fraction) -> bool:
+    """Whether the frames are evenly spaced, to the clock's rounding."""
+    if len(times) < 3:
+        return True
+    step = Fraction(times[-1] - times[0], len(times) - 1)
+    slack = max(Fraction(1), step * STEADY)
+    return all(abs(t - times[0] - i * step) <= slack for i, t in enumerate(times))
+
+
+def rotation(turn: Orientation) -> int:
+    """Return the degrees counterclockwise of an orientation; a mirroring beside it is not told."""
+    if turn.transpose:
+        return 270 if turn.mirror_x else 90
+    return 180 if turn.mirror_x and turn.mirror_y else 0
+
+
+def _check_packets(path: str | Path, index: FrameIndex) -> None:
+    """Raise DecodeError where packets are missing or broken."""
+    if not index.num_packets:
+        raise DecodeError(f"{path}: no frame decodes")
+    if index.promised > index.num_packets:
+        raise DecodeError(f"{path}: damaged: holds {index.num_packets} of {index.promised} frames")
+    with open_video(path) as (container, stream):
+        length_size = _nal_length_size(stream)
+        broken = [i for i, p in enumerate(container.demux(stream)) if p.size and _is_broken(p, length_size)]
+    if broken:
+        what = f"{len(broken)} of {index.num_packets} frames are broken, the first is number {broken[0] + 1} as stored"
+        raise DecodeError(f"{path}: damaged: {what}")
+
+
+def _nal_length_size(stream: Any) -> int:
+    """Return the bytes before each NAL unit that hold its length; 0 for other codecs and for start codes."""
+    at = NAL_CODECS.get(stream.codec_context.name, 0)
+    setup = bytes(stream.codec_context.extradata or b"")
+    return (setup[at] & 3) + 1 if at and len(setup) > at and setup[0] == 1 else 0
+
+
+def _is_broken(packet: Any, length_size: int) -> bool:
+    """Whether the demuxer found the packet cut short, or its NAL units do not add up to it."""
+    if packet.is_corrupt:
+        return True
+    data, at = memoryview(packet), 0
+    while length_size and at < len(data):
+        start = at + length_size
+        at = start + int.from_bytes(data[at:start], "big")
+        if at > len(data) or (at > start and data[start] & 0x80):  # longer than the packet; a bit that is always 0
+            return True
+    return False
+
+
+def _count_decoded(path: str | Path, index: FrameIndex, threads: int) -> int:
+    """Decode the whole file; return how many frames there are. Raises DecodeError unless all of them come out."""
+    import av
+
+    times: list[int | None] = []
+    try:
+        with open_video(path, threads=threads) as (container, stream):
+            for time in _sound_frames(path, container, stream):
+                times.append(time)
+    except (DecodeError, av.FFmpegError) as error:
+        raise DecodeError(_damage(path, len(times), index)) from error
+    lost = _num_lost(times, index)
+    if lost or not times:
+        raise DecodeError(_damage(path, len(times), index))
+    return len(times)
+
+
+def _sound_frames(path: str | Path, container: Any, stream: Any) -> Iterator[int | None]:
+    for frame in container.decode(stream):
+        if frame.is_corrupt:
+            raise DecodeError(f"{path}: a frame is damaged")
+        yield frame.pts
+
+
+def _num_lost(times: list[int | None], index: FrameIndex) -> int:
+    """Count frames that have packets but did not decode; those before the first key frame are no loss."""
+    known = {t for t in times if t is not None}
+    if len(known) < len(times) or not known or len(index.times) in (2 * len(times), 2 * len(times) - 1):
+        return 0  # no clock to compare; or interlaced, two packets a frame
+    return sum(t > times[0] and t not in known for t in index.times)  # type: ignore[operator]
+
+
+def _damage(path: str | Path, got: int, index: FrameIndex) -> str:
+    return f"{path}: damaged: {got} of {max(index.promised, len(index.times), got)} frames decode"

@@ -1,0 +1,156 @@
+"""What INPUT means, for every dataset tool: a folder, a file, a glob pattern, or a table with a `path` column.
+
+Names are somebody else's: they may start with a dash, hold quotes, commas and line breaks, or be no text at all.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import sys
+from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opensora_repro.data.files import one_line
+from opensora_repro.data.manifest import DataError, is_missing, read_table
+
+VIDEO_SUFFIXES = frozenset(
+    (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv")
+)
+TABLE_SUFFIXES = frozenset((".csv", ".parquet"))
+
+
+@dataclass(frozen=True)
+class Item:
+    """One input file. `name` tells it apart from the others: its path from INPUT on, with /."""
+
+    path: Path
+    name: str
+    row: dict[str, Any] | None = None  # of a table: all of its columns
+    reason: str = ""  # why it cannot be used, where that is known already
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What INPUT holds, sorted by name (a table's rows keep their order), and how many files were passed over."""
+
+    items: list[Item]
+    others: int = 0
+
+
+def find_inputs(given: str | Path, *, out: Path, suffixes: Collection[str] = VIDEO_SUFFIXES) -> Inputs:
+    """Return what `given` stands for.
+
+    A folder is searched with its subfolders, linked ones too, for names that end in `suffixes`; hidden files and
+    folders and `out` are left out. A folder or a dangling link with such a name is listed: opening it tells the reason.
+    A file or a pattern's matches (`**` for any depth) are taken whatever their names. A table's paths are relative to
+    its folder; a row's name is its `source` if it is a whole file (no `start_frame`), else its path. DataError.
+    """
+    path = Path(given)
+    if path.is_dir():
+        inputs = _of_folder(path, out, suffixes)
+    elif path.suffix.lower() in TABLE_SUFFIXES and path.is_file():
+        inputs = Inputs(_of_table(path))
+    elif os.path.lexists(path):
+        inputs = Inputs([_item(path, path.name)])
+    elif glob.has_magic(os.fspath(given)):
+        inputs = Inputs(_of_pattern(os.fspath(given), out, suffixes))
+    else:
+        raise DataError(f"{one_line(given)}: no such file or folder")
+    return inputs
+
+
+def content_digest(path: Path) -> str:
+    """Return 16 hex digits of the content; of the name for what cannot be read (a folder, a dangling link)."""
+    content = hashlib.blake2b(digest_size=8)
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                content.update(block)
+    except OSError:  # why, is told when it is opened to be used
+        content.update(os.fsencode(path.name))
+    return content.hexdigest()
+
+
+def content_digests(paths: Iterable[Path], *, threads: int = 4) -> list[str]:
+    """Return every file's `content_digest`; reading and hashing need no Python lock."""
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(content_digest, paths))
+
+
+def _item(path: Path, name: str, row: dict[str, Any] | None = None) -> Item:
+    try:
+        name.encode()
+        os.fspath(path).encode()
+    except UnicodeEncodeError:  # no table can hold such a path
+        readable = os.fsencode(name).decode("utf-8", "backslashreplace")
+        return Item(path, readable, row, "its name is not valid UTF-8; rename it")
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        return Item(path, name, row, "is no regular file")  # opening a pipe would wait for its other end
+    return Item(path, name, row)
+
+
+def _of_folder(root: Path, out: Path, suffixes: Collection[str]) -> Inputs:
+    if out.resolve() == root.resolve():
+        raise DataError(f"--out {one_line(out)}: is INPUT itself; choose another folder")
+    items, others = [], 0
+    for path, is_folder in _walk(root, out):
+        if path.suffix.lower() in suffixes:
+            items.append(_item(path, path.relative_to(root).as_posix()))
+        else:
+            others += not is_folder
+    if not items:
+        raise DataError(f"{one_line(root)}: no video in this folder (looked for {' '.join(sorted(suffixes))})")
+    return Inputs(sorted(items, key=lambda item: item.name), others)
+
+
+def _walk(root: Path, out: Path) -> Iterator[tuple[Path, bool]]:
+    """Yield everything below `root` with whether it is a folder; no folder is entered twice, so links cannot circle."""
+    left_out, entered = out.resolve(), set()
+
+    def told(error: OSError) -> None:
+        print(f"warning: {one_line(error.filename)}: {error.strerror}; left out", file=sys.stderr)
+
+    for parent, folders, files in os.walk(root, followlinks=True, onerror=told):
+        status = os.stat(parent)
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and Path(parent, f).resolve() != left_out)
+        if (status.st_dev, status.st_ino) in entered:
+            folders.clear()
+            continue
+        entered.add((status.st_dev, status.st_ino))
+        yield from ((Path(parent, name), True) for name in folders)
+        yield from ((Path(parent, name), False) for name in files if not name.startswith("."))
+
+
+def _of_pattern(pattern: str, out: Path, suffixes: Collection[str]) -> list[Item]:
+    parts = Path(pattern).parts
+    fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    root, within = Path(*parts[:fixed]), out.absolute()
+    found = (Path(name) for name in sorted(set(glob.glob(pattern, recursive=True))))
+    paths = [p for p in found if not p.is_dir() or p.suffix.lower() in suffixes]
+    if within not in root.absolute().parents and within != root.absolute():
+        paths = [p for p in paths if within not in p.absolute().parents]
+    if not paths:
+        raise DataError(f"{one_line(pattern)}: no file matches this pattern")
+    return [_item(path, path.relative_to(root).as_posix()) for path in paths]
+
+
+def _of_table(table: Path) -> list[Item]:
+    frame = read_table(table)
+    if "path" not in frame.columns:
+        raise DataError(f"{one_line(table)}: column path missing (has {', '.join(map(str, frame.columns)) or 'none'})")
+    if frame.empty:
+        raise DataError(f"{one_line(table)}: the table is empty (a header but no rows)")
+    folder = table.absolute().parent
+    items = []
+    for number, row in enumerate(frame.to_dict("records"), start=1):
+        if not isinstance(row["path"], str) or is_missing(row["path"]):
+            raise DataError(f"{one_line(table)}: row {number}: path is {row['path']!r}, expected text")
+        whole = is_missing(row.get("start_frame")) and isinstance(row.get("source"), str)
+        name = row["source"] if whole else row["path"]
+        items.append(_item(Path(os.path.normpath(folder / row["path"])), name, {str(k): v for k, v in row.items()}))
+    return items

@@ -1,0 +1,114 @@
+"""What every dataset tool leaves behind: a manifest of what came out, a list of what did not, and an exit status."""
+
+from __future__ import annotations
+
+import filecmp
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from opensora_repro.data.files import beside, one_line
+from opensora_repro.data.manifest import DataError, is_missing
+
+Row = dict[str, Any]
+MISTAKE, INTERRUPTED = 2, 130  # exit statuses
+BATCH = 16384  # rows that are in memory at a time
+MANIFEST = {
+    "id": "string", "path": "string", "caption": "string", "num_frames": "int64", "fps": "double",
+    "height": "int64", "width": "int64",
+}  # fmt: skip
+LINEAGE = {
+    "source": "string", "start_frame": "int64", "end_frame": "int64", "start_time": "double", "end_time": "double",
+}  # fmt: skip
+REJECTS = {
+    "id": "string", "path": "string", "source": "string", "stage": "string", "reason": "string",
+    "start_frame": "int64", "end_frame": "int64",
+}  # fmt: skip
+
+
+def reject(identity: str, source: str, stage: str, reason: str, **more: Any) -> Row:
+    """Return a row of rejects.parquet; `more` may be path, start_frame and end_frame."""
+    return {"id": identity, "source": source, "stage": stage, "reason": one_line(reason), **more}
+
+
+def write_outcome(out: Path, rows: Iterable[Row], rejects: Iterable[Row], columns: Mapping[str, str]) -> None:
+    """Write OUT/rejects.parquet, then OUT/manifest.parquet: where a manifest is, its work is done.
+
+    Each whole or not at all, and left untouched if equal. `columns` are the manifest's, with pyarrow's names of their
+    types; what a row lacks is null, what it has besides is left out. Both are read once and never held whole.
+    """
+    write_rows(out / "rejects.parquet", rejects, REJECTS)
+    write_rows(out / "manifest.parquet", rows, columns)
+
+
+def write_rows(path: Path, rows: Iterable[Row], columns: Mapping[str, str]) -> int:
+    """Write a Parquet file row by row, whole or not at all; an equal file is left untouched. Returns how many."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in columns.items()])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished, count = beside(path), 0
+    try:
+        with open(unfinished, "wb") as file:
+            with pq.ParquetWriter(file, schema) as writer:
+                for batch in _batches(rows):
+                    count += len(batch)
+                    writer.write_table(_table(pa, batch, schema))
+            file.flush()
+            os.fsync(file.fileno())
+        if not (path.is_file() and filecmp.cmp(unfinished, path, shallow=False)):
+            os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return count
+
+
+def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    rows = iter(rows)
+    while batch := list(islice(rows, BATCH)):
+        yield batch
+
+
+def _table(pa: Any, batch: list[Row], schema: Any) -> Any:
+    columns = []
+    for field in schema:
+        values = [row.get(field.name) for row in batch]
+        values = [None if isinstance(v, float) and math.isnan(v) else v for v in values]  # pandas' null
+        if field.type == pa.string():
+            values = [v if v is None or isinstance(v, str) else str(v) for v in values]
+        columns.append(pa.array(values, field.type))
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def with_types(rows: Iterable[Row], columns: Mapping[str, str]) -> dict[str, str]:
+    """Return `columns` and what else the rows hold, typed by its values: a user's own columns are kept."""
+    found: dict[str, set[type]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name not in columns:
+                found.setdefault(name, set()).update(() if is_missing(value) else (type(value),))
+    numbers: dict[frozenset[type], str] = {frozenset({bool}): "bool", frozenset({int}): "int64"}
+    numbers |= {frozenset({float}): "double", frozenset({int, float}): "double"}
+    return {**columns, **{name: numbers.get(frozenset(kinds), "string") for name, kinds in found.items()}}
+
+
+def path_from(out: Path, path: Path) -> str:
+    """Return a manifest's way of naming a file: relative to the manifest's folder, with /."""
+    return Path(os.path.relpath(path.absolute(), out.absolute())).as_posix()
+
+
+def run_tool(run: Callable[[], int]) -> int:
+    """Return the exit status of a tool: 2 and one line for a mistake or a full disk, 130 after Ctrl-C."""
+    try:
+        return run()
+    except (DataError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return MISTAKE
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED

@@ -1,0 +1,67 @@
+"""Work that behaves and misbehaves, for the tests of jobs; a script that runs it, for those that kill the script.
+
+python tests/job_works.py FOLDER COUNT WORKERS
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+def square(args: dict[str, Any]) -> Any:
+    """Leave a mark in `log` each time it runs."""
+    if "log" in args:
+        with open(args["log"], "a") as file:
+            file.write(f"{args['n']} {os.getpid()}\n")
+    time.sleep(args.get("sleep", 0))
+    return {"n": args["n"], "square": args["n"] ** 2, "odd name": "é\n'\udcff"}
+
+
+def misbehave(args: dict[str, Any]) -> Any:
+    """Do what `how` says."""
+    how = args.get("how")
+    if "pids" in args:
+        Path(args["pids"], str(os.getpid())).touch()
+    if how in ("SIGSEGV", "SIGKILL"):
+        os.kill(os.getpid(), getattr(signal, how))
+    elif how == "exit":
+        os._exit(3)
+    elif how == "hang":
+        child = subprocess.Popen(["sleep", "1000"])  # which is to go with its worker
+        Path(args["pids"], f"{child.pid}.child").touch()
+        time.sleep(1000)
+    elif how == "raise":
+        raise ValueError("two\nlines")
+    elif how == "full":
+        raise OSError(errno.ENOSPC, "No space left on device")
+    return square(args)
+
+
+def main() -> None:
+    sys.path.insert(0, str(REPO))
+    from opensora_repro.data.jobs import Job, Runner, run_jobs
+    from opensora_repro.data.outcome import run_tool
+    from tests import job_works
+
+    folder, count, workers = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    log = str(folder / "log")
+    jobs = [Job(f"{n:03d}", str(n), {"n": n, "log": log, "sleep": 0.05}) for n in range(count)]
+
+    def run() -> int:
+        run_jobs(job_works.square, jobs, folder / "records", runner=Runner("local", workers), label="squaring")
+        return 0
+
+    sys.exit(run_tool(run))
+
+
+if __name__ == "__main__":
+    main()
