@@ -14,7 +14,6 @@ from opensora_repro.data.workers import Done, Steps, Task, Worker, num_cores, on
 def import_ray() -> Any:
     """Return the module; DataError if it is not installed."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing of ours calls home
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # Ray reads it once: a busy machine needs more than 30
     try:
         import ray
     except ImportError:
