@@ -1,4 +1,4 @@
-"""Tiny frozen models on disk, in the same formats as the real ones: an AutoencoderKL and a T5 encoder with tokenizer.
+"""Tiny frozen models on disk, in the same formats as the real ones: an AutoencoderKL, a T5 encoder and a CLIP model.
 
 They are random but seeded: two calls make the same files.
 """
@@ -13,6 +13,7 @@ import torch
 TINY_STRIDE = 8
 TINY_LATENT_CHANNELS = 4
 TINY_TEXT_CHANNELS = 32
+TINY_CLIP_CHANNELS, TINY_CLIP_LENGTH = 16, 12
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")  # T5's ids 0, 1, 2
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,-'"
 
@@ -61,6 +62,33 @@ def make_tiny_text(folder: Path) -> Path:
     # The name that every supported release of transformers knows
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+    return folder
+
+
+def make_tiny_clip(folder: Path) -> Path:
+    """Write a whole CLIP model, as published ones are, into `folder`, with a tokenizer that spells words."""
+    from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+
+    make_tiny_text(folder)  # for its tokenizer; the model's files are overwritten
+    size = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "hidden_size": TINY_CLIP_CHANNELS,
+    }
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = size | {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": TINY_CLIP_LENGTH,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        clip = CLIPModel(CLIPConfig(text_config=text, vision_config=size | {"image_size": 8, "patch_size": 4}))
+        for parameter in clip.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    clip.save_pretrained(folder)
     return folder
 
 

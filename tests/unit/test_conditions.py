@@ -19,32 +19,11 @@ from opensora_repro.models.stdit import STDiT
 from opensora_repro.models.text import ClassLabels, ClipText, ConditionEncoder, load_clip_text
 from opensora_repro.models.vae import FrameVAE, load_vae
 from opensora_repro.training.generate import generate
-from tests.tiny_models import make_tiny_text, make_tiny_vae
+from tests.tiny_models import TINY_CLIP_CHANNELS as CHANNELS
+from tests.tiny_models import TINY_CLIP_LENGTH as LENGTH
+from tests.tiny_models import make_tiny_clip, make_tiny_text, make_tiny_vae
 
-LENGTH, CHANNELS = 12, 16
 CAPTIONS = ["red circle", "", "a blue square moving left, then right"]
-
-
-def make_tiny_clip(folder: Path) -> Path:
-    """Write a whole CLIP model, as published ones are, into `folder`, with a tokenizer that spells words."""
-    from transformers import AutoTokenizer, CLIPConfig, CLIPModel
-
-    make_tiny_text(folder)  # for its tokenizer; the model's files are overwritten
-    size = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "hidden_size": CHANNELS}
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    text = size | {
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": LENGTH,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        clip = CLIPModel(CLIPConfig(text_config=text, vision_config=size | {"image_size": 8, "patch_size": 4}))
-        for parameter in clip.parameters():
-            nn.init.normal_(parameter, std=0.3)
-    clip.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -53,6 +53,8 @@ COMMANDS = [
     "data_tools.probe",
     "data_tools.split",
     "data_tools.caption",
+    "data_tools.score",
+    "data_tools.filter",
 ]
 HEAVY = ("torch", "torchvision", "diffusers", "transformers", "timm", "pandas", "pyarrow", "av", "cv2", "scenedetect")
 

@@ -1,0 +1,336 @@
+"""Measure the clips of a manifest: motion, sharpness, text, duplicates and more, each as a column.
+
+    python -m data_tools.score MANIFEST --out DIR [--scores motion,sharpness] [--clip MODEL [--aesthetic HEAD]]
+
+Read are at most 24 frames of a clip, three runs of eight in the middles of its thirds, scaled to a short side of 256.
+Columns, missing where a clip cannot tell (an image has no motion):
+
+    motion           mean optical flow, in short sides a second
+    jitter           uneven part of the camera's movement, in short sides a second
+    static_share     share of frames that repeat the one before
+    sharpness        variance of the Laplacian
+    brightness       mean, 0 black to 1 white;  black_share: share of black frames
+    letterbox        share of the height in dark bars;  pillarbox: of the width
+    text_area        share of the picture with text-like structure that stays in place (no text is read)
+    watermark_area   share of the picture at edges that stay while the picture around them changes
+    duplicate_group  id of the best clip that looks the same;  duplicate: there is one, and this is not it
+    aesthetic, text_match   with --clip: of its aesthetic head, and the cosine of caption and frames
+
+DIR receives `manifest.parquet`, `rejects.parquet` (clips that cannot be read) and a record of every measured clip, so
+that a second run measures only what is new. Nothing is downloaded: MODEL is a folder or a name in the hub's cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opensora_repro.data.jobs import Job, Runner, add_runner_options, run_jobs, runner_of
+from opensora_repro.data.manifest import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+
+NAMES = ("motion", "jitter", "static", "sharpness", "brightness", "letterbox", "text", "watermark", "duplicates")
+REJECT_COLUMNS = ("id", "path", "source", "stage", "reason")
+MODEL_METHOD = 1  # raise when the model's scores are computed otherwise
+TIMEOUT = 300.0  # seconds for a clip
+SAMPLE = 1 << 16  # bytes
+Record = dict[str, Any]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the tool; returns the exit status."""
+    args = parse(argv)
+    try:
+        return score(args)
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="data_tools.score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("manifest", help="manifest of clips, Parquet or CSV")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for manifest.parquet and the records")
+    parser.add_argument("--scores", default="all", metavar="A,B", help=f"all, or some of {', '.join(NAMES)} (all)")
+    parser.add_argument("--clip", metavar="MODEL", help="CLIP model: adds text_match, and duplicates by its embeddings")
+    parser.add_argument("--aesthetic", metavar="HEAD", help="linear aesthetic head over that model: adds aesthetic")
+    parser.add_argument("--device", default="cpu", help="where the model computes, such as cuda (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="clips a model batch (%(default)s)")
+    parser.add_argument("--model-workers", type=int, default=1, metavar="N", help="copies of the model (%(default)s)")
+    add_runner_options(parser)
+    return parser.parse_args(argv)
+
+
+def names_of(args: argparse.Namespace) -> list[str]:
+    """Check the options; return the scores in their usual order. Raises DataError."""
+    wanted = NAMES if args.scores == "all" else [name.strip() for name in args.scores.split(",")]
+    for name in wanted:
+        if name not in NAMES:
+            raise DataError(f"--scores {args.scores}: no score {name!r}; there are {', '.join(NAMES)}")
+    if args.aesthetic and not args.clip:
+        raise DataError("--aesthetic needs --clip, the model whose embeddings it was made for")
+    for option in ("batch_size", "model_workers"):
+        if getattr(args, option) < 1:
+            raise DataError(f"--{option.replace('_', '-')} {getattr(args, option)}: expected at least 1")
+    return [name for name in NAMES if name in wanted]
+
+
+def score(args: argparse.Namespace) -> int:
+    """Measure all clips, then write the manifest and the rejects; returns the exit status."""
+    from opensora_repro.data.manifest import read_manifest
+
+    names, runner, out, manifest = names_of(args), runner_of(args), Path(args.out), Path(args.manifest)
+    if out.resolve() == manifest.resolve().parent:
+        raise DataError(f"--out {out}: is the manifest's own folder; choose another, or the manifest would be replaced")
+    clips = read_manifest(manifest, need_captions=False)
+    contents = [sampled_digest(Path(path)) for path in clips["path"]]
+    records = measure_all(clips, contents, names, out / "scores", runner)
+    if args.clip:
+        models = embed_all(clips, contents, records, args, out / "models", replace(runner, workers=args.model_workers))
+        records = [{**record, **model} for record, model in zip(records, models, strict=True)]
+    reasons: list[str] = [record.get("error", "") for record in records]
+    good = [not reason for reason in reasons]
+    measured = clips[good].reset_index(drop=True)
+    add_columns(measured, [record for record in records if "error" not in record], "duplicates" in names)
+    rejected = clips[[not g for g in good]].assign(stage="score", reason=[reason for reason in reasons if reason])
+    write_result(out, measured, rejected)
+    print(f"{sum(good)} of {len(clips)} clips scored, {len(clips) - sum(good)} rejected: {out}")
+    if not any(good):
+        raise DataError(f"{manifest}: no clip could be scored; the reasons are in {out / 'rejects.parquet'}")
+    return 0
+
+
+def measure_all(
+    clips: pd.DataFrame, contents: list[str], names: list[str], folder: Path, runner: Runner
+) -> list[Record]:
+    """Return every clip's record: columns, or "error"."""
+    from opensora_repro.data.scores import methods_of
+
+    jobs = []
+    for row, content in zip(clips.to_dict("records"), contents, strict=True):
+        facts = {"num_frames": int(row["num_frames"]), "fps": float(row["fps"])}
+        key = digest([content, facts, methods_of(names)])
+        jobs.append(Job(key, str(row["id"]), {"path": row["path"], "names": names, **facts}))
+    results = run_jobs(measure, jobs, folder, runner=runner, label="scoring", unit="clip", timeout=TIMEOUT)
+    return [results[job.key] for job in jobs]
+
+
+def measure(args: Record) -> Record:
+    """Job: the columns of one clip, or why there are none."""
+    from opensora_repro.data.scores import measure_clip
+    from opensora_repro.data.video import DecodeError
+
+    try:
+        return measure_clip(args["path"], num_frames=args["num_frames"], fps=args["fps"], names=args["names"])
+    except DecodeError as error:
+        return {"error": reason_of(error, args["path"])}
+
+
+def reason_of(error: Exception, path: str) -> str:
+    return " ".join(str(error).removeprefix(f"{path}: ").split())
+
+
+# ---- scores of a model
+
+
+def embed_all(
+    clips: pd.DataFrame,
+    contents: list[str],
+    records: list[Record],
+    args: argparse.Namespace,
+    folder: Path,
+    runner: Runner,
+) -> list[Record]:
+    """Return what the model says of every clip that could be measured, and nothing of the others.
+
+    Clips go to the model in batches. A batch's record holds its clips by their own keys, so that a clip is known again
+    whatever batch it was in. If a batch fails, its clips are tried one by one.
+    """
+    how = model_fingerprint(args.clip, args.aesthetic)
+    todo: dict[str, Record] = {}
+    keys: list[str | None] = []
+    for row, content, record in zip(clips.to_dict("records"), contents, records, strict=True):
+        item = {"path": row["path"], "num_frames": int(row["num_frames"]), "caption": row["caption"]}
+        key = None if "error" in record else digest([content, item["num_frames"], item["caption"], how])
+        keys.append(key)
+        if key:
+            todo[key] = {"key": key, **item}
+    known = dict(embedded_before(folder))
+    for size in (args.batch_size, 1):
+        left = [item for key, item in todo.items() if key not in known]
+        batches = [left[at : at + size] for at in range(0, len(left), size)]
+        model = {"clip": args.clip, "head": args.aesthetic, "device": args.device}
+        jobs = [
+            Job(digest([item["key"] for item in batch]), batch[0]["path"], {"items": batch, **model})
+            for batch in batches
+        ]
+        results = run_jobs(embed, jobs, folder, runner=runner, label="CLIP", unit="batch")
+        for job, batch in zip(jobs, batches, strict=True):
+            result = results[job.key]
+            if size == 1 and "error" in result:
+                known[batch[0]["key"]] = result
+            known.update(result.get("clips", {}))
+    return [known[key] if key else {} for key in keys]
+
+
+def embedded_before(folder: Path) -> Iterator[tuple[str, Record]]:
+    """Yield the clips of all finished batches."""
+    for path in sorted(folder.glob("*.json")):
+        try:
+            yield from json.loads(path.read_text(encoding="utf-8")).get("clips", {}).items()
+        except (OSError, ValueError, AttributeError):
+            continue
+
+
+def model_fingerprint(clip: str, head: str | None) -> str:
+    """Return a digest of the model's files; DataError if they are not there."""
+    from opensora_repro.models.clip import clip_fingerprint
+    from opensora_repro.models.pretrained import ModelNotFound
+
+    try:
+        files = [clip_fingerprint(clip, key="--clip", hash_file=sampled_digest)]
+        load_models(clip, head, "cpu")  # says now what every worker would say
+    except ModelNotFound as error:
+        raise DataError(str(error)) from error
+    if head:
+        parts = sorted(Path(head).iterdir()) if Path(head).is_dir() else [Path(head)]
+        files += [sampled_digest(part) for part in parts if part.is_file()]
+    load_models.cache_clear()
+    return digest([MODEL_METHOD, *files])
+
+
+@lru_cache(maxsize=1)
+def load_models(clip: str, head: str | None, device: str) -> tuple[Any, Any]:
+    """Return the CLIP model and the aesthetic head, or None for that; kept by each worker. Raises ModelNotFound."""
+    from opensora_repro.models.clip import load_clip, load_head
+
+    model = load_clip(clip, key="--clip", device=device)
+    return model, load_head(head, model.channels, key="--aesthetic") if head else None
+
+
+def embed(args: Record) -> Record:
+    """Job: for every clip of a batch its embedding (mean of its middle frames') and scores, or why there are none."""
+    from opensora_repro.data.clip_frames import read_middles
+    from opensora_repro.data.video import DecodeError
+
+    model, head = load_models(args["clip"], args["head"], args["device"])
+    results: dict[str, Record] = {}
+    pictures, owners = [], []
+    for item in args["items"]:
+        try:
+            frames = read_middles(item["path"], item["num_frames"])
+        except DecodeError as error:
+            results[item["key"]] = {"error": reason_of(error, item["path"])}
+            continue
+        pictures += list(frames)
+        owners += [item["key"]] * len(frames)
+    of_frames = model.embed_pictures(pictures)  # [frames, D]
+    items = [item for item in args["items"] if item["key"] not in results]
+    captions = model.embed_captions([item["caption"] for item in items])
+    for item, caption in zip(items, captions, strict=True):
+        mine = of_frames[[owner == item["key"] for owner in owners]]
+        match = (mine @ caption).mean().item() if item["caption"].strip() else None
+        result = {"text_match": match, "embedding": packed(mine.mean(dim=0).numpy())}
+        if head:
+            result["aesthetic"] = head(mine).mean().item()
+        results[item["key"]] = result
+    return {"clips": results}
+
+
+def packed(vector: np.ndarray) -> str:
+    return base64.b64encode(vector.astype("<f2").tobytes()).decode()
+
+
+# ---- the manifest
+
+
+def add_columns(clips: pd.DataFrame, records: list[Record], duplicates: bool) -> None:
+    """Add what was measured to the clips, whose rows the records match, and the groups that look the same."""
+    from opensora_repro.data.scores import CODE
+
+    columns = [name for name in (records[0] if records else {}) if name not in (CODE, "embedding")]
+    for name in columns:
+        clips[name] = [record[name] for record in records]
+        clips[name] = clips[name].astype("float64")
+    if duplicates:
+        best = best_alike(clips, records)
+        sizes = Counter(best)
+        ids = clips["id"].tolist()
+        clips["duplicate_group"] = [ids[row] if sizes[row] > 1 else None for row in best]
+        clips["duplicate"] = [row != number for number, row in enumerate(best)]
+
+
+def best_alike(clips: pd.DataFrame, records: list[Record]) -> list[int]:
+    """Return for each clip the row of the best that looks the same: the largest, then longest, then first."""
+    import numpy as np
+
+    from opensora_repro.data.duplicates import groups_of, near_codes, near_embeddings
+    from opensora_repro.data.scores import CODE, code_of
+
+    def pairs() -> Iterator[tuple[int, int]]:
+        coded = [row for row, record in enumerate(records) if record[CODE]]
+        embedded = [row for row, record in enumerate(records) if record.get("embedding")]
+        if len(coded) > 1:
+            codes = np.stack([code_of(records[row][CODE]) for row in coded])
+            yield from ((coded[a], coded[b]) for a, b in near_codes(codes))
+        if len(embedded) > 1:
+            data = b"".join(base64.b64decode(records[row]["embedding"]) for row in embedded)
+            vectors = np.frombuffer(data, dtype="<f2").reshape(len(embedded), -1).astype(np.float32)
+            yield from ((embedded[a], embedded[b]) for a, b in near_embeddings(vectors))
+
+    order = np.lexsort((-clips["num_frames"].to_numpy(), -(clips["height"] * clips["width"]).to_numpy()))
+    rank = np.empty(len(order), dtype=np.int64)
+    rank[order] = np.arange(len(order))
+    return groups_of(len(records), pairs(), rank.tolist())
+
+
+def write_result(out: Path, measured: pd.DataFrame, rejected: pd.DataFrame) -> None:
+    from opensora_repro.data.manifest import write_manifest, write_table
+
+    rejects = rejected.reindex(columns=list(REJECT_COLUMNS)).astype("object").reset_index(drop=True)
+    write_table(rejects.astype("string"), out / "rejects.parquet")
+    write_manifest(measured, out / "manifest.parquet")
+
+
+# ---- what names a record
+
+
+def digest(parts: list[Any]) -> str:
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def sampled_digest(path: Path) -> str:
+    """Return a digest of a file's size and of its first, middle and last 64 KiB.
+
+    Enough to tell clips apart, whose containers list the sizes of all frames at an end, without reading them whole.
+    Of the name for what cannot be read: why not, is told when it is opened.
+    """
+    content = hashlib.blake2b(digest_size=16)
+    try:
+        size = path.stat().st_size
+        content.update(size.to_bytes(8, "little"))
+        with open(path, "rb") as file:
+            for at in sorted({0, max(0, (size - SAMPLE) // 2), max(0, size - SAMPLE)}):
+                file.seek(at)
+                content.update(file.read(SAMPLE))
+    except OSError as error:
+        content.update(f"{type(error).__name__} {path.name}".encode("utf-8", "surrogateescape"))
+    return content.hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""Manifests of any length, read and written a batch of rows at a time."""
+
+from __future__ import annotations
+
+import filecmp
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opensora_repro.data.files import beside
+from opensora_repro.data.manifest import DataError, read_table
+
+BATCH_ROWS = 1 << 16
+GROUP_ROWS = 1 << 17  # of a written file's row groups: what a writer holds in memory
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table on disk: its pyarrow schema, its length, and how to pass over it."""
+
+    path: Path
+    schema: Any
+    num_rows: int
+    batches: Callable[..., Iterator[Any]]  # batches(columns: list of names, default all) -> pyarrow record batches
+
+
+def open_table(path: Path) -> Table:
+    """Open a Parquet or CSV table; a CSV is read whole, as only its last row tells its types. Raises DataError."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if path.suffix.lower() != ".parquet" or not path.is_file():
+        whole = pa.Table.from_pandas(read_table(path), preserve_index=False).replace_schema_metadata()
+        return _not_empty(Table(path, whole.schema, whole.num_rows, lambda columns=None: _slices(whole, columns)))
+    try:
+        with pq.ParquetFile(path) as file:
+            schema, num_rows = file.schema_arrow.remove_metadata(), file.metadata.num_rows
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as parquet: {str(error).splitlines()[0]}") from error
+    return _not_empty(Table(path, schema, num_rows, lambda columns=None: _stream(path, schema, columns)))
+
+
+def _not_empty(table: Table) -> Table:
+    if not table.num_rows:
+        raise DataError(f"{table.path}: the manifest is empty (a header but no rows)")
+    return table
+
+
+def _slices(table: Any, columns: Sequence[str] | None) -> Iterator[Any]:
+    yield from (table.select(columns) if columns else table).to_batches(max_chunksize=BATCH_ROWS)
+
+
+def _stream(path: Path, schema: Any, columns: Sequence[str] | None) -> Iterator[Any]:
+    """Read a Parquet file in order; without pre-buffering, which would hold whole row groups."""
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path, pre_buffer=False, memory_map=False, buffer_size=1 << 20) as file:
+            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns, use_threads=False):
+                yield batch.replace_schema_metadata()
+    except ValueError as error:  # pyarrow's errors for damaged content derive from it
+        raise DataError(f"{path}: cannot be read as parquet: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def table_writer(path: Path, schema: Any) -> Iterator[Callable[[Any], None]]:
+    """Yield a function that appends record batches to a Parquet file.
+
+    The file appears whole at the end of the block or not at all; an equal one is left untouched.
+    """
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = beside(path)
+    try:
+        with open(unfinished, "wb") as file:
+            with pq.ParquetWriter(file, schema) as writer:
+                groups = _Groups(writer, schema)
+                yield groups.add
+                groups.flush()
+            file.flush()
+            os.fsync(file.fileno())
+        if not (path.is_file() and filecmp.cmp(unfinished, path, shallow=False)):
+            os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+class _Groups:
+    """Gathers batches, however few rows are left of each, into row groups of one size."""
+
+    def __init__(self, writer: Any, schema: Any) -> None:
+        self.writer, self.schema = writer, schema
+        self.waiting: list[Any] = []
+        self.rows = 0
+
+    def add(self, batch: Any) -> None:
+        if batch.num_rows:
+            self.waiting.append(batch)
+            self.rows += batch.num_rows
+        if self.rows >= GROUP_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        import pyarrow as pa
+
+        if self.waiting:
+            self.writer.write_table(pa.Table.from_batches(self.waiting, self.schema), row_group_size=self.rows)
+        self.waiting, self.rows = [], 0
+
+
+class Rebase:
+    """Makes the relative paths of one folder's manifest relative to another folder; absolute ones become so too."""
+
+    def __init__(self, old: Path, new: Path) -> None:
+        self.old, self.new = old, new
+
+    def __call__(self, batch: Any) -> Any:
+        """Return the batch with its `path` column rewritten; a batch without one as it is."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        at = batch.schema.get_field_index("path")
+        if at < 0 or not batch.num_rows or not _is_text(batch.schema.field(at).type):
+            return batch
+        folders, names = _split(batch.column(at).cast(pa.string()))
+        moved = pa.array([self.folder(name) for name in folders.dictionary.to_pylist()], pa.string())
+        joined = pc.binary_join_element_wise(moved.take(folders.indices), names, "")
+        return batch.set_column(at, batch.schema.field(at), joined.cast(batch.schema.field(at).type))
+
+    def folder(self, name: str) -> str:
+        """Return a folder of the old manifest's, with its last slash, as the new manifest has it."""
+        moved = os.path.relpath(self.old / name, self.new)
+        return "" if moved == "." else f"{moved}/"
+
+
+def _split(paths: Any) -> tuple[Any, Any]:
+    """Return the paths' folders with their last slash, as a dictionary array since clips share few, and the names."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    first = paths[0].as_py() or ""
+    folder = first[: first.rfind("/") + 1]
+    same = pc.and_(pc.starts_with(paths, pattern=folder), pc.equal(pc.count_substring(paths, "/"), folder.count("/")))
+    if pc.all(same, skip_nulls=False).as_py():  # one folder: several times as fast as the general way
+        alike = pa.DictionaryArray.from_arrays(pa.repeat(pa.scalar(0), len(paths)), pa.array([folder]))
+        return alike, pc.utf8_slice_codeunits(paths, len(folder))
+    parts = pc.extract_regex(paths, r"(?s)^(?P<folder>(?:.*/)?)(?P<name>[^/]*)$")
+    return pc.struct_field(parts, "folder").dictionary_encode(), pc.struct_field(parts, "name")
+
+
+def _is_text(kind: Any) -> bool:
+    from pyarrow import types
+
+    return types.is_string(kind) or types.is_large_string(kind)

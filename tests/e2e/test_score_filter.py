@@ -1,0 +1,243 @@
+"""The tools that measure and choose clips, through their commands, on small clips."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from benchmarks import tables
+from data_tools import filter as filter_tool
+from data_tools import score
+from opensora_repro.data.manifest import read_manifest, read_table, write_manifest
+from opensora_repro.data.write import write_video
+from tests.made_pictures import moving
+from tests.tiny_models import make_tiny_clip
+
+FPS = 8.0
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fast clip, a slow one, a smaller copy of the fast one, a black one, an image, and a broken file."""
+    root = tmp_path_factory.mktemp("clips")
+    fast, slow = (moving([(step, 0.0)] * 29, 64, 96) for step in (3.0, 0.5))
+    pictures = {"fast": fast, "slow": slow, "small": fast[:, ::2, ::2], "black": np.zeros_like(fast)}
+    rows = []
+    for name, frames in pictures.items():
+        write_video(root / f"{name}.mp4", np.repeat(frames[..., None], 3, axis=3), FPS)
+        rows.append({"id": name, "path": str(root / f"{name}.mp4"), "caption": f"a {name} clip", "num_frames": 30,
+                     "fps": FPS, "height": frames.shape[1], "width": frames.shape[2]})  # fmt: skip
+    (root / "broken, 'x'.mp4").write_bytes(b"\0" * 500)
+    rows.append(rows[0] | {"id": "broken", "path": str(root / "broken, 'x'.mp4")})
+    rows.append(rows[0] | {"id": "gone", "path": str(root / "gone.mp4"), "caption": ""})
+    write_manifest(pd.DataFrame(rows), root / "manifest.parquet")
+    return root / "manifest.parquet"
+
+
+@pytest.fixture(scope="module")
+def scored(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("scored")
+    assert score.main([str(clips), "--out", str(out), "--workers", "1"]) == 0
+    return out / "manifest.parquet"
+
+
+@pytest.fixture(scope="module")
+def clip_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_clip(tmp_path_factory.mktemp("clip"))
+
+
+def stamps(folder: Path) -> dict[str, tuple[int, bytes]]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes()) for p in files}
+
+
+def test_scores_become_columns(scored: Path) -> None:
+    table = read_manifest(scored, need_captions=False).set_index("id")
+    assert table.index.tolist() == ["fast", "slow", "small", "black"]
+    assert table.loc["fast", "motion"] == pytest.approx(3 / 64 * FPS, rel=0.15)
+    assert table.loc["slow", "motion"] == pytest.approx(0.5 / 64 * FPS, rel=0.2)
+    assert table["black_share"].tolist() == [0, 0, 0, 1]
+    assert table["static_share"].tolist() == [0, 0, 0, 1]
+    assert table["duplicate"].tolist() == [False, False, True, False]
+    assert table["duplicate_group"].iloc[[0, 2]].tolist() == ["fast", "fast"]
+    assert table["duplicate_group"].iloc[[1, 3]].isna().all()
+    assert all(Path(path).is_file() for path in table["path"])
+    rejects = read_table(scored.parent / "rejects.parquet")
+    assert rejects["id"].tolist() == ["broken", "gone"] and set(rejects["stage"]) == {"score"}
+    assert rejects["reason"].tolist()[1] == "no such file"
+
+
+def test_scoring_again_measures_only_what_is_new(clips: Path, scored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = stamps(scored.parent)
+    assert score.main([str(clips), "--out", str(scored.parent), "--workers", "1"]) == 0
+    assert stamps(scored.parent) == before
+
+
+def test_a_changed_formula_is_another_record() -> None:
+    from opensora_repro.data.scores import SCORES, methods_of
+
+    assert set(score.NAMES) == set(SCORES)
+    assert methods_of(["motion"]) != methods_of(["motion", "text"])
+
+
+def test_a_model_adds_its_scores(clips: Path, clip_model: Path, tmp_path: Path) -> None:
+    channels = json.loads((clip_model / "config.json").read_text())["projection_dim"]
+    generator = torch.Generator().manual_seed(0)
+    head = {"layers.0.weight": torch.randn(4, channels, generator=generator), "layers.0.bias": torch.ones(4),
+            "layers.2.weight": torch.randn(1, 4, generator=generator), "layers.2.bias": torch.ones(1)}  # fmt: skip
+    save_file(head, tmp_path / "head.safetensors")
+    options = [str(clips), "--scores", "brightness, duplicates", "--workers", "1", "--batch-size", "3"]
+    options += ["--clip", str(clip_model), "--aesthetic", str(tmp_path / "head.safetensors")]
+    assert score.main([*options, "--out", str(tmp_path / "out")]) == 0
+    table = read_manifest(tmp_path / "out" / "manifest.parquet", need_captions=False).set_index("id")
+    assert table["aesthetic"].notna().all() and table["aesthetic"].nunique() > 1
+    assert table["text_match"].between(-1, 1).all()
+    assert "motion" not in table.columns and "embedding" not in table.columns and "code" not in table.columns
+    before = stamps(tmp_path / "out")
+    assert score.main([*options, "--out", str(tmp_path / "out")]) == 0
+    assert stamps(tmp_path / "out") == before
+    assert score.main([*options, "--batch-size", "1", "--out", str(tmp_path / "one")]) == 0
+    alone = read_manifest(tmp_path / "one" / "manifest.parquet", need_captions=False).set_index("id")
+    assert alone["text_match"].tolist() == pytest.approx(table["text_match"].tolist(), abs=1e-5)
+    assert alone["aesthetic"].tolist() == pytest.approx(table["aesthetic"].tolist(), abs=1e-4)
+
+
+def test_score_mistakes(clips: Path, clip_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({"weight": torch.zeros(1, 3)}, tmp_path / "wrong.safetensors")
+    for options, message in (
+        (["--scores", "motion,nose"], "no score 'nose'"),
+        (["--aesthetic", "x"], "--aesthetic needs --clip"),
+        (["--clip", str(tmp_path / "nothing")], "--clip="),
+        (["--clip", str(clip_model), "--aesthetic", str(tmp_path / "wrong.safetensors")], "not a linear head"),
+        (["--batch-size", "0"], "--batch-size 0"),
+        (["--out", str(clips.parent)], "the manifest's own folder"),
+    ):
+        arguments = [str(clips), "--scores", "brightness", "--workers", "1", "--out", str(tmp_path / "out"), *options]
+        assert score.main(arguments) == 2
+        told = capsys.readouterr().err.splitlines()
+        assert message in told[-1] and told[-1].startswith("error: ")
+
+
+def test_nothing_scored_is_an_error(clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = read_manifest(clips, need_captions=False).query("id == 'gone'")
+    write_manifest(broken, tmp_path / "manifest.parquet")
+    options = ["--scores", "motion", "--workers", "1", "--out", str(tmp_path / "out")]
+    assert score.main([str(tmp_path / "manifest.parquet"), *options]) == 2
+    assert "no clip could be scored" in capsys.readouterr().err
+    assert len(read_table(tmp_path / "out" / "rejects.parquet")) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# filter
+
+
+def run_filter(manifest: Path, out: Path, *rules: str) -> dict:
+    assert filter_tool.main([str(manifest), "--out", str(out), *rules]) == 0
+    return json.loads((out / "filter.json").read_text(encoding="utf-8"))
+
+
+def test_filter_keeps_reports_and_shows(scored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "deep" / "out"
+    rules = ("--keep", "motion > 0.2 and not duplicate", "--percentile", "brightness >= 30%")
+    report = run_filter(scored, out, *rules)
+    kept = read_manifest(out / "manifest.parquet", need_captions=False)
+    assert kept["id"].tolist() == ["fast"] and Path(kept["path"][0]).is_file()
+    rejects = read_table(out / "rejects.parquet")
+    assert rejects.to_dict("records") == [
+        {"id": "slow", "stage": "filter", "reason": "motion > 0.2"},
+        {"id": "small", "stage": "filter", "reason": "not duplicate"},
+        {"id": "black", "stage": "filter", "reason": "motion > 0.2"},
+    ]
+    assert (report["rows"], report["kept"], report["dropped"]) == (4, 1, 3)
+    assert [rule["dropped_alone"] for rule in report["rules"]] == [2, 1, 1]
+    assert [rule["dropped_in_order"] for rule in report["rules"]] == [2, 1, 0]
+    assert "1 of 4 rows kept" in capsys.readouterr().out
+    sheets = sorted(path.name for path in (out / "thumbnails").iterdir())
+    assert sheets == ["01-motion-0-2.png", "03-brightness-30.png"]
+    before = stamps(out)
+    run_filter(scored, out, *rules)
+    assert {name: s for name, s in stamps(out).items() if "thumb" not in name} == {
+        name: s for name, s in before.items() if "thumb" not in name
+    }
+
+
+def test_filter_reads_csv_and_odd_paths(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    paths = ["x/one.mp4", "../two.mp4", "three, 'three'.mp4", "x/./y/../four.mp4"]
+    frame = pd.DataFrame(
+        {"id": ["0", "NA", "2", "3"], "path": paths, "caption": ["c"] * 4, "num_frames": [8, 9, 10, 11]}
+    )
+    for name in ("m.csv", "m.parquet"):
+        (frame.to_csv if name.endswith("csv") else frame.to_parquet)(tmp_path / "a" / name, index=False)
+        report = run_filter(
+            tmp_path / "a" / name, tmp_path / "b" / "c", "--keep", "num_frames > 7", "--thumbnails", "2"
+        )
+        assert report["kept"] == 4
+        kept = read_table(tmp_path / "b" / "c" / "manifest.parquet")
+        assert kept["id"].tolist() == ["0", "NA", "2", "3"]
+        assert kept["path"].tolist() == [
+            "../../a/x/one.mp4", "../../two.mp4", "../../a/three, 'three'.mp4", "../../a/x/four.mp4"
+        ]  # fmt: skip
+
+
+def test_filter_percentile_is_numpys(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).gamma(2, 1, 150_000)
+    values[::10] = np.nan
+    table = pa.table({"id": [str(n) for n in range(len(values))], "score": values})
+    pq.write_table(table, tmp_path / "m.parquet", row_group_size=40_000)
+    report = run_filter(tmp_path / "m.parquet", tmp_path / "out", "--percentile", "score * 2 < 12.5 %")
+    assert report["rules"][0]["threshold"] == np.nanpercentile(values * 2, 12.5)
+    assert report["kept"] == int((values * 2 < np.nanpercentile(values * 2, 12.5)).sum())
+    assert report["rules"][0]["missing"] == 15_000
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        (["--keep", "moton > 1"], "no column moton, did you mean motion?"),
+        (["--keep", "motion"], "must be true or false"),
+        (["--keep", "1 < 2"], "names no column"),
+        (["--percentile", "motion > 10"], "expected a column, <, <=, > or >="),
+        (["--percentile", "motion > 101%"], "expected a column, <, <=, > or >="),
+        (["--percentile", "caption > 10%"], "is text"),
+        ([], "no rule given"),
+        (["--keep", "motion > 1e9"], "no row passed the rules"),
+    ],
+)
+def test_filter_mistakes(
+    scored: Path, tmp_path: Path, rules: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert filter_tool.main([str(scored), "--out", str(tmp_path / "out"), *rules]) == 2
+    told = capsys.readouterr().err
+    assert message in told and told.splitlines()[-1].startswith("error: ")
+
+
+def test_filter_memory_does_not_grow_with_the_manifest(tmp_path: Path) -> None:
+    """A manifest ten times as long needs hardly more memory: bounded, whatever the libraries take."""
+    peaks = []
+    for rows in (20_000, 200_000):
+        folder = tmp_path / str(rows)
+        folder.mkdir()
+        tables.make_manifest(folder / "manifest.parquet", rows)
+        options = [str(folder / "manifest.parquet"), "--out", str(folder / "out"), *tables.FILTER, "--thumbnails", "0"]
+        measured = tables.measure("data_tools.filter", options, rows)
+        peaks.append(measured["peak_rss_mb"])
+        report = json.loads((folder / "out" / "filter.json").read_text())
+        assert report["rows"] == rows == report["kept"] + len(read_table(folder / "out" / "rejects.parquet"))
+    assert peaks[1] < 600 and peaks[1] - peaks[0] < 150
+
+
+def test_filter_by_its_command(scored: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "data_tools.filter", str(scored), "--out", str(tmp_path), "--keep", "fps > 1"]
+    done = subprocess.run([*command, "--thumbnails", "0"], capture_output=True, text=True)
+    assert done.returncode == 0 and "4 of 4 rows kept" in done.stdout, done.stderr

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from opensora_repro.data import quantiles
+from opensora_repro.data.quantiles import percentile
+
+RANDOM = np.random.default_rng(0)
+CASES = {
+    "normal": RANDOM.normal(size=50_001),
+    "few values": RANDOM.integers(0, 5, 40_000) - 2.0,
+    "narrow": 1 + 1e-9 * RANDOM.random(30_000),
+    "wide": np.array([-np.inf, -1e308, -1.0, -0.0, 0.0, 5e-324, 1.0, 1e308]),
+    "one": np.array([7.5]),
+    "with gaps": np.where(RANDOM.random(20_000) < 0.5, np.nan, RANDOM.gamma(2, 1, 20_000)),
+    "all equal": np.full(30_000, 3.25),
+}
+
+
+@pytest.mark.parametrize("collect", [quantiles.COLLECT, 4])  # sorted at the end, or counted to the last bit
+@pytest.mark.parametrize("name", CASES)
+def test_percentiles_equal_numpys(name: str, collect: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantiles, "COLLECT", collect)
+    values = CASES[name]
+    for percent in (0, 0.1, 10, 33.3, 50, 95, 99.99, 100):
+        expected = np.nanpercentile(values, percent)
+        found = percentile(lambda: np.array_split(values, 7), percent)
+        assert found == expected or (np.isnan(expected) and found is not None)
+
+
+def test_no_numbers_have_no_percentile() -> None:
+    assert percentile(lambda: [np.array([np.nan]), np.array([])], 50) is None
