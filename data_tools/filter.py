@@ -1,12 +1,13 @@
 """Keep the clips of a manifest that pass rules over its columns, and tell what each rule dropped.
 
-    python -m data_tools.filter MANIFEST --out DIR --keep "motion > 0.5 and not duplicate" --percentile "motion <= 99%"
+    python -m data_tools.filter INPUT --out DIR --keep "motion > 0.5 and not duplicate" --percentile "motion <= 99%"
 
-A rule is an expression over the columns: comparisons, `and`, `or`, `not`, `in ('a', 'b')`, + - * /, numbers, text in
-quotes, True, False, and abs(x), len(text), lower(text), contains(text, "part"), startswith, endswith, missing(x), and
-column("name") for names that are no words. `duration` is there in seconds even where the manifest has no such column.
-A row for which a rule cannot tell, because a value is missing, is dropped: add `or missing(x)` to keep it. Parts joined
-by `and` are counted one by one. A percentile is taken over all rows of the manifest, whatever the other rules drop.
+INPUT is a manifest, or any table with an `id`; a folder, a file or a pattern is probed first. A rule is an expression
+over the columns: comparisons, `and`, `or`, `not`, `in ('a', 'b')`, + - * /, numbers, text in quotes, True, False, and
+abs(x), len(text), lower(text), contains(text, "part"), startswith, endswith, missing(x), and column("name") for names
+that are no words. `duration` is there in seconds even where the manifest has no such column. A row for which a rule
+cannot tell, because a value is missing, is dropped: add `or missing(x)` to keep it. Parts joined by `and` are counted
+one by one. A percentile is taken over all rows of the manifest, whatever the other rules drop.
 
 DIR receives `manifest.parquet`, `rejects.parquet` (id, stage, reason: the first rule that dropped the row) and
 `filter.json`: rows dropped by each rule alone and in order. `thumbnails/` shows for each numeric threshold the clips
@@ -26,7 +27,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opensora_repro.data.jobs import Runner
 from opensora_repro.data.manifest import DataError
+from opensora_repro.data.outcome import run_tool
+from opensora_repro.data.probing import INPUT_HELP, manifest_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,18 +69,14 @@ class Rule:
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
     args = parse(argv)
-    try:
-        return filter_manifest(Path(args.manifest), Path(args.out), args.rules, thumbnails=args.thumbnails)
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_tool(lambda: filter_rows(args.input, Path(args.out), args.rules, thumbnails=args.thumbnails))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="data_tools.filter", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("manifest", help="manifest of clips, Parquet or CSV")
+    parser.add_argument("input", help=INPUT_HELP)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for manifest.parquet and what was dropped")
     parser.add_argument(
         "--keep",
@@ -105,17 +105,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def filter_manifest(manifest: Path, out: Path, rules: list[tuple[str, str]], *, thumbnails: int = 0) -> int:
+def filter_rows(given: str, out: Path, rules: list[tuple[str, str]], *, thumbnails: int = 0) -> int:
     """Write the kept rows, the rejects and the report; returns the exit status. `rules` are (kind, text) in order."""
     from opensora_repro.data.near import Nearest
     from opensora_repro.data.tables import open_table
 
-    if out.resolve() == manifest.resolve().parent:
-        raise DataError(f"--out {out}: is the manifest's own folder; choose another, or the manifest would be replaced")
     if not rules:
         raise DataError("no rule given: add --keep RULE or --percentile RULE")
     if thumbnails < 0:
         raise DataError(f"--thumbnails {thumbnails}: expected 0 or more")
+    manifest = manifest_of(given, out, Runner(), needs=("id",))
     table = open_table(manifest)
     if "id" not in table.schema.names:
         raise DataError(f"{manifest}: column id missing")

@@ -1,9 +1,10 @@
 """Measure the clips of a manifest: motion, sharpness, text, duplicates and more, each as a column.
 
-    python -m data_tools.score MANIFEST --out DIR [--scores motion,sharpness] [--clip MODEL [--aesthetic HEAD]]
+    python -m data_tools.score INPUT --out DIR [--scores motion,sharpness] [--clip MODEL [--aesthetic HEAD]]
 
-Read are at most 24 frames of a clip, three runs of eight in the middles of its thirds, scaled to a short side of 256.
-Columns, missing where a clip cannot tell (an image has no motion):
+INPUT is a manifest; a folder, a file, a pattern or a table of paths is probed first. Read are at most 24 frames of a
+clip, three runs of eight in the middles of its thirds, scaled to a short side of 256. Columns, missing where a clip
+cannot tell (an image has no motion):
 
     motion           mean optical flow, in short sides a second
     jitter           uneven part of the camera's movement, in short sides a second
@@ -36,13 +37,14 @@ from typing import TYPE_CHECKING, Any
 
 from opensora_repro.data.jobs import Job, Runner, add_runner_options, run_jobs, runner_of
 from opensora_repro.data.manifest import DataError
+from opensora_repro.data.outcome import REJECTS, run_tool, write_rows
+from opensora_repro.data.probing import INPUT_HELP, manifest_of
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
 NAMES = ("motion", "jitter", "static", "sharpness", "brightness", "letterbox", "text", "watermark", "duplicates")
-REJECT_COLUMNS = ("id", "path", "source", "stage", "reason")
 MODEL_METHOD = 1  # raise when the model's scores are computed otherwise
 TIMEOUT = 300.0  # seconds for a clip
 SAMPLE = 1 << 16  # bytes
@@ -52,18 +54,14 @@ Record = dict[str, Any]
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
     args = parse(argv)
-    try:
-        return score(args)
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_tool(lambda: score(args))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="data_tools.score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("manifest", help="manifest of clips, Parquet or CSV")
+    parser.add_argument("input", help=INPUT_HELP)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for manifest.parquet and the records")
     parser.add_argument("--scores", default="all", metavar="A,B", help=f"all, or some of {', '.join(NAMES)} (all)")
     parser.add_argument("--clip", metavar="MODEL", help="CLIP model: adds text_match, and duplicates by its embeddings")
@@ -91,11 +89,10 @@ def names_of(args: argparse.Namespace) -> list[str]:
 
 def score(args: argparse.Namespace) -> int:
     """Measure all clips, then write the manifest and the rejects; returns the exit status."""
-    from opensora_repro.data.manifest import read_manifest
+    from opensora_repro.data.manifest import read_manifest, write_manifest
 
-    names, runner, out, manifest = names_of(args), runner_of(args), Path(args.out), Path(args.manifest)
-    if out.resolve() == manifest.resolve().parent:
-        raise DataError(f"--out {out}: is the manifest's own folder; choose another, or the manifest would be replaced")
+    names, runner, out = names_of(args), runner_of(args), Path(args.out)
+    manifest = manifest_of(args.input, out, runner)
     clips = read_manifest(manifest, need_captions=False)
     contents = [sampled_digest(Path(path)) for path in clips["path"]]
     records = measure_all(clips, contents, names, out / "scores", runner)
@@ -106,8 +103,13 @@ def score(args: argparse.Namespace) -> int:
     good = [not reason for reason in reasons]
     measured = clips[good].reset_index(drop=True)
     add_columns(measured, [record for record in records if "error" not in record], "duplicates" in names)
-    rejected = clips[[not g for g in good]].assign(stage="score", reason=[reason for reason in reasons if reason])
-    write_result(out, measured, rejected)
+    rejects: list[Record] = [
+        {str(k): v for k, v in row.items()} | {"stage": "score", "reason": reason}
+        for row, reason in zip(clips.to_dict("records"), reasons, strict=True)
+        if reason
+    ]
+    write_rows(out / "rejects.parquet", rejects, REJECTS)
+    write_manifest(measured, out / "manifest.parquet")
     print(f"{sum(good)} of {len(clips)} clips scored, {len(clips) - sum(good)} rejected: {out}")
     if not any(good):
         raise DataError(f"{manifest}: no clip could be scored; the reasons are in {out / 'rejects.parquet'}")
@@ -296,14 +298,6 @@ def best_alike(clips: pd.DataFrame, records: list[Record]) -> list[int]:
     rank = np.empty(len(order), dtype=np.int64)
     rank[order] = np.arange(len(order))
     return groups_of(len(records), pairs(), rank.tolist())
-
-
-def write_result(out: Path, measured: pd.DataFrame, rejected: pd.DataFrame) -> None:
-    from opensora_repro.data.manifest import write_manifest, write_table
-
-    rejects = rejected.reindex(columns=list(REJECT_COLUMNS)).astype("object").reset_index(drop=True)
-    write_table(rejects.astype("string"), out / "rejects.parquet")
-    write_manifest(measured, out / "manifest.parquet")
 
 
 # ---- what names a record

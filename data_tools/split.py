@@ -162,15 +162,15 @@ def encoding_of(options: Options) -> Encoding:
 def split(given: str, out: Path, options: Options, runner: Runner) -> int:
     """Split every source, then write the manifest and the rejects; returns the exit status."""
     inputs = find_inputs(given, out=out)
-    for folder in (out / "clips", out / "sources"):
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
+    (out / "clips").mkdir(parents=True, exist_ok=True)
+    remove_leftovers(out / "clips")
     usable = [item for item in inputs.items if not item.reason]
     digests = content_digests(item.path for item in usable)
     sources = [Source(i.path, i.name, name_record(d, options)) for i, d in zip(usable, digests, strict=True)]
     forget_lost_clips(out, sources)
     jobs = [job_of(source, out, options) for source in sources]
     records = run_jobs(split_job, jobs, out / "sources", runner=runner, label="splitting", unit="video")
+    remove_leftovers(out / "clips")  # again: of a killed run's workers, some may only just have ended
     clips, rejects = collect(sources, [records[source.digest] for source in sources])
     rejects += [reject("", item.name, "split", item.reason) for item in inputs.items if item.reason]
     write_outcome(out, clips, rejects, CLIP_COLUMNS)

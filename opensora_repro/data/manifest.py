@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import filecmp
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,17 +68,35 @@ def read_table(path: Path) -> pd.DataFrame:
     """Read a Parquet or CSV file, by its extension; the text columns of a CSV stay text. Raises DataError."""
     import pandas as pd
 
+    with _reading(path) as kind:
+        if kind == "parquet":
+            return pd.read_parquet(path, engine="pyarrow")
+        text = dict.fromkeys((*TEXT_COLUMNS, "source"), str)
+        # Only an empty field is missing: "NA" or "None" may be somebody's id.
+        return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""], encoding="utf-8-sig")
+
+
+def read_names(path: Path) -> list[str]:
+    """Return the names of a table's columns without reading its rows. Raises DataError."""
+    import pandas as pd
+    import pyarrow.parquet as pq
+
+    with _reading(path) as kind:
+        if kind == "parquet":
+            return list(pq.read_schema(path).names)
+        return [str(name) for name in pd.read_csv(path, nrows=0, encoding="utf-8-sig").columns]
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[str]:
+    """Yield "parquet" or "csv"; whatever goes wrong in the block becomes a DataError that names the file."""
     kind = _kind(path)
     if path.is_dir():
         raise DataError(f"{path}: is a folder, expected a .parquet or .csv file")
     if not path.exists():
         raise DataError(f"{path}: no such file")
     try:
-        if kind == "parquet":
-            return pd.read_parquet(path, engine="pyarrow")
-        text = dict.fromkeys((*TEXT_COLUMNS, "source"), str)
-        # Only an empty field is missing: "NA" or "None" may be somebody's id.
-        return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""], encoding="utf-8-sig")
+        yield kind
     except (OSError, ValueError) as error:  # pandas' and pyarrow's own errors derive from these
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"{path}: cannot be read as {kind}: {reason}") from error

@@ -241,3 +241,20 @@ def test_filter_by_its_command(scored: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "data_tools.filter", str(scored), "--out", str(tmp_path), "--keep", "fps > 1"]
     done = subprocess.run([*command, "--thumbnails", "0"], capture_output=True, text=True)
     assert done.returncode == 0 and "4 of 4 rows kept" in done.stdout, done.stderr
+
+
+def test_a_folder_is_probed_first(clips: Path, tmp_path: Path) -> None:
+    folder = clips.parent
+    assert score.main([str(folder), "--out", str(tmp_path / "a"), "--scores", "motion", "--workers", "1"]) == 0
+    measured = read_table(tmp_path / "a" / "manifest.parquet").set_index("source")
+    assert set(measured.index) == {"fast.mp4", "slow.mp4", "small.mp4", "black.mp4"}
+    assert measured.loc["fast.mp4", "motion"] > 2 * measured.loc["slow.mp4", "motion"]
+    assert measured.loc["small.mp4", "height"] == 32 and "duration" in measured
+    refused = read_table(tmp_path / "a" / "probe" / "rejects.parquet")
+    assert refused["source"].tolist() == ["broken, 'x'.mp4"]
+
+    table = tmp_path / "names.csv"
+    pd.DataFrame({"path": [str(folder / "fast.mp4"), str(folder / "small.mp4")]}).to_csv(table, index=False)
+    assert filter_tool.main([str(table), "--out", str(tmp_path / "b"), "--keep", "height > 40"]) == 0
+    (row,) = read_manifest(tmp_path / "b" / "manifest.parquet", need_captions=False).to_dict("records")
+    assert Path(row["path"]) == folder / "fast.mp4" and row["num_frames"] == 30
