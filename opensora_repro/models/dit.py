@@ -15,6 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from opensora_repro.kernels import ops
 from opensora_repro.models.config import DiTConfig
 from opensora_repro.models.layers import (
     Attention,
@@ -24,8 +25,8 @@ from opensora_repro.models.layers import (
     TimestepEmbedder,
     check_latents,
     check_sizes,
-    layer_norm,
-    modulate,
+    norm_modulate,
+    residual_norm_modulate,
     spatial_table,
     temporal_table,
     unpatchify,
@@ -55,17 +56,16 @@ class DiTBlock(nn.Module):
     def __init__(self, cfg: DiTConfig, over: str) -> None:
         super().__init__()
         dim = cfg.hidden_size
-        self.norm1 = layer_norm(dim)
         self.attn = Attention(dim, cfg.num_heads, over=over)
-        self.norm2 = layer_norm(dim)
         self.mlp = Mlp(dim, int(dim * cfg.mlp_ratio), dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         vectors = rearrange(self.adaLN_modulation(condition), "b (six d) -> six b 1 1 d", six=6)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = vectors.unbind(0)
-        x = torch.addcmul(x, gate_msa, self.attn(modulate(self.norm1(x), shift_msa, scale_msa)))
-        return torch.addcmul(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
+        y = self.attn(norm_modulate(x, shift_msa, scale_msa))
+        x, normed = residual_norm_modulate(x, gate_msa, y, shift_mlp, scale_mlp)
+        return ops.gate_residual(x, gate_mlp, self.mlp(normed))
 
 
 class DiTFinalLayer(nn.Module):
@@ -73,13 +73,12 @@ class DiTFinalLayer(nn.Module):
 
     def __init__(self, hidden_size: int, patch_volume: int, out_channels: int) -> None:
         super().__init__()
-        self.norm_final = layer_norm(hidden_size)
         self.linear = nn.Linear(hidden_size, patch_volume * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale = rearrange(self.adaLN_modulation(condition), "b (two d) -> two b 1 1 d", two=2).unbind(0)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        return self.linear(norm_modulate(x, shift, scale))
 
 
 class DiT(nn.Module):

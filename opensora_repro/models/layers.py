@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from opensora_repro.kernels import eager, ops
+
 LAYER_NORM_EPS = 1e-6
 TIMESTEP_CHANNELS = 256  # width of the timestep's sinusoid
 
@@ -143,27 +145,21 @@ class Mlp(nn.Module):
     def __init__(self, in_features: int, hidden_features: int, out_features: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(in_features, hidden_features)
-        self.act = nn.GELU(approximate="tanh")
         self.fc2 = nn.Linear(hidden_features, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        if ops.fused(x) and _is_plain(self.fc1):
+            return self.fc2(ops.bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias))
+        return self.fc2(ops.bias_gelu(self.fc1(x), None))
+
+
+def _is_plain(layer: nn.Linear) -> bool:
+    """Whether the layer is no more than its weight and bias: parallelism may have replaced it or wrapped these."""
+    return type(layer) is nn.Linear and type(layer.bias) is nn.Parameter
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention
-
-# Which tokens see each other, as the way queries, keys and values leave [B, T, S, D] and come back.
-_SPLIT = {
-    "space": "b t s (three h d) -> three (b t) h s d",
-    "time": "(b s) t (three h d) -> three (b s) h t d",
-    "space_time": "b t s (three h d) -> three b h (t s) d",
-}
-_MERGE = {
-    "space": "(b t) h s d -> b t s (h d)",
-    "time": "(b s) h t d -> (b s) t (h d)",
-    "space_time": "b h (t s) d -> b t s (h d)",
-}
 
 
 class Attention(nn.Module):
@@ -177,14 +173,14 @@ class Attention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        b, t, s, _ = x.shape
-        sizes = {"s": s} if self.over == "time" else {"t": t, "s": s}
-        if self.over == "time":  # one copy here, before the projection triples the channels
-            x = rearrange(x, "b t s d -> (b s) t d")
-        q, k, v = rearrange(self.qkv(x), _SPLIT[self.over], three=3, h=self.num_heads, **sizes).unbind(0)
+        samples, over = len(x), self.over
+        if over == "time":  # one copy here, before the projection triples the channels; then places are frames of time
+            x, over = rearrange(x, "b t s d -> (b s) 1 t d"), "space"
+        # Views: attention takes any strides, so a copy in its own layout, which the fused split makes, costs more.
+        q, k, v = eager.split_heads(self.qkv(x), self.num_heads, over)
         out = F.scaled_dot_product_attention(q, k, v)
-        out = self.proj(rearrange(out, _MERGE[self.over], **sizes))
-        return rearrange(out, "(b s) t d -> b t s d", b=b) if self.over == "time" else out
+        out = self.proj(eager.merge_heads(out, x.shape[1], x.shape[2], over))
+        return rearrange(out, "(b s) 1 t d -> b t s d", b=samples) if self.over == "time" else out
 
 
 class CrossAttention(nn.Module):
@@ -229,13 +225,16 @@ class TextMask:
 # Modulation and the final layer
 
 
-def layer_norm(hidden_size: int) -> nn.LayerNorm:
-    return nn.LayerNorm(hidden_size, elementwise_affine=False, eps=LAYER_NORM_EPS)
+def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Tokens normalised, then x * (1 + scale) + shift; the vectors are [B, 1, 1, D]."""
+    return ops.norm_modulate(x, shift, scale, LAYER_NORM_EPS)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Return x * (1 + scale) + shift."""
-    return torch.addcmul(shift, x, 1 + scale)
+def residual_norm_modulate(
+    x: Tensor, gate: Tensor | None, y: Tensor, shift: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return x + gate * y, and that as `norm_modulate` gives it; no gate is a gate of ones."""
+    return ops.residual_norm_modulate(x, gate, y, shift, scale, LAYER_NORM_EPS)
 
 
 class FinalLayer(nn.Module):
@@ -243,13 +242,12 @@ class FinalLayer(nn.Module):
 
     def __init__(self, hidden_size: int, patch_volume: int, out_channels: int) -> None:
         super().__init__()
-        self.norm_final = layer_norm(hidden_size)
         self.linear = nn.Linear(hidden_size, patch_volume * out_channels)
         self.scale_shift_table = nn.Parameter(torch.randn(2, hidden_size) / hidden_size**0.5)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         shift, scale = (self.scale_shift_table[:, None, None, None] + t[None, :, None, None]).unbind(0)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        return self.linear(norm_modulate(x, shift, scale))
 
 
 def unpatchify(x: Tensor, patch_size: tuple[int, int, int], rows: int) -> Tensor:

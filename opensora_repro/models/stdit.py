@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from opensora_repro.kernels import ops
 from opensora_repro.models.config import STDiTConfig
 from opensora_repro.models.layers import (
     Attention,
@@ -29,8 +30,8 @@ from opensora_repro.models.layers import (
     TimestepEmbedder,
     check_latents,
     check_sizes,
-    layer_norm,
-    modulate,
+    norm_modulate,
+    residual_norm_modulate,
     spatial_table,
     temporal_table,
     unpatchify,
@@ -50,26 +51,43 @@ class STDiTBlock(nn.Module):
     def __init__(self, cfg: STDiTConfig) -> None:
         super().__init__()
         dim = cfg.hidden_size
-        self.norm1 = layer_norm(dim)
         self.attn = Attention(dim, cfg.num_heads, over="space" if cfg.temporal_attention else "space_time")
         self.attn_temp = Attention(dim, cfg.num_heads, over="time") if cfg.temporal_attention else None
         self.cross_attn = CrossAttention(dim, cfg.num_heads)
-        self.norm2 = layer_norm(dim)
         self.mlp = Mlp(dim, int(dim * cfg.mlp_ratio), dim)
         self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
 
     def forward(
-        self, x: Tensor, text: Tensor, modulation: Tensor, text_mask: TextMask | None, temporal: Tensor | None
-    ) -> Tensor:
-        """`modulation` is [6, B, 1, 1, D]; `temporal` [T, 1, D] joins the temporal branch's input (first block)."""
-        vectors = self.scale_shift_table[:, None, None, None] + modulation
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = vectors.unbind(0)
+        self,
+        x: Tensor,
+        text: Tensor,
+        modulation: Tensor,
+        text_mask: TextMask | None,
+        temporal: Tensor | None,
+        normed: Tensor | None = None,
+        following: STDiTBlock | None = None,
+    ) -> Any:
+        """`modulation` is [6, B, 1, 1, D]; `temporal` [T, 1, D] joins the temporal branch's input (first block).
 
-        x = torch.addcmul(x, gate_msa, self.attn(modulate(self.norm1(x), shift_msa, scale_msa)))
+        Returns the tokens. Where the `following` block is given, its first norm is fused with this one's last residual:
+        the result is then (tokens, what that block takes as `normed`).
+        """
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self._vectors(modulation)
+        if normed is None:
+            normed = norm_modulate(x, shift_msa, scale_msa)
+        x = ops.gate_residual(x, gate_msa, self.attn(normed))
         if self.attn_temp is not None:  # reads the raw residual stream, shares the spatial branch's gate
-            x = torch.addcmul(x, gate_msa, self.attn_temp(x if temporal is None else x + temporal))
-        x = x + self.cross_attn(x, text, text_mask)
-        return torch.addcmul(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
+            x = ops.gate_residual(x, gate_msa, self.attn_temp(x if temporal is None else x + temporal))
+        x, normed = residual_norm_modulate(x, None, self.cross_attn(x, text, text_mask), shift_mlp, scale_mlp)
+        y = self.mlp(normed)
+        if following is None:
+            return ops.gate_residual(x, gate_mlp, y)
+        shift, scale, *_ = following._vectors(modulation)
+        return residual_norm_modulate(x, gate_mlp, y, shift, scale)
+
+    def _vectors(self, modulation: Tensor) -> tuple[Tensor, ...]:
+        """Shift, scale and gate of attention, then of the MLP, each [B, 1, 1, D]."""
+        return (self.scale_shift_table[:, None, None, None] + modulation).unbind(0)
 
 
 class STDiT(nn.Module):
@@ -138,19 +156,29 @@ class STDiT(nn.Module):
         x = self.x_embedder(latents.to(dtype))  # [B, T', S, D]
         rows = -(-height // self.cfg.patch_size[1])
         x, temporal = self._add_positions(x, rows, first_frame // self.cfg.patch_size[0])
+        x = self._run_blocks(x, y, modulation, text_mask, temporal)
+        x = self.final_layer(x, t)  # [B, T', S, pT * pH * pW * C_out]
+        x = unpatchify(x, self.cfg.patch_size, rows)
+        return x[:, :, :frames, :height, :width].float()
+
+    def _run_blocks(
+        self, x: Tensor, y: Tensor, modulation: Tensor, text_mask: TextMask | None, temporal: Tensor | None
+    ) -> Tensor:
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        for block in self.blocks:
+        # Across the border of two blocks two tensors pass where ops are fused, both of which recomputing would keep.
+        fuse = ops.fused(x) and not recompute
+        normed = None
+        for i, block in enumerate(self.blocks):
             if recompute:  # the blocks draw no random numbers, so no generator state need be kept
                 x = checkpoint(
                     block, x, y, modulation, text_mask, temporal, use_reentrant=False, preserve_rng_state=False
                 )
+            elif fuse and i + 1 < len(self.blocks):
+                x, normed = block(x, y, modulation, text_mask, temporal, normed, self.blocks[i + 1])
             else:
-                x = block(x, y, modulation, text_mask, temporal)
+                x = block(x, y, modulation, text_mask, temporal, normed)
             temporal = None
-
-        x = self.final_layer(x, t)  # [B, T', S, pT * pH * pW * C_out]
-        x = unpatchify(x, self.cfg.patch_size, rows)
-        return x[:, :, :frames, :height, :width].float()
+        return x
 
     def null_condition(self) -> Tensor:
         """Return the null caption [L, Ct], what the model sees where a caption was dropped."""

@@ -1,0 +1,70 @@
+"""Which kernels a process computes with: torch's own operations ("eager") or fused ones ("triton").
+
+One setting for the process, `train.kernels`. Triton is imported where it is first needed and compiles a kernel where it
+is first run; without it everything here works in eager mode.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+CHOICES = ("auto", "eager", "triton")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_chosen = "auto"
+
+
+class KernelsError(ValueError):
+    """Kernels that cannot run here; one line meant for the user."""
+
+
+def choose(kernels: str, device_type: str) -> str:
+    """Set what this process computes with and return what that is on the device, "eager" or "triton".
+
+    "auto" is triton on CUDA devices where it imports, else eager. Triton's interpreter (TRITON_INTERPRET=1) runs the
+    fused kernels on a CPU, slowly, and only where "triton" asks for them. Raises KernelsError.
+    """
+    global _chosen
+    assert kernels in CHOICES, kernels
+    found = "triton" if _runs_on(device_type, kernels) else "eager"
+    if kernels == "triton" and found != "triton":
+        reason = missing_triton() or f"Triton needs a CUDA device, this run computes on {device_type}"
+        raise KernelsError(f'train.kernels = "triton" cannot run here: {reason}; set train.kernels=auto or eager')
+    _chosen = kernels
+    return found
+
+
+def chosen() -> str:
+    """What `choose` was last given; "auto" before."""
+    return _chosen
+
+
+def fused(x: Tensor) -> bool:
+    """Whether an operation on `x` runs as a Triton kernel."""
+    return x.dtype in DTYPES and _runs_on(x.device.type, _chosen)
+
+
+def _runs_on(device_type: str, kernels: str) -> bool:
+    if kernels == "eager" or missing_triton():
+        return False
+    return device_type == "cuda" or (kernels == "triton" and interpreted())
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on any device."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@lru_cache(maxsize=1)
+def missing_triton() -> str:
+    """Why Triton cannot be imported; empty where it can."""
+    try:
+        importlib.import_module("triton.language")
+    except Exception as error:  # a broken installation raises whatever it likes
+        return f"the package triton cannot be imported ({' '.join(str(error).split())[:160]})"
+    return ""

@@ -1,0 +1,98 @@
+"""The kernels' twins in plain torch: what each computes, readable, and the reference that they are tested against.
+
+Tokens are [B, T, S, D]; shift, scale and gate are one vector a sample, [B, 1, 1, D]. Gradients are autograd's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+# Which tokens see each other, as the way queries, keys and values leave [B, T, S, D] and come back.
+_SPLIT = {
+    "space": "b t s (three h d) -> three (b t) h s d",
+    "time": "b t s (three h d) -> three (b s) h t d",
+    "space_time": "b t s (three h d) -> three b h (t s) d",
+}
+_MERGE = {
+    "space": "(b t) h s d -> b t s (h d)",
+    "time": "(b s) h t d -> b t s (h d)",
+    "space_time": "b h (t s) d -> b t s (h d)",
+}
+
+
+def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """LayerNorm without weights, then x * (1 + scale) + shift."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
+
+
+def gate_residual(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    """Return x + gate * y."""
+    return torch.addcmul(x, gate, y)
+
+
+def residual_norm_modulate(
+    x: Tensor, gate: Tensor | None, y: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return x + gate * y, and that normalised and modulated; no gate is a gate of ones."""
+    x = x + y if gate is None else gate_residual(x, gate, y)
+    return x, norm_modulate(x, shift, scale, eps)
+
+
+def bias_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
+    """tanh-approximated GELU of x + bias; x [..., D], bias [D]."""
+    return F.gelu(x if bias is None else x + bias.to(x.dtype), approximate="tanh")
+
+
+def split_heads(qkv: Tensor, num_heads: int, over: str) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, T, S, 3 * H * d] -> queries, keys and values, each [N, H, L, d].
+
+    `over`: tokens see those of their frame ("space": N = B * T, L = S), of their place ("time": N = B * S, L = T) or of
+    the whole video ("space_time": N = B, L = T * S).
+    """
+    q, k, v = rearrange(qkv, _SPLIT[over], three=3, h=num_heads).unbind(0)
+    return q, k, v
+
+
+def merge_heads(out: Tensor, frames: int, places: int, over: str) -> Tensor:
+    """[N, H, L, d] -> [B, T, S, H * d], the way back of `split_heads`."""
+    sizes = {"t": frames, "s": places}
+    known = {"space": ("t",), "time": ("s",), "space_time": ("t", "s")}[over]
+    return rearrange(out, _MERGE[over], **{axis: sizes[axis] for axis in known})
+
+
+def adamw(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[float],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    factor: float = 1.0,
+    averages: Sequence[Tensor] = (),
+    average_weight: float = 0.0,
+    copies: Sequence[Tensor] = (),
+) -> None:
+    """AdamW's step in place, on float32 masters of any shape.
+
+    `steps`: the number of each parameter's step, from 1. `factor` multiplies the gradients, which stay as they are.
+    `averages` move towards the new weights by `average_weight`; `copies` become the new weights in their own dtype.
+    """
+    for i, (param, grad, mean, square) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+        scaled = grad.to(param.dtype) * factor
+        mean.lerp_(scaled, 1 - betas[0])
+        square.mul_(betas[1]).addcmul_(scaled, scaled, value=1 - betas[1])
+        denominator = (square / (1 - betas[1] ** steps[i])).sqrt_().add_(eps)
+        param.mul_(1 - lr * weight_decay).addcdiv_(mean, denominator, value=-lr / (1 - betas[0] ** steps[i]))
+        if averages:
+            averages[i].lerp_(param, average_weight)
+        if copies:
+            copies[i].copy_(param)

@@ -1,0 +1,95 @@
+"""The memory-bound operations between a block's matrix products: each its eager twin, or one fused kernel.
+
+What the arguments mean stands at the twins in eager.py. Under autocast a fused `norm_modulate` gives the autocast dtype
+at once, to which the linear layer that reads it would round its input; the eager one leaves that to the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opensora_repro.kernels import eager
+from opensora_repro.kernels.choice import fused
+
+MAX_CHANNELS = 8192  # a row of tokens is held at once
+
+
+def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    if not _fused_rows(x):
+        return eager.norm_modulate(x, shift, scale, eps)
+    from opensora_repro.kernels.triton_norm import norm_modulate as kernel
+
+    return kernel(x, _of_each(x, shift), _of_each(x, scale), eps, _normed_dtype(x, shift, scale))
+
+
+def gate_residual(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    if not _fused_rows(x):
+        return eager.gate_residual(x, gate, y)
+    from opensora_repro.kernels.triton_gate import gate_residual as kernel
+
+    return kernel(x, _of_each(x, gate), y)
+
+
+def residual_norm_modulate(
+    x: Tensor, gate: Tensor | None, y: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    if not _fused_rows(x):
+        return eager.residual_norm_modulate(x, gate, y, shift, scale, eps)
+    from opensora_repro.kernels.triton_norm import residual_norm_modulate as kernel
+
+    given = None if gate is None else _of_each(x, gate)
+    return kernel(x, given, y, _of_each(x, shift), _of_each(x, scale), eps, _normed_dtype(x, shift, scale))
+
+
+def bias_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
+    if not fused(x):
+        return eager.bias_gelu(x, bias)
+    from opensora_repro.kernels.triton_gelu import bias_gelu as kernel
+
+    return kernel(x, bias)
+
+
+def split_heads(qkv: Tensor, num_heads: int, over: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Fused: the three are contiguous."""
+    if not fused(qkv):
+        return eager.split_heads(qkv, num_heads, over)
+    from opensora_repro.kernels.triton_heads import split_heads as kernel
+
+    return kernel(qkv, num_heads, over)
+
+
+def merge_heads(out: Tensor, frames: int, places: int, over: str) -> Tensor:
+    if not fused(out):
+        return eager.merge_heads(out, frames, places, over)
+    from opensora_repro.kernels.triton_heads import merge_heads as kernel
+
+    return kernel(out, frames, places, over)
+
+
+def adamw(params: Sequence[Tensor], *tensors: Sequence[Any], **options: Any) -> None:
+    """All tensors in one launch."""
+    if not params or not all(fused(param) for param in params):
+        eager.adamw(params, *tensors, **options)  # type: ignore[arg-type]
+        return
+    from opensora_repro.kernels.triton_adamw import adamw as kernel
+
+    kernel(params, *tensors, **options)
+
+
+def _fused_rows(x: Tensor) -> bool:
+    return fused(x) and x.ndim == 4 and x.shape[-1] <= MAX_CHANNELS
+
+
+def _of_each(x: Tensor, vector: Tensor) -> Tensor:
+    """One vector a sample, where there may be one for all."""
+    return vector if len(vector) == len(x) else vector.expand(len(x), -1, -1, -1)
+
+
+def _normed_dtype(x: Tensor, shift: Tensor, scale: Tensor) -> torch.dtype:
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return torch.promote_types(torch.promote_types(x.dtype, shift.dtype), scale.dtype)
