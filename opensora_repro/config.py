@@ -93,6 +93,7 @@ class TrainConfig:
     batch_size: int = 8  # samples a process reads at once
     accumulation: int = 1  # micro-batches a step
     dtype: str = "bf16"  # autocast dtype: "bf16" or "fp32"; weights and optimizer stay float32
+    kernels: str = "auto"  # "eager" (torch's operations), "triton" (fused ones), "auto": triton on a GPU
     activation_checkpointing: bool = True
     max_bad_steps: int = 5  # stop after this many non-finite steps in a row
 
@@ -326,6 +327,7 @@ _CHOICES = {
     "parallel.engine": ("torch", "colossalai"),
     "parallel.plugin": ("ddp", "zero1", "zero2", "gemini", "hybrid"),
     "train.dtype": ("bf16", "fp32"),
+    "train.kernels": ("auto", "eager", "triton"),
     "sample.sampler": ("iddpm", "ddim", "dpm", "euler"),
 }
 

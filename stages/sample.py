@@ -238,10 +238,13 @@ def sample_share(
     """Sample this process's share of the prompts; return what it wrote, which a lone process also keeps up to date."""
     import torch
 
+    from opensora_repro.kernels.choice import choose
     from opensora_repro.training.generate import ProgressBar, generate
     from opensora_repro.training.source import load_models
 
     cfg, device, mesh = source.config, engine.device, engine.mesh
+    # What a run was trained with on a GPU need not run on the device that samples it.
+    choose("eager" if cfg.train.kernels == "eager" else "auto", device.type)
     model, vae, conditions, report = load_models(source, device)
     if engine.is_main:
         print(report)

@@ -26,10 +26,13 @@ class FusedAdamW(torch.optim.AdamW):
         """From now on every step moves the parameters' shadows towards the new weights, by `weight()`."""
         self._shadow, self._weight = shadow, weight
 
-    @torch.no_grad()
-    def step(self, closure: None = None, *, factor: float = 1.0) -> None:  # type: ignore[override]
-        """Step on the gradients times `factor`; they stay as they are. Shadows of parameters without one move, too."""
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         assert closure is None
+        self.step_scaled(1.0)
+
+    @torch.no_grad()
+    def step_scaled(self, factor: float) -> None:
+        """Step on the gradients times `factor`; they stay as they are. Shadows of parameters without one move, too."""
         weight = 0.0 if self._weight is None else self._weight()
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]

@@ -21,7 +21,7 @@ MAX_CHANNELS = 8192  # a row of tokens is held at once
 def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     if not _fused_rows(x):
         return eager.norm_modulate(x, shift, scale, eps)
-    from opensora_repro.kernels.triton_norm import norm_modulate as kernel
+    from opensora_repro.kernels.fused.norm import norm_modulate as kernel
 
     return kernel(x, _of_each(x, shift), _of_each(x, scale), eps, _normed_dtype(x, shift, scale))
 
@@ -29,7 +29,7 @@ def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor
 def gate_residual(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     if not _fused_rows(x):
         return eager.gate_residual(x, gate, y)
-    from opensora_repro.kernels.triton_gate import gate_residual as kernel
+    from opensora_repro.kernels.fused.gate import gate_residual as kernel
 
     return kernel(x, _of_each(x, gate), y)
 
@@ -39,7 +39,7 @@ def residual_norm_modulate(
 ) -> tuple[Tensor, Tensor]:
     if not _fused_rows(x):
         return eager.residual_norm_modulate(x, gate, y, shift, scale, eps)
-    from opensora_repro.kernels.triton_norm import residual_norm_modulate as kernel
+    from opensora_repro.kernels.fused.norm import residual_norm_modulate as kernel
 
     given = None if gate is None else _of_each(x, gate)
     return kernel(x, given, y, _of_each(x, shift), _of_each(x, scale), eps, _normed_dtype(x, shift, scale))
@@ -48,7 +48,7 @@ def residual_norm_modulate(
 def bias_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
     if not fused(x):
         return eager.bias_gelu(x, bias)
-    from opensora_repro.kernels.triton_gelu import bias_gelu as kernel
+    from opensora_repro.kernels.fused.gelu import bias_gelu as kernel
 
     return kernel(x, bias)
 
@@ -57,7 +57,7 @@ def split_heads(qkv: Tensor, num_heads: int, over: str) -> tuple[Tensor, Tensor,
     """Fused: the three are contiguous."""
     if not fused(qkv):
         return eager.split_heads(qkv, num_heads, over)
-    from opensora_repro.kernels.triton_heads import split_heads as kernel
+    from opensora_repro.kernels.fused.heads import split_heads as kernel
 
     return kernel(qkv, num_heads, over)
 
@@ -65,7 +65,7 @@ def split_heads(qkv: Tensor, num_heads: int, over: str) -> tuple[Tensor, Tensor,
 def merge_heads(out: Tensor, frames: int, places: int, over: str) -> Tensor:
     if not fused(out):
         return eager.merge_heads(out, frames, places, over)
-    from opensora_repro.kernels.triton_heads import merge_heads as kernel
+    from opensora_repro.kernels.fused.heads import merge_heads as kernel
 
     return kernel(out, frames, places, over)
 
@@ -75,7 +75,7 @@ def adamw(params: Sequence[Tensor], *tensors: Sequence[Any], **options: Any) -> 
     if not params or not all(fused(param) for param in params):
         eager.adamw(params, *tensors, **options)  # type: ignore[arg-type]
         return
-    from opensora_repro.kernels.triton_adamw import adamw as kernel
+    from opensora_repro.kernels.fused.adamw import adamw as kernel
 
     kernel(params, *tensors, **options)
 

@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from opensora_repro.kernels import eager, ops
+from opensora_repro.kernels.choice import fused
 
 LAYER_NORM_EPS = 1e-6
 TIMESTEP_CHANNELS = 256  # width of the timestep's sinusoid
@@ -148,7 +149,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_features, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        if ops.fused(x) and _is_plain(self.fc1):
+        if fused(x) and _is_plain(self.fc1):
             return self.fc2(ops.bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias))
         return self.fc2(ops.bias_gelu(self.fc1(x), None))
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from opensora_repro.kernels import ops
+from opensora_repro.kernels.choice import fused
 from opensora_repro.models.config import STDiTConfig
 from opensora_repro.models.layers import (
     Attention,
@@ -166,7 +167,7 @@ class STDiT(nn.Module):
     ) -> Tensor:
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         # Across the border of two blocks two tensors pass where ops are fused, both of which recomputing would keep.
-        fuse = ops.fused(x) and not recompute
+        fuse = fused(x) and not recompute
         normed = None
         for i, block in enumerate(self.blocks):
             if recompute:  # the blocks draw no random numbers, so no generator state need be kept

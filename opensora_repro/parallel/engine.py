@@ -17,7 +17,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -84,6 +84,13 @@ class Engine(Protocol):
     def on_first_model(self, work: Callable[[], Result]) -> Result: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class ScalesGradients(Protocol):
+    """An optimizer that multiplies the gradients while it reads them."""
+
+    def step_scaled(self, factor: float) -> None: ...
 
 
 class TorchEngine:
@@ -177,10 +184,13 @@ class TorchEngine:
 
     def step(self, lr: float, factor: float) -> None:
         """Multiply the gradients and let the optimizer make its step."""
-        if factor != 1:
-            torch._foreach_mul_(self._gradients(), factor)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        if isinstance(self.optimizer, ScalesGradients):
+            self.optimizer.step_scaled(factor)
+            return
+        if factor != 1:
+            torch._foreach_mul_(self._gradients(), factor)
         self.optimizer.step()
 
     def zero_grad(self) -> None:

@@ -125,12 +125,13 @@ def _is_user_mistake(error: ValueError) -> bool:
 
     if isinstance(error, ConfigError | DataError | DecodeError):
         return True
+    from opensora_repro.kernels.choice import KernelsError
     from opensora_repro.models.pretrained import ModelNotFound
     from opensora_repro.models.weights import WeightsError
     from opensora_repro.parallel.errors import EngineError
     from opensora_repro.training.checkpoint import CheckpointError
 
-    return isinstance(error, CheckpointError | EngineError | ModelNotFound | WeightsError)
+    return isinstance(error, CheckpointError | EngineError | KernelsError | ModelNotFound | WeightsError)
 
 
 def _fail(error: Exception | str, code: int) -> int:

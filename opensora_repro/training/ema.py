@@ -9,11 +9,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from opensora_repro.kernels.adamw import FusedAdamW
+
 
 class ShowsWeights(Protocol):
     """An engine, as far as averaging is concerned."""
 
     masters: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer
 
     def show(self, pieces: Mapping[str, Tensor]) -> None: ...
 
@@ -23,12 +26,18 @@ class Ema:
 
     After n updates the decay is min(decay, (1 + n) / (10 + n)): young averages forget the random start quickly, and a
     short run has a useful one. A decay of 0 makes the shadow the newest weights.
+
+    A FusedAdamW moves the shadow in its own step, which `update` must then follow.
     """
 
     def __init__(self, engine: ShowsWeights, decay: float) -> None:
         self.engine, self.decay = engine, decay
         self.updates = 0
         self.shadow = {name: value.detach().clone() for name, value in engine.masters.items()}
+        self._moved_by_step = isinstance(engine.optimizer, FusedAdamW)
+        if isinstance(engine.optimizer, FusedAdamW):
+            shadow_of = {master: self.shadow[name] for name, master in engine.masters.items()}
+            engine.optimizer.average_into(shadow_of, lambda: 1 - self.next_decay())
 
     def next_decay(self) -> float:
         return min(self.decay, (1 + self.updates) / (10 + self.updates))
@@ -36,8 +45,9 @@ class Ema:
     @torch.no_grad()
     def update(self) -> None:
         """Move the shadow towards the current weights."""
-        weight = 1 - self.next_decay()
-        torch._foreach_lerp_(list(self.shadow.values()), list(self.engine.masters.values()), weight)
+        if not self._moved_by_step:
+            weight = 1 - self.next_decay()
+            torch._foreach_lerp_(list(self.shadow.values()), list(self.engine.masters.values()), weight)
         self.updates += 1
 
     @contextlib.contextmanager

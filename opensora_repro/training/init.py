@@ -42,6 +42,7 @@ FREE_KEYS = (
     "train.steps",
     "train.batch_size",
     "train.accumulation",
+    "train.kernels",
     "train.activation_checkpointing",
     "train.max_bad_steps",
 )

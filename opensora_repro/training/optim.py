@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from opensora_repro.config import OptimConfig
+from opensora_repro.kernels.adamw import FusedAdamW
 
 
-def build_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over all trained parameters, one kernel call for all tensors of a device (fused)."""
+def build_optimizer(model: nn.Module, cfg: OptimConfig, *, fused: bool = False) -> torch.optim.AdamW:
+    """AdamW over all trained parameters, one kernel call for all tensors of a device.
+
+    `fused`: the gradients' factor and the weights' average are in that call, too. It needs an optimizer that works on
+    the model's own weights.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(
-        parameters, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True
-    )
+    options: dict[str, Any] = {"lr": cfg.lr, "betas": cfg.betas, "eps": cfg.eps, "weight_decay": cfg.weight_decay}
+    return FusedAdamW(parameters, **options) if fused else torch.optim.AdamW(parameters, **options, fused=True)
 
 
 def learning_rate(cfg: OptimConfig, step: int, num_steps: int) -> float:

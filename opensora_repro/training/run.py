@@ -14,6 +14,7 @@ from opensora_repro.data.dataset import BadSample, ClipDataset
 from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.sampler import BatchSampler, SharedBatches
 from opensora_repro.diffusion.objective import build_objective
+from opensora_repro.kernels.choice import choose
 from opensora_repro.parallel.engine import Engine, build_engine
 from opensora_repro.parallel.preflight import check_same, config_facts, weights_digest
 from opensora_repro.training.batch import BatchBuilder
@@ -107,6 +108,7 @@ class _Run:
     def __init__(self, cfg: Config, stage: Stage, engine: Engine, start: Start, frame: pd.DataFrame, say: Say) -> None:
         self.cfg, self.stage, self.engine, self.start, self.say = cfg, stage, engine, start, say
         self.run_dir = Path(cfg.run.dir)
+        self.kernels = choose(cfg.train.kernels, engine.device.type)
         self.dataset = ClipDataset(frame, cfg.data, cfg.run.seed)
         self.rows = CacheRows(frame) if cfg.data.cache else None
         validates = bool(cfg.data.val_manifest) and cfg.validation.every > 0
@@ -144,6 +146,8 @@ class _Run:
             stride = self.encoder.vae.spatial_stride
             for line in self.stage.check_start(self.model, cfg, self.report, stride):
                 self.say(line)
+        if self.kernels == "triton":
+            self.say(f"{self.stage.name}: fused kernels (train.kernels = {cfg.train.kernels})")
         warning = horizon_warning(cfg.ema.decay, cfg.train.steps)
         if warning:
             self.say(f"warning: {warning}")
@@ -163,7 +167,9 @@ class _Run:
             writes=engine.is_main,
         )
         self._check_weights()
-        engine.prepare(self.model, build_optimizer(self.model, cfg.optim))
+        # ColossalAI's plugins and Gemini hand the optimizer weights of their own.
+        fused = self.kernels == "triton" and cfg.parallel.engine == "torch"
+        engine.prepare(self.model, build_optimizer(self.model, cfg.optim, fused=fused))
         ema = Ema(engine, cfg.ema.decay)
         if self.start.checkpoint is not None:
             load_checkpoint(self.start.checkpoint, state, engine, ema)

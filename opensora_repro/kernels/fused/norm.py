@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opensora_repro.kernels.triton_rows import adjacent, cut, of_each_sample, partial_sums, power_of_two
+from opensora_repro.kernels.fused.rows import adjacent, cut, of_each_sample, partial_sums, power_of_two
 
 
 def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> Tensor:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opensora_repro.kernels.triton_rows import cut, power_of_two
+from opensora_repro.kernels.fused.rows import cut, power_of_two
 
 WIDEST = 1024  # channels of a tile
 Strides = tuple[int, ...]  # of samples, frames, places and heads, in heads
