@@ -154,6 +154,21 @@ def test_only_the_colossal_engines_import_colossalai() -> None:
     assert found == {f"opensora_repro.parallel.{name}" for name in ("colossal", "cpu", "gemini")}
 
 
+def test_triton_is_imported_by_the_fused_kernels_alone_and_they_by_need() -> None:
+    found = {
+        module_name(path)
+        for path in python_files("opensora_repro", "stages", "data_tools", "benchmarks")
+        for _, imported in imports(path)
+        if inside(imported, "triton")
+    }
+    assert found
+    assert all(inside(name, "opensora_repro.kernels.fused") for name in found)
+    for path in python_files("opensora_repro", "stages"):
+        if not inside(module_name(path), "opensora_repro.kernels.fused"):
+            loaded = [ast.unparse(node) for node in ast.parse(path.read_text(encoding="utf-8")).body]
+            assert not any(re.match(r"(from|import) opensora_repro\.kernels\.fused", line) for line in loaded), path
+
+
 def commands() -> list[str]:
     """Every module that can be started with `python -m`, and those the documentation promises."""
     found = {

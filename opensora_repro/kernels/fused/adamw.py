@@ -14,8 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PIECE = 16384  # elements of a program's work
-BLOCK = 1024
+from opensora_repro.kernels.fused.rows import power_of_two
+
+BLOCK = 1024  # elements at once
+STEPS = 16  # blocks a program works on, at most
 ALIGNMENT = 16  # bytes, for the widest loads
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -46,7 +48,9 @@ def adamw(
     assert all(x.dtype == torch.float32 for x in (*params, *exp_avgs, *exp_avg_sqs, *averages))
     pointers = torch.tensor(addresses).to(device)  # gradients are new ones at every step
     corrections = [(lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** -0.5) for step in steps]
-    owners, starts, sizes = _pieces(tuple(param.numel() for param in params), device)
+    numels = tuple(param.numel() for param in params)
+    num_steps = min(STEPS, power_of_two(-(-max(numels) // BLOCK)))
+    owners, starts, sizes = _pieces(numels, num_steps * BLOCK, device)
     if len(owners):
         _step[(len(owners),)](
             pointers, torch.tensor(corrections, dtype=torch.float32).to(device), owners, starts, sizes, len(params),
@@ -54,7 +58,7 @@ def adamw(
             GRADIENT=_only_type(grads), COPY=_only_type(copies) if copies else tl.float32,
             AVERAGED=bool(averages), COPIED=bool(copies),
             ALIGNED=all(address % ALIGNMENT == 0 for row in addresses for address in row),
-            STEPS=PIECE // BLOCK, BLOCK=BLOCK,
+            STEPS=num_steps, BLOCK=BLOCK,
         )  # fmt: skip
 
 
@@ -64,9 +68,9 @@ def _only_type(tensors: Sequence[Tensor]) -> tl.dtype:
 
 
 @lru_cache(maxsize=4)
-def _pieces(numels: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _pieces(numels: tuple[int, ...], piece: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Which tensor each program works on, from which element on, and every tensor's number of elements."""
-    found = [(i, start) for i, numel in enumerate(numels) for start in range(0, numel, PIECE)]
+    found = [(i, start) for i, numel in enumerate(numels) for start in range(0, numel, piece)]
     owners, starts = torch.tensor(found, dtype=torch.int64).reshape(-1, 2).T.contiguous().to(device).unbind(0)
     return owners, starts, torch.tensor(numels).to(device)
 

@@ -1,0 +1,210 @@
+"""The fused kernels beside their eager twins: what to call on which tensors, and how far apart the two are.
+
+The same cases are run in Triton's interpreter by the tests, and on a GPU by `make gpu` and benchmarks.kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+EPS = 1e-6
+OVER = ("space", "time", "space_time")
+# Types of the residual stream, of what branches add to it, and of autocast: float32 training, bf16 training as it is
+# done here, and a model whose weights are all of one short type.
+TYPES = {
+    "fp32": ("float32", "float32", ""),
+    "bf16 autocast": ("float32", "bfloat16", "bfloat16"),
+    "bf16": ("bfloat16", "bfloat16", ""),
+    "fp16": ("float16", "float16", ""),
+}
+# Root mean square of the difference over that of float64's values: rounding to the type, once. Triton's interpreter
+# cuts bfloat16 off instead of rounding it, which doubles the error.
+TOLERANCE = {"fp32": 2e-6, "bf16 autocast": 4e-3, "bf16": 4e-3, "fp16": 5e-4}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Tokens [B, T, S, D] of H heads; the MLP is F wide."""
+
+    B: int
+    T: int
+    S: int
+    D: int
+    H: int
+    F: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """`call(ops or eager, *inputs)`; `kept` names the large tensors a backward pass reads besides gradients."""
+
+    call: Callable[..., Any]
+    inputs: list[Any]  # tensors or None
+    kept: Callable[[Sequence[Any], Sequence[Any]], list[Any]]  # of the inputs and outputs
+    autocast: str = ""
+
+    def run(self, kernels: ModuleType, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+        import torch
+
+        device = self.inputs[0].device.type
+        dtype = getattr(torch, self.autocast or "float32")
+        with torch.autocast(device, dtype) if self.autocast else contextlib.nullcontext():
+            found = self.call(kernels, *inputs)
+        return found if isinstance(found, tuple) else (found,)
+
+
+def cases(sizes: Sizes, types: str, device: torch.device) -> dict[str, Case]:
+    """One case a kernel and way of calling it, with random tensors, laid out in memory as the model's are."""
+    import torch
+
+    generator = torch.Generator(device).manual_seed(0)
+    stream, branch, autocast = TYPES[types]
+    vector = "float32" if autocast else stream
+
+    def make(dtype: str, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device).to(getattr(torch, dtype)).requires_grad_()
+
+    B, T, S, D, H, F = sizes.B, sizes.T, sizes.S, sizes.D, sizes.H, sizes.F
+    x, y = make(stream, B, T, S, D), make(branch, B, T, S, D)
+    # As temporal attention leaves it, and a part of the frames, as sequence parallelism takes it.
+    by_place = make(branch, B, S, T, D).detach().transpose(1, 2).requires_grad_()
+    some = make(stream, B, T + 1, S, D).detach()[:, :T].requires_grad_()
+    # Modulation vectors come as one tensor [6, B, 1, 1, D], or [B, 6 * D].
+    shift, scale, gate = (make(vector, B, 6, 1, 1, D).detach()[:, i].requires_grad_() for i in range(3))
+    first = lambda inputs, outputs: [inputs[0]]  # noqa: E731
+    nothing = lambda inputs, outputs: []  # noqa: E731
+    third, joined = (lambda inputs, outputs: [inputs[2]]), (lambda inputs, outputs: [outputs[0], inputs[2]])
+
+    def norm(k: Any, *tensors: Any) -> Any:
+        return k.norm_modulate(*tensors, EPS)
+
+    def residual(k: Any, *tensors: Any) -> Any:
+        return k.residual_norm_modulate(*tensors, EPS)
+
+    found = {
+        "norm, modulate": Case(norm, [x, shift, scale], first, autocast),
+        "norm, modulate; part of the frames": Case(norm, [some, shift, scale], first, autocast),
+        "gate, residual": Case(lambda k, *tensors: k.gate_residual(*tensors), [x, gate, y], third),
+        "gate, residual; by place": Case(lambda k, *tensors: k.gate_residual(*tensors), [some, gate, by_place], third),
+        "residual, norm, modulate": Case(
+            residual, [x, None, y, shift, scale], lambda inputs, outputs: [outputs[0]], autocast
+        ),
+        "gate, residual, norm, modulate": Case(residual, [x, gate, by_place, shift, scale], joined, autocast),
+        "bias, GELU": Case(lambda k, *t: k.bias_gelu(*t), [make(branch, B * T * S, F), make(vector, F)], first),
+        "GELU": Case(lambda k, *t: k.bias_gelu(*t), [make(branch, B, T * S, F), None], first),
+    }
+    for over in OVER:
+        N, L = {"space": (B * T, S), "time": (B * S, T), "space_time": (B, T * S)}[over]
+        split = lambda k, qkv, over=over: tuple(part.contiguous() for part in k.split_heads(qkv, H, over))  # noqa: E731
+        merge = lambda k, out, over=over: k.merge_heads(out, T, S, over).contiguous()  # noqa: E731
+        found[f"split heads, {over}"] = Case(split, [make(branch, B, T, S, 3 * D)], nothing)
+        found[f"merge heads, {over}"] = Case(merge, [make(branch, N, H, L, D // H)], nothing)
+    return found
+
+
+def errors(case: Case, types: str) -> dict[str, float]:
+    """Each output's and each gradient's error against float64, as a share of the tolerance: above 1 is a fault."""
+    import torch
+
+    from opensora_repro.kernels import eager, ops
+
+    generator = torch.Generator(case.inputs[0].device).manual_seed(1)
+    found = case.run(ops, case.inputs)
+    # Gradients arrive laid out as the next operation likes, here by place and not by frame.
+    grads = [torch.randn(out.shape, generator=generator, device=out.device).to(out.dtype) for out in found]
+    grads = [g.transpose(1, 2).contiguous().transpose(1, 2) if g.ndim == 4 else g for g in grads]
+    given = [value for value in case.inputs if value is not None]
+    found += torch.autograd.grad(found, given, grads)
+
+    wide = [None if value is None else value.detach().double().requires_grad_() for value in case.inputs]
+    wanted = case.call(eager, *wide)
+    wanted = wanted if isinstance(wanted, tuple) else (wanted,)
+    wide = [value for value in wide if value is not None]
+    wanted += torch.autograd.grad(wanted, wide, [grad.double() for grad in grads])
+    shapes = [tuple(a.shape) == tuple(b.shape) for a, b in zip(found, wanted, strict=True)]
+    assert all(shapes), [(a.shape, b.shape) for a, b in zip(found, wanted, strict=True)]
+    names = [f"output {i}" for i in range(len(grads))] + [f"gradient {i}" for i in range(len(given))]
+    pairs = zip(names, found, wanted, strict=True)
+    return {name: rms(a.double() - b) / max(rms(b), 1e-12) / TOLERANCE[types] for name, a, b in pairs}
+
+
+def rms(x: Tensor) -> float:
+    return float(x.detach().double().square().mean().sqrt())
+
+
+def adamw_errors(shapes: Sequence[Sequence[int]], device: torch.device, *, num_steps: int = 4) -> dict[str, float]:
+    """Largest differences, over the largest value, of everything that AdamW steps leave, from torch's in float64.
+
+    The gradients are bfloat16, one parameter has none in the second step, the first lies at an odd address.
+    """
+    import torch
+
+    from opensora_repro.kernels import ops
+
+    generator = torch.Generator().manual_seed(0)
+    masters = [torch.randn(tuple(shape), generator=generator) for shape in shapes]
+    wide = [torch.nn.Parameter(value.double()) for value in masters]
+    optimizer = torch.optim.AdamW(wide, lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
+    shadows = [value.double() for value in masters]
+    params = [_at_odd_address(value.to(device)) if i == 0 else value.to(device) for i, value in enumerate(masters)]
+    means, squares = ([torch.zeros_like(value) for value in params] for _ in range(2))
+    averages, copies = [value.clone() for value in params], [value.bfloat16() for value in params]
+    steps = [0.0] * len(params)
+    for number in range(num_steps):
+        grads = [torch.randn(tuple(shape), generator=generator).bfloat16() for shape in shapes]
+        chosen = [i for i in range(len(params)) if i or number != 1]
+        for i, parameter in enumerate(wide):
+            parameter.grad = grads[i].double() * 0.7 if i in chosen else None
+            steps[i] += i in chosen
+        optimizer.step()
+        pick = lambda values, chosen=chosen: [values[i] for i in chosen]  # noqa: E731
+        ops.adamw(
+            pick(params), [grads[i].to(device) for i in chosen], pick(means), pick(squares), pick(steps),
+            lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1, factor=0.7,
+            averages=pick(averages), average_weight=0.3, copies=pick(copies),
+        )  # fmt: skip
+        for i in chosen:
+            shadows[i].lerp_(wide[i].detach(), 0.3)
+    for copy, param in zip(copies, params, strict=True):
+        torch.testing.assert_close(copy.float(), param, rtol=2**-7, atol=0)
+    state = [optimizer.state[parameter] for parameter in wide]
+    return {
+        "weights": _worst(params, wide),
+        "first moments": _worst(means, [each["exp_avg"] for each in state]),
+        "second moments": _worst(squares, [each["exp_avg_sq"] for each in state]),
+        "averages": _worst(averages, shadows),
+    }
+
+
+def _at_odd_address(value: Tensor) -> Tensor:
+    """The same values, four bytes off what wide loads need."""
+    import torch
+
+    room = torch.empty(value.numel() + 1, dtype=value.dtype, device=value.device)
+    return room[1:].view(value.shape).copy_(value)
+
+
+def _worst(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    pairs = zip(found, wanted, strict=True)
+    return max(float((a.double().cpu() - b.detach().cpu()).abs().max() / b.detach().abs().max()) for a, b in pairs)
+
+
+@contextlib.contextmanager
+def using(kernels: str, device: torch.device) -> Iterator[None]:
+    """Compute with these kernels for the block, backward passes included."""
+    from opensora_repro.kernels import choice
+
+    before = choice.chosen()
+    choice.choose(kernels, device.type)
+    try:
+        yield
+    finally:
+        choice.choose(before, device.type)

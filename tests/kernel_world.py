@@ -1,0 +1,161 @@
+"""Fused kernels in Triton's interpreter, in a process of their own: what it asks for must be known before Triton loads.
+
+    TRITON_INTERPRET=1 python -m tests.kernel_world OUT.json CHECK [CHECK ...]
+
+Each check leaves errors by name, as shares of what is allowed, or the text of what it raised.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parent.parent
+Errors = dict[str, float]
+
+
+def check_cases(types: str) -> Errors:
+    """Every kernel against its twin in float64: a row that is no power of two, one tile."""
+    import torch
+
+    from benchmarks import kernel_cases
+
+    cpu = torch.device("cpu")
+    found: Errors = {}
+    with kernel_cases.using("triton", cpu):
+        for name, case in kernel_cases.cases(kernel_cases.Sizes(2, 3, 5, 20, 2, 36), types, cpu).items():
+            found |= {f"{name}: {what}": error for what, error in kernel_cases.errors(case, types).items()}
+    return found
+
+
+def check_many_tiles() -> Errors:
+    """The same in tiles so small that each sample has several parts, and each part several tiles."""
+    from opensora_repro.kernels.fused import gelu, heads, rows
+
+    rows.TILE, rows.PROGRAMS, gelu.WIDEST, heads.WIDEST = 128, 4, 16, 32
+    tiles = rows.cut(15, 32, 2, long=True)
+    assert (tiles.parts, tiles.steps) == (2, 2), tiles
+    return check_cases("fp32")
+
+
+def check_adamw() -> Errors:
+    """Tensors of one piece and of several."""
+    import torch
+
+    from benchmarks import kernel_cases
+    from opensora_repro.kernels.fused import adamw
+
+    adamw.STEPS, adamw.BLOCK = 2, 512
+    cpu = torch.device("cpu")
+    with kernel_cases.using("triton", cpu):
+        errors = kernel_cases.adamw_errors([(7, 3), (1500,), (1,), ()], cpu)
+    return {name: error / 1e-6 for name, error in errors.items()}
+
+
+def check_models(dtype: str) -> Errors:
+    """Outputs and gradients of whole models, as eager kernels give them in float32; not the same to the last bit.
+
+    In bf16 the error may be three times that of eager kernels, for the interpreter cuts where they round.
+    """
+    import torch
+
+    from benchmarks import kernel_cases
+    from opensora_repro.models.config import DiTConfig, STDiTConfig
+    from opensora_repro.models.dit import DiT
+    from opensora_repro.models.stdit import STDiT
+
+    cpu, generator = torch.device("cpu"), torch.Generator().manual_seed(0)
+    latents, timestep = torch.randn(2, 4, 2, 4, 4, generator=generator), torch.tensor([7.0, 800.0])
+    text, mask = torch.randn(2, 3, 8, generator=generator), torch.tensor([[True, True, True], [True, False, False]])
+    tiny: dict[str, Any] = {"hidden_size": 24, "depth": 2, "num_heads": 2}
+    captions: dict[str, Any] = {"caption_channels": 8, "model_max_length": 3}
+    runs = {
+        "stdit": (lambda: STDiT(STDiTConfig(**tiny, **captions)), (text, mask), False),
+        "stdit, recomputed": (lambda: STDiT(STDiTConfig(**tiny, **captions)), (text, mask), True),
+        "pixart": (lambda: STDiT(STDiTConfig(**tiny, **captions, temporal_attention=False)), (text, mask), False),
+        "latte": (lambda: DiT(DiTConfig(**tiny, num_classes=3, factorised=True)), (torch.tensor([1, 3]),), False),
+    }
+    found: Errors = {}
+    for name, (build, condition, recompute) in runs.items():
+        results: list[dict[str, torch.Tensor]] = []
+        for kernels, half in (("eager", False), ("eager", dtype == "bf16"), ("triton", dtype == "bf16")):
+            torch.manual_seed(0)
+            model = build()
+            model.gradient_checkpointing = recompute
+            with torch.no_grad():
+                for parameter in model.parameters():  # also what starts at zero
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+            with kernel_cases.using(kernels, cpu):
+                with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                    out = model(latents, timestep, *condition)
+                out.square().mean().backward()
+            gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+            results.append({"output": out.detach(), **gradients})
+        exact, eager, fused = results
+        assert exact.keys() == fused.keys()
+        assert any(not torch.equal(eager[key], fused[key]) for key in eager), "the same kernels ran twice"
+        for key, wanted in exact.items():
+            size = max(kernel_cases.rms(wanted), 1e-6)
+            rounding = kernel_cases.rms(eager[key] - wanted) / size
+            allowed = 1e-5 if dtype == "fp32" else 3 * rounding + 1e-2
+            found[f"{name}: {key}"] = kernel_cases.rms(fused[key] - wanted) / size / allowed
+    return found
+
+
+def check_curve() -> Errors:
+    """A training run, its clipping, optimizer and averaging included."""
+    import torch
+
+    from benchmarks.kernel_curve import curve, largest_gap
+    from opensora_repro.kernels.fused import adamw
+    from opensora_repro.models.config import STDiTConfig
+
+    adamw.STEPS = 1
+    cfg = STDiTConfig(hidden_size=24, depth=2, num_heads=2, caption_channels=8, model_max_length=3)
+    fused, eager = (curve(k, cfg, torch.device("cpu"), dtype="fp32", steps=6, lr=1e-2) for k in ("triton", "eager"))
+    assert max(eager) > 1.02 * min(eager), f"nothing was learned: {eager}"
+    return {"largest gap": largest_gap(fused, eager) / 1e-4}
+
+
+CHECKS: dict[str, Callable[[], Errors]] = {
+    "fp32": lambda: check_cases("fp32"),
+    "bf16 autocast": lambda: check_cases("bf16 autocast"),
+    "bf16": lambda: check_cases("bf16"),
+    "fp16": lambda: check_cases("fp16"),
+    "adamw": check_adamw,
+    "models fp32": lambda: check_models("fp32"),
+    "models bf16": lambda: check_models("bf16"),
+    "many tiles": check_many_tiles,  # the last one: it changes the tiles
+    "curve": check_curve,
+}
+
+
+def run_checks(names: Sequence[str], out: Path) -> dict[str, Any]:
+    """Run the checks in a process whose Triton interprets."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.kernel_world", str(out), *names]
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    results: dict[str, Any] = json.loads(out.read_text())
+    return results
+
+
+def main() -> None:
+    out, *names = sys.argv[1:]
+    results: dict[str, Any] = {}
+    for name in names:
+        try:
+            results[name] = CHECKS[name]()
+        except Exception:
+            results[name] = traceback.format_exc()
+    Path(out).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
