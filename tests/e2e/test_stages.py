@@ -234,6 +234,8 @@ def test_wrong_settings(world: World, image_run: Path, capsys: pytest.CaptureFix
         (stage1_image, "images", {"data__manifest": ""}, "data.manifest is not set"),
         (stage1_image, "images", {"run__dir": ""}, "run.dir is not set"),
         (stage1_image, "images", {"train__stepz": 3}, "did you mean train.steps"),
+        (stage1_image, "images", {"train__kernels": "fast"}, "expected one of auto, eager, triton"),
+        (stage1_image, "images", {"train__kernels": "triton"}, 'train.kernels = "triton" cannot run here'),
         (stage1_image, "images", {"vae__path": str(world.root / "no-vae")}, "vae.path="),
         (stage1_image, "images", {"text__path": str(world.vae)}, "text.path="),
         (stage1_image, "images", {"data__height": 33}, "multiples of"),

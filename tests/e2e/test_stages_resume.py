@@ -7,13 +7,16 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.training_world import Command, World, make_world, metrics, newest_hashes, succeed, wait_for_step
+from opensora_repro.kernels import choice
+from tests.training_world import Command, World, losses, make_world, metrics, newest_hashes, succeed, wait_for_step
 
 STEPS = 16
 IMAGES, CLIPS = ("stages.stage1_image", "images"), ("stages.stage2_video", "clips")
@@ -138,3 +141,28 @@ def test_a_stopped_run_saves_and_resumes(world: World, tmp_path: Path, number: s
     succeed("stages.stage2_video", arguments(world, tmp_path / "whole", "clips", **steps), tmp_path / "whole log")
     assert metrics(run_dir) == metrics(tmp_path / "whole")
     assert newest_hashes(run_dir) == newest_hashes(tmp_path / "whole")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(bool(choice.missing_triton()), reason=choice.missing_triton())
+def test_a_run_goes_on_with_other_kernels(world: World, tmp_path: Path) -> None:
+    """Fused ones in Triton's interpreter, whose process must know of it from its start."""
+    module, data = IMAGES
+    short: dict[str, Any] = {"train__steps": 3, "checkpoint__every": 1}
+    whole = arguments(world, tmp_path / "whole", data, **{**short, "train__steps": 5})
+    succeed(module, whole, tmp_path / "log" / "whole")
+    begun = arguments(world, tmp_path / "mixed", data, **short)
+    succeed(module, begun, tmp_path / "log" / "begun")
+    fused = {**short, "train__steps": 4, "train__kernels": "triton"}
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments(world, tmp_path / "mixed", data, **fused)],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "fused kernels (train.kernels = triton)" in done.stdout
+    last = arguments(world, tmp_path / "mixed", data, **{**short, "train__steps": 5})
+    succeed(module, last, tmp_path / "log" / "last")
+    assert losses(tmp_path / "mixed") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
