@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -79,9 +80,6 @@ def cases(sizes: Sizes, types: str, device: torch.device) -> dict[str, Case]:
     some = make(stream, B, T + 1, S, D).detach()[:, :T].requires_grad_()
     # Modulation vectors come as one tensor [6, B, 1, 1, D], or [B, 6 * D].
     shift, scale, gate = (make(vector, B, 6, 1, 1, D).detach()[:, i].requires_grad_() for i in range(3))
-    first = lambda inputs, outputs: [inputs[0]]  # noqa: E731
-    nothing = lambda inputs, outputs: []  # noqa: E731
-    third, joined = (lambda inputs, outputs: [inputs[2]]), (lambda inputs, outputs: [outputs[0], inputs[2]])
 
     def norm(k: Any, *tensors: Any) -> Any:
         return k.norm_modulate(*tensors, EPS)
@@ -89,25 +87,56 @@ def cases(sizes: Sizes, types: str, device: torch.device) -> dict[str, Case]:
     def residual(k: Any, *tensors: Any) -> Any:
         return k.residual_norm_modulate(*tensors, EPS)
 
+    def gated(k: Any, *tensors: Any) -> Any:
+        return k.gate_residual(*tensors)
+
+    def gelu(k: Any, *tensors: Any) -> Any:
+        return k.bias_gelu(*tensors)
+
+    def split(k: Any, qkv: Tensor, over: str) -> Any:
+        return tuple(part.contiguous() for part in k.split_heads(qkv, H, over))
+
+    def merge(k: Any, out: Tensor, over: str) -> Any:
+        return k.merge_heads(out, T, S, over).contiguous()
+
     found = {
-        "norm, modulate": Case(norm, [x, shift, scale], first, autocast),
-        "norm, modulate; part of the frames": Case(norm, [some, shift, scale], first, autocast),
-        "gate, residual": Case(lambda k, *tensors: k.gate_residual(*tensors), [x, gate, y], third),
-        "gate, residual; by place": Case(lambda k, *tensors: k.gate_residual(*tensors), [some, gate, by_place], third),
-        "residual, norm, modulate": Case(
-            residual, [x, None, y, shift, scale], lambda inputs, outputs: [outputs[0]], autocast
-        ),
-        "gate, residual, norm, modulate": Case(residual, [x, gate, by_place, shift, scale], joined, autocast),
-        "bias, GELU": Case(lambda k, *t: k.bias_gelu(*t), [make(branch, B * T * S, F), make(vector, F)], first),
-        "GELU": Case(lambda k, *t: k.bias_gelu(*t), [make(branch, B, T * S, F), None], first),
+        "norm, modulate": Case(norm, [x, shift, scale], _first, autocast),
+        "norm, modulate; part of the frames": Case(norm, [some, shift, scale], _first, autocast),
+        "gate, residual": Case(gated, [x, gate, y], _third),
+        "gate, residual; by place": Case(gated, [some, gate, by_place], _third),
+        "residual, norm, modulate": Case(residual, [x, None, y, shift, scale], _sum, autocast),
+        "gate, residual, norm, modulate": Case(residual, [x, gate, by_place, shift, scale], _sum_and_third, autocast),
+        "bias, GELU": Case(gelu, [make(branch, B * T * S, F), make(vector, F)], _first),
+        "GELU": Case(gelu, [make(branch, B, T * S, F), None], _first),
     }
     for over in OVER:
         N, L = {"space": (B * T, S), "time": (B * S, T), "space_time": (B, T * S)}[over]
-        split = lambda k, qkv, over=over: tuple(part.contiguous() for part in k.split_heads(qkv, H, over))  # noqa: E731
-        merge = lambda k, out, over=over: k.merge_heads(out, T, S, over).contiguous()  # noqa: E731
-        found[f"split heads, {over}"] = Case(split, [make(branch, B, T, S, 3 * D)], nothing)
-        found[f"merge heads, {over}"] = Case(merge, [make(branch, N, H, L, D // H)], nothing)
+        found[f"split heads, {over}"] = Case(partial(split, over=over), [make(branch, B, T, S, 3 * D)], _nothing)
+        found[f"merge heads, {over}"] = Case(partial(merge, over=over), [make(branch, N, H, L, D // H)], _nothing)
     return found
+
+
+# What a backward pass reads besides gradients and vectors
+
+
+def _nothing(inputs: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
+    return []
+
+
+def _first(inputs: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
+    return [inputs[0]]
+
+
+def _third(inputs: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
+    return [inputs[2]]
+
+
+def _sum(inputs: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
+    return [outputs[0]]
+
+
+def _sum_and_third(inputs: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
+    return [outputs[0], inputs[2]]
 
 
 def errors(case: Case, types: str) -> dict[str, float]:
@@ -124,7 +153,7 @@ def errors(case: Case, types: str) -> dict[str, float]:
     given = [value for value in case.inputs if value is not None]
     found += torch.autograd.grad(found, given, grads)
 
-    wide = [None if value is None else value.detach().double().requires_grad_() for value in case.inputs]
+    wide: list[Any] = [None if v is None else v.detach().double().requires_grad_() for v in case.inputs]
     wanted = case.call(eager, *wide)
     wanted = wanted if isinstance(wanted, tuple) else (wanted,)
     wide = [value for value in wide if value is not None]
@@ -165,11 +194,13 @@ def adamw_errors(shapes: Sequence[Sequence[int]], device: torch.device, *, num_s
             parameter.grad = grads[i].double() * 0.7 if i in chosen else None
             steps[i] += i in chosen
         optimizer.step()
-        pick = lambda values, chosen=chosen: [values[i] for i in chosen]  # noqa: E731
+        lists: list[Sequence[Any]] = [
+            params, [grad.to(device) for grad in grads], means, squares, steps, averages, copies,
+        ]  # fmt: skip
+        *given, own_averages, own_copies = ([values[i] for i in chosen] for values in lists)
         ops.adamw(
-            pick(params), [grads[i].to(device) for i in chosen], pick(means), pick(squares), pick(steps),
-            lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1, factor=0.7,
-            averages=pick(averages), average_weight=0.3, copies=pick(copies),
+            *given, lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1, factor=0.7,
+            averages=own_averages, average_weight=0.3, copies=own_copies,
         )  # fmt: skip
         for i in chosen:
             shadows[i].lerp_(wide[i].detach(), 0.3)

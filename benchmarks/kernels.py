@@ -90,9 +90,9 @@ def measure_adamw(device: torch.device, rounds: int) -> dict[str, Any]:
     def make(fused: bool) -> Callable[[], None]:
         params = [torch.randn(shape, device=device).requires_grad_() for shape in PARAMETERS]
         shadows = [param.detach().clone() for param in params]
-        for param in params:
-            param.grad = torch.randn_like(param)
-        grads = [param.grad for param in params]
+        grads = [torch.randn_like(shadow) for shadow in shadows]
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
         if fused:
             optimizer = FusedAdamW(params, lr=1e-4)
             optimizer.average_into(dict(zip(params, shadows, strict=True)), lambda: 0.01)
