@@ -51,6 +51,7 @@ class Case:
     inputs: list[Any]  # tensors or None
     kept: Callable[[Sequence[Any], Sequence[Any]], list[Any]]  # of the inputs and outputs
     autocast: str = ""
+    passed: int = 0  # how many of the first inputs get the output's own gradient, which nobody writes
 
     def run(self, kernels: ModuleType, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
         import torch
@@ -102,8 +103,8 @@ def cases(sizes: Sizes, types: str, device: torch.device) -> dict[str, Case]:
     found = {
         "norm, modulate": Case(norm, [x, shift, scale], _first, autocast),
         "norm, modulate; part of the frames": Case(norm, [some, shift, scale], _first, autocast),
-        "gate, residual": Case(gated, [x, gate, y], _third),
-        "gate, residual; by place": Case(gated, [some, gate, by_place], _third),
+        "gate, residual": Case(gated, [x, gate, y], _third, passed=1),
+        "gate, residual; by place": Case(gated, [some, gate, by_place], _third, passed=1),
         "residual, norm, modulate": Case(residual, [x, None, y, shift, scale], _sum, autocast),
         "gate, residual, norm, modulate": Case(residual, [x, gate, by_place, shift, scale], _sum_and_third, autocast),
         "bias, GELU": Case(gelu, [make(branch, B * T * S, F), make(vector, F)], _first),

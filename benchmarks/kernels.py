@@ -77,7 +77,7 @@ def measure_case(name: str, case: Case, device: torch.device, rounds: int) -> li
         grads = [torch.randn_like(out) for out in found]
         return lambda: torch.autograd.grad(found, given, grads, retain_graph=True)
 
-    moved = num_bytes(outputs) + num_bytes(given) + num_bytes(case.kept(case.inputs, outputs))
+    moved = num_bytes(outputs) + num_bytes(given[case.passed :]) + num_bytes(case.kept(case.inputs, outputs))
     return [*rows, row(f"{name}: backward", moved, timed(both(backward), device, rounds=rounds))]
 
 
