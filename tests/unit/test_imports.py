@@ -48,6 +48,7 @@ COMMANDS = [
     "stages.stage2_video",
     "stages.stage3_hq",
     "stages.sample",
+    "stages.plan",
     "stages.weights",
     "stages.demo",
     "data_tools.probe",
