@@ -126,7 +126,7 @@ def test_saved_for_backward(name: str, dtype: str, checkpointing: bool) -> None:
     assert planned == pytest.approx(saved_bytes(Step(cfg, sizes, dtype, checkpointing)), rel=0.1)
 
 
-def peak_of_step(step: Step) -> int:
+def peak_of_step(step: Step, *, lasting_gradients: bool = False) -> int:
     """With weights, average and the optimizer's state, which its first step makes."""
     with Counted() as counted:
         step.model.load_state_dict({k: v.clone() for k, v in step.model.state_dict().items()}, assign=True)
@@ -135,7 +135,7 @@ def peak_of_step(step: Step) -> int:
         for parameter in step.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=not lasting_gradients)
         counted.peak = 0
         step.loss().backward()
         optimizer.step()
@@ -143,8 +143,11 @@ def peak_of_step(step: Step) -> int:
     return counted.peak
 
 
-def planned_peak(cfg: STDiTConfig, sizes: tuple[int, int, int, int], dtype: str, checkpointing: bool) -> float:
-    config = Config(model=cfg, train=TrainConfig(batch_size=sizes[0], dtype=dtype))
+def planned_peak(
+    cfg: STDiTConfig, sizes: tuple[int, int, int, int], dtype: str, checkpointing: bool, *, accumulation: int = 1
+) -> float:
+    train = TrainConfig(batch_size=sizes[0], dtype=dtype, accumulation=accumulation)
+    config = Config(model=cfg, train=train)
     grid = token_grid(cfg, (cfg.in_channels, *sizes[1:]))
     memory = step_memory(
         config, grid, count_parameters(cfg), frozen_sizes(config), Mesh(),
@@ -163,6 +166,16 @@ def test_peak_of_a_training_step(name: str, dtype: str, checkpointing: bool) -> 
     cfg, sizes = case(name)
     measured = peak_of_step(Step(cfg, sizes, dtype, checkpointing))
     assert planned_peak(cfg, sizes, dtype, checkpointing) == pytest.approx(measured, rel=0.1)
+
+
+@with_and_without
+def test_peak_of_a_second_micro_batch(checkpointing: bool) -> None:
+    """The first one's gradients are there from the start."""
+    cfg, sizes = case("two samples")
+    measured = peak_of_step(Step(cfg, sizes, "bf16", checkpointing), lasting_gradients=True)
+    planned = planned_peak(cfg, sizes, "bf16", checkpointing, accumulation=2)
+    assert planned == pytest.approx(measured, rel=0.1)
+    assert planned > planned_peak(cfg, sizes, "bf16", checkpointing)
 
 
 @contextlib.contextmanager

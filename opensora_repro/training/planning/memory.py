@@ -25,9 +25,9 @@ from opensora_repro.training.planning.sizes import Grid
 
 FLOAT = 4  # bytes: of weights, of the residual stream, of norms
 HALF = 2
-# Float32 tensors as large as the latents that the loss keeps until its own backward pass, with the model's output; and
-# how many there are at most (both counted on a CPU)
-LOSS_LATENTS = {"iddpm": (16.5, 31.5), "flow": (3.0, 7.0)}
+# Float32 tensors as large as the latents that the loss saves for its own backward pass, and how many are alive at its
+# largest moment (both counted on a CPU)
+LOSS_LATENTS = {"iddpm": (14.5, 31.5), "flow": (1.0, 7.0)}
 
 
 @dataclass(frozen=True)
