@@ -66,11 +66,7 @@ def read_table(path: Path) -> pd.DataFrame:
     """Read a Parquet or CSV file, by its extension; the text columns of a CSV stay text. Raises DataError."""
     import pandas as pd
 
-    kind = _kind(path)
-    if path.is_dir():
-        raise DataError(f"{path}: is a folder, expected a .parquet or .csv file")
-    if not path.exists():
-        raise DataError(f"{path}: no such file")
+    kind = table_kind(path)
     try:
         if kind == "parquet":
             return pd.read_parquet(path, engine="pyarrow")
@@ -80,6 +76,16 @@ def read_table(path: Path) -> pd.DataFrame:
     except (OSError, ValueError) as error:  # pandas' and pyarrow's own errors derive from these
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"{path}: cannot be read as {kind}: {reason}") from error
+
+
+def table_kind(path: Path) -> str:
+    """Return "parquet" or "csv" for a table that is there, by its extension. Raises DataError."""
+    kind = _kind(path)
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder, expected a .parquet or .csv file")
+    if not path.exists():
+        raise DataError(f"{path}: no such file")
+    return kind
 
 
 def write_table(frame: pd.DataFrame, path: Path) -> None:
