@@ -108,6 +108,8 @@ def options_of(args: argparse.Namespace) -> Options:
 
 def convert(options: Options) -> int:
     """Write the result and the rejects; returns the exit status. Raises DataError when no row came out."""
+    from opensora_repro.data.tables import num_rows
+
     out = options.out
     out.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out)
@@ -122,12 +124,6 @@ def convert(options: Options) -> int:
     if not rows:
         raise DataError(f"{one_line(options.given)}: no row came out; the reasons are in {out / 'rejects.parquet'}")
     return 0
-
-
-def num_rows(path: Path) -> int:
-    import pyarrow.parquet as pq
-
-    return int(pq.read_metadata(path).num_rows)
 
 
 def write_urls(options: Options) -> int:

@@ -70,6 +70,13 @@ def _stream(path: Path, schema: Any, columns: Sequence[str] | None) -> Iterator[
         raise DataError(f"{path}: cannot be read as parquet: {str(error).splitlines()[0]}") from error
 
 
+def num_rows(path: Path) -> int:
+    """Return the rows of a Parquet file."""
+    import pyarrow.parquet as pq
+
+    return int(pq.read_metadata(path).num_rows)
+
+
 @contextmanager
 def table_writer(path: Path, schema: Any, *, header: bool = True) -> Iterator[Callable[[Any], None]]:
     """Yield a function that appends record batches to a Parquet or CSV file, by its extension.
