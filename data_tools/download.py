@@ -246,9 +246,9 @@ def host_of(url: str) -> str:
 
 
 def finished(file: Wanted, place: Place) -> Row | None:
-    """Return the record of a file that is there, or that cannot be had under the same limit."""
+    """Return the record of a file that is there, or that cannot be had; too large is looked at anew by a new limit."""
     record = read_record(place.out / "records", file.key)
-    if record is None or ("error" in record and record.get("max_bytes") != place.limits.max_bytes):
+    if record is None or record.get("max_bytes", place.limits.max_bytes) != place.limits.max_bytes:
         return None
     path = place.out / "files" / record.get("file", "")
     lost = "file" in record and not (path.is_file() and path.stat().st_size == record["bytes"])
@@ -257,7 +257,7 @@ def finished(file: Wanted, place: Place) -> Row | None:
 
 def fetch_one(file: Wanted, place: Place) -> Row:
     """Download one file and write its record; return it. A failure that may pass leaves none."""
-    from opensora_repro.data.fetch import Failed, Refused, drop
+    from opensora_repro.data.fetch import Failed, Refused, TooLarge, drop
 
     part = place.out / "parts" / file.key
     try:
@@ -270,7 +270,8 @@ def fetch_one(file: Wanted, place: Place) -> Row:
     except Refused as error:
         drop(part)
         place.budget.hold(file.key, 0)
-        result = {"error": str(error), "max_bytes": place.limits.max_bytes}
+        limit = {"max_bytes": place.limits.max_bytes} if isinstance(error, TooLarge) else {}
+        result = {"error": str(error), **limit}
     write_record(place.out / "records", file.key, json.dumps(result))
     drop(part)
     return result

@@ -40,6 +40,10 @@ class Refused(Exception):
     """The file cannot be had, and would not be the next time."""
 
 
+class TooLarge(Refused):
+    """The file is larger than the limit."""
+
+
 class Failed(Exception):
     """The file could not be had this time."""
 
@@ -67,7 +71,7 @@ class Budget:
         self.held: dict[str, int] = {}
 
     def hold(self, key: str, size: int) -> None:
-        """Say how large a file is by now. Raises Failed where that is too much."""
+        """Say how large a file is, or will be. Raises Failed where that is too much."""
         with self.lock:
             total = self.total + size - self.held.get(key, 0)
             if self.limit is not None and total > self.limit and size:
@@ -86,7 +90,7 @@ class Fetched:
 def fetch(url: str, part: Path, limits: Limits, hold: Callable[[int], None], stop: threading.Event) -> Fetched:
     """Download `url` to the file `part`, going on from what it holds. Raises Refused or Failed.
 
-    `hold` is told the file's size as it grows, and may raise.
+    `hold` is told the file's size, or what there is of it as it grows, and may raise.
     """
     address, tries, resumed = checked_url(url), 0, False
     while True:
@@ -187,12 +191,13 @@ def _receive(
     if kind.startswith("text/"):
         raise Refused(f"answered with {one_line(kind)}, expected a video or picture")
     if expected is not None and expected > limits.max_bytes:
-        raise Refused(f"has {expected:,} bytes, --max-bytes is {limits.max_bytes:,}")
+        raise TooLarge(f"has {expected:,} bytes, --max-bytes is {limits.max_bytes:,}")
+    hold(max(start, expected or 0))  # all of it at once: two that do not both fit shall not both fail half-way
     _remember(response, part)
     with open(part, "r+b" if start else "wb") as file:
         file.seek(start)
         file.truncate()
-        got = _copy(response, file, start, limits, hold, stop)
+        got = _copy(response, file, start, expected or 0, limits, hold, stop)
     if expected is not None and got < expected:
         raise _Again(f"the connection ended after {got:,} of {expected:,} bytes")
     if not got:
@@ -216,15 +221,21 @@ def _extent(response: Any, part: Path, asked: int) -> tuple[int, int | None]:
 
 
 def _copy(
-    response: Any, file: IO[bytes], start: int, limits: Limits, hold: Callable[[int], None], stop: threading.Event
+    response: Any,
+    file: IO[bytes],
+    start: int,
+    expected: int,
+    limits: Limits,
+    hold: Callable[[int], None],
+    stop: threading.Event,
 ) -> int:
     got, began = start, time.monotonic()
-    hold(got)
     while data := response.read1(BLOCK):
         got += len(data)
         if got > limits.max_bytes:
-            raise Refused(f"has more than {limits.max_bytes:,} bytes, the limit of --max-bytes")
-        hold(got)
+            raise TooLarge(f"has more than {limits.max_bytes:,} bytes, the limit of --max-bytes")
+        if got > expected:
+            hold(got)
         file.write(data)
         passed = time.monotonic() - began
         if passed > PATIENCE and (got - start) / passed < SLOWEST:

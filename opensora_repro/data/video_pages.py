@@ -8,7 +8,7 @@ import threading
 import urllib.parse
 from pathlib import Path
 
-from opensora_repro.data.fetch import Failed, Refused, checked_url
+from opensora_repro.data.fetch import Failed, TooLarge, checked_url
 from opensora_repro.data.files import one_line
 from opensora_repro.data.manifest import DataError
 
@@ -48,7 +48,7 @@ def fetch_page(url: str, program: str, folder: Path, max_bytes: int, stop: threa
     if process.returncode:
         raise Failed(f"yt-dlp: {one_line(told)[-300:] or f'exit status {process.returncode}'}")
     if not files:  # what it does with a file that is too large
-        raise Refused(f"yt-dlp left no file: none there, or more than --max-bytes {max_bytes:,}")
+        raise TooLarge(f"yt-dlp left no file: none there, or more than --max-bytes {max_bytes:,}")
     return max(files, key=lambda path: path.stat().st_size)
 
 

@@ -27,23 +27,19 @@ def with_ids(batch: Any, found: list[str | None], seen: Seen, refuse: Refuse) ->
     import pyarrow as pa
 
     given = batch.column("id").to_pylist()
-    named = [bool(identity) for identity in given]
-    if not all(named):
-        paths, captions = batch.column("path").to_pylist(), batch.column("caption").to_pylist()
-        given = [
-            identity or base or text_digest(path) for identity, base, path in zip(given, found, paths, strict=True)
-        ]
-    new = seen.add(given)
-    again = [at for at in range(len(given)) if not new[at]]
-    unnamed = [at for at in again if not named[at]]
+    unnamed = [at for at, identity in enumerate(given) if not identity]
+    paths, captions = (batch.column(name).to_pylist() if unnamed else [] for name in ("path", "caption"))
     for at in unnamed:
-        given[at] += f"-{text_digest(paths[at], captions[at] or '')[:8]}"
-    if unnamed:
-        for at, fresh in zip(unnamed, seen.add([given[at] for at in unnamed]), strict=True):
-            new[at] = fresh
+        given[at] = found[at] or text_digest(paths[at])
+    new = seen.add(given)
+    other = seen.add([f"{paths[at]}\0{captions[at]}" for at in unnamed])
+    again = [at for at, different in zip(unnamed, other, strict=True) if different and not new[at]]
     for at in again:
-        if not new[at]:
-            reason = "another row has this id" if named[at] else "another row has this file and caption"
-            refuse(refusal(given[at], reason, batch.column("path")[at].as_py()))
+        given[at] += f"-{text_digest(paths[at], captions[at] or '')[:8]}"
+    new[again] = seen.add([given[at] for at in again])
+    whole = dict(zip(unnamed, other, strict=True))
+    for at in (~new).nonzero()[0].tolist():
+        reason = "another row has this id" if whole.get(at, True) else "another row has this file and caption"
+        refuse(refusal(given[at], reason, batch.column("path")[at].as_py()))
     batch = batch.set_column(batch.schema.get_field_index("id"), batch.schema.field("id"), pa.array(given, pa.string()))
-    return batch if all(new) else batch.filter(pa.array(new))
+    return batch if new.all() else batch.filter(pa.array(new))

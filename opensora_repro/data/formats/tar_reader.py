@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from opensora_repro.data.files import beside, one_line, remove_leftovers, safe_name
 from opensora_repro.data.formats.source import Refuse, Source, refusal, source_of_rows
-from opensora_repro.data.inputs import VIDEO_SUFFIXES, Inputs, Item, find_inputs
+from opensora_repro.data.inputs import VIDEO_SUFFIXES, Item, files_below, find_inputs
 from opensora_repro.data.jobs import Job, Runner, read_record, run_jobs
 from opensora_repro.data.manifest import DataError
 from opensora_repro.data.outcome import LINEAGE, MANIFEST, Row, with_types
@@ -32,11 +32,12 @@ COLUMNS = {**MANIFEST, **LINEAGE, "label": "int64"}
 
 def find_tars(given: str, out: Path) -> list[Item]:
     """Return the archives that INPUT stands for. Raises DataError."""
-    inputs = find_inputs(given, out=out, suffixes=(".tar", ".tgz", ".gz", ".bz2", ".xz"))
-    inputs = Inputs([item for item in inputs.items if item.name.lower().endswith(TAR_SUFFIXES)])
-    if not inputs.items:
+    last = {Path(f"x{suffix}").suffix for suffix in TAR_SUFFIXES}
+    inputs = files_below(Path(given), out, last) if Path(given).is_dir() else find_inputs(given, out=out)
+    items = [item for item in inputs.items if item.name.lower().endswith(TAR_SUFFIXES) and not item.reason]
+    if not items:
         raise DataError(f"{one_line(given)}: no tar archive (looked for {' '.join(TAR_SUFFIXES)})")
-    return inputs.items
+    return items
 
 
 def open_webdataset(items: list[Item], out: Path, runner: Runner) -> Source:
@@ -150,8 +151,12 @@ def _samples(path: str, name: str, folder: Path, within: str) -> Iterator[dict[s
         damage = error
     else:
         damage = None
-    if sample is not None:
+    if sample is not None and damage is None:
         yield _finish(sample, name, within)
+    elif sample is not None:  # what is still missing of it cannot be known
+        for left in sample.media.values():
+            left.unlink()
+        yield {"reject": refusal(sample.key, f"{name}: the archive ends within this key", name)}
     if damage is not None:
         yield {"reject": refusal("", f"{name}: cannot be read to its end: {damage}", name)}
 
