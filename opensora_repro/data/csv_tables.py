@@ -18,25 +18,47 @@ KINDS = ("int64", "double", "bool")  # what other columns may be, the narrowest 
 def csv_schema(path: Path, names: Sequence[str] | None) -> tuple[Any, int]:
     """Return the columns with their types, which only the last row tells, and the number of rows. Raises DataError.
 
+    The first block's types are tried on all of the file; where they do not fit, values are looked at one by one.
     `names` are the columns of a file without a header. An empty field is null, as in `read_table`.
     """
     import pyarrow as pa
 
     with _readable(path), _open(path, names, {}, None) as reader:
-        found = reader.schema.names
+        first = reader.schema
+    found = first.names
     if repeated := sorted({name for name in found if found.count(name) > 1}):
         raise DataError(f"{path}: column {one_line(repeated[0])} is there twice")
-    kinds = dict.fromkeys((name for name in found if name not in TEXTS), "")
-    read = list(kinds) or found[:1]
-    num_rows = 0
-    with _readable(path), _open(path, names, dict.fromkeys(read, pa.string()), read) as reader:
+    others = [name for name in found if name not in TEXTS]
+    guess = {name: _plain(first.field(name).type) for name in others or found[:1]}
+    with _readable(path):
+        try:
+            with _open(path, names, guess, list(guess)) as reader:
+                num_rows = sum(batch.num_rows for batch in reader)
+        except pa.ArrowInvalid:  # a later block is of another type than the first; or is no CSV at all
+            guess, num_rows = _scan(path, names, list(guess))
+    types = {name: pa.float64() if kind == pa.null() else kind for name, kind in guess.items() if name in others}
+    return pa.schema([(name, types.get(name, pa.string())) for name in found]), num_rows
+
+
+def _plain(kind: Any) -> Any:
+    """Return the type of the first block, or text for the dates and times among them."""
+    import pyarrow as pa
+
+    return kind if kind in (pa.int64(), pa.float64(), pa.bool_(), pa.null()) else pa.string()
+
+
+def _scan(path: Path, names: Sequence[str] | None, columns: list[str]) -> tuple[dict[str, Any], int]:
+    """Read columns as text and return the types that hold all of their values, and how many rows there are."""
+    import pyarrow as pa
+
+    kinds, num_rows = dict.fromkeys(columns, ""), 0
+    with _open(path, names, dict.fromkeys(columns, pa.string()), columns) as reader:
         for batch in reader:
             num_rows += batch.num_rows
             for name, kind in kinds.items():
                 if kind != "string":
                     kinds[name] = _wider(kind, _kind(batch.column(name)))
-    types = {name: pa.type_for_alias(kind or "double") for name, kind in kinds.items()}
-    return pa.schema([(name, types.get(name, pa.string())) for name in found]), num_rows
+    return {name: pa.type_for_alias(kind or "null") for name, kind in kinds.items()}, num_rows
 
 
 def stream_csv(path: Path, schema: Any, names: Sequence[str] | None, columns: Sequence[str] | None) -> Iterator[Any]:

@@ -133,16 +133,13 @@ def test_all_files_together_stay_below_their_limit(server: Server, tmp_path: Pat
     assert sum(p.stat().st_size for p in (tmp_path / "out" / "files").iterdir()) <= 2_000_000
 
 
-def command(table: Path, out: Path) -> list[str]:
-    return [sys.executable, "-m", "data_tools.download", str(table), "--out", str(out), "--workers", "4"]
-
-
 def test_killed_and_run_again_equals_a_run_in_peace(server: Server, tmp_path: Path, repo_dir: Path) -> None:
     rows = [{"id": f"v{at}", "url": server.url(f"slow/{at}.mp4"), "sha256": SHA256} for at in range(5)]
     write_table(pd.DataFrame(rows), tmp_path / "t.parquet")
     out = tmp_path / "killed"
     parts = out / "parts"
-    process = subprocess.Popen(command(tmp_path / "t.parquet", out), cwd=repo_dir, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "data_tools.download", str(tmp_path / "t.parquet"), "--out", str(out)]
+    process = subprocess.Popen(command, cwd=repo_dir, stderr=subprocess.DEVNULL)
     while not any(p.stat().st_size > 100_000 for p in parts.glob("*") if p.suffix != ".json"):
         assert process.poll() is None
         time.sleep(0.01)
@@ -151,7 +148,7 @@ def test_killed_and_run_again_equals_a_run_in_peace(server: Server, tmp_path: Pa
     assert not (out / "manifest.parquet").exists()
     server.asked.clear()
     server.pause = 0
-    subprocess.run(command(tmp_path / "t.parquet", out), cwd=repo_dir, check=True, capture_output=True)
+    run(tmp_path / "t.parquet", rows, out)
     assert any(asked for _, asked in server.asked)  # went on
     kept, _ = run(tmp_path / "t.parquet", rows, tmp_path / "peace")
     assert len(kept) == 5

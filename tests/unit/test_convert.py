@@ -170,6 +170,8 @@ def test_a_second_run_touches_nothing_and_a_lost_file_comes_back(manifest: Path,
     assert (shards / "000000.tar").stat().st_mtime_ns == first[shards / "000000.tar"]
     run(manifest, tmp_path / "tar", "--to", "webdataset", "--shard-size", "3")
     assert [p.name for p in shards.iterdir()] == ["000000.tar"]  # what was left of the smaller ones is gone
+    run(manifest, tmp_path / "tar", "--to", "webdataset", "--shard-size", "2")
+    assert {p: p.read_bytes() for p in shards.iterdir()} == {p: content[p] for p in content if p.parent == shards}
 
 
 def test_rows_that_cannot_be_taken_are_told(tmp_path: Path) -> None:

@@ -9,16 +9,17 @@ import hashlib
 import json
 import lzma
 import os
+import shutil
 import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from opensora_repro.data.files import beside, one_line, remove_leftovers, safe_name
+from opensora_repro.data.files import beside, one_line, safe_name
 from opensora_repro.data.formats.source import Refuse, Source, refusal, source_of_rows
 from opensora_repro.data.inputs import VIDEO_SUFFIXES, Item, files_below, find_inputs
-from opensora_repro.data.jobs import Job, Runner, read_record, run_jobs
+from opensora_repro.data.jobs import Job, Runner, run_jobs
 from opensora_repro.data.manifest import DataError
 from opensora_repro.data.outcome import LINEAGE, MANIFEST, Row, with_types
 from opensora_repro.data.workers import DISK_TROUBLE
@@ -58,7 +59,7 @@ def open_webdataset(items: list[Item], out: Path, runner: Runner) -> Source:
             for entry in _entries(path):
                 if "row" in entry:
                     yield entry["row"]
-                else:
+                elif "reject" in entry:
                     refuse(entry["reject"])
 
     return source_of_rows(out.absolute(), columns, rows)
@@ -67,41 +68,46 @@ def open_webdataset(items: list[Item], out: Path, runner: Runner) -> Source:
 def _job(item: Item, out: Path) -> Job:
     status = os.stat(item.path)
     told = f"{METHOD} {os.path.abspath(item.path)} {status.st_size} {status.st_mtime_ns}"
-    name = safe_name(item.name.partition(".tar")[0])
+    key = hashlib.blake2b(told.encode(), digest_size=12).hexdigest()
+    name = safe_name(item.name.removesuffix(".tar"))
     args = {
+        "key": key,
         "tar": os.fspath(item.path.absolute()),
         "name": item.name,
         "folder": f"media/{name}",
         "out": os.fspath(out.absolute()),
         "rows": os.fspath(out.absolute() / "tars" / f"{name}.jsonl"),
     }
-    return Job(hashlib.blake2b(told.encode(), digest_size=12).hexdigest(), item.name, args)
+    return Job(key, item.name, args)
 
 
 def _forget_lost(jobs: list[Job], folder: Path) -> None:
-    """Take back the record of an archive whose rows or files are gone, so that it is extracted again."""
+    """Take back the record of an archive whose rows or files are gone, or another's by now: it is extracted again."""
     for job in jobs:
         out, path = Path(job.args["out"]), Path(job.args["rows"])
-        whole = path.is_file() and all((out / e["row"]["path"]).is_file() for e in _entries(path) if "row" in e)
-        if not whole and read_record(folder, job.key) is not None:
+        entries = _entries(path) if path.is_file() else iter(())
+        mine = next(entries, {}).get("key") == job.key
+        if not (mine and all((out / entry["row"]["path"]).is_file() for entry in entries if "row" in entry)):
             (folder / f"{job.key}.json").unlink(missing_ok=True)
 
 
-def _entries(path: Path) -> Iterator[dict[str, Row]]:
+def _entries(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield {"key": of the job that wrote them}, then {"row": ...} and {"reject": ...}."""
     with open(path, encoding="utf-8") as file:
         for line in file:
             yield json.loads(line)
 
 
 def read_tar(args: dict[str, Any]) -> dict[str, int]:
-    """Extract one archive: the part that runs in a worker. Writes a line a row or reject; returns how many."""
+    """Extract one archive anew: the part that runs in a worker. Writes a line a row or reject; returns how many."""
     out, target = Path(args["out"]), Path(args["rows"])
     folder = out / args["folder"]
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     unfinished, count = beside(target), 0
     try:
         with open(unfinished, "w", encoding="utf-8") as file:
+            file.write(json.dumps({"key": args["key"]}) + "\n")
             for entry in _samples(args["tar"], args["name"], folder, args["folder"]):
                 file.write(json.dumps(entry) + "\n")
                 count += 1

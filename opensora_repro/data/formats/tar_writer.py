@@ -18,7 +18,7 @@ from typing import Any
 
 from opensora_repro.data.files import beside, remove_leftovers, safe_name
 from opensora_repro.data.formats.source import Refuse, refusal
-from opensora_repro.data.jobs import Job, Runner, run_jobs
+from opensora_repro.data.jobs import Job, Runner, read_record, run_jobs
 from opensora_repro.data.manifest import is_missing
 from opensora_repro.data.outcome import Row
 from opensora_repro.data.tables import open_table
@@ -35,8 +35,9 @@ def write_shards(rows: Path, out: Path, size: int, runner: Runner, refuse: Refus
     shards.mkdir(parents=True, exist_ok=True)
     remove_leftovers(shards)
     jobs = [_job(number, slice_, rows, shards, size) for number, slice_ in enumerate(_slices(rows, size))]
-    for job in jobs:
-        if not Path(job.args["tar"]).is_file():
+    for job in jobs:  # a shard that is gone, or another table's by now, is written again
+        record = read_record(out / "records", job.key) or {}
+        if record.get("stamp") != _stamp(Path(job.args["tar"])):
             (out / "records" / f"{job.key}.json").unlink(missing_ok=True)
     done = run_jobs(write_shard, jobs, out / "records", runner=runner, label="writing", unit="shard")
     wanted = {Path(job.args["tar"]).name for job in jobs}
@@ -102,7 +103,7 @@ def write_shard(args: dict[str, Any]) -> dict[str, Any]:
         os.replace(unfinished, tar)
     finally:
         unfinished.unlink(missing_ok=True)
-    return {"samples": samples, "rejects": rejects}
+    return {"samples": samples, "rejects": rejects, "stamp": _stamp(tar)}
 
 
 def _rows(table: Path, start: int, count: int) -> list[Row]:
