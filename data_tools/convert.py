@@ -98,8 +98,11 @@ def options_of(args: argparse.Namespace) -> Options:
             raise DataError(f"{option}: only for class folders, INPUT is {kind}")
     if kind in WITHOUT_FILES and args.to not in URL_OUTPUTS:
         raise DataError(f"--to {args.to}: {kind} names no files yet; leave --to out, and pass urls.parquet to download")
+    given, shards = Path(args.input).resolve(), (out / "shards").resolve()
+    if given == out.resolve() or (args.to == "webdataset" and shards in (given, *given.parents)):
+        raise DataError(f"--out {out}: is INPUT itself; choose another folder")
     name = (URL_OUTPUTS if kind in WITHOUT_FILES else OUTPUTS).get(args.to)
-    if name and (out / name).resolve() == Path(args.input).resolve():
+    if name and (out / name).resolve() == given:
         raise DataError(f"--out {out}: {name} there is INPUT itself; choose another folder")
     return Options(
         args.input, out, kind, args.to, args.classes, args.listed, not args.no_probe, args.shard_size, runner_of(args)

@@ -134,7 +134,7 @@ def download(args: argparse.Namespace) -> int:
         raise DataError(f"{table.path}: column url missing (has {', '.join(map(one_line, table.schema.names))})")
     if place.out.resolve() == table.path.resolve().parent:
         raise DataError(f"--out {place.out}: is the table's own folder; choose another")
-    for name in ("files", "records", "parts"):
+    for name in ("", "files", "records", "parts"):
         (place.out / name).mkdir(parents=True, exist_ok=True)
         remove_leftovers(place.out / name)
     with only_one(place.out):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from opensora_repro.data.files import one_line
+from opensora_repro.data.jobs import progress
 from opensora_repro.data.manifest import DataError
 
 BLOCK = 1 << 24  # bytes that are parsed at a time; no row may be longer
@@ -32,10 +34,9 @@ def csv_schema(path: Path, names: Sequence[str] | None) -> tuple[Any, int]:
     guess = {name: _plain(first.field(name).type) for name in others or found[:1]}
     with _readable(path):
         try:
-            with _open(path, names, guess, list(guess)) as reader:
-                num_rows = sum(batch.num_rows for batch in reader)
+            num_rows = sum(batch.num_rows for batch in _shown(path, names, guess))
         except pa.ArrowInvalid:  # a later block is of another type than the first; or is no CSV at all
-            guess, num_rows = _scan(path, names, list(guess))
+            guess, num_rows = _scan(path, names, dict.fromkeys(guess, pa.string()))
     types = {name: pa.float64() if kind == pa.null() else kind for name, kind in guess.items() if name in others}
     return pa.schema([(name, types.get(name, pa.string())) for name in found]), num_rows
 
@@ -47,18 +48,31 @@ def _plain(kind: Any) -> Any:
     return kind if kind in (pa.int64(), pa.float64(), pa.bool_(), pa.null()) else pa.string()
 
 
-def _scan(path: Path, names: Sequence[str] | None, columns: list[str]) -> tuple[dict[str, Any], int]:
+def _scan(path: Path, names: Sequence[str] | None, texts: dict[str, Any]) -> tuple[dict[str, Any], int]:
     """Read columns as text and return the types that hold all of their values, and how many rows there are."""
     import pyarrow as pa
 
-    kinds, num_rows = dict.fromkeys(columns, ""), 0
-    with _open(path, names, dict.fromkeys(columns, pa.string()), columns) as reader:
-        for batch in reader:
-            num_rows += batch.num_rows
-            for name, kind in kinds.items():
-                if kind != "string":
-                    kinds[name] = _wider(kind, _kind(batch.column(name)))
+    kinds, num_rows = dict.fromkeys(texts, ""), 0
+    for batch in _shown(path, names, texts):
+        num_rows += batch.num_rows
+        for name, kind in kinds.items():
+            if kind != "string":
+                kinds[name] = _wider(kind, _kind(batch.column(name)))
     return {name: pa.type_for_alias(kind or "null") for name, kind in kinds.items()}, num_rows
+
+
+def _shown(path: Path, names: Sequence[str] | None, types: dict[str, Any]) -> Iterator[Any]:
+    """Yield the batches of the columns that `types` names, with progress: a long table takes a while."""
+    import pyarrow as pa
+
+    done = 0
+    with pa.OSFile(os.fspath(path)) as file, progress(f"reading {path.name}", file.size() >> 20, "MB") as bar:
+        with _open(file, names, types, list(types)) as reader:
+            for batch in reader:
+                yield batch
+                read = file.tell() >> 20
+                bar(read - done)
+                done = read
 
 
 def stream_csv(path: Path, schema: Any, names: Sequence[str] | None, columns: Sequence[str] | None) -> Iterator[Any]:
@@ -68,11 +82,12 @@ def stream_csv(path: Path, schema: Any, names: Sequence[str] | None, columns: Se
         yield from reader
 
 
-def _open(path: Path, names: Sequence[str] | None, types: dict[str, Any], columns: Sequence[str] | None) -> Any:
+def _open(file: Any, names: Sequence[str] | None, types: dict[str, Any], columns: Sequence[str] | None) -> Any:
+    """Return pyarrow's reader of a path or an open file."""
     from pyarrow import csv
 
     return csv.open_csv(
-        path,
+        file,
         read_options=csv.ReadOptions(block_size=BLOCK, column_names=list(names) if names else None, use_threads=False),
         parse_options=csv.ParseOptions(newlines_in_values=True),
         convert_options=csv.ConvertOptions(
