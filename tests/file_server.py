@@ -88,6 +88,9 @@ class Handler(BaseHTTPRequestHandler):
     def send_tofile(self, time: int) -> None:
         self.begin(302, Content_Length=0, Location="file:///etc/passwd")
 
+    def send_tonowhere(self, time: int) -> None:
+        self.begin(302, Content_Length=0, Location="http://[::/")
+
     def send_tohere(self, time: int) -> None:
         self.begin(302, Content_Length=0, Location="/ranges/redirected.mp4")
 

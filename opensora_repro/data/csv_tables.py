@@ -66,13 +66,16 @@ def _shown(path: Path, names: Sequence[str] | None, types: dict[str, Any]) -> It
     import pyarrow as pa
 
     done = 0
-    with pa.OSFile(os.fspath(path)) as file, progress(f"reading {path.name}", file.size() >> 20, "MB") as bar:
-        with _open(file, names, types, list(types)) as reader:
-            for batch in reader:
-                yield batch
-                read = file.tell() >> 20
-                bar(read - done)
-                done = read
+    with (
+        pa.OSFile(os.fspath(path)) as file,
+        progress(f"reading {path.name}", file.size() >> 20, "MB") as bar,
+        _open(file, names, types, list(types)) as reader,
+    ):
+        for batch in reader:
+            yield batch
+            read = file.tell() >> 20
+            bar(read - done)
+            done = read
 
 
 def stream_csv(path: Path, schema: Any, names: Sequence[str] | None, columns: Sequence[str] | None) -> Iterator[Any]:

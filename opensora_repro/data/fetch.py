@@ -152,6 +152,8 @@ def _attempt(url: str, part: Path, limits: Limits, hold: Callable[[int], None], 
         raise Refused(f"no URL: {one_line(error)}") from error
     except http.client.HTTPException as error:
         raise _Again(str(error) or type(error).__name__) from error
+    except ValueError as error:  # a server may redirect to what is no address
+        raise Refused(f"redirected to no URL: {one_line(error)}") from error
     except OSError as error:
         if error.errno in DISK_TROUBLE or error.filename is not None:  # ours, not the connection's
             raise

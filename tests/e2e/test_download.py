@@ -44,7 +44,7 @@ def run(table: Path, rows: list[dict[str, Any]], out: Path, *options: str) -> tu
 
 def test_every_fault_has_its_answer(server: Server, tmp_path: Path) -> None:
     kinds = ("ranges", "drop", "changed", "mixed", "noranges", "busy", "tohere", "missing", "busyforlong", "broken",
-             "tofile", "huge", "endless", "page")  # fmt: skip
+             "tofile", "tonowhere", "huge", "endless", "page")  # fmt: skip
     rows: list[dict[str, Any]] = [
         {"id": kind, "url": server.url(f"{kind}/a.mp4"), "caption": f"a {kind}", "likes": 3} for kind in kinds
     ]
@@ -65,6 +65,7 @@ def test_every_fault_has_its_answer(server: Server, tmp_path: Path) -> None:
         "busyforlong": "HTTP 429 Too Many Requests (the server asks to wait 100000 seconds)",
         "broken": "HTTP 500 Internal Server Error (3 tries)",
         "tofile": "redirected to file:, which is not followed",
+        "tonowhere": reasons["tonowhere"],
         "huge": "has 1,000,000,000,000 bytes, --max-bytes is 1,000,000",
         "endless": "has more than 1,000,000 bytes, the limit of --max-bytes",
         "page": "answered with text/html, expected a video or picture",
@@ -77,6 +78,7 @@ def test_every_fault_has_its_answer(server: Server, tmp_path: Path) -> None:
         "ranges": "another row has this id",
     }
     assert reasons["port"].startswith("no URL: ")
+    assert reasons["tonowhere"].startswith("redirected to no URL: ")
     asked = {kind: [r for path, r in server.asked if path == f"/{kind}/a.mp4"] for kind in kinds}
     assert asked["drop"] == [None, "bytes=200000-"]
     assert asked["changed"] == [None, "bytes=200000-"]  # answered from the start
