@@ -19,35 +19,26 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import re
-import shutil
 import sys
 import threading
-import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from opensora_repro.data.downloads import Place, Wanted, fetch_all
+from opensora_repro.data.fetch import Budget, Limits
 from opensora_repro.data.files import one_line, remove_leftovers, safe_name
-from opensora_repro.data.inputs import VIDEO_SUFFIXES
-from opensora_repro.data.jobs import progress, read_record, write_record
 from opensora_repro.data.manifest import DataError, is_missing
 from opensora_repro.data.outcome import Row, in_batches, reject, rejects_writer, rows_batch, run_tool
+from opensora_repro.data.video_pages import find_yt_dlp
 
 if TYPE_CHECKING:
-    from opensora_repro.data.fetch import Budget, Limits
     from opensora_repro.data.tables import Table
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 DIGESTS = {"sha256": 64, "md5": 32}  # hex digits
-SUFFIXES = {
-    "video/mp4": ".mp4", "video/webm": ".webm", "video/quicktime": ".mov", "video/x-matroska": ".mkv",
-    "video/x-msvideo": ".avi", "video/mpeg": ".mpg", "video/mp2t": ".ts", "image/jpeg": ".jpg", "image/png": ".png",
-    "image/webp": ".webp", "image/bmp": ".bmp",
-}  # fmt: skip
 MADE = {
     "id": "string",
     "path": "string",
@@ -56,27 +47,6 @@ MADE = {
     "sha256": "string",
     "file_size": "int64",
 }
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """A file to be had: `name` is its name without the extension, `digests` what its content must have."""
-
-    key: str
-    name: str
-    url: str
-    digests: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a run works, and its limits."""
-
-    out: Path
-    limits: Limits
-    budget: Budget
-    stop: threading.Event
-    yt_dlp: str | None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -103,9 +73,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def place_of(args: argparse.Namespace) -> Place:
     """Check the options. Raises DataError."""
-    from opensora_repro.data.fetch import Budget, Limits
-    from opensora_repro.data.video_pages import find_yt_dlp
-
     for name, least in (("workers", 1), ("per_host", 1), ("retries", 0)):
         if getattr(args, name) < least:
             raise DataError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {least}")
@@ -215,136 +182,6 @@ def list_files(table: Table) -> dict[str, Wanted]:
 def rows_of(table: Table) -> Iterator[Row]:
     for batch in table.batches():
         yield from batch.to_pylist()
-
-
-def fetch_all(wanted: dict[str, Wanted], place: Place, workers: int, per_host: int) -> dict[str, Row]:
-    """Fetch what has no record; return all results by key, {"error": reason} among them."""
-    from opensora_repro.data.turns import Turns, in_threads
-
-    results = {key: record for key, file in wanted.items() if (record := finished(file, place)) is not None}
-    for key, record in results.items():
-        place.budget.hold(key, record.get("bytes", 0))
-    todo = [file for file in wanted.values() if file.key not in results]
-    shutil.rmtree(place.out / "pages", ignore_errors=True)
-    turns = Turns(((host_of(file.url), file) for file in todo), per_host)
-    try:
-        with progress("downloading", len(todo), "file") as bar:
-            for done in in_threads(lambda file: fetch_one(file, place), turns, workers):
-                if done is not None:
-                    results[done[0].key] = done[1]
-                bar(done is not None)
-    finally:
-        place.stop.set()
-    return results
-
-
-def host_of(url: str) -> str:
-    try:
-        return urllib.parse.urlsplit(url).netloc.lower()
-    except ValueError:
-        return ""
-
-
-def finished(file: Wanted, place: Place) -> Row | None:
-    """Return the record of a file that is there, or that cannot be had; too large is looked at anew by a new limit."""
-    record = read_record(place.out / "records", file.key)
-    if record is None or record.get("max_bytes", place.limits.max_bytes) != place.limits.max_bytes:
-        return None
-    path = place.out / "files" / record.get("file", "")
-    lost = "file" in record and not (path.is_file() and path.stat().st_size == record["bytes"])
-    return None if lost else record
-
-
-def fetch_one(file: Wanted, place: Place) -> Row:
-    """Download one file and write its record; return it. A failure that may pass leaves none."""
-    from opensora_repro.data.fetch import Failed, Refused, TooLarge, drop
-
-    part = place.out / "parts" / file.key
-    try:
-        result = fetch_page_of(file, place) if place.yt_dlp and is_page(file) else fetch_file(file, part, place)
-    except Failed as error:
-        if place.budget.held.get(file.key) and place.budget.limit is not None:
-            drop(part)
-            place.budget.hold(file.key, 0)
-        return {"error": str(error)}
-    except Refused as error:
-        drop(part)
-        place.budget.hold(file.key, 0)
-        limit = {"max_bytes": place.limits.max_bytes} if isinstance(error, TooLarge) else {}
-        result = {"error": str(error), **limit}
-    write_record(place.out / "records", file.key, json.dumps(result))
-    drop(part)
-    return result
-
-
-def is_page(file: Wanted) -> bool:
-    from opensora_repro.data.video_pages import is_video_page
-
-    try:
-        return is_video_page(file.url)
-    except ValueError:
-        return False
-
-
-def fetch_file(file: Wanted, part: Path, place: Place) -> Row:
-    """Download to `part`, check and rename. What was continued and has a wrong checksum is fetched once more, whole."""
-    from opensora_repro.data.fetch import Failed, Refused, drop, fetch
-
-    if is_page(file):
-        raise Failed(f"a page of {host_of(file.url)}: --yt-dlp fetches it, where yt-dlp is installed")
-    while True:
-        done = fetch(file.url, part, place.limits, lambda size: place.budget.hold(file.key, size), place.stop)
-        try:
-            return keep(file, part, suffix_of(done.content_type, file.url), place)
-        except Refused:
-            if not done.resumed:
-                raise
-            drop(part)
-
-
-def fetch_page_of(file: Wanted, place: Place) -> Row:
-    from opensora_repro.data.video_pages import fetch_page
-
-    folder = place.out / "pages" / file.key
-    try:
-        path = fetch_page(file.url, place.yt_dlp or "", folder, place.limits.max_bytes, place.stop)
-        place.budget.hold(file.key, path.stat().st_size)
-        return keep(file, path, suffix_of("", path.name), place)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def keep(file: Wanted, path: Path, suffix: str, place: Place) -> Row:
-    """Check a whole file's content and give it its name. Raises Refused for a wrong checksum."""
-    from opensora_repro.data.fetch import Refused
-
-    found = checksums(path)
-    for kind, expected in file.digests:
-        if found[kind] != expected:
-            raise Refused(f"{kind} is {found[kind]}, expected {expected}")
-    target = place.out / "files" / f"{file.name}{suffix}"
-    size = path.stat().st_size
-    os.replace(path, target)
-    return {"file": target.name, "bytes": size, "sha256": found["sha256"]}
-
-
-def checksums(path: Path) -> dict[str, str]:
-    """Return a file's digests, and see to it that its content is on the disk."""
-    digests = {"sha256": hashlib.sha256(), "md5": hashlib.md5(usedforsecurity=False)}
-    with open(path, "r+b") as file:
-        while block := file.read(1 << 20):
-            for digest in digests.values():
-                digest.update(block)
-        os.fsync(file.fileno())
-    return {kind: digest.hexdigest() for kind, digest in digests.items()}
-
-
-def suffix_of(content_type: str, url: str) -> str:
-    """Return the extension that the server's type has, or else the URL's if it is one of a video or picture."""
-    from opensora_repro.data.video import IMAGE_SUFFIXES
-
-    suffix = Path(urllib.parse.urlsplit(url).path).suffix.lower()
-    return SUFFIXES.get(content_type) or (suffix if suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES else ".bin")
 
 
 def write_tables(table: Table, results: dict[str, Row], out: Path) -> int:

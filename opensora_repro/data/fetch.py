@@ -48,6 +48,10 @@ class Failed(Exception):
     """The file could not be had this time."""
 
 
+class OverBudget(Failed):
+    """There is no room for the file beside the others."""
+
+
 class _Again(Exception):
     def __init__(self, reason: object, wait: float | None = None) -> None:
         super().__init__(one_line(reason))
@@ -71,12 +75,18 @@ class Budget:
         self.held: dict[str, int] = {}
 
     def hold(self, key: str, size: int) -> None:
-        """Say how large a file is, or will be. Raises Failed where that is too much."""
+        """Say how large a file is, or will be. Raises OverBudget where that is too much."""
         with self.lock:
             total = self.total + size - self.held.get(key, 0)
             if self.limit is not None and total > self.limit and size:
-                raise Failed(f"--max-total is reached: {self.limit:,} bytes")
+                raise OverBudget(f"--max-total is reached: {self.limit:,} bytes")
             self.total, self.held[key] = total, size
+
+    def count(self, key: str, size: int) -> None:
+        """Say how large a file is that is there already, whether there is room or not."""
+        with self.lock:
+            self.total += size - self.held.get(key, 0)
+            self.held[key] = size
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,8 @@ def test_all_files_together_stay_below_their_limit(server: Server, tmp_path: Pat
     assert len(kept) == 3
     assert set(reasons.values()) == {"--max-total is reached: 2,000,000 bytes"}
     assert sum(p.stat().st_size for p in (tmp_path / "out" / "files").iterdir()) <= 2_000_000
+    kept, _ = run(tmp_path / "t.csv", rows, tmp_path / "out", "--max-total", "1M")
+    assert len(kept) == 3  # what is there stays
 
 
 def test_killed_and_run_again_equals_a_run_in_peace(server: Server, tmp_path: Path, repo_dir: Path) -> None:

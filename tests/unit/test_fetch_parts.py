@@ -88,6 +88,10 @@ def test_the_budget_counts_what_each_file_holds() -> None:
     budget.hold("b", 20)
     budget.hold("a", 0)
     budget.hold("b", 100)
+    budget.count("c", 50)  # from a run with more room
+    with pytest.raises(Failed):
+        budget.hold("b", 60)
+    budget.hold("b", 50)
 
 
 def test_safe_names_hold_no_path_and_stand_for_one_text() -> None:
