@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import socket
 from pathlib import Path
 
@@ -26,6 +28,17 @@ def remove_leftovers(folder: Path) -> None:
 def one_line(text: object) -> str:
     """Return `text` with line breaks and control characters escaped: a file's name cannot forge or hide a message."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
+
+
+def safe_name(text: str) -> str:
+    """Return a file name without a dot that stands for `text` alone, whoever wrote it.
+
+    Letters, digits, _ and - of ASCII stay; where anything else was there, or more than 100 of them, a digest follows.
+    """
+    plain = re.sub(r"[^A-Za-z0-9_-]+", "_", text)[:100]
+    if plain == text and plain:
+        return plain
+    return f"{plain}-{hashlib.blake2b(text.encode('utf-8', 'surrogatepass'), digest_size=6).hexdigest()}"
 
 
 def _is_running(pid: int) -> bool:

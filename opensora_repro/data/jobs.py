@@ -141,7 +141,7 @@ def _name_of(work: Work) -> str:
 
 
 @contextmanager
-def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+def progress(label: str, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
     """Show rate and time left: a bar on a terminal, elsewhere a line every half minute; nothing for short work."""
     from tqdm import tqdm
 
@@ -159,7 +159,7 @@ def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None
                 bar.refresh()
             if not terminal and time.monotonic() - last >= LOG_EVERY:
                 last = time.monotonic()
-                line = tqdm.format_meter(count, total, last - began, prefix=label, unit=unit, ascii=True, ncols=0)
+                line = tqdm.format_meter(count, total or 0, last - began, prefix=label, unit=unit, ascii=True, ncols=0)
                 print(line, file=sys.stderr, flush=True)
 
         yield advance

@@ -56,6 +56,8 @@ COMMANDS = [
     "data_tools.caption",
     "data_tools.score",
     "data_tools.filter",
+    "data_tools.convert",
+    "data_tools.download",
 ]
 HEAVY = ("torch", "torchvision", "diffusers", "transformers", "timm", "pandas", "pyarrow", "av", "cv2", "scenedetect")
 
