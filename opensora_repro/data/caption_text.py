@@ -91,37 +91,36 @@ _CANNOT = (
     r"(?:am|'m|are|'re|was|were) (?:not (?:able|allowed|permitted|designed|programmed|comfortable)|unable)(?: to)?|"
     r"have no (?:way to|ability to|means to)|lack the ability to)"
 )
-_SKILL = (
-    r"(?:have|possess) (?:the (?:ability|capability|capacity)|access|any (?:image|visual|video)|enough information)"
-)
+_SKILL = r"(?:have|possess) (?:the (?:ability|capability|capacity)|access|any (?:image|visual|video)|enough details?)"
 _TASK = (
-    r"(?:assist|comply|fulfil+|describ\w+|identif\w+|caption\w*|generat\w+|provid\w+|process\w*|analy[sz]\w+|interpret\w*|"
-    r"recogni[sz]\w+|determin\w+|continue|complete|engage|help(?= you\b| with\b| in\b|[ ,]*$)|answer\w*|" + _SKILL + ")"
+    r"(?:assist|comply|fulfil+|describ\w+|identif\w+|caption\w*|generat\w+|provid\w+|process\w*|analy[sz]\w+|"
+    r"interpret\w*|recogni[sz]\w+|determin\w+|continue|complete|engage|answer\w*|"
+    r"help(?= you\b| with\b| in\b|[ ,]*$)|" + _SKILL + ")"
 )
-_SENSE = (
-    r"(?:actually |directly |currently |physically |really )*(?:see|view|access|open|watch|play|load|display|receive)"
-)
-_ADVERB = r"(?:(?:actually|directly|currently|really|just|simply|also|\w+ly) )*"
+_SENSE = r"(?:see|view|access|open|watch|play|load|display|receive)"
+_ADVERB = r"(?:(?:just|also|\w+ly) )*"
+_MODEL = r"(?:ai|artificial intelligence|(?:\w+[- ])?(?:large )?language model|text-based|multimodal model)"
+_MISSED = rf"(?:no {_MEDIA}|(?:the|your) {_MEDIA} (?:was|were|is|are|has|have|did)(?: not|n't))"
+_BROKE = r"(?:(?:can(?:no|')t|could(?: not|n't)) be|failed to|did not|didn't)"
+_RULES = r"(?:violat\w+|goes against|against (?:my|our)|not (?:allowed|permitted)|inappropriate for me)"
 _REFUSALS = [
     re.compile(pattern)
     for pattern in (
         rf"^(?:i|we) ?{_CANNOT} {_ADVERB}(?:be able to )?{_TASK}\b",
         rf"^(?:i|we) ?{_CANNOT} {_ADVERB}{_SENSE}\b.*\b{_MEDIA}\b",
         rf"^(?:unable|not able) to (?:{_TASK}|{_SENSE})\b",
-        r"^as an? (?:ai|a\.i|artificial intelligence|(?:\w+[- ])?(?:large )?language model|text-based|multimodal model)\b",
-        r"^(?:i am|i'm) (?:just |only |merely )?an? (?:ai|artificial intelligence|(?:large )?language model)\b",
+        rf"^as an? {_MODEL}\b",
+        rf"^(?:i am|i'm) (?:just |only |merely )?an? {_MODEL}\b",
         r"^(?:i )?(?:must|have to) (?:respectfully )?(?:decline|refuse)\b",
-        rf"^(?:there (?:is|are|was|were|seems? to be|appears? to be) |i see |it (?:seems|looks|appears)(?: like| that)? )?"
-        rf"(?:no {_MEDIA}|(?:the|your) {_MEDIA} (?:was|were|is|are|has|have|did)(?: not|n't))\b.{{0,30}}"
-        r"\b(?:provided|attached|uploaded|supplied|c[ao]me through|shared with)",
-        rf"^(?:the|this|your) {_MEDIA} (?:(?:can(?:no|')t|could(?: not|n't)) be|(?:failed|did not|didn't) (?:to )?)"
-        r" ?(?:load|display|process|open|access|analy[sz]|describ|come through)",
-        rf"^(?:please|could you(?: please)?|can you(?: please)?|kindly) (?:re-?)?(?:provide|upload|share|attach|send)\b.*"
-        rf"\b(?:{_MEDIA}|description|details|it)\b",
-        r"^(?:this|the|your) (?:request|prompt|content|image|video)\b.{0,40}\b(?:violat\w+|goes against|against (?:my|our)|"
-        r"not (?:allowed|permitted)|inappropriate for me)\b",
+        rf"^(?:there (?:is|was|were|are|seems to be) |i see |it (?:seems|looks|appears)(?: that)? )?{_MISSED}\b"
+        r".{0,30}\b(?:provided|attached|uploaded|supplied|c[ao]me through|shared with)",
+        rf"^(?:the|this|your) {_MEDIA} {_BROKE} (?:load|display|process|open|access|analy[sz]|describ|come through)",
+        r"^(?:please|could you(?: please)?|can you(?: please)?|kindly) (?:re-?)?(?:provide|upload|share|attach|send)\b"
+        rf".*\b(?:{_MEDIA}|description|details|it)\b",
+        rf"^(?:this|the|your) (?:request|prompt|content|image|video)\b.{{0,40}}\b{_RULES}\b",
         r"^作为(?:一个|一名|一款)?(?:大型)?(?:ai|人工智能|语言模型)",
-        r"^(?:很?抱歉|非常抱歉|对不起|不好意思)?[,，、 ]*我?(?:无法|不能|没有办法|没法)(?:为您|帮您|对|看到|查看|识别|描述|提供|处理|分析|回答|满足|协助)",
+        r"^(?:很?抱歉|非常抱歉|对不起|不好意思)?[,，、 ]*我?(?:无法|不能|没有办法|没法)"
+        r"(?:为您|帮您|对|看到|查看|识别|描述|提供|处理|分析|回答|满足|协助)",
     )
 ]
 
@@ -142,9 +141,8 @@ def is_refusal(caption: str) -> bool:
 # ---- loops
 
 FEWEST, LATEST = 8, 600  # words: that repeats must cover, that are looked at (a model's loops last to the end)
-_WORD = re.compile(
-    r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_]+(?:'[^\W_]+)*"
-)  # scripts without spaces: characters
+# Of scripts without spaces, a character is a word.
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_]+(?:'[^\W_]+)*")
 
 
 def is_loop(caption: str) -> bool:

@@ -109,10 +109,8 @@ def test_empty_and_cut() -> None:
 
 
 def test_cleaning() -> None:
-    assert clean(" a\tdog\r\n\x1b[31mruns\x07 \u202efast\u2066\u200b \ufeff\x85 now ") == (
-        "a dog [31mruns fast now",
-        False,
-    )
+    dirty = " a\tdog\r\n\x1b[31mruns\x07 \u202efast\u2066\u200b \ufeff\x85 now "
+    assert clean(dirty) == ("a dog [31mruns fast now", False)
     assert clean("می\u200cخواهم 👩\u200d🚀") == ("می\u200cخواهم 👩\u200d🚀", False)
     assert clean("a\ud800b\ue000")[0] == "ab"
     long, cut = clean("word " * 2000)
