@@ -68,7 +68,7 @@ def read_table(path: Path) -> pd.DataFrame:
     """Read a Parquet or CSV file, by its extension; the text columns of a CSV stay text. Raises DataError."""
     import pandas as pd
 
-    with _reading(path) as kind:
+    with reading(path) as kind:
         if kind == "parquet":
             return pd.read_parquet(path, engine="pyarrow")
         text = dict.fromkeys((*TEXT_COLUMNS, "source"), str)
@@ -81,14 +81,14 @@ def read_names(path: Path) -> list[str]:
     import pandas as pd
     import pyarrow.parquet as pq
 
-    with _reading(path) as kind:
+    with reading(path) as kind:
         if kind == "parquet":
             return list(pq.read_schema(path).names)
         return [str(name) for name in pd.read_csv(path, nrows=0, encoding="utf-8-sig").columns]
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[str]:
+def reading(path: Path) -> Iterator[str]:
     """Yield "parquet" or "csv"; whatever goes wrong in the block becomes a DataError that names the file."""
     kind = _kind(path)
     if path.is_dir():
