@@ -25,7 +25,7 @@ import base64
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -320,7 +320,11 @@ def about_text(text: str) -> list[Record]:
 
 
 def answers(
-    wanted: dict[str, Callable[[], list[Record]]], args: argparse.Namespace, endpoint: Endpoint, folder: str, label: str
+    wanted: Mapping[str, Callable[[], list[Record]]],
+    args: argparse.Namespace,
+    endpoint: Endpoint,
+    folder: str,
+    label: str,
 ) -> dict[str, Record]:
     from opensora_repro.data.asking import Prices, Question, ask_all
 

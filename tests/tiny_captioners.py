@@ -150,7 +150,8 @@ def _save(folder: Path, build: Any, processor: Any) -> Path:
         torch.manual_seed(0)
         model = build()
         for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.7)
     model.generation_config.update(**_ends(processor.tokenizer))
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
