@@ -33,7 +33,7 @@ def run_batches(
         results = run_jobs(work, jobs, folder, runner=runner, label=label, unit="batch")
         for job, batch in zip(jobs, batches, strict=True):
             result = results[job.key]
-            if step == 1 and "error" in result:
+            if len(batch) == 1 and "error" in result:
                 known[batch[0]["key"]] = result
             known.update(result.get("clips", {}))
     return {key: known[key] for key in items}
