@@ -231,15 +231,10 @@ def first_failures(rules: list[Rule], batch: Any) -> Any:
 
 def write_report(out: Path, rules: list[Rule], rows: int, kept: int) -> None:
     """Write filter.json and print the same as a table."""
-    from opensora_repro.data.files import beside
+    from opensora_repro.data.files import write_text
 
     report = {"rows": rows, "kept": kept, "dropped": rows - kept, "rules": [rule.report() for rule in rules]}
-    path = out / "filter.json"
-    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        unfinished = beside(path)
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
+    write_text(out / "filter.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     print(f"{'dropped alone':>14} {'in order':>12} {'missing':>10}  rule")
     for rule in rules:
         shown = f"  ({rule.threshold:.6g})" if rule.percent is not None and rule.threshold is not None else ""
