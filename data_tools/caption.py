@@ -39,16 +39,20 @@ class Captioned:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="data_tools.caption", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("manifest", help="manifest of clips, Parquet or CSV")
-    parser.add_argument("--sidecar", required=True, metavar="FILE", help="captions by id, or by source and span")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for manifest.parquet and rejects.parquet")
-    args = parser.parse_args(argv)
+    args = build_parser().parse_args(argv)
     try:
         return join(Path(args.manifest), Path(args.sidecar), Path(args.out))
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="data_tools.caption", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("manifest", help="manifest of clips, Parquet or CSV")
+    parser.add_argument("--sidecar", required=True, metavar="FILE", help="captions by id, or by source and span")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for manifest.parquet and rejects.parquet")
+    return parser
 
 
 def join(manifest: Path, sidecar: Path, out: Path) -> int:

@@ -40,7 +40,7 @@ NO_SCORES = ("file_size", "coded_height", "coded_width", "rotation", "duration")
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
     args = build_parser().parse_args(argv)
-    return run_tool(lambda: report(args.inputs, Path(args.out), args.clips, runner_of(args)))
+    return run_tool(lambda: run(args))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,14 +54,24 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check(args: argparse.Namespace) -> None:
+    """Raise DataError for options that cannot work, before any input is looked at."""
+    if args.clips < 0:
+        raise DataError(f"--clips {args.clips}: expected 0 or more")
+    runner_of(args)
+
+
+def run(args: argparse.Namespace) -> int:
+    check(args)
+    return report(args.inputs, Path(args.out), args.clips, runner_of(args))
+
+
 def report(inputs: Sequence[str], out: Path, clips: int, runner: Runner) -> int:
     """Write the page; returns the exit status. Raises DataError."""
     from opensora_repro.data.files import write_text
     from opensora_repro.data.line import find_stages
     from opensora_repro.data.report_page import page
 
-    if clips < 0:
-        raise DataError(f"--clips {clips}: expected 0 or more")
     stages = find_stages(inputs)
     told = gather(stages, clips)
     last = last_of(stages)

@@ -54,12 +54,12 @@ def make_strip(args: dict[str, Any]) -> Strip:
     from PIL import Image
 
     from opensora_repro.data.clip_frames import middles_of
-    from opensora_repro.data.video import DecodeError, read_frames_at
+    from opensora_repro.data.video import DecodeError, read_pictures_at
 
     path, size = args["path"], (HEIGHT, HEIGHT)
     try:
         moments = middles_of(args["num_frames"])
-        frames = [read_frames_at(path, [moment], size=size).numpy()[0] for moment in moments]
+        frames = [read_pictures_at(path, [moment], size=size)[0] for moment in moments]
     except (DecodeError, OSError) as error:
         return {"error": str(error).removeprefix(f"{path}: ")}
     data = io.BytesIO()
