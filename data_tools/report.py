@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     from opensora_repro.data.tables import Table
 
 CLIPS = 48
+GROUPED = ("duplicate_group", "caption_flag")  # columns whose values are told with some of their rows
 DUPLICATE_GROUPS, DUPLICATES = 8, 4
 FLAGS, FLAGGED = 8, 5
-CAPTIONS_READ = 100_000
+CAPTIONS_READ = 50_000
 WORDS_SHOWN = 60
 CLIP_COLUMNS = ("id", "path", "caption", "caption_flag", "num_frames", "fps", "height", "width")
 NO_SCORES = ("file_size", "coded_height", "coded_width", "rotation", "duration")  # numbers, but of the file
@@ -49,7 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="a tool's --out folder, or a manifest; in order")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for report.html")
-    parser.add_argument("--clips", type=int, default=CLIPS, metavar="N", help="clips to show; 0: none (%(default)s)")
+    parser.add_argument(
+        "--clips", type=int, default=CLIPS, metavar="N", help="clips to show; 0: no pictures (%(default)s)"
+    )
     add_runner_options(parser)
     return parser
 
@@ -77,9 +80,10 @@ def report(inputs: Sequence[str], out: Path, clips: int, runner: Runner) -> int:
     last = last_of(stages)
     if last and last.manifest:
         told.strips["clips"] = strips_of(told.clips, last, out, runner)
-    if told.duplicates:
+    if told.duplicates and clips:
         members = [row for group in told.duplicates.largest for row in group.rows]
-        told.strips["duplicates"] = strips_of(members, first_with(stages, "duplicate_group"), out, runner)
+        stage = next(stage for stage in stages if stage.manifest is first_with(stages, GROUPED[0]))
+        told.strips["duplicates"] = strips_of(members, stage, out, runner)
     path = out / "report.html"
     write_text(path, page(told))
     rows, rejected = told.stages[-1][1].rows, sum(counts.rejected for _, counts in told.stages)
@@ -111,8 +115,8 @@ def gather(stages: Sequence[Stage], clips: int) -> Report:
                 sampled = rows_at(table, spread(table.num_rows, CAPTIONS_READ), ["caption"])
                 told.words = frequent_words((str(row["caption"] or "") for row in sampled), WORDS_SHOWN)
                 told.words_of = len(sampled)
-        told.duplicates = groups(stages, "duplicate_group", advance, DUPLICATE_GROUPS, DUPLICATES)
-        told.flags = groups(stages, "caption_flag", advance, FLAGS, FLAGGED)
+        told.duplicates = groups(stages, GROUPED[0], advance, DUPLICATE_GROUPS, DUPLICATES)
+        told.flags = groups(stages, GROUPED[1], advance, FLAGS, FLAGGED)
     return told
 
 
@@ -127,9 +131,9 @@ def before_filter(stages: Sequence[Stage]) -> Stage | None:
     return stages[at - 1] if at and stages[at - 1].manifest else None
 
 
-def first_with(stages: Sequence[Stage], column: str) -> Stage:
-    """Return the first stage whose manifest has the column: later ones may have dropped what it tells of."""
-    return next(stage for stage in stages if stage.manifest and column in stage.manifest.schema.names)
+def first_with(stages: Sequence[Stage], column: str) -> Table | None:
+    """Return the first manifest that has the column: later ones may have dropped what it tells of."""
+    return next((s.manifest for s in stages if s.manifest and column in s.manifest.schema.names), None)
 
 
 def groups(
@@ -137,10 +141,9 @@ def groups(
 ) -> Groups | None:
     from opensora_repro.data.groups import find_groups
 
-    if not any(stage.manifest and column in stage.manifest.schema.names for stage in stages):
+    table = first_with(stages, column)
+    if table is None:
         return None
-    table = first_with(stages, column).manifest
-    assert table
     wanted = [name for name in CLIP_COLUMNS if name in table.schema.names]
     return find_groups(table, column, wanted, advance, count=count, members=members)
 
@@ -149,7 +152,10 @@ def rows_to_read(stages: Sequence[Stage]) -> int:
     """Return about how many rows all passes read, for the progress."""
     tables = [table for stage in stages for table in (stage.manifest, stage.rejects) if table]
     last, before = last_of(stages), before_filter(stages)
-    again = [stage.manifest for stage in (last, last, before) if stage and stage.manifest]
+    again = [stage.manifest for stage in (last, last, before, before) if stage and stage.manifest]
+    for column in GROUPED:
+        if found := first_with(stages, column):
+            again += [found, found]
     return sum(table.num_rows for table in [*tables, *again])
 
 

@@ -87,13 +87,20 @@ class _Measure:
             if len(self.few) > FEW:
                 self.few = None
 
-    def finish(self, name: str) -> Numbers:
+    def known_sample(self) -> np.ndarray:
+        """Return the finite numbers of the sample; the extremes where there is none. At least one row was read."""
         sample = np.concatenate(self.sample)
         sample = sample[np.isfinite(sample)]
-        if not len(sample):
-            sample = np.array([self.low, self.high])
-        edges = bin_edges(self.low, self.high, sample)
-        middle = float(np.median(sample))
+        return sample if len(sample) else np.array([self.low, self.high])
+
+    def finish(self, name: str, before: _Measure | None) -> Numbers:
+        """Return the column with empty bins, which reach over the numbers of `before` too."""
+        sample = self.known_sample()
+        middle, low, high = float(np.median(sample)), self.low, self.high
+        if before is not None and before.count:
+            low, high = min(low, before.low), max(high, before.high)
+            sample = np.concatenate([sample, before.known_sample()])
+        edges = bin_edges(low, high, sample)
         counts = np.zeros(len(edges) - 1, dtype=np.int64)
         return Numbers(
             name, self.count, self.missing, self.low, self.high, self.sum / self.count, middle, edges, counts
@@ -125,20 +132,12 @@ def summarize(table: Table, advance: Callable[[int], None], before: Table | None
 
     `advance` is told how many rows were read. Raises DataError for a damaged file.
     """
-    measures = {name: _Measure(value) for name, value in number_columns(table.schema).items()}
     tallies = {name: _Tally() for name in class_columns(table.schema)}
-    wanted, start = np.array(spread(table.num_rows, SAMPLE)), 0
-    for batch in batches(table, sorted(_read_by(measures) | set(tallies))):
-        sampled = wanted[(wanted >= start) & (wanted < start + batch.num_rows)] - start
-        for measure in measures.values():
-            measure.add(batch, sampled)
-        for name, tally in tallies.items():
-            tally.add(batch.column(name))
-        start += batch.num_rows
-        advance(batch.num_rows)
+    measures = _measure(table, tallies, advance)
+    others = _measure(before, {}, advance) if before else {}
     summary = Summary()
     few = {name: m for name, m in measures.items() if m.few and (len(m.few) == 1 or _whole(m.few))}
-    summary.numbers = [m.finish(name) for name, m in measures.items() if m.count and name not in few]
+    summary.numbers = [m.finish(name, others.get(name)) for name, m in measures.items() if m.count and name not in few]
     fill(summary.numbers, table, advance)
     if before is not None:
         fill(summary.numbers, before, advance, as_before=True)
@@ -148,6 +147,21 @@ def summarize(table: Table, advance: Callable[[int], None], before: Table | None
         elif name in tallies and (shown := _of_text(name, tallies[name])):
             summary.classes.append(shown)
     return summary
+
+
+def _measure(table: Table, tallies: dict[str, _Tally], advance: Callable[[int], None]) -> dict[str, _Measure]:
+    """First pass: return what the columns of numbers hold, and add what the others do to `tallies`."""
+    measures = {name: _Measure(value) for name, value in number_columns(table.schema).items()}
+    wanted, start = np.array(spread(table.num_rows, SAMPLE)), 0
+    for batch in batches(table, sorted(_read_by(measures) | set(tallies))):
+        sampled = wanted[(wanted >= start) & (wanted < start + batch.num_rows)] - start
+        for measure in measures.values():
+            measure.add(batch, sampled)
+        for name, tally in tallies.items():
+            tally.add(batch.column(name))
+        start += batch.num_rows
+        advance(batch.num_rows)
+    return measures
 
 
 def fill(columns: list[Numbers], table: Table, advance: Callable[[int], None], *, as_before: bool = False) -> None:

@@ -55,6 +55,8 @@ COMMANDS = [
     "data_tools.caption",
     "data_tools.score",
     "data_tools.filter",
+    "data_tools.report",
+    "data_tools.pipeline",
 ]
 HEAVY = ("torch", "torchvision", "diffusers", "transformers", "timm", "pandas", "pyarrow", "av", "cv2", "scenedetect")
 
