@@ -150,14 +150,15 @@ def run(line: Line, tools: dict[str, ModuleType]) -> int:
 
 def failed(line: Line, number: int, status: int) -> int:
     """Say which step failed, and show on the page how far the line came; returns the step's exit status."""
+    if status == INTERRUPTED:  # the tool has said so
+        return status
     step, out = line.steps[number], Path(line.out)
     stale = "; the manifest there is an earlier run's" if (out / "manifest.parquet").exists() else ""
     print(f"error: [{step.name}] failed (exit status {status}); the same command goes on there{stale}", file=sys.stderr)
-    if status != INTERRUPTED:
-        with contextlib.suppress(DataError):  # nothing to show yet
-            stages = stages_of(replace(line, steps=line.steps[: number + 1]), out)
-            # Where it left rows, they are an earlier run's.
-            write_report(line, [s for s in stages if s.folder != out / step.name or not s.manifest], out)
+    with contextlib.suppress(DataError):  # nothing to show yet
+        stages = stages_of(replace(line, steps=line.steps[: number + 1]), out)
+        # Where it left rows, they are an earlier run's.
+        write_report(line, [s for s in stages if s.folder != out / step.name or not s.manifest], out)
     return status
 
 

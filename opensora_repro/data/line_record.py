@@ -13,13 +13,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from opensora_repro import __version__
 from opensora_repro.data.files import write_text
 from opensora_repro.data.inputs import content_digest
 from opensora_repro.data.line import MANIFEST_FILE, REJECTS_FILE
 from opensora_repro.data.tables import EmptyTableError, open_table
 
 RECORD_FILE = "done.json"
+METHOD = 1  # raise when a tool would make other tables of the same options and input: steps are then run again
 
 
 def is_done(folder: Path, tool: str, options: Sequence[str], given: Path) -> bool:
@@ -44,7 +44,7 @@ def forget(folder: Path) -> None:
 
 def _record(folder: Path, tool: str, options: Sequence[str], given: Path) -> dict[str, Any]:
     return {
-        "version": __version__,
+        "method": METHOD,
         "tool": tool,
         "options": list(options),
         "files": files_state(options),

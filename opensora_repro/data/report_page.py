@@ -298,7 +298,8 @@ STYLE = """
 nav { display: flex; flex-wrap: wrap; gap: .3rem 1rem; } a { color: var(--accent); }
 h4 { margin: .8rem 0 .2rem; font-size: .95rem; font-weight: 400; } code { font-size: .9em; overflow-wrap: anywhere; }
 .funnel { width: 100%; } .funnel td:nth-child(2), .funnel td:nth-child(3) { width: 24%; }
-td { vertical-align: top; overflow-wrap: anywhere; } td .bar { min-width: 5rem; }
+th, td { vertical-align: top; }
+td { overflow-wrap: anywhere; } td .bar { min-width: 5rem; }
 .tiles.strips { grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 1rem .9rem; }
 .charts { display: grid; gap: 1rem 1.6rem; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); }
 .charts + .charts { margin-top: 1.2rem; } .charts h3 { margin: 0 0 .2rem; } .charts table { width: 100%; }
