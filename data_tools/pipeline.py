@@ -27,7 +27,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from data_tools import report
-from opensora_repro.data.files import one_line
+from opensora_repro.data.files import one_line, remove_leftovers
 from opensora_repro.data.line_config import Line, Step, load_line
 from opensora_repro.data.manifest import DataError
 from opensora_repro.data.outcome import INTERRUPTED, run_tool
@@ -142,6 +142,7 @@ def run(line: Line, tools: dict[str, ModuleType]) -> int:
         if not fresh:
             forget(folder)
         status = tools[step.tool].main(command_of(step, given, folder))
+        remove_leftovers(folder)  # of runs that were killed
         if status:
             return failed(line, number, status)
         record_done(folder, step.tool, step.options, Path(given))
@@ -173,6 +174,7 @@ def finish(line: Line, out: Path) -> int:
     rejected = write_rejects_of(stages, out / "rejects.parquet")
     rows = write_manifest_of(with_rows[-1], out / "manifest.parquet")
     write_report(line, stages, out)
+    remove_leftovers(out)
     summarize(stages)
     print(f"{rows:,} rows: {out / 'manifest.parquet'};  {rejected:,} rejected: {out / 'rejects.parquet'}")
     return 0
