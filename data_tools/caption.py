@@ -62,11 +62,11 @@ Record = dict[str, Any]
 
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
-    args = parse(argv)
+    args = build_parser().parse_args(argv)
     return run_tool(lambda: caption(args))
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="data_tools.caption", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -95,7 +95,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--price-in", type=float, default=0.0, metavar="P", help="of a million tokens sent")
     group.add_argument("--price-out", type=float, default=0.0, metavar="P", help="of a million tokens written")
     add_runner_options(parser)
-    return parser.parse_args(argv)
+    return parser
 
 
 def check(args: argparse.Namespace) -> None:

@@ -65,11 +65,11 @@ class Options:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
-    args = parse(argv)
+    args = build_parser().parse_args(argv)
     return run_tool(lambda: convert(options_of(args)))
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="data_tools.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -82,7 +82,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-probe", action="store_true", help="leave sizes empty that INPUT does not tell")
     parser.add_argument("--shard-size", type=int, default=1000, metavar="N", help="clips a tar archive (%(default)s)")
     add_runner_options(parser)
-    return parser.parse_args(argv)
+    return parser
 
 
 def options_of(args: argparse.Namespace) -> Options:

@@ -51,11 +51,11 @@ MADE = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
-    args = parse(argv)
+    args = build_parser().parse_args(argv)
     return run_tool(lambda: download(args))
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="data_tools.download", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -68,7 +68,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--retries", type=int, default=4, metavar="N", help="tries after the first (%(default)s)")
     parser.add_argument("--timeout", type=float, default=30.0, metavar="S", help="seconds without a byte (%(default)s)")
     parser.add_argument("--yt-dlp", action="store_true", help="fetch pages of video sites with your yt-dlp")
-    return parser.parse_args(argv)
+    return parser
 
 
 def place_of(args: argparse.Namespace) -> Place:

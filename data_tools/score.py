@@ -52,11 +52,11 @@ Record = dict[str, Any]
 
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
-    args = parse(argv)
+    args = build_parser().parse_args(argv)
     return run_tool(lambda: score(args))
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="data_tools.score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -69,7 +69,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="clips a model batch (%(default)s)")
     parser.add_argument("--model-workers", type=int, default=1, metavar="N", help="copies of the model (%(default)s)")
     add_runner_options(parser)
-    return parser.parse_args(argv)
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise DataError for options that cannot work, before any input is looked at."""
+    names_of(args)
+    runner_of(args)
 
 
 def names_of(args: argparse.Namespace) -> list[str]:

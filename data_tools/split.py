@@ -68,11 +68,11 @@ class Source:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
-    args = parse(argv)
+    args = build_parser().parse_args(argv)
     return run_tool(lambda: split(args.input, Path(args.out), options_of(args), runner_of(args)))
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="data_tools.split", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("input", help="a video, folder, glob pattern or table (put -- before a leading dash)")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for clips/ and their manifest")
@@ -105,7 +105,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add_encoding_arguments(parser)
     add_runner_options(parser)
-    return parser.parse_args(argv)
+    return parser
 
 
 def add_encoding_arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,6 +120,12 @@ def add_encoding_arguments(parser: argparse.ArgumentParser) -> None:
         help="clips that are read fast: short side 256 unless --short-side says otherwise, quick to decode",
     )
     parser.add_argument("--crf", type=int, default=18, help="x264 quality of the clips, 0 (best) to 51 (%(default)s)")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise DataError for options that cannot work, before any input is looked at."""
+    options_of(args)
+    runner_of(args)
 
 
 def options_of(args: argparse.Namespace) -> Options:
@@ -188,9 +194,18 @@ def name_record(content: str, options: Options) -> str:
 
 
 def forget_lost_clips(out: Path, sources: list[Source]) -> None:
-    """Take back the record of a source that lost a clip, so that it is split again."""
+    """Take back the record of a source that lost a clip, so that it is split again.
+
+    Where a source will be split, its records under other options go too: its clips are about to be replaced.
+    """
+    others: dict[str, list[Path]] = {}
+    for path in (out / "sources").glob("*.json"):
+        others.setdefault(path.stem.split("-")[0], []).append(path)
     for digest in {source.digest for source in sources}:
         record = read_record(out / "sources", digest) or {}
+        if not record:
+            for path in others.get(digest.split("-")[0], []):
+                path.unlink(missing_ok=True)
         if not all((out / "clips" / row["path"]).is_file() for row in record.get("clips", [])):
             (out / "sources" / f"{digest}.json").unlink(missing_ok=True)
 

@@ -14,6 +14,20 @@ def beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file, whole or not at all; an equal one is left untouched."""
+    content = text.encode("utf-8")
+    if path.is_file() and path.read_bytes() == content:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = beside(path)
+    try:
+        unfinished.write_bytes(content)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete unfinished files in `folder` whose writers, processes of this machine, are gone."""
     for path in folder.glob(f".*.{socket.gethostname()}.*.tmp"):

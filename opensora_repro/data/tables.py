@@ -46,9 +46,13 @@ def open_table(path: Path, *, names: Sequence[str] | None = None) -> Table:
     return _not_empty(Table(path, schema, num_rows, lambda columns=None: _stream(path, schema, columns)))
 
 
+class EmptyTableError(DataError):
+    """A table without rows."""
+
+
 def _not_empty(table: Table) -> Table:
     if not table.num_rows:
-        raise DataError(f"{table.path}: the manifest is empty (a header but no rows)")
+        raise EmptyTableError(f"{table.path}: the manifest is empty (a header but no rows)")
     return table
 
 

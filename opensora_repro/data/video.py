@@ -87,12 +87,17 @@ def read_frames_at(path: str | Path, indices: Sequence[int], *, size: Size | Non
     """Return the frames of the given strictly ascending indices as uint8 [T, H, W, 3]; see `read_frames`."""
     import torch
 
+    return torch.from_numpy(read_pictures_at(path, indices, size=size))
+
+
+def read_pictures_at(path: str | Path, indices: Sequence[int], *, size: Size | None = None) -> np.ndarray:
+    """Return what `read_frames_at` does, as an array: a process that only looks at pictures needs no torch."""
     if not indices or indices[0] < 0 or any(b <= a for a, b in pairwise(indices)):
         raise ValueError(f"frame indices must be non-negative and ascending, got {list(indices)[:8]}")
     if is_image(path):
         if indices[-1] > 0:
             raise DecodeError(_short(path, 1 if indices[0] == 0 else 0, indices, 1))
-        return torch.from_numpy(_read_image(path, size)[None])
+        return _read_image(path, size)[None]
     with open_video(path) as (container, stream):
         index = frame_index(path)
         if index.times and indices[-1] >= len(index.times):
@@ -105,7 +110,7 @@ def read_frames_at(path: str | Path, indices: Sequence[int], *, size: Size | Non
             pictures = _read_by_count(container, stream, indices, to_picture)
     if len(pictures) < len(indices):
         raise DecodeError(_short(path, len(pictures), indices, None))
-    return torch.from_numpy(np.stack(pictures))
+    return np.stack(pictures)
 
 
 def probe(path: str | Path) -> VideoInfo:

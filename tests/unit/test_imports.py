@@ -58,6 +58,8 @@ COMMANDS = [
     "data_tools.filter",
     "data_tools.convert",
     "data_tools.download",
+    "data_tools.report",
+    "data_tools.pipeline",
 ]
 HEAVY = ("torch", "torchvision", "diffusers", "transformers", "timm", "pandas", "pyarrow", "av", "cv2", "scenedetect")
 
