@@ -7,7 +7,8 @@ with the one before without asking whether it has moved, and so cannot tell simi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -69,30 +70,46 @@ def scan_video(
     neighbours' mean does, by default at a level that follows from how restless the video is (see `restless_threshold`).
     Raises DecodeError for a file that does not decode to the end.
     """
-    import av
-
-    times: list[int | None] = []
     metrics = _Thumbnails(threshold) if detector == "shots" else _Metrics(detector, threshold)
-    with open_video(path, threads=0) as (container, stream):
-        index, time_base = frame_index(path), Fraction(stream.time_base)
+    with open_video(path) as (container, stream), one_core():
         if detector == "shots":
             stream.codec_context.options = DRAFT
-        rate = Fraction(stream.average_rate) if stream.average_rate else Fraction(25)
+        footage = Footage(path, container, stream)
+        for frame in footage:
+            metrics.add(frame)
+            on_frame()
+    return footage.scan(*metrics.finish())
+
+
+class Footage:
+    """All frames of an open video in presentation order; DecodeError where it is damaged or ends early."""
+
+    def __init__(self, path: str | Path, container: Any, stream: Any) -> None:
+        self.path, self.container, self.stream = path, container, stream
+        self.index = frame_index(path)
+        self.times: list[int | None] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        import av
+
         try:
-            for frame in container.decode(stream):
+            for frame in self.container.decode(self.stream):
                 if frame.is_corrupt:
                     raise DecodeError("")
-                times.append(frame.pts)
-                metrics.add(frame)
-                on_frame()
+                self.times.append(frame.pts)
+                yield frame
         except (DecodeError, av.FFmpegError) as error:
-            raise DecodeError(_damage(path, len(times), index)) from error
-    _check_complete(path, times, index)
-    known = [t for t in times if t is not None]
-    if len(known) < len(times) or any(b <= a for a, b in pairwise(known)):
-        known, time_base = list(range(len(times))), 1 / rate  # no usable clock: evenly at the header's rate
-    cuts, transitions = metrics.finish()
-    return Scan(tuple(t - known[0] for t in known), time_base, cuts, transitions)
+            raise DecodeError(_damage(self.path, len(self.times), self.index)) from error
+        _check_complete(self.path, self.times, self.index)
+
+    def scan(self, cuts: tuple[int, ...], transitions: tuple[tuple[int, int], ...]) -> Scan:
+        """Return what the frames seen and their cuts make up."""
+        time_base, rate = Fraction(self.stream.time_base), self.stream.average_rate
+        known = [t for t in self.times if t is not None]
+        if len(known) < len(self.times) or any(b <= a for a, b in pairwise(known)):
+            # no usable clock: evenly at the header's rate
+            known, time_base = list(range(len(self.times))), 1 / Fraction(rate or 25)
+        return Scan(tuple(t - known[0] for t in known), time_base, cuts, transitions)
 
 
 def restless_threshold(ratios: np.ndarray) -> float:
@@ -145,6 +162,19 @@ def _gaps(cuts: Sequence[int], transitions: Sequence[tuple[int, int]], trim: int
     return gaps
 
 
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Keep OpenCV to one thread: dividing such small pictures among more costs more than it saves."""
+    import cv2
+
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(before)
+
+
 class _Thumbnails:
     """Our own detector, fed with decoded frames."""
 
@@ -157,7 +187,7 @@ class _Thumbnails:
         self.reformatter = VideoReformatter()
 
     def add(self, frame: Any) -> None:
-        from opensora_repro.data.shots import thumbnail
+        from opensora_repro.data.likeness import thumbnail
 
         if frame.format.name not in PLANES:
             frame = self.reformatter.reformat(

@@ -11,8 +11,9 @@ import cv2
 import numpy as np
 import pytest
 
+from opensora_repro.data.likeness import HEIGHT, WIDTH, thumbnail
 from opensora_repro.data.scenes import Span, plan_spans, scan_video
-from opensora_repro.data.shots import HEIGHT, WIDTH, ShotDetector, thumbnail
+from opensora_repro.data.shots import ShotDetector
 
 SIZE = (160, 288)  # height, width
 Frames = list[np.ndarray]
