@@ -70,7 +70,7 @@ def scan_video(
     neighbours' mean does, by default at a level that follows from how restless the video is (see `restless_threshold`).
     Raises DecodeError for a file that does not decode to the end.
     """
-    metrics = _Thumbnails(threshold) if detector == "shots" else _Metrics(detector, threshold)
+    metrics = Thumbnails(threshold) if detector == "shots" else _Metrics(detector, threshold)
     with open_video(path) as (container, stream), one_core():
         if detector == "shots":
             stream.codec_context.options = DRAFT
@@ -101,6 +101,11 @@ class Footage:
         except (DecodeError, av.FFmpegError) as error:
             raise DecodeError(_damage(self.path, len(self.times), self.index)) from error
         _check_complete(self.path, self.times, self.index)
+
+    def has_clock(self) -> bool:
+        """Whether the newest frame's time is known and after the one before."""
+        newest, before = self.times[-1], self.times[-2] if len(self.times) > 1 else None
+        return newest is not None and (len(self.times) == 1 or (before is not None and before < newest))
 
     def scan(self, cuts: tuple[int, ...], transitions: tuple[tuple[int, int], ...]) -> Scan:
         """Return what the frames seen and their cuts make up."""
@@ -137,7 +142,7 @@ def plan_spans(
     Evenly; or, where even parts would be shorter than `min_frames`, into parts of `max_frames` and a rest. With `trim`,
     the frames of `transitions` belong to no scene, nor do so many frames on either side of any cut.
     """
-    edges = [(0, 0), *_gaps(cuts, transitions, trim), (num_frames, num_frames)]
+    edges = [(0, 0), *gaps(cuts, transitions, trim), (num_frames, num_frames)]
     spans = []
     for (_, start), (end, _) in pairwise(edges):
         if end <= start:
@@ -151,7 +156,7 @@ def plan_spans(
     return spans
 
 
-def _gaps(cuts: Sequence[int], transitions: Sequence[tuple[int, int]], trim: int | None) -> list[tuple[int, int]]:
+def gaps(cuts: Sequence[int], transitions: Sequence[tuple[int, int]], trim: int | None) -> list[tuple[int, int]]:
     """Return (end of the scene before, start of the scene after) for each cut."""
     if trim is None:
         return [(cut, cut) for cut in cuts]
@@ -175,7 +180,7 @@ def one_core() -> Iterator[None]:
         cv2.setNumThreads(before)
 
 
-class _Thumbnails:
+class Thumbnails:
     """Our own detector, fed with decoded frames."""
 
     def __init__(self, threshold: float | None) -> None:

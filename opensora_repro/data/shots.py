@@ -71,6 +71,7 @@ class ShotDetector:
         self.lag = max(self.options.window, self.options.flash, *self.options.reaches) + 1
         self.recent = Recent(2 * self.lag + 1)
         self.count = self.decided = 0
+        self.finished = False
         self.changes: list[float] = []  # mean difference of frames i - 1 and i, a bound of ...
         self.residuals: list[float | None] = []  # ... how badly frame i - 1 explains frame i; None: not asked yet
         self.contrasts: list[float] = []
@@ -80,6 +81,10 @@ class ShotDetector:
         self.valley: int | None = None  # where the picture went flat, while it still is
         self.valleys: list[Stretch] = []  # flat stretches that may be fades
         self.mixed: list[Stretch] = []  # what may be dissolves, or parts of one
+
+    @property
+    def num_found(self) -> int:
+        return len(self.hard) + len(self.gradual)
 
     @property
     def cuts(self) -> list[int]:
@@ -107,11 +112,14 @@ class ShotDetector:
         """Return the shots of all frames taken."""
         while self.decided < self.count:
             self._decide()
-        self._settle(finished=True)
+        self.finished = True
+        self._settle()
         return Shots(tuple(self.cuts), tuple(self.transitions))
 
     def settled(self) -> int:
-        """Return the frame that no later cut or transition can lie before."""
+        """Return the frame that no cut or transition still to be found can lie before."""
+        if self.finished:
+            return self.count
         bounds = [self.decided - max(self.options.reaches), *(start for start, _ in self.mixed)]
         bounds += [start - self.options.fade if self._is_short(start, end) else end for start, end in self.valleys]
         if self.valley is not None and self._is_short(self.valley, self.count):
@@ -220,9 +228,9 @@ class ShotDetector:
         """Whether a valley is a transition as a whole, and not a scene of its own."""
         return end - start <= self.options.fade
 
-    def _settle(self, finished: bool = False) -> None:
-        """Turn into cuts the valleys and mixtures that no further frame can change; all of them when finished."""
-        o = self.options
+    def _settle(self) -> None:
+        """Turn into cuts the valleys and mixtures that no further frame can change."""
+        o, finished = self.options, self.finished
         while self.valleys and (finished or self.decided > self.valleys[0][1] + o.fade):
             fade = self._fade(*self.valleys.pop(0))
             if fade and not any(fade[0] <= cut <= fade[1] for cut in [*self.hard, *(end for _, end in self.gradual)]):
