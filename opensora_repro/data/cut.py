@@ -236,9 +236,9 @@ class PlainFrames:
         import av
 
         self.size = self.size or (frame.height, frame.width)
-        turn = orientation(frame)
+        turned = self.to_picture.turn(frame) != Orientation()
         odd = frame.height % 2 or frame.width % 2
-        if not self.plain or odd or turn != type(turn)() or (frame.height, frame.width) != self.size:
+        if not self.plain or odd or turned or (frame.height, frame.width) != self.size:
             picture = self.to_picture(frame)
             height, width = picture.shape[0] // 2 * 2, picture.shape[1] // 2 * 2
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture[:height, :width]), format="rgb24")

@@ -65,12 +65,12 @@ class Recent:
     def mixture(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Return float32 [T]: how far frames start to end (both included) lie from the line between the two, and where.
 
-        Distances are shares of that between the ends; the places on the line go from 0 to 1. Both ends must differ.
+        Distances are shares of that between the ends; the places on the line go from 0 to 1.
         """
         slot = start % self.size
         rows, squares = (a[slot : slot + end - start + 1] for a in (self.rows, self.squares))
         way = rows[-1] - rows[0]
-        length = float(way @ way)
+        length = max(1.0, float(way @ way))  # no frame lies near the line between two that are the same
         # einsum instead of @, which would start threads for this little
         along, from_start = np.einsum("tn,n->t", rows, way), np.einsum("tn,n->t", rows, rows[0])
         shares = (along - along[0]) / length

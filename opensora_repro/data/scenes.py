@@ -87,6 +87,7 @@ class Footage:
     def __init__(self, path: str | Path, container: Any, stream: Any) -> None:
         self.path, self.container, self.stream = path, container, stream
         self.index = frame_index(path)
+        self.time_base, self.rate = Fraction(stream.time_base), Fraction(stream.average_rate or 25)
         self.times: list[int | None] = []
 
     def __iter__(self) -> Iterator[Any]:
@@ -109,11 +110,11 @@ class Footage:
 
     def scan(self, cuts: tuple[int, ...], transitions: tuple[tuple[int, int], ...]) -> Scan:
         """Return what the frames seen and their cuts make up."""
-        time_base, rate = Fraction(self.stream.time_base), self.stream.average_rate
+        time_base = self.time_base
         known = [t for t in self.times if t is not None]
         if len(known) < len(self.times) or any(b <= a for a, b in pairwise(known)):
             # no usable clock: evenly at the header's rate
-            known, time_base = list(range(len(self.times))), 1 / Fraction(rate or 25)
+            known, time_base = list(range(len(self.times))), 1 / self.rate
         return Scan(tuple(t - known[0] for t in known), time_base, cuts, transitions)
 
 

@@ -22,7 +22,8 @@ import numpy as np
 
 from opensora_repro.data.likeness import Picture, Recent, changed, distance, residual
 
-FLAT = 4.0  # contrast (standard deviation, in grey levels) below which a picture shows nothing
+DIM = 16.0  # contrast (standard deviation, in grey levels) below which all differences, noise too, are smaller
+FLAT = 4.0  # contrast below which a picture shows nothing
 BLENDED = 2  # mixed frames that a hard cut may have
 CALM = 0.5  # grey levels: a smaller change is its own residual
 PURE = 0.25  # how far from the line between two shots their mixture may lie within a hard cut
@@ -155,7 +156,9 @@ class ShotDetector:
             return False
         step = sum(self.changes[first : frame + 1])
         contrast = min(self.contrasts[first - 1], self.contrasts[frame])
-        if step < o.least or (blended and 1.25 * step < o.unlike * contrast):
+        dim = min(1.0, max(0.25, contrast / DIM))
+        least, floor = o.least * dim, o.floor * dim
+        if step < least or (blended and 1.25 * step < o.unlike * contrast):
             return False
         around = self.changes[max(1, first - o.window) : first] + self.changes[frame + 1 : frame + 1 + o.window]
         if around and step < (1 + blended) * sorted(around)[len(around) // 2]:
@@ -166,13 +169,12 @@ class ShotDetector:
             return False
         before, after = self.recent[first - 1], self.recent[frame]
         here = residual(before, after) if blended else self._residual(frame)
-        least = o.least
         if blended or len(near) < 4:  # a small motion, too, looks like a mixture, or has nothing to be compared with
             least = max(least, o.unlike * contrast)
-        if here < least or self._restless(near, here / o.ratio - o.floor):
+        if here < least or self._restless(near, here / o.ratio - floor):
             return False
         here = min(here, residual(after, before))
-        if here < least or self._restless(near, here / o.ratio - o.floor):
+        if here < least or self._restless(near, here / o.ratio - floor):
             return False
         steps = range(1, o.flash + 1)
         later = [distance(before, self.recent[min(self.count - 1, frame + i)]) / here for i in steps]

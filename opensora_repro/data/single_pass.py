@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -104,7 +103,7 @@ class Scenes:
     def _encode(self, frame: Any) -> None:
         times = cast(list[int], self.footage.times)
         if self.writer is None:
-            time_base = Fraction(self.footage.stream.time_base)
+            time_base = self.footage.time_base
             rate = clip_rate(times, self.begin, time_base)
             unnamed = self.name(Span(self.begin, self.begin))
             self.writer = ClipWriter(unnamed, frame, time_base, rate, self.options.encoding)
