@@ -3,10 +3,11 @@
     python -m benchmarks.split [--video FILE --cuts FILE.cuts.json] [--repeat N] [--out FILE]
 
 Detection: CPU seconds (user and system, of a process each, imports included; medians) and F1 within two frames (gradual
-cuts: inside their span) of ours and of PySceneDetect's detectors with their own reader. Cutting: ours, detecting and cutting, against
-ContentDetector and then one encoder a scene (seek, decode, encode) at the same settings. That side runs through PyAV
-instead of an ffmpeg binary, which need not be installed; both have the same libraries inside, and its processes would
-only add to its time. Reading: random windows of 16 frames, every third, of the source and of its --for-training clips.
+cuts: inside their span) of ours and of PySceneDetect's detectors with their own reader. Cutting: ours, detecting and
+cutting, against ContentDetector and then one encoder a scene (seek, decode, encode) at the same settings. That side
+runs through PyAV instead of an ffmpeg binary, which need not be installed; both have the same libraries inside, and its
+processes would only add to its time. Reading: CPU seconds of random windows of 16 frames, every third, of the source
+and of its --for-training clips.
 """
 
 from __future__ import annotations
