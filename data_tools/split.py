@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
 CLIP_COLUMNS = {**MANIFEST, **LINEAGE, "resplit": "bool"}
-METHOD = 2  # raise when the same options would give other clips, so that finished sources are done again
+METHOD = 3  # raise when the same options would give other clips, so that finished sources are done again
 PATIENCE = 600.0  # seconds that any source may take
 SLOWEST = 20e3  # bytes of a source that a busy core splits in a second
 Record = dict[str, list[Row]]  # a finished source's "clips" and "rejects"
@@ -229,17 +229,27 @@ def split_source(source: Source, out: Path, options: Options, on_frame: Callable
     """Detect, cut, verify; return the clips and what gave none. A source that cannot be read is a reject."""
     from opensora_repro.data.cut import cut_clips
     from opensora_repro.data.scenes import plan_spans, scan_video
+    from opensora_repro.data.single_pass import SceneOptions, scan_and_cut
     from opensora_repro.data.video import DecodeError
 
-    limits = {"min_frames": options.min_frames, "max_frames": options.max_frames}
+    def target(span: Span) -> Path:
+        return out / "clips" / f"{clip_id(source, span)}.mp4"
+
+    encoding, scan, o = encoding_of(options), None, options
     try:
-        scan = scan_video(source.path, detector=options.detector, threshold=options.threshold, on_frame=on_frame)
-        spans = plan_spans(len(scan.times), scan.cuts, transitions=scan.transitions, trim=options.trim, **limits)
-        kept = [(s, out / "clips" / f"{clip_id(source, s)}.mp4") for s in spans if len(s) >= options.min_frames]
-        cut_clips(source.path, scan, kept, encoding=encoding_of(options), on_frame=on_frame)
-        short = [span for span in spans if len(span) < options.min_frames]
-        clips = [clip_row(target, scan, span) for span, target in kept]
-        rejects = [reject_row(f"{len(s)} frames, --min-frames is {options.min_frames}", s.start, s.end) for s in short]
+        if o.detector == "shots" and not o.max_frames:
+            how = SceneOptions(encoding, o.threshold, o.min_frames, o.trim)
+            scan = scan_and_cut(source.path, target, how, on_frame=on_frame)
+        written = scan is not None
+        scan = scan or scan_video(source.path, detector=o.detector, threshold=o.threshold, on_frame=on_frame)
+        limits = {"min_frames": o.min_frames, "max_frames": o.max_frames}
+        spans = plan_spans(len(scan.times), scan.cuts, transitions=scan.transitions, trim=o.trim, **limits)
+        kept = [(span, target(span)) for span in spans if len(span) >= o.min_frames]
+        if not written:
+            cut_clips(source.path, scan, kept, encoding=encoding, on_frame=on_frame)
+        short = [span for span in spans if len(span) < o.min_frames]
+        clips = [clip_row(path, scan, span) for span, path in kept]
+        rejects = [reject_row(f"{len(s)} frames, --min-frames is {o.min_frames}", s.start, s.end) for s in short]
         record = {"clips": clips, "rejects": rejects}
     except DecodeError as error:
         record = {"clips": [], "rejects": [reject_row(str(error).removeprefix(f"{source.path}: "))]}

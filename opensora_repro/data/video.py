@@ -249,12 +249,19 @@ class PictureConverter:
         self.aspect = pixel_aspect(stream)
         self.size = size
         self.target: Size | None = None
+        self._turn: Orientation | None = None
         self.reformatter = VideoReformatter()
+
+    def turn(self, frame: Any) -> Orientation:
+        """Return the first frame's orientation, for all: PyAV keeps a frame whose side data were read for long."""
+        if self._turn is None:
+            self._turn = orientation(frame)
+        return self._turn
 
     def output_size(self, frame: Any) -> Size:
         """Return the (height, width) that `frame` is shown in, scaled to cover `size` if one is set."""
         height, width = frame.height, max(1, round(frame.width * self.aspect))
-        if orientation(frame).transpose:
+        if self.turn(frame).transpose:
             height, width = width, height
         return cover_size(height, width, self.size) if self.size else (height, width)
 
@@ -262,7 +269,7 @@ class PictureConverter:
         if frame.is_corrupt:
             raise DecodeError(f"{self.path}: the frame at {frame.time} s is damaged")
         self.target = self.target or self.output_size(frame)
-        turn = orientation(frame)
+        turn = self.turn(frame)
         height, width = self.target[::-1] if turn.transpose else self.target
         rgb = self.reformatter.reformat(
             frame, width=width, height=height, format="rgb24", interpolation="BICUBIC", **one_scaling_thread()
