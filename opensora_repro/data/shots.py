@@ -237,7 +237,7 @@ class ShotDetector:
             fade = self._fade(*self.valleys.pop(0))
             if fade and not any(fade[0] <= cut <= fade[1] for cut in [*self.hard, *(end for _, end in self.gradual)]):
                 self.gradual.append(fade)
-        pending = [start for start, _ in self.valleys] + [self.valley] * (self.valley is not None)
+        pending = [start for start, _ in self.valleys] + ([] if self.valley is None else [self.valley])
         known = min([self.decided - max(o.reaches), *(start - o.fade for start in pending)])
         while self.mixed:
             start, end = self._first_dissolve()
