@@ -94,7 +94,10 @@ def load_line(
     ]
     if not steps:
         raise DataError(f"{where}: no stage; expected sections such as [split], of {', '.join(parsers)}")
-    page = _with_run(f"{where}: [{REPORT}]", sections.get(REPORT, {}), report, run)
+    here = {
+        key: texts for key, texts in run.items() if key == "workers"
+    }  # few pictures: no cluster is started for them
+    page = _with_run(f"{where}: [{REPORT}]", sections.get(REPORT, {}), report, here)
     return Line(plain["input"], plain["out"], tuple(steps), Step(REPORT, REPORT, *page))
 
 
