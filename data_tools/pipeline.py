@@ -21,6 +21,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -34,6 +35,7 @@ from opensora_repro.data.outcome import INTERRUPTED, run_tool
 if TYPE_CHECKING:
     from opensora_repro.data.line import Stage
 
+URLS_FILE = "urls.parquet"  # what convert makes of tables of addresses, for download
 TOOLS = ("convert", "download", "probe", "split", "score", "filter", "caption")
 
 
@@ -102,8 +104,11 @@ def places(line: Line) -> list[tuple[Step, str | Path, Path]]:
     from opensora_repro.data.line import MANIFEST_FILE
 
     folders = [Path(line.out) / step.name for step in line.steps]
-    inputs: list[str | Path] = [line.input, *(folder / MANIFEST_FILE for folder in folders)]
-    return list(zip(line.steps, inputs, folders, strict=False))
+    inputs: list[str | Path] = [line.input]
+    for (before, after), folder in zip(pairwise(line.steps), folders, strict=False):
+        fetched = (before.tool, after.tool) == ("convert", "download")
+        inputs.append(folder / (URLS_FILE if fetched else MANIFEST_FILE))
+    return list(zip(line.steps, inputs, folders, strict=True))
 
 
 def show(line: Line) -> int:
@@ -123,14 +128,13 @@ def show(line: Line) -> int:
 
 def run(line: Line, tools: dict[str, ModuleType]) -> int:
     """Run the steps in order, then write the line's own tables and the page; returns the exit status."""
-    from opensora_repro.data.line import MANIFEST_FILE
     from opensora_repro.data.line_record import forget, is_done, record_done
 
     out, steps = Path(line.out), places(line)
     for number, (step, given, folder) in enumerate(steps):
         title = f"[{number + 1}/{len(steps)}] {step.name}"
         if number and not Path(given).is_file():
-            raise DataError(f"[{step.name}]: the step before left no {MANIFEST_FILE}; it can only stand at the end")
+            raise DataError(f"[{step.name}]: the step before left no {Path(given).name}, which this one reads")
         # The first looks at its input every time: there may be new files.
         fresh = is_done(folder, step.tool, step.options, Path(given))
         if number and fresh:

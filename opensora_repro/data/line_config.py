@@ -30,6 +30,7 @@ from opensora_repro.data.manifest import DataError
 
 RUN, REPORT = "run", "report"  # sections that are no stage: options of all tools that have them; of the page at the end
 TOP = ("input", "out")
+AS_USUAL = ("--workers=0",)  # each tool's own default
 RUNNER = ("workers", "runner", "address")
 OWN = ("help", "out")  # options that the line sets itself
 
@@ -93,7 +94,10 @@ def load_line(
     ]
     if not steps:
         raise DataError(f"{where}: no stage; expected sections such as [split], of {', '.join(parsers)}")
-    page = _with_run(f"{where}: [{REPORT}]", sections.get(REPORT, {}), report, run)
+    here = {
+        key: texts for key, texts in run.items() if key == "workers"
+    }  # few pictures: no cluster is started for them
+    page = _with_run(f"{where}: [{REPORT}]", sections.get(REPORT, {}), report, here)
     return Line(plain["input"], plain["out"], tuple(steps), Step(REPORT, REPORT, *page))
 
 
@@ -160,7 +164,7 @@ def _with_run(
     """Return a section's arguments, and where the work is done: as it says, or else [run], if the tool can be told."""
     own = options_of(where, content, parser)
     has = {option for action in parser._actions for option in action.option_strings}
-    runner = {key: texts for key, texts in run.items() if f"--{key}" in has}
+    runner = {key: texts for key, texts in run.items() if f"--{key}" in has and texts != AS_USUAL}
     runner |= {key: own.pop(key) for key in list(own) if key in RUNNER}
     return tuple(chain(*own.values())), tuple(chain(*runner.values()))
 

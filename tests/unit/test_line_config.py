@@ -55,6 +55,17 @@ def test_the_ready_config(repo_dir: Path, capsys: pytest.CaptureFixture[str]) ->
     assert tools == ["probe", "split", "score", "filter"]
 
 
+def test_what_convert_makes_of_addresses_is_downloaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.toml").write_text(
+        "input = 'panda.csv'\nout = 'o'\n[run]\nworkers = 0\n[convert]\nfrom = 'panda70m'\n[download]\n[split]\n"
+    )
+    assert pipeline.main([str(tmp_path / "c.toml"), "--dry-run"]) == 0
+    first, second, third, _ = capsys.readouterr().out.splitlines()
+    assert first.endswith("data_tools.convert --from=panda70m --out=o/convert -- panda.csv")
+    assert second.endswith("data_tools.download --out=o/download -- o/convert/urls.parquet")
+    assert third.endswith("-- o/download/manifest.parquet")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
