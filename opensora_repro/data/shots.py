@@ -233,8 +233,9 @@ class ShotDetector:
     def _settle(self) -> None:
         """Turn into cuts the valleys and mixtures that no further frame can change."""
         o, finished = self.options, self.finished
+        open_valley = [(self.valley, self.count)] if self.valley else []
         pending = []
-        for start, end in self.valleys + [(self.valley, self.count)] * bool(self.valley):
+        for start, end in self.valleys + open_valley:
             if self._is_short(start, end):
                 pending.append(start)
             elif self.mixed:  # what goes into a long valley is no dissolve, whatever comes after it
