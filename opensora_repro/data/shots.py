@@ -233,12 +233,19 @@ class ShotDetector:
     def _settle(self) -> None:
         """Turn into cuts the valleys and mixtures that no further frame can change."""
         o, finished = self.options, self.finished
+        open_valley = [(self.valley, self.count)] if self.valley else []
+        pending = []
+        for start, end in self.valleys + open_valley:
+            if self._is_short(start, end):
+                pending.append(start)
+            elif self.mixed:  # what goes into a long valley is no dissolve, whatever comes after it
+                fall = self._fall(start, end)
+                self.mixed = [m for m in self.mixed if fall is None or m[1] <= fall or m[0] >= end]
+        known = min([self.decided - max(o.reaches), *(start - o.fade for start in pending)])
         while self.valleys and (finished or self.decided > self.valleys[0][1] + o.fade):
             fade = self._fade(*self.valleys.pop(0))
             if fade and not any(fade[0] <= cut <= fade[1] for cut in [*self.hard, *(end for _, end in self.gradual)]):
                 self.gradual.append(fade)
-        pending = [start for start, _ in self.valleys] + ([] if self.valley is None else [self.valley])
-        known = min([self.decided - max(o.reaches), *(start - o.fade for start in pending)])
         while self.mixed:
             start, end = self._first_dissolve()
             if end > known and not finished:
@@ -257,14 +264,17 @@ class ShotDetector:
         return first, last
 
     def _fade(self, start: int, end: int) -> Stretch | None:
-        """Return a flat stretch as [start of the fall, end of the rise); only its end if it is a scene of its own."""
-        o = self.options
-        before, inside, after = (np.array(self.contrasts[slice(*span)]) for span in (
-            (max(0, start - o.fade), start), (start, end), (end, end + o.fade)
-        ))  # fmt: skip
-        if inside.min() > o.dark * min(before.max(), after.max()):
+        """Return a flat stretch as [start of the fall, end of the rise); the rise if it is a scene of its own."""
+        after = np.array(self.contrasts[end : end + self.options.fade])
+        fall = self._fall(start, end)
+        if fall is None or min(self.contrasts[start:end]) > self.options.dark * after.max():
             return None
-        if not self._is_short(start, end):
-            return end, end + 1
-        fall = start - len(before) + int(np.flatnonzero(before >= 0.95 * before.max())[-1])
-        return fall + 1, end + int(np.flatnonzero(after >= 0.95 * after.max())[0])
+        rise = end + int(np.flatnonzero(after >= 0.95 * after.max())[0])
+        return (fall, rise) if self._is_short(start, end) else (end, max(rise, end + 1))
+
+    def _fall(self, start: int, end: int) -> int | None:
+        """Return the first frame that is darker on the way into a flat stretch; None if that is no valley."""
+        before = np.array(self.contrasts[max(0, start - self.options.fade) : start])
+        if min(self.contrasts[start:end]) > self.options.dark * before.max():
+            return None
+        return start - len(before) + int(np.flatnonzero(before >= 0.95 * before.max())[-1]) + 1

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from opensora_repro.data.cut import ClipWriter, Encoding, PlainFrames, clip_rate
 from opensora_repro.data.scenes import Footage, Scan, Span, Thumbnails, gaps, one_core
-from opensora_repro.data.video import frame_index, open_video
+from opensora_repro.data.video import open_video
 
 if TYPE_CHECKING:
     from opensora_repro.data.shots import ShotDetector
@@ -43,11 +43,13 @@ def scan_and_cut(
     take more than ROOM, or the file has no usable clock. Raises DecodeError. In both cases no clip is left.
     """
     encoding = options.encoding
-    if encoding.fps is not None or encoding.audio or encoding.copy or not frame_index(path).times:
+    if encoding.fps is not None or encoding.audio or encoding.copy:
         return None
     metrics = Thumbnails(options.threshold)
     with open_video(path) as (container, stream), one_core():
         footage = Footage(path, container, stream)
+        if not footage.index.times:
+            return None
         plain = PlainFrames(path, stream, encoding.short_side)
         scenes = Scenes(footage, name, options)
         try:
