@@ -176,11 +176,7 @@ def split(given: str, out: Path, options: Options, runner: Runner) -> int:
     forget_lost_clips(out, sources)
     jobs = [job_of(source, out, options) for source in sources]
     records = run_jobs(split_job, jobs, out / "sources", runner=runner, label="splitting", unit="video")
-<<<<<<< HEAD
-    remove_leftovers(out / "clips")  # again: of a killed run's workers, some may only just have ended
-=======
     remove_leftovers(out / "clips")  # again: the workers of a run that was killed just before may have died since
->>>>>>> w-detect
     clips, rejects = collect(sources, [records[source.digest] for source in sources])
     rejects += [reject("", item.name, "split", item.reason) for item in inputs.items if item.reason]
     write_outcome(out, clips, rejects, CLIP_COLUMNS)
