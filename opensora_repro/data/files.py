@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import os
 import re
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 def beside(path: Path) -> Path:
@@ -14,18 +18,26 @@ def beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file, whole or not at all; an equal one is left untouched."""
-    content = text.encode("utf-8")
-    if path.is_file() and path.read_bytes() == content:
-        return
+@contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file that is `path` at the end of the block, whole or not at all; an equal one is left untouched."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = beside(path)
     try:
-        unfinished.write_bytes(content)
-        os.replace(unfinished, path)
+        with open(unfinished, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if not (path.is_file() and filecmp.cmp(unfinished, path, shallow=False)):
+            os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file, whole or not at all; an equal one is left untouched."""
+    with writing(path) as file:
+        file.write(text.encode("utf-8"))
 
 
 def remove_leftovers(folder: Path) -> None:

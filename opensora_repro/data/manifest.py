@@ -7,14 +7,13 @@ columns are kept. Relative paths are relative to the manifest's folder. An image
 
 from __future__ import annotations
 
-import filecmp
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from opensora_repro.data.files import beside
+from opensora_repro.data.files import writing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -111,20 +110,11 @@ def table_kind(path: Path) -> str:
 def write_table(frame: pd.DataFrame, path: Path) -> None:
     """Write a frame as Parquet or CSV by the extension, whole or not at all; an equal file is left untouched."""
     kind = _kind(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = beside(path)
-    try:
-        with open(unfinished, "wb") as file:
-            if kind == "parquet":
-                frame.to_parquet(file, engine="pyarrow", index=False)
-            else:
-                file.write(frame.to_csv(index=False).encode("utf-8"))
-            file.flush()
-            os.fsync(file.fileno())
-        if not (path.is_file() and filecmp.cmp(unfinished, path, shallow=False)):
-            os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with writing(path) as file:
+        if kind == "parquet":
+            frame.to_parquet(file, engine="pyarrow", index=False)
+        else:
+            file.write(frame.to_csv(index=False).encode("utf-8"))
 
 
 def _kind(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
 import math
 import os
 import sys
@@ -12,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from opensora_repro.data.files import beside, one_line
+from opensora_repro.data.files import one_line
 from opensora_repro.data.manifest import DataError, is_missing
 from opensora_repro.data.tables import table_writer
 
@@ -49,23 +48,11 @@ def write_outcome(out: Path, rows: Iterable[Row], rejects: Iterable[Row], column
 
 def write_rows(path: Path, rows: Iterable[Row], columns: Mapping[str, str]) -> int:
     """Write a Parquet file row by row, whole or not at all; an equal file is left untouched. Returns how many."""
-    import pyarrow.parquet as pq
-
-    schema = schema_of(columns)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished, count = beside(path), 0
-    try:
-        with open(unfinished, "wb") as file:
-            with pq.ParquetWriter(file, schema) as writer:
-                for batch in in_batches(rows):
-                    count += len(batch)
-                    writer.write_batch(rows_batch(batch, schema))
-            file.flush()
-            os.fsync(file.fileno())
-        if not (path.is_file() and filecmp.cmp(unfinished, path, shallow=False)):
-            os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    schema, count = schema_of(columns), 0
+    with table_writer(path, schema) as write:
+        for batch in in_batches(rows):
+            count += len(batch)
+            write(rows_batch(batch, schema))
     return count
 
 

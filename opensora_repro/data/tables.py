@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from opensora_repro.data.csv_tables import csv_schema, stream_csv
-from opensora_repro.data.files import beside, one_line
+from opensora_repro.data.files import one_line, writing
 from opensora_repro.data.manifest import DataError, table_kind
 
 BATCH_ROWS = 1 << 16
@@ -87,18 +86,11 @@ def table_writer(path: Path, schema: Any, *, header: bool = True) -> Iterator[Ca
 
     The file appears whole at the end of the block or not at all; an equal one is left untouched. Raises DataError.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = beside(path)
-    try:
-        with open(unfinished, "wb") as file:
-            with _csv(file, path, schema, header) if path.suffix == ".csv" else _parquet(file, schema) as add:
-                yield add
-            file.flush()
-            os.fsync(file.fileno())
-        if not (path.is_file() and filecmp.cmp(unfinished, path, shallow=False)):
-            os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with (
+        writing(path) as file,
+        _csv(file, path, schema, header) if path.suffix == ".csv" else _parquet(file, schema) as add,
+    ):
+        yield add
 
 
 @contextmanager
