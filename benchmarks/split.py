@@ -1,10 +1,11 @@
 """Scene detection, cutting and reading clips, against what others do on the same file in the same run.
 
-    python -m benchmarks.split [--video FILE --cuts FILE.cuts.json] [--repeat N] [--out FILE]
+    python -m benchmarks.split [--video FILE --cuts FILE.cuts.json] [--crf Q] [--repeat N] [--out FILE]
 
 Detection: CPU seconds (user and system, of a process each, imports included; medians) and F1 within two frames (gradual
 cuts: inside their span) of ours and of PySceneDetect's detectors with their own reader. Cutting: ours, detecting and
-cutting, against ContentDetector and then one encoder a scene (seek, decode, encode) at the same settings. That side
+cutting, against ContentDetector and then one encoder a scene (seek, decode, encode) at the same settings. The finer the
+quality (`--crf`, by default x264's own), the larger the encoder's share, which is the same on both sides. That side
 runs through PyAV instead of an ffmpeg binary, which need not be installed; both have the same libraries inside, and its
 processes would only add to its time. Reading: CPU seconds of random windows of 16 frames, every third, of the source
 and of its --for-training clips.
@@ -57,21 +58,23 @@ def detect_theirs(video: Path, name: str) -> list[int]:
     return [bisect_left(seconds, scene[0].seconds - 1e-3) for scene in manager.get_scene_list()[1:]]
 
 
-def cut_ours(video: Path, folder: Path) -> None:
+def cut_ours(video: Path, folder: Path, crf: int) -> None:
+    from opensora_repro.data.cut import Encoding
     from opensora_repro.data.single_pass import SceneOptions, scan_and_cut
 
-    if scan_and_cut(video, lambda span: folder / f"{span.start}.mp4", SceneOptions()) is None:
+    options = SceneOptions(encoding=Encoding(crf=crf))
+    if scan_and_cut(video, lambda span: folder / f"{span.start}.mp4", options) is None:
         raise SystemExit(f"{video}: cannot be split in one pass")
 
 
-def cut_theirs(video: Path, folder: Path) -> None:
+def cut_theirs(video: Path, folder: Path, crf: int) -> None:
     """Detect, then seek, decode and encode each scene by itself."""
     import av
 
     from opensora_repro.data.video import frame_index
 
     cuts, times = detect_theirs(video, "ContentDetector"), frame_index(video).times
-    options = {"crf": "18", "preset": "veryfast", "g": "16", "bf": "0", "sc_threshold": "0"}
+    options = {"crf": str(crf), "preset": "veryfast", "g": "16", "bf": "0", "sc_threshold": "0"}
     for start, end in zip([0, *cuts], [*cuts, len(times)], strict=True):
         with av.open(str(video)) as source, av.open(str(folder / f"{start}.mp4"), "w") as out:
             stream = source.streams.video[0]
@@ -125,24 +128,25 @@ def f1(found: Sequence[int], truth: Sequence[dict[str, Any]]) -> float:
 
 
 SIDES = {
-    "ours": lambda video, folder: detect_ours(video),
-    "ContentDetector": lambda video, folder: detect_theirs(video, "ContentDetector"),
-    "AdaptiveDetector": lambda video, folder: detect_theirs(video, "AdaptiveDetector"),
-    "cut ours": lambda video, folder: cut_ours(video, folder),
-    "cut theirs": lambda video, folder: cut_theirs(video, folder),
+    "ours": lambda video, folder, crf: detect_ours(video),
+    "ContentDetector": lambda video, folder, crf: detect_theirs(video, "ContentDetector"),
+    "AdaptiveDetector": lambda video, folder, crf: detect_theirs(video, "AdaptiveDetector"),
+    "cut ours": cut_ours,
+    "cut theirs": cut_theirs,
 }
 
 
-def in_a_process(side: str, video: Path, folder: Path) -> tuple[float, Any]:
+def in_a_process(side: str, video: Path, folder: Path, crf: int) -> tuple[float, Any]:
     """Run a side by itself: CPU seconds and what it returns."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-m", "benchmarks.split", "--video", str(video), "--side", side, "--out", str(folder)]
+    command += ["--crf", str(crf)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, json.loads(done.stdout)
 
 
-def measure(video: Path, cuts: Path, repeat: int) -> dict[str, Any]:
+def measure(video: Path, cuts: Path, repeat: int, crf: int) -> dict[str, Any]:
     truth = json.loads(cuts.read_text())["cuts"]
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -151,7 +155,7 @@ def measure(video: Path, cuts: Path, repeat: int) -> dict[str, Any]:
             for side in SIDES:
                 folder = Path(name) / f"{side}_{turn}".replace(" ", "_")
                 folder.mkdir()
-                seconds, found = in_a_process(side, video, folder)
+                seconds, found = in_a_process(side, video, folder, crf)
                 taken[side].append(seconds)
                 result[side] = {"cpu_seconds": round(statistics.median(taken[side]), 2)}
                 if found is not None:
@@ -172,21 +176,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--video", type=Path, help=f"(default: {' and '.join(NAMES)} in ../shared/videos)")
     parser.add_argument("--cuts", type=Path, help="its true cuts (default: beside the video)")
+    parser.add_argument("--crf", type=int, default=23, metavar="Q", help="x264 quality of the clips (%(default)s)")
     parser.add_argument("--repeat", type=int, default=1, metavar="N", help="runs of each side (%(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/split.json)")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        print(json.dumps(SIDES[args.side](args.video, args.out)))
+        print(json.dumps(SIDES[args.side](args.video, args.out, args.crf)))
         return
     videos = [args.video] if args.video else [VIDEOS / f"{name}.mp4" for name in NAMES]
     missing = [video for video in videos if not video.exists()]
     if missing:
         print(f"{missing[0]}: not there; name a video and its cuts with --video and --cuts")
         return
-    result: dict[str, Any] = {"benchmark": "split", "environment": environment(), "videos": {}}
+    result: dict[str, Any] = {"benchmark": "split", "environment": environment(), "crf": args.crf, "videos": {}}
     for video in videos:
-        rows = measure(video, args.cuts or video.with_suffix(".cuts.json"), args.repeat)
+        rows = measure(video, args.cuts or video.with_suffix(".cuts.json"), args.repeat, args.crf)
         ratios = {
             "detection": ratio(rows, "ours", "ContentDetector"),
             "detection_and_cutting": ratio(rows, "cut ours", "cut theirs"),
