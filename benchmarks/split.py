@@ -197,7 +197,7 @@ def main() -> None:
             "detection_and_cutting": ratio(rows, "cut ours", "cut theirs"),
             "reading": ratio(rows, "read source", "read clips"),
         }
-        result["videos"][video.name] = {"rows": rows, "ratios": ratios}
+        result["videos"][video.name] = {"repeat": args.repeat, "rows": rows, "ratios": ratios}
         shown = [(name, row.get("f1", ""), row["cpu_seconds"]) for name, row in rows.items()]
         print(table(f"{video.name}: {ratios}", ("side", "F1", "CPU s"), shown), flush=True)
     print(f"written to {save('split', result, args.out)}")
