@@ -85,6 +85,7 @@ bench: setup
 	$(PYTHON) -m benchmarks.loader
 	$(PYTHON) -m benchmarks.collectives
 	$(PYTHON) -m benchmarks.split
+	$(PYTHON) -m benchmarks.tables
 
 gpu:
 	$(GPU_PYTHON) -m benchmarks.gpu_checks

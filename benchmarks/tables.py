@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -88,7 +89,29 @@ def measure(module: str, arguments: list[str], rows: int) -> dict[str, Any]:
     if done.returncode:
         raise SystemExit(f"error: {module} failed: {done.stderr.strip()[-500:]}")
     peak = float(done.stdout.split()[-1])
+    if f"{rows:,} rows, 0 rejected" not in done.stdout and f"of {rows:,} rows kept" not in done.stdout:
+        raise SystemExit(f"error: {module} lost rows: {done.stdout.strip()[-500:]}")
     return {"seconds": round(seconds, 1), "rows_per_s": round(rows / seconds), "peak_rss_mb": round(peak)}
+
+
+def measure_convert(folder: Path, manifest: Path, rows: int) -> dict[str, Any]:
+    """Convert the manifest to each format of text and back."""
+    tools: dict[str, Any] = {}
+    steps = {
+        "to csv": (manifest, ["--to", "csv"]),
+        "from csv": (folder / "to csv" / "manifest.csv", []),
+        "to opensora": (manifest, ["--to", "opensora"]),
+        "from opensora": (folder / "to opensora" / "opensora.csv", ["--no-probe"]),
+    }
+    for step, (given, options) in steps.items():
+        out = folder / step
+        result = measure("data_tools.convert", [str(given), "--out", str(out), *options], rows)
+        result["mb"] = {path.name: round(path.stat().st_size / 1e6) for path in (given, *out.glob("[mo]*.*"))}
+        tools[f"convert {step}"] = result
+        if step.startswith("from"):
+            shutil.rmtree(out)
+            shutil.rmtree(given.parent)
+    return tools
 
 
 def main() -> None:
@@ -106,6 +129,8 @@ def main() -> None:
         out = Path(name) / "filter"
         tools = {"filter": measure("data_tools.filter", [str(manifest), "--out", str(out), *FILTER], args.rows)}
         tools["filter"]["report"] = json.loads((out / "filter.json").read_text(encoding="utf-8"))
+        shutil.rmtree(out)
+        tools |= measure_convert(Path(name), manifest, args.rows)
     result = {
         "benchmark": "tables",
         "environment": where,

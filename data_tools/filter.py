@@ -68,11 +68,11 @@ class Rule:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
-    args = parse(argv)
+    args = build_parser().parse_args(argv)
     return run_tool(lambda: filter_rows(args.input, Path(args.out), args.rules, thumbnails=args.thumbnails))
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="data_tools.filter", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -102,7 +102,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="clips to show on each side of a numeric threshold; 0: none (%(default)s)",
     )
-    return parser.parse_args(argv)
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise DataError for options that cannot work, before any input is looked at."""
+    check_options(args.rules, args.thumbnails)
+
+
+def check_options(rules: list[tuple[str, str]], thumbnails: int) -> None:
+    from opensora_repro.data.expressions import split_conjunction
+
+    if not rules:
+        raise DataError("no rule given: add --keep RULE or --percentile RULE")
+    if thumbnails < 0:
+        raise DataError(f"--thumbnails {thumbnails}: expected 0 or more")
+    for kind, text in rules:
+        if kind == "percentile":
+            percentile_parts(text)
+        else:
+            split_conjunction(text)
 
 
 def filter_rows(given: str, out: Path, rules: list[tuple[str, str]], *, thumbnails: int = 0) -> int:
@@ -110,10 +129,7 @@ def filter_rows(given: str, out: Path, rules: list[tuple[str, str]], *, thumbnai
     from opensora_repro.data.near import Nearest
     from opensora_repro.data.tables import open_table
 
-    if not rules:
-        raise DataError("no rule given: add --keep RULE or --percentile RULE")
-    if thumbnails < 0:
-        raise DataError(f"--thumbnails {thumbnails}: expected 0 or more")
+    check_options(rules, thumbnails)
     manifest = manifest_of(given, out, Runner(), needs=("id",))
     table = open_table(manifest)
     if "id" not in table.schema.names:
@@ -153,14 +169,20 @@ def build_rules(kind: str, text: str, table: Table) -> list[Rule]:
     return rules
 
 
+def percentile_parts(text: str) -> re.Match[str]:
+    """Take "sharpness >= 10%" apart: value, op, percent. Raises DataError."""
+    match = PERCENTILE.fullmatch(text.strip())
+    if not match or float(match["percent"]) > 100:
+        raise DataError(f'--percentile {text!r}: expected a column, <, <=, > or >=, and a percentage: "motion >= 10%"')
+    return match
+
+
 def percentile_rule(text: str, table: Table) -> Rule:
     """Turn "sharpness >= 10%" into a comparison with the tenth percentile of the whole column."""
     from opensora_repro.data.expressions import NUMBER, compile_expression, numbers
     from opensora_repro.data.quantiles import percentile
 
-    match = PERCENTILE.fullmatch(text.strip())
-    if not match or float(match["percent"]) > 100:
-        raise DataError(f'--percentile {text!r}: expected a column, <, <=, > or >=, and a percentage: "motion >= 10%"')
+    match = percentile_parts(text)
     value = compile_expression(match["value"], table.schema)
     if value.kind != NUMBER or not value.columns:
         raise DataError(f"--percentile {text!r}: {match['value']} is {value.kind}, expected a column of numbers")
@@ -231,15 +253,10 @@ def first_failures(rules: list[Rule], batch: Any) -> Any:
 
 def write_report(out: Path, rules: list[Rule], rows: int, kept: int) -> None:
     """Write filter.json and print the same as a table."""
-    from opensora_repro.data.files import beside
+    from opensora_repro.data.files import write_text
 
     report = {"rows": rows, "kept": kept, "dropped": rows - kept, "rules": [rule.report() for rule in rules]}
-    path = out / "filter.json"
-    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        unfinished = beside(path)
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
+    write_text(out / "filter.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     print(f"{'dropped alone':>14} {'in order':>12} {'missing':>10}  rule")
     for rule in rules:
         shown = f"  ({rule.threshold:.6g})" if rule.percent is not None and rule.threshold is not None else ""

@@ -24,20 +24,20 @@ from opensora_repro.data.probing import probe_all
 
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
-    args = parse(argv)
+    args = build_parser().parse_args(argv)
     return run_tool(
         lambda: probe_all(args.input, Path(args.out), runner_of(args), decode=args.decode, images=args.images)
     )
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="data_tools.probe", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("input", help="a video, folder, glob pattern or table (put -- before a leading dash)")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for manifest.parquet and rejects.parquet")
     parser.add_argument("--decode", action="store_true", help="also decode every frame")
     parser.add_argument("--images", action="store_true", help="take the pictures of a folder, too")
     add_runner_options(parser)
-    return parser.parse_args(argv)
+    return parser
 
 
 if __name__ == "__main__":

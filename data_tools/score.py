@@ -25,8 +25,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import hashlib
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -35,10 +33,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opensora_repro.data.batches import run_batches
 from opensora_repro.data.jobs import Job, Runner, add_runner_options, run_jobs, runner_of
 from opensora_repro.data.manifest import DataError
 from opensora_repro.data.outcome import REJECTS, run_tool, write_rows
 from opensora_repro.data.probing import INPUT_HELP, manifest_of
+from opensora_repro.data.record_keys import digest, sampled_digest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,17 +47,16 @@ if TYPE_CHECKING:
 NAMES = ("motion", "jitter", "static", "sharpness", "brightness", "letterbox", "text", "watermark", "duplicates")
 MODEL_METHOD = 1  # raise when the model's scores are computed otherwise
 TIMEOUT = 300.0  # seconds for a clip
-SAMPLE = 1 << 16  # bytes
 Record = dict[str, Any]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
-    args = parse(argv)
+    args = build_parser().parse_args(argv)
     return run_tool(lambda: score(args))
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="data_tools.score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -70,7 +69,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="clips a model batch (%(default)s)")
     parser.add_argument("--model-workers", type=int, default=1, metavar="N", help="copies of the model (%(default)s)")
     add_runner_options(parser)
-    return parser.parse_args(argv)
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise DataError for options that cannot work, before any input is looked at."""
+    names_of(args)
+    runner_of(args)
 
 
 def names_of(args: argparse.Namespace) -> list[str]:
@@ -157,11 +162,7 @@ def embed_all(
     folder: Path,
     runner: Runner,
 ) -> list[Record]:
-    """Return what the model says of every clip that could be measured, and nothing of the others.
-
-    Clips go to the model in batches. A batch's record holds its clips by their own keys, so that a clip is known again
-    whatever batch it was in. If a batch fails, its clips are tried one by one.
-    """
+    """Return what the model says of every clip that could be measured, and nothing of the others."""
     how = model_fingerprint(args.clip, args.aesthetic)
     todo: dict[str, Record] = {}
     keys: list[str | None] = []
@@ -170,32 +171,10 @@ def embed_all(
         key = None if "error" in record else digest([content, item["num_frames"], item["caption"], how])
         keys.append(key)
         if key:
-            todo[key] = {"key": key, **item}
-    known = dict(embedded_before(folder))
-    for size in (args.batch_size, 1):
-        left = [item for key, item in todo.items() if key not in known]
-        batches = [left[at : at + size] for at in range(0, len(left), size)]
-        model = {"clip": args.clip, "head": args.aesthetic, "device": args.device}
-        jobs = [
-            Job(digest([item["key"] for item in batch]), batch[0]["path"], {"items": batch, **model})
-            for batch in batches
-        ]
-        results = run_jobs(embed, jobs, folder, runner=runner, label="CLIP", unit="batch")
-        for job, batch in zip(jobs, batches, strict=True):
-            result = results[job.key]
-            if size == 1 and "error" in result:
-                known[batch[0]["key"]] = result
-            known.update(result.get("clips", {}))
+            todo[key] = item
+    model = {"clip": args.clip, "head": args.aesthetic, "device": args.device}
+    known = run_batches(embed, todo, folder, size=args.batch_size, options=model, runner=runner, label="CLIP")
     return [known[key] if key else {} for key in keys]
-
-
-def embedded_before(folder: Path) -> Iterator[tuple[str, Record]]:
-    """Yield the clips of all finished batches."""
-    for path in sorted(folder.glob("*.json")):
-        try:
-            yield from json.loads(path.read_text(encoding="utf-8")).get("clips", {}).items()
-        except (OSError, ValueError, AttributeError):
-            continue
 
 
 def model_fingerprint(clip: str, head: str | None) -> str:
@@ -298,32 +277,6 @@ def best_alike(clips: pd.DataFrame, records: list[Record]) -> list[int]:
     rank = np.empty(len(order), dtype=np.int64)
     rank[order] = np.arange(len(order))
     return groups_of(len(records), pairs(), rank.tolist())
-
-
-# ---- what names a record
-
-
-def digest(parts: list[Any]) -> str:
-    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def sampled_digest(path: Path) -> str:
-    """Return a digest of a file's size and of its first, middle and last 64 KiB.
-
-    Enough to tell clips apart, whose containers list the sizes of all frames at an end, without reading them whole.
-    Of the name for what cannot be read: why not, is told when it is opened.
-    """
-    content = hashlib.blake2b(digest_size=16)
-    try:
-        size = path.stat().st_size
-        content.update(size.to_bytes(8, "little"))
-        with open(path, "rb") as file:
-            for at in sorted({0, max(0, (size - SAMPLE) // 2), max(0, size - SAMPLE)}):
-                file.seek(at)
-                content.update(file.read(SAMPLE))
-    except OSError as error:
-        content.update(f"{type(error).__name__} {path.name}".encode("utf-8", "surrogateescape"))
-    return content.hexdigest()
 
 
 if __name__ == "__main__":

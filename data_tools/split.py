@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
 CLIP_COLUMNS = {**MANIFEST, **LINEAGE, "resplit": "bool"}
-METHOD = 2  # raise when the same options would give other clips, so that finished sources are done again
+METHOD = 3  # raise when the same options would give other clips, so that finished sources are done again
 PATIENCE = 600.0  # seconds that any source may take
 SLOWEST = 20e3  # bytes of a source that a busy core splits in a second
 Record = dict[str, list[Row]]  # a finished source's "clips" and "rejects"
@@ -68,11 +68,11 @@ class Source:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
-    args = parse(argv)
+    args = build_parser().parse_args(argv)
     return run_tool(lambda: split(args.input, Path(args.out), options_of(args), runner_of(args)))
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="data_tools.split", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("input", help="a video, folder, glob pattern or table (put -- before a leading dash)")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for clips/ and their manifest")
@@ -105,7 +105,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add_encoding_arguments(parser)
     add_runner_options(parser)
-    return parser.parse_args(argv)
+    return parser
 
 
 def add_encoding_arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,6 +120,12 @@ def add_encoding_arguments(parser: argparse.ArgumentParser) -> None:
         help="clips that are read fast: short side 256 unless --short-side says otherwise, quick to decode",
     )
     parser.add_argument("--crf", type=int, default=18, help="x264 quality of the clips, 0 (best) to 51 (%(default)s)")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise DataError for options that cannot work, before any input is looked at."""
+    options_of(args)
+    runner_of(args)
 
 
 def options_of(args: argparse.Namespace) -> Options:
@@ -170,7 +176,7 @@ def split(given: str, out: Path, options: Options, runner: Runner) -> int:
     forget_lost_clips(out, sources)
     jobs = [job_of(source, out, options) for source in sources]
     records = run_jobs(split_job, jobs, out / "sources", runner=runner, label="splitting", unit="video")
-    remove_leftovers(out / "clips")  # again: of a killed run's workers, some may only just have ended
+    remove_leftovers(out / "clips")  # again: the workers of a run that was killed just before may have died since
     clips, rejects = collect(sources, [records[source.digest] for source in sources])
     rejects += [reject("", item.name, "split", item.reason) for item in inputs.items if item.reason]
     write_outcome(out, clips, rejects, CLIP_COLUMNS)
@@ -188,9 +194,18 @@ def name_record(content: str, options: Options) -> str:
 
 
 def forget_lost_clips(out: Path, sources: list[Source]) -> None:
-    """Take back the record of a source that lost a clip, so that it is split again."""
+    """Take back the record of a source that lost a clip, so that it is split again.
+
+    Where a source will be split, its records under other options go too: its clips are about to be replaced.
+    """
+    others: dict[str, list[Path]] = {}
+    for path in (out / "sources").glob("*.json"):
+        others.setdefault(path.stem.split("-")[0], []).append(path)
     for digest in {source.digest for source in sources}:
         record = read_record(out / "sources", digest) or {}
+        if not record:
+            for path in others.get(digest.split("-")[0], []):
+                path.unlink(missing_ok=True)
         if not all((out / "clips" / row["path"]).is_file() for row in record.get("clips", [])):
             (out / "sources" / f"{digest}.json").unlink(missing_ok=True)
 
@@ -214,17 +229,27 @@ def split_source(source: Source, out: Path, options: Options, on_frame: Callable
     """Detect, cut, verify; return the clips and what gave none. A source that cannot be read is a reject."""
     from opensora_repro.data.cut import cut_clips
     from opensora_repro.data.scenes import plan_spans, scan_video
+    from opensora_repro.data.single_pass import SceneOptions, scan_and_cut
     from opensora_repro.data.video import DecodeError
 
-    limits = {"min_frames": options.min_frames, "max_frames": options.max_frames}
+    def target(span: Span) -> Path:
+        return out / "clips" / f"{clip_id(source, span)}.mp4"
+
+    encoding, scan, o = encoding_of(options), None, options
     try:
-        scan = scan_video(source.path, detector=options.detector, threshold=options.threshold, on_frame=on_frame)
-        spans = plan_spans(len(scan.times), scan.cuts, transitions=scan.transitions, trim=options.trim, **limits)
-        kept = [(s, out / "clips" / f"{clip_id(source, s)}.mp4") for s in spans if len(s) >= options.min_frames]
-        cut_clips(source.path, scan, kept, encoding=encoding_of(options), on_frame=on_frame)
-        short = [span for span in spans if len(span) < options.min_frames]
-        clips = [clip_row(target, scan, span) for span, target in kept]
-        rejects = [reject_row(f"{len(s)} frames, --min-frames is {options.min_frames}", s.start, s.end) for s in short]
+        if o.detector == "shots" and not o.max_frames:
+            how = SceneOptions(encoding, o.threshold, o.min_frames, o.trim)
+            scan = scan_and_cut(source.path, target, how, on_frame=on_frame)
+        written = scan is not None
+        scan = scan or scan_video(source.path, detector=o.detector, threshold=o.threshold, on_frame=on_frame)
+        limits = {"min_frames": o.min_frames, "max_frames": o.max_frames}
+        spans = plan_spans(len(scan.times), scan.cuts, transitions=scan.transitions, trim=o.trim, **limits)
+        kept = [(span, target(span)) for span in spans if len(span) >= o.min_frames]
+        if not written:
+            cut_clips(source.path, scan, kept, encoding=encoding, on_frame=on_frame)
+        short = [span for span in spans if len(span) < o.min_frames]
+        clips = [clip_row(path, scan, span) for span, path in kept]
+        rejects = [reject_row(f"{len(s)} frames, --min-frames is {o.min_frames}", s.start, s.end) for s in short]
         record = {"clips": clips, "rejects": rejects}
     except DecodeError as error:
         record = {"clips": [], "rejects": [reject_row(str(error).removeprefix(f"{source.path}: "))]}

@@ -156,16 +156,20 @@ class Config:
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file, apply `section.key=value` overrides, check types and ranges. Raises ConfigError (one line)."""
+    return parse_config(read_toml(path), overrides, where=str(path))
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Return a TOML file's content. Raises ConfigError (one line)."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError(f"config {path}: cannot be read ({reason})") from None
     try:
-        table = tomllib.loads(text)
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"config {path}: not valid TOML: {' '.join(str(error).split())}") from None
-    return parse_config(table, overrides, where=str(path))
 
 
 def parse_config(table: dict[str, Any], overrides: Sequence[str] = (), *, where: str = "config") -> Config:
@@ -253,14 +257,14 @@ def _parse_override(override: str) -> tuple[str, str, Any]:
         guess = _closest_key(_closest_section(section).strip("[]"), key)
         raise ConfigError(f"override {override!r}: unknown key {section}.{key}; did you mean {guess}?")
     hint = _hint(section, key, f"override {override!r}")
-    value = _toml_value(raw.strip())
+    value = toml_value(raw.strip())
     # A path such as `run.dir=2024` is text whatever TOML would make of it.
     if hint is str and not isinstance(value, str):
         value = raw.strip()
     return section, key, _convert(f"{section}.{key}", value, hint, f"override {override!r}")
 
 
-def _toml_value(raw: str) -> Any:
+def toml_value(raw: str) -> Any:
     """A TOML value, or the text itself where it is none (`init.weights=runs/stage1` needs no quotes)."""
     try:
         parsed = tomllib.loads(f"value = {raw}")

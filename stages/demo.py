@@ -102,7 +102,8 @@ def make_data(plan: Plan) -> None:
 
     footage = plan.root / "footage"
     captions = film(footage, videos=plan.videos + 1, seed=0)
-    run("data_tools.split", str(footage), "--out", str(plan.root / "clips"))
+    # A lone shape on a plain ground is no footage: its frames can be told apart, but what moved where cannot.
+    run("data_tools.split", str(footage), "--detector", "adaptive", "--out", str(plan.root / "clips"))
     run("data_tools.caption", str(plan.root / "clips" / "manifest.parquet"), "--sidecar", str(captions),
         "--out", str(plan.root / "captioned"))  # fmt: skip
     clips = read_manifest(plan.root / "captioned" / "manifest.parquet")

@@ -26,6 +26,15 @@ def square(args: dict[str, Any]) -> Any:
     return {"n": args["n"], "square": args["n"] ** 2, "odd name": "é\n'\udcff"}
 
 
+def squares(args: dict[str, Any]) -> Any:
+    """A batch: leave a mark in `log`; a spoilt item fails all of it."""
+    with open(args["log"], "a") as file:
+        file.write(" ".join(item["path"] for item in args["items"]) + "\n")
+    if any(item.get("spoilt") for item in args["items"]):
+        raise ValueError("spoilt")
+    return {"clips": {item["key"]: {"square": item["n"] ** 2} for item in args["items"]}}
+
+
 def misbehave(args: dict[str, Any]) -> Any:
     """Do what `how` says."""
     how = args.get("how")

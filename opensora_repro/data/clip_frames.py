@@ -25,25 +25,25 @@ def runs_of(num_frames: int) -> list[range]:
     return [range(start, start + RUN_FRAMES) for start in starts]
 
 
-def middles_of(num_frames: int) -> list[int]:
-    """Return up to RUNS frames, the middles of the thirds: what stands for a clip where motion does not matter."""
-    return sorted({(2 * part + 1) * num_frames // (2 * RUNS) for part in range(RUNS)})
+def middles_of(num_frames: int, parts: int = RUNS) -> list[int]:
+    """Return up to `parts` frames, the middles of equal parts: they stand for a clip where motion does not matter."""
+    return sorted({(2 * part + 1) * num_frames // (2 * parts) for part in range(parts)})
 
 
 def read_runs(path: str | Path, num_frames: int) -> list[np.ndarray]:
     """Return uint8 [T, H, W, 3] for each run, short side SHORT_SIDE. Raises DecodeError."""
-    from opensora_repro.data.video import read_frames_at
+    from opensora_repro.data.video import read_pictures_at
 
     size = SHORT_SIDE, SHORT_SIDE
-    return [read_frames_at(path, run, size=size).numpy() for run in runs_of(num_frames)]
+    return [read_pictures_at(path, run, size=size) for run in runs_of(num_frames)]
 
 
-def read_middles(path: str | Path, num_frames: int) -> np.ndarray:
-    """Return the frames of `middles_of` as uint8 [T, H, W, 3], short side SHORT_SIDE. Raises DecodeError."""
-    from opensora_repro.data.video import read_frames_at
+def read_middles(path: str | Path, num_frames: int, *, parts: int = RUNS, short_side: int = SHORT_SIDE) -> np.ndarray:
+    """Return the frames of `middles_of` as uint8 [T, H, W, 3]. Raises DecodeError."""
+    from opensora_repro.data.video import read_pictures_at
 
-    size = SHORT_SIDE, SHORT_SIDE
-    return np.concatenate([read_frames_at(path, [frame], size=size).numpy() for frame in middles_of(num_frames)])
+    size = short_side, short_side
+    return np.concatenate([read_pictures_at(path, [frame], size=size) for frame in middles_of(num_frames, parts)])
 
 
 def grey(frames: np.ndarray) -> np.ndarray:

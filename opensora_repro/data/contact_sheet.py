@@ -14,14 +14,14 @@ Thumbnail = tuple[NearRow, np.ndarray]
 
 def read_thumbnails(rows: list[NearRow], folder: Path, count: int) -> list[Thumbnail]:
     """Return the middle frames, uint8 [CELL, CELL, 3], of the first `count` clips that can be read."""
-    from opensora_repro.data.video import DecodeError, read_frames
+    from opensora_repro.data.video import DecodeError, read_pictures_at
 
     found: list[Thumbnail] = []
     for row in rows:
         if len(found) == count:
             break
         try:
-            frame = read_frames(folder / row.path, start=max(0, row.num_frames // 2), count=1).numpy()[0]
+            frame = read_pictures_at(folder / row.path, [max(0, row.num_frames // 2)])[0]
         except (DecodeError, OSError, ValueError):
             continue
         found.append((row, _fit(frame)))

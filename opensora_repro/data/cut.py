@@ -75,7 +75,7 @@ def cut_clips(
     waiting = [clip for clip in clips if not (how.copy and how.keeps_frames and copy_clip(path, scan, *clip, how))]
     writer: ClipWriter | None = None
     try:
-        with open_video(path, threads=0) as (container, stream):
+        with open_video(path) as (container, stream):
             to_plain = PlainFrames(path, stream, how.short_side)
             for position, frame in enumerate(container.decode(stream)):
                 if not waiting:
@@ -89,12 +89,13 @@ def cut_clips(
                 if writer is None or shown[position - span.start]:
                     plain = to_plain(frame)
                 if writer is None:
-                    writer = ClipWriter(target, plain, time_base, float(how.fps or clip_rate(scan, span)), how)
+                    rate = float(how.fps or clip_rate(scan.times, span.start, scan.time_base))
+                    writer = ClipWriter(target, plain, time_base, rate, how)
                     writer.add_audio(path, scan, span)
                 for time in shown[position - span.start]:
                     writer.add(plain, time)
                 if position == span.end - 1:
-                    writer.finish(sum(map(len, shown)))
+                    writer.finish()
                     writer = None
                     del waiting[0]
     finally:
@@ -104,9 +105,9 @@ def cut_clips(
         raise DecodeError(f"{path}: the second reading ended before frame {waiting[0][0].end}")
 
 
-def clip_rate(scan: Scan, span: Span) -> float:
-    """Return a span's average frames a second, 0 for a single frame."""
-    return average_rate(scan.times[span.start : span.end], scan.time_base)
+def clip_rate(times: Sequence[int], begin: int, time_base: Fraction) -> float:
+    """Return the frames a second that a clip begins with, for the encoder to plan with; 0 where there is one frame."""
+    return average_rate(times[begin : begin + GOP + 1], time_base)
 
 
 def frame_times(scan: Scan, span: Span, fps: Fraction | None) -> tuple[Fraction, list[list[int]]]:
@@ -185,7 +186,7 @@ def _packets_between(container: Any, stream: Any, start: int, end: int | None) -
 
 def decoded_seconds(path: str | Path) -> list[float]:
     """Return when each frame is shown; DecodeError if not all decode."""
-    with open_video(path, threads=0) as (container, stream):
+    with open_video(path) as (container, stream):
         stream.codec_context.options = DRAFT
         return [float(frame.pts * frame.time_base) for frame in container.decode(stream)]
 
@@ -235,9 +236,9 @@ class PlainFrames:
         import av
 
         self.size = self.size or (frame.height, frame.width)
-        turn = orientation(frame)
+        turned = self.to_picture.turn(frame) != Orientation()
         odd = frame.height % 2 or frame.width % 2
-        if not self.plain or odd or turn != type(turn)() or (frame.height, frame.width) != self.size:
+        if not self.plain or odd or turned or (frame.height, frame.width) != self.size:
             picture = self.to_picture(frame)
             height, width = picture.shape[0] // 2 * 2, picture.shape[1] // 2 * 2
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture[:height, :width]), format="rgb24")
@@ -274,7 +275,8 @@ class PlainFrames:
 class ClipWriter:
     """Encode frames beside the final name; `finish` verifies and renames, `discard` removes.
 
-    A full disk and the like raise OSError: they say nothing about the source.
+    One thread encodes: more would cost more in all, and the clip's bytes would depend on the machine. A full disk and
+    the like raise OSError: they say nothing about the source.
     """
 
     def __init__(self, target: Path, first: Any, time_base: Fraction, rate: float, how: Encoding) -> None:
@@ -289,10 +291,12 @@ class ClipWriter:
         stream = self.container.add_stream("libx264", rate=_encoder_rate(rate), options=options)
         stream.width, stream.height, stream.pix_fmt = first.width, first.height, "yuv420p"
         context = stream.codec_context
+        context.thread_count = 1
         context.time_base = self.time_base = time_base
         context.colorspace, context.color_range = first.colorspace, first.color_range
         self.stream = stream
         self.with_audio = how.audio
+        self.times: list[int] = []
 
     def add_audio(self, path: str | Path, scan: Scan, span: Span) -> None:
         """Append the span's sound as AAC, if it is wanted and there is any; to be called before `add`."""
@@ -318,20 +322,21 @@ class ClipWriter:
     def add(self, frame: Any, time: int) -> None:
         """Append a frame shown at `time` (in time_base units since the clip's start)."""
         frame.pts, frame.time_base = time, self.time_base
+        self.times.append(time)
         frame.pict_type = 0  # or the encoder would repeat the source's choice of key frames
         with self._writing():
             self.container.mux(self.stream.encode(frame))
 
-    def finish(self, num_frames: int) -> None:
-        """Flush, decode what was written and rename it; DecodeError if it is not `num_frames` long."""
+    def finish(self, target: Path | None = None) -> None:
+        """Flush, verify and rename (to `target` where the clip's name was not known before); DecodeError if damaged."""
         with self._writing():
             self.container.mux(self.stream.encode(None))
             self.container.close()
-        found = count_frames(self.unfinished)
-        if found != num_frames:
+        wrong = fault(self.unfinished, [float(time * self.time_base) for time in self.times])
+        if wrong:
             self.discard()
-            raise DecodeError(f"{self.target}: {found} of {num_frames} frames decode after writing")
-        os.replace(self.unfinished, self.target)
+            raise DecodeError(f"{target or self.target}: {wrong} after writing")
+        os.replace(self.unfinished, target or self.target)
 
     def discard(self) -> None:
         """Close and remove the unfinished file."""
@@ -351,11 +356,23 @@ class ClipWriter:
             raise OSError(error.errno, f"cannot be written: {error.strerror}", str(self.target)) from error
 
 
-def count_frames(path: str | Path) -> int:
-    """Return how many frames decode; DecodeError if not all do."""
-    with open_video(path, threads=0) as (container, stream):
+def fault(path: Path, seconds: Sequence[float]) -> str:
+    """Return what is wrong with a clip that should show a frame at each of `seconds`, "" if nothing is.
+
+    Every frame must be there, at its time, and every key frame must decode. The frames between are not decoded again:
+    the encoder made them just now, and what a disk or a crash does to a file shows in the rest.
+    """
+    expected = -(-len(seconds) // GOP)
+    with open_video(path) as (container, stream):
+        found = [float(time * stream.time_base) for time in frame_index(path).times]
+        if len(found) != len(seconds):
+            return f"{len(found)} of {len(seconds)} frames are there"
+        if not np.allclose(found, seconds, atol=1e-3):
+            return "frames are at other times"
+        stream.codec_context.skip_frame = "NONKEY"
         stream.codec_context.options = DRAFT
-        return sum(1 for _ in container.decode(stream))
+        keys = sum(not frame.is_corrupt for frame in container.decode(stream))
+    return "" if keys == expected else f"{keys} of {expected} key frames decode"
 
 
 def _encoder_rate(rate: float) -> Fraction:

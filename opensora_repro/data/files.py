@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
+import filecmp
+import hashlib
 import os
+import re
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 def beside(path: Path) -> Path:
     """Return a hidden name in the same folder, this process's own, to write to before renaming to `path`."""
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file that is `path` at the end of the block, whole or not at all; an equal one is left untouched."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = beside(path)
+    try:
+        with open(unfinished, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if not (path.is_file() and filecmp.cmp(unfinished, path, shallow=False)):
+            os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file, whole or not at all; an equal one is left untouched."""
+    with writing(path) as file:
+        file.write(text.encode("utf-8"))
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -26,6 +54,17 @@ def remove_leftovers(folder: Path) -> None:
 def one_line(text: object) -> str:
     """Return `text` with line breaks and control characters escaped: a file's name cannot forge or hide a message."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
+
+
+def safe_name(text: str) -> str:
+    """Return a file name without a dot that stands for `text` alone, whoever wrote it.
+
+    Letters, digits, _ and - of ASCII stay; where anything else was there, or more than 100 of them, a digest follows.
+    """
+    plain = re.sub(r"[^A-Za-z0-9_-]+", "_", text)[:100]
+    if plain == text and plain:
+        return plain
+    return f"{plain}-{hashlib.blake2b(text.encode('utf-8', 'surrogatepass'), digest_size=6).hexdigest()}"
 
 
 def _is_running(pid: int) -> bool:

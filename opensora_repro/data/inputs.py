@@ -95,6 +95,14 @@ def _item(path: Path, name: str, row: dict[str, Any] | None = None) -> Item:
 
 
 def _of_folder(root: Path, out: Path, suffixes: Collection[str]) -> Inputs:
+    inputs = files_below(root, out, suffixes)
+    if not inputs.items:
+        raise DataError(f"{one_line(root)}: no video in this folder (looked for {' '.join(sorted(suffixes))})")
+    return inputs
+
+
+def files_below(root: Path, out: Path, suffixes: Collection[str]) -> Inputs:
+    """Return what `find_inputs` finds in a folder, where nothing is no mistake."""
     if out.resolve() == root.resolve():
         raise DataError(f"--out {one_line(out)}: is INPUT itself; choose another folder")
     items, others = [], 0
@@ -103,8 +111,6 @@ def _of_folder(root: Path, out: Path, suffixes: Collection[str]) -> Inputs:
             items.append(_item(path, path.relative_to(root).as_posix()))
         else:
             others += not is_folder
-    if not items:
-        raise DataError(f"{one_line(root)}: no video in this folder (looked for {' '.join(sorted(suffixes))})")
     return Inputs(sorted(items, key=lambda item: item.name), others)
 
 

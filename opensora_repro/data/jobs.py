@@ -83,7 +83,7 @@ def run_jobs(
     """
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
-    results = _finished(jobs, folder)
+    results = finished([job.key for job in jobs], folder)
     todo = {job.key: job for job in jobs if job.key not in results}
     if todo:
         with progress(label, len(todo), unit) as bar, closing(_start(work, todo.values(), runner, timeout)) as steps:
@@ -121,11 +121,11 @@ def read_record(folder: Path, key: str) -> Any:
         return None
 
 
-def _finished(jobs: Sequence[Job], folder: Path) -> dict[str, Any]:
+def finished(keys: Sequence[str], folder: Path) -> dict[str, Any]:
     """Return the results that are recorded; a folder is listed once rather than asked for every job."""
     names = set(os.listdir(folder))
-    keys = {job.key for job in jobs if f"{job.key}.json" in names}
-    records = {key: read_record(folder, key) for key in keys}
+    recorded = {key for key in keys if f"{key}.json" in names}
+    records = {key: read_record(folder, key) for key in recorded}
     return {key: record for key, record in records.items() if record is not None}
 
 
@@ -141,7 +141,7 @@ def _name_of(work: Work) -> str:
 
 
 @contextmanager
-def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+def progress(label: str, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
     """Show rate and time left: a bar on a terminal, elsewhere a line every half minute; nothing for short work."""
     from tqdm import tqdm
 
@@ -159,7 +159,7 @@ def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None
                 bar.refresh()
             if not terminal and time.monotonic() - last >= LOG_EVERY:
                 last = time.monotonic()
-                line = tqdm.format_meter(count, total, last - began, prefix=label, unit=unit, ascii=True, ncols=0)
+                line = tqdm.format_meter(count, total or 0, last - began, prefix=label, unit=unit, ascii=True, ncols=0)
                 print(line, file=sys.stderr, flush=True)
 
         yield advance

@@ -7,14 +7,13 @@ columns are kept. Relative paths are relative to the manifest's folder. An image
 
 from __future__ import annotations
 
-import filecmp
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from opensora_repro.data.files import beside
+from opensora_repro.data.files import writing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,7 +67,7 @@ def read_table(path: Path) -> pd.DataFrame:
     """Read a Parquet or CSV file, by its extension; the text columns of a CSV stay text. Raises DataError."""
     import pandas as pd
 
-    with _reading(path) as kind:
+    with reading(path) as kind:
         if kind == "parquet":
             return pd.read_parquet(path, engine="pyarrow")
         text = dict.fromkeys((*TEXT_COLUMNS, "source"), str)
@@ -81,20 +80,16 @@ def read_names(path: Path) -> list[str]:
     import pandas as pd
     import pyarrow.parquet as pq
 
-    with _reading(path) as kind:
+    with reading(path) as kind:
         if kind == "parquet":
             return list(pq.read_schema(path).names)
         return [str(name) for name in pd.read_csv(path, nrows=0, encoding="utf-8-sig").columns]
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[str]:
+def reading(path: Path) -> Iterator[str]:
     """Yield "parquet" or "csv"; whatever goes wrong in the block becomes a DataError that names the file."""
-    kind = _kind(path)
-    if path.is_dir():
-        raise DataError(f"{path}: is a folder, expected a .parquet or .csv file")
-    if not path.exists():
-        raise DataError(f"{path}: no such file")
+    kind = table_kind(path)
     try:
         yield kind
     except (OSError, ValueError) as error:  # pandas' and pyarrow's own errors derive from these
@@ -102,23 +97,24 @@ def _reading(path: Path) -> Iterator[str]:
         raise DataError(f"{path}: cannot be read as {kind}: {reason}") from error
 
 
+def table_kind(path: Path) -> str:
+    """Return "parquet" or "csv" for a table that is there, by its extension. Raises DataError."""
+    kind = _kind(path)
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder, expected a .parquet or .csv file")
+    if not path.exists():
+        raise DataError(f"{path}: no such file")
+    return kind
+
+
 def write_table(frame: pd.DataFrame, path: Path) -> None:
     """Write a frame as Parquet or CSV by the extension, whole or not at all; an equal file is left untouched."""
     kind = _kind(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = beside(path)
-    try:
-        with open(unfinished, "wb") as file:
-            if kind == "parquet":
-                frame.to_parquet(file, engine="pyarrow", index=False)
-            else:
-                file.write(frame.to_csv(index=False).encode("utf-8"))
-            file.flush()
-            os.fsync(file.fileno())
-        if not (path.is_file() and filecmp.cmp(unfinished, path, shallow=False)):
-            os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with writing(path) as file:
+        if kind == "parquet":
+            frame.to_parquet(file, engine="pyarrow", index=False)
+        else:
+            file.write(frame.to_csv(index=False).encode("utf-8"))
 
 
 def _kind(path: Path) -> str:

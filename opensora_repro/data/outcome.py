@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import filecmp
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from opensora_repro.data.files import beside, one_line
+from opensora_repro.data.files import one_line
 from opensora_repro.data.manifest import DataError, is_missing
+from opensora_repro.data.tables import table_writer
 
 Row = dict[str, Any]
 MISTAKE, INTERRUPTED = 2, 130  # exit statuses
@@ -47,42 +48,59 @@ def write_outcome(out: Path, rows: Iterable[Row], rejects: Iterable[Row], column
 
 def write_rows(path: Path, rows: Iterable[Row], columns: Mapping[str, str]) -> int:
     """Write a Parquet file row by row, whole or not at all; an equal file is left untouched. Returns how many."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in columns.items()])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished, count = beside(path), 0
-    try:
-        with open(unfinished, "wb") as file:
-            with pq.ParquetWriter(file, schema) as writer:
-                for batch in _batches(rows):
-                    count += len(batch)
-                    writer.write_table(_table(pa, batch, schema))
-            file.flush()
-            os.fsync(file.fileno())
-        if not (path.is_file() and filecmp.cmp(unfinished, path, shallow=False)):
-            os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    schema, count = schema_of(columns), 0
+    with table_writer(path, schema) as write:
+        for batch in in_batches(rows):
+            count += len(batch)
+            write(rows_batch(batch, schema))
     return count
 
 
-def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+@contextmanager
+def rejects_writer(path: Path) -> Iterator[Callable[[Row], None]]:
+    """Yield a function that takes rejects one at a time; the file is there at the end of the block, or is not."""
+    waiting: list[Row] = []
+    with table_writer(path, schema_of(REJECTS)) as write:
+
+        def refuse(row: Row) -> None:
+            waiting.append(row)
+            if len(waiting) >= BATCH:
+                flush()
+
+        def flush() -> None:
+            write(rows_batch(waiting, schema_of(REJECTS)))
+            waiting.clear()
+
+        yield refuse
+        flush()
+
+
+def in_batches(rows: Iterable[Row], size: int = BATCH) -> Iterator[list[Row]]:
+    """Yield lists of `size` rows; the last may be shorter."""
     rows = iter(rows)
-    while batch := list(islice(rows, BATCH)):
+    while batch := list(islice(rows, size)):
         yield batch
 
 
-def _table(pa: Any, batch: list[Row], schema: Any) -> Any:
+def schema_of(columns: Mapping[str, str]) -> Any:
+    """Return the pyarrow schema of columns that are given with pyarrow's names of their types."""
+    import pyarrow as pa
+
+    return pa.schema([(name, pa.type_for_alias(kind)) for name, kind in columns.items()])
+
+
+def rows_batch(rows: Sequence[Row], schema: Any) -> Any:
+    """Return rows as a pyarrow record batch; what a row lacks is null, what it has besides is left out."""
+    import pyarrow as pa
+
     columns = []
     for field in schema:
-        values = [row.get(field.name) for row in batch]
+        values = [row.get(field.name) for row in rows]
         values = [None if isinstance(v, float) and math.isnan(v) else v for v in values]  # pandas' null
         if field.type == pa.string():
             values = [v if v is None or isinstance(v, str) else str(v) for v in values]
         columns.append(pa.array(values, field.type))
-    return pa.Table.from_arrays(columns, schema=schema)
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
 def with_types(rows: Iterable[Row], columns: Mapping[str, str]) -> dict[str, str]:

@@ -7,7 +7,8 @@ with the one before without asking whether it has moved, and so cannot tell simi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -69,30 +70,52 @@ def scan_video(
     neighbours' mean does, by default at a level that follows from how restless the video is (see `restless_threshold`).
     Raises DecodeError for a file that does not decode to the end.
     """
-    import av
-
-    times: list[int | None] = []
-    metrics = _Thumbnails(threshold) if detector == "shots" else _Metrics(detector, threshold)
-    with open_video(path, threads=0) as (container, stream):
-        index, time_base = frame_index(path), Fraction(stream.time_base)
+    metrics = Thumbnails(threshold) if detector == "shots" else _Metrics(detector, threshold)
+    with open_video(path) as (container, stream), one_core():
         if detector == "shots":
             stream.codec_context.options = DRAFT
-        rate = Fraction(stream.average_rate) if stream.average_rate else Fraction(25)
+        footage = Footage(path, container, stream)
+        for frame in footage:
+            metrics.add(frame)
+            on_frame()
+    return footage.scan(*metrics.finish())
+
+
+class Footage:
+    """All frames of an open video in presentation order; DecodeError where it is damaged or ends early."""
+
+    def __init__(self, path: str | Path, container: Any, stream: Any) -> None:
+        self.path, self.container, self.stream = path, container, stream
+        self.index = frame_index(path)
+        self.time_base, self.rate = Fraction(stream.time_base), Fraction(stream.average_rate or 25)
+        self.times: list[int | None] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        import av
+
         try:
-            for frame in container.decode(stream):
+            for frame in self.container.decode(self.stream):
                 if frame.is_corrupt:
                     raise DecodeError("")
-                times.append(frame.pts)
-                metrics.add(frame)
-                on_frame()
+                self.times.append(frame.pts)
+                yield frame
         except (DecodeError, av.FFmpegError) as error:
-            raise DecodeError(_damage(path, len(times), index)) from error
-    _check_complete(path, times, index)
-    known = [t for t in times if t is not None]
-    if len(known) < len(times) or any(b <= a for a, b in pairwise(known)):
-        known, time_base = list(range(len(times))), 1 / rate  # no usable clock: evenly at the header's rate
-    cuts, transitions = metrics.finish()
-    return Scan(tuple(t - known[0] for t in known), time_base, cuts, transitions)
+            raise DecodeError(_damage(self.path, len(self.times), self.index)) from error
+        _check_complete(self.path, self.times, self.index)
+
+    def has_clock(self) -> bool:
+        """Whether the newest frame's time is known and after the one before."""
+        newest, before = self.times[-1], self.times[-2] if len(self.times) > 1 else None
+        return newest is not None and (len(self.times) == 1 or (before is not None and before < newest))
+
+    def scan(self, cuts: tuple[int, ...], transitions: tuple[tuple[int, int], ...]) -> Scan:
+        """Return what the frames seen and their cuts make up."""
+        time_base = self.time_base
+        known = [t for t in self.times if t is not None]
+        if len(known) < len(self.times) or any(b <= a for a, b in pairwise(known)):
+            # no usable clock: evenly at the header's rate
+            known, time_base = list(range(len(self.times))), 1 / self.rate
+        return Scan(tuple(t - known[0] for t in known), time_base, cuts, transitions)
 
 
 def restless_threshold(ratios: np.ndarray) -> float:
@@ -120,7 +143,7 @@ def plan_spans(
     Evenly; or, where even parts would be shorter than `min_frames`, into parts of `max_frames` and a rest. With `trim`,
     the frames of `transitions` belong to no scene, nor do so many frames on either side of any cut.
     """
-    edges = [(0, 0), *_gaps(cuts, transitions, trim), (num_frames, num_frames)]
+    edges = [(0, 0), *gaps(cuts, transitions, trim), (num_frames, num_frames)]
     spans = []
     for (_, start), (end, _) in pairwise(edges):
         if end <= start:
@@ -134,7 +157,7 @@ def plan_spans(
     return spans
 
 
-def _gaps(cuts: Sequence[int], transitions: Sequence[tuple[int, int]], trim: int | None) -> list[tuple[int, int]]:
+def gaps(cuts: Sequence[int], transitions: Sequence[tuple[int, int]], trim: int | None) -> list[tuple[int, int]]:
     """Return (end of the scene before, start of the scene after) for each cut."""
     if trim is None:
         return [(cut, cut) for cut in cuts]
@@ -145,7 +168,20 @@ def _gaps(cuts: Sequence[int], transitions: Sequence[tuple[int, int]], trim: int
     return gaps
 
 
-class _Thumbnails:
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Keep OpenCV to one thread: dividing such small pictures among more costs more than it saves."""
+    import cv2
+
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(before)
+
+
+class Thumbnails:
     """Our own detector, fed with decoded frames."""
 
     def __init__(self, threshold: float | None) -> None:
@@ -157,7 +193,7 @@ class _Thumbnails:
         self.reformatter = VideoReformatter()
 
     def add(self, frame: Any) -> None:
-        from opensora_repro.data.shots import thumbnail
+        from opensora_repro.data.likeness import thumbnail
 
         if frame.format.name not in PLANES:
             frame = self.reformatter.reformat(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import filecmp
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from opensora_repro.data.files import beside
-from opensora_repro.data.manifest import DataError, read_table
+from opensora_repro.data.csv_tables import csv_schema, stream_csv
+from opensora_repro.data.files import one_line, writing
+from opensora_repro.data.manifest import DataError, table_kind
 
 BATCH_ROWS = 1 << 16
 GROUP_ROWS = 1 << 17  # of a written file's row groups: what a writer holds in memory
@@ -27,14 +27,16 @@ class Table:
     batches: Callable[..., Iterator[Any]]  # batches(columns: list of names, default all) -> pyarrow record batches
 
 
-def open_table(path: Path) -> Table:
-    """Open a Parquet or CSV table; a CSV is read whole, as only its last row tells its types. Raises DataError."""
-    import pyarrow as pa
+def open_table(path: Path, *, names: Sequence[str] | None = None) -> Table:
+    """Open a Parquet or CSV table; `names` are the columns of a CSV without a header. Raises DataError.
+
+    A CSV is read once here, for its types and its length, and never held whole.
+    """
     import pyarrow.parquet as pq
 
-    if path.suffix.lower() != ".parquet" or not path.is_file():
-        whole = pa.Table.from_pandas(read_table(path), preserve_index=False).replace_schema_metadata()
-        return _not_empty(Table(path, whole.schema, whole.num_rows, lambda columns=None: _slices(whole, columns)))
+    if table_kind(path) == "csv":
+        schema, num_rows = csv_schema(path, names)
+        return _not_empty(Table(path, schema, num_rows, lambda columns=None: _slices(path, schema, names, columns)))
     try:
         with pq.ParquetFile(path) as file:
             schema, num_rows = file.schema_arrow.remove_metadata(), file.metadata.num_rows
@@ -43,14 +45,20 @@ def open_table(path: Path) -> Table:
     return _not_empty(Table(path, schema, num_rows, lambda columns=None: _stream(path, schema, columns)))
 
 
+class EmptyTableError(DataError):
+    """A table without rows."""
+
+
 def _not_empty(table: Table) -> Table:
     if not table.num_rows:
-        raise DataError(f"{table.path}: the manifest is empty (a header but no rows)")
+        raise EmptyTableError(f"{table.path}: the manifest is empty (a header but no rows)")
     return table
 
 
-def _slices(table: Any, columns: Sequence[str] | None) -> Iterator[Any]:
-    yield from (table.select(columns) if columns else table).to_batches(max_chunksize=BATCH_ROWS)
+def _slices(path: Path, schema: Any, names: Sequence[str] | None, columns: Sequence[str] | None) -> Iterator[Any]:
+    for batch in stream_csv(path, schema, names, columns):
+        for start in range(0, batch.num_rows, BATCH_ROWS):
+            yield batch.slice(start, BATCH_ROWS)
 
 
 def _stream(path: Path, schema: Any, columns: Sequence[str] | None) -> Iterator[Any]:
@@ -65,28 +73,48 @@ def _stream(path: Path, schema: Any, columns: Sequence[str] | None) -> Iterator[
         raise DataError(f"{path}: cannot be read as parquet: {str(error).splitlines()[0]}") from error
 
 
-@contextmanager
-def table_writer(path: Path, schema: Any) -> Iterator[Callable[[Any], None]]:
-    """Yield a function that appends record batches to a Parquet file.
-
-    The file appears whole at the end of the block or not at all; an equal one is left untouched.
-    """
+def num_rows(path: Path) -> int:
+    """Return the rows of a Parquet file."""
     import pyarrow.parquet as pq
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = beside(path)
-    try:
-        with open(unfinished, "wb") as file:
-            with pq.ParquetWriter(file, schema) as writer:
-                groups = _Groups(writer, schema)
-                yield groups.add
-                groups.flush()
-            file.flush()
-            os.fsync(file.fileno())
-        if not (path.is_file() and filecmp.cmp(unfinished, path, shallow=False)):
-            os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    return int(pq.read_metadata(path).num_rows)
+
+
+@contextmanager
+def table_writer(path: Path, schema: Any, *, header: bool = True) -> Iterator[Callable[[Any], None]]:
+    """Yield a function that appends record batches to a Parquet or CSV file, by its extension.
+
+    The file appears whole at the end of the block or not at all; an equal one is left untouched. Raises DataError.
+    """
+    with (
+        writing(path) as file,
+        _csv(file, path, schema, header) if path.suffix == ".csv" else _parquet(file, schema) as add,
+    ):
+        yield add
+
+
+@contextmanager
+def _parquet(file: BinaryIO, schema: Any) -> Iterator[Callable[[Any], None]]:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetWriter(file, schema) as writer:
+        groups = _Groups(writer, schema)
+        yield groups.add
+        groups.flush()
+
+
+@contextmanager
+def _csv(file: BinaryIO, path: Path, schema: Any, header: bool) -> Iterator[Callable[[Any], None]]:
+    import pyarrow as pa
+    from pyarrow import csv
+
+    fields = [(f.name, f.type.value_type if pa.types.is_dictionary(f.type) else f.type) for f in schema]
+    for name, kind in fields:
+        if pa.types.is_nested(kind):
+            raise DataError(f"{path}: column {one_line(name)} holds {kind}, which CSV cannot; choose Parquet")
+    flat = pa.schema(fields)
+    with csv.CSVWriter(file, flat, write_options=csv.WriteOptions(include_header=header)) as writer:
+        yield lambda batch: writer.write_batch(batch.cast(flat))
 
 
 class _Groups:
@@ -135,6 +163,17 @@ class Rebase:
         """Return a folder of the old manifest's, with its last slash, as the new manifest has it."""
         moved = os.path.relpath(self.old / name, self.new)
         return "" if moved == "." else f"{moved}/"
+
+
+class Absolute(Rebase):
+    """Makes the relative paths of one folder's manifest absolute, for readers that know of no folder."""
+
+    def __init__(self, old: Path) -> None:
+        super().__init__(old, old)
+
+    def folder(self, name: str) -> str:
+        """Return a folder of the old manifest's from the root on, with its last slash."""
+        return os.path.join(os.path.normpath(self.old.absolute() / name), "")
 
 
 def _split(paths: Any) -> tuple[Any, Any]:

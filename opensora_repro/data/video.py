@@ -87,12 +87,17 @@ def read_frames_at(path: str | Path, indices: Sequence[int], *, size: Size | Non
     """Return the frames of the given strictly ascending indices as uint8 [T, H, W, 3]; see `read_frames`."""
     import torch
 
+    return torch.from_numpy(read_pictures_at(path, indices, size=size))
+
+
+def read_pictures_at(path: str | Path, indices: Sequence[int], *, size: Size | None = None) -> np.ndarray:
+    """Return what `read_frames_at` does, as an array: a process that only looks at pictures needs no torch."""
     if not indices or indices[0] < 0 or any(b <= a for a, b in pairwise(indices)):
         raise ValueError(f"frame indices must be non-negative and ascending, got {list(indices)[:8]}")
     if is_image(path):
         if indices[-1] > 0:
             raise DecodeError(_short(path, 1 if indices[0] == 0 else 0, indices, 1))
-        return torch.from_numpy(_read_image(path, size)[None])
+        return _read_image(path, size)[None]
     with open_video(path) as (container, stream):
         index = frame_index(path)
         if index.times and indices[-1] >= len(index.times):
@@ -105,7 +110,7 @@ def read_frames_at(path: str | Path, indices: Sequence[int], *, size: Size | Non
             pictures = _read_by_count(container, stream, indices, to_picture)
     if len(pictures) < len(indices):
         raise DecodeError(_short(path, len(pictures), indices, None))
-    return torch.from_numpy(np.stack(pictures))
+    return np.stack(pictures)
 
 
 def probe(path: str | Path) -> VideoInfo:
@@ -244,12 +249,19 @@ class PictureConverter:
         self.aspect = pixel_aspect(stream)
         self.size = size
         self.target: Size | None = None
+        self._turn: Orientation | None = None
         self.reformatter = VideoReformatter()
+
+    def turn(self, frame: Any) -> Orientation:
+        """Return the first frame's orientation, for all: PyAV keeps a frame whose side data were read for long."""
+        if self._turn is None:
+            self._turn = orientation(frame)
+        return self._turn
 
     def output_size(self, frame: Any) -> Size:
         """Return the (height, width) that `frame` is shown in, scaled to cover `size` if one is set."""
         height, width = frame.height, max(1, round(frame.width * self.aspect))
-        if orientation(frame).transpose:
+        if self.turn(frame).transpose:
             height, width = width, height
         return cover_size(height, width, self.size) if self.size else (height, width)
 
@@ -257,7 +269,7 @@ class PictureConverter:
         if frame.is_corrupt:
             raise DecodeError(f"{self.path}: the frame at {frame.time} s is damaged")
         self.target = self.target or self.output_size(frame)
-        turn = orientation(frame)
+        turn = self.turn(frame)
         height, width = self.target[::-1] if turn.transpose else self.target
         rgb = self.reformatter.reformat(
             frame, width=width, height=height, format="rgb24", interpolation="BICUBIC", **one_scaling_thread()

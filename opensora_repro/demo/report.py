@@ -6,14 +6,14 @@ with a line that says so.
 
 from __future__ import annotations
 
-import base64
 import io
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opensora_repro.data.files import write_text
+from opensora_repro.data.html_page import data_uri, document, nothing, section
 from opensora_repro.demo.curves import loss_curve
 from opensora_repro.training.metrics import METRICS_FILE, VALIDATION_FILE, JsonLines
 
@@ -41,17 +41,13 @@ def write_report(run_dir: Path, out: Path, *, title: str, summary: Mapping[str, 
     records = summary.get("records", [])
     body = [
         f"<header><h1>{escape(title)}</h1>{_times(summary.get('seconds', {}))}</header>",
-        _section("Does it do what the text says?", _adherence(summary.get("adherence", {}), records)),
-        _section("How it learned", _curves(run_dir)),
-        _section("What it trained on", _split(run_dir)),
-        *(_section(f"{name}: {what}", page.samples_of(stage)) for stage, (name, what) in STAGES.items()),
-        _section("Every sampled video", page.gallery(records)),
+        section("Does it do what the text says?", _adherence(summary.get("adherence", {}), records)),
+        section("How it learned", _curves(run_dir)),
+        section("What it trained on", _split(run_dir)),
+        *(section(f"{name}: {what}", page.samples_of(stage)) for stage, (name, what) in STAGES.items()),
+        section("Every sampled video", page.gallery(records)),
     ]
-    html = PAGE.format(title=escape(title), style=STYLE, body="\n".join(body), script=SCRIPT)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(f".{out.name}.tmp")
-    beside.write_text(html, encoding="utf-8")
-    os.replace(beside, out)
+    write_text(out, document(title, "\n".join(body), style=STYLE, script=SCRIPT))
 
 
 class Page:
@@ -65,7 +61,7 @@ class Page:
         """The newest samples that training itself wrote, each picture or video with its prompt."""
         folders = sorted((self.run_dir / stage / "samples").glob("step-*"))
         if not folders:
-            return _none("no samples written yet")
+            return nothing("no samples written yet")
         folder = folders[-1]
         files = sorted(folder.glob("[0-9]*.mp4")) or sorted(folder.glob("[0-9]*.png"))
         prompts = _prompts(self.run_dir / stage / "config.toml")
@@ -77,7 +73,7 @@ class Page:
     def gallery(self, records: Sequence[Mapping[str, Any]]) -> str:
         """Each group's videos with the caption, and what was measured in each file."""
         if not records:
-            return _none("nothing sampled yet")
+            return nothing("nothing sampled yet")
         parts = []
         for group in dict.fromkeys(record["group"] for record in records):
             own = [record for record in records if record["group"] == group]
@@ -94,9 +90,9 @@ class Page:
             reason = "file is missing" if not content else "left out, the page would grow too large"
             inner = f'<p class="none">{escape(path.name)}: {reason}</p>'
         elif path.suffix == ".png":
-            inner = f'<img src="{_data_uri("image/png", content)}" alt="">'
+            inner = f'<img src="{data_uri("image/png", content)}" alt="">'
         else:
-            source = _data_uri("video/mp4", content)
+            source = data_uri("video/mp4", content)
             inner = f'<video src="{source}" loop muted playsinline controls preload="none"></video>'
         if size <= self.left:
             self.left -= size
@@ -116,7 +112,7 @@ def _times(seconds: Mapping[str, float]) -> str:
 
 def _adherence(table: Mapping[str, Mapping[str, float]], records: Sequence[Mapping[str, Any]]) -> str:
     if not table:
-        return _none("not measured yet")
+        return nothing("not measured yet")
     rows = []
     for group, shares in table.items():
         count = sum(record["group"] == group for record in records)
@@ -148,7 +144,7 @@ def _split(run_dir: Path) -> str:
     """The clips of the first source files: where each came from, its first, middle and last frame, its caption."""
     path = run_dir / "manifest.parquet"
     if not path.is_file():
-        return _none("no clips yet")
+        return nothing("no clips yet")
     from opensora_repro.data.manifest import read_manifest
 
     clips = read_manifest(path)
@@ -197,7 +193,7 @@ def _strip(frames: np.ndarray) -> str:
     picture = picture.resize((max(1, picture.width * height // picture.height), height), Image.Resampling.LANCZOS)
     data = io.BytesIO()
     picture.save(data, "JPEG", quality=85)
-    return _data_uri("image/jpeg", data.getvalue())
+    return data_uri("image/jpeg", data.getvalue())
 
 
 def _verdict(record: Mapping[str, Any]) -> str:
@@ -211,18 +207,6 @@ def _verdict(record: Mapping[str, Any]) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Small things
-
-
-def _section(heading: str, content: str) -> str:
-    return f"<section><h2>{escape(heading)}</h2>{content}</section>"
-
-
-def _none(text: str) -> str:
-    return f'<p class="none">{escape(text)}</p>'
-
-
-def _data_uri(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def _points(path: Path) -> list[tuple[float, float]]:
@@ -240,50 +224,14 @@ def _prompts(config: Path) -> list[str]:
         return []
 
 
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-{body}
-<script>{script}</script>
-</body>
-</html>
-"""
-
 STYLE = """
-:root { color-scheme: light dark; --ink: #1d2129; --quiet: #667; --page: #fbfbfc; --card: #fff; --edge: #e2e4ea;
-  --accent: #2f6fde; --second: #d9822b; --ok: #1b7f4b; --no: #b3372f; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e8ee; --quiet: #9aa1b0; --page: #14161a; --card: #1c1f25;
-  --edge: #31353e; --accent: #7aa7ff; --second: #f0a95c; --ok: #5fc893; --no: #f08b83; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 72rem; padding: 1.5rem 1rem 4rem; background: var(--page); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.7rem; margin: 0; }
-h2 { font-size: 1.2rem; margin: 0 0 .6rem; } h3 { font-size: 1rem; margin: 1rem 0 .4rem; }
-section { background: var(--card); border: 1px solid var(--edge); border-radius: 10px; padding: 1rem; margin-top: 1rem;
-  overflow-x: auto; }
-p { margin: 0 0 .6rem; } .quiet, .none, small { color: var(--quiet); } .none { font-style: italic; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .7rem .35rem 0; text-align: left; } tr + tr { border-top: 1px solid var(--edge); }
-.bar { display: block; min-width: 3.4rem; padding: 0 .4rem; border-radius: 4px; background: linear-gradient(90deg,
-  color-mix(in srgb, var(--accent) 35%, transparent) calc(var(--share) * 100%), transparent 0); }
-figure { margin: 0; } figcaption { font-size: .85rem; line-height: 1.35; margin-top: .25rem; overflow-wrap: anywhere; }
-.tiles { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); }
-.tiles.wide { grid-template-columns: repeat(auto-fill, minmax(13.5rem, 1fr)); }
 .curves { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); }
-video, .tiles img { width: 100%; border-radius: 6px; display: block; background: #000; image-rendering: auto; }
+video { width: 100%; border-radius: 6px; display: block; background: #000; }
 .timeline { display: flex; gap: 2px; height: 10px; margin-bottom: .7rem; }
 .timeline span { background: var(--accent); border-radius: 2px; opacity: .75; }
 .timeline span:nth-child(even) { opacity: .4; }
-svg { width: 100%; height: auto; } svg text { font-size: 11px; fill: var(--quiet); }
-svg .grid { stroke: var(--edge); fill: none; } svg .train { fill: none; stroke: var(--accent); stroke-width: 1.6; }
+svg .train { fill: none; stroke: var(--accent); stroke-width: 1.6; }
 svg .val { fill: var(--second); } b.train { color: var(--accent); } b.val { color: var(--second); }
-.ok { color: var(--ok); font-weight: 600; } .no { color: var(--no); font-weight: 600; }
 """
 
 # Browsers allow some dozens of live players on a page: a video plays while in view and gives its player back after.

@@ -69,9 +69,9 @@ def _require(cfg: Config) -> None:
 
 
 def _dry_run(cfg: Config, stage: Stage) -> int:
-    from opensora_repro.training.plan import plan
+    from opensora_repro.training.dry_run import dry_run
 
-    for line in plan(cfg, stage):
+    for line in dry_run(cfg, stage):
         print(line)
     return 0
 

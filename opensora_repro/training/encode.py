@@ -84,16 +84,6 @@ def open_encoder(cfg: Config, device: torch.device) -> Encoder:
     return Encoder(vae, text, device, half=dtype == torch.bfloat16)
 
 
-def encodes_always(cfg: Config) -> bool:
-    """Whether a run needs the frozen models even when the cache holds every sample."""
-    return not cfg.data.cache or cfg.sample.every > 0 or (cfg.validation.every > 0 and bool(cfg.data.val_manifest))
-
-
-def encodes_after_start(cfg: Config) -> bool:
-    """Whether a run needs the frozen models still once it trains."""
-    return not cfg.data.cache or cfg.sample.every > 0
-
-
 def skipped_models(not_loaded: Sequence[Sequence[str]]) -> str:
     """What to tell the user of the models that no process needed to load; nothing if there is none."""
     first, *others = not_loaded

@@ -22,8 +22,6 @@ from opensora_repro.training.checkpoint import clean_leftovers, list_checkpoints
 from opensora_repro.training.ema import Ema, horizon_warning
 from opensora_repro.training.encode import (
     cache_fingerprint,
-    encodes_after_start,
-    encodes_always,
     fill_cache,
     open_encoder,
     skipped_models,
@@ -41,6 +39,7 @@ from opensora_repro.training.init import (
 )
 from opensora_repro.training.loop import Trainer
 from opensora_repro.training.metrics import RunLog
+from opensora_repro.training.needs import encodes_after_start, encodes_always
 from opensora_repro.training.optim import build_optimizer
 from opensora_repro.training.quarantine import Quarantine
 from opensora_repro.training.save import CheckpointWriter

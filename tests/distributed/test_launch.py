@@ -229,6 +229,7 @@ def wait_for_lines(path: Path, count: int, job: subprocess.Popen[bytes], seconds
         time.sleep(0.005)
 
 
+@pytest.mark.exhaustive
 def test_an_elastic_job_restarts_by_itself(world: World, whole: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     command = Command("tests.elastic", elastic(1, arguments(world, run_dir)), tmp_path / "log" / "elastic")

@@ -49,7 +49,11 @@ def videos(out: Path) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("processes", "options"),
-    [(2, ()), (2, ("--sp-size", "2")), pytest.param(4, ("--sp-size", "2"), marks=pytest.mark.exhaustive)],
+    [
+        pytest.param(2, (), marks=pytest.mark.exhaustive),
+        (2, ("--sp-size", "2")),
+        pytest.param(4, ("--sp-size", "2"), marks=pytest.mark.exhaustive),
+    ],
 )
 def test_samples_are_those_of_one_process(
     world: World, tmp_path: Path, processes: int, options: tuple[str, ...]

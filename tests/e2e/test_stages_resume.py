@@ -82,7 +82,11 @@ RUNS: dict[str, tuple[tuple[str, str], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+MOST = "cached clips, flow, schedule, validation, samples"
+NAMES = [pytest.param(name, marks=[] if name == MOST else pytest.mark.exhaustive) for name in RUNS]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_kill_9_loses_nothing_but_time(world: World, tmp_path: Path, name: str) -> None:
     (module, data), changes = RUNS[name]
     if "data__cache" in changes:
@@ -121,7 +125,9 @@ def loader_workers(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.exhaustive)]
+)
 def test_a_stopped_run_saves_and_resumes(world: World, tmp_path: Path, number: signal.Signals, code: int) -> None:
     """As a scheduler or a terminal does it: every process of the run gets the signal."""
     run_dir = tmp_path / "run"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import collectives, harness, loader, train_step
+from benchmarks import collectives, harness, loader, tables, train_step
 
 
 def test_the_plain_model_computes_what_ours_does() -> None:
@@ -62,3 +62,13 @@ def test_a_collective_of_an_unknown_kind_is_not_passed_over() -> None:
         torch.distributed.all_reduce(torch.ones(1))
     assert total == [0, 0]
     assert torch.distributed.all_reduce is kept
+
+
+@pytest.mark.exhaustive
+def test_tables_go_through_convert_without_loss(tmp_path: Path) -> None:
+    tables.make_manifest(tmp_path / "score.parquet", 3000)
+    tools = tables.measure_convert(tmp_path, tmp_path / "score.parquet", 3000)
+    assert list(tools) == [f"convert {step}" for step in ("to csv", "from csv", "to opensora", "from opensora")]
+    assert all(tool["peak_rss_mb"] < 1000 for tool in tools.values())
+    with pytest.raises(SystemExit, match="lost rows"):
+        tables.measure("data_tools.convert", [str(tmp_path / "score.parquet"), "--out", str(tmp_path / "out")], 3001)

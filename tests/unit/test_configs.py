@@ -16,7 +16,7 @@ else:
     import tomli as tomllib
 
 REPO = Path(__file__).resolve().parents[2]
-FILES = sorted((REPO / "configs").rglob("*.toml"))
+FILES = sorted(path for path in (REPO / "configs").rglob("*.toml") if path.parent.name != "data")
 SPLIT_OVER_GPUS = {"stage2_64x512x512-sp": 2, "stage2_360x512x512": 2}
 
 # frames, interval, size, batch a GPU, activation checkpointing, space scale, time scale, steps of the released run

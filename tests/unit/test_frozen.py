@@ -20,12 +20,11 @@ from opensora_repro.training.batch import Encoded
 from opensora_repro.training.encode import (
     Encoder,
     cache_fingerprint,
-    encodes_after_start,
-    encodes_always,
     open_encoder,
     skipped_models,
 )
 from opensora_repro.training.hashes import HashMemo
+from opensora_repro.training.needs import encodes_after_start, encodes_always
 from tests.tiny_models import TINY_LATENT_CHANNELS, TINY_STRIDE, TINY_TEXT_CHANNELS, make_tiny_text, make_tiny_vae
 
 CPU = torch.device("cpu")

@@ -48,6 +48,7 @@ COMMANDS = [
     "stages.stage2_video",
     "stages.stage3_hq",
     "stages.sample",
+    "stages.plan",
     "stages.weights",
     "stages.demo",
     "data_tools.probe",
@@ -55,6 +56,10 @@ COMMANDS = [
     "data_tools.caption",
     "data_tools.score",
     "data_tools.filter",
+    "data_tools.convert",
+    "data_tools.download",
+    "data_tools.report",
+    "data_tools.pipeline",
 ]
 HEAVY = ("torch", "torchvision", "diffusers", "transformers", "timm", "pandas", "pyarrow", "av", "cv2", "scenedetect")
 

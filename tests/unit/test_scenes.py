@@ -11,8 +11,10 @@ import cv2
 import numpy as np
 import pytest
 
+from opensora_repro.data.likeness import HEIGHT, WIDTH, thumbnail
 from opensora_repro.data.scenes import Span, plan_spans, scan_video
-from opensora_repro.data.shots import HEIGHT, WIDTH, ShotDetector, thumbnail
+from opensora_repro.data.shots import ShotDetector
+from opensora_repro.data.single_pass import WAITING
 
 SIZE = (160, 288)  # height, width
 Frames = list[np.ndarray]
@@ -143,6 +145,41 @@ def test_thumbnails_of_any_shape(shape: tuple[int, int]) -> None:
     bright, colour = thumbnail([plane, plane[::2, ::2], plane[::2, ::2]])
     assert (bright.shape, colour.shape) == ((HEIGHT, WIDTH), (18, 16))
     assert set(np.unique(bright)) | set(np.unique(colour)) == {90}
+
+
+def test_a_cut_in_the_dark() -> None:
+    frames = [(f * 0.12).astype(np.uint8) for f in pan(1, 40) + pan(2, 40)]
+    assert shots(noisy(frames, 1.0)) == ([40], [])
+
+
+@pytest.mark.parametrize("black", [40, 200])
+def test_a_long_black_belongs_to_the_scene_before(black: int) -> None:
+    nothing = np.zeros((*SIZE, 3), np.uint8)
+    one, other = pan(21, 50), pan(22, 50)
+    frames = one[:38] + mixed(one[38:], [nothing] * 12) + [nothing] * black + mixed([nothing] * 12, other[:12])
+    cuts, _ = shots(frames + other[12:])
+    assert len(cuts) == 1
+    assert 48 + black <= cuts[0] <= 62 + black
+
+
+def test_what_is_settled_stays() -> None:
+    """On the way, everything before `settled()` is as at the end, and few frames are unsettled."""
+    nothing = np.zeros((*SIZE, 3), np.uint8)
+    one, other, last = pan(11, 60, 1), pan(12, 60, 1), pan(13, 90, 2)
+    frames = pan(1, 40) + one[:40] + mixed(one[40:], other[:20]) + other[20:48] + mixed(other[48:], [nothing] * 12)
+    frames += [nothing] * 60 + mixed([nothing] * 8, last[:8]) + last[8:] + pan(3, 50, 4) + pan(5, 7) + pan(6, 30)
+    detector, seen = ShotDetector(), []
+    for frame in frames:
+        y, u, v = cv2.split(cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2YUV))
+        detector.add(thumbnail([y, u, v]))
+        seen.append((detector.settled(), detector.cuts, detector.transitions))
+        assert detector.count - detector.settled() <= WAITING
+    final = detector.finish()
+    assert len(final.cuts) == 6
+    assert seen[-1][0] > len(frames) - 70
+    for settled, cuts, transitions in seen:
+        assert [c for c in cuts if c < settled] == [c for c in final.cuts if c < settled]
+        assert [t for t in transitions if t[0] < settled] == [t for t in final.transitions if t[0] < settled]
 
 
 def test_a_scan_of_one_frame(tmp_path: Path) -> None:

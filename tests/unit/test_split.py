@@ -56,10 +56,12 @@ def film(path: Path, size: int, scenes: int, seed: int, rate: int = 8) -> list[i
 @pytest.mark.parametrize(("size", "seed"), [(64, 0), (96, 1), (96, 2), (128, 3)])
 def test_every_cut_between_moving_shapes(tmp_path: Path, size: int, seed: int) -> None:
     cuts = film(tmp_path / "long.mp4", size, 25, seed)
-    scan = scan_video(tmp_path / "long.mp4")
-    assert set(scan.cuts) <= set(cuts)
-    assert len(scan.cuts) >= len(cuts) - 1  # a small shape that moves on as it turns into another
+    scan = scan_video(tmp_path / "long.mp4", detector="adaptive")
+    assert list(scan.cuts) == cuts
     assert len(scan.times) == probe(tmp_path / "long.mp4").num_frames
+    found = scan_video(tmp_path / "long.mp4").cuts
+    assert set(found) <= set(cuts)
+    assert len(found) >= len(cuts) - 1  # a shape that turns into one of the ground's brightness might have moved away
 
 
 def test_the_content_detector(tmp_path: Path) -> None:

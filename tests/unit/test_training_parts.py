@@ -1,4 +1,4 @@
-"""The loop's parts one by one: learning rate, logs, quarantine, resume rules, the plan's estimates, insertion."""
+"""The loop's parts one by one: learning rate, logs, quarantine, resume rules, insertion."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ from opensora_repro.training.init import changed_settings, claimed_run_folder, f
 from opensora_repro.training.insertion import assert_equals_image_model
 from opensora_repro.training.metrics import JsonLines
 from opensora_repro.training.optim import learning_rate
-from opensora_repro.training.plan import count_parameters, training_flops
 from opensora_repro.training.positions import describe_rescaling
 from opensora_repro.training.quarantine import Quarantine
 from tests.checkpoints import prepared, write_checkpoint
@@ -210,29 +209,7 @@ def test_ids_fingerprint_sees_order_and_borders() -> None:
     assert len(prints) == 5
 
 
-# The plan
-
-
-@pytest.mark.parametrize("temporal", [True, False])
-@pytest.mark.parametrize("recompute", [True, False])
-def test_flops_estimate_agrees_with_a_count(temporal: bool, recompute: bool) -> None:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    cfg = dataclasses.replace(TINY, hidden_size=64, temporal_attention=temporal)
-    model = STDiT(cfg)
-    model.gradient_checkpointing = recompute
-    latents = torch.randn(1, 4, 3, 12, 8)
-    text = torch.randn(1, 6, 12)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(latents, torch.tensor([5.0]), text, torch.ones(1, 6, dtype=torch.bool)).sum().backward()
-    estimate = training_flops(cfg, latents.shape[1:], recompute=recompute)
-    assert estimate == pytest.approx(counter.get_total_flops(), rel=0.1)
-
-
-def test_parameter_count_is_the_published_one() -> None:
-    assert count_parameters(STDiTConfig()) == 759_620_768
-    assert count_parameters(STDiTConfig(temporal_attention=False)) == 610_856_096
+# Positions
 
 
 def test_rescaled_positions_are_described() -> None:

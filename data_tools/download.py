@@ -1,0 +1,252 @@
+"""Download the files that a table's rows name.
+
+    python -m data_tools.download TABLE --out DIR [--max-bytes 2G] [--max-total 500G] [--yt-dlp]
+
+TABLE (CSV or Parquet) has a column url, and may have id, caption, sha256 or md5, and start_time and end_time (seconds).
+Files come to DIR/files, named after the id, or after `source` where the row describes a part of a video; a URL that
+several rows name is fetched once. Only http and https are followed. A file that was interrupted goes on where it was,
+if the server can do that and still has the same one. A download that fails for good (404, too large, a wrong checksum)
+is remembered; one that may succeed another time is tried --retries times, and again by the next run.
+
+DIR/manifest.parquet has a row for each row of TABLE that got its file, with all its columns. Rows that describe a part
+of a video (start_time and end_time) are in DIR/captions.parquet instead, and the manifest has one row for their file:
+cut it with data_tools.split, then join the captions with data_tools.caption --sidecar DIR/captions.parquet. Rows
+without a file are in DIR/rejects.parquet with the reason. --yt-dlp fetches from video sites with a yt-dlp of your own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from opensora_repro.data.downloads import Place, Wanted, fetch_all
+from opensora_repro.data.fetch import Budget, Limits
+from opensora_repro.data.files import one_line, remove_leftovers, safe_name
+from opensora_repro.data.manifest import DataError, is_missing
+from opensora_repro.data.outcome import Row, in_batches, reject, rejects_writer, rows_batch, run_tool
+from opensora_repro.data.video_pages import find_yt_dlp
+
+if TYPE_CHECKING:
+    from opensora_repro.data.tables import Table
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+DIGESTS = {"sha256": 64, "md5": 32}  # hex digits
+MADE = {
+    "id": "string",
+    "path": "string",
+    "caption": "string",
+    "source": "string",
+    "sha256": "string",
+    "file_size": "int64",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the tool; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    return run_tool(lambda: download(args))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="data_tools.download", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("table", help="CSV or Parquet with a column url")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for files/ and manifest.parquet")
+    parser.add_argument("--max-bytes", default="4G", metavar="N", help="largest file, such as 500M (%(default)s)")
+    parser.add_argument("--max-total", metavar="N", help="all files together, such as 2T (default: no limit)")
+    parser.add_argument("--workers", type=int, default=8, metavar="N", help="downloads at a time (%(default)s)")
+    parser.add_argument("--per-host", type=int, default=2, metavar="N", help="of them from one host (%(default)s)")
+    parser.add_argument("--retries", type=int, default=4, metavar="N", help="tries after the first (%(default)s)")
+    parser.add_argument("--timeout", type=float, default=30.0, metavar="S", help="seconds without a byte (%(default)s)")
+    parser.add_argument("--yt-dlp", action="store_true", help="fetch pages of video sites with your yt-dlp")
+    return parser
+
+
+def place_of(args: argparse.Namespace) -> Place:
+    """Check the options. Raises DataError."""
+    for name, least in (("workers", 1), ("per_host", 1), ("retries", 0)):
+        if getattr(args, name) < least:
+            raise DataError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {least}")
+    if not args.timeout > 0:
+        raise DataError(f"--timeout {args.timeout}: expected seconds, more than 0")
+    total = num_bytes("--max-total", args.max_total) if args.max_total else None
+    limits = Limits(num_bytes("--max-bytes", args.max_bytes), args.timeout, args.retries)
+    return Place(Path(args.out), limits, Budget(total), threading.Event(), find_yt_dlp() if args.yt_dlp else None)
+
+
+def num_bytes(option: str, text: str) -> int:
+    """Return the bytes of "500M". Raises DataError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    size = round(float(match[1]) * UNITS[match[2].upper()]) if match else 0
+    if size < 1:
+        raise DataError(f"{option} {text}: expected bytes, such as 500M or 2G")
+    return size
+
+
+def download(args: argparse.Namespace) -> int:
+    """Download what is not there yet, then write the tables; returns the exit status."""
+    from opensora_repro.data.tables import open_table
+
+    place, table = place_of(args), open_table(Path(args.table))
+    if "url" not in table.schema.names:
+        raise DataError(f"{table.path}: column url missing (has {', '.join(map(one_line, table.schema.names))})")
+    if place.out.resolve() == table.path.resolve().parent:
+        raise DataError(f"--out {place.out}: is the table's own folder; choose another")
+    for name in ("", "files", "records", "parts"):
+        (place.out / name).mkdir(parents=True, exist_ok=True)
+        remove_leftovers(place.out / name)
+    with only_one(place.out):
+        wanted = list_files(table)
+        results = fetch_all(wanted, place, args.workers, args.per_host)
+        rejects = write_tables(table, results, place.out)
+    rows = table.num_rows - rejects
+    size = sum(result.get("bytes", 0) for result in results.values())
+    files = sum("file" in result for result in results.values())
+    print(f"{rows:,} rows with {files:,} files ({size / 1e6:,.1f} MB), {rejects:,} rejected: {place.out}")
+    if not rows:
+        raise DataError(f"{table.path}: no file came; the reasons are in {place.out / 'rejects.parquet'}")
+    return 0
+
+
+@contextmanager
+def only_one(out: Path) -> Iterator[None]:
+    """Keep two runs from writing the same partial files. Raises DataError."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system
+        yield
+        return
+    with open(out / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise DataError(f"--out {out}: another download is writing there") from None
+        yield
+
+
+def key_of(row: Row) -> str:
+    """Return what tells a row's file apart: its URL and the checksums it must have."""
+    told = json.dumps([str(row["url"]).strip(), *(str(row.get(kind) or "").lower() for kind in DIGESTS)])
+    return hashlib.blake2b(told.encode("utf-8", "replace"), digest_size=12).hexdigest()
+
+
+def fault_of(row: Row) -> str:
+    """Return why a row cannot be downloaded, "" if it can."""
+    if is_missing(row["url"]):
+        return "url is empty"
+    for kind, length in DIGESTS.items():
+        if not is_missing(row.get(kind)) and not re.fullmatch(rf"[0-9a-fA-F]{{{length}}}", str(row[kind])):
+            return f"{kind} is not {length} hex digits"
+    return ""
+
+
+def id_of(row: Row) -> str:
+    from opensora_repro.data.formats.identity import text_digest
+
+    span = [str(row.get(name)) for name in ("start_time", "end_time")] if is_part(row) else []
+    return text_digest(str(row["url"]), *span) if is_missing(row.get("id")) else str(row["id"])
+
+
+def is_part(row: Row) -> bool:
+    """Whether a row describes a part of its file."""
+    return not (is_missing(row.get("start_time")) and is_missing(row.get("end_time")))
+
+
+def list_files(table: Table) -> dict[str, Wanted]:
+    """Return the files of all rows, each once, with names that no two of them share."""
+    wanted: dict[str, Wanted] = {}
+    taken: set[str] = set()
+    for row in rows_of(table):
+        key = "" if fault_of(row) else key_of(row)
+        if not key or key in wanted:
+            continue
+        source = row.get("source")
+        name = safe_name(str(source) if is_part(row) and not is_missing(source) else id_of(row))
+        if name.lower() in taken:  # some file systems know no case
+            name = f"{name}-{key[:12]}"
+        taken.add(name.lower())
+        digests = tuple((kind, str(row[kind]).lower()) for kind in DIGESTS if not is_missing(row.get(kind)))
+        wanted[key] = Wanted(key, name, str(row["url"]).strip(), digests)
+    return wanted
+
+
+def rows_of(table: Table) -> Iterator[Row]:
+    for batch in table.batches():
+        yield from batch.to_pylist()
+
+
+def write_tables(table: Table, results: dict[str, Row], out: Path) -> int:
+    """Write rejects.parquet, captions.parquet if rows describe parts, and the manifest; return how many rejects."""
+    import pyarrow as pa
+
+    from opensora_repro.data.outcome import schema_of
+    from opensora_repro.data.tables import num_rows, table_writer
+
+    whole = pa.schema([*schema_of(MADE), *(field for field in table.schema if field.name not in MADE)])
+    parts = pa.schema([pa.field("part", pa.string()) if field.name == "id" else field for field in whole])
+    has_parts = bool({"start_time", "end_time"} & set(table.schema.names))
+    captions = table_writer(out / "captions.parquet", parts) if has_parts else nullcontext(lambda batch: None)
+    with (
+        table_writer(out / "manifest.parquet", whole) as write,
+        captions as write_part,
+        rejects_writer(out / "rejects.parquet") as refuse,
+    ):
+        for kept, described in with_files(table, results, refuse):
+            write(rows_batch(kept, whole))
+            write_part(rows_batch(described, parts))
+    return num_rows(out / "rejects.parquet")
+
+
+def with_files(
+    table: Table, results: dict[str, Row], refuse: Callable[[Row], None]
+) -> Iterator[tuple[list[Row], list[Row]]]:
+    """Yield, batch by batch, the manifest's rows and the rows that describe parts of their files."""
+    from opensora_repro.data.seen import Seen
+
+    seen, files = Seen(), set[str]()
+    for rows in in_batches(rows_of(table)):
+        kept, described = list[Row](), list[Row]()
+        ids = [id_of(row) for row in rows]
+        for row, identity, new in zip(rows, ids, seen.add(ids), strict=True):
+            fault = fault_of(row)
+            result = {} if fault else results[key_of(row)]
+            reason = fault or result.get("error") or ("" if new else "another row has this id")
+            if reason:
+                refuse(reject(identity, str(row["url"] or ""), "download", reason))
+                continue
+            made = made_columns(row, identity, result)
+            if not is_part(row):
+                kept.append({**row, **made})
+                continue
+            name = result["file"]
+            described.append({**row, **made, "source": name, "part": identity})
+            if name not in files:
+                files.add(name)
+                kept.append({**made, "id": Path(name).stem, "source": name, "caption": "", "url": row["url"]})
+        yield kept, described
+
+
+def made_columns(row: Row, identity: str, result: Row) -> Row:
+    """Return the columns that the manifest has beside the table's own."""
+    name = result["file"]
+    return {
+        "id": identity,
+        "path": f"files/{name}",
+        "caption": "" if is_missing(row.get("caption")) else row["caption"],
+        "source": name if is_missing(row.get("source")) else row["source"],
+        "sha256": result["sha256"],
+        "file_size": result["bytes"],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

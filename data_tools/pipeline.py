@@ -1,0 +1,214 @@
+"""Run a whole line of dataset tools, as one file describes it, and show what came out on one page.
+
+    python -m data_tools.pipeline CONFIG.toml [--out DIR] [section.key=value ...] [--dry-run]
+
+CONFIG.toml names `input`, `out` and a section for each tool, in the order they run; configs/data/pipeline.toml is a
+complete one. The keys of a section are the tool's long options, with _ for -. [run] holds workers, runner and address
+for all of them. Paths are relative to the folder the command is given in, as on the tools' own command lines.
+
+Each tool works in OUT/SECTION on the manifest of the one before. At the end there are `OUT/manifest.parquet`,
+`OUT/rejects.parquet` (of all tools) and `OUT/report.html`. The same command again does only what is left to do: new
+input files, a section whose options or files changed, and what follows from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import io
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from data_tools import report
+from opensora_repro.data.files import one_line, remove_leftovers
+from opensora_repro.data.line_config import Line, Step, load_line
+from opensora_repro.data.manifest import DataError
+from opensora_repro.data.outcome import INTERRUPTED, run_tool
+
+if TYPE_CHECKING:
+    from opensora_repro.data.line import Stage
+
+URLS_FILE = "urls.parquet"  # what convert makes of tables of addresses, for download
+TOOLS = ("convert", "download", "probe", "split", "score", "filter", "caption")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the tool; returns the exit status: of the first tool that failed, if one did."""
+    args = build_parser().parse_intermixed_args(argv)
+    return run_tool(lambda: pipeline(args))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="data_tools.pipeline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", metavar="CONFIG.toml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the config")
+    parser.add_argument("--out", metavar="DIR", help="folder for everything that is made, instead of the config's")
+    parser.add_argument("--dry-run", action="store_true", help="check the config, print the commands, then stop")
+    return parser
+
+
+def pipeline(args: argparse.Namespace) -> int:
+    """Check the config, then run what is not done yet; returns the exit status. Raises DataError."""
+    tools = find_tools()
+    parsers = {name: tool.build_parser() for name, tool in tools.items()}
+    line = load_line(args.config, args.overrides, parsers, report.build_parser(), out=args.out)
+    for step in line.steps:
+        check_step(args.config, step, tools[step.tool])
+    check_step(args.config, line.report, report)
+    check_places(line)
+    return show(line) if args.dry_run else run(line, tools)
+
+
+def find_tools() -> dict[str, ModuleType]:
+    """Return the tools that can stand in a line, by name."""
+    return {name: importlib.import_module(f"data_tools.{name}") for name in TOOLS}
+
+
+def check_step(config: str, step: Step, tool: ModuleType) -> None:
+    """Let the tool look at its options: what it requires, and what goes together. Raises DataError."""
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            parsed = tool.build_parser().parse_args(command_of(step, "input", Path("out")))
+        if hasattr(tool, "check"):
+            tool.check(parsed)
+    except SystemExit:
+        reason = told.getvalue().strip().rpartition("error: ")[2]
+        raise DataError(f"{config}: [{step.name}]: {one_line(reason)}") from None
+    except DataError as error:
+        raise DataError(f"{config}: [{step.name}]: {error}") from None
+
+
+def check_places(line: Line) -> None:
+    """Raise DataError where OUT is INPUT or lies in it, so that the next run would take clips for inputs."""
+    source, out = Path(line.input), Path(line.out)
+    if source.is_dir() and (source.resolve() == out.resolve() or source.resolve() in out.resolve().parents):
+        raise DataError(f"out = {one_line(out)}: lies in the input folder {one_line(source)}; choose one outside of it")
+
+
+def command_of(step: Step, given: str | Path, folder: Path) -> list[str]:
+    return [*step.options, *step.runner, f"--out={folder}", "--", str(given)]
+
+
+def places(line: Line) -> list[tuple[Step, str | Path, Path]]:
+    """Return for each step what it reads and the folder it writes to."""
+    from opensora_repro.data.line import MANIFEST_FILE
+
+    folders = [Path(line.out) / step.name for step in line.steps]
+    inputs: list[str | Path] = [line.input]
+    for (before, after), folder in zip(pairwise(line.steps), folders, strict=False):
+        fetched = (before.tool, after.tool) == ("convert", "download")
+        inputs.append(folder / (URLS_FILE if fetched else MANIFEST_FILE))
+    return list(zip(line.steps, inputs, folders, strict=True))
+
+
+def show(line: Line) -> int:
+    """Print the commands and what is done already; returns the exit status."""
+    from opensora_repro.data.line_record import is_done
+
+    fresh = True
+    for number, (step, given, folder) in enumerate(places(line)):
+        fresh = fresh and is_done(folder, step.tool, step.options, Path(given))
+        state = "done" if fresh else "to do"
+        if number == 0:
+            state = "looks for new input" if fresh else "to do"
+        print(f"{state}: python -m data_tools.{step.tool} {shlex.join(command_of(step, given, folder))}")
+    print(f"then: {Path(line.out) / 'manifest.parquet'}, rejects.parquet and report.html")
+    return 0
+
+
+def run(line: Line, tools: dict[str, ModuleType]) -> int:
+    """Run the steps in order, then write the line's own tables and the page; returns the exit status."""
+    from opensora_repro.data.line_record import forget, is_done, record_done
+
+    out, steps = Path(line.out), places(line)
+    for number, (step, given, folder) in enumerate(steps):
+        title = f"[{number + 1}/{len(steps)}] {step.name}"
+        if number and not Path(given).is_file():
+            raise DataError(f"[{step.name}]: the step before left no {Path(given).name}, which this one reads")
+        # The first looks at its input every time: there may be new files.
+        fresh = is_done(folder, step.tool, step.options, Path(given))
+        if number and fresh:
+            print(f"{title}: done before", flush=True)
+            continue
+        print(title, flush=True)
+        if not fresh:
+            forget(folder)
+        status = tools[step.tool].main(command_of(step, given, folder))
+        remove_leftovers(folder)  # of runs that were killed
+        if status:
+            return failed(line, number, status)
+        record_done(folder, step.tool, step.options, Path(given))
+    return finish(line, out)
+
+
+def failed(line: Line, number: int, status: int) -> int:
+    """Say which step failed, and show on the page how far the line came; returns the step's exit status."""
+    if status == INTERRUPTED:  # the tool has said so
+        return status
+    step, out = line.steps[number], Path(line.out)
+    stale = "; the manifest there is an earlier run's" if (out / "manifest.parquet").exists() else ""
+    print(f"error: [{step.name}] failed (exit status {status}); the same command goes on there{stale}", file=sys.stderr)
+    with contextlib.suppress(DataError):  # nothing to show yet
+        stages = stages_of(replace(line, steps=line.steps[: number + 1]), out)
+        # Where it left rows, they are an earlier run's.
+        write_report(line, [s for s in stages if s.folder != out / step.name or not s.manifest], out)
+    return status
+
+
+def finish(line: Line, out: Path) -> int:
+    """Write manifest, rejects and page, print what came out; returns the exit status."""
+    from opensora_repro.data.line_outcome import write_manifest_of, write_rejects_of
+
+    stages = stages_of(line, out)
+    with_rows = [stage for stage in stages if stage.manifest]
+    if not with_rows:
+        raise DataError(f"{one_line(line.input)}: no row came out; {one_line(out)} holds what each tool rejected")
+    rejected = write_rejects_of(stages, out / "rejects.parquet")
+    rows = write_manifest_of(with_rows[-1], out / "manifest.parquet")
+    write_report(line, stages, out)
+    remove_leftovers(out)
+    summarize(stages)
+    print(f"{rows:,} rows: {out / 'manifest.parquet'};  {rejected:,} rejected: {out / 'rejects.parquet'}")
+    return 0
+
+
+def stages_of(line: Line, out: Path) -> list[Stage]:
+    """Return the steps' outcomes; one that writes no manifest is left out."""
+    from opensora_repro.data.line import MANIFEST_FILE, REJECTS_FILE, find_stages
+
+    folders = [out / step.name for step in line.steps]
+    left = [f for f in folders if (f / MANIFEST_FILE).is_file() or (f / REJECTS_FILE).is_file()]
+    if not left:
+        raise DataError(f"{one_line(out)}: no step left a table")
+    return find_stages([str(folder) for folder in left])
+
+
+def write_report(line: Line, stages: Sequence[Stage], out: Path) -> None:
+    from opensora_repro.data.jobs import runner_of
+
+    inputs = [str(stage.folder) for stage in stages]
+    if not inputs:
+        raise DataError(f"{one_line(out)}: no step left a table")
+    args = report.build_parser().parse_args([*line.report.options, *line.report.runner, f"--out={out}", "--", *inputs])
+    report.report(args.inputs, out, args.clips, runner_of(args))
+
+
+def summarize(stages: Sequence[Stage]) -> None:
+    print(f"{'rows':>12} {'rejected':>10}  stage")
+    for stage in stages:
+        rows, rejected = (table.num_rows if table else 0 for table in (stage.manifest, stage.rejects))
+        print(f"{rows:>12,} {rejected:>10,}  {stage.name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

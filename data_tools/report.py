@@ -1,0 +1,180 @@
+"""Show a dataset on one page: what went through each tool, what the clips look like, what was dropped and why.
+
+    python -m data_tools.report INPUT [INPUT ...] --out DIR
+
+Each INPUT is the --out folder of a tool, in the order they ran, or a manifest. DIR receives `report.html`, one file
+that fetches nothing: rows, seconds of video and rejects of each stage; clips with captions and scores, evenly spread
+over the last manifest; a histogram of each column of numbers (behind it, where a stage is a filter's, the rows before
+that), counts of each column of few values; captions' lengths, words and flags; groups of near-duplicates; a filter's
+rules; rejects by reason. Tables are read in batches, so memory does not grow with them. `DIR/pictures` keeps the
+pictures that were made, so that a second run makes only what is new.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opensora_repro.data.jobs import Runner, add_runner_options, progress, runner_of
+from opensora_repro.data.manifest import DataError
+from opensora_repro.data.outcome import run_tool
+
+if TYPE_CHECKING:
+    from opensora_repro.data.groups import Groups
+    from opensora_repro.data.line import Stage
+    from opensora_repro.data.report_page import Report
+    from opensora_repro.data.tables import Table
+
+CLIPS = 48
+GROUPED = ("duplicate_group", "caption_flag")  # columns whose values are told with some of their rows
+DUPLICATE_GROUPS, DUPLICATES = 8, 4
+FLAGS, FLAGGED = 8, 5
+CAPTIONS_READ = 50_000
+WORDS_SHOWN = 60
+CLIP_COLUMNS = ("id", "path", "caption", "caption_flag", "num_frames", "fps", "height", "width")
+NO_SCORES = ("file_size", "coded_height", "coded_width", "rotation", "duration")  # numbers, but of the file
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the tool; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    return run_tool(lambda: run(args))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="data_tools.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="a tool's --out folder, or a manifest; in order")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for report.html")
+    parser.add_argument(
+        "--clips", type=int, default=CLIPS, metavar="N", help="clips to show; 0: no pictures (%(default)s)"
+    )
+    add_runner_options(parser)
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise DataError for options that cannot work, before any input is looked at."""
+    if args.clips < 0:
+        raise DataError(f"--clips {args.clips}: expected 0 or more")
+    runner_of(args)
+
+
+def run(args: argparse.Namespace) -> int:
+    check(args)
+    return report(args.inputs, Path(args.out), args.clips, runner_of(args))
+
+
+def report(inputs: Sequence[str], out: Path, clips: int, runner: Runner) -> int:
+    """Write the page; returns the exit status. Raises DataError."""
+    from opensora_repro.data.files import write_text
+    from opensora_repro.data.line import find_stages
+    from opensora_repro.data.report_page import page
+
+    stages = find_stages(inputs)
+    told = gather(stages, clips)
+    last = last_of(stages)
+    if last and last.manifest:
+        told.strips["clips"] = strips_of(told.clips, last, out, runner)
+    if told.duplicates and clips:
+        members = [row for group in told.duplicates.largest for row in group.rows]
+        stage = next(stage for stage in stages if stage.manifest is first_with(stages, GROUPED[0]))
+        told.strips["duplicates"] = strips_of(members, stage, out, runner)
+    path = out / "report.html"
+    write_text(path, page(told))
+    rows, rejected = told.stages[-1][1].rows, sum(counts.rejected for _, counts in told.stages)
+    print(f"{len(stages)} stage{'s' if len(stages) > 1 else ''}, {rows:,} rows, {rejected:,} rejected: {path}")
+    return 0
+
+
+def gather(stages: Sequence[Stage], clips: int) -> Report:
+    """Read all tables; return what the page tells, but for the pictures."""
+    from opensora_repro.data.caption_words import frequent_words
+    from opensora_repro.data.line import count_stage, rows_at, spread
+    from opensora_repro.data.report_page import Report
+    from opensora_repro.data.summary import Summary, summarize
+
+    last, before = last_of(stages), before_filter(stages)
+    with progress("reading", rows_to_read(stages), "row") as advance:
+        counted = [(stage.name, count_stage(stage, advance)) for stage in stages]
+        told = Report(
+            counted, {stage.name: stage.rules for stage in stages if stage.rules}, Summary(),
+            last.name if last else "", before.name if before else "", [], [], [], 0,
+        )  # fmt: skip
+        if last and last.manifest:
+            table = last.manifest
+            told.columns = summarize(table, advance, before.manifest if before else None)
+            told.scores = scores_of(table)
+            wanted = [n for n in (*CLIP_COLUMNS, *told.scores) if n in table.schema.names]
+            told.clips = rows_at(table, spread(table.num_rows, clips), wanted) if clips and wanted else []
+            if "caption" in table.schema.names:
+                sampled = rows_at(table, spread(table.num_rows, CAPTIONS_READ), ["caption"])
+                told.words = frequent_words((str(row["caption"] or "") for row in sampled), WORDS_SHOWN)
+                told.words_of = len(sampled)
+        told.duplicates = groups(stages, GROUPED[0], advance, DUPLICATE_GROUPS, DUPLICATES)
+        told.flags = groups(stages, GROUPED[1], advance, FLAGS, FLAGGED)
+    return told
+
+
+def last_of(stages: Sequence[Stage]) -> Stage | None:
+    """Return the last stage that has rows."""
+    return next((stage for stage in reversed(stages) if stage.manifest), None)
+
+
+def before_filter(stages: Sequence[Stage]) -> Stage | None:
+    """Return the stage before the first filter: the rows that the last stage's are to be seen against."""
+    at = next((number for number, stage in enumerate(stages) if stage.rules and number > 0), 0)
+    return stages[at - 1] if at and stages[at - 1].manifest else None
+
+
+def first_with(stages: Sequence[Stage], column: str) -> Table | None:
+    """Return the first manifest that has the column: later ones may have dropped what it tells of."""
+    return next((s.manifest for s in stages if s.manifest and column in s.manifest.schema.names), None)
+
+
+def groups(
+    stages: Sequence[Stage], column: str, advance: Callable[[int], None], count: int, members: int
+) -> Groups | None:
+    from opensora_repro.data.groups import find_groups
+
+    table = first_with(stages, column)
+    if table is None:
+        return None
+    wanted = [name for name in CLIP_COLUMNS if name in table.schema.names]
+    return find_groups(table, column, wanted, advance, count=count, members=members)
+
+
+def rows_to_read(stages: Sequence[Stage]) -> int:
+    """Return about how many rows all passes read, for the progress."""
+    tables = [table for stage in stages for table in (stage.manifest, stage.rejects) if table]
+    last, before = last_of(stages), before_filter(stages)
+    again = [stage.manifest for stage in (last, last, before, before) if stage and stage.manifest]
+    for column in GROUPED:
+        if found := first_with(stages, column):
+            again += [found, found]
+    return sum(table.num_rows for table in [*tables, *again])
+
+
+def scores_of(table: Table) -> list[str]:
+    """Return the columns of numbers that were measured on the clips."""
+    from opensora_repro.data.outcome import LINEAGE, MANIFEST
+    from opensora_repro.data.summary import number_columns
+
+    return [
+        name for name in number_columns(table.schema)
+        if name in table.schema.names and name not in (*MANIFEST, *LINEAGE, *NO_SCORES)
+    ]  # fmt: skip
+
+
+def strips_of(rows: Sequence[dict[str, Any]], stage: Stage, out: Path, runner: Runner) -> dict[str, Any]:
+    from opensora_repro.data.thumbnails import read_strips
+
+    return read_strips(rows, stage.folder.absolute(), out / "pictures", runner)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""What names a record of finished work: the content it was made from, and how."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+SAMPLE = 1 << 16  # bytes
+
+
+def digest(parts: Sequence[Any]) -> str:
+    """Return 32 hex digits of JSON-able parts."""
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def sampled_digest(path: Path) -> str:
+    """Return a digest of a file's size and of its first, middle and last 64 KiB.
+
+    Enough to tell clips apart, whose containers list the sizes of all frames at an end, without reading them whole.
+    Of the name for what cannot be read: why not, is told when it is opened.
+    """
+    content = hashlib.blake2b(digest_size=16)
+    try:
+        size = path.stat().st_size
+        content.update(size.to_bytes(8, "little"))
+        with open(path, "rb") as file:
+            for at in sorted({0, max(0, (size - SAMPLE) // 2), max(0, size - SAMPLE)}):
+                file.seek(at)
+                content.update(file.read(SAMPLE))
+    except OSError as error:
+        content.update(f"{type(error).__name__} {path.name}".encode("utf-8", "surrogateescape"))
+    return content.hexdigest()

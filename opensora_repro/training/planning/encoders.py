@@ -1,0 +1,143 @@
+"""The frozen models' sizes and work, from their config.json: an image autoencoder and a T5 text encoder.
+
+For hub names these are the published models that the recipes use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from opensora_repro.config import Config
+from opensora_repro.training.planning.sizes import read_model_config
+
+PUBLISHED_VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4}
+PUBLISHED_T5 = {
+    "d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "vocab_size": 32128,
+    "relative_attention_num_buckets": 32, "feed_forward_proj": "gated-gelu",
+}  # fmt: skip
+# Feature maps at full size, each of the first width, that are alive at the largest moment (counted on a CPU).
+MAPS_ENCODING, MAPS_DECODING = 5, 6
+
+
+@dataclass(frozen=True)
+class FrozenSizes:
+    """Both frozen models of a config. FLOPs are of one forward pass."""
+
+    vae_parameters: int
+    text_parameters: int
+    encode_flops: float  # a sample's frames
+    decode_flops: float
+    text_flops: float  # a caption
+    encoding_values: int  # alive at once while `vae.micro_batch_size` frames are encoded
+    decoding_values: int
+
+
+def frozen_sizes(cfg: Config) -> FrozenSizes:
+    vae = {**PUBLISHED_VAE, **read_model_config(cfg.vae.path)}
+    text = {**PUBLISHED_T5, **read_model_config(cfg.text.path)}
+    height, width, frames = cfg.data.height, cfg.data.width, cfg.data.num_frames
+    at_once = max(2, min(cfg.vae.micro_batch_size, frames))  # a lone frame runs twice
+    values = at_once * height * width * vae["block_out_channels"][0]
+    encoder, decoder = list(_encoder(vae)), list(_decoder(vae))
+    return FrozenSizes(
+        vae_parameters=sum(layer.parameters for layer in encoder + decoder),
+        text_parameters=t5_parameters(text),
+        encode_flops=2.0 * frames * sum(layer.products(height, width) for layer in encoder),
+        decode_flops=2.0 * frames * sum(layer.products(height, width) for layer in decoder),
+        text_flops=2.0 * t5_products(text, cfg.model.model_max_length),
+        encoding_values=MAPS_ENCODING * values,
+        decoding_values=MAPS_DECODING * values,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# T5
+
+
+def t5_parameters(cfg: dict[str, Any]) -> int:
+    dim, norms = cfg["d_model"], 2 * cfg["d_model"]
+    biases = cfg["relative_attention_num_buckets"] * cfg["num_heads"]
+    return int(cfg["vocab_size"] * dim + cfg["num_layers"] * (_t5_layer(cfg) + norms) + biases + dim)
+
+
+def t5_products(cfg: dict[str, Any], length: int) -> int:
+    """Multiply-accumulates for one caption of so many tokens."""
+    attention = 2 * length * cfg["num_heads"] * cfg["d_kv"]
+    return int(cfg["num_layers"] * length * (_t5_layer(cfg) + attention))
+
+
+def _t5_layer(cfg: dict[str, Any]) -> int:
+    gated = "gated" in cfg["feed_forward_proj"]
+    return int(cfg["d_model"] * (4 * cfg["num_heads"] * cfg["d_kv"] + (3 if gated else 2) * cfg["d_ff"]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# AutoencoderKL
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution (or, with size 1, a linear layer at every place), its norm, and attention over all places."""
+
+    before: int  # channels
+    after: int
+    size: int = 3  # of the kernel
+    shrunk: int = 1  # the output's height and width are the frame's over this
+    norm: bool = False  # GroupNorm of the input
+    attends: bool = False
+
+    @property
+    def parameters(self) -> int:
+        return self.before * self.after * self.size**2 + self.after + 2 * self.before * self.norm
+
+    def products(self, height: int, width: int) -> int:
+        """Multiply-accumulates for a frame of so many pixels."""
+        places = (height // self.shrunk) * (width // self.shrunk)
+        return places * (self.before * self.after * self.size**2 + 2 * places * self.after * self.attends)
+
+
+def _encoder(cfg: dict[str, Any]) -> Iterator[Layer]:
+    widths, shrunk = cfg["block_out_channels"], 1
+    yield Layer(3, widths[0])
+    for level, (before, after) in enumerate(pairwise([widths[0], *widths])):
+        for i in range(cfg["layers_per_block"]):
+            yield from _residual(before if i == 0 else after, after, shrunk)
+        if level < len(widths) - 1:
+            shrunk *= 2
+            yield Layer(after, after, shrunk=shrunk)
+    yield from _middle(widths[-1], shrunk)
+    moments = 2 * cfg["latent_channels"]
+    yield Layer(widths[-1], moments, shrunk=shrunk, norm=True)
+    yield Layer(moments, moments, 1, shrunk)
+
+
+def _decoder(cfg: dict[str, Any]) -> Iterator[Layer]:
+    widths, latent = cfg["block_out_channels"][::-1], cfg["latent_channels"]
+    shrunk = 2 ** (len(widths) - 1)
+    yield Layer(latent, latent, 1, shrunk)
+    yield Layer(latent, widths[0], shrunk=shrunk)
+    yield from _middle(widths[0], shrunk)
+    for level, (before, after) in enumerate(pairwise([widths[0], *widths])):
+        for i in range(cfg["layers_per_block"] + 1):
+            yield from _residual(before if i == 0 else after, after, shrunk)
+        if level < len(widths) - 1:
+            shrunk //= 2
+            yield Layer(after, after, shrunk=shrunk)
+    yield Layer(widths[-1], 3, norm=True)
+
+
+def _residual(before: int, after: int, shrunk: int) -> Iterator[Layer]:
+    yield Layer(before, after, shrunk=shrunk, norm=True)
+    yield Layer(after, after, shrunk=shrunk, norm=True)
+    if before != after:
+        yield Layer(before, after, 1, shrunk)
+
+
+def _middle(width: int, shrunk: int) -> Iterator[Layer]:
+    yield from _residual(width, width, shrunk)
+    yield Layer(width, 3 * width, 1, shrunk, norm=True)  # queries, keys and values
+    yield Layer(width, width, 1, shrunk, attends=True)
+    yield from _residual(width, width, shrunk)

@@ -1,0 +1,74 @@
+"""Multiplications of the models, by formula: exactly what torch's FlopCounterMode counts, without running anything.
+
+One multiplication with its addition is two operations (FLOPs) here, as chips are rated; the DiT and PixArt papers
+count it as one. Softmax, norms, activations and modulation are left out, as they are everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from opensora_repro.models.config import DiTConfig, STDiTConfig
+from opensora_repro.training.planning.parameters import (
+    TIMESTEP_CHANNELS,
+    caption_weights,
+    mlp_width,
+    size_weights,
+    timestep_weights,
+    token_weights,
+)
+from opensora_repro.training.planning.sizes import Grid
+
+
+@dataclass(frozen=True)
+class Products:
+    """Multiply-accumulates of one sample's forward pass."""
+
+    blocks: int
+    outside: int  # embedders and the final layer
+    inputs: int  # of `outside`: layers that read data, of which a backward pass wants no gradient
+
+    @property
+    def forward_flops(self) -> int:
+        return 2 * (self.blocks + self.outside)
+
+    @property
+    def training_flops(self) -> int:
+        """Forward and backward: the model FLOPs that utilisation is measured by."""
+        return 2 * (3 * (self.blocks + self.outside) - self.inputs)
+
+    @property
+    def recomputed_flops(self) -> int:
+        """What activation checkpointing adds: every block's forward pass once more."""
+        return 2 * self.blocks
+
+
+def forward_products(cfg: STDiTConfig | DiTConfig, grid: Grid) -> Products:
+    return _stdit_products(cfg, grid) if isinstance(cfg, STDiTConfig) else _dit_products(cfg, grid)
+
+
+def _stdit_products(cfg: STDiTConfig, grid: Grid) -> Products:
+    dim, text, tokens = cfg.hidden_size, cfg.model_max_length, grid.tokens
+    # Tokens that a token looks at: of its frame and of its place, or of the whole sample; then the caption's.
+    seen = grid.places + grid.frames if cfg.temporal_attention else tokens
+    block = tokens * (token_weights(cfg) + 2 * dim * (seen + text)) + text * 2 * dim**2
+    patch = dim * math.prod(cfg.patch_size)
+    sinusoids = TIMESTEP_CHANNELS * (dim + (dim if cfg.size_conditioning else 0))  # 3 of a third of the width
+    inputs = tokens * patch * cfg.in_channels + sinusoids + text * cfg.caption_channels * dim
+    outside = tokens * patch * (cfg.in_channels + cfg.out_channels) + text * caption_weights(cfg)
+    outside += timestep_weights(cfg) + 3 * size_weights(cfg)  # of height, width and their ratio
+    return Products(cfg.depth * block, outside, inputs)
+
+
+def _dit_products(cfg: DiTConfig, grid: Grid) -> Products:
+    dim, tokens = cfg.hidden_size, grid.tokens
+    # Latte's blocks take turns: within a frame, then over time.
+    turns = (grid.places, grid.frames) if cfg.factorised else (tokens, tokens)
+    seen = sum(turns[i % 2] for i in range(cfg.depth))
+    block = tokens * (4 * dim**2 + 2 * dim * mlp_width(cfg)) + 6 * dim**2
+    patch = dim * math.prod(cfg.patch_size)
+    caption = cfg.caption_channels * dim if cfg.condition == "text" else 0
+    inputs = tokens * patch * cfg.in_channels + TIMESTEP_CHANNELS * dim + caption
+    outside = inputs + dim**2 + (dim**2 if caption else 0) + tokens * patch * cfg.out_channels + 2 * dim**2
+    return Products(cfg.depth * block + tokens * 2 * dim * seen, outside, inputs)

@@ -1,0 +1,83 @@
+"""What GPUs can do, from their makers' data sheets."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+from opensora_repro.config import ConfigError
+
+GIB = 2**30
+RESERVED_SHARE, RESERVED_BYTES = 0.05, GIB  # fragments; the driver, libraries' workspaces, exchange buffers
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Peaks are of dense matrices: sheets that tell sparse ones are halved."""
+
+    name: str
+    memory_gib: float
+    half_tflops: float  # bfloat16, summed in float32; float16 where there is no bfloat16
+    float_tflops: float  # float32 without tensor cores
+    terabytes_per_second: float  # of its memory
+    bfloat16: bool = True
+
+    def peak(self, dtype: str) -> float:
+        """FLOPs a second in the config's `train.dtype`. Raises ConfigError where it has no such arithmetic."""
+        if dtype == "bf16" and not self.bfloat16:
+            raise ConfigError(f"--gpu {self.name}: it has no bfloat16 arithmetic; plan with train.dtype=fp32")
+        return 1e12 * (self.half_tflops if dtype == "bf16" else self.float_tflops)
+
+    @property
+    def usable_bytes(self) -> float:
+        """What is left for tensors."""
+        return (1 - RESERVED_SHARE) * self.memory_gib * GIB - RESERVED_BYTES
+
+
+GPUS = (
+    Gpu("B200", 180, 2250, 75, 7.7),
+    Gpu("H200", 141, 989, 67, 4.8),
+    Gpu("H100", 80, 989, 67, 3.35),  # SXM
+    Gpu("H100-PCIe", 80, 756, 51, 2.0),
+    Gpu("H100-NVL", 94, 835, 60, 3.9),
+    Gpu("H800", 80, 989, 67, 3.35),
+    Gpu("H20", 96, 148, 44, 4.0),
+    Gpu("A100-80GB", 80, 312, 19.5, 2.039),  # SXM
+    Gpu("A100-40GB", 40, 312, 19.5, 1.555),
+    Gpu("A800", 80, 312, 19.5, 2.039),
+    Gpu("A40", 48, 149.7, 37.4, 0.696),
+    Gpu("A30", 24, 165, 10.3, 0.933),
+    Gpu("A10", 24, 125, 31.2, 0.6),
+    Gpu("L40S", 48, 362, 91.6, 0.864),
+    Gpu("L40", 48, 181, 90.5, 0.864),
+    Gpu("L4", 24, 121, 30.3, 0.3),
+    Gpu("RTX-5090", 32, 209.5, 104.8, 1.792),
+    Gpu("RTX-4090", 24, 165.2, 82.6, 1.008),
+    Gpu("RTX-3090", 24, 71, 35.6, 0.936),
+    Gpu("V100-32GB", 32, 125, 15.7, 0.9, bfloat16=False),  # SXM2
+    Gpu("V100-16GB", 16, 125, 15.7, 0.9, bfloat16=False),
+    Gpu("T4", 16, 65, 8.1, 0.32, bfloat16=False),
+)
+# Short names for what has several
+DEFAULT_VARIANT = {"a100": "a10080gb", "v100": "v10032gb", "h100sxm": "h100", "h200sxm": "h200", "h800sxm": "h800"}
+
+
+def find_gpu(name: str) -> Gpu:
+    """The GPU of that name, however it is spelt (H100, a100-40gb, "RTX 4090", 4090). Raises ConfigError."""
+    known = {}
+    for gpu in GPUS:
+        known[_plain(gpu.name)] = gpu
+        known[_plain(gpu.name).removeprefix("rtx")] = gpu
+    wish = _plain(name)
+    found = known.get(DEFAULT_VARIANT.get(wish, wish))
+    if found is None:
+        nearest = known[difflib.get_close_matches(wish, list(known), n=1, cutoff=0.0)[0]].name
+        names = ", ".join(gpu.name for gpu in GPUS)
+        raise ConfigError(f"--gpu {name!r} is not in the table; did you mean {nearest}? Known are {names}")
+    return found
+
+
+def _plain(name: str) -> str:
+    """Letters and digits alone, without the maker's words."""
+    plain = "".join(character for character in name.lower() if character.isalnum())
+    return plain.removeprefix("nvidia").removeprefix("geforce").removeprefix("tesla")

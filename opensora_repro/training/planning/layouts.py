@@ -1,0 +1,102 @@
+"""Which parallel layouts hold a config on given GPUs, from the simplest one on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from opensora_repro.config import Config, ConfigError, ParallelConfig, check_config
+from opensora_repro.parallel.errors import EngineError
+from opensora_repro.parallel.mesh import Mesh
+from opensora_repro.training.planning.encoders import FrozenSizes
+from opensora_repro.training.planning.gpus import GIB, Gpu
+from opensora_repro.training.planning.memory import Memory, step_memory
+from opensora_repro.training.planning.sizes import Grid
+
+SIZES = (1, 2, 4, 8)  # of tensor and sequence parallelism; more than a machine's GPUs would wait for the network
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A layout, what one process needs with and without activation checkpointing, and why it does not fit, if so.
+
+    `memory` holds for the config's own train.activation_checkpointing; it and both peaks (bytes) are missing where
+    the layout is impossible.
+    """
+
+    overrides: str
+    parallel: ParallelConfig
+    memory: Memory | None = None
+    checkpointed_peak: float | None = None
+    plain_peak: float | None = None
+    refused: str = ""
+
+    @property
+    def fits(self) -> bool:
+        return not self.refused
+
+
+@dataclass(frozen=True)
+class Fitter:
+    """What the layouts of one config have in common."""
+
+    cfg: Config
+    grid: Grid
+    parameters: int
+    frozen: FrozenSizes
+    gpu: Gpu
+    gpus: int
+    encodes: bool
+
+    def try_all(self) -> list[Fit]:
+        return [self.try_layout(parallel) for parallel in candidates(self.cfg, self.gpus)]
+
+    def try_layout(self, parallel: ParallelConfig) -> Fit:
+        cfg = dataclasses.replace(self.cfg, parallel=parallel)
+        overrides = describe(parallel)
+        try:
+            check_config(cfg)
+            mesh = Mesh(0, self.gpus, parallel.tp_size, parallel.sp_size)
+        except (ConfigError, EngineError) as error:
+            return Fit(overrides, parallel, refused=str(error))
+        with_, without = (self._memory(cfg, mesh, checkpointing) for checkpointing in (True, False))
+        memory = with_ if cfg.train.activation_checkpointing else without
+        return Fit(overrides, parallel, memory, with_.peak, without.peak, self._too_much(memory))
+
+    def _memory(self, cfg: Config, mesh: Mesh, checkpointing: bool) -> Memory:
+        return step_memory(
+            cfg, self.grid, self.parameters, self.frozen, mesh, checkpointing=checkpointing, encodes=self.encodes
+        )
+
+    def _too_much(self, memory: Memory) -> str:
+        usable = self.gpu.usable_bytes
+        if memory.peak <= usable:
+            return ""
+        return f"needs {memory.peak / GIB:.1f} GiB of the {usable / GIB:.1f} GiB usable on a {self.gpu.name}"
+
+
+def candidates(cfg: Config, gpus: int) -> Iterator[ParallelConfig]:
+    """Layouts in the order of preference: few processes a sample, then little machinery.
+
+    Data parallelism first, spread more and more; then a sample's frames over several processes, then matrices too.
+    """
+    timeout = cfg.parallel.timeout
+    yield ParallelConfig(timeout=timeout)
+    if gpus == 1:
+        return
+    for plugin in ("zero1", "zero2", "gemini"):
+        yield ParallelConfig("colossalai", plugin, timeout=timeout)
+    shares = [(tp, sp) for tp in SIZES for sp in SIZES if 1 < tp * sp <= min(gpus, SIZES[-1])]
+    for tp, sp in sorted(shares, key=lambda share: (share[0] * share[1], share[0])):
+        if sp == 1 or cfg.model.temporal_attention:
+            yield ParallelConfig("colossalai", "hybrid" if tp > 1 else "zero2", tp, sp, timeout)
+
+
+def describe(parallel: ParallelConfig) -> str:
+    """The layout as overrides of a config, sizes of 1 left out."""
+    words = [f"parallel.engine={parallel.engine}", f"parallel.plugin={parallel.plugin}"]
+    for name in ("tp_size", "sp_size"):
+        if getattr(parallel, name) > 1:
+            words.append(f"parallel.{name}={getattr(parallel, name)}")
+    return " ".join(words)

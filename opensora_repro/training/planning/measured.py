@@ -1,0 +1,96 @@
+"""Utilisation as it was measured: from a run's metrics, or from a benchmark's JSON."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from opensora_repro.config import Config, ConfigError, load_config
+from opensora_repro.data.files import one_line
+from opensora_repro.training.metrics import METRICS_FILE, JsonLines
+from opensora_repro.training.planning.budget import step_flops
+from opensora_repro.training.planning.encoders import frozen_sizes
+from opensora_repro.training.planning.flops import forward_products
+from opensora_repro.training.planning.gpus import Gpu
+from opensora_repro.training.planning.parameters import count_parameters
+from opensora_repro.training.planning.sizes import latent_shape, token_grid
+
+CONFIG_FILE = "config.toml"
+FIRST_STEPS = 2  # left out: they start processes, kernels, caches
+
+
+def measured_utilisation(path: Path, cfg: Config, gpu: Gpu) -> tuple[float, str]:
+    """Model FLOPs over the peak of the GPUs it was measured on, which must be of the kind `gpu`, and where it is from.
+
+    `path`: a run's folder, its metrics.jsonl, or a benchmark's JSON with rows of `tokens_per_second` (on one GPU) and
+    `latents`. Raises ConfigError.
+    """
+    if path.is_dir():
+        path = path / METRICS_FILE
+    if not path.is_file():
+        raise ConfigError(f"--measured {one_line(path)}: no such run or file")
+    reached = _of_run(path, gpu) if path.suffix == ".jsonl" else _of_benchmark(path, cfg, gpu)
+    if not 0 < reached <= 1:
+        raise ConfigError(
+            f"--measured {one_line(path)}: {reached:.3g} of the peak of {gpu.name}: "
+            "name the GPU that it was measured on with --gpu"
+        )
+    return reached, one_line(path)
+
+
+def _of_run(path: Path, gpu: Gpu) -> float:
+    """The median step's FLOPs a second over the peak of its processes' GPUs; encoders work, too, unless cached."""
+    if not (path.parent / CONFIG_FILE).is_file():
+        raise ConfigError(f"--measured {one_line(path)}: the run's {CONFIG_FILE} is not beside it")
+    cfg = load_config(path.parent / CONFIG_FILE)
+    lines = [(line.get("samples"), line.get("seconds")) for line in JsonLines(path).read()]
+    steps = [(n, s) for n, s in lines if isinstance(n, int) and isinstance(s, float | int) and n > 0 and s > 0]
+    if len(steps) <= FIRST_STEPS:
+        raise ConfigError(
+            f"--measured {one_line(path)}: {len(steps)} step(s) with samples and seconds, "
+            f"expected more than {FIRST_STEPS}"
+        )
+    steps = steps[FIRST_STEPS:]
+    rate = statistics.median(samples / seconds for samples, seconds in steps)
+    data_ranks = -(-max(samples for samples, _ in steps) // (cfg.train.batch_size * cfg.train.accumulation))
+    gpus = data_ranks * cfg.parallel.tp_size * cfg.parallel.sp_size
+    products = forward_products(cfg.model, token_grid(cfg.model, latent_shape(cfg)))
+    useful, _, encoding = step_flops(cfg, products, frozen_sizes(cfg), samples=1)
+    return rate * (useful + encoding) / (gpus * gpu.peak(cfg.train.dtype))
+
+
+def _of_benchmark(path: Path, cfg: Config, gpu: Gpu) -> float:
+    """The best row whose model is this config's; encoders take no part in it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ConfigError(f"--measured {one_line(path)}: not a JSON file") from None
+    parameters, found = count_parameters(cfg.model), []
+    for row in _rows(content):
+        if row.get("parameters", parameters) == parameters:
+            grid = token_grid(cfg.model, tuple(row["latents"][-4:]))
+            flops = forward_products(cfg.model, grid).training_flops / grid.tokens
+            found.append(row["tokens_per_second"] * flops / gpu.peak("bf16"))
+    if not found:
+        raise ConfigError(
+            f"--measured {one_line(path)}: no row with tokens_per_second and latents "
+            f"of a model of {parameters:,} parameters"
+        )
+    return max(found)
+
+
+def _rows(content: Any) -> Iterator[dict[str, Any]]:
+    """Every object, at any depth, that tells tokens a second and the latents [..., C, T, h, w] they are of."""
+    if isinstance(content, dict):
+        rate, latents = content.get("tokens_per_second"), content.get("latents")
+        sizes = latents if isinstance(latents, list) and len(latents) >= 4 else []
+        if isinstance(rate, int | float) and sizes and all(isinstance(size, int) and size > 0 for size in sizes):
+            yield content
+        for value in content.values():
+            yield from _rows(value)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _rows(value)

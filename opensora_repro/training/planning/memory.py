@@ -1,0 +1,284 @@
+"""Memory of a training step, by part, for one process of any parallel layout.
+
+The formulas follow the model's blocks line by line: which tensors autograd keeps, of which dtype, and what is alive
+besides at the largest moments of the forward and the backward pass. Tests hold them against counts of real tensors.
+Memory that a device's libraries take for themselves is not in here, see gpus.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from opensora_repro.config import Config, ParallelConfig
+from opensora_repro.models.config import STDiTConfig
+from opensora_repro.parallel.mesh import Mesh
+from opensora_repro.training.planning.encoders import FrozenSizes
+from opensora_repro.training.planning.parameters import (
+    block_weights,
+    cut_parameters,
+    input_weights,
+    mlp_width,
+    outside_weights,
+)
+from opensora_repro.training.planning.sizes import Grid
+
+FLOAT = 4  # bytes: of weights, of the residual stream, of norms
+HALF = 2
+# Float32 tensors as large as the latents that the loss saves for its own backward pass, and how many are alive at its
+# largest moment (both counted on a CPU)
+LOSS_LATENTS = {"iddpm": (14.5, 31.5), "flow": (1.0, 7.0)}
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes of what a process keeps from step to step, and of the gradients."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    average: float
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that a micro-batch needs besides weights and gradients."""
+
+    kept: float  # between forward and backward
+    forward_peak: float
+    backward_peak: float  # at its begin, when hardly any gradient exists
+    backward_end: float  # in the first block, where all gradients but its own and the embedders' exist, less those
+
+    def peak_with(self, gradients: float, *, lasting: bool) -> float:
+        """The largest moment, gradients included; `lasting` ones are there from the start."""
+        if lasting:
+            return gradients + max(self.forward_peak, self.backward_peak)
+        return max(self.forward_peak, self.backward_peak, gradients + max(self.backward_end, 0))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by part; `peak` is less than the sum, as not all of them meet."""
+
+    states: States
+    activations: Activations
+    encoders: float  # weights of autoencoder and text encoder
+    encoding: float  # while frames are encoded, or decoded for samples
+    peak: float
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From step to step
+
+
+def state_bytes(cfg: STDiTConfig, parameters: int, parallel: ParallelConfig, mesh: Mesh) -> States:
+    """Weights, gradients, Adam's two moments and the average are float32, and spread as the plugin does."""
+    if parallel.plugin == "gemini":  # bfloat16 weights, in whose place the gradients come, and float32 copies of both
+        share = parameters / mesh.world_size
+        return States((HALF + FLOAT) * share, FLOAT * share, 2 * FLOAT * share, FLOAT * share)
+    own = parameters - cut_parameters(cfg) * (1 - 1 / mesh.tp_size)
+    sharers = 1 if parallel.plugin == "ddp" else mesh.world_size // mesh.tp_size
+    gradients = own / sharers if parallel.plugin == "zero2" else own
+    return States(FLOAT * own, FLOAT * gradients, 2 * FLOAT * own / sharers, FLOAT * own / sharers)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A micro-batch
+
+
+def activation_bytes(
+    cfg: STDiTConfig,
+    grid: Grid,
+    batch_size: int,
+    *,
+    dtype: str,
+    checkpointing: bool,
+    objective: str = "iddpm",
+    tp_size: int = 1,
+    sp_size: int = 1,
+    device: str = "cuda",
+    half_weights: bool = False,
+) -> Activations:
+    """`grid` is a whole sample's. `half_weights`: the weights are bfloat16 themselves (Gemini), not cast to it.
+
+    `device` matters for one rule of autocast: CUDA widens what is added to the float32 stream before it is saved.
+    """
+    tokens = batch_size * -(-grid.frames // sp_size) * grid.places
+    half = dtype == "bf16"
+    block = _Block(
+        cfg,
+        batch_size,
+        tokens,
+        tp_size,
+        loss_latents=LOSS_LATENTS[objective],
+        compute=HALF if half else FLOAT,
+        gated=HALF if half and device == "cpu" else FLOAT,
+        copies=half and not half_weights,
+    )
+    return _with_checkpointing(block) if checkpointing else _without_checkpointing(block)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Bytes within one block, and of the layers before and after all blocks."""
+
+    cfg: STDiTConfig
+    batch_size: int
+    tokens: int  # of the micro-batch, on this process
+    tp_size: int
+    loss_latents: tuple[float, float]
+    compute: int  # bytes of a value that matrices multiply
+    gated: int  # of a branch's output, kept for its gate's gradient
+    copies: bool  # autocast's bfloat16 copies of the weights
+
+    @property
+    def stream(self) -> float:
+        """The residual stream, [tokens, hidden_size] in float32."""
+        return float(FLOAT * self.tokens * self.cfg.hidden_size)
+
+    def values(self, count: float) -> float:
+        """`count` tensors of [tokens, hidden_size] that matrices multiply."""
+        return count * self.compute * self.tokens * self.cfg.hidden_size
+
+    @property
+    def widening(self) -> float:
+        """Width of the MLP over the model's, on this process."""
+        return mlp_width(self.cfg) / self.cfg.hidden_size / self.tp_size
+
+    @property
+    def kept(self) -> float:
+        """What one block keeps for its backward pass.
+
+        Spatial: input, its norm, the modulated norm, queries, keys and values, their result, the projection. Temporal:
+        the reordered input, then as before. Cross: input, queries, result. MLP: as spatial, with two wide tensors.
+        """
+        attentions = 2 if self.cfg.temporal_attention else 1
+        whole = attentions + 2  # what enters the matrices of each branch
+        cut = attentions * 4 + 2
+        gated = (attentions + 1) * self.gated * self.tokens * self.cfg.hidden_size
+        wide = self.values(2 * self.widening)
+        return 4 * self.stream + self.values(whole + cut / self.tp_size) + gated + wide + self._small + self.weights
+
+    @property
+    def _small(self) -> float:
+        """Statistics of two norms, the attentions' log-sums, the caption's keys and values, modulation vectors."""
+        cfg = self.cfg
+        log_sums = (3 if cfg.temporal_attention else 2) * cfg.num_heads / self.tp_size
+        caption = self.batch_size * cfg.model_max_length * 3 * cfg.hidden_size / self.tp_size
+        vectors = 8 * self.batch_size * cfg.hidden_size
+        return FLOAT * (self.tokens * (4 + log_sums) + vectors) + self.compute * caption
+
+    @property
+    def weights(self) -> float:
+        """Autocast's copies of one block's matrices, kept for the inputs' gradients."""
+        return HALF * block_weights(self.cfg) / self.tp_size if self.copies else 0.0
+
+    @property
+    def latents(self) -> int:
+        """Values of the micro-batch's latents."""
+        return self.tokens * math.prod(self.cfg.patch_size) * self.cfg.in_channels
+
+    @property
+    def ends(self) -> float:
+        """Kept outside the blocks: patches, the caption's layers, the final norm, its input and output."""
+        cfg = self.cfg
+        caption = self.batch_size * cfg.model_max_length * (cfg.caption_channels + 3 * cfg.hidden_size)
+        vectors = 10 * self.batch_size * cfg.hidden_size  # the timestep's, the modulation
+        copies = HALF * (outside_weights(cfg) - input_weights(cfg)) if self.copies else 0
+        return self.compute * (self.latents + caption + vectors) + self.final + copies
+
+    @property
+    def loss(self) -> float:
+        return FLOAT * self.loss_latents[0] * self.latents
+
+    @property
+    def loss_peak(self) -> float:
+        return FLOAT * self.loss_latents[1] * self.latents
+
+    @property
+    def final(self) -> float:
+        """Of these, what the final layer keeps; it is gone when the last block's backward pass begins."""
+        return 2 * self.stream + self.values(1) + 2 * FLOAT * self.tokens
+
+    @property
+    def last_gradients(self) -> float:
+        """The gradients that come last: a block's and the embedders'."""
+        return FLOAT * (block_weights(self.cfg) / self.tp_size + outside_weights(self.cfg))
+
+    @property
+    def backward_extra(self) -> float:
+        """Alive besides while one block's backward pass runs, less what it has freed by then.
+
+        In the MLP: the stream's gradient, the output's, the wide tensor's; or before, at the gate: three of the stream.
+        """
+        freed = self.gated * self.tokens * self.cfg.hidden_size
+        in_mlp = self.stream + self.values(1 + self.widening) - freed
+        return max(in_mlp, 3 * self.stream)
+
+    @property
+    def final_extra(self) -> float:
+        """Alive besides in the final layer's backward pass: gradients of the norm, its scale and shift."""
+        return 4 * self.stream - self.values(1)
+
+
+def _without_checkpointing(block: _Block) -> Activations:
+    kept = block.cfg.depth * block.kept + block.ends
+    begin = max(kept + block.final_extra, kept - block.final + block.backward_extra)
+    end = block.ends - block.final + block.kept + block.backward_extra - block.last_gradients
+    return Activations(kept + block.loss, kept + block.loss_peak, begin, end)
+
+
+def _with_checkpointing(block: _Block) -> Activations:
+    """A block keeps its input alone, and runs again when its gradients are due."""
+    depth = block.cfg.depth
+    kept = depth * block.stream + block.ends
+    # Autocast forgets its copies at the end of the forward pass; until then there is one of every matrix.
+    in_forward = depth * (block.stream + block.weights) + block.ends - block.final
+    in_forward += block.stream + block.values(1 + 2 * block.widening)  # in the last block's MLP
+    again = block.kept - block.stream + block.backward_extra
+    begin = max(kept + block.final_extra, kept - block.final + again)
+    end = block.ends - block.final + block.stream + again - block.last_gradients
+    return Activations(kept + block.loss, max(in_forward, kept + block.loss_peak), begin, end)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Together
+
+
+def step_memory(
+    cfg: Config,
+    grid: Grid,
+    parameters: int,
+    frozen: FrozenSizes,
+    mesh: Mesh,
+    *,
+    checkpointing: bool,
+    encodes: bool,
+    device: str = "cuda",
+) -> Memory:
+    """Of one process. `encodes`: autoencoder and text encoder stay loaded while the model trains."""
+    parallel = cfg.parallel
+    states = state_bytes(cfg.model, parameters, parallel, mesh)
+    activations = activation_bytes(
+        cfg.model,
+        grid,
+        cfg.train.batch_size,
+        dtype=cfg.train.dtype,
+        checkpointing=checkpointing,
+        objective=cfg.diffusion.objective,
+        tp_size=mesh.tp_size,
+        sp_size=mesh.sp_size,
+        device=device,
+        half_weights=parallel.plugin == "gemini",
+    )
+    size = HALF if cfg.train.dtype == "bf16" and device == "cuda" else FLOAT
+    encoders = encoding = 0.0
+    if encodes:
+        text = 0 if cfg.text.offload else frozen.text_parameters
+        encoders = float(size * (frozen.vae_parameters + text))
+        encoding = float(size * (frozen.decoding_values if cfg.sample.every else frozen.encoding_values))
+    # Other processes' sums, or a second micro-batch, need gradients that stay.
+    lasting = mesh.world_size > 1 or cfg.train.accumulation > 1
+    working = max(activations.peak_with(states.gradients, lasting=lasting), encoding + lasting * states.gradients)
+    peak = states.weights + states.optimizer + states.average + encoders + working
+    return Memory(states, activations, encoders, encoding, peak)

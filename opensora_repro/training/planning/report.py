@@ -1,0 +1,178 @@
+"""A budget as lines for people and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from opensora_repro.config import Config
+from opensora_repro.training.planning.budget import SECONDS_AN_HOUR, Budget
+from opensora_repro.training.planning.gpus import GIB
+from opensora_repro.training.planning.memory import Memory
+
+DAY = 24 * SECONDS_AN_HOUR
+
+
+def report(cfg: Config, budget: Budget) -> list[str]:
+    lines: list[str] = []
+    for title, rows in (
+        ("WORK", _work(cfg, budget)),
+        ("MEMORY of one process, as the config has it", _memory(cfg, budget)),
+        ("LAYOUTS", _layouts(cfg, budget)),
+        ("TIME AND COST", _time(budget)),
+        ("SAMPLING with the trained model", _inference(cfg, budget)),
+    ):
+        lines += [title, *(f"  {line}" for line in rows), ""]
+    return lines[:-1]
+
+
+def as_json(budget: Budget) -> dict[str, Any]:
+    """Plain values: bytes, seconds, FLOPs; the budget's own names."""
+    smallest = budget.smallest
+    return {**dataclasses.asdict(budget), "smallest": smallest and smallest.overrides}
+
+
+def _work(cfg: Config, budget: Budget) -> list[str]:
+    work = budget.work
+    shape = "x".join(map(str, work.latents))
+    data = cfg.data
+    return [
+        f"parameters  {work.parameters:,}",
+        f"a sample    {data.num_frames} x {data.height}x{data.width} -> latents {shape} -> "
+        f"{work.tokens_a_sample:,} tokens; {operations(work.forward_flops)} a forward pass",
+        f"a step      {work.samples_a_step:,} samples, {work.tokens_a_step:,} tokens; "
+        f"{operations(work.step_flops)} forward and backward",
+        f"            besides {besides(work.encoder_flops, work.recomputed_flops)}",
+        f"the run     {cfg.train.steps:,} steps, {work.run_tokens:,} tokens, {operations(work.run_flops)}"
+        + (f", {number(work.epochs)} epochs" if work.epochs is not None else ""),
+        "FLOPs count a multiplication and its addition as two; papers on DiT and PixArt count them as one",
+    ]
+
+
+def besides(encoder_flops: float, recomputed_flops: float) -> str:
+    """What a step takes besides the model's forward and backward."""
+    parts = {"in autoencoder and text encoder": encoder_flops, "for activations computed again": recomputed_flops}
+    return ", ".join(f"{operations(flops)} {what}" for what, flops in parts.items() if flops) or "nothing"
+
+
+def _memory(cfg: Config, budget: Budget) -> list[str]:
+    fit = budget.configured
+    if fit.memory is None:
+        return [f"impossible: {fit.refused}"]
+    assert fit.checkpointed_peak is not None and fit.plain_peak is not None
+    memory, usable = fit.memory, budget.gpu.usable_bytes
+    rows = {
+        "weights": memory.states.weights,
+        "gradients": memory.states.gradients,
+        "optimizer": memory.states.optimizer,
+        "average": memory.states.average,
+        "activations": max(memory.activations.forward_peak, memory.activations.backward_peak),
+        "encoders": memory.encoders,
+        "encoding": memory.encoding,
+    }
+    notes = {
+        "activations": f"{size(memory.activations.kept)} of them between forward and backward",
+        "encoding": "while nothing is trained",
+    }
+    on = cfg.train.activation_checkpointing
+    kind = "with" if on else "without"
+    other = f"{size(fit.plain_peak if on else fit.checkpointed_peak)} {'without' if on else 'with'} it"
+    fits = "fits" if fit.fits else "does NOT fit"
+    lines = [f"{name:<12}{size(value):>10}  {notes.get(name, '')}".rstrip() for name, value in rows.items()]
+    lines.append(f"{'at most':<12}{size(memory.peak):>10}  at one time, {kind} activation checkpointing; {other}")
+    lines.append(f"{fits} into the {size(usable)} usable of a {budget.gpu.name} ({budget.gpu.memory_gib:g} GB)")
+    return lines
+
+
+def _layouts(cfg: Config, budget: Budget) -> list[str]:
+    smallest = budget.smallest
+    lines = [f"{'checkpointing':>13}  {'without':>10}  on {budget.gpus} x {budget.gpu.name}"]
+    for fit in budget.layouts:
+        mark = "fits" if fit.fits else fit.refused
+        lines.append(f"{_peak(fit.checkpointed_peak):>13}  {_peak(fit.plain_peak):>10}  {fit.overrides}: {mark}")
+    if smallest is not None:
+        return [*lines, f"smallest that fits: {smallest.overrides}"]
+    lines.append(f"none fits on {budget.gpus} x {budget.gpu.name}: {_advice(cfg, budget)}")
+    return lines
+
+
+def _advice(cfg: Config, budget: Budget) -> str:
+    usable = budget.gpu.usable_bytes
+    helped = [fit for fit in budget.layouts if fit.checkpointed_peak and fit.checkpointed_peak <= usable]
+    if helped:
+        return f"with train.activation_checkpointing=true {helped[0].overrides} would"
+    wishes = ["lower train.batch_size"] * (cfg.train.batch_size > 1) + ["lower vae.micro_batch_size"]
+    return ", or ".join([*wishes, "set text.offload=true", "take more or larger GPUs"])
+
+
+def _time(budget: Budget) -> list[str]:
+    time = budget.time
+    lines = [
+        f"{time.utilisation:.0%} of the peak of {budget.gpus} x {budget.gpu.name} in model FLOPs "
+        f"({time.utilisation_from}); they work at {time.busy:.0%} with what is computed again",
+        f"a step      {duration(time.step_seconds)}; {number(time.samples_a_second)} samples/s, "
+        f"{time.tokens_a_second_a_gpu:,.0f} tokens/s a GPU",
+        f"the run     {duration(time.run_seconds)}, {number(time.gpu_hours)} GPU-hours"
+        + (f", costs {time.cost:,.2f}" if time.cost is not None else ""),
+    ]
+    if time.busy > 1:
+        lines.append("no GPU reaches that: give a lower --utilisation, or set train.activation_checkpointing=false")
+    return lines
+
+
+def _inference(cfg: Config, budget: Budget) -> list[str]:
+    found, sample = budget.inference, cfg.sample
+    what = "picture" if cfg.data.num_frames == 1 else "clip"
+    lines = [
+        f"a {what:<10}{sample.steps} steps, guidance {sample.guidance:g}: {found.evaluations} forward passes, "
+        f"{operations(found.transformer_flops)}; decoding {operations(found.decode_flops)}, "
+        f"text {operations(found.text_flops)}",
+        f"            {duration(found.clip_seconds)} of one {budget.gpu.name} at the same utilisation"
+        + (f", costs {found.cost_a_clip:.4g}" if found.cost_a_clip is not None else ""),
+    ]
+    if what == "picture":
+        lines.append(f"a GPU-hour  {number(found.clips_a_gpu_hour)} pictures")
+    else:
+        lines.append(
+            f"a GPU-hour  {number(found.clips_a_gpu_hour)} clips, {number(found.video_minutes_a_gpu_hour)} minutes of "
+            f"video ({found.clip_duration:.3g} s a clip at {sample.fps} frames/s)"
+        )
+    lines.append(f"break-even  {found.break_even_clips:,.0f} {what}s take as many FLOPs as the training")
+    return lines
+
+
+def memory_parts(memory: Memory) -> str:
+    """One line of the parts that make the peak."""
+    states, activations = memory.states, memory.activations
+    most = max(activations.forward_peak, activations.backward_peak)
+    parts = {
+        "weights": states.weights, "gradients": states.gradients, "optimizer": states.optimizer,
+        "average": states.average, "activations": most, "encoders": memory.encoders, "encoding": memory.encoding,
+    }  # fmt: skip
+    return ", ".join(f"{name} {size(value)}" for name, value in parts.items() if value)
+
+
+def size(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:.3g} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.3g} MiB"
+
+
+def operations(flops: float) -> str:
+    for unit, value in (("ZFLOP", 1e21), ("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
+        if flops >= value:
+            return f"{flops / value:,.4g} {unit}"
+    return f"{flops / 1e6:,.4g} MFLOP"
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    for unit, value in (("days", DAY), ("hours", SECONDS_AN_HOUR), ("min", 60), ("s", 1)):
+        if seconds >= 2 * value:
+            return f"{seconds / value:.3g} {unit}"
+    return f"{seconds * 1000:.3g} ms"
+
+
+def _peak(num_bytes: float | None) -> str:
+    return "-" if num_bytes is None else size(num_bytes)

@@ -1,0 +1,118 @@
+"""What a run will take: work, memory by part, the parallel layouts that fit, time and cost, and what sampling takes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from opensora_repro.config import Config, ConfigError, load_config
+
+if TYPE_CHECKING:
+    from opensora_repro.training.planning.budget import Question
+
+USER_MISTAKE, INTERRUPTED = 2, 130
+ASSUMED_UTILISATION = 0.4
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m stages.plan",
+        description=__doc__,
+        epilog="Utilisation is model FLOPs over the GPU's peak; what checkpointing computes again does not count.",
+    )
+    add = parser.add_argument
+    add("config", metavar="CONFIG.toml")
+    add("overrides", nargs="*", metavar="section.key=value", help="changes to the config")
+    add("--gpu", default="H100", metavar="NAME", help="kind of GPU, such as A100-40GB or 4090 (default: %(default)s)")
+    add("--gpus", type=int, metavar="N", help="how many (default: as many as one sample needs)")
+    add("--clips", type=int, metavar="N", help="training clips, to tell epochs")
+    rate = parser.add_mutually_exclusive_group()
+    rate.add_argument(
+        "--utilisation", type=float, metavar="SHARE", help=f"of the peak, 0 to 1 (assumed: {ASSUMED_UTILISATION})"
+    )
+    rate.add_argument(
+        "--measured", type=Path, metavar="PATH",
+        help="take it from a run's folder, its metrics.jsonl or a benchmark's JSON, measured on the same kind of GPU",
+    )  # fmt: skip
+    add("--price-per-gpu-hour", type=float, metavar="PRICE", help="in any currency, to tell costs")
+    add("--strides", metavar="T,H,W", help="frames, rows, columns a latent, of another autoencoder than vae.path")
+    add("--json", action="store_true", help="print JSON: bytes, seconds, FLOPs")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        return run(args)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except ValueError as error:
+        if not is_user_mistake(error):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_MISTAKE
+
+
+def is_user_mistake(error: ValueError) -> bool:
+    from opensora_repro.parallel.errors import EngineError
+
+    return isinstance(error, ConfigError | EngineError)
+
+
+def run(args: argparse.Namespace) -> int:
+    cfg = load_config(args.config, args.overrides)
+    question = ask(args, cfg)
+    from opensora_repro.training.planning.budget import make_budget
+    from opensora_repro.training.planning.report import as_json, report
+
+    budget = make_budget(cfg, question)
+    if args.json:
+        print(json.dumps(as_json(budget), indent=1))
+    else:
+        print("\n".join(report(cfg, budget)))
+    return 0
+
+
+def ask(args: argparse.Namespace, cfg: Config) -> Question:
+    """Check the options. Raises ConfigError."""
+    from opensora_repro.training.planning.budget import Question
+    from opensora_repro.training.planning.gpus import find_gpu
+
+    for name in ("gpus", "clips"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} {value}: expected at least 1")
+    price = args.price_per_gpu_hour
+    if price is not None and not (math.isfinite(price) and price >= 0):
+        raise ConfigError(f"--price-per-gpu-hour {price}: expected 0 or more")
+    strides = read_strides(args.strides) if args.strides else None
+    gpu = find_gpu(args.gpu)
+    gpu.peak(cfg.train.dtype)
+    gpus = args.gpus or cfg.parallel.tp_size * cfg.parallel.sp_size
+    utilisation, source = ASSUMED_UTILISATION, "assumed, see --utilisation and --measured"
+    if args.utilisation is not None:
+        utilisation, source = args.utilisation, "given"
+        if not 0 < utilisation <= 1:
+            raise ConfigError(f"--utilisation {utilisation}: expected a share above 0, at most 1")
+    elif args.measured is not None:
+        from opensora_repro.training.planning.measured import measured_utilisation
+
+        utilisation, source = measured_utilisation(args.measured, cfg, gpu)
+    return Question(gpu, gpus, utilisation, source, args.clips, price, strides)
+
+
+def read_strides(text: str) -> tuple[int, int, int]:
+    parts = text.split(",")
+    if len(parts) != 3 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise ConfigError(f"--strides {text!r}: expected three numbers of at least 1, such as 4,8,8")
+    frames, rows, columns = map(int, parts)
+    return frames, rows, columns
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,239 @@
+"""A whole line of tools from one file: what comes out, what a second run does, and what a killed one leaves."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from data_tools import pipeline
+from opensora_repro.data.manifest import read_manifest, read_table
+from opensora_repro.data.write import write_video
+from tests.e2e.test_data_tools import film, same_film, stamps
+
+BAD = ("zero_bytes.mp4", "audio_only.mp4", "text_renamed.mp4", "trunc_mdat_half.mp4", "directory.mp4")
+SIDE = 32  # pixels
+CONFIG = """
+input = {input!r}
+out = "unset"
+[run]
+workers = 1
+[probe]
+[split]
+min_frames = 6
+preset = "ultrafast"
+[score]
+scores = "brightness,duplicates"
+[filter]
+keep = ["brightness > 0.05", "not duplicate"]
+thumbnails = 1
+[caption]
+sidecar = {sidecar!r}
+[filter-words]
+keep = "len(caption) > 3"
+[report]
+clips = 2
+"""
+
+
+@pytest.fixture(scope="module")
+def config(videos_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A line over three films, one of them twice, a black one, and files that are none."""
+    root = tmp_path_factory.mktemp("line")
+    folder = root / "in"
+    (folder / "sub").mkdir(parents=True)
+    film(folder / "a, 'b'.mp4", [(40, 12), (200, 12), (90, 4)], SIDE)
+    film(folder / "sub" / "-dash 视频.mp4", [(150, 12), (70, 12)], SIDE)
+    shutil.copy(folder / "a, 'b'.mp4", folder / "twin.mp4")
+    write_video(folder / "black.mp4", np.zeros((9, SIDE, SIDE, 3), np.uint8), 12)
+    for name in BAD:
+        assert (videos_dir / "bad" / name).exists(), name
+        (folder / name).symlink_to(videos_dir / "bad" / name)
+    captions(root, "a film")
+    path = root / "line.toml"
+    path.write_text(CONFIG.format(input=str(folder), sidecar=str(root / "captions.csv")), encoding="utf-8")
+    return path
+
+
+def captions(root: Path, text: str) -> None:
+    names = ["a, 'b'.mp4", "sub/-dash 视频.mp4", "new.mp4"]
+    rows = [{"source": n, "start_time": 0, "end_time": 99, "caption": f"{text} <{i}>"} for i, n in enumerate(names)]
+    pd.DataFrame(rows).to_csv(root / "captions.csv", index=False)
+    os.utime(root / "captions.csv", (0, 0))  # put back, it is the file that it was
+
+
+@pytest.fixture(scope="module")
+def made(config: Path) -> Path:
+    """The line, run once; tests that change it take a copy."""
+    out = config.parent / "out"
+    assert pipeline.main([str(config), "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def copied(made: Path, tmp_path: Path) -> Path:
+    """A copy beside it, so that the inputs' relative paths stay as they are."""
+    return Path(shutil.copytree(made, made.with_name(tmp_path.name)))
+
+
+def same_table(one: Path, other: Path) -> None:
+    """Whether two tables are equal; numbers measured on clips to the encoder's rounding, which may differ by a run."""
+    pd.testing.assert_frame_equal(read_table(one), read_table(other), rtol=0.02)
+
+
+def done_again(said: str) -> list[str]:
+    """Return the steps that a run did, of those that can be passed over."""
+    titles = [line for line in said.splitlines() if line.startswith("[")]
+    return [line.split()[1] for line in titles if not line.endswith("done before")]
+
+
+def test_the_whole_line(config: Path, made: Path) -> None:
+    table = read_manifest(made / "manifest.parquet")
+    assert table["source"].tolist() == ["a, 'b'.mp4"] * 2 + ["sub/-dash 视频.mp4"] * 2
+    assert table["caption"].tolist() == ["a film <0>"] * 2 + ["a film <1>"] * 2
+    assert table["id"].is_unique
+    assert table["num_frames"].tolist() == [12] * 4
+    assert (table["end_frame"] - table["start_frame"]).tolist() == [12] * 4
+    assert {"start_time", "end_time", "resplit", "brightness"} <= set(table.columns)
+    assert all(Path(path).is_file() for path in table["path"])
+    assert read_table(made / "manifest.parquet")["path"].str.startswith("split/clips/").all()
+    rejects = read_table(made / "rejects.parquet")
+    assert list(rejects.columns) == ["id", "path", "source", "stage", "reason", "start_frame", "end_frame"]
+    assert rejects.notna()[["id", "stage", "reason"]].all(axis=None)
+    assert rejects["stage"].value_counts().to_dict() == {"probe": len(BAD), "split": 2, "filter": 1}
+    black = read_table(made / "score/manifest.parquet").set_index("id")["source"].eq("black.mp4")
+    assert rejects.loc[rejects["stage"] == "filter", "id"].tolist() == black.index[black].tolist()
+    inputs = {p.relative_to(config.parent / "in").as_posix() for p in (config.parent / "in").rglob("*.mp4")}
+    assert set(table["source"]) | set(rejects["source"].dropna()) | {"black.mp4"} == inputs
+    page = (made / "report.html").read_text(encoding="utf-8")
+    assert page.count("<img") == 2
+    assert "a film &lt;" in page and "same content as …" not in page
+
+
+def test_a_second_run_does_nothing(config: Path, made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = stamps(made)
+    assert pipeline.main([str(config), "--out", str(made), "run.workers=2"]) == 0
+    assert stamps(made) == before
+    assert done_again(capsys.readouterr().out) == ["probe"]
+    assert pipeline.main([str(config), f"out={made}", "--dry-run"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in said[:-1]] == ["looks for new input", *["done"] * 5]
+    assert stamps(made) == before
+
+
+def test_what_changed_is_done_again(config: Path, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = [str(config), "--out", str(copied), "report.clips=0"]
+    assert pipeline.main([*run, "filter.keep=brightness > 0.3"]) == 0
+    assert done_again(capsys.readouterr().out) == ["probe", "filter", "caption", "filter-words"]
+    assert read_table(copied / "manifest.parquet")["brightness"].min() > 0.3
+    captions(config.parent, "another")
+    try:
+        assert pipeline.main(run) == 0
+    finally:
+        captions(config.parent, "a film")
+    assert read_table(copied / "manifest.parquet")["caption"].tolist()[0] == "another <0>"
+    capsys.readouterr()
+    lost = next((copied / "split" / "clips").glob("*.mp4"))
+    lost.unlink()
+    assert pipeline.main([*run, "split.min_frames=6"]) == 0
+    assert done_again(capsys.readouterr().out)[:2] == ["probe", "split"]
+    assert lost.is_file()
+    same_table(copied / "manifest.parquet", config.parent / "out/manifest.parquet")
+
+
+def test_options_changed_and_changed_back(config: Path, copied: Path) -> None:
+    """A clip keeps its name whatever the options: what was made with others must not pass for these."""
+    run = [str(config), "--out", str(copied), "report.clips=0"]
+    before = {p.name: p for p in (config.parent / "out/split/clips").iterdir()}
+    assert pipeline.main([*run, "split.short_side=16"]) == 0
+    assert set(read_table(copied / "manifest.parquet")["height"]) == {16}
+    assert pipeline.main(run) == 0
+    same_table(copied / "manifest.parquet", config.parent / "out/manifest.parquet")
+    assert all(same_film(copied / "split/clips" / name, path) for name, path in before.items())
+
+
+def test_a_new_file_joins_the_others(config: Path, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    new = config.parent / "in" / "new.mp4"
+    film(new, [(120, 14)], SIDE)
+    before = {p.name: p.stat().st_mtime_ns for p in (copied / "split/clips").iterdir()}
+    try:
+        assert pipeline.main([str(config), "--out", str(copied), "report.clips=0"]) == 0
+    finally:
+        new.unlink()
+    assert "new.mp4" in set(read_table(copied / "manifest.parquet")["source"])
+    after = {p.name: p.stat().st_mtime_ns for p in (copied / "split/clips").iterdir()}
+    assert len(after) == len(before) + 1 and before.items() <= after.items()
+
+
+def test_killed_at_several_moments(config: Path, made: Path, repo_dir: Path) -> None:
+    out = made.with_name("killed")
+    moments: list[Callable[[], object]] = [
+        lambda: list(out.glob("probe/files/*.json")),
+        lambda: list(out.glob("split/clips/*")),  # a clip, or a part of one
+        lambda: list(out.glob("score/scores/*.json")),
+    ]
+    command = [sys.executable, "-m", "data_tools.pipeline", str(config), "--out", str(out)]
+    for moment in moments:
+        with subprocess.Popen(command, cwd=repo_dir, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            deadline = time.monotonic() + 120
+            while not moment() and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.002)
+            assert process.poll() is None, "it ended before it was killed"
+            os.kill(process.pid, signal.SIGKILL)
+        assert not (out / "manifest.parquet").exists()
+    assert pipeline.main([str(config), "--out", str(out)]) == 0
+    ours, theirs = ({n: s[1] for n, s in stamps(folder).items()} for folder in (out, made))
+    films = [name for name in theirs if name.endswith(".mp4")]
+    assert films and all(same_film(out / name, made / name) for name in films)
+    # x264 does not promise the same bytes twice: where a clip has others, so has what is measured on it.
+    same_bytes = all(ours[name] == theirs[name] for name in films)
+    named_otherwise = ("probe/files/", "pictures/", *(() if same_bytes else ("score/scores/",)))
+    kept = [name for name in theirs if not name.startswith(named_otherwise)]
+    assert sorted(kept) == sorted(name for name in ours if not name.startswith(named_otherwise))
+    for name in kept:
+        if same_bytes or name.startswith(("probe/", "split/")) or name.endswith("rejects.parquet"):
+            assert name in films or ours[name] == theirs[name], name
+        elif name.endswith(".parquet"):
+            same_table(out / name, made / name)
+
+
+def test_a_step_that_fails_is_named_and_the_page_tells_why(
+    config: Path, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = [str(config), "--out", str(copied), "report.clips=0"]
+    assert pipeline.main([*run, "filter.keep=brightness > 2"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith("error: [filter] failed (exit status 2); the same command goes on there; the manifest")
+    page = (copied / "report.html").read_text(encoding="utf-8")
+    assert "brightness &gt; 2" in page and "filter-words" not in page
+    assert pipeline.main(run) == 0
+    assert "filter-words" in (copied / "report.html").read_text(encoding="utf-8")
+    assert pipeline.main([*run, "filter.keep=brigtness > 2"]) == 2
+    assert "did you mean brightness?" in capsys.readouterr().err
+    assert "brightness &gt; 0.05" not in (copied / "report.html").read_text(encoding="utf-8")
+
+
+def test_nothing_readable_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.mp4").write_text("no video")
+    (tmp_path / "c.toml").write_text(f"input = '{tmp_path / 'in'}'\nout = '{tmp_path / 'out'}'\n[probe]\n[split]\n")
+    assert pipeline.main([str(tmp_path / "c.toml"), "run.workers=1"]) == 2
+    assert "error: [probe] failed (exit status 2)" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "manifest.parquet").exists()
+    assert "a.mp4" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_output_may_not_lie_in_the_input(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for out in (config.parent / "in", config.parent / "in" / "sub" / "out"):
+        assert pipeline.main([str(config), "--out", str(out)]) == 2
+        assert "lies in the input folder" in capsys.readouterr().err
+        assert not (out / "probe").exists()

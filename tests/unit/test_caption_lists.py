@@ -1,0 +1,221 @@
+"""Captions of files made elsewhere: every known format, joined by key or by span and never by order."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from opensora_repro.data import caption_join
+from opensora_repro.data.caption_join import captions_of
+from opensora_repro.data.manifest import DataError
+
+
+def clip(identity: str, path: str, source: str | None = None, span: tuple[float, float] | None = None) -> dict:
+    row: dict[str, Any] = {"id": identity, "path": path, "num_frames": 40, "fps": 8.0, "height": 64, "width": 64}
+    if source:
+        row["source"] = source
+    if span:
+        start, end = span
+        row |= {"start_time": start, "end_time": end, "start_frame": int(start * 8), "end_frame": int(end * 8)}
+    return row
+
+
+CLIPS = [
+    clip("c0", "/d/clips/vidA-0.mp4", "in/vidA.mp4", (0.0, 4.0)),
+    clip("c1", "/d/clips/vidA-1.mp4", "in/vidA.mp4", (4.0, 9.0)),
+    clip("c2", "/d/whole/007.mp4", "whole/007.mp4"),
+    clip("c3", "/d/whole/sceneX.mp4", "whole/sceneX.mp4"),
+]
+
+
+def texts(sidecar: Path, clips: list[dict] = CLIPS) -> list[str]:
+    """Return captions, or reasons in brackets."""
+    return [found.text or f"[{found.reason}]" for found in captions_of(sidecar, clips)]
+
+
+def as_json(path: Path, content: object) -> Path:
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def table(path: Path, rows: list[dict]) -> Path:
+    frame = pd.DataFrame(rows)
+    frame.to_parquet(path) if path.suffix == ".parquet" else frame.to_csv(path, index=False)
+    return path
+
+
+# ---- tables
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_webvid(tmp_path: Path, suffix: str) -> None:
+    """Ids keep their zeros; a video's caption is that of its parts too."""
+    rows = [{"videoid": v, "contentUrl": "https://x", "duration": "PT00H00M09S", "page_dir": "p", "name": n}
+            for v, n in (("zz", "no"), ("007", "a spy"), ("7", "a number"), ("vidA", "a walk"))]  # fmt: skip
+    missing = "[no caption for this source]"
+    assert texts(table(tmp_path / f"w{suffix}", rows)) == ["a walk", "a walk", "a spy", missing]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_panda(tmp_path: Path, suffix: str) -> None:
+    spans = [["0:00:04.020", "0:00:09.000"], ["0:00:00.000", "0:00:04.000"]]
+    captions = ["the second's, with a comma", 'the first "quoted"']
+    lists = (str(spans), str(captions)) if suffix == ".csv" else (spans, captions)
+    rows = [{"videoID": "vidA", "url": "u", "timestamp": lists[0], "caption": lists[1], "matching_score": "[0.4]"},
+            {"videoID": "other", "url": "u", "timestamp": "no list", "caption": "x", "matching_score": ""}]  # fmt: skip
+    if suffix == ".parquet":
+        rows[1] |= {"timestamp": [["0:0:0", "0:0:1"]], "caption": ["x"]}
+    found = texts(table(tmp_path / f"p{suffix}", rows))
+    assert found == [captions[1], captions[0], *["[no caption for this source]"] * 2]
+
+
+@pytest.mark.parametrize(
+    ("timestamp", "caption"),
+    [
+        ("[['0:00:00', '0:00:04']]", "__import__('os').mkdir('made')"),
+        ("[['0:00:00', '0:00:04']]", "['one', 'two']"),
+        ("[['0:00:04', '0:00:01']]", "['backwards']"),
+        ("[['soon', 'late']]", "['x']"),
+        ("[" * 100_000, "['x']"),
+        ("[5]", "['x']"),
+    ],
+)
+def test_panda_rows_are_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timestamp: str, caption: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"videoID": "vidA", "url": "u", "timestamp": timestamp, "caption": caption, "matching_score": "[1]"}]
+    with pytest.raises(DataError, match="row 1: "):
+        texts(table(tmp_path / "p.csv", rows))
+    assert not (tmp_path / "made").exists()
+
+
+def test_hd_vg(tmp_path: Path) -> None:
+    """By the scene's name, or by frames within a clip that has its own span of the video."""
+    clips = {
+        "vidA.1.mp4": {"fps": 10.0, "span": ["00:00:00.000", "00:00:04.000"], "scene_split": [
+            {"clip_id": "vidA-1-s0", "scene_cut": [-1, -1], "caption": "first"}]},
+        "vidA.2.mp4": {"fps": 10.0, "span": ["00:00:03.000", "00:00:20.000"], "scene_split": [
+            {"clip_id": "vidA-2-s0", "scene_cut": [10, 60], "caption": "second"},
+            {"clip_id": "sceneX.mp4", "scene_cut": [60, 90], "caption": "named"}]},
+    }  # fmt: skip
+    path = as_json(tmp_path / "hdvg_0.json", {"vidA": {"url": "u", "clip": clips}, "b": {"url": "u", "clip": {}}})
+    assert texts(path) == ["first", "second", "[no caption for this source]", "named"]
+    as_json(path, {"vidA": {"clip": {"x.mp4": {"scene_split": [{"caption": "x"}]}}}})
+    with pytest.raises(DataError, match=r"row 1 \(video vidA\): is not as HD-VG-130M's"):
+        texts(path)
+
+
+def test_json_lists(tmp_path: Path) -> None:
+    rows = [{"id": "c1", "caption": "one"}, {"id": "c0", "text": "ignored", "caption": "zero"}]
+    missing = ["[no caption for this id]"] * 2
+    assert texts(as_json(tmp_path / "a.json", rows)) == ["zero", "one", *missing]
+    assert texts(as_json(tmp_path / "b.json", {"c1": "one", "c0": "zero"})) == ["zero", "one", *missing]
+    assert texts(as_json(tmp_path / "c.json", {"c1": {"text": "one"}, "c0": {"text": "zero"}})) == [
+        "zero", "one", *missing
+    ]  # fmt: skip
+    (tmp_path / "d.jsonl").write_text('{"clip_id": "007", "text": "seven"}\n\n{"clip_id": "vidA-1", "text": "one"}\n')
+    assert texts(tmp_path / "d.jsonl") == [missing[0], "one", "seven", missing[0]]
+
+
+def test_large_lists_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from opensora_repro.data import caption_lists
+
+    monkeypatch.setattr(caption_lists, "CHUNK", 3)
+    rows = [{"id": f"x{i}", "caption": "other"} for i in range(10)] + [{"id": "c2", "caption": None}]
+    for suffix in ("csv", "parquet"):
+        found = texts(table(tmp_path / f"l.{suffix}", rows))
+        assert found[2] == "[its caption (row 11 of the list) is empty]"
+
+
+def test_clips_of_a_whole_file_and_of_an_unknown_part(tmp_path: Path) -> None:
+    rows = [{"source": "007.mp4", "start_frame": 0, "end_frame": 40, "caption": "all of it"},
+            {"source": "vidA.mp4", "start_frame": 0, "end_frame": 40, "caption": "a part"}]  # fmt: skip
+    clips = [CLIPS[2], clip("c9", "/d/clips/vidA-9.mp4", "vidA.mp4")]
+    found = texts(table(tmp_path / "l.csv", rows), clips)
+    assert found == ["all of it", "[the manifest has no start_frame and end_frame of it]"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", "{", "cannot be read as JSON"),
+        ("a.json", "[1, 2]", "expected a list of objects"),
+        ("a.json", "[]", "expected a list of objects"),
+        ("a.json", "[" * 200_000, "cannot be read as JSON"),
+        ("a.jsonl", '{"id": 1}\n', "column caption missing"),
+        ("a.csv", "caption,other\nx,y\n", "expected the columns id, or source"),
+        ("a.csv", "id,caption\n,x\n", "row 1: id is empty"),
+        ("a.csv", "", "cannot be read as csv"),
+        ("a.parquet", "no parquet", "cannot be read as parquet"),
+        ("a.xlsx", "", "expected a folder, or a list"),
+        ("missing.csv", None, "no such file or folder"),
+    ],
+)
+def test_lists_that_are_none(tmp_path: Path, name: str, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message) as raised:
+        texts(tmp_path / name)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 500
+
+
+# ---- a file a clip
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    folder = tmp_path / "side"
+    (folder / "sub").mkdir(parents=True)
+    return folder
+
+
+def test_files_by_id_and_by_name(files: Path) -> None:
+    (files / "sub" / "c0.txt").write_text("by id\n")
+    as_json(files / "vidA-1.json", {"url": "x", "caption": "by name"})
+    as_json(files / "sub" / "007.json", ["", {"text": "of a list"}])
+    (files / "c3.txt").write_bytes(b"\xef\xbb\xbftext before json")
+    as_json(files / "c3.json", {"caption": "json"})
+    assert texts(files) == ["by id", "by name", "of a list", "text before json"]
+
+
+def test_files_beside_the_clip_and_at_the_sources_place(tmp_path: Path, files: Path) -> None:
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "a.txt").write_text("beside")
+    (files / "sub" / "b.txt").write_text("the sub one")
+    (files / "b.txt").write_text("the upper one")
+    clips = [clip("x", f"{tmp_path}/clips/a.mp4"), clip("y", "/in/sub/b.mp4", "sub/b.mp4"),
+             clip("z", "/in/b.mp4", "b.mp4")]  # fmt: skip
+    caption_join._names_in.cache_clear()
+    assert texts(files, clips) == ["beside", "the sub one", "the upper one"]
+
+
+def test_a_name_that_is_not_one_clips_own_is_no_key(files: Path) -> None:
+    (files / "b.txt").write_text("whose?")
+    clips = [clip("y", "/one/b.mp4", "/one/b.mp4"), clip("z", "/two/b.mp4", "/two/b.mp4")]
+    assert texts(files, clips) == ["[2 clips are called b; name its sidecar file by its id]"] * 2
+    (files / "sub" / "b.txt").write_text("which?")
+    assert texts(files, clips[:1]) == ["[several sidecar files for it: b, sub/b]"]
+
+
+def test_files_that_are_no_captions(files: Path) -> None:
+    (files / "c0.txt").write_bytes(b"\xff\xfe\x00")
+    (files / "c1.json").write_text('{"title": "x"}')
+    (files / "c2.txt").write_text(" \n\u200b")
+    os.mkfifo(files / "c3.txt")
+    clips = [*CLIPS, clip("../../secret", "/d/e.mp4"), clip("c5", "/d/f.mp4"), clip("c6", "/d/g.mp4")]
+    (files.parent / "secret.txt").write_text("from outside")
+    (files / "c5.json").write_text("[" * 300_000)
+    (files / "c6.txt").write_bytes(b"x" * (1 << 21))
+    assert texts(files, clips) == [
+        "[c0.txt: no UTF-8 text]",
+        "[c1.json: no JSON, or none of the keys caption, text, description, captions, texts in it]",
+        "[its caption (c2.txt) is empty]",
+        "[c3.txt: no regular file]",
+        "[no file e.txt or e.json for it]",
+        "[c5.json: no JSON, or none of the keys caption, text, description, captions, texts in it]",
+        "[c6.txt: larger than a caption (2097152 bytes)]",
+    ]

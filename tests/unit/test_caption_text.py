@@ -1,0 +1,119 @@
+"""Cleaning captions, and telling descriptions from what is none."""
+
+from __future__ import annotations
+
+import pytest
+
+from opensora_repro.data.caption_text import MAX_CHARACTERS, clean, ends_sentence, flag_of, judged
+
+REFUSALS = [
+    "I'm sorry, I can't assist with that.",
+    "I’m sorry, but I can’t help with that request.",
+    "I'm sorry, but I cannot provide a description of the image.",
+    "Sorry, I can't describe the people in this video.",
+    "I apologize, but I'm unable to identify the person shown.",
+    "I apologize for the confusion, but I cannot view images.",
+    "Unfortunately, I am not able to see the video you uploaded.",
+    "I am unable to process this request.",
+    "As an AI language model, I cannot watch videos.",
+    "As an AI, I don't have the ability to see images, but I can help with text.",
+    "Unfortunately, as a large language model I do not have access to the frames.",
+    "I'm just an AI and can't view files.",
+    "I'm an AI assistant. I cannot identify real people.",
+    "As an AI I see a dog.",
+    "I can't help you with that.",
+    "I cannot fulfill this request. It goes against the guidelines.",
+    "I won't be able to assist with this.",
+    "I don't see any image attached. Please upload it.",
+    "I do not have access to the video.",
+    "Hello! I'm sorry, but I can't see any frames.",
+    "No image was provided.",
+    "There is no video attached to your message.",
+    "It seems no image was uploaded.",
+    "The image could not be loaded.",
+    "Please provide the video so I can describe it.",
+    "Could you please share the frames of the video?",
+    "This request violates the content policy.",
+    "Unable to describe the content.",
+    "I'm sorry.",
+    "Thank you for sharing. However, I cannot identify individuals in the picture.",
+    "If you want a caption of it, I'm afraid I can't provide one.",
+    "Based on the frames provided, I cannot identify the person.",
+    "The video was not uploaded correctly.",
+    "抱歉，我无法描述这张图片。",
+    "作为一个AI语言模型，我看不到图片。",
+]
+CAPTIONS = [
+    "A woman says she is sorry and hugs her friend.",
+    "A man holds a sign that reads \"I'm sorry, I can't help you\".",
+    "A cartoon cat with the words 'I can't see the video' above its head.",
+    "Sorry! board game pieces on a wooden table.",
+    "I can't help falling in love, sung by a band on a small stage.",
+    "An apology letter lies on a desk; a hand signs it.",
+    "I am walking along the beach with my dog, waves behind us.",
+    "I can see a red car that drives along a road.",
+    "A robot, an AI, looks into the camera.",
+    "As an airplane takes off, the camera follows it.",
+    "As a large crowd gathers, a singer enters.",
+    "A speaker unable to stand is helped off the stage.",
+    "No people are in the image, only a lake and mountains.",
+    "There is no wind; the trees in the video stand still.",
+    "The image shows a street at night. The people cannot be identified.",
+    "A politician refuses to answer questions of the press.",
+    "We can't stop here, says a road sign in the desert.",
+    "The video was uploaded to a screen in the background while people dance.",
+    "Two men apologise to each other: I'm sorry, says one.",
+    "一只猫坐在窗台上，外面下着雨。",
+    "Please stand clear of the doors: a train leaves the platform.",
+    "As a man walks by, a dog barks.",
+    "A woman in a kitchen, I cannot identify her, cooks.",
+    "From above, we do not see the people who dance below.",
+    "Please do not feed the ducks, says a sign beside a pond.",
+]
+
+
+@pytest.mark.parametrize("caption", REFUSALS)
+def test_refusals_are_flagged(caption: str) -> None:
+    assert flag_of(caption) == "refusal"
+
+
+@pytest.mark.parametrize("caption", CAPTIONS)
+def test_descriptions_are_not(caption: str) -> None:
+    assert flag_of(caption) == ""
+
+
+def test_loops() -> None:
+    for looped in (
+        "a dog " * 5,
+        "A man walks. " + "and then he walks away " * 3,
+        "red, red, red, red, red, red, red, red",
+        "The sky is very blue. A bird flies. The sky is very blue. A tree. The sky is very blue.",
+        "一只猫一只猫一只猫",
+    ):
+        assert flag_of(looped.strip()) == "loop", looped
+    for fine in (
+        "A very very very long train passes.",
+        "Knock knock knock knock: a fist on a door.",
+        "A red car, a blue car, a green car and a white car stand in a row.",
+        "A man walks to the left, a woman walks to the right, a child walks to the left.",
+    ):
+        assert flag_of(fine) == "", fine
+
+
+def test_empty_and_cut() -> None:
+    assert [flag_of(text) for text in ("", "...", "—")] == ["empty"] * 3
+    assert judged("\u200b\x00 \n").flag == "empty"
+    assert judged("A dog runs across the", cut=True).flag == "truncated"
+    assert judged("I'm sorry, I can't describe", cut=True).flag == "refusal"  # the gravest
+    assert ends_sentence('He says "stop."') and ends_sentence("一只猫。") and not ends_sentence("a dog in the")
+
+
+def test_cleaning() -> None:
+    dirty = " a\tdog\r\n\x1b[31mruns\x07 \u202efast\u2066\u200b \ufeff\x85 now "
+    assert clean(dirty) == ("a dog [31mruns fast now", False)
+    assert clean("می\u200cخواهم 👩\u200d🚀") == ("می\u200cخواهم 👩\u200d🚀", False)
+    assert clean("a\ud800b\ue000")[0] == "ab"
+    long, cut = clean("word " * 2000)
+    assert cut and len(long) <= MAX_CHARACTERS and long.endswith("word")
+    assert judged("a b c d e f g h i j k l m n o p q r s t u v w x y z " * 1 + "x" * 9000).flag == "truncated"
+    assert len(clean("\u200b" * 10**6 + "a")[0]) == 0

@@ -1,0 +1,110 @@
+"""The parts of `download` that need no server."""
+
+from __future__ import annotations
+
+import email.utils
+import threading
+import time
+from collections import Counter
+
+import pytest
+
+from opensora_repro.data.fetch import Budget, Failed, Refused, checked_url, retry_after
+from opensora_repro.data.files import safe_name
+from opensora_repro.data.turns import Turns, in_threads
+from opensora_repro.data.video_pages import is_video_page
+
+
+def test_no_host_is_asked_by_more_than_its_share() -> None:
+    lock, running, most = threading.Lock(), Counter[str](), Counter[str]()
+
+    def work(item: tuple[str, int]) -> int:
+        host, number = item
+        with lock:
+            running[host] += 1
+            most[host] = max(most[host], running[host])
+        time.sleep(0.002)
+        with lock:
+            running[host] -= 1
+        return number
+
+    items = [("a", n) for n in range(40)] + [("b", n) for n in range(3)] + [("c", 0)]
+    done = [d for d in in_threads(work, Turns(((host, (host, n)) for host, n in items), 2), 8) if d is not None]
+    assert Counter(item for item, _ in done) == Counter(items)
+    assert all(item[1] == number for item, number in done)
+    assert most["a"] == 2
+    assert most["b"] <= 2
+
+
+def test_what_work_raises_is_raised_and_no_work_is_no_trouble() -> None:
+    def work(item: int) -> None:
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        list(in_threads(work, Turns([("a", 1), ("a", 2)], 1), 2))
+    assert not [d for d in in_threads(work, Turns([], 1), 2) if d is not None]
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        (" HTTP://Host/a b?q=é#frag", "http://Host/a%20b?q=%C3%A9"),
+        ("https://host:8/%2f..", "https://host:8/%2f.."),
+        ("http://bücher.example/x", "http://xn--bcher-kva.example/x"),
+    ],
+)
+def test_urls_are_made_fit_to_send(url: str, expected: str) -> None:
+    assert checked_url(url) == expected
+
+
+@pytest.mark.parametrize(
+    "url", ["", "x", "file:///etc/passwd", "ftp://h/a", "http:///a", "http://[::1/a", "http://h:x/a"]
+)
+def test_what_is_no_web_address_is_refused(url: str) -> None:
+    with pytest.raises(Refused):
+        checked_url(url)
+
+
+def test_a_line_break_cannot_add_a_header() -> None:
+    assert "\n" not in checked_url("http://h/a\r\nX-Evil: 1")
+
+
+def test_retry_after_is_seconds_or_a_date() -> None:
+    assert retry_after("7") == 7.0
+    date = retry_after(email.utils.formatdate(time.time() + 100, usegmt=True))
+    assert date is not None
+    assert 90 < date < 101
+    assert retry_after(email.utils.formatdate(0, usegmt=True)) == 0.0
+    assert retry_after("soon") is None
+    assert retry_after(None) is None
+
+
+def test_the_budget_counts_what_each_file_holds() -> None:
+    budget = Budget(100)
+    budget.hold("a", 60)
+    budget.hold("a", 80)
+    with pytest.raises(Failed, match="--max-total is reached: 100 bytes"):
+        budget.hold("b", 21)
+    budget.hold("b", 20)
+    budget.hold("a", 0)
+    budget.hold("b", 100)
+    budget.count("c", 50)  # from a run with more room
+    with pytest.raises(Failed):
+        budget.hold("b", 60)
+    budget.hold("b", 50)
+
+
+def test_safe_names_hold_no_path_and_stand_for_one_text() -> None:
+    texts = ["a", "a_", "a/", "a\\", "a.", ".", "..", "", "/", "ä", "ö", "a" * 100, "a" * 101, "\udcff", "-x", "a\n"]
+    names = [safe_name(text) for text in texts]
+    assert len(set(names)) == len(texts)
+    assert all(name and set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789_-") for name in names)
+    assert names[:2] == ["a", "a_"]
+    assert max(map(len, names)) < 120
+
+
+def test_video_sites_are_known_by_their_host_alone() -> None:
+    assert is_video_page("https://www.youtube.com/watch?v=x")
+    assert is_video_page("https://youtu.be/x")
+    assert not is_video_page("https://notyoutube.com/watch")
+    assert not is_video_page("https://example.com/youtube.com")
