@@ -117,6 +117,7 @@ def read_speed(paths: Sequence[Path]) -> float:
 
 
 def f1(found: Sequence[int], truth: Sequence[dict[str, Any]]) -> float:
+    """Return F1 of cuts within two frames, gradual ones inside their span, matched one to one."""
     left, hits = list(found), 0
     for cut in truth:
         start, end = cut.get("start", cut["frame"]), cut.get("end", cut["frame"])
@@ -124,7 +125,7 @@ def f1(found: Sequence[int], truth: Sequence[dict[str, Any]]) -> float:
         if near:
             left.remove(min(near, key=lambda c: abs(c - cut["frame"])))
             hits += 1
-    return round(2 * hits / max(1, len(found) + len(truth)), 3)
+    return 2 * hits / max(1, len(found) + len(truth))
 
 
 SIDES = {
@@ -159,7 +160,7 @@ def measure(video: Path, cuts: Path, repeat: int, crf: int) -> dict[str, Any]:
                 taken[side].append(seconds)
                 result[side] = {"cpu_seconds": round(statistics.median(taken[side]), 2)}
                 if found is not None:
-                    result[side]["f1"] = f1(found, truth)
+                    result[side]["f1"] = round(f1(found, truth), 3)
         clips = Path(name) / "clips"
         clips.mkdir()
         make_clips(video, clips)
