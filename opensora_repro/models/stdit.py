@@ -8,7 +8,7 @@ state-dict keys are those of the published models, PixArt-1024-MS with its size 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -91,6 +91,23 @@ class STDiTBlock(nn.Module):
         return (self.scale_shift_table[:, None, None, None] + modulation).unbind(0)
 
 
+def run_block(
+    block: STDiTBlock,
+    x: Tensor,
+    text: Tensor,
+    modulation: Tensor,
+    text_mask: TextMask | None,
+    temporal: Tensor | None,
+    recompute: bool,
+) -> Tensor:
+    """The block's tokens; with `recompute` only its input is kept for the backward pass."""
+    if not recompute:
+        return block(x, text, modulation, text_mask, temporal)
+    # The blocks draw no random numbers, so no generator state need be kept.
+    arguments = (x, text, modulation, text_mask, temporal)
+    return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
 class STDiT(nn.Module):
     """Text-conditional diffusion transformer on latents [B, C, T, H, W]; an image is a video of one frame.
 
@@ -103,6 +120,7 @@ class STDiT(nn.Module):
         _check(cfg)
         self.cfg = cfg
         self.gradient_checkpointing = False
+        self._compiled_block: Callable[..., Tensor] | None = None
         dim = cfg.hidden_size
         self.x_embedder = PatchEmbed3D(cfg.patch_size, cfg.in_channels, dim)
         self.t_embedder = TimestepEmbedder(dim)
@@ -150,7 +168,8 @@ class STDiT(nn.Module):
             t = t + self._embed_size(latents, image_size, aspect_ratio)
         elif image_size is not None or aspect_ratio is not None:
             raise ValueError("image_size and aspect_ratio need model.size_conditioning=true")
-        modulation = rearrange(self.t_block(t), "b (six d) -> six b 1 1 d", six=6)
+        # Contiguous, or one sample's strides would differ from several samples', for which blocks are compiled again.
+        modulation = rearrange(self.t_block(t), "b (six d) -> six b 1 1 d", six=6).contiguous()
         y = self.y_embedder(text, drop_text)  # [B, L, D]
         text_mask = None if mask is None else TextMask(mask, len(text), dtype)
 
@@ -162,22 +181,37 @@ class STDiT(nn.Module):
         x = unpatchify(x, self.cfg.patch_size, rows)
         return x[:, :, :frames, :height, :width].float()
 
+    def compile_blocks(self, *, backend: str = "inductor", dynamic: bool | None = None) -> None:
+        """Compile the block with torch.compile, once for all blocks, at the first call.
+
+        `dynamic`: True makes every size of the tokens a variable, where many occur; None only those that are seen to
+        change. A size of 1 is always compiled by itself. torch's own operations are compiled, not `train.kernels`' fused
+        ones: the compiler fuses them itself.
+        """
+        self._compiled_block = torch.compile(run_block, backend=backend, dynamic=dynamic)
+
     def _run_blocks(
         self, x: Tensor, y: Tensor, modulation: Tensor, text_mask: TextMask | None, temporal: Tensor | None
     ) -> Tensor:
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        if self._compiled_block is not None:
+            # Zeros that are added within a compiled copy cost nothing; a block without them would be compiled by itself,
+            # and so would one whose positions are a view of a table.
+            zeros = None if temporal is None else torch.zeros_like(temporal)
+            first = None if temporal is None else temporal + zeros
+            for i, block in enumerate(self.blocks):
+                x = self._compiled_block(block, x, y, modulation, text_mask, zeros if i else first, recompute)
+            return x
         # Across the border of two blocks two tensors pass where ops are fused, both of which recomputing would keep.
         fuse = fused(x) and not recompute
         normed = None
         for i, block in enumerate(self.blocks):
-            if recompute:  # the blocks draw no random numbers, so no generator state need be kept
-                x = checkpoint(
-                    block, x, y, modulation, text_mask, temporal, use_reentrant=False, preserve_rng_state=False
-                )
-            elif fuse and i + 1 < len(self.blocks):
+            if fuse and i + 1 < len(self.blocks):
                 x, normed = block(x, y, modulation, text_mask, temporal, normed, self.blocks[i + 1])
-            else:
+            elif fuse:
                 x = block(x, y, modulation, text_mask, temporal, normed)
+            else:
+                x = run_block(block, x, y, modulation, text_mask, temporal, recompute)
             temporal = None
         return x
 
