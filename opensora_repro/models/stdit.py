@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from opensora_repro.kernels import ops
 from opensora_repro.kernels.choice import fused
@@ -37,6 +36,7 @@ from opensora_repro.models.layers import (
     temporal_table,
     unpatchify,
 )
+from opensora_repro.models.recompute import HostStack, run_recomputed
 
 # Published files carry these tables; here they follow from the size of the call and from space_scale, time_scale.
 POSITION_TABLES = ("pos_embed", "pos_embed_temporal")
@@ -95,14 +95,17 @@ class STDiT(nn.Module):
     """Text-conditional diffusion transformer on latents [B, C, T, H, W]; an image is a video of one frame.
 
     With `temporal_attention=False` it is PixArt: every block attends over all tokens of the sample at once.
-    Any latent size and frame count may be given at call time. Set `gradient_checkpointing` to trade time for memory.
+    Any latent size and frame count may be given at call time. `activation_checkpointing` ("none", "selective", "full")
+    trades time for memory, see recompute.py; with `offload_activations` what it keeps of a block's input waits in host
+    memory.
     """
 
     def __init__(self, cfg: STDiTConfig) -> None:
         super().__init__()
         _check(cfg)
         self.cfg = cfg
-        self.gradient_checkpointing = False
+        self.activation_checkpointing = "none"
+        self.offload_activations = False
         dim = cfg.hidden_size
         self.x_embedder = PatchEmbed3D(cfg.patch_size, cfg.in_channels, dim)
         self.t_embedder = TimestepEmbedder(dim)
@@ -165,15 +168,15 @@ class STDiT(nn.Module):
     def _run_blocks(
         self, x: Tensor, y: Tensor, modulation: Tensor, text_mask: TextMask | None, temporal: Tensor | None
     ) -> Tensor:
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        recompute = self.activation_checkpointing != "none" and torch.is_grad_enabled()
         # Across the border of two blocks two tensors pass where ops are fused, both of which recomputing would keep.
         fuse = fused(x) and not recompute
+        host = HostStack(x.device) if recompute and self.offload_activations else None
+        selective = self.activation_checkpointing == "selective"
         normed = None
         for i, block in enumerate(self.blocks):
             if recompute:  # the blocks draw no random numbers, so no generator state need be kept
-                x = checkpoint(
-                    block, x, y, modulation, text_mask, temporal, use_reentrant=False, preserve_rng_state=False
-                )
+                x = run_recomputed(block, x, y, modulation, text_mask, temporal, selective=selective, host=host)
             elif fuse and i + 1 < len(self.blocks):
                 x, normed = block(x, y, modulation, text_mask, temporal, normed, self.blocks[i + 1])
             else:
