@@ -115,7 +115,7 @@ def parity(device: torch.device, temporal_attention: bool) -> dict[str, Any]:
     model = model.to(device)
     errors: dict[str, Any] = {}
     for recompute in (False, True):
-        model.gradient_checkpointing = recompute
+        model.activation_checkpointing = recompute
         found = outputs_and_gradients(model, device)
         assert found.keys() == expected.keys()
         worst = max(relative_error(found[name], expected[name]) for name in expected)

@@ -45,7 +45,7 @@ def chosen() -> str:
 
 
 def fused(x: Tensor) -> bool:
-    """Whether an operation on `x` runs as a Triton kernel; never within torch.compile, which fuses operations itself."""
+    """Whether an operation on `x` runs as a Triton kernel: not in what torch.compile is given, which fuses itself."""
     return not torch.compiler.is_compiling() and x.dtype in DTYPES and _runs_on(x.device.type, _chosen)
 
 

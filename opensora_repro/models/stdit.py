@@ -7,15 +7,16 @@ state-dict keys are those of the published models, PixArt-1024-MS with its size 
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from opensora_repro.kernels import ops
 from opensora_repro.kernels.choice import fused
@@ -37,6 +38,7 @@ from opensora_repro.models.layers import (
     temporal_table,
     unpatchify,
 )
+from opensora_repro.models.recompute import HostStack, run_block
 
 # Published files carry these tables; here they follow from the size of the call and from space_scale, time_scale.
 POSITION_TABLES = ("pos_embed", "pos_embed_temporal")
@@ -51,7 +53,7 @@ class STDiTBlock(nn.Module):
 
     def __init__(self, cfg: STDiTConfig) -> None:
         super().__init__()
-        dim = cfg.hidden_size
+        self.hidden_size = dim = cfg.hidden_size
         self.attn = Attention(dim, cfg.num_heads, over="space" if cfg.temporal_attention else "space_time")
         self.attn_temp = Attention(dim, cfg.num_heads, over="time") if cfg.temporal_attention else None
         self.cross_attn = CrossAttention(dim, cfg.num_heads)
@@ -91,35 +93,21 @@ class STDiTBlock(nn.Module):
         return (self.scale_shift_table[:, None, None, None] + modulation).unbind(0)
 
 
-def run_block(
-    block: STDiTBlock,
-    x: Tensor,
-    text: Tensor,
-    modulation: Tensor,
-    text_mask: TextMask | None,
-    temporal: Tensor | None,
-    recompute: bool,
-) -> Tensor:
-    """The block's tokens; with `recompute` only its input is kept for the backward pass."""
-    if not recompute:
-        return block(x, text, modulation, text_mask, temporal)
-    # The blocks draw no random numbers, so no generator state need be kept.
-    arguments = (x, text, modulation, text_mask, temporal)
-    return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
-
-
 class STDiT(nn.Module):
     """Text-conditional diffusion transformer on latents [B, C, T, H, W]; an image is a video of one frame.
 
     With `temporal_attention=False` it is PixArt: every block attends over all tokens of the sample at once.
-    Any latent size and frame count may be given at call time. Set `gradient_checkpointing` to trade time for memory.
+    Any latent size and frame count may be given at call time. `activation_checkpointing` ("none", "selective", "full")
+    trades time for memory, see recompute.py; with `offload_activations` what it keeps of a block's input waits in host
+    memory.
     """
 
     def __init__(self, cfg: STDiTConfig) -> None:
         super().__init__()
         _check(cfg)
         self.cfg = cfg
-        self.gradient_checkpointing = False
+        self.activation_checkpointing = "none"
+        self.offload_activations = False
         self._compiled_block: Callable[..., Tensor] | None = None
         dim = cfg.hidden_size
         self.x_embedder = PatchEmbed3D(cfg.patch_size, cfg.in_channels, dim)
@@ -182,38 +170,46 @@ class STDiT(nn.Module):
         return x[:, :, :frames, :height, :width].float()
 
     def compile_blocks(self, *, backend: str = "inductor", dynamic: bool | None = None) -> None:
-        """Compile the block with torch.compile, once for all blocks, at the first call.
+        """Let torch.compile make one program of a block, which serves all blocks; it does so at the first call.
 
         `dynamic`: True makes every size of the tokens a variable, where many occur; None only those that are seen to
-        change. A size of 1 is always compiled by itself. torch's own operations are compiled, not `train.kernels`' fused
-        ones: the compiler fuses them itself.
+        change. A size of 1 is always compiled by itself. The compiler fuses torch's own operations, not the kernels of
+        `train.kernels`.
         """
         self._compiled_block = torch.compile(run_block, backend=backend, dynamic=dynamic)
 
     def _run_blocks(
         self, x: Tensor, y: Tensor, modulation: Tensor, text_mask: TextMask | None, temporal: Tensor | None
     ) -> Tensor:
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        if self._compiled_block is not None:
-            # Zeros that are added within a compiled copy cost nothing; a block without them would be compiled by itself,
-            # and so would one whose positions are a view of a table.
-            zeros = None if temporal is None else torch.zeros_like(temporal)
-            first = None if temporal is None else temporal + zeros
-            for i, block in enumerate(self.blocks):
-                x = self._compiled_block(block, x, y, modulation, text_mask, zeros if i else first, recompute)
-            return x
-        # Across the border of two blocks two tensors pass where ops are fused, both of which recomputing would keep.
-        fuse = fused(x) and not recompute
-        normed = None
-        for i, block in enumerate(self.blocks):
-            if fuse and i + 1 < len(self.blocks):
-                x, normed = block(x, y, modulation, text_mask, temporal, normed, self.blocks[i + 1])
-            elif fuse:
-                x = block(x, y, modulation, text_mask, temporal, normed)
-            else:
-                x = run_block(block, x, y, modulation, text_mask, temporal, recompute)
-            temporal = None
+        keep = self.activation_checkpointing if torch.is_grad_enabled() else "none"
+        run: Callable[..., Tensor] = self._compiled_block or run_block
+        later = None  # what joins the temporal branch's input after the first block
+        if self._compiled_block is None and keep == "none" and fused(x):
+            return self._run_fused(x, y, modulation, text_mask, temporal)
+        if self._compiled_block is not None and temporal is not None:
+            # A block that adds nothing would be compiled by itself, and so would one that is given a view. Zeros that
+            # are added while tokens are copied cost nothing.
+            later = torch.zeros_like(temporal)
+            temporal = temporal + later
+        host = HostStack(x.device) if keep != "none" and self.offload_activations else None
+        for block in self.blocks:
+            with contextlib.nullcontext() if host is None else host.holding(x):
+                x = run(keep, block, x, y, modulation, text_mask, temporal)
+            temporal = later
         return x
+
+    def _run_fused(
+        self, x: Tensor, y: Tensor, modulation: Tensor, text_mask: TextMask | None, temporal: Tensor | None
+    ) -> Tensor:
+        """With a block's last residual and the next one's first norm in one kernel.
+
+        Two tensors pass from block to block, so this is not for recomputing, which would keep both.
+        """
+        normed = None
+        for block, following in itertools.pairwise(self.blocks):
+            x, normed = block(x, y, modulation, text_mask, temporal, normed, following)
+            temporal = None
+        return cast(Tensor, self.blocks[-1](x, y, modulation, text_mask, temporal, normed))
 
     def null_condition(self) -> Tensor:
         """Return the null caption [L, Ct], what the model sees where a caption was dropped."""

@@ -18,6 +18,7 @@ from opensora_repro.kernels.choice import choose
 from opensora_repro.parallel.engine import Engine, build_engine
 from opensora_repro.parallel.preflight import check_same, config_facts, weights_digest
 from opensora_repro.training.batch import BatchBuilder
+from opensora_repro.training.compile import apply_compile, compiles
 from opensora_repro.training.checkpoint import clean_leftovers, list_checkpoints, load_checkpoint, read_state
 from opensora_repro.training.ema import Ema, horizon_warning
 from opensora_repro.training.encode import (
@@ -118,6 +119,9 @@ class _Run:
             cfg, self.encoder.vae, self.encoder.text, num_frames=data.num_frames, height=data.height, width=data.width
         )
         self.model, self.report = build_model(cfg, engine.device, load_init=not start.resumes)
+        self.compiles = compiles(cfg, engine.device.type)
+        if self.compiles:
+            apply_compile(self.model, cfg)
         if encodes_always(cfg):
             self.encoder.load()
         if self.report is not None and self.report.lacks_null_caption:
@@ -145,6 +149,10 @@ class _Run:
             stride = self.encoder.vae.spatial_stride
             for line in self.stage.check_start(self.model, cfg, self.report, stride):
                 self.say(line)
+        if self.compiles:
+            self.say(
+                f"{self.stage.name}: compiled blocks (train.compile = {cfg.train.compile}); the first steps wait for it"
+            )
         if self.kernels == "triton":
             self.say(f"{self.stage.name}: fused kernels (train.kernels = {cfg.train.kernels})")
         warning = horizon_warning(cfg.ema.decay, cfg.train.steps)

@@ -116,7 +116,7 @@ def test_cache_workers_and_micro_batches_change_no_loss(world: World, tmp_path: 
 
 def test_recomputed_activations_and_bf16(world: World, tmp_path: Path) -> None:
     assert train(stage2_video, world, tmp_path / "plain", "clips") == 0
-    assert train(stage2_video, world, tmp_path / "recomputed", "clips", train__activation_checkpointing=True) == 0
+    assert train(stage2_video, world, tmp_path / "recomputed", "clips", train__activation_checkpointing="full") == 0
     np.testing.assert_allclose(losses(tmp_path / "recomputed"), losses(tmp_path / "plain"), rtol=1e-5)
     assert train(stage2_video, world, tmp_path / "bf16", "clips", train__dtype="bf16") == 0
     assert losses(tmp_path / "bf16") != losses(tmp_path / "plain")

@@ -67,12 +67,12 @@ def test_what_tensor_parallelism_cuts() -> None:
     assert cut_parameters(TINY) == found
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ACTIVATION_CHECKPOINTING)
 @pytest.mark.parametrize("name", STDITS)
-def test_stdit_flops_are_what_torch_counts(name: str, recompute: bool) -> None:
+def test_stdit_flops_are_what_torch_counts(name: str, recompute: str) -> None:
     cfg = dataclasses.replace(TINY, **STDITS[name])
     model = STDiT(cfg)
-    model.gradient_checkpointing = recompute
+    model.activation_checkpointing = recompute
     latents = torch.randn(2, 4, 3, 12, 8)
     text, mask = torch.randn(2, 6, 12), torch.ones(2, 6, dtype=torch.bool)
     products = forward_products(cfg, token_grid(cfg, latents.shape[1:]))
@@ -82,7 +82,7 @@ def test_stdit_flops_are_what_torch_counts(name: str, recompute: bool) -> None:
 
     with torch.no_grad():
         assert count(forward) == 2 * products.forward_flops
-    expected = products.training_flops + (products.recomputed_flops if recompute else 0)
+    expected = products.training_flops + products.recomputed_flops(recompute)
     assert count(lambda: forward().sum().backward()) == 2 * expected
 
 

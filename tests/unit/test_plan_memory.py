@@ -68,32 +68,6 @@ class Step:
         return self.objective.losses(self.model_fn, latents, noise, self.timesteps).mean()
 
 
-class Counted(TorchDispatchMode):
-    """Bytes of all storages that operations have made and that are still alive: what a GPU's allocator would hold."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = function(*args, **(kwargs or {}))
-        for value in tree_leaves(out):
-            if isinstance(value, torch.Tensor):
-                self._add(value.untyped_storage())
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def _add(self, storage: Any) -> None:
-        if storage not in self._seen:
-            self._seen.add(storage)
-            self.now += storage.nbytes()
-            weakref.finalize(storage, self._drop, storage.nbytes())
-
-    def _drop(self, num_bytes: int) -> None:
-        self.now -= num_bytes
-
-
 def saved_bytes(step: Step) -> int:
     """What autograd keeps between forward and backward, each storage once, parameters left out."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in step.model.parameters()}
@@ -128,10 +102,11 @@ def test_saved_for_backward(name: str, dtype: str, checkpointing: bool) -> None:
 
 def peak_of_step(step: Step, *, lasting_gradients: bool = False) -> int:
     """With weights, average and the optimizer's state, which its first step makes."""
-    with Counted() as counted:
+    with LiveBytes() as counted:
         step.model.load_state_dict({k: v.clone() for k, v in step.model.state_dict().items()}, assign=True)
         optimizer = build_optimizer(step.model, OptimConfig())
-        ema = Ema(SimpleNamespace(masters=dict(step.model.named_parameters())), 0.99)  # type: ignore[arg-type]
+        engine = SimpleNamespace(masters=dict(step.model.named_parameters()), optimizer=optimizer)
+        ema = Ema(engine, 0.99)  # type: ignore[arg-type]
         for parameter in step.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()

@@ -135,7 +135,7 @@ def test_resumes_with_equal_or_freely_changed_settings(tmp_path: Path) -> None:
     assert find_start(cfg, 1).state.step == 4
     free = changed(
         cfg, train__steps=9999, checkpoint__every=3, sample__every=7, data__num_workers=0, train__batch_size=2,
-        train__accumulation=4, train__max_bad_steps=1, train__activation_checkpointing=False,
+        train__accumulation=4, train__max_bad_steps=1, train__activation_checkpointing="none",
     )  # fmt: skip
     assert find_start(free, 1).resumes
     assert find_start(changed(cfg, train__batch_size=2), 4).resumes
