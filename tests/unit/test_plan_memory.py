@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from opensora_repro.config import Config, OptimConfig, ParallelConfig, TrainConfig
 from opensora_repro.diffusion.objective import build_objective
 from opensora_repro.models import layers
-from opensora_repro.models.config import STDiTConfig
+from opensora_repro.models.config import ACTIVATION_CHECKPOINTING, STDiTConfig
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.parallel.mesh import Mesh
 from opensora_repro.training.ema import Ema
@@ -27,6 +24,7 @@ from opensora_repro.training.planning.encoders import frozen_sizes
 from opensora_repro.training.planning.memory import activation_bytes, state_bytes, step_memory
 from opensora_repro.training.planning.parameters import count_parameters, cut_parameters
 from opensora_repro.training.planning.sizes import token_grid
+from tests.live_bytes import LiveBytes
 
 CPU = torch.device("cpu")
 TINY = STDiTConfig(hidden_size=64, depth=3, num_heads=4, caption_channels=48, model_max_length=7)
@@ -45,44 +43,41 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, int, int, int]]] = {  # model;
 BASIC = ("two samples", "image", "more weights than activations")
 each_case = pytest.mark.parametrize("name", CASES)
 each_dtype = pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-with_and_without = pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+each_checkpointing = pytest.mark.parametrize("checkpointing", ACTIVATION_CHECKPOINTING)
 
 
 class Step:
     """A model, its optimizer and average, and a batch; `losses` is a training step's forward pass."""
 
-    def __init__(self, cfg: STDiTConfig, sizes: tuple[int, int, int, int], dtype: str, checkpointing: bool) -> None:
+    def __init__(self, cfg: STDiTConfig, sizes: tuple[int, int, int, int], dtype: str, checkpointing: str) -> None:
         samples, *latents = sizes
         self.model = STDiT(cfg)
-        self.model.gradient_checkpointing = checkpointing
+        self.model.activation_checkpointing = checkpointing
         self.batch = torch.randn(2, samples, cfg.in_channels, *latents)
-        text = torch.randn(samples, cfg.model_max_length, cfg.caption_channels)
-        mask = torch.ones(samples, cfg.model_max_length, dtype=torch.bool)
+        self.text = torch.randn(samples, cfg.model_max_length, cfg.caption_channels)
+        self.mask = torch.ones(samples, cfg.model_max_length, dtype=torch.bool)
         drop_text = torch.zeros(samples, dtype=torch.bool)
-        self.model_fn = ModelRunner(self.model, dtype, CPU).conditioned(text, mask, drop_text)
+        self.model_fn = ModelRunner(self.model, dtype, CPU).conditioned(self.text, self.mask, drop_text)
         self.timesteps = torch.full((samples,), 500.0)
         self.objective = build_objective(Config().diffusion)
+
+    def given(self) -> list[torch.Tensor]:
+        """All that is there before the step."""
+        return [*self.model.state_dict().values(), self.batch, self.text, self.mask]
 
     def loss(self) -> torch.Tensor:
         latents, noise = self.batch
         return self.objective.losses(self.model_fn, latents, noise, self.timesteps).mean()
 
 
-def saved_bytes(step: Step) -> int:
-    """What autograd keeps between forward and backward, each storage once, parameters left out."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in step.model.parameters()}
-    saved: dict[int, torch.Tensor] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        pointer = tensor.untyped_storage().data_ptr()
-        if pointer not in parameters:
-            saved.setdefault(pointer, tensor)  # held, so that no other can take its place
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+def kept_bytes(step: Step) -> int:
+    """What is alive between forward and backward: all that autograd and checkpointing keep, besides the weights."""
+    with torch.no_grad():
+        step.loss()  # fills the tables of positions
+    with LiveBytes(besides=step.given()) as live:
         loss = step.loss()
     assert loss.requires_grad
-    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    return live.now
 
 
 def case(name: str) -> tuple[STDiTConfig, tuple[int, int, int, int]]:
@@ -92,12 +87,12 @@ def case(name: str) -> tuple[STDiTConfig, tuple[int, int, int, int]]:
 
 @each_case
 @each_dtype
-@with_and_without
-def test_saved_for_backward(name: str, dtype: str, checkpointing: bool) -> None:
+@each_checkpointing
+def test_saved_for_backward(name: str, dtype: str, checkpointing: str) -> None:
     cfg, sizes = case(name)
     grid = token_grid(cfg, (cfg.in_channels, *sizes[1:]))
     planned = activation_bytes(cfg, grid, sizes[0], dtype=dtype, checkpointing=checkpointing, device="cpu").kept
-    assert planned == pytest.approx(saved_bytes(Step(cfg, sizes, dtype, checkpointing)), rel=0.1)
+    assert planned == pytest.approx(kept_bytes(Step(cfg, sizes, dtype, checkpointing)), rel=0.1)
 
 
 def peak_of_step(step: Step, *, lasting_gradients: bool = False) -> int:
@@ -119,14 +114,15 @@ def peak_of_step(step: Step, *, lasting_gradients: bool = False) -> int:
 
 
 def planned_peak(
-    cfg: STDiTConfig, sizes: tuple[int, int, int, int], dtype: str, checkpointing: bool, *, accumulation: int = 1
+    cfg: STDiTConfig, sizes: tuple[int, int, int, int], dtype: str, checkpointing: str, *, accumulation: int = 1
 ) -> float:
-    train = TrainConfig(batch_size=sizes[0], dtype=dtype, accumulation=accumulation)
+    train = TrainConfig(
+        batch_size=sizes[0], dtype=dtype, accumulation=accumulation, activation_checkpointing=checkpointing
+    )
     config = Config(model=cfg, train=train)
     grid = token_grid(cfg, (cfg.in_channels, *sizes[1:]))
     memory = step_memory(
-        config, grid, count_parameters(cfg), frozen_sizes(config), Mesh(),
-        checkpointing=checkpointing, encodes=False, device="cpu",
+        config, grid, count_parameters(cfg), frozen_sizes(config), Mesh(), encodes=False, device="cpu"
     )  # fmt: skip
     return memory.peak
 
@@ -136,15 +132,15 @@ def planned_peak(
     [name if name in BASIC else pytest.param(name, marks=pytest.mark.exhaustive) for name in CASES],
 )
 @each_dtype
-@with_and_without
-def test_peak_of_a_training_step(name: str, dtype: str, checkpointing: bool) -> None:
+@each_checkpointing
+def test_peak_of_a_training_step(name: str, dtype: str, checkpointing: str) -> None:
     cfg, sizes = case(name)
     measured = peak_of_step(Step(cfg, sizes, dtype, checkpointing))
     assert planned_peak(cfg, sizes, dtype, checkpointing) == pytest.approx(measured, rel=0.1)
 
 
-@with_and_without
-def test_peak_of_a_second_micro_batch(checkpointing: bool) -> None:
+@each_checkpointing
+def test_peak_of_a_second_micro_batch(checkpointing: str) -> None:
     """The first one's gradients are there from the start."""
     cfg, sizes = case("two samples")
     measured = peak_of_step(Step(cfg, sizes, "bf16", checkpointing), lasting_gradients=True)
@@ -169,8 +165,8 @@ def tensors_without_data() -> Iterator[None]:
 
 
 @pytest.mark.exhaustive
-@with_and_without
-def test_peak_at_full_size(checkpointing: bool) -> None:
+@each_checkpointing
+def test_peak_at_full_size(checkpointing: str) -> None:
     """STDiT-XL/2, 64 frames of 512x512, bf16: every tensor of the step exists but for its data."""
     sizes = (1, 64, 64, 64)
     with tensors_without_data():
@@ -189,7 +185,7 @@ def one_card(**changes: Any) -> float:
     grid = token_grid(config.model, (4, 64, 64, 64))
     frozen = frozen_sizes(config)
     parameters = count_parameters(config.model)
-    return step_memory(config, grid, parameters, frozen, Mesh(), checkpointing=True, encodes=False).peak
+    return step_memory(config, grid, parameters, frozen, Mesh(), encodes=False).peak
 
 
 def test_64_frames_of_512_pixels_on_one_card() -> None:
@@ -218,12 +214,12 @@ def test_states_of_every_plugin() -> None:
 def test_more_processes_a_sample_keep_less() -> None:
     cfg, grid = STDiTConfig(), token_grid(STDiTConfig(), (4, 64, 64, 64))
 
-    def kept(checkpointing: bool, **sizes: int) -> float:
+    def kept(checkpointing: str, **sizes: int) -> float:
         return activation_bytes(cfg, grid, 1, dtype="bf16", checkpointing=checkpointing, **sizes).kept
 
-    for checkpointing in (False, True):
+    for checkpointing in ACTIVATION_CHECKPOINTING:
         assert kept(checkpointing, sp_size=2) == pytest.approx(kept(checkpointing) / 2, rel=0.03)
-    assert kept(False) / 2 < kept(False, tp_size=2) < kept(False)
-    assert kept(True, tp_size=2) == kept(True)  # the stream between blocks is whole on every process
-    assert kept(True) < kept(False) / 10
-    assert kept(True, sp_size=64) < kept(True, sp_size=63)  # 63 processes: one has two frames
+    assert kept("none") / 2 < kept("none", tp_size=2) < kept("none")
+    assert kept("full", tp_size=2) == kept("full")  # the stream between blocks is whole on every process
+    assert kept("full") < kept("none") / 10
+    assert kept("full", sp_size=64) < kept("full", sp_size=63)  # 63 processes: one has two frames
