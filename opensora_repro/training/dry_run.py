@@ -14,6 +14,7 @@ from opensora_repro.training.checkpoint import list_checkpoints
 from opensora_repro.training.ema import horizon_warning
 from opensora_repro.training.init import find_start, global_batch_size
 from opensora_repro.training.needs import encodes_after_start
+from opensora_repro.training.optim import check_processes
 from opensora_repro.training.planning.budget import step_flops
 from opensora_repro.training.planning.encoders import frozen_sizes
 from opensora_repro.training.planning.flops import forward_products
@@ -31,6 +32,7 @@ def dry_run(cfg: Config, stage: Stage, gpu: Gpu | None = None) -> list[str]:
     Raises what the run itself would for a wrong config, manifest or folder.
     """
     mesh = planned_mesh(cfg.parallel)
+    check_processes(cfg.optim, mesh.world_size)
     lines = [*dump_toml(cfg).splitlines(), ""]
 
     def add(name: str, text: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,10 +15,13 @@ from opensora_repro.diffusion.objective import build_objective
 from opensora_repro.models import layers
 from opensora_repro.models.config import ACTIVATION_CHECKPOINTING, STDiTConfig
 from opensora_repro.models.stdit import STDiT
+from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.parallel.mesh import Mesh
+from opensora_repro.training import host_memory
 from opensora_repro.training.ema import Ema
 from opensora_repro.training.forward import ModelRunner
 from opensora_repro.training.optim import build_optimizer
+from opensora_repro.training.planning import memory
 from opensora_repro.training.planning.encoders import frozen_sizes
 from opensora_repro.training.planning.memory import activation_bytes, state_bytes, step_memory
 from opensora_repro.training.planning.parameters import count_parameters, cut_parameters
@@ -95,36 +97,46 @@ def test_saved_for_backward(name: str, dtype: str, checkpointing: str) -> None:
     assert planned == pytest.approx(kept_bytes(Step(cfg, sizes, dtype, checkpointing)), rel=0.1)
 
 
-def peak_of_step(step: Step, *, lasting_gradients: bool = False) -> int:
+def peak_of_step(step: Step, optim: OptimConfig | None = None, *, lasting_gradients: bool = False) -> int:
     """With weights, average and the optimizer's state, which its first step makes."""
+    optim = optim or OptimConfig()
+    engine = TorchEngine(device="cpu")
     with LiveBytes() as counted:
         step.model.load_state_dict({k: v.clone() for k, v in step.model.state_dict().items()}, assign=True)
-        optimizer = build_optimizer(step.model, OptimConfig())
-        engine = SimpleNamespace(masters=dict(step.model.named_parameters()), optimizer=optimizer)
-        ema = Ema(engine, 0.99)  # type: ignore[arg-type]
+        engine.prepare(step.model, build_optimizer(step.model, optim))
+        ema = Ema(engine, 0.99, offload=optim.offload)
         for parameter in step.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=not lasting_gradients)
+        engine.step(1e-4, 1.0)
+        engine.zero_grad()
+        if lasting_gradients:
+            for parameter in step.model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
         counted.peak = 0
-        step.loss().backward()
-        optimizer.step()
+        if optim.in_backward:
+            engine.step_in_backward(1e-4, 1.0)
+        engine.backward(step.loss())
+        if not optim.in_backward:
+            engine.step(1e-4, 1.0)
         ema.update()
+    engine.close()
     return counted.peak
 
 
 def planned_peak(
-    cfg: STDiTConfig, sizes: tuple[int, int, int, int], dtype: str, checkpointing: str, *, accumulation: int = 1
+    cfg: STDiTConfig,
+    sizes: tuple[int, int, int, int],
+    dtype: str,
+    checkpointing: str,
+    optim: OptimConfig | None = None,
+    **train: Any,
 ) -> float:
-    train = TrainConfig(
-        batch_size=sizes[0], dtype=dtype, accumulation=accumulation, activation_checkpointing=checkpointing
-    )
-    config = Config(model=cfg, train=train)
+    given = TrainConfig(batch_size=sizes[0], dtype=dtype, activation_checkpointing=checkpointing, **train)
+    config = Config(model=cfg, train=given, optim=optim or OptimConfig())
     grid = token_grid(cfg, (cfg.in_channels, *sizes[1:]))
-    memory = step_memory(
+    return step_memory(
         config, grid, count_parameters(cfg), frozen_sizes(config), Mesh(), encodes=False, device="cpu"
-    )  # fmt: skip
-    return memory.peak
+    ).peak  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -147,6 +159,44 @@ def test_peak_of_a_second_micro_batch(checkpointing: str) -> None:
     planned = planned_peak(cfg, sizes, "bf16", checkpointing, accumulation=2)
     assert planned == pytest.approx(measured, rel=0.1)
     assert planned > planned_peak(cfg, sizes, "bf16", checkpointing)
+
+
+@each_dtype
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+@pytest.mark.parametrize("name", ["deep", "more weights than activations"])
+def test_peak_with_offloaded_activations(name: str, checkpointing: str, dtype: str) -> None:
+    cfg, sizes = case(name)
+    step = Step(cfg, sizes, dtype, checkpointing)
+    step.model.offload_activations = True
+    tokens = token_grid(cfg, (cfg.in_channels, *sizes[1:])).tokens * sizes[0]
+    elsewhere = 4 * cfg.depth * tokens * cfg.hidden_size  # the float32 stream before every block
+    planned = planned_peak(cfg, sizes, dtype, checkpointing, offload_activations=True)
+    assert planned == pytest.approx(peak_of_step(step) - elsewhere, rel=0.1)
+    assert planned <= planned_peak(cfg, sizes, dtype, checkpointing)
+
+
+@each_dtype
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("name", BASIC)
+def test_peak_with_the_optimizer_in_host_memory(name: str, checkpointing: str, dtype: str) -> None:
+    assert memory.VISIT == host_memory.VISIT
+    cfg, sizes = case(name)
+    offload = OptimConfig(offload=True)
+    elsewhere = 3 * 4 * count_parameters(cfg)  # two moments and the average
+    measured = peak_of_step(Step(cfg, sizes, dtype, checkpointing), offload) - elsewhere
+    assert planned_peak(cfg, sizes, dtype, checkpointing, offload) == pytest.approx(measured, rel=0.1)
+
+
+@each_dtype
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("name", BASIC)
+def test_peak_with_the_step_in_the_backward_pass(name: str, checkpointing: str, dtype: str) -> None:
+    cfg, sizes = case(name)
+    within = OptimConfig(in_backward=True, clip_norm=0)
+    measured = peak_of_step(Step(cfg, sizes, dtype, checkpointing), within)
+    planned = planned_peak(cfg, sizes, dtype, checkpointing, within, max_bad_steps=1)
+    assert planned == pytest.approx(measured, rel=0.1)
+    assert planned <= planned_peak(cfg, sizes, dtype, checkpointing)
 
 
 @contextlib.contextmanager

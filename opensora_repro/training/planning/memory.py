@@ -7,6 +7,7 @@ Memory that a device's libraries take for themselves is not in here, see gpus.py
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ from opensora_repro.training.planning.sizes import Grid
 
 FLOAT = 4  # bytes: of weights, of the residual stream, of norms
 HALF = 2
+VISIT, VISITING_PARTS = 2**24, 3  # moments in host memory come in such parts, see training/host_memory.py
 # Float32 tensors as large as the latents that the loss saves for its own backward pass, and how many are alive at its
 # largest moment (both counted on a CPU)
 IN_TRANSIT = 2  # blocks' inputs on the way to host memory, or the last ones, which stay
@@ -51,8 +53,13 @@ class Activations:
     backward_peak: float  # at its begin, when hardly any gradient exists
     backward_end: float  # in the first block, where all gradients but its own and the embedders' exist, less those
 
-    def peak_with(self, gradients: float, *, lasting: bool) -> float:
-        """The largest moment, gradients included; `lasting` ones are there from the start."""
+    def peak_with(self, gradients: float, *, lasting: bool, freed: bool) -> float:
+        """The largest moment, gradients included.
+
+        `lasting` ones are there from the start; where they are `freed` one by one, hardly any ever exists.
+        """
+        if freed:
+            return max(self.forward_peak, self.backward_peak)
         if lasting:
             return gradients + max(self.forward_peak, self.backward_peak)
         return max(self.forward_peak, self.backward_peak, gradients + max(self.backward_end, 0))
@@ -73,8 +80,18 @@ class Memory:
 # From step to step
 
 
-def state_bytes(cfg: STDiTConfig, parameters: int, parallel: ParallelConfig, mesh: Mesh) -> States:
-    """Weights, gradients, Adam's two moments and the average are float32, and spread as the plugin does."""
+def state_bytes(
+    cfg: STDiTConfig, parameters: int, parallel: ParallelConfig, mesh: Mesh, *, offload: bool = False
+) -> States:
+    """Weights, gradients, Adam's two moments and the average are float32, and spread as the plugin does.
+
+    With `offload`, moments and average lie in host memory.
+    """
+    states = _spread(cfg, parameters, parallel, mesh)
+    return dataclasses.replace(states, optimizer=0.0, average=0.0) if offload else states
+
+
+def _spread(cfg: STDiTConfig, parameters: int, parallel: ParallelConfig, mesh: Mesh) -> States:
     if parallel.plugin == "gemini":  # bfloat16 weights, in whose place the gradients come, and float32 copies of both
         share = parameters / mesh.world_size
         return States((HALF + FLOAT) * share, FLOAT * share, 2 * FLOAT * share, FLOAT * share)
@@ -281,7 +298,7 @@ def step_memory(
 ) -> Memory:
     """Of one process. `encodes`: autoencoder and text encoder stay loaded while the model trains."""
     parallel, train = cfg.parallel, cfg.train
-    states = state_bytes(cfg.model, parameters, parallel, mesh)
+    states = state_bytes(cfg.model, parameters, parallel, mesh, offload=cfg.optim.offload)
     activations = activation_bytes(
         cfg.model,
         grid,
@@ -304,6 +321,11 @@ def step_memory(
         encoding = float(size * (frozen.decoding_values if cfg.sample.every else frozen.encoding_values))
     # Other processes' sums, or a second micro-batch, need gradients that stay.
     lasting = mesh.world_size > 1 or cfg.train.accumulation > 1
-    working = max(activations.peak_with(states.gradients, lasting=lasting), encoding + lasting * states.gradients)
+    stepping = activations.peak_with(states.gradients, lasting=lasting, freed=cfg.optim.in_backward)
+    working = max(stepping, encoding + lasting * states.gradients)
+    if cfg.optim.offload:
+        parts = VISITING_PARTS if device == "cuda" else 1
+        moments = _spread(cfg.model, parameters, parallel, mesh).optimizer
+        working = max(working, states.gradients + min(moments, parts * 2 * FLOAT * VISIT))
     peak = states.weights + states.optimizer + states.average + encoders + working
     return Memory(states, activations, encoders, encoding, peak)
