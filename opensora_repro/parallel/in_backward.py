@@ -1,6 +1,6 @@
 """The optimizer's step within the backward pass: each weight is updated as soon as its gradient is complete.
 
-The gradient is then freed, so that no two of them need exist at the same time. The numbers are those of a step after the
+The gradient is then freed, so that hardly two of them exist at a time. The numbers are those of a step after the
 backward pass: an update reads its own gradient, and nothing reads the weight after it.
 """
 

@@ -28,8 +28,8 @@ class Ema:
     After n updates the decay is min(decay, (1 + n) / (10 + n)): young averages forget the random start quickly, and a
     short run has a useful one. A decay of 0 makes the shadow the newest weights.
 
-    A FusedAdamW moves the shadow in its own step, which `update` must then follow. With `offload` the shadow lies in host
-    memory.
+    A FusedAdamW moves the shadow in its own step, which `update` must then follow. With `offload` the shadow lies
+    in host memory.
     """
 
     def __init__(self, engine: ShowsWeights, decay: float, *, offload: bool = False) -> None:

@@ -32,7 +32,7 @@ class HostAdamW(torch.optim.AdamW):
             for part, found, there in zip(parts, states, visits(moments, params), strict=True):
                 adamw(
                     part,
-                    [param.grad for param in part],
+                    [param.grad for param in part if param.grad is not None],
                     there[: len(part)],
                     there[len(part) :],
                     [],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,11 +57,8 @@ class Run:
         """Weights, average, and the optimizer's state."""
         weights = {f"weight {name}": value.detach() for name, value in self.engine.masters.items()}
         average = {f"average {name}": value for name, value in self.ema.shadow.items()}
-        return {
-            **weights,
-            **average,
-            **{f"{kind} {name}": value for kind, name, value in optimizer_pieces(self.engine)},
-        }
+        state = {f"{kind} {name}": value for kind, name, value in optimizer_pieces(self.engine)}
+        return {**weights, **average, **state}
 
 
 def trained(optim: OptimConfig, checkpointing: str = "none") -> Run:
@@ -147,7 +145,7 @@ def test_state_goes_on_on_the_other_side(back: bool) -> None:
             second.engine.masters[name].copy_(value)
             second.ema.shadow[name].copy_(first.ema.shadow[name])
     second.ema.updates = first.ema.updates
-    second.engine.optimizer.load_state_dict(first.engine.optimizer.state_dict())
+    second.engine.optimizer.load_state_dict(copy.deepcopy(first.engine.optimizer.state_dict()))
     first.norms.clear()
     for run in (first, second):
         run.step(9, 0.5)
