@@ -322,7 +322,10 @@ def step_memory(
     # Other processes' sums, or a second micro-batch, need gradients that stay.
     lasting = mesh.world_size > 1 or cfg.train.accumulation > 1
     stepping = activations.peak_with(states.gradients, lasting=lasting, freed=cfg.optim.in_backward)
-    working = max(stepping, encoding + lasting * states.gradients)
+    # While averaged weights are in their place, for samples and validation, the trained ones wait beside.
+    evaluates = cfg.sample.every > 0 or cfg.validation.every > 0
+    aside = states.weights if evaluates and not cfg.optim.offload else 0.0
+    working = max(stepping, encoding + max(lasting * states.gradients, aside))
     if cfg.optim.offload:
         parts = VISITING_PARTS if device == "cuda" else 1
         moments = _spread(cfg.model, parameters, parallel, mesh).optimizer
