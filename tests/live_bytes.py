@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,12 +12,15 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Of all storages that operations have made in this context and that are still alive: `now`, and at most `peak`."""
+    """Of all storages that operations have made in this context and that are still alive: `now`, and at most `peak`.
 
-    def __init__(self) -> None:
+    Those of the tensors `besides` do not count, whatever views of them are made.
+    """
+
+    def __init__(self, besides: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._seen = weakref.WeakSet[Any](tensor.untyped_storage() for tensor in besides)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from opensora_repro.models.config import is_dear
 
 aten = torch.ops.aten
-_MATRIX = {aten.mm.default: 0, aten.addmm.default: 1, aten.bmm.default: 0}  # where the left matrix stands
+_MATRIX = {aten.mm.default: 0, aten.addmm.default: 1}  # where the left matrix stands
 _ATTENTION = [  # what scaled_dot_product_attention becomes on one device or another
     getattr(aten, name).default
     for name in (

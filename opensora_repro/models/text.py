@@ -22,7 +22,6 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # as transformers looks fo
 TOKENIZER = ("tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 CLIP_KIND = "transformers CLIP text model with its tokenizer"
 MAX_CHARACTERS = 4096  # far beyond what the encoder reads; bounds the work that a hostile caption can cause
-GPU_BATCH_SIZE = 8
 CLEANING = 1  # part of the fingerprint: count up when `clean_caption` changes, so that no cache mixes old and new text
 
 _URL = re.compile(r"\b(?:https?://|www\.)\S+")
@@ -67,7 +66,12 @@ class T5Text:
     """
 
     def __init__(
-        self, frozen: FrozenModel[tuple[Any, Any]], max_length: int, device: torch.device, dtype: torch.dtype
+        self,
+        frozen: FrozenModel[tuple[Any, Any]],
+        max_length: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        micro_batch_size: int = 1,
     ) -> None:
         """`frozen` gives the model and its tokenizer, `device` is where it computes. Raises ModelNotFound."""
         if max_length < 1:
@@ -75,6 +79,7 @@ class T5Text:
         self.frozen = frozen
         self.max_length = max_length
         self.device, self.dtype = device, dtype
+        self.micro_batch_size = micro_batch_size
         self.channels = frozen.size("d_model")
 
     @property
@@ -94,11 +99,12 @@ class T5Text:
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return float32 embeddings [B, L, Ct] and a bool mask [B, L]; an empty caption is the end token alone.
 
-        On a CPU a caption's embedding does not depend on its neighbours, bit for bit; on a GPU to rounding.
+        They are encoded `micro_batch_size` at a time. Where that is 1, as for loaded encoders on a CPU, a caption's
+        embedding does not depend on its neighbours, bit for bit; else to rounding.
         """
         device = self.device  # an offloaded model's weights lie elsewhere
         ids, mask = (part.to(device) for part in self._tokenize(captions))
-        size = 1 if device.type == "cpu" else GPU_BATCH_SIZE
+        size = self.micro_batch_size
         batches = [torch.empty(0, self.max_length, self.channels, device=device)]
         with torch.autocast(device.type, enabled=False):  # the weights' dtype decides, not the caller's
             for start in range(0, len(ids), size):
@@ -147,7 +153,7 @@ def open_text_encoder(cfg: TextConfig, max_length: int, device: torch.device | s
         return model.to(device), tokenizer
 
     frozen = FrozenModel(load, cfg.path, key="text.path", kind=KIND, weights=WEIGHTS, tokenizer=TOKENIZER)
-    return T5Text(frozen, max_length, device, dtype)
+    return T5Text(frozen, max_length, device, dtype, 1 if device.type == "cpu" else cfg.micro_batch_size)
 
 
 def apply_offload(model: nn.Module, device: torch.device) -> nn.Module:

@@ -87,10 +87,12 @@ class FrameVAE:
         """Apply `function` to frames [T, C, H, W] a few at a time; return float32."""
         outputs = []
         with torch.autocast(self.vae.device.type, enabled=False):  # the weights' dtype decides, not the caller's
-            for batch in frames.to(self.vae.device, self.vae.dtype).split(self.micro_batch_size):
-                # CPU kernels chosen for a batch of one round differently: let a lone frame run twice.
-                pair = batch.expand(2, -1, -1, -1) if len(batch) == 1 else batch
-                outputs.append(function(pair.contiguous())[: len(batch)].float())
+            for batch in frames.split(self.micro_batch_size):
+                there = batch.to(self.vae.device, self.vae.dtype)
+                if len(there) == 1 and there.device.type == "cpu":
+                    # Kernels chosen for a batch of one round differently there: let a lone frame run twice.
+                    there = there.expand(2, -1, -1, -1)
+                outputs.append(function(there.contiguous())[: len(batch)].float())
         return torch.cat(outputs)
 
 

@@ -144,6 +144,7 @@ class ColossalEngine(TorchEngine):
     def _join_slices(self, name: str, piece: Tensor) -> Tensor:
         if self._zero_group is None:
             return piece
+        piece = piece.to(self.device)  # from where it may be kept
         shape = self.working[name].shape
         flat = piece.new_empty(piece.numel() * dist.get_world_size(self._zero_group))
         dist.all_gather_into_tensor(flat, piece.contiguous(), group=self._zero_group)

@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from opensora_repro.config import ParallelConfig
 from opensora_repro.parallel.device import choose_device
 from opensora_repro.parallel.errors import EngineError
+from opensora_repro.parallel.in_backward import StepInBackward
 from opensora_repro.parallel.mesh import Mesh
 from opensora_repro.parallel.peers import Peers, Result
 from opensora_repro.parallel.preflight import launch
@@ -66,6 +67,8 @@ class Engine(Protocol):
     def squared_gradients(self) -> Tensor: ...
 
     def step(self, lr: float, factor: float) -> None: ...
+
+    def step_in_backward(self, lr: float, factor: float) -> None: ...
 
     def zero_grad(self) -> None: ...
 
@@ -142,6 +145,7 @@ class TorchEngine:
         self._whole_shapes = {name: value.shape for name, value in self.working.items()}
         self.eval_forward: Forward = self.spread(model)
         self._wrap(optimizer)
+        self._in_backward: StepInBackward | None = None
         self.train_forward: Forward = self._by_frames(self.wrapped)
 
     def spread(self, model: nn.Module) -> Forward:
@@ -179,7 +183,8 @@ class TorchEngine:
 
     def squared_gradients(self) -> Tensor:
         """This rank's share of the squared norm of all gradients together, float64 []; the ranks' shares add up."""
-        norms = torch._foreach_norm(self._gradients())
+        norms = [] if self._in_backward is None else self._in_backward.norms()
+        norms = norms or list(torch._foreach_norm(self._gradients()))
         return torch.linalg.vector_norm(torch.stack(norms)).double().square() / self.mesh.world_size
 
     def step(self, lr: float, factor: float) -> None:
@@ -193,8 +198,20 @@ class TorchEngine:
             torch._foreach_mul_(self._gradients(), factor)
         self.optimizer.step()
 
+    def step_in_backward(self, lr: float, factor: float) -> None:
+        """Let the next backward pass multiply each gradient, make its weight's step and free it; then call no `step`.
+
+        For one process; `squared_gradients` tells the norm as ever.
+        """
+        assert self.mesh.world_size == 1
+        if self._in_backward is None:  # not before: a checkpoint's state is in the optimizer now
+            self._in_backward = StepInBackward(self.working, self.optimizer)
+        self._in_backward.arm(lr, factor)
+
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+        if self._in_backward is not None:
+            self._in_backward.disarm()
 
     def _gradients(self) -> list[Tensor]:
         return [parameter.grad for parameter in self.working.values() if parameter.grad is not None]

@@ -122,6 +122,7 @@ class GeminiEngine(ColossalEngine):
 
     def whole(self, name: str, piece: Tensor) -> Tensor:
         shape, place = self.whole_shape(name), self._places[name]
+        piece = piece.to(self.device)  # from where it may be kept
         flat = piece.new_empty(shape.numel())
         flat[place.part(self.mesh.rank)] = piece
         for rank in range(self.mesh.world_size):

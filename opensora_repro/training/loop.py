@@ -117,13 +117,13 @@ class Trainer:
         started = time.perf_counter()
         self._waited, self._ids, self._bad_samples = 0.0, [], []
         totals = StepTotals(torch.zeros((), dtype=torch.float64, device=self.engine.device))
+        lr = learning_rate(self.cfg.optim, self.state.step, self.cfg.train.steps)
         for number in range(self.cfg.train.accumulation):
-            self._micro_batch(totals, last=number == self.cfg.train.accumulation - 1)
+            self._micro_batch(totals, lr, last=number == self.cfg.train.accumulation - 1)
             self._pending = self._fetch(batches)
         stopping, loss, norm = self._exchange(totals)
         if totals.bad:
             self._record_bad_samples()
-        lr = learning_rate(self.cfg.optim, self.state.step, self.cfg.train.steps)
         bad_in_a_row = self._update(loss, norm, lr, totals.samples)
         state = self.state
         state.step += 1
@@ -145,11 +145,13 @@ class Trainer:
             self._record_bad_step(loss, norm)
         return stopping
 
-    def _micro_batch(self, totals: StepTotals, *, last: bool) -> None:
+    def _micro_batch(self, totals: StepTotals, lr: float, *, last: bool) -> None:
         """Forward and backward; gradients gather as if every sample of the step were good."""
         self.engine.watchdog.progress(f"step {self.state.step + 1}")
         batch, num_bad = self._assemble(self._pending)
         self._ids += batch.ids
+        if self.cfg.optim.in_backward and batch.ids:
+            self.engine.step_in_backward(lr, self.state.global_batch_size / len(batch.ids))
         with self.engine.accumulating(last=last):
             model_fn = self.train_runner.conditioned(batch.text, batch.mask, batch.drop_text)
             losses = self.objective.losses(model_fn, batch.latents, batch.noise, batch.timesteps)
@@ -174,18 +176,24 @@ class Trainer:
         return bool(stopping), loss / good, norm * self.state.global_batch_size / good
 
     def _update(self, loss: float, norm: float, lr: float, num_good: int) -> bool:
-        """Clip, step and average; a non-finite step leaves weights, optimizer and average alone and returns True."""
+        """Clip, step and average; a non-finite step leaves weights, optimizer and average alone and returns True.
+
+        Where the backward pass has made the step, it cannot be undone: a non-finite one ends the run, unsaved.
+        """
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite and num_good:
-            clip = self.cfg.optim.clip_norm
-            factor = self.state.global_batch_size / num_good
-            if clip and norm > clip:
-                factor *= clip / norm
-            self.engine.step(lr, factor)
+            if not self.cfg.optim.in_backward:
+                self.engine.step(lr, self._factor(norm, num_good))
             self.ema.update()
         self.engine.zero_grad()
         self.state.bad_steps = 0 if finite else self.state.bad_steps + 1
         return not finite
+
+    def _factor(self, norm: float, num_good: int) -> float:
+        """What the gradients are multiplied with."""
+        clip = self.cfg.optim.clip_norm
+        factor = self.state.global_batch_size / num_good
+        return factor * (clip / norm) if clip and norm > clip else factor
 
     def _fetch(self, batches: Iterator[list[Sample]]) -> list[Sample]:
         """The next micro-batch (after the last one, an empty list); the time it takes is time waited for data."""

@@ -41,7 +41,7 @@ from opensora_repro.training.init import (
 from opensora_repro.training.loop import Trainer
 from opensora_repro.training.metrics import RunLog
 from opensora_repro.training.needs import encodes_after_start, encodes_always
-from opensora_repro.training.optim import build_optimizer
+from opensora_repro.training.optim import build_optimizer, check_processes
 from opensora_repro.training.quarantine import Quarantine
 from opensora_repro.training.save import CheckpointWriter
 from opensora_repro.training.signals import StopSignals
@@ -77,6 +77,7 @@ def train(cfg: Config, stage: Stage, say: Say = print) -> Outcome:
 
 def _train(cfg: Config, stage: Stage, engine: Engine, say: Say) -> Outcome:
     check_same(engine.watchdog, "settings", config_facts(cfg))
+    check_processes(cfg.optim, engine.mesh.world_size)
     start = engine.peers.on_first(lambda: find_start(cfg, engine.mesh.data_size, say))
     frame = read_manifest(cfg.data.manifest)
     check_same(engine.watchdog, "data", {"data.manifest": ids_fingerprint(frame["id"].tolist())})
@@ -177,7 +178,7 @@ class _Run:
         # ColossalAI's plugins and Gemini hand the optimizer weights of their own.
         fused = self.kernels == "triton" and cfg.parallel.engine == "torch"
         engine.prepare(self.model, build_optimizer(self.model, cfg.optim, fused=fused))
-        ema = Ema(engine, cfg.ema.decay)
+        ema = Ema(engine, cfg.ema.decay, offload=cfg.optim.offload)
         if self.start.checkpoint is not None:
             load_checkpoint(self.start.checkpoint, state, engine, ema)
         feed = self._build_feed(quarantine, stop)
