@@ -95,6 +95,7 @@ class TrainConfig:
     dtype: str = "bf16"  # autocast dtype: "bf16" or "fp32"; weights and optimizer stay float32
     kernels: str = "auto"  # "eager" (torch's operations), "triton" (fused ones), "auto": triton on a GPU
     activation_checkpointing: bool = True
+    overlap: bool = True  # on a GPU: encode the next micro-batch while the model trains; takes memory for both at once
     max_bad_steps: int = 5  # stop after this many non-finite steps in a row
 
 

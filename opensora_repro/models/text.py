@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from opensora_repro.kernels.transfer import to_device
 from opensora_repro.models.catalog import sha256_of
 from opensora_repro.models.pretrained import FrozenModel, HashFile, check_complete, load_frozen
 
@@ -97,7 +98,7 @@ class T5Text:
         On a CPU a caption's embedding does not depend on its neighbours, bit for bit; on a GPU to rounding.
         """
         device = self.device  # an offloaded model's weights lie elsewhere
-        ids, mask = (part.to(device) for part in self._tokenize(captions))
+        ids, mask = (to_device(part, device) for part in self._tokenize(captions))
         size = 1 if device.type == "cpu" else GPU_BATCH_SIZE
         batches = [torch.empty(0, self.max_length, self.channels, device=device)]
         with torch.autocast(device.type, enabled=False):  # the weights' dtype decides, not the caller's

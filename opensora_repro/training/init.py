@@ -44,6 +44,7 @@ FREE_KEYS = (
     "train.accumulation",
     "train.kernels",
     "train.activation_checkpointing",
+    "train.overlap",
     "train.max_bad_steps",
 )
 

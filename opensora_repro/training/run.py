@@ -228,7 +228,8 @@ class _Run:
         )
         sampler = SharedBatches(whole, mesh.member, mesh.model_size)
         if self.rows is None:
-            return ClipFeed(self.dataset, sampler, cfg.data.num_workers)
+            pinned = engine.device.type == "cuda"
+            return ClipFeed(self.dataset, sampler, cfg.data.num_workers, pinned=pinned)
         cache = LatentCache(cfg.data.cache, engine.peers.on_first(lambda: cache_fingerprint(cfg, self.encoder)))
         bad: list[BadSample] = []
 
