@@ -272,13 +272,16 @@ def step_memory(
         half_weights=parallel.plugin == "gemini",
     )
     size = HALF if cfg.train.dtype == "bf16" and device == "cuda" else FLOAT
-    encoders = encoding = 0.0
+    encoders = encoding = beside = 0.0
     if encodes:
         text = 0 if cfg.text.offload else frozen.text_parameters
         encoders = float(size * (frozen.vae_parameters + text))
         encoding = float(size * (frozen.decoding_values if cfg.sample.every else frozen.encoding_values))
+        if cfg.train.overlap and not cfg.data.cache and device == "cuda":  # a CPU encodes between its steps
+            beside = float(size * frozen.encoding_values)
     # Other processes' sums, or a second micro-batch, need gradients that stay.
     lasting = mesh.world_size > 1 or cfg.train.accumulation > 1
-    working = max(activations.peak_with(states.gradients, lasting=lasting), encoding + lasting * states.gradients)
+    trains = activations.peak_with(states.gradients, lasting=lasting) + beside
+    working = max(trains, encoding + lasting * states.gradients)
     peak = states.weights + states.optimizer + states.average + encoders + working
     return Memory(states, activations, encoders, encoding, peak)
