@@ -6,7 +6,7 @@ On a CPU every value is at hand, so what is counted are the calls that would mak
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +16,24 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opensora_repro.config import CheckpointConfig, Config, DiffusionConfig, RunConfig, TrainConfig
+from benchmarks.loop import MadeUp, build_loop, made_up_clip, made_up_encoding, run_loop
+from opensora_repro.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    RunConfig,
+    TextConfig,
+    TrainConfig,
+    VaeConfig,
+)
 from opensora_repro.data.dataset import BadSample, Clip
-from opensora_repro.diffusion.objective import build_objective
 from opensora_repro.models.config import STDiTConfig
-from opensora_repro.models.stdit import STDiT
 from opensora_repro.models.text import load_text_encoder
-from opensora_repro.models.vae import FrameVAE, load_vae
-from opensora_repro.parallel.engine import TorchEngine
-from opensora_repro.training.batch import BatchBuilder, Encoded
-from opensora_repro.training.checkpoint import TrainState
-from opensora_repro.training.ema import Ema
+from opensora_repro.models.vae import load_vae
+from opensora_repro.training.batch import Encoded
 from opensora_repro.training.encode import Encoder
-from opensora_repro.training.feed import Sample
 from opensora_repro.training.loop import Trainer
-from opensora_repro.training.metrics import JsonLines, RunLog
-from opensora_repro.training.optim import build_optimizer
-from opensora_repro.training.quarantine import Quarantine
-from opensora_repro.training.save import CheckpointWriter
-from opensora_repro.training.signals import StopSignals
-from tests.tiny_models import make_tiny_text, make_tiny_vae
+from tests.tiny_models import TINY_TEXT_CHANNELS, make_tiny_text, make_tiny_vae
 
 CPU = torch.device("cpu")
 STEPS, LENGTH = 5, 6
@@ -101,38 +99,20 @@ class Watched(Trainer):
             super()._step()
 
 
-class SampleList:
-    """A feed of given samples, two a micro-batch."""
-
-    def __init__(self, make: Callable[[int], Clip | Encoded | BadSample]) -> None:
-        self.make = make
-
-    def batches(self, first: int, count: int) -> Iterator[list[Sample]]:
-        for number in range(first, first + count):
-            yield [(0, self.make(2 * number + i)) for i in range(2)]
-
-
 def cached(number: int) -> Encoded:
-    generator = torch.Generator().manual_seed(number)
-    moments = torch.randn(8, 3, 4, 4, generator=generator)
-    return Encoded(f"sample {number}", moments, torch.randn(LENGTH, 32, generator=generator), torch.arange(LENGTH) < 3)
+    return made_up_encoding(number, (4, 3, 4, 4), (LENGTH, TINY_TEXT_CHANNELS))
 
 
 def clip(number: int) -> Clip | BadSample:
-    if number == 3:
-        return BadSample("sample 3", "3.mp4", "ends early")
-    pixels = torch.randint(256, (3, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
-    return Clip(f"sample {number}", f"a square number {number}", pixels, False)
+    return BadSample("sample 3", "3.mp4", "ends early") if number == 3 else made_up_clip(number, 3, 32)
 
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
-    from opensora_repro.config import TextConfig, VaeConfig
-
     folder = tmp_path_factory.mktemp("frozen")
     make_tiny_vae(folder / "vae")
     make_tiny_text(folder / "text")
-    vae: FrameVAE = load_vae(VaeConfig(path=str(folder / "vae")), CPU, torch.float32)
+    vae = load_vae(VaeConfig(path=str(folder / "vae")), CPU, torch.float32)
     text = load_text_encoder(TextConfig(path=str(folder / "text")), LENGTH, CPU, torch.float32)
     return Encoder(vae, text, CPU, half=False)
 
@@ -140,37 +120,22 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
 def waits_of(
     run_dir: Path, encoder: Encoder, make: Callable[[int], Any], sabotage: Callable[[Tensor], Any] | None = None
 ) -> list[str]:
-    """Train for some steps; `sabotage` gets each step's loss."""
-    model_cfg = STDiTConfig(
-        hidden_size=32, depth=2, num_heads=4, caption_channels=encoder.text.channels, model_max_length=LENGTH
-    )
+    """Train for some steps; `sabotage` gets each step's losses."""
     cfg = Config(
         run=RunConfig(dir=str(run_dir)),
-        model=model_cfg,
+        data=DataConfig(num_frames=3, height=32, width=32),
+        model=STDiTConfig(
+            hidden_size=32, depth=2, num_heads=4, caption_channels=TINY_TEXT_CHANNELS, model_max_length=LENGTH
+        ),
         train=TrainConfig(steps=STEPS, batch_size=2, dtype="fp32"),
         checkpoint=CheckpointConfig(every=STEPS),
     )
-    objective: Any = build_objective(DiffusionConfig())
-    builder = BatchBuilder(
-        encoder.vae, objective, seed=1, patch_size=model_cfg.patch_size, drop_probability=0.1,
-        latent_shape=(4, 3, 4, 4), text_shape=(LENGTH, encoder.text.channels), device=CPU,
-    )  # fmt: skip
+    trainer = build_loop(cfg, encoder, MadeUp(make, 2), CPU, kind=Watched)
+    assert isinstance(trainer, Watched)
     if sabotage is not None:
-        objective = Sabotaged(objective, sabotage)
-    engine = TorchEngine(device="cpu")
-    model = STDiT(model_cfg)
-    engine.prepare(model, build_optimizer(model, cfg.optim))
-    run_dir.mkdir()
-    trainer = Watched(
-        cfg=cfg, engine=engine, model=model, objective=objective, encoder=encoder, builder=builder,
-        ema=Ema(engine, 0.9), feed=SampleList(make), state=TrainState(global_batch_size=2),
-        writer=CheckpointWriter(run_dir, engine, "[run]\n", keep=1, background=False),
-        log=RunLog(run_dir, resumed_step=0, enabled=True),
-        quarantine=Quarantine(run_dir, num_samples=10, max_fraction=0.5), validator=None, stop=StopSignals(),
-    )  # fmt: skip
-    trainer.run("watched")
-    trainer.close()
-    assert [line["step"] for line in JsonLines(run_dir / "metrics.jsonl").read()] == list(range(1, STEPS + 1))
+        trainer.objective = Sabotaged(trainer.objective, sabotage)  # type: ignore[assignment]
+    lines = run_loop(trainer)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     return trainer.waits.found
 
 
@@ -200,7 +165,7 @@ def wait_for_truth(losses: Tensor) -> None:
 
 
 def wait_for_float(losses: Tensor) -> None:
-    float(losses.sum())
+    float(losses.detach().sum())
 
 
 def wait_for_list(losses: Tensor) -> None:
