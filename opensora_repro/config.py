@@ -100,6 +100,7 @@ class TrainConfig:
     compile: str = "auto"  # torch.compile of the blocks: "on", "off", "auto": on a GPU, each layer whole on a process
     activation_checkpointing: str = "full"  # "none", "full" (blocks run again) or "selective" (but for what is dear)
     offload_activations: bool = False  # on a GPU: what checkpointing keeps of a block's input waits in host memory
+    overlap: bool = True  # on a GPU: encode the next micro-batch while the model trains; takes memory for both at once
     max_bad_steps: int = 5  # stop after this many non-finite steps in a row
 
 

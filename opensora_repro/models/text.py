@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from opensora_repro.kernels.transfer import to_device
 from opensora_repro.models.catalog import sha256_of
 from opensora_repro.models.pretrained import FrozenModel, HashFile, check_complete, load_frozen
 
@@ -103,7 +104,7 @@ class T5Text:
         embedding does not depend on its neighbours, bit for bit; else to rounding.
         """
         device = self.device  # an offloaded model's weights lie elsewhere
-        ids, mask = (part.to(device) for part in self._tokenize(captions))
+        ids, mask = (to_device(part, device) for part in self._tokenize(captions))
         size = self.micro_batch_size
         batches = [torch.empty(0, self.max_length, self.channels, device=device)]
         with torch.autocast(device.type, enabled=False):  # the weights' dtype decides, not the caller's

@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from opensora_repro.kernels.transfer import to_device
 from opensora_repro.models.catalog import sha256_of
 from opensora_repro.models.pretrained import FrozenModel, HashFile, check_complete
 
@@ -66,7 +67,7 @@ class FrameVAE:
         """Draw scaled latents [Cz, T, h, w] from moments [2 * Cz, T, h, w]; without a generator, take the mode."""
         mean, logvar = rearrange(moments.float(), "(two c) t h w -> two c t h w", two=2).unbind(0)
         if generator is not None:
-            noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean.device)
+            noise = to_device(torch.randn(mean.shape, generator=generator, device=generator.device), mean.device)
             mean = mean + (0.5 * logvar.clamp(-30.0, 20.0)).exp() * noise
         return mean * self.scale
 

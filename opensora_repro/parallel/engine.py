@@ -17,7 +17,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -66,7 +66,7 @@ class Engine(Protocol):
 
     def squared_gradients(self) -> Tensor: ...
 
-    def step(self, lr: float, factor: float) -> None: ...
+    def step(self, lr: float, factor: float | Tensor, skip: Tensor | None = None) -> None: ...
 
     def step_in_backward(self, lr: float, factor: float) -> None: ...
 
@@ -87,13 +87,6 @@ class Engine(Protocol):
     def on_first_model(self, work: Callable[[], Result]) -> Result: ...
 
     def close(self) -> None: ...
-
-
-@runtime_checkable
-class ScalesGradients(Protocol):
-    """An optimizer that multiplies the gradients while it reads them."""
-
-    def step_scaled(self, factor: float) -> None: ...
 
 
 class TorchEngine:
@@ -187,15 +180,25 @@ class TorchEngine:
         norms = norms or list(torch._foreach_norm(self._gradients()))
         return torch.linalg.vector_norm(torch.stack(norms)).double().square() / self.mesh.world_size
 
-    def step(self, lr: float, factor: float) -> None:
-        """Multiply the gradients and let the optimizer make its step."""
+    def step(self, lr: float, factor: float | Tensor, skip: Tensor | None = None) -> None:
+        """Multiply the gradients and let the optimizer make its step; where `skip` is 1, leave all as it is.
+
+        Tensors are float32 [] on the device. A fused optimizer looks at them there, so that nobody waits for the
+        device; with any other this call does.
+        """
+        if not all(group.get("fused") for group in self.optimizer.param_groups):
+            if skip is not None and skip.item():
+                return
+            torch._foreach_mul_(self._gradients(), factor)
+            self._optimizer_step(lr)
+            return
+        scale = 1 / (factor if isinstance(factor, Tensor) else torch.full((), factor, device=self.device))
+        self.optimizer.grad_scale, self.optimizer.found_inf = scale, skip  # type: ignore[attr-defined]
+        self._optimizer_step(lr)
+
+    def _optimizer_step(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        if isinstance(self.optimizer, ScalesGradients):
-            self.optimizer.step_scaled(factor)
-            return
-        if factor != 1:
-            torch._foreach_mul_(self._gradients(), factor)
         self.optimizer.step()
 
     def step_in_backward(self, lr: float, factor: float) -> None:

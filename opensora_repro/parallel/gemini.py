@@ -98,11 +98,11 @@ class GeminiEngine(ColossalEngine):
             total += torch.linalg.vector_norm(shard).double().square()
         return total
 
-    def step(self, lr: float, factor: float) -> None:
+    def step(self, lr: float, factor: float | Tensor, skip: Tensor | None = None) -> None:
         sums = dict(zip(self._chunks, self._gradient_sums, strict=True))
         for name, chunk in self._by_name().items():
             self.masters[name].grad = sums[chunk][self._places[name].in_shard(self.mesh.rank)]
-        super().step(lr, factor)
+        super().step(lr, factor, skip)
         self._refresh()
 
     def zero_grad(self) -> None:

@@ -16,7 +16,13 @@ VISIT = 2**24  # elements of each kind that visit together, or one larger tensor
 
 
 class HostAdamW(torch.optim.AdamW):
-    """torch's fused AdamW with its moments in host memory. Its state has the same names and values."""
+    """torch's fused AdamW with its moments in host memory. Its state has the same names and values.
+
+    It takes `grad_scale` and `found_inf` as torch's own does.
+    """
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
 
     def __init__(self, params: Any, **options: Any) -> None:
         super().__init__(params, **options, fused=True)
@@ -38,6 +44,8 @@ class HostAdamW(torch.optim.AdamW):
                     [],
                     [state["step"] for state in found],
                     fused=True,
+                    grad_scale=self.grad_scale,
+                    found_inf=self.found_inf,
                     amsgrad=False,
                     beta1=group["betas"][0],
                     beta2=group["betas"][1],

@@ -49,6 +49,7 @@ FREE_KEYS = (
     "train.compile",
     "train.activation_checkpointing",
     "train.offload_activations",
+    "train.overlap",
     "train.max_bad_steps",
 )
 

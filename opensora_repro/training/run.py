@@ -18,8 +18,8 @@ from opensora_repro.kernels.choice import choose
 from opensora_repro.parallel.engine import Engine, build_engine
 from opensora_repro.parallel.preflight import check_same, config_facts, weights_digest
 from opensora_repro.training.batch import BatchBuilder
-from opensora_repro.training.compile import apply_compile, compiles
 from opensora_repro.training.checkpoint import clean_leftovers, list_checkpoints, load_checkpoint, read_state
+from opensora_repro.training.compile import apply_compile, compiles
 from opensora_repro.training.ema import Ema, horizon_warning
 from opensora_repro.training.encode import (
     cache_fingerprint,
@@ -237,7 +237,8 @@ class _Run:
         )
         sampler = SharedBatches(whole, mesh.member, mesh.model_size)
         if self.rows is None:
-            return ClipFeed(self.dataset, sampler, cfg.data.num_workers)
+            pinned = engine.device.type == "cuda"
+            return ClipFeed(self.dataset, sampler, cfg.data.num_workers, pinned=pinned)
         cache = LatentCache(cfg.data.cache, engine.peers.on_first(lambda: cache_fingerprint(cfg, self.encoder)))
         bad: list[BadSample] = []
 

@@ -314,14 +314,16 @@ def step_memory(
         half_weights=parallel.plugin == "gemini",
     )
     size = HALF if cfg.train.dtype == "bf16" and device == "cuda" else FLOAT
-    encoders = encoding = 0.0
+    encoders = encoding = beside = 0.0
     if encodes:
         text = 0 if cfg.text.offload else frozen.text_parameters
         encoders = float(size * (frozen.vae_parameters + text))
         encoding = float(size * (frozen.decoding_values if cfg.sample.every else frozen.encoding_values))
+        if cfg.train.overlap and not cfg.data.cache and device == "cuda":  # a CPU encodes between its steps
+            beside = float(size * frozen.encoding_values)
     # Other processes' sums, or a second micro-batch, need gradients that stay.
     lasting = mesh.world_size > 1 or cfg.train.accumulation > 1
-    stepping = activations.peak_with(states.gradients, lasting=lasting, freed=cfg.optim.in_backward)
+    stepping = activations.peak_with(states.gradients, lasting=lasting, freed=cfg.optim.in_backward) + beside
     # While averaged weights are in their place, for samples and validation, the trained ones wait beside.
     evaluates = cfg.sample.every > 0 or cfg.validation.every > 0
     aside = states.weights if evaluates and not cfg.optim.offload else 0.0
