@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.limits import counted_flops
 from opensora_repro.config import Config, DataConfig, TextConfig, VaeConfig
 from opensora_repro.models import layers
 from opensora_repro.models.config import DiTConfig, STDiTConfig
@@ -36,13 +35,6 @@ DITS: dict[str, dict[str, Any]] = {
     "text": {"condition": "text", "caption_channels": 20},
     "Latte": {"factorised": True, "depth": 3},
 }
-
-
-def count(work: Any) -> int:
-    """What torch counts while `work` runs, attention as two matrix products."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
 
 
 @pytest.mark.parametrize("name", STDITS)
@@ -81,9 +73,9 @@ def test_stdit_flops_are_what_torch_counts(name: str, recompute: bool) -> None:
         return model(latents, torch.tensor([5.0, 7.0]), text, mask)
 
     with torch.no_grad():
-        assert count(forward) == 2 * products.forward_flops
+        assert counted_flops(forward) == 2 * products.forward_flops
     expected = products.training_flops + (products.recomputed_flops if recompute else 0)
-    assert count(lambda: forward().sum().backward()) == 2 * expected
+    assert counted_flops(lambda: forward().sum().backward()) == 2 * expected
 
 
 @pytest.mark.parametrize("name", DITS)
@@ -93,7 +85,7 @@ def test_dit_flops_are_what_torch_counts(name: str) -> None:
     condition = torch.tensor([1, 2]) if cfg.condition == "label" else torch.randn(2, 1, cfg.caption_channels)
     products = forward_products(cfg, token_grid(cfg, latents.shape[1:]))
     model = DiT(cfg)
-    counted = count(lambda: model(latents, torch.tensor([5.0, 7.0]), condition).sum().backward())
+    counted = counted_flops(lambda: model(latents, torch.tensor([5.0, 7.0]), condition).sum().backward())
     assert counted == 2 * products.training_flops
 
 
@@ -113,9 +105,9 @@ def test_frozen_models_are_counted_from_their_configs(tmp_path: Path) -> None:
     assert sizes.vae_parameters == sum(parameter.numel() for parameter in vae.parameters())
     assert sizes.text_parameters == sum(parameter.numel() for parameter in text.parameters())
     with torch.no_grad():
-        assert sizes.encode_flops == count(lambda: vae.encode(torch.zeros(3, 3, 32, 48)))
-        assert sizes.decode_flops == count(lambda: vae.decode(torch.zeros(3, 4, 4, 6)))
-        assert sizes.text_flops == count(lambda: text(input_ids=torch.zeros(1, 9, dtype=torch.int64)))
+        assert sizes.encode_flops == counted_flops(lambda: vae.encode(torch.zeros(3, 3, 32, 48)))
+        assert sizes.decode_flops == counted_flops(lambda: vae.decode(torch.zeros(3, 4, 4, 6)))
+        assert sizes.text_flops == counted_flops(lambda: text(input_ids=torch.zeros(1, 9, dtype=torch.int64)))
 
 
 def test_the_published_frozen_models() -> None:
