@@ -225,7 +225,7 @@ def measure_row(
     """Fused against eager kernels; of both the utilisation, of ours the speed beside the published."""
     import torch
 
-    from benchmarks.limits import data_sheet, layer_shapes, measure_matmul_limit
+    from benchmarks.limits import data_sheet, layer_shapes, measure_matmul_limit, share_of_limit
 
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
@@ -238,7 +238,9 @@ def measure_row(
         if on_gpu:
             torch.cuda.empty_cache()
         sides[side], times[side] = measure_in_memory(device, case, kernels=kernels, steps=steps, with_energy=True)
-        sides[side] |= utilisation(case.flops / statistics.median(times[side]), limit["gflops"], peak)
+        sides[side] |= share_of_limit(case.flops, times[side], limit)
+        reached = case.flops / statistics.median(times[side])
+        sides[side]["share_of_data_sheet"] = None if peak is None else round(reached / peak, 3)
     timed = side_by_side(times["ours"], times["other"])
     return {
         "case": name,
@@ -250,15 +252,6 @@ def measure_row(
         "times_published": published and round(sides["ours"]["tokens_per_second"] / published, 2),
         "ratio": timed["ratio"],
         **{side: sides[side] | timed[side] for side in sides},
-    }
-
-
-def utilisation(flops_per_second: float, limit_gflops: float, peak: float | None) -> dict[str, float | None]:
-    """Model FLOPs a second over what plain products reach, and over the data sheet's peak where there is one."""
-    return {
-        "gflops": round(flops_per_second / 1e9, 1),
-        "share_of_limit": round(flops_per_second / 1e9 / limit_gflops, 3),
-        "share_of_data_sheet": None if peak is None else round(flops_per_second / peak, 3),
     }
 
 

@@ -87,20 +87,37 @@ def _lasting(work: Work, device: torch.device) -> Work:
     return Work(times * work.flops, call)
 
 
-def gflops(flops: float, times: Sequence[float]) -> float:
-    """1e9 FLOPs a second of the median call."""
-    return flops / statistics.median(times) / 1e9
+def gflops(flops: float, seconds: float) -> float:
+    return flops / seconds / 1e9
 
 
 def matmul_limit(works: Mapping[str, Work], times: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """The fastest product and all others, in 1e9 FLOPs a second, medians of calls that took `times`."""
-    rates = {name: gflops(work.flops, times[name]) for name, work in works.items()}
+    """The fastest product and all others, in 1e9 FLOPs a second: medians of calls that took `times`.
+
+    `best_gflops` is of the fastest single call of any product.
+    """
+    rates = {name: gflops(work.flops, statistics.median(times[name])) for name, work in works.items()}
     best = max(rates, key=lambda name: rates[name])
     return {
         "gflops": round(rates[best], 1),
+        "best_gflops": round(max(gflops(work.flops, min(times[name])) for name, work in works.items()), 1),
         "product": best,
         "rounds": len(times[best]),
         "products": {name: round(rate, 1) for name, rate in rates.items()},
+    }
+
+
+def share_of_limit(flops: float, times: Sequence[float], limit: Mapping[str, Any]) -> dict[str, float]:
+    """Of calls of so many FLOPs that took `times`: their rate and its share of the limit, medians against medians.
+
+    `share_at_best` is of the fastest call against the fastest product's: what is left where others use the machine,
+    too low rather than too high, since a short product finds a quiet moment sooner than a long step.
+    """
+    reached = gflops(flops, statistics.median(times))
+    return {
+        "gflops": round(reached, 1),
+        "share_of_limit": round(reached / limit["gflops"], 3),
+        "share_at_best": round(gflops(flops, min(times)) / limit["best_gflops"], 3),
     }
 
 

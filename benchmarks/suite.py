@@ -95,9 +95,9 @@ def run_all(names: Sequence[str], full: bool) -> int:
         if result is None:
             failed.append(name)
         else:
-            lines += [(name, *line) for line in BENCHMARKS[name].lines(result)]
+            lines += [(f"{name}: {what}", *rest) for what, *rest in BENCHMARKS[name].lines(result)]
         print(f"{name}: {seconds:.0f} s", flush=True)
-    columns = ("benchmark", "what, against", "ours", "other", "ratio", "of the limit")
+    columns = ("what, against", "ours", "other", "ratio", "of the limit")
     print("\n" + table(f"All benchmarks, {time.perf_counter() - began:.0f} s", columns, lines))
     if failed:
         print(f"error: without a result: {', '.join(failed)}", file=sys.stderr)

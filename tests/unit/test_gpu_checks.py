@@ -43,6 +43,7 @@ def test_training_measures_and_notices_a_loss_that_does_not_fall(monkeypatch: py
 
 def test_a_case_is_measured_with_both_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(limits.SQUARE, "cpu", 128)
+    monkeypatch.setitem(limits.AT_LEAST, "cpu", 0.001)
     monkeypatch.setattr(gpu_step, "LIMIT_SECONDS", 0.1)
     cfg = STDiTConfig(hidden_size=48, depth=1, num_heads=4, caption_channels=16, model_max_length=4)
     case = gpu_step.Case(cfg, (4, 2, 4, 4), 2)

@@ -61,14 +61,23 @@ def test_a_training_step_of_every_side_is_measured(tmp_path: Path, monkeypatch: 
     """What is saved is complete: times, rates, shares, both counts of FLOPs; a table can be made of it."""
     monkeypatch.setitem(limits.SQUARE, "cpu", 128)
     monkeypatch.setitem(limits.AT_LEAST, "cpu", 0.001)
-    result = {"sizes": asdict(TINY), "threads": 1, **train_step.measure(TINY, seconds=0.1)}
+    said = {"sizes": asdict(TINY), "threads": 1, "load_after": 0.0, "environment": {"load_before": 0.9}}
+    result = {**said, **train_step.measure(TINY, seconds=0.1)}
     assert {(row["what"], row["other_side"]) for row in result["rows"]} == {
         (what, side) for what in ("forward", "training step") for side in ("plain", "Latte", "PixArt")
     }
     for row in result["rows"]:
         assert row["ratio"] > 0
         for side in (row["ours"], row["other"]):
-            assert side.keys() == {"median_ms", "min_ms", "max_ms", "rounds", "gflops", "share_of_limit"}
+            assert side.keys() == {
+                "median_ms",
+                "min_ms",
+                "max_ms",
+                "rounds",
+                "gflops",
+                "share_of_limit",
+                "share_at_best",
+            }
             assert side["rounds"] >= 3
             limit = result["matmul_limit"][row["what"]]["gflops"]
             assert side["share_of_limit"] == pytest.approx(side["gflops"] / limit, abs=0.02)
@@ -78,6 +87,7 @@ def test_a_training_step_of_every_side_is_measured(tmp_path: Path, monkeypatch: 
             assert flops["formula"] == (flops["counted"] if side in ("ours", "plain") else None)
         about |= {"peak_memory_mb": 1}
     assert sum("%" in line for line in train_step.report(result).splitlines()) == 8
+    assert "others used the machine" in train_step.report(result)
     saved = json.loads(harness.save("x", result, tmp_path / "x.json").read_text())
     assert len(list(suite.timed(saved))) == 6
 
