@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -43,7 +42,6 @@ GOLDEN_CASES = (
 )  # fmt: skip
 FROZEN_NEED = ("diffusers", "transformers", "sentencepiece", "ftfy")
 DEMO_CAPTION = 64  # channels of the demo's text encoder
-XL_LATENTS = (4, 16, 32, 32)  # 16 frames of 256x256 pixels
 
 
 class Skip(Exception):
@@ -231,96 +229,21 @@ def frozen_models(device: torch.device) -> dict[str, Any]:
     return {key: require(relative_error(on_gpu[key], on_cpu[key]), 10 * FP32_TOLERANCE, key) for key in on_cpu}
 
 
-def training(
-    device: torch.device,
-    *,
-    cfg: STDiTConfig,
-    shape: Sequence[int],
-    batch_size: int,
-    plugin: str = "",
-    fused: bool = True,
-    steps: int = 6,
-    warmup: int = 2,
-) -> dict[str, Any]:
-    """Optimizer steps on one batch, bf16 autocast, activation checkpointing: loss falls; time and peak memory.
+def training(device: torch.device, **options: Any) -> dict[str, Any]:
+    """The published 16x256x256 step: STDiT-XL/2, 8 samples a GPU, activation checkpointing."""
+    from benchmarks import gpu_step
 
-    `plugin` is ColossalAI's; empty: the torch engine.
-    """
-    import torch
-
-    from opensora_repro.config import DiffusionConfig, OptimConfig, ParallelConfig
-    from opensora_repro.diffusion.objective import build_objective
-    from opensora_repro.kernels import choice
-    from opensora_repro.models.stdit import STDiT
-    from opensora_repro.parallel.engine import build_engine
-    from opensora_repro.training.forward import ModelRunner
-    from opensora_repro.training.optim import build_optimizer
-
-    on_gpu = device.type == "cuda"
-    torch.manual_seed(0)
-    with device:
-        model = STDiT(cfg).train()
-    model.activation_checkpointing = "full"
-    one_pass = fused and not plugin and choice.fused(model.x_embedder.proj.weight)
-    optimizer = build_optimizer(model, OptimConfig(lr=1e-4), fused=one_pass)
-    if not fused:
-        optimizer.param_groups[0]["fused"] = False
-    parallel = ParallelConfig(engine="colossalai", plugin=plugin) if plugin else ParallelConfig()
-    engine = build_engine(parallel, device.type)
-    engine.prepare(model, optimizer)
-    objective = build_objective(DiffusionConfig())
-    latents, noise = torch.randn(2, batch_size, *shape, device=device).unbind(0)
-    timesteps = torch.linspace(100, 900, batch_size, device=device).round()
-    text = torch.randn(batch_size, cfg.model_max_length, cfg.caption_channels, device=device)
-    mask = torch.ones(batch_size, cfg.model_max_length, dtype=torch.bool, device=device)
-    predict = ModelRunner(engine.train_forward, "bf16", device).conditioned(text, mask)
-
-    def now() -> float:
-        if on_gpu:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    losses: list[Tensor] = []
-    seconds, update_seconds = [], []
-    for _ in range(warmup + steps):
-        start = now()
-        loss = objective.losses(predict, latents, noise, timesteps).mean()
-        engine.backward(loss)
-        norm = engine.squared_gradients().sqrt().item()
-        computed = now()
-        engine.step(1e-4, min(1.0, 1 / norm))
-        engine.zero_grad()
-        seconds.append(now() - start)
-        update_seconds.append(start + seconds[-1] - computed)
-        losses.append(loss.detach())
-    engine.close()
-    values = torch.stack(losses).tolist()
-    assert all(value == value for value in values), f"losses {values}"
-    assert values[-1] < values[0], f"the loss does not fall on one batch: {values}"
-    step = statistics.median(seconds[warmup:])
-    tokens = shape[1] * shape[2] * shape[3] // 4
-    return {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "latents": [batch_size, *shape],
-        "step_ms": round(1000 * step, 1),
-        "update_ms": round(1000 * statistics.median(update_seconds[warmup:]), 1),
-        "samples_per_second": round(batch_size / step, 3),
-        "tokens_per_second": round(batch_size * tokens / step),
-        "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if on_gpu else None,
-        "first_loss": round(values[0], 4),
-        "last_loss": round(values[-1], 4),
-    }
+    return gpu_step.measure(device, gpu_step.CASES["16x256"], **options)[0]
 
 
-def training_full_size(device: torch.device, *, kernels: str = "auto", **options: Any) -> dict[str, Any]:
-    """The published 16x256x256 step: STDiT-XL/2, 8 samples a GPU."""
-    from benchmarks.kernel_cases import using
-    from opensora_repro.models.config import STDiTConfig
+def training_case(device: torch.device, name: str) -> dict[str, Any]:
+    """A published size with fused and with eager kernels; utilisation, and speed beside the published."""
+    from benchmarks import gpu_step
 
-    with using(kernels, device):
-        return training(device, cfg=STDiTConfig(space_scale=0.5), shape=XL_LATENTS, batch_size=8, **options)
+    row = gpu_step.measure_case(device, name)
+    assert row["flops"]["counted"] == row["flops"]["formula"], row["flops"]
+    products = row["matmul_limit"].pop("products")
+    return {**row, "slowest product": min(products.values())}
 
 
 def kernel_parity(device: torch.device) -> dict[str, Any]:
@@ -480,12 +403,13 @@ CHECKS: dict[str, tuple[Callable[[Any], dict[str, Any]], tuple[str, ...]]] = {  
     "autoencoder and text encoder": (frozen_models, FROZEN_NEED),
     "training loop, nobody waits": (loop_without_waiting, FROZEN_NEED),
     "training loop, encoders beside the model": (encoders_beside, FROZEN_NEED),
-    "training, XL/2 16x32x32": (training_full_size, ()),
-    "training, XL/2, eager kernels": (lambda device: training_full_size(device, kernels="eager"), ()),
-    "training, XL/2, optimizer not fused": (lambda device: training_full_size(device, fused=False), ()),
-    "training, XL/2, zero2": (lambda device: training_full_size(device, plugin="zero2"), ("colossalai",)),
-    "training, XL/2, hybrid": (lambda device: training_full_size(device, plugin="hybrid"), ("colossalai",)),
-    "training, XL/2, gemini": (lambda device: training_full_size(device, plugin="gemini"), ("colossalai",)),
+    "training, 16x256": (lambda device: training_case(device, "16x256"), ()),
+    "training, 16x512": (lambda device: training_case(device, "16x512"), ()),
+    "training, 64x512": (lambda device: training_case(device, "64x512"), ()),
+    "training, optimizer not fused": (lambda device: training(device, fused_optimizer=False), ()),
+    "training, zero2": (lambda device: training(device, plugin="zero2"), ("colossalai",)),
+    "training, hybrid": (lambda device: training(device, plugin="hybrid"), ("colossalai",)),
+    "training, gemini": (lambda device: training(device, plugin="gemini"), ("colossalai",)),
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_checks
+from benchmarks import gpu_checks, gpu_step, limits
 from opensora_repro.models.config import STDiTConfig
 
 CPU = torch.device("cpu")
@@ -39,16 +39,41 @@ def test_training_loops_on_the_cpu() -> None:
 
 def test_training_measures_and_notices_a_loss_that_does_not_fall(monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = STDiTConfig(hidden_size=48, depth=1, num_heads=4, caption_channels=16, model_max_length=4)
-    run: dict[str, Any] = {"cfg": cfg, "shape": (4, 2, 4, 4), "batch_size": 2, "steps": 3}
-    result = gpu_checks.training(CPU, **run)
+    case = gpu_step.Case(cfg, (4, 2, 4, 4), batch_size=2)
+    result, seconds = gpu_step.measure(CPU, case, steps=3)
+    assert len(seconds) == 3
     assert result["last_loss"] < result["first_loss"]
     assert result["tokens_per_second"] > 0
-    sharded = gpu_checks.training(CPU, **run, plugin="zero2")
+    sharded = gpu_step.measure(CPU, case, steps=3, plugin="zero2")[0]
     assert sharded["first_loss"] == pytest.approx(result["first_loss"], rel=1e-4)
     assert sharded["last_loss"] == pytest.approx(result["last_loss"], rel=1e-2)
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
     with pytest.raises(AssertionError, match="does not fall"):
-        gpu_checks.training(CPU, **run)
+        gpu_step.measure(CPU, case, steps=3)
+
+
+def test_a_case_is_measured_with_both_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(limits.SQUARE, "cpu", 128)
+    monkeypatch.setitem(limits.AT_LEAST, "cpu", 0.001)
+    monkeypatch.setattr(gpu_step, "LIMIT_SECONDS", 0.1)
+    cfg = STDiTConfig(hidden_size=48, depth=1, num_heads=4, caption_channels=16, model_max_length=4)
+    case = gpu_step.Case(cfg, (4, 2, 4, 4), 2)
+    row = gpu_step.measure_row(CPU, "tiny", case, published=10, steps=3)
+    assert row["flops"]["formula"] == row["flops"]["counted"]
+    assert row["times_published"] == pytest.approx(row["ours"]["tokens_per_second"] / 10, abs=0.01)
+    for side in (row["ours"], row["fused"], row["other"]):
+        assert side["share_of_limit"] > 0
+        assert side["latents"] == [2, 4, 2, 4, 4]
+        assert side["rounds"] == 3
+    assert row["ours"]["first_loss"] == row["other"]["first_loss"]
+    assert len(gpu_step.report("nothing", [row]).splitlines()) == 6
+
+
+def test_published_cases_count_alike() -> None:
+    case = gpu_step.CASES["16x256"]  # the others are counted where they run
+    assert case.counted_flops() == case.flops
+    assert [case.tokens for case in gpu_step.CASES.values()] == [8 * 4096, 2 * 16384, 65536]
+    assert gpu_step.CASES.keys() <= gpu_step.PUBLISHED.keys()
 
 
 def test_faults_and_lacking_packages_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
