@@ -94,10 +94,12 @@ class T5Text:
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return float32 embeddings [B, L, Ct] and a bool mask [B, L]; an empty caption is the end token alone.
 
+        The embeddings lie on the encoder's device, the mask in host memory: whoever needs lengths need not wait.
         On a CPU a caption's embedding does not depend on its neighbours, bit for bit; on a GPU to rounding.
         """
         device = self.device  # an offloaded model's weights lie elsewhere
-        ids, mask = (part.to(device) for part in self._tokenize(captions))
+        ids, host_mask = self._tokenize(captions)
+        ids, mask = ids.to(device), host_mask.to(device)
         size = 1 if device.type == "cpu" else GPU_BATCH_SIZE
         batches = [torch.empty(0, self.max_length, self.channels, device=device)]
         with torch.autocast(device.type, enabled=False):  # the weights' dtype decides, not the caller's
@@ -105,7 +107,7 @@ class T5Text:
                 part = slice(start, start + size)
                 output = self.model(input_ids=ids[part], attention_mask=mask[part])
                 batches.append(output.last_hidden_state.float())
-        return torch.cat(batches), mask.bool()
+        return torch.cat(batches), host_mask.bool()
 
     def _tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return int64 token ids and mask, both [B, L]; long captions are cut, keeping the end token."""
