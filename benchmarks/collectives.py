@@ -174,7 +174,7 @@ def our_step(z: Sizes, group: Any) -> Callable[[bool], Tensor]:
     mask = torch.arange(length) < torch.tensor(z.captions)[:, None]
 
     def forward(checkpointing: bool) -> Tensor:
-        model.gradient_checkpointing = checkpointing
+        model.activation_checkpointing = "full" if checkpointing else "none"
         return call(latents, torch.full((z.B,), 500), torch.randn(z.B, length, 32), mask)
 
     return forward

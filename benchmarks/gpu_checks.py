@@ -14,9 +14,11 @@ import importlib.util
 import os
 import statistics
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +41,8 @@ GOLDEN_CASES = (
     "stdit_base", "stdit_T1", "stdit_nonsquare_scaled", "stdit_maskholes_patch222", "stdit_fractional_t_maskrepeat",
     "stdit_nomask", "stdit_nosigma", "pixart_image", "pixart_image_tpos", "pixart_video",
 )  # fmt: skip
+FROZEN_NEED = ("diffusers", "transformers", "sentencepiece", "ftfy")
+DEMO_CAPTION = 64  # channels of the demo's text encoder
 XL_LATENTS = (4, 16, 32, 32)  # 16 frames of 256x256 pixels
 
 
@@ -114,12 +118,13 @@ def parity(device: torch.device, temporal_attention: bool) -> dict[str, Any]:
     expected = outputs_and_gradients(model, torch.device("cpu"))
     model = model.to(device)
     errors: dict[str, Any] = {}
-    for recompute in (False, True):
-        model.gradient_checkpointing = recompute
+    for recompute in ("none", "selective", "full"):
+        model.activation_checkpointing = recompute
+        model.offload_activations = recompute == "full"
         found = outputs_and_gradients(model, device)
         assert found.keys() == expected.keys()
         worst = max(relative_error(found[name], expected[name]) for name in expected)
-        errors["fp32 recomputed" if recompute else "fp32"] = require(worst, FP32_TOLERANCE, "float32")
+        errors[f"fp32, {recompute}"] = require(worst, FP32_TOLERANCE, "float32")
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
         half = model(*[value.to(device) for value in small_inputs()])
     errors["bf16 rms"] = require(rms_error(half, expected["output"]), BF16_TOLERANCE, "bf16")
@@ -255,7 +260,7 @@ def training(
     torch.manual_seed(0)
     with device:
         model = STDiT(cfg).train()
-    model.gradient_checkpointing = True
+    model.activation_checkpointing = "full"
     one_pass = fused and not plugin and choice.fused(model.x_embedder.proj.weight)
     optimizer = build_optimizer(model, OptimConfig(lr=1e-4), fused=one_pass)
     if not fused:
@@ -382,6 +387,85 @@ def kernel_curves(device: torch.device, dtype: str, steps: int = 200) -> dict[st
     return {"largest gap": gap, "gap between roundings": float(f"{noise:.2e}"), "last loss": round(fused[-1], 4)}
 
 
+def loop_config(run_dir: Path, model: STDiTConfig, *, size: int, frames: int, batch_size: int, steps: int) -> Any:
+    from opensora_repro.config import CheckpointConfig, Config, DataConfig, RunConfig, TrainConfig
+
+    return Config(
+        run=RunConfig(dir=str(run_dir)),
+        data=DataConfig(num_frames=frames, height=size, width=size),
+        model=model,
+        train=TrainConfig(steps=steps, batch_size=batch_size),
+        checkpoint=CheckpointConfig(every=steps),
+    )
+
+
+def demo_encoder(device: torch.device, max_length: int, vae: Path | None = None) -> Any:
+    """The demo's text encoder and, unless another is given, its autoencoder."""
+    import torch
+
+    from opensora_repro.config import TextConfig, VaeConfig
+    from opensora_repro.models.text import load_text_encoder
+    from opensora_repro.models.vae import load_vae
+    from opensora_repro.training.encode import Encoder
+
+    folder, dtype = REPO / "checkpoints" / "demo", torch.bfloat16 if device.type == "cuda" else torch.float32
+    return Encoder(
+        load_vae(VaeConfig(path=str(vae or folder / "vae")), device, dtype),
+        load_text_encoder(TextConfig(path=str(folder / "text")), max_length, device, dtype),
+        device,
+        half=dtype == torch.bfloat16,
+    )
+
+
+def loop_without_waiting(device: torch.device) -> dict[str, Any]:
+    """Training steps on cached samples, with fused and eager kernels, under CUDA's ban on waiting for the device."""
+    from benchmarks import loop
+    from benchmarks.kernel_cases import using
+    from opensora_repro.models.config import STDiTConfig
+
+    model = STDiTConfig(hidden_size=144, depth=4, num_heads=4, caption_channels=DEMO_CAPTION, model_max_length=12)
+    kind = loop.Strict if device.type == "cuda" else loop.Loop
+    encoder = demo_encoder(device, model.model_max_length)
+    latents, text = (encoder.vae.latent_channels, 4, 64 // encoder.vae.spatial_stride, 8), (12, DEMO_CAPTION)
+    feed = loop.MadeUp(lambda number: loop.made_up_encoding(number, latents, text), 4)
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for kernels in ("auto", "eager"):
+            cfg = loop_config(
+                Path(folder) / kernels, replace(model, in_channels=latents[0]), size=64, frames=4, batch_size=4, steps=8
+            )
+            with using(kernels, device):
+                lines = loop.run_loop(loop.build_loop(cfg, encoder, feed, device, kind=kind))
+            assert all(line["loss"] > 0 for line in lines), lines
+            found[f"{kernels}, steps"] = len(lines)
+    return found
+
+
+def encoders_beside(
+    device: torch.device,
+    model: STDiTConfig | None = None,
+    *,
+    vae: Callable[[Path], Path] | None = None,
+    size: int = 256,
+    frames: int = 16,
+    batch_size: int = 4,
+    steps: int = 12,
+) -> dict[str, Any]:
+    """STDiT-XL/2 on clips that an autoencoder of Stable Diffusion's size encodes, beside the step and in turn."""
+    from benchmarks import loop
+    from benchmarks.kernel_cases import using
+    from opensora_repro.models.config import STDiTConfig
+
+    model = model or STDiTConfig(caption_channels=DEMO_CAPTION, space_scale=0.5)
+    clips = {number: loop.made_up_clip(number, frames, size) for number in range(batch_size)}  # making them takes time
+    feed = loop.MadeUp(lambda number: replace(clips[number % batch_size], id=f"sample {number}"), batch_size)
+    with tempfile.TemporaryDirectory() as folder, using("auto", device):
+        encoder = demo_encoder(device, model.model_max_length, (vae or loop.random_vae)(Path(folder) / "vae"))
+        cfg = loop_config(Path(folder) / "run", model, size=size, frames=frames, batch_size=batch_size, steps=steps)
+        result = loop.with_and_without_overlap(cfg, encoder, feed, device)
+    return {**result, "largest_gap": require(result["largest_gap"], BF16_TOLERANCE, "losses")}
+
+
 CHECKS: dict[str, tuple[Callable[[Any], dict[str, Any]], tuple[str, ...]]] = {  # what each needs besides NEEDED
     "stdit parity": (lambda device: parity(device, True), ()),
     "pixart parity": (lambda device: parity(device, False), ()),
@@ -393,7 +477,9 @@ CHECKS: dict[str, tuple[Callable[[Any], dict[str, Any]], tuple[str, ...]]] = {  
     "samplers": (samplers, ()),
     "reference outputs": (golden, ()),
     "reference outputs, XL/2": (golden_full_size, ()),
-    "autoencoder and text encoder": (frozen_models, ("diffusers", "transformers", "sentencepiece", "ftfy")),
+    "autoencoder and text encoder": (frozen_models, FROZEN_NEED),
+    "training loop, nobody waits": (loop_without_waiting, FROZEN_NEED),
+    "training loop, encoders beside the model": (encoders_beside, FROZEN_NEED),
     "training, XL/2 16x32x32": (training_full_size, ()),
     "training, XL/2, eager kernels": (lambda device: training_full_size(device, kernels="eager"), ()),
     "training, XL/2, optimizer not fused": (lambda device: training_full_size(device, fused=False), ()),

@@ -173,7 +173,8 @@ def rms(x: Tensor) -> float:
 def adamw_errors(shapes: Sequence[Sequence[int]], device: torch.device, *, num_steps: int = 4) -> dict[str, float]:
     """Largest differences, over the largest value, of everything that AdamW steps leave, from torch's in float64.
 
-    The gradients are bfloat16, one parameter has none in the second step, the first lies at an odd address.
+    The gradients are bfloat16, one parameter has none in the second step, the first lies at an odd address. Every step
+    is followed by one that must be skipped.
     """
     import torch
 
@@ -186,8 +187,9 @@ def adamw_errors(shapes: Sequence[Sequence[int]], device: torch.device, *, num_s
     shadows = [value.double() for value in masters]
     params = [_at_odd_address(value.to(device)) if i == 0 else value.to(device) for i, value in enumerate(masters)]
     means, squares = ([torch.zeros_like(value) for value in params] for _ in range(2))
+    scale, one = torch.full((), 1 / 0.7, device=device), torch.ones((), device=device)
     averages, copies = [value.clone() for value in params], [value.bfloat16() for value in params]
-    steps = [0.0] * len(params)
+    steps = [torch.zeros((), device=device) for _ in params]
     for number in range(num_steps):
         grads = [torch.randn(tuple(shape), generator=generator).bfloat16() for shape in shapes]
         chosen = [i for i in range(len(params)) if i or number != 1]
@@ -199,10 +201,13 @@ def adamw_errors(shapes: Sequence[Sequence[int]], device: torch.device, *, num_s
             params, [grad.to(device) for grad in grads], means, squares, steps, averages, copies,
         ]  # fmt: skip
         *given, own_averages, own_copies = ([values[i] for i in chosen] for values in lists)
-        ops.adamw(
-            *given, lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1, factor=0.7,
-            averages=own_averages, average_weight=0.3, copies=own_copies,
-        )  # fmt: skip
+        options: dict[str, Any] = {
+            "lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1, "averages": own_averages,
+            "average_weight": 0.3, "copies": own_copies,
+        }  # fmt: skip
+        ops.adamw(*given, **options, grad_scale=scale, found_inf=1 - one)
+        broken = [torch.full_like(grad, torch.nan) for grad in given[1]]
+        ops.adamw(given[0], broken, *given[2:], **options, grad_scale=scale * torch.nan, found_inf=one)
         for i in chosen:
             shadows[i].lerp_(wide[i].detach(), 0.3)
     for copy, param in zip(copies, params, strict=True):

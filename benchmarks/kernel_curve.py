@@ -47,7 +47,7 @@ def curve(
             parameter.add_(torch.randn_like(parameter) * 0.02)
             if seed:
                 parameter.mul_(1 + 1e-7 * torch.randn(parameter.shape, generator=noise))
-    model.gradient_checkpointing = recompute
+    model.activation_checkpointing = "full" if recompute else "none"
     model = model.to(device).train()
     engine = TorchEngine(device=str(device))
     with using(kernels, device):

@@ -82,7 +82,7 @@ def measure_case(name: str, case: Case, device: torch.device, rounds: int) -> li
 
 
 def measure_adamw(device: torch.device, rounds: int) -> dict[str, Any]:
-    """Clipping, AdamW and averaging of four blocks' weights: one pass, or torch's three."""
+    """Clipping, AdamW and averaging of four blocks' weights: one pass, or torch's two."""
     import torch
 
     from opensora_repro.kernels.adamw import FusedAdamW
@@ -90,18 +90,17 @@ def measure_adamw(device: torch.device, rounds: int) -> dict[str, Any]:
     def make(fused: bool) -> Callable[[], None]:
         params = [torch.randn(shape, device=device).requires_grad_() for shape in PARAMETERS]
         shadows = [param.detach().clone() for param in params]
-        grads = [torch.randn_like(shadow) for shadow in shadows]
-        for param, grad in zip(params, grads, strict=True):
-            param.grad = grad
+        for param in params:
+            param.grad = torch.randn_like(param)
+        optimizer: Any = FusedAdamW(params, lr=1e-4) if fused else torch.optim.AdamW(params, lr=1e-4, fused=True)
+        optimizer.grad_scale = torch.full((), 1 / 0.999, device=device)
+        optimizer.found_inf = torch.zeros((), device=device)
         if fused:
-            optimizer = FusedAdamW(params, lr=1e-4)
             optimizer.average_into(dict(zip(params, shadows, strict=True)), lambda: 0.01)
-            return lambda: optimizer.step_scaled(0.999)
-        plain = torch.optim.AdamW(params, lr=1e-4, fused=True)
+            return optimizer.step  # type: ignore[no-any-return]
 
         def step() -> None:
-            torch._foreach_mul_(grads, 0.999)
-            plain.step()
+            optimizer.step()
             with torch.no_grad():
                 torch._foreach_lerp_(shadows, params, 0.01)
 

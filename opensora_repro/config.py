@@ -23,7 +23,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-from opensora_repro.models.config import STDiTConfig
+from opensora_repro.models.config import ACTIVATION_CHECKPOINTING, STDiTConfig
 
 
 class ConfigError(ValueError):
@@ -65,6 +65,7 @@ class VaeConfig:
 @dataclass(frozen=True)
 class TextConfig:
     path: str = "DeepFloyd/t5-v1_1-xxl"  # hub name or local folder
+    micro_batch_size: int = 8  # captions encoded at once on a GPU; a CPU takes them one by one
     offload: bool = False  # on a GPU: keep the weights in host memory, stream them layer by layer
 
 
@@ -85,6 +86,8 @@ class OptimConfig:
     warmup_steps: int = 0
     decay_steps: int = 0  # linear decay to zero over the last n steps
     clip_norm: float = 1.0  # 0: the gradient norm is recorded, not clipped
+    in_backward: bool = False  # update each weight as soon as its gradient is complete, and free that
+    offload: bool = False  # on a GPU: keep Adam's moments and the weights' average in host memory, stream them
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,10 @@ class TrainConfig:
     accumulation: int = 1  # micro-batches a step
     dtype: str = "bf16"  # autocast dtype: "bf16" or "fp32"; weights and optimizer stay float32
     kernels: str = "auto"  # "eager" (torch's operations), "triton" (fused ones), "auto": triton on a GPU
-    activation_checkpointing: bool = True
+    compile: str = "auto"  # torch.compile of the blocks: "on", "off", "auto": on a GPU, each layer whole on a process
+    activation_checkpointing: str = "full"  # "none", "full" (blocks run again) or "selective" (but for what is dear)
+    offload_activations: bool = False  # on a GPU: what checkpointing keeps of a block's input waits in host memory
+    overlap: bool = True  # on a GPU: encode the next micro-batch while the model trains; takes memory for both at once
     max_bad_steps: int = 5  # stop after this many non-finite steps in a row
 
 
@@ -157,6 +163,15 @@ class Config:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file, apply `section.key=value` overrides, check types and ranges. Raises ConfigError (one line)."""
     return parse_config(read_toml(path), overrides, where=str(path))
+
+
+def load_recorded(path: str | Path) -> Config:
+    """Read the config.toml that a run has left, of this release or of an earlier one. Raises ConfigError."""
+    table = read_toml(path)
+    train = table.get("train", {})
+    if isinstance(train.get(_CHECKPOINTING), bool):
+        train[_CHECKPOINTING] = _WAS_CHECKPOINTING[train[_CHECKPOINTING]]
+    return parse_config(table, where=str(path))
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -273,6 +288,11 @@ def toml_value(raw: str) -> Any:
     return parsed["value"] if len(parsed) == 1 else raw
 
 
+# What the key's values were called in earlier releases
+_CHECKPOINTING = "activation_checkpointing"
+_WAS_CHECKPOINTING = {True: "full", False: "none"}
+
+
 def _convert(name: str, value: Any, hint: Any, where: str) -> Any:
     """`value` as the type `hint`: bool, int, float, str or a tuple of them; strict but for int -> float."""
     if typing.get_origin(hint) is tuple:
@@ -284,6 +304,8 @@ def _convert(name: str, value: Any, hint: Any, where: str) -> Any:
         raise ConfigError(f"{where}: {name} = {value}: expected a finite number")
     if not exact:
         expected = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}[hint]
+        if name == f"train.{_CHECKPOINTING}" and isinstance(value, bool):
+            expected = f'"{_WAS_CHECKPOINTING[value]}", or "selective"'
         shown = json.dumps(value) if isinstance(value, (str, bool)) else value
         raise ConfigError(f"{where}: {name} = {shown}: expected {expected}")
     return value
@@ -305,6 +327,7 @@ _AT_LEAST_ONE = {
     "model": ("in_channels", "hidden_size", "depth", "num_heads", "caption_channels", "model_max_length"),
     "data": ("num_frames", "frame_interval", "height", "width"),
     "vae": ("micro_batch_size",),
+    "text": ("micro_batch_size",),
     "train": ("steps", "batch_size", "accumulation", "max_bad_steps"),
     "checkpoint": ("every",),
     "validation": ("max_samples",),
@@ -332,6 +355,8 @@ _CHOICES = {
     "parallel.plugin": ("ddp", "zero1", "zero2", "gemini", "hybrid"),
     "train.dtype": ("bf16", "fp32"),
     "train.kernels": ("auto", "eager", "triton"),
+    "train.compile": ("auto", "on", "off"),
+    "train.activation_checkpointing": ACTIVATION_CHECKPOINTING,
     "sample.sampler": ("iddpm", "ddim", "dpm", "euler"),
 }
 
@@ -363,6 +388,7 @@ def check_config(config: Config) -> None:
     shares = config.validation.timesteps
     require("validation.timesteps", bool(shares) and all(0 <= t <= 1 for t in shares), "shares from 0 to 1")
     _check_together(config, require)
+    _check_memory(config, require)
     _check_parallel(config, require)
 
 
@@ -389,6 +415,25 @@ def _check_together(config: Config, require: Any) -> None:
         require("sample.steps", steps <= 1000 or sampler == "dpm", f"at most 1000 with sample.sampler = {sampler}")
 
 
+def _check_memory(config: Config, require: Any) -> None:
+    """An update within the backward pass comes before anything is known of the whole gradient."""
+    optim, train, parallel = config.optim, config.train, config.parallel
+    recomputes = train.activation_checkpointing != "none"
+    require(
+        "train.offload_activations",
+        recomputes or not train.offload_activations,
+        'false with train.activation_checkpointing = "none" (it moves what checkpointing keeps)',
+    )
+    for holds, expected in (
+        (parallel.engine == "torch", "parallel.engine = torch"),
+        (optim.clip_norm == 0, "optim.clip_norm = 0 (the norm is known too late)"),
+        (train.accumulation == 1, "train.accumulation = 1"),
+        (train.max_bad_steps == 1, "train.max_bad_steps = 1 (a non-finite step cannot be skipped)"),
+        (not optim.offload, "optim.offload = false"),
+    ):
+        require("optim.in_backward", holds or not optim.in_backward, f"false, or {expected}")
+
+
 def _check_parallel(config: Config, require: Any) -> None:
     """Combinations that no number of processes makes possible; the engine checks that number itself."""
     parallel, model = config.parallel, config.model
@@ -398,6 +443,9 @@ def _check_parallel(config: Config, require: Any) -> None:
     require("parallel.sp_size", sp_size == 1 or plugin != "gemini", "1 with parallel.plugin = gemini")
     bf16 = config.train.dtype == "bf16"
     require("train.dtype", bf16 or plugin != "gemini", "bf16 with parallel.plugin = gemini (its weights are)")
+    if config.train.compile == "on":
+        compiles = plugin != "gemini" and tp_size == sp_size == 1
+        require("train.compile", compiles, "off or auto with plugin gemini, tp_size or sp_size (they alter the blocks)")
     require("parallel.sp_size", sp_size == 1 or model.temporal_attention, "1 without model.temporal_attention")
     if model.num_heads % tp_size:
         raise ConfigError(f"model.num_heads: {model.num_heads} heads are not divisible by tp_size={tp_size}")

@@ -62,7 +62,7 @@ def launch_all() -> None:
         ops.merge_heads(q + k + v, T, S, "time").sum().backward()
     params = [torch.empty(1 << 16)]
     ops.adamw(
-        params, params, params, params, [1.0], lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, factor=0.5,
+        params, params, params, params, [torch.ones(())], lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
         averages=params, average_weight=0.1,
     )  # fmt: skip
 

@@ -76,10 +76,11 @@ def check_models(dtype: str) -> Errors:
     tiny: dict[str, Any] = {"hidden_size": 24, "depth": 2, "num_heads": 2}
     captions: dict[str, Any] = {"caption_channels": 8, "model_max_length": 3}
     runs = {
-        "stdit": (lambda: STDiT(STDiTConfig(**tiny, **captions)), (text, mask), False),
-        "stdit, recomputed": (lambda: STDiT(STDiTConfig(**tiny, **captions)), (text, mask), True),
-        "pixart": (lambda: STDiT(STDiTConfig(**tiny, **captions, temporal_attention=False)), (text, mask), False),
-        "latte": (lambda: DiT(DiTConfig(**tiny, num_classes=3, factorised=True)), (torch.tensor([1, 3]),), False),
+        "stdit": (lambda: STDiT(STDiTConfig(**tiny, **captions)), (text, mask), "none"),
+        "stdit, recomputed": (lambda: STDiT(STDiTConfig(**tiny, **captions)), (text, mask), "full"),
+        "stdit, selective": (lambda: STDiT(STDiTConfig(**tiny, **captions)), (text, mask), "selective"),
+        "pixart": (lambda: STDiT(STDiTConfig(**tiny, **captions, temporal_attention=False)), (text, mask), "none"),
+        "latte": (lambda: DiT(DiTConfig(**tiny, num_classes=3, factorised=True)), (torch.tensor([1, 3]),), "none"),
     }
     found: Errors = {}
     for name, (build, condition, recompute) in runs.items():
@@ -87,7 +88,7 @@ def check_models(dtype: str) -> Errors:
         for kernels, half in (("eager", False), ("eager", dtype == "bf16"), ("triton", dtype == "bf16")):
             torch.manual_seed(0)
             model = build()
-            model.gradient_checkpointing = recompute
+            model.activation_checkpointing = recompute
             with torch.no_grad():
                 for parameter in model.parameters():  # also what starts at zero
                     parameter.add_(torch.randn_like(parameter) * 0.1)

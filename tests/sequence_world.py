@@ -45,7 +45,7 @@ class Case:
     frames: int
     patch: tuple[int, int, int] = (1, 2, 2)
     side: tuple[int, int] = (6, 10)
-    checkpointing: bool = False
+    checkpointing: str = "none"
     drop: bool = False
     mask: bool = True
     ddp: bool = False
@@ -54,18 +54,19 @@ class Case:
 
 FLOAT32_CASES = {
     "four frames": Case(4),
-    "four frames, recomputed": Case(4, checkpointing=True),
-    "five frames, recomputed, dropped caption": Case(5, checkpointing=True, drop=True),
+    "four frames, recomputed": Case(4, checkpointing="full"),
+    "five frames, recomputed, dropped caption": Case(5, checkpointing="full", drop=True),
     "five frames": Case(5),
     "one frame": Case(1),
-    "one frame, recomputed": Case(1, checkpointing=True),
+    "one frame, recomputed": Case(1, checkpointing="full"),
     "seven frames, dropped caption": Case(7, drop=True),
+    "seven frames, selective": Case(7, side=(6, 40), checkpointing="selective"),
     "seven frames, no mask": Case(7, mask=False),
     "seven frames, later part of a video": Case(7, first_frame=3),
-    "three places": Case(5, side=(2, 6), checkpointing=True),
-    "two frames a token, seven frames": Case(7, patch=(2, 2, 2), checkpointing=True),
+    "three places": Case(5, side=(2, 6), checkpointing="full"),
+    "two frames a token, seven frames": Case(7, patch=(2, 2, 2), checkpointing="full"),
     "two frames a token, five frames": Case(5, patch=(2, 2, 2)),
-    "five frames under DDP, recomputed": Case(5, checkpointing=True, ddp=True),
+    "five frames under DDP, recomputed": Case(5, checkpointing="full", ddp=True),
 }
 
 
@@ -136,7 +137,7 @@ def worst_norm(ours: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
 def passes(case: Case, shared: bool, autocast: bool = False) -> dict[str, Tensor]:
     """The output and all parameter gradients, run whole or shared out."""
     model = make_model(case.patch)
-    model.gradient_checkpointing = case.checkpointing
+    model.activation_checkpointing = case.checkpointing
     call: Callable[..., Tensor] = share_out(model, case.ddp) if shared else model
     arguments, kwargs, wanted = make_inputs(case)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -162,7 +163,7 @@ def check_two_forwards() -> Errors:
         results = []
         for shared in (True, False):
             model = make_model()
-            model.gradient_checkpointing = True
+            model.activation_checkpointing = "full"
             call: Callable[..., Tensor] = share_out(model) if shared else model
             losses = []
             for case in (first, second):
@@ -180,11 +181,11 @@ def check_two_forwards() -> Errors:
 def check_autocast() -> Errors:
     """How far bf16 run shared out is from bf16 run whole, and how far that is from float32."""
     errors = {}
-    for checkpointing in (False, True):
+    for checkpointing in ("none", "full"):
         case = Case(5, checkpointing=checkpointing)
         exact = passes(case, shared=False)
         whole, ours = passes(case, shared=False, autocast=True), passes(case, shared=True, autocast=True)
-        kind = "recomputed" if checkpointing else "kept"
+        kind = "recomputed" if checkpointing == "full" else "kept"
         errors[f"{kind}: whole to float32"] = worst_norm(whole, exact)
         errors[f"{kind}: shared to float32"] = worst_norm(ours, exact)
         errors[f"{kind}: shared to whole"] = worst_norm(ours, whole)
@@ -224,7 +225,7 @@ def check_data_parallel() -> Errors:
     results = []
     for shared in (True, False):
         model = make_model()
-        model.gradient_checkpointing = True
+        model.activation_checkpointing = "full"
         call: Callable[..., Tensor] = model
         if shared:
             apply_sequence_parallelism(model, groups[mine])

@@ -75,7 +75,7 @@ class World:
             "optim__lr": 1e-3,
             "train__batch_size": 2,
             "train__dtype": "fp32",
-            "train__activation_checkpointing": False,
+            "train__activation_checkpointing": "none",
             "ema__decay": 0.9,
             **changes,
         }

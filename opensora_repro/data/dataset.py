@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,7 +19,7 @@ from opensora_repro.config import DataConfig
 from opensora_repro.data.keyed import keyed_generator
 from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.sampler import Shape
-from opensora_repro.data.transforms import crop, frame_window, mirror, names_a_side, to_tensor
+from opensora_repro.data.transforms import crop, frame_window, mirror, names_a_side
 from opensora_repro.data.video import DecodeError, read_frames_at
 
 if TYPE_CHECKING:
@@ -31,17 +31,16 @@ JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # what a terminal or a scheduler 
 
 @dataclass(frozen=True)
 class Clip:
-    """A sample ready to encode. Pixels stay uint8 until asked for: a quarter of the memory between processes."""
+    """A sample ready to encode. Pixels stay uint8 up to there: a quarter of the bytes between processes and devices."""
 
     id: str
     caption: str
     pixels: torch.Tensor  # uint8 [T, H, W, C], already cropped and mirrored
     flipped: bool
 
-    @property
-    def video(self) -> torch.Tensor:
-        """float32 [C, T, H, W] in [-1, 1]."""
-        return to_tensor(self.pixels)
+    def pin_memory(self) -> Clip:
+        """The loader calls this for what goes to a GPU, in a thread of its own."""
+        return replace(self, pixels=self.pixels.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -154,12 +153,19 @@ class _Loader(DataLoader[ClipBatch]):
 
 
 def build_loader(
-    dataset: ClipDataset, sampler: BatchSource, first_batch: int, num_batches: int, num_workers: int
+    dataset: ClipDataset,
+    sampler: BatchSource,
+    first_batch: int,
+    num_batches: int,
+    num_workers: int,
+    *,
+    pinned: bool = False,
 ) -> DataLoader[ClipBatch]:
     """Return an iterable of the batches first_batch, first_batch + 1, ..., in order.
 
     Each worker reads whole batches, two ahead at most; with `num_workers` 0 they are read when asked for. Randomness
-    is keyed to samples, so the number of workers changes nothing but the speed.
+    is keyed to samples, so the number of workers changes nothing but the speed; they live as long as the iteration, a
+    whole run. `pinned`: pixels come in memory that a GPU copies from by itself.
     """
     steps: Sequence[int] = range(first_batch, first_batch + num_batches)
     return _Loader(
@@ -168,6 +174,7 @@ def build_loader(
         sampler=steps,
         collate_fn=_as_is,
         num_workers=num_workers,
+        pin_memory=pinned,
         prefetch_factor=2 if num_workers else None,
         worker_init_fn=_outlive_stray_signals,
         generator=torch.Generator(),  # or the loader would draw from the global stream

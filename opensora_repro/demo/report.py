@@ -216,10 +216,10 @@ def _points(path: Path) -> list[tuple[float, float]]:
 
 
 def _prompts(config: Path) -> list[str]:
-    from opensora_repro.config import ConfigError, load_config
+    from opensora_repro.config import ConfigError, load_recorded
 
     try:
-        return list(load_config(config).sample.prompts)
+        return list(load_recorded(config).sample.prompts)
     except ConfigError:
         return []
 

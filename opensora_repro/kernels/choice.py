@@ -45,8 +45,8 @@ def chosen() -> str:
 
 
 def fused(x: Tensor) -> bool:
-    """Whether an operation on `x` runs as a Triton kernel."""
-    return x.dtype in DTYPES and _runs_on(x.device.type, _chosen)
+    """Whether an operation on `x` runs as a Triton kernel: not in what torch.compile is given, which fuses itself."""
+    return not torch.compiler.is_compiling() and x.dtype in DTYPES and _runs_on(x.device.type, _chosen)
 
 
 def _runs_on(device_type: str, kernels: str) -> bool:

@@ -70,28 +70,33 @@ def adamw(
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[float],
+    steps: Sequence[Tensor],
     *,
     lr: float,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-    factor: float = 1.0,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
     averages: Sequence[Tensor] = (),
     average_weight: float = 0.0,
     copies: Sequence[Tensor] = (),
 ) -> None:
     """AdamW's step in place, on float32 masters of any shape.
 
-    `steps`: the number of each parameter's step, from 1. `factor` multiplies the gradients, which stay as they are.
-    `averages` move towards the new weights by `average_weight`; `copies` become the new weights in their own dtype.
+    `steps`: the number of each parameter's step, from 1, float32 []. `grad_scale` divides the gradients, which stay as
+    they are; where `found_inf` is 1, all does. `averages` move towards the new weights by `average_weight`; `copies`
+    become the new weights in their own dtype.
     """
+    if found_inf is not None and found_inf.item():  # the twin waits for the answer, the kernel does not
+        return
     for i, (param, grad, mean, square) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
-        scaled = grad.to(param.dtype) * factor
+        scaled = grad.to(param.dtype) if grad_scale is None else grad.to(param.dtype) / grad_scale
+        step = steps[i].item()
         mean.lerp_(scaled, 1 - betas[0])
         square.mul_(betas[1]).addcmul_(scaled, scaled, value=1 - betas[1])
-        denominator = (square / (1 - betas[1] ** steps[i])).sqrt_().add_(eps)
-        param.mul_(1 - lr * weight_decay).addcdiv_(mean, denominator, value=-lr / (1 - betas[0] ** steps[i]))
+        denominator = (square / (1 - betas[1] ** step)).sqrt_().add_(eps)
+        param.mul_(1 - lr * weight_decay).addcdiv_(mean, denominator, value=-lr / (1 - betas[0] ** step))
         if averages:
             averages[i].lerp_(param, average_weight)
         if copies:

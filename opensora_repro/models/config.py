@@ -4,6 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
+
+
+def is_dear(products: int, width: int) -> bool:
+    """Whether "selective" checkpointing keeps a result, of which each value took so many multiplications.
+
+    It does where they are more than in a projection of `width` channels: the MLP's second matrix, and attention over
+    more than half as many tokens as there are channels.
+    """
+    return products > width
+
 
 @dataclass(frozen=True)
 class STDiTConfig:

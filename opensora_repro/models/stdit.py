@@ -7,15 +7,16 @@ state-dict keys are those of the published models, PixArt-1024-MS with its size 
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from opensora_repro.kernels import ops
 from opensora_repro.kernels.choice import fused
@@ -36,6 +37,7 @@ from opensora_repro.models.layers import (
     temporal_table,
     unpatchify,
 )
+from opensora_repro.models.recompute import HostStack, run_block
 
 # Published files carry these tables; here they follow from the size of the call and from space_scale, time_scale.
 POSITION_TABLES = ("pos_embed", "pos_embed_temporal")
@@ -50,7 +52,7 @@ class STDiTBlock(nn.Module):
 
     def __init__(self, cfg: STDiTConfig) -> None:
         super().__init__()
-        dim = cfg.hidden_size
+        self.hidden_size = dim = cfg.hidden_size
         self.attn = Attention(dim, cfg.num_heads, over="space" if cfg.temporal_attention else "space_time")
         self.attn_temp = Attention(dim, cfg.num_heads, over="time") if cfg.temporal_attention else None
         self.cross_attn = CrossAttention(dim, cfg.num_heads)
@@ -109,14 +111,18 @@ class STDiT(nn.Module):
     """Text-conditional diffusion transformer on latents [B, C, T, H, W]; an image is a video of one frame.
 
     With `temporal_attention=False` it is PixArt: every block attends over all tokens of the sample at once.
-    Any latent size and frame count may be given at call time. Set `gradient_checkpointing` to trade time for memory.
+    Any latent size and frame count may be given at call time. `activation_checkpointing` ("none", "selective", "full")
+    trades time for memory, see recompute.py; with `offload_activations` what it keeps of a block's input waits in host
+    memory.
     """
 
     def __init__(self, cfg: STDiTConfig) -> None:
         super().__init__()
         _check(cfg)
         self.cfg = cfg
-        self.gradient_checkpointing = False
+        self.activation_checkpointing = "none"
+        self.offload_activations = False
+        self._compiled_block: Callable[..., Tensor] | None = None
         dim = cfg.hidden_size
         self.x_embedder = PatchEmbed3D(cfg.patch_size, cfg.in_channels, dim)
         self.t_embedder = TimestepEmbedder(dim)
@@ -171,6 +177,8 @@ class STDiT(nn.Module):
         modulation = rearrange(self.t_block(t), "b (six d) -> six b 1 1 d", six=6)
         if repeats > 1:
             t, modulation = t.repeat(repeats, 1), modulation.repeat(1, repeats, 1, 1, 1)
+        # Contiguous, or one sample's strides would differ from several samples', for which blocks are compiled again.
+        modulation = modulation.contiguous()
 
         x = self.x_embedder(latents.to(dtype))  # [B, T', S, D]
         rows = -(-height // self.cfg.patch_size[1])
@@ -225,6 +233,15 @@ class STDiT(nn.Module):
         varlen = varlen_kernel(device, dtype, self.cfg.hidden_size // self.cfg.num_heads)
         return Captions(mask, num_samples, device, varlen=varlen, rows=rows)
 
+    def compile_blocks(self, *, backend: str = "inductor", dynamic: bool | None = None) -> None:
+        """Let torch.compile make one program of a block, which serves all blocks; it does so at the first call.
+
+        `dynamic`: True makes every size of the tokens a variable, where many occur; None only those that are seen to
+        change. A size of 1 is always compiled by itself. The compiler fuses torch's own operations, not the kernels of
+        `train.kernels`.
+        """
+        self._compiled_block = torch.compile(run_block, backend=backend, dynamic=dynamic)
+
     def _run_blocks(
         self,
         x: Tensor,
@@ -233,21 +250,40 @@ class STDiT(nn.Module):
         captions: Captions | None,
         temporal: Tensor | None,
     ) -> Tensor:
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        # Across the border of two blocks two tensors pass where ops are fused, both of which recomputing would keep.
-        fuse = fused(x) and not recompute
-        normed = None
-        for i, (block, text) in enumerate(zip(self.blocks, texts, strict=True)):
-            if recompute:  # the blocks draw no random numbers, so no generator state need be kept
-                x = checkpoint(
-                    block, x, text, modulation, captions, temporal, use_reentrant=False, preserve_rng_state=False
-                )
-            elif fuse and i + 1 < len(self.blocks):
-                x, normed = block(x, text, modulation, captions, temporal, normed, self.blocks[i + 1])
-            else:
-                x = block(x, text, modulation, captions, temporal, normed)
-            temporal = None
+        keep = self.activation_checkpointing if torch.is_grad_enabled() else "none"
+        run: Callable[..., Tensor] = self._compiled_block or run_block
+        later = None  # what joins the temporal branch's input after the first block
+        if self._compiled_block is None and keep == "none" and fused(x):
+            return self._run_fused(x, texts, modulation, captions, temporal)
+        if self._compiled_block is not None and temporal is not None:
+            # A block that adds nothing would be compiled by itself, and so would one that is given a view. Zeros that
+            # are added while tokens are copied cost nothing.
+            later = torch.zeros_like(temporal)
+            temporal = temporal + later
+        host = HostStack(x.device) if keep != "none" and self.offload_activations else None
+        for block, text in zip(self.blocks, texts, strict=True):
+            with contextlib.nullcontext() if host is None else host.holding(x):
+                x = run(keep, block, x, text, modulation, captions, temporal)
+            temporal = later
         return x
+
+    def _run_fused(
+        self,
+        x: Tensor,
+        texts: Sequence[BlockText],
+        modulation: Tensor,
+        captions: Captions | None,
+        temporal: Tensor | None,
+    ) -> Tensor:
+        """With a block's last residual and the next one's first norm in one kernel.
+
+        Two tensors pass from block to block, so this is not for recomputing, which would keep both.
+        """
+        normed = None
+        for (block, following), text in zip(itertools.pairwise(self.blocks), texts, strict=False):
+            x, normed = block(x, text, modulation, captions, temporal, normed, following)
+            temporal = None
+        return cast(Tensor, self.blocks[-1](x, texts[-1], modulation, captions, temporal, normed))
 
     def null_condition(self) -> Tensor:
         """Return the null caption [L, Ct], what the model sees where a caption was dropped."""

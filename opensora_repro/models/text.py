@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from opensora_repro.kernels.transfer import to_device
 from opensora_repro.models.catalog import sha256_of
 from opensora_repro.models.pretrained import FrozenModel, HashFile, check_complete, load_frozen
 
@@ -22,7 +23,6 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # as transformers looks fo
 TOKENIZER = ("tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 CLIP_KIND = "transformers CLIP text model with its tokenizer"
 MAX_CHARACTERS = 4096  # far beyond what the encoder reads; bounds the work that a hostile caption can cause
-GPU_BATCH_SIZE = 8
 CLEANING = 1  # part of the fingerprint: count up when `clean_caption` changes, so that no cache mixes old and new text
 
 _URL = re.compile(r"\b(?:https?://|www\.)\S+")
@@ -67,7 +67,12 @@ class T5Text:
     """
 
     def __init__(
-        self, frozen: FrozenModel[tuple[Any, Any]], max_length: int, device: torch.device, dtype: torch.dtype
+        self,
+        frozen: FrozenModel[tuple[Any, Any]],
+        max_length: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        micro_batch_size: int = 1,
     ) -> None:
         """`frozen` gives the model and its tokenizer, `device` is where it computes. Raises ModelNotFound."""
         if max_length < 1:
@@ -75,6 +80,7 @@ class T5Text:
         self.frozen = frozen
         self.max_length = max_length
         self.device, self.dtype = device, dtype
+        self.micro_batch_size = micro_batch_size
         self.channels = frozen.size("d_model")
 
     @property
@@ -94,13 +100,14 @@ class T5Text:
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return float32 embeddings [B, L, Ct] and a bool mask [B, L]; an empty caption is the end token alone.
 
-        The embeddings lie on the encoder's device, the mask in host memory: whoever needs lengths need not wait.
-        On a CPU a caption's embedding does not depend on its neighbours, bit for bit; on a GPU to rounding.
+        They are encoded `micro_batch_size` at a time. Where that is 1, as for loaded encoders on a CPU, a caption's
+        embedding does not depend on its neighbours, bit for bit; else to rounding. The mask lies in host memory, where
+        lengths are read from it without waiting for the encoder's device.
         """
         device = self.device  # an offloaded model's weights lie elsewhere
         ids, host_mask = self._tokenize(captions)
-        ids, mask = ids.to(device), host_mask.to(device)
-        size = 1 if device.type == "cpu" else GPU_BATCH_SIZE
+        ids, mask = to_device(ids, device), to_device(host_mask, device)
+        size = self.micro_batch_size
         batches = [torch.empty(0, self.max_length, self.channels, device=device)]
         with torch.autocast(device.type, enabled=False):  # the weights' dtype decides, not the caller's
             for start in range(0, len(ids), size):
@@ -149,7 +156,7 @@ def open_text_encoder(cfg: TextConfig, max_length: int, device: torch.device | s
         return model.to(device), tokenizer
 
     frozen = FrozenModel(load, cfg.path, key="text.path", kind=KIND, weights=WEIGHTS, tokenizer=TOKENIZER)
-    return T5Text(frozen, max_length, device, dtype)
+    return T5Text(frozen, max_length, device, dtype, 1 if device.type == "cpu" else cfg.micro_batch_size)
 
 
 def apply_offload(model: nn.Module, device: torch.device) -> nn.Module:

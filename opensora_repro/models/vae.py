@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from opensora_repro.kernels.transfer import to_device
 from opensora_repro.models.catalog import sha256_of
 from opensora_repro.models.pretrained import FrozenModel, HashFile, check_complete
 
@@ -66,7 +67,7 @@ class FrameVAE:
         """Draw scaled latents [Cz, T, h, w] from moments [2 * Cz, T, h, w]; without a generator, take the mode."""
         mean, logvar = rearrange(moments.float(), "(two c) t h w -> two c t h w", two=2).unbind(0)
         if generator is not None:
-            noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean.device)
+            noise = to_device(torch.randn(mean.shape, generator=generator, device=generator.device), mean.device)
             mean = mean + (0.5 * logvar.clamp(-30.0, 20.0)).exp() * noise
         return mean * self.scale
 
@@ -87,10 +88,12 @@ class FrameVAE:
         """Apply `function` to frames [T, C, H, W] a few at a time; return float32."""
         outputs = []
         with torch.autocast(self.vae.device.type, enabled=False):  # the weights' dtype decides, not the caller's
-            for batch in frames.to(self.vae.device, self.vae.dtype).split(self.micro_batch_size):
-                # CPU kernels chosen for a batch of one round differently: let a lone frame run twice.
-                pair = batch.expand(2, -1, -1, -1) if len(batch) == 1 else batch
-                outputs.append(function(pair.contiguous())[: len(batch)].float())
+            for batch in frames.split(self.micro_batch_size):
+                there = batch.to(self.vae.device, self.vae.dtype)
+                if len(there) == 1 and there.device.type == "cpu":
+                    # Kernels chosen for a batch of one round differently there: let a lone frame run twice.
+                    there = there.expand(2, -1, -1, -1)
+                outputs.append(function(there.contiguous())[: len(batch)].float())
         return torch.cat(outputs)
 
 

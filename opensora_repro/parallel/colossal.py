@@ -88,12 +88,9 @@ class ColossalEngine(TorchEngine):
             total += square if name in self._cuts else square / self.mesh.tp_size  # replicated there
         return total
 
-    def step(self, lr: float, factor: float) -> None:
-        if self._zero_group is not None and factor != 1:
-            torch._foreach_mul_(list(self._slices().values()), factor)
-            factor = 1
+    def _optimizer_step(self, lr: float) -> None:
         if self._zero_group is None:
-            super().step(lr, factor)
+            super()._optimizer_step(lr)
             return
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -101,6 +98,9 @@ class ColossalEngine(TorchEngine):
 
     def zero_grad(self) -> None:
         self.boosted.zero_grad()
+
+    def _gradients(self) -> list[Tensor]:
+        return super()._gradients() if self._zero_group is None else list(self._slices().values())
 
     def _slices(self) -> dict[str, Tensor]:
         """This rank's slice of every averaged gradient."""
@@ -144,6 +144,7 @@ class ColossalEngine(TorchEngine):
     def _join_slices(self, name: str, piece: Tensor) -> Tensor:
         if self._zero_group is None:
             return piece
+        piece = piece.to(self.device)  # from where it may be kept
         shape = self.working[name].shape
         flat = piece.new_empty(piece.numel() * dist.get_world_size(self._zero_group))
         dist.all_gather_into_tensor(flat, piece.contiguous(), group=self._zero_group)

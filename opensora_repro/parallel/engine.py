@@ -17,7 +17,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from opensora_repro.config import ParallelConfig
 from opensora_repro.parallel.device import choose_device
 from opensora_repro.parallel.errors import EngineError
+from opensora_repro.parallel.in_backward import StepInBackward
 from opensora_repro.parallel.mesh import Mesh
 from opensora_repro.parallel.peers import Peers, Result
 from opensora_repro.parallel.preflight import launch
@@ -65,7 +66,9 @@ class Engine(Protocol):
 
     def squared_gradients(self) -> Tensor: ...
 
-    def step(self, lr: float, factor: float) -> None: ...
+    def step(self, lr: float, factor: float | Tensor, skip: Tensor | None = None) -> None: ...
+
+    def step_in_backward(self, lr: float, factor: float) -> None: ...
 
     def zero_grad(self) -> None: ...
 
@@ -84,13 +87,6 @@ class Engine(Protocol):
     def on_first_model(self, work: Callable[[], Result]) -> Result: ...
 
     def close(self) -> None: ...
-
-
-@runtime_checkable
-class ScalesGradients(Protocol):
-    """An optimizer that multiplies the gradients while it reads them."""
-
-    def step_scaled(self, factor: float) -> None: ...
 
 
 class TorchEngine:
@@ -142,6 +138,7 @@ class TorchEngine:
         self._whole_shapes = {name: value.shape for name, value in self.working.items()}
         self.eval_forward: Forward = self.spread(model)
         self._wrap(optimizer)
+        self._in_backward: StepInBackward | None = None
         self.train_forward: Forward = self._by_frames(self.wrapped)
 
     def spread(self, model: nn.Module) -> Forward:
@@ -177,22 +174,45 @@ class TorchEngine:
 
     def squared_gradients(self) -> Tensor:
         """This rank's share of the squared norm of all gradients together, float64 []; the ranks' shares add up."""
-        norms = torch._foreach_norm(self._gradients())
+        norms = [] if self._in_backward is None else self._in_backward.norms()
+        norms = norms or list(torch._foreach_norm(self._gradients()))
         return torch.linalg.vector_norm(torch.stack(norms)).double().square() / self.mesh.world_size
 
-    def step(self, lr: float, factor: float) -> None:
-        """Multiply the gradients and let the optimizer make its step."""
+    def step(self, lr: float, factor: float | Tensor, skip: Tensor | None = None) -> None:
+        """Multiply the gradients and let the optimizer make its step; where `skip` is 1, leave all as it is.
+
+        Tensors are float32 [] on the device. A fused optimizer looks at them there, so that nobody waits for the
+        device; with any other this call does.
+        """
+        if not all(group.get("fused") for group in self.optimizer.param_groups):
+            if skip is not None and skip.item():
+                return
+            torch._foreach_mul_(self._gradients(), factor)
+            self._optimizer_step(lr)
+            return
+        scale = 1 / (factor if isinstance(factor, Tensor) else torch.full((), factor, device=self.device))
+        self.optimizer.grad_scale, self.optimizer.found_inf = scale, skip  # type: ignore[attr-defined]
+        self._optimizer_step(lr)
+
+    def _optimizer_step(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        if isinstance(self.optimizer, ScalesGradients):
-            self.optimizer.step_scaled(factor)
-            return
-        if factor != 1:
-            torch._foreach_mul_(self._gradients(), factor)
         self.optimizer.step()
+
+    def step_in_backward(self, lr: float, factor: float) -> None:
+        """Let the next backward pass multiply each gradient, make its weight's step and free it; then call no `step`.
+
+        For one process; `squared_gradients` tells the norm as ever.
+        """
+        assert self.mesh.world_size == 1
+        if self._in_backward is None:  # not before: a checkpoint's state is in the optimizer now
+            self._in_backward = StepInBackward(self.working, self.optimizer)
+        self._in_backward.arm(lr, factor)
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+        if self._in_backward is not None:
+            self._in_backward.disarm()
 
     def _gradients(self) -> list[Tensor]:
         return [parameter.grad for parameter in self.working.values() if parameter.grad is not None]

@@ -98,11 +98,11 @@ class GeminiEngine(ColossalEngine):
             total += torch.linalg.vector_norm(shard).double().square()
         return total
 
-    def step(self, lr: float, factor: float) -> None:
+    def step(self, lr: float, factor: float | Tensor, skip: Tensor | None = None) -> None:
         sums = dict(zip(self._chunks, self._gradient_sums, strict=True))
         for name, chunk in self._by_name().items():
             self.masters[name].grad = sums[chunk][self._places[name].in_shard(self.mesh.rank)]
-        super().step(lr, factor)
+        super().step(lr, factor, skip)
         self._refresh()
 
     def zero_grad(self) -> None:
@@ -122,6 +122,7 @@ class GeminiEngine(ColossalEngine):
 
     def whole(self, name: str, piece: Tensor) -> Tensor:
         shape, place = self.whole_shape(name), self._places[name]
+        piece = piece.to(self.device)  # from where it may be kept
         flat = piece.new_empty(shape.numel())
         flat[place.part(self.mesh.rank)] = piece
         for rank in range(self.mesh.world_size):

@@ -11,6 +11,7 @@ from torch import Tensor
 from opensora_repro.data.keyed import keyed_generator
 from opensora_repro.diffusion.flow import count_tokens
 from opensora_repro.diffusion.objective import Objective
+from opensora_repro.kernels.transfer import to_device
 from opensora_repro.models.vae import FrameVAE
 
 
@@ -40,6 +41,9 @@ class Batch:
     drop_text: Tensor  # [B] bool
     weight: float  # 1, or 0 for the stand-in of a micro-batch without a readable sample
     num_tokens: int  # of all samples together
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.latents, self.noise, self.timesteps, self.text, self.mask, self.drop_text
 
 
 class BatchBuilder:
@@ -106,6 +110,4 @@ class BatchBuilder:
         )
 
     def _to_device(self, tensor: Tensor) -> Tensor:
-        if tensor.device == self.device or self.device.type == "cpu":
-            return tensor.to(self.device)
-        return tensor.pin_memory().to(self.device, non_blocking=True)
+        return to_device(tensor, self.device)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 USER_MISTAKE, FAILURE = 2, 1
 _LESS_MEMORY = (
     "Lower train.batch_size and raise train.accumulation by as much (the run stays the same), "
-    "or set train.activation_checkpointing = true"
+    'or set train.activation_checkpointing = "full"; configs/profiles has recipes by a card\'s memory'
 )
 
 
@@ -29,10 +29,12 @@ def run_stage(stage: Stage, description: str | None, argv: Sequence[str] | None 
     """Return the exit code: 0 done or saved after SIGTERM, 130 saved after Ctrl-C, 2 a user's mistake, 1 a failure."""
     arguments = _parse(stage, description, argv)
     try:
+        if arguments.gpu is not None and not arguments.dry_run:
+            raise ConfigError("--gpu asks what --dry-run estimates: give both, or neither")
         cfg = load_config(arguments.config, arguments.overrides)
         _require(cfg)
         stage.check(cfg)
-        return _dry_run(cfg, stage) if arguments.dry_run else _train(cfg, stage)
+        return _dry_run(cfg, stage, arguments.gpu) if arguments.dry_run else _train(cfg, stage)
     except ValueError as error:
         if not _is_user_mistake(error):
             raise
@@ -54,6 +56,9 @@ def _parse(stage: Stage, description: str | None, argv: Sequence[str] | None) ->
     parser.add_argument("config", metavar="CONFIG.toml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the config")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and the estimates, then stop")
+    parser.add_argument(
+        "--gpu", metavar="NAME", help="with --dry-run: also whether it fits into such a GPU, as RTX-4090"
+    )
     return parser.parse_intermixed_args(argv)
 
 
@@ -68,10 +73,11 @@ def _require(cfg: Config) -> None:
         raise ConfigError("sample.every is set, but sample.prompts is empty: give the captions to sample")
 
 
-def _dry_run(cfg: Config, stage: Stage) -> int:
+def _dry_run(cfg: Config, stage: Stage, gpu: str | None) -> int:
     from opensora_repro.training.dry_run import dry_run
+    from opensora_repro.training.planning.gpus import find_gpu
 
-    for line in dry_run(cfg, stage):
+    for line in dry_run(cfg, stage, None if gpu is None else find_gpu(gpu)):
         print(line)
     return 0
 

@@ -14,19 +14,25 @@ from opensora_repro.training.checkpoint import list_checkpoints
 from opensora_repro.training.ema import horizon_warning
 from opensora_repro.training.init import find_start, global_batch_size
 from opensora_repro.training.needs import encodes_after_start
+from opensora_repro.training.optim import check_processes
 from opensora_repro.training.planning.budget import step_flops
 from opensora_repro.training.planning.encoders import frozen_sizes
 from opensora_repro.training.planning.flops import forward_products
+from opensora_repro.training.planning.gpus import Gpu
 from opensora_repro.training.planning.memory import step_memory
 from opensora_repro.training.planning.parameters import count_parameters
-from opensora_repro.training.planning.report import besides, memory_parts, operations, size
+from opensora_repro.training.planning.report import besides, memory_parts, operations, size, verdict
 from opensora_repro.training.planning.sizes import latent_shape, token_grid
 from opensora_repro.training.stage import Stage
 
 
-def dry_run(cfg: Config, stage: Stage) -> list[str]:
-    """Lines to print. Raises what the run itself would for a wrong config, manifest or folder."""
+def dry_run(cfg: Config, stage: Stage, gpu: Gpu | None = None) -> list[str]:
+    """Lines to print; with `gpu`, also whether the run fits into such a one.
+
+    Raises what the run itself would for a wrong config, manifest or folder.
+    """
     mesh = planned_mesh(cfg.parallel)
+    check_processes(cfg.optim, mesh.world_size)
     lines = [*dump_toml(cfg).splitlines(), ""]
 
     def add(name: str, text: str) -> None:
@@ -49,11 +55,10 @@ def dry_run(cfg: Config, stage: Stage) -> list[str]:
     add("step", f"{samples} samples ({batch}): {operations(flops)} in the transformer")
     add("besides", besides(encoding, again))
     add("data", f"{rows:,} rows; {cfg.train.steps} steps are {cfg.train.steps * samples / rows:.3g} epochs")
-    memory = step_memory(
-        cfg, grid, parameters, frozen, mesh,
-        checkpointing=cfg.train.activation_checkpointing, encodes=encodes_after_start(cfg),
-    )  # fmt: skip
+    memory = step_memory(cfg, grid, parameters, frozen, mesh, encodes=encodes_after_start(cfg))
     add("memory", f"about {size(memory.peak)} a process on a GPU: {memory_parts(memory)}")
+    if gpu is not None:
+        add("card", verdict(memory, gpu))
     add("start", _start(cfg, start.checkpoint))
     found = list_checkpoints(Path(cfg.run.dir))
     add("checkpoints", ", ".join(folder.name for folder in found) or "none yet")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from opensora_repro.kernels.adamw import FusedAdamW
+from opensora_repro.training.host_memory import to_host, together, visits
 
 
 class ShowsWeights(Protocol):
@@ -27,13 +28,15 @@ class Ema:
     After n updates the decay is min(decay, (1 + n) / (10 + n)): young averages forget the random start quickly, and a
     short run has a useful one. A decay of 0 makes the shadow the newest weights.
 
-    A FusedAdamW moves the shadow in its own step, which `update` must then follow.
+    A FusedAdamW moves the shadow in its own step, which `update` must then follow. With `offload` the shadow lies
+    in host memory.
     """
 
-    def __init__(self, engine: ShowsWeights, decay: float) -> None:
+    def __init__(self, engine: ShowsWeights, decay: float, *, offload: bool = False) -> None:
         self.engine, self.decay = engine, decay
         self.updates = 0
-        self.shadow = {name: value.detach().clone() for name, value in engine.masters.items()}
+        self.offload = offload
+        self.shadow = {name: self._copy(value) for name, value in engine.masters.items()}
         self._moved_by_step = isinstance(engine.optimizer, FusedAdamW)
         if isinstance(engine.optimizer, FusedAdamW):
             shadow_of = {master: self.shadow[name] for name, master in engine.masters.items()}
@@ -46,9 +49,19 @@ class Ema:
     def update(self) -> None:
         """Move the shadow towards the current weights."""
         if not self._moved_by_step:
-            weight = 1 - self.next_decay()
-            torch._foreach_lerp_(list(self.shadow.values()), list(self.engine.masters.values()), weight)
+            self._move(1 - self.next_decay())
         self.updates += 1
+
+    def _move(self, weight: float) -> None:
+        shadow, masters = list(self.shadow.values()), list(self.engine.masters.values())
+        if not self.offload:
+            torch._foreach_lerp_(shadow, masters, weight)
+            return
+        for targets, there in zip(together(masters), visits(together(shadow), masters), strict=True):
+            torch._foreach_lerp_(there, targets, weight)
+
+    def _copy(self, value: Tensor) -> Tensor:
+        return to_host(value, value.device) if self.offload else value.detach().clone()
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
@@ -56,7 +69,7 @@ class Ema:
 
         Collective: every rank must enter and leave.
         """
-        trained = {name: value.detach().clone() for name, value in self.engine.masters.items()}
+        trained = {name: self._copy(value) for name, value in self.engine.masters.items()}
         self.engine.show(self.shadow)
         try:
             yield

@@ -16,9 +16,11 @@ from opensora_repro.config import Config
 from opensora_repro.data.cache import LatentCache
 from opensora_repro.data.dataset import BadSample, Clip, ClipDataset, build_loader
 from opensora_repro.data.sampler import SampleBatch
+from opensora_repro.data.transforms import to_tensor
+from opensora_repro.kernels.transfer import to_device
 from opensora_repro.models.text import T5Text, open_text_encoder
 from opensora_repro.models.vae import FrameVAE, open_vae
-from opensora_repro.parallel.device import return_memory
+from opensora_repro.parallel.device import read_here, return_memory
 from opensora_repro.training.batch import Encoded
 from opensora_repro.training.feed import CacheRows
 from opensora_repro.training.hashes import HashMemo
@@ -56,8 +58,8 @@ class Encoder:
 
     @torch.no_grad()
     def encode(self, clip: Clip) -> Encoded:
-        """`clip.video` is float [C, T, H, W] in [-1, 1]; the result lies on the frozen models' device."""
-        moments = self.vae.encode_moments(clip.video.to(self.device, non_blocking=True))
+        """The result lies on the frozen models' device, to which the pixels travel as bytes."""
+        moments = self.vae.encode_moments(to_tensor(to_device(clip.pixels, self.device)))
         text, mask = self.encode_caption(clip.caption)
         return Encoded(clip.id, moments, text, mask)
 
@@ -66,6 +68,7 @@ class Encoder:
         """Embedding [L, Ct] and mask [L]."""
         if caption in self._captions:
             self._captions.move_to_end(caption)
+            read_here(self._captions[caption])
             return self._captions[caption]
         embeddings, masks = self.text.encode([caption])
         found = (embeddings[0], masks[0])

@@ -29,11 +29,12 @@ class Feed(Protocol):
 class ClipFeed:
     """Decodes in loader processes while the model computes."""
 
-    def __init__(self, dataset: ClipDataset, sampler: SharedBatches, num_workers: int) -> None:
-        self.dataset, self.sampler, self.num_workers = dataset, sampler, num_workers
+    def __init__(self, dataset: ClipDataset, sampler: SharedBatches, num_workers: int, *, pinned: bool) -> None:
+        """`pinned`: the clips will be encoded on a GPU."""
+        self.dataset, self.sampler, self.num_workers, self.pinned = dataset, sampler, num_workers, pinned
 
     def batches(self, first: int, count: int) -> Iterator[list[Sample]]:
-        loader = build_loader(self.dataset, self.sampler, first, count, self.num_workers)
+        loader = build_loader(self.dataset, self.sampler, first, count, self.num_workers, pinned=self.pinned)
         for number, clips in enumerate(loader, start=first):
             epochs = [epoch for epoch, _ in self.sampler.batch(number)]
             yield list(zip(epochs, clips, strict=True))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from opensora_repro.config import Config, ConfigError, config_dict, load_config
+from opensora_repro.config import Config, ConfigError, config_dict, load_recorded
 from opensora_repro.models.catalog import sha256_of
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.models.weights import LoadReport, load_model_weights
@@ -38,12 +38,18 @@ FREE_KEYS = (
     "data.cache",
     "data.max_bad_fraction",
     "vae.micro_batch_size",
+    "text.micro_batch_size",
     "text.offload",
+    "optim.in_backward",
+    "optim.offload",
     "train.steps",
     "train.batch_size",
     "train.accumulation",
     "train.kernels",
+    "train.compile",
     "train.activation_checkpointing",
+    "train.offload_activations",
+    "train.overlap",
     "train.max_bad_steps",
 )
 
@@ -73,7 +79,7 @@ def find_start(cfg: Config, data_size: int, report: Callable[[str], None] = prin
     if found is None:
         return Start(None, TrainState(global_batch_size=samples))
     checkpoint, state = found
-    changes = changed_settings(load_config(checkpoint / CONFIG_FILE), cfg)
+    changes = changed_settings(load_recorded(checkpoint / CONFIG_FILE), cfg)
     if state.global_batch_size != samples:
         parts = f"{cfg.train.batch_size} x {cfg.train.accumulation} x {data_size} data ranks"
         changes.append(
@@ -119,7 +125,8 @@ def build_model(cfg: Config, device: torch.device, *, load_init: bool) -> tuple[
             report = load_model_weights(model, cfg.init.weights)
         else:
             model = STDiT(cfg.model)
-    model.gradient_checkpointing = cfg.train.activation_checkpointing
+    model.activation_checkpointing = cfg.train.activation_checkpointing
+    model.offload_activations = cfg.train.offload_activations
     return model.to(device).train(), report
 
 

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from opensora_repro.config import Config
-from opensora_repro.data.dataset import BadSample, Clip
-from opensora_repro.data.sampler import interleave
+from opensora_repro.data.dataset import BadSample
 from opensora_repro.diffusion.objective import Objective
 from opensora_repro.models.stdit import STDiT
+from opensora_repro.parallel.device import HostValues
 from opensora_repro.parallel.engine import Engine
-from opensora_repro.training.batch import Batch, BatchBuilder, Encoded
+from opensora_repro.training.ahead import Assembler, ReadyBatches
+from opensora_repro.training.batch import BatchBuilder
 from opensora_repro.training.checkpoint import TrainState
 from opensora_repro.training.ema import Ema
 from opensora_repro.training.encode import Encoder
 from opensora_repro.training.errors import TrainingError
-from opensora_repro.training.feed import Feed, Sample
+from opensora_repro.training.feed import Feed
 from opensora_repro.training.forward import ModelRunner
 from opensora_repro.training.grids import sample_prompts, write_samples
 from opensora_repro.training.metrics import Progress, RunLog
@@ -32,21 +30,30 @@ from opensora_repro.training.quarantine import Quarantine
 from opensora_repro.training.save import CheckpointWriter
 from opensora_repro.training.signals import StopSignals
 from opensora_repro.training.validate import Validator
+from opensora_repro.training.verdict import Findings, StepTotals, judge
 
 
 @dataclass
-class StepTotals:
-    """A step's sums over this data rank's micro-batches, then over all of them."""
+class GivenStep:
+    """A step that the device has been given, and of which the host does not know yet how it went."""
 
-    loss: Tensor  # float64 scalar: sum of the good samples' losses
-    samples: int = 0
-    bad: int = 0
-    tokens: int = 0
+    number: int
+    lr: float
+    seconds: float = 0.0
+    seconds_waited: float = 0.0  # for samples
+    ids: list[str] = field(default_factory=list)
+    bad_samples: list[BadSample] = field(default_factory=list)
+    findings: HostValues | None = None  # once all of the step has been given
 
 
 @dataclass
 class Trainer:
-    """Everything a step touches. `run` trains up to `train.steps` or until it is asked to stop."""
+    """Everything a step touches. `run` trains up to `train.steps` or until it is asked to stop.
+
+    The host gives the device a step while that still works on the one before. So what a step has come to, and with it
+    its lines in the logs, a wish to stop and a non-finite loss, is known one step later, or when it is waited for:
+    before weights are saved or used for anything else. Ranks go through all of this in the same order.
+    """
 
     cfg: Config
     engine: Engine
@@ -68,29 +75,30 @@ class Trainer:
         self.train_runner = ModelRunner(self.engine.train_forward, dtype, device)
         self.eval_runner = ModelRunner(self.engine.eval_forward, dtype, device)
         self._saved_step = self.state.step
-        self._waited = 0.0
-        self._bad_samples: list[BadSample] = []
-        self._ids: list[str] = []
+        self._given: GivenStep | None = None
+        self._stopping = False
 
     def run(self, title: str) -> None:
         """Raises TrainingError after `train.max_bad_steps` non-finite steps in a row, DataError with too many bad
         samples."""
         steps, state = self.cfg.train.steps, self.state
         first = state.step * self.cfg.train.accumulation
-        batches = self.feed.batches(first, (steps - state.step) * self.cfg.train.accumulation)
+        samples = self.feed.batches(first, (steps - state.step) * self.cfg.train.accumulation)
+        assembler = Assembler(self.encoder, self.builder, self.engine.members)
+        self._batches = ReadyBatches(samples, assembler, self.engine.device, overlap=self.cfg.train.overlap)
         with Progress(title, done=state.step, total=steps, enabled=self.engine.is_main) as self.progress:
             self._settle_exchange()
             if state.step:
                 self._evaluate(resuming=True)
-            self._pending = self._fetch(batches)
-            while state.step < steps:
-                stopping = self._step(batches)
-                if stopping and state.step < steps:
-                    self._save()  # what is due at this step is made up for when the run is resumed
-                    break
+            self._batches.prepare()
+            while state.step < steps and not self._stopping:
+                self._step()
+                if self._stopping and state.step < steps:
+                    break  # what is due at this step is made up for when the run is resumed
                 self._evaluate()
-                if state.step % self.cfg.checkpoint.every == 0 or state.step == steps:
+                if state.step % self.cfg.checkpoint.every == 0:
                     self._save()
+            self._save()
         with self.engine.watchdog.paused():
             self.writer.wait()
 
@@ -112,44 +120,42 @@ class Trainer:
 
     # One step
 
-    def _step(self, batches: Iterator[list[Sample]]) -> bool:
-        """Train on one global batch; True where a rank was asked to stop."""
-        started = time.perf_counter()
-        self._waited, self._ids, self._bad_samples = 0.0, [], []
+    def _step(self) -> None:
+        """Give the device a global batch to train on; meanwhile see what has become of the step before."""
+        started, waited = time.perf_counter(), self._batches.seconds_waited
+        cfg, state = self.cfg, self.state
+        given = GivenStep(state.step + 1, learning_rate(cfg.optim, state.step, cfg.train.steps))
         totals = StepTotals(torch.zeros((), dtype=torch.float64, device=self.engine.device))
-        for number in range(self.cfg.train.accumulation):
-            self._micro_batch(totals, last=number == self.cfg.train.accumulation - 1)
-            self._pending = self._fetch(batches)
-        stopping, loss, norm = self._exchange(totals)
-        if totals.bad:
-            self._record_bad_samples()
-        lr = learning_rate(self.cfg.optim, self.state.step, self.cfg.train.steps)
-        bad_in_a_row = self._update(loss, norm, lr, totals.samples)
-        state = self.state
+        for number in range(cfg.train.accumulation):
+            self._micro_batch(given, totals, last=number == cfg.train.accumulation - 1)
+            self._batches.prepare()
+        verdict = judge(
+            self.engine,
+            totals,
+            stopping=self.stop.requested(),
+            global_batch_size=state.global_batch_size,
+            clip_norm=cfg.optim.clip_norm,
+        )
+        given.findings = HostValues(verdict.findings)
+        self._settle()  # the weights are still those that the step before has left
+        if not cfg.optim.in_backward:
+            self.engine.step(given.lr, verdict.factor, verdict.skip)
+        self.engine.zero_grad()
         state.step += 1
-        state.samples_seen += totals.samples
         state.position += state.global_batch_size
-        line = {
-            "step": state.step,
-            "loss": loss if totals.samples else None,
-            "grad_norm": norm if totals.samples else None,
-            "lr": lr,
-            "seconds": round(time.perf_counter() - started, 6),
-            "data_seconds": round(self._waited, 6),
-            "samples": totals.samples,
-            "tokens": totals.tokens,
-        }
-        self.log.step(line)
-        self.progress.step(line)
-        if bad_in_a_row:
-            self._record_bad_step(loss, norm)
-        return stopping
+        given.seconds = time.perf_counter() - started
+        given.seconds_waited = self._batches.seconds_waited - waited
+        self._given = given
+        if cfg.optim.in_backward:  # the next backward pass will move the weights that the average is due
+            self._await_device()
 
-    def _micro_batch(self, totals: StepTotals, *, last: bool) -> None:
+    def _micro_batch(self, given: GivenStep, totals: StepTotals, *, last: bool) -> None:
         """Forward and backward; gradients gather as if every sample of the step were good."""
-        self.engine.watchdog.progress(f"step {self.state.step + 1}")
-        batch, num_bad = self._assemble(self._pending)
-        self._ids += batch.ids
+        self.engine.watchdog.progress(f"step {given.number}")
+        ready = self._batches.take()
+        batch = ready.batch
+        if self.cfg.optim.in_backward and batch.ids:
+            self.engine.step_in_backward(given.lr, self.state.global_batch_size / len(batch.ids))
         with self.engine.accumulating(last=last):
             model_fn = self.train_runner.conditioned(batch.text, batch.mask, batch.drop_text)
             losses = self.objective.losses(model_fn, batch.latents, batch.noise, batch.timesteps)
@@ -157,81 +163,69 @@ class Trainer:
             self.engine.backward(losses.sum() * share)
         totals.loss += losses.detach().double().sum() * batch.weight
         totals.samples += len(batch.ids)
-        totals.bad += num_bad
+        totals.bad += ready.num_bad
         totals.tokens += batch.num_tokens
-
-    def _exchange(self, totals: StepTotals) -> tuple[bool, float, float]:
-        """Add up the ranks' totals in place; whether to stop, mean loss, and norm of the mean loss's gradient."""
-        counts = [totals.samples, totals.bad, totals.tokens, int(self.stop.requested())]
-        sums = torch.cat([totals.loss[None], torch.tensor(counts).to(totals.loss)])
-        sums /= self.engine.mesh.model_size  # as many ranks have counted the same samples
-        sums = self.engine.sum(torch.cat([sums, self.engine.squared_gradients()[None]]))
-        # The step's only wait for the device; the next micro-batch has been fetched meanwhile.
-        loss, samples, bad, tokens, stopping, square = sums.tolist()
-        norm = math.sqrt(square)
-        totals.samples, totals.bad, totals.tokens = int(samples), int(bad), int(tokens)
-        good = max(totals.samples, 1)
-        return bool(stopping), loss / good, norm * self.state.global_batch_size / good
-
-    def _update(self, loss: float, norm: float, lr: float, num_good: int) -> bool:
-        """Clip, step and average; a non-finite step leaves weights, optimizer and average alone and returns True."""
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        if finite and num_good:
-            clip = self.cfg.optim.clip_norm
-            factor = self.state.global_batch_size / num_good
-            if clip and norm > clip:
-                factor *= clip / norm
-            self.engine.step(lr, factor)
-            self.ema.update()
-        self.engine.zero_grad()
-        self.state.bad_steps = 0 if finite else self.state.bad_steps + 1
-        return not finite
-
-    def _fetch(self, batches: Iterator[list[Sample]]) -> list[Sample]:
-        """The next micro-batch (after the last one, an empty list); the time it takes is time waited for data."""
-        started = time.perf_counter()
-        samples = next(batches, [])
-        self._waited += time.perf_counter() - started
-        return samples
-
-    def _assemble(self, samples: list[Sample]) -> tuple[Batch, int]:
-        """Encode what is not yet encoded, set bad samples aside, draw the random numbers; also how many were bad.
-
-        Ranks that work on the same samples have read and encoded a share each.
-        """
-        own = [(epoch, self._encoded(sample)) for epoch, sample in samples]
-        everyone = interleave(self.engine.members.gather(own))
-        good = [(epoch, encoded) for epoch, encoded in everyone if encoded is not None]
-        return self.builder.build(good) if good else self.builder.stand_in(), len(everyone) - len(good)
-
-    def _encoded(self, sample: Clip | Encoded | BadSample) -> Encoded | None:
-        if isinstance(sample, BadSample):
-            self._bad_samples.append(sample)
-            return None
-        encoded = sample if isinstance(sample, Encoded) else self.encoder.encode(sample)
-        return encoded if self.engine.members.size == 1 else encoded.cpu()
+        given.ids += batch.ids
+        given.bad_samples += ready.bad_samples
 
     # What a step leaves behind
 
-    def _record_bad_samples(self) -> None:
-        for sample in (sample for samples in self.engine.peers.gather(self._bad_samples) for sample in samples):
+    def _await_device(self) -> None:
+        """Settle the last step now; it takes as long as the host waits."""
+        if self._given is not None and self._given.findings is not None:
+            started = time.perf_counter()
+            self._given.findings.read()
+            self._given.seconds += time.perf_counter() - started
+        self._settle()
+
+    def _settle(self) -> None:
+        """Average, count and write down what the last step has come to. Raises as `run` does."""
+        given, self._given = self._given, None
+        if given is None or given.findings is None:
+            return
+        found = Findings.of(given.findings.read())
+        self._stopping = found.stopping
+        if found.bad:
+            self._record_bad_samples(given)
+        if found.stepped:
+            self.ema.update()
+        self.state.samples_seen += found.samples
+        self.state.bad_steps = 0 if found.finite else self.state.bad_steps + 1
+        line = {
+            "step": given.number,
+            "loss": found.loss if found.samples else None,
+            "grad_norm": found.grad_norm if found.samples else None,
+            "lr": given.lr,
+            "seconds": round(given.seconds, 6),
+            "data_seconds": round(given.seconds_waited, 6),
+            "samples": found.samples,
+            "tokens": found.tokens,
+        }
+        self.log.step(line)
+        self.progress.step(line)
+        if not found.finite:
+            self._record_bad_step(given, found)
+
+    def _record_bad_samples(self, given: GivenStep) -> None:
+        for sample in (sample for samples in self.engine.peers.gather(given.bad_samples) for sample in samples):
             if self.quarantine.add(sample):
                 self.progress.say(f"sample {sample.id!r} set aside ({sample.path}): {sample.reason}")
 
-    def _record_bad_step(self, loss: float, norm: float) -> None:
-        ids = list(dict.fromkeys(name for names in self.engine.peers.gather(self._ids) for name in names))
-        state, limit = self.state, self.cfg.train.max_bad_steps
-        self.log.bad_step({"step": state.step, "loss": loss, "grad_norm": norm, "sample_ids": ids})
-        self.progress.say(f"step {state.step} skipped: loss {loss}, gradient norm {norm} (non-finite)")
-        if state.bad_steps >= limit:
+    def _record_bad_step(self, given: GivenStep, found: Findings) -> None:
+        ids = list(dict.fromkeys(name for names in self.engine.peers.gather(given.ids) for name in names))
+        step, loss, norm, limit = given.number, found.loss, found.grad_norm, self.cfg.train.max_bad_steps
+        self.log.bad_step({"step": step, "loss": loss, "grad_norm": norm, "sample_ids": ids})
+        self.progress.say(f"step {step} skipped: loss {loss}, gradient norm {norm} (non-finite)")
+        if self.state.bad_steps >= limit:
             raise TrainingError(
-                f"{limit} non-finite steps in a row (train.max_bad_steps), up to step {state.step}: the samples are in "
+                f"{limit} non-finite steps in a row (train.max_bad_steps), up to step {step}: the samples are in "
                 f'{self.log.bad_steps.path}; a lower optim.lr or train.dtype="fp32" may help, in a new run.dir'
             )
 
     def _save(self) -> None:
         if self._saved_step == self.state.step:
             return
+        self._await_device()
         self.state.ema_updates = self.ema.updates
         with self.engine.watchdog.paused():
             self.writer.save(self.state, self.ema)
@@ -249,6 +243,7 @@ class Trainer:
             sample = sample and not self.engine.peers.on_first(folder.exists)
         if not (validate or sample):
             return
+        self._await_device()
         with self.ema.applied(), self.engine.watchdog.paused():
             if validate:
                 self._validate()

@@ -7,19 +7,32 @@ from typing import Any
 import torch
 from torch import nn
 
-from opensora_repro.config import OptimConfig
+from opensora_repro.config import ConfigError, OptimConfig
 from opensora_repro.kernels.adamw import FusedAdamW
+from opensora_repro.training.host_memory import HostAdamW
 
 
 def build_optimizer(model: nn.Module, cfg: OptimConfig, *, fused: bool = False) -> torch.optim.AdamW:
     """AdamW over all trained parameters, one kernel call for all tensors of a device.
 
-    `fused`: the gradients' factor and the weights' average are in that call, too. It needs an optimizer that works on
-    the model's own weights.
+    `fused`: the gradients' factor and the weights' average are in that call, too, where it is the only one a step. It
+    needs an optimizer that works on the model's own weights.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     options: dict[str, Any] = {"lr": cfg.lr, "betas": cfg.betas, "eps": cfg.eps, "weight_decay": cfg.weight_decay}
-    return FusedAdamW(parameters, **options) if fused else torch.optim.AdamW(parameters, **options, fused=True)
+    if cfg.offload:
+        return HostAdamW(parameters, **options)
+    if fused and not cfg.in_backward:
+        return FusedAdamW(parameters, **options)
+    return torch.optim.AdamW(parameters, **options, fused=True)
+
+
+def check_processes(cfg: OptimConfig, world_size: int) -> None:
+    """Raises ConfigError where so many processes cannot work as the config wants."""
+    if cfg.in_backward and world_size > 1:
+        raise ConfigError(
+            f"optim.in_backward = true: expected false with {world_size} processes, whose gradients are averaged first"
+        )
 
 
 def learning_rate(cfg: OptimConfig, step: int, num_steps: int) -> float:

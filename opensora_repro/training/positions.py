@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from opensora_repro.config import Config, load_config
+from opensora_repro.config import Config, load_recorded
 
 CONFIG_FILE = "config.toml"
 
@@ -47,4 +47,4 @@ def source_config(weights: str) -> Config | None:
     """The config of the run that `init.weights` (a run, a checkpoint or its file) belongs to, if there is one."""
     path = Path(weights)
     folder = path if path.is_dir() else path.parent
-    return load_config(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else None
+    return load_recorded(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else None

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from opensora_repro.config import Config, DataConfig, SampleConfig, TextConfig, load_config
+from opensora_repro.config import Config, DataConfig, SampleConfig, TextConfig, load_recorded
 from opensora_repro.models.config import DiTConfig, STDiTConfig
 from opensora_repro.models.layouts import (
     HEADS_BY_WIDTH,
@@ -64,7 +64,7 @@ def describe(file: WeightsFile, *, num_heads: int | None = None, family: str | N
     trained = trained_at(tables)
     own = file.path.parent / "config.toml"
     if file.path.name in ("ema.safetensors", "model.safetensors") and own.is_file():  # one of our checkpoints
-        config = load_config(own)
+        config = load_recorded(own)
         return Published(layout, layout.family, config.model, trained, config)
     family = _family(layout, file, tables, family)
     model = (_dit if family in ("dit", "latte") else _stdit)(weights, file, trained, family, num_heads)

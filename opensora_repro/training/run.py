@@ -19,6 +19,7 @@ from opensora_repro.parallel.engine import Engine, build_engine
 from opensora_repro.parallel.preflight import check_same, config_facts, weights_digest
 from opensora_repro.training.batch import BatchBuilder
 from opensora_repro.training.checkpoint import clean_leftovers, list_checkpoints, load_checkpoint, read_state
+from opensora_repro.training.compile import apply_compile, compiles
 from opensora_repro.training.ema import Ema, horizon_warning
 from opensora_repro.training.encode import (
     cache_fingerprint,
@@ -40,7 +41,7 @@ from opensora_repro.training.init import (
 from opensora_repro.training.loop import Trainer
 from opensora_repro.training.metrics import RunLog
 from opensora_repro.training.needs import encodes_after_start, encodes_always
-from opensora_repro.training.optim import build_optimizer
+from opensora_repro.training.optim import build_optimizer, check_processes
 from opensora_repro.training.quarantine import Quarantine
 from opensora_repro.training.save import CheckpointWriter
 from opensora_repro.training.signals import StopSignals
@@ -76,6 +77,7 @@ def train(cfg: Config, stage: Stage, say: Say = print) -> Outcome:
 
 def _train(cfg: Config, stage: Stage, engine: Engine, say: Say) -> Outcome:
     check_same(engine.watchdog, "settings", config_facts(cfg))
+    check_processes(cfg.optim, engine.mesh.world_size)
     start = engine.peers.on_first(lambda: find_start(cfg, engine.mesh.data_size, say))
     frame = read_manifest(cfg.data.manifest)
     check_same(engine.watchdog, "data", {"data.manifest": ids_fingerprint(frame["id"].tolist())})
@@ -118,6 +120,9 @@ class _Run:
             cfg, self.encoder.vae, self.encoder.text, num_frames=data.num_frames, height=data.height, width=data.width
         )
         self.model, self.report = build_model(cfg, engine.device, load_init=not start.resumes)
+        self.compiles = compiles(cfg, engine.device.type)
+        if self.compiles:
+            apply_compile(self.model, cfg)
         if encodes_always(cfg):
             self.encoder.load()
         if self.report is not None and self.report.lacks_null_caption:
@@ -145,6 +150,10 @@ class _Run:
             stride = self.encoder.vae.spatial_stride
             for line in self.stage.check_start(self.model, cfg, self.report, stride):
                 self.say(line)
+        if self.compiles:
+            self.say(
+                f"{self.stage.name}: compiled blocks (train.compile = {cfg.train.compile}); the first steps wait for it"
+            )
         if self.kernels == "triton":
             self.say(f"{self.stage.name}: fused kernels (train.kernels = {cfg.train.kernels})")
         warning = horizon_warning(cfg.ema.decay, cfg.train.steps)
@@ -169,7 +178,7 @@ class _Run:
         # ColossalAI's plugins and Gemini hand the optimizer weights of their own.
         fused = self.kernels == "triton" and cfg.parallel.engine == "torch"
         engine.prepare(self.model, build_optimizer(self.model, cfg.optim, fused=fused))
-        ema = Ema(engine, cfg.ema.decay)
+        ema = Ema(engine, cfg.ema.decay, offload=cfg.optim.offload)
         if self.start.checkpoint is not None:
             load_checkpoint(self.start.checkpoint, state, engine, ema)
         feed = self._build_feed(quarantine, stop)
@@ -228,7 +237,8 @@ class _Run:
         )
         sampler = SharedBatches(whole, mesh.member, mesh.model_size)
         if self.rows is None:
-            return ClipFeed(self.dataset, sampler, cfg.data.num_workers)
+            pinned = engine.device.type == "cuda"
+            return ClipFeed(self.dataset, sampler, cfg.data.num_workers, pinned=pinned)
         cache = LatentCache(cfg.data.cache, engine.peers.on_first(lambda: cache_fingerprint(cfg, self.encoder)))
         bad: list[BadSample] = []
 

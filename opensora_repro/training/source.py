@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from opensora_repro.config import Config, ConfigError, load_config
+from opensora_repro.config import Config, ConfigError, load_recorded
 from opensora_repro.models.config import DiTConfig, STDiTConfig
 from opensora_repro.models.dit import DiT
 from opensora_repro.models.stdit import STDiT
@@ -37,7 +37,7 @@ def find_source(path: Path, *, ema: bool = True, num_heads: int | None = None, f
     """Look at a run (its newest checkpoint), a checkpoint, or published weights. Raises ConfigError, WeightsError."""
     checkpoint = _own_checkpoint(path)
     if checkpoint is not None:
-        config = load_config(checkpoint / CONFIG_FILE)
+        config = load_recorded(checkpoint / CONFIG_FILE)
         name = "ema.safetensors" if ema else "model.safetensors"
         return Source(checkpoint, checkpoint / name, config.model, config)
     file = open_weights(path, ema=ema)

@@ -40,7 +40,7 @@ DDP, ZERO1, ZERO2, HYBRID = ({**COLOSSAL, "parallel__plugin": name} for name in 
 # ZeRO adds up several micro-batches too, recomputed activations meet the same exchanges again, and checkpoints may be
 # written behind the training: all of it changes nothing.
 TWO_MICRO_BATCHES = {"train__accumulation": 2}
-RECOMPUTED = {"train__activation_checkpointing": True}
+RECOMPUTED = {"train__activation_checkpointing": "full"}
 BEHIND = {"checkpoint__background": True}
 
 # name: processes and settings
@@ -239,7 +239,7 @@ def test_gemini_trains_the_run_of_one_process_to_bf16_rounding(
     """
     exact = run_of(world, runs, "one process")
     alone = run_of(world, runs, "gemini x 1")
-    micro_batches = {"train__batch_size": 1, "train__accumulation": 2, "train__activation_checkpointing": True}
+    micro_batches = {"train__batch_size": 1, "train__accumulation": 2, "train__activation_checkpointing": "full"}
     many = train(world, "gemini x 2", tmp_path / "many", **micro_batches)
     noise = loss_distance(half, exact)
     assert loss_distance(alone, half) <= 3 * noise

@@ -113,10 +113,16 @@ def test_cache_workers_and_micro_batches_change_no_loss(world: World, tmp_path: 
     assert train(stage2_video, world, tmp_path / "accumulated", "clips", **accumulated) == 0
     np.testing.assert_allclose(losses(tmp_path / "accumulated"), losses(tmp_path / "plain"), rtol=1e-5)
 
+    for name, given in (("plain", settings), ("cached", cached), ("accumulated", accumulated)):
+        in_turn = tmp_path / f"{name} in turn"
+        assert train(stage2_video, world, in_turn, "clips", **given, train__overlap=False) == 0
+        assert metrics(in_turn) == metrics(tmp_path / name)
+        assert newest_hashes(in_turn) == newest_hashes(tmp_path / name)
+
 
 def test_recomputed_activations_and_bf16(world: World, tmp_path: Path) -> None:
     assert train(stage2_video, world, tmp_path / "plain", "clips") == 0
-    assert train(stage2_video, world, tmp_path / "recomputed", "clips", train__activation_checkpointing=True) == 0
+    assert train(stage2_video, world, tmp_path / "recomputed", "clips", train__activation_checkpointing="full") == 0
     np.testing.assert_allclose(losses(tmp_path / "recomputed"), losses(tmp_path / "plain"), rtol=1e-5)
     assert train(stage2_video, world, tmp_path / "bf16", "clips", train__dtype="bf16") == 0
     assert losses(tmp_path / "bf16") != losses(tmp_path / "plain")
@@ -337,6 +343,11 @@ def test_a_non_finite_sample_skips_its_steps_alone(world: World, tmp_path: Path)
         if before.exists():
             for name in ("model", "ema", "optimizer"):
                 assert (before / f"{name}.safetensors").read_bytes() == (after / f"{name}.safetensors").read_bytes()
+    # Saving waits for every step; without it the next one has begun when a step is found to be bad.
+    assert train(stage2_video, world, tmp_path / "late", "clips", **{**changes, "checkpoint__every": 7}) == 0
+    assert metrics(tmp_path / "late") == metrics(run_dir)
+    assert newest_hashes(tmp_path / "late") == newest_hashes(run_dir)
+    assert (tmp_path / "late" / "bad_steps.jsonl").read_text() == (run_dir / "bad_steps.jsonl").read_text()
     first = min(line["step"] for line in skipped)
     assert metrics(run_dir)[: first - 1] == metrics(tmp_path / "clean")[: first - 1]
     assert all(line["loss"] for line in map(json.loads, metrics(run_dir)) if line["step"] not in

@@ -71,7 +71,7 @@ RUNS: dict[str, tuple[tuple[str, str], dict[str, Any]]] = {
             "optim__warmup_steps": 5,
             "optim__decay_steps": 5,
             "train__dtype": "bf16",
-            "train__activation_checkpointing": True,
+            "train__activation_checkpointing": "selective",
             "validation__every": 3,
             "validation__timesteps": [0.5],
             "sample__every": 7,

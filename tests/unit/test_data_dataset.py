@@ -20,6 +20,7 @@ from opensora_repro.config import DataConfig
 from opensora_repro.data.dataset import BadSample, Clip, ClipDataset, build_loader
 from opensora_repro.data.manifest import read_manifest, write_manifest
 from opensora_repro.data.sampler import BatchSampler
+from opensora_repro.data.transforms import to_tensor
 from opensora_repro.data.video import cover_size, read_frames_at
 
 CONFIG = DataConfig(num_frames=4, frame_interval=2, height=48, width=40, num_workers=0)
@@ -62,8 +63,9 @@ def test_a_sample_is_a_function_of_seed_epoch_and_id(manifest: Path) -> None:
     assert not same(clip, again)
     assert not same(clip, other)
     assert isinstance(clip, Clip)
-    assert (clip.video.shape, clip.video.dtype) == ((3, 4, 48, 40), torch.float32)
-    assert -1.0 <= float(clip.video.min()) < float(clip.video.max()) <= 1.0
+    video = to_tensor(clip.pixels)
+    assert (video.shape, video.dtype) == ((3, 4, 48, 40), torch.float32)
+    assert -1.0 <= float(video.min()) < float(video.max()) <= 1.0
 
 
 def test_row_order_does_not_matter(manifest: Path) -> None:

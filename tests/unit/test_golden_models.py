@@ -12,7 +12,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from opensora_repro.models import layers
-from opensora_repro.models.config import STDiTConfig
+from opensora_repro.models.config import ACTIVATION_CHECKPOINTING, STDiTConfig
 from opensora_repro.models.cross_attention import Captions, CrossAttention
 from opensora_repro.models.stdit import POSITION_TABLES, STDiT, STDiTBlock, pixart_xl_2, stdit_xl_2
 from opensora_repro.models.weights import load_model_weights
@@ -53,12 +53,12 @@ def run_case(model: STDiT, case: Case) -> tuple[Tensor, dict[str, Tensor]]:
     return out.detach(), grads | {"input.x": x.grad, "input.y": y.grad}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("checkpointing", ACTIVATION_CHECKPOINTING)
 @pytest.mark.parametrize("name", STDIT_CASES + PIXART_CASES)
-def test_model_case(golden_dir: Path, name: str, checkpointing: bool) -> None:
+def test_model_case(golden_dir: Path, name: str, checkpointing: str) -> None:
     case = load_case(golden_dir, name)
     model = build_model(case)
-    model.gradient_checkpointing = checkpointing
+    model.activation_checkpointing = checkpointing
     expected_acts = case.group("act")
     acts = module_outputs(model, list(expected_acts))
     out, grads = run_case(model, case)

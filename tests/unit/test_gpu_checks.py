@@ -26,6 +26,17 @@ def test_demo_encoders_on_the_cpu() -> None:
     assert result["status"] == "passed", result
 
 
+def test_training_loops_on_the_cpu() -> None:
+    result = gpu_checks.run_check("training loop, nobody waits", CPU)
+    assert result["status"] == "passed", result
+    model = STDiTConfig(hidden_size=48, depth=1, num_heads=4, caption_channels=gpu_checks.DEMO_CAPTION)
+    demo = gpu_checks.REPO / "checkpoints" / "demo" / "vae"
+    result = gpu_checks.encoders_beside(CPU, model, vae=lambda _: demo, size=16, frames=2, batch_size=2, steps=5)
+    assert result["largest_gap"] == 0
+    assert result["beside"]["step_ms"] > 0
+    assert 0 <= result["in turn"]["waiting_share"] < 1
+
+
 def test_training_measures_and_notices_a_loss_that_does_not_fall(monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = STDiTConfig(hidden_size=48, depth=1, num_heads=4, caption_channels=16, model_max_length=4)
     run: dict[str, Any] = {"cfg": cfg, "shape": (4, 2, 4, 4), "batch_size": 2, "steps": 3}

@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import weakref
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from opensora_repro.config import Config, OptimConfig, ParallelConfig, TrainConfig
 from opensora_repro.diffusion.objective import build_objective
 from opensora_repro.models import layers
-from opensora_repro.models.config import STDiTConfig
+from opensora_repro.models.config import ACTIVATION_CHECKPOINTING, STDiTConfig
 from opensora_repro.models.stdit import STDiT
+from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.parallel.mesh import Mesh
+from opensora_repro.training import host_memory
 from opensora_repro.training.ema import Ema
 from opensora_repro.training.forward import ModelRunner
 from opensora_repro.training.optim import build_optimizer
+from opensora_repro.training.planning import memory
 from opensora_repro.training.planning.encoders import frozen_sizes
 from opensora_repro.training.planning.memory import activation_bytes, state_bytes, step_memory
 from opensora_repro.training.planning.parameters import count_parameters, cut_parameters
 from opensora_repro.training.planning.sizes import token_grid
+from tests.live_bytes import LiveBytes
 
 CPU = torch.device("cpu")
 TINY = STDiTConfig(hidden_size=64, depth=3, num_heads=4, caption_channels=48, model_max_length=7)
@@ -45,70 +45,41 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, int, int, int]]] = {  # model;
 BASIC = ("two samples", "image", "more weights than activations")
 each_case = pytest.mark.parametrize("name", CASES)
 each_dtype = pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-with_and_without = pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+each_checkpointing = pytest.mark.parametrize("checkpointing", ACTIVATION_CHECKPOINTING)
 
 
 class Step:
     """A model, its optimizer and average, and a batch; `losses` is a training step's forward pass."""
 
-    def __init__(self, cfg: STDiTConfig, sizes: tuple[int, int, int, int], dtype: str, checkpointing: bool) -> None:
+    def __init__(self, cfg: STDiTConfig, sizes: tuple[int, int, int, int], dtype: str, checkpointing: str) -> None:
         samples, *latents = sizes
         self.model = STDiT(cfg)
-        self.model.gradient_checkpointing = checkpointing
+        self.model.activation_checkpointing = checkpointing
         self.batch = torch.randn(2, samples, cfg.in_channels, *latents)
-        text = torch.randn(samples, cfg.model_max_length, cfg.caption_channels)
-        mask = torch.ones(samples, cfg.model_max_length, dtype=torch.bool)
+        self.text = torch.randn(samples, cfg.model_max_length, cfg.caption_channels)
+        self.mask = torch.ones(samples, cfg.model_max_length, dtype=torch.bool)
         drop_text = torch.zeros(samples, dtype=torch.bool)
-        self.model_fn = ModelRunner(self.model, dtype, CPU).conditioned(text, mask, drop_text)
+        self.model_fn = ModelRunner(self.model, dtype, CPU).conditioned(self.text, self.mask, drop_text)
         self.timesteps = torch.full((samples,), 500.0)
         self.objective = build_objective(Config().diffusion)
+
+    def given(self) -> list[torch.Tensor]:
+        """All that is there before the step."""
+        return [*self.model.state_dict().values(), self.batch, self.text, self.mask]
 
     def loss(self) -> torch.Tensor:
         latents, noise = self.batch
         return self.objective.losses(self.model_fn, latents, noise, self.timesteps).mean()
 
 
-class Counted(TorchDispatchMode):
-    """Bytes of all storages that operations have made and that are still alive: what a GPU's allocator would hold."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = function(*args, **(kwargs or {}))
-        for value in tree_leaves(out):
-            if isinstance(value, torch.Tensor):
-                self._add(value.untyped_storage())
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def _add(self, storage: Any) -> None:
-        if storage not in self._seen:
-            self._seen.add(storage)
-            self.now += storage.nbytes()
-            weakref.finalize(storage, self._drop, storage.nbytes())
-
-    def _drop(self, num_bytes: int) -> None:
-        self.now -= num_bytes
-
-
-def saved_bytes(step: Step) -> int:
-    """What autograd keeps between forward and backward, each storage once, parameters left out."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in step.model.parameters()}
-    saved: dict[int, torch.Tensor] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        pointer = tensor.untyped_storage().data_ptr()
-        if pointer not in parameters:
-            saved.setdefault(pointer, tensor)  # held, so that no other can take its place
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+def kept_bytes(step: Step) -> int:
+    """What is alive between forward and backward: all that autograd and checkpointing keep, besides the weights."""
+    with torch.no_grad():
+        step.loss()  # fills the tables of positions
+    with LiveBytes(besides=step.given()) as live:
         loss = step.loss()
     assert loss.requires_grad
-    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    return live.now
 
 
 def case(name: str) -> tuple[STDiTConfig, tuple[int, int, int, int]]:
@@ -118,42 +89,54 @@ def case(name: str) -> tuple[STDiTConfig, tuple[int, int, int, int]]:
 
 @each_case
 @each_dtype
-@with_and_without
-def test_saved_for_backward(name: str, dtype: str, checkpointing: bool) -> None:
+@each_checkpointing
+def test_saved_for_backward(name: str, dtype: str, checkpointing: str) -> None:
     cfg, sizes = case(name)
     grid = token_grid(cfg, (cfg.in_channels, *sizes[1:]))
     planned = activation_bytes(cfg, grid, sizes[0], dtype=dtype, checkpointing=checkpointing, device="cpu").kept
-    assert planned == pytest.approx(saved_bytes(Step(cfg, sizes, dtype, checkpointing)), rel=0.1)
+    assert planned == pytest.approx(kept_bytes(Step(cfg, sizes, dtype, checkpointing)), rel=0.1)
 
 
-def peak_of_step(step: Step, *, lasting_gradients: bool = False) -> int:
+def peak_of_step(step: Step, optim: OptimConfig | None = None, *, lasting_gradients: bool = False) -> int:
     """With weights, average and the optimizer's state, which its first step makes."""
-    with Counted() as counted:
+    optim = optim or OptimConfig()
+    engine = TorchEngine(device="cpu")
+    with LiveBytes() as counted:
         step.model.load_state_dict({k: v.clone() for k, v in step.model.state_dict().items()}, assign=True)
-        optimizer = build_optimizer(step.model, OptimConfig())
-        ema = Ema(SimpleNamespace(masters=dict(step.model.named_parameters())), 0.99)  # type: ignore[arg-type]
+        engine.prepare(step.model, build_optimizer(step.model, optim))
+        ema = Ema(engine, 0.99, offload=optim.offload)
         for parameter in step.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=not lasting_gradients)
+        engine.step(1e-4, 1.0)
+        engine.zero_grad()
+        if lasting_gradients:
+            for parameter in step.model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
         counted.peak = 0
-        step.loss().backward()
-        optimizer.step()
+        if optim.in_backward:
+            engine.step_in_backward(1e-4, 1.0)
+        engine.backward(step.loss())
+        if not optim.in_backward:
+            engine.step(1e-4, 1.0)
         ema.update()
+    engine.close()
     return counted.peak
 
 
 def planned_peak(
-    cfg: STDiTConfig, sizes: tuple[int, int, int, int], dtype: str, checkpointing: bool, *, accumulation: int = 1
+    cfg: STDiTConfig,
+    sizes: tuple[int, int, int, int],
+    dtype: str,
+    checkpointing: str,
+    optim: OptimConfig | None = None,
+    **train: Any,
 ) -> float:
-    train = TrainConfig(batch_size=sizes[0], dtype=dtype, accumulation=accumulation)
-    config = Config(model=cfg, train=train)
+    given = TrainConfig(batch_size=sizes[0], dtype=dtype, activation_checkpointing=checkpointing, **train)
+    config = Config(model=cfg, train=given, optim=optim or OptimConfig())
     grid = token_grid(cfg, (cfg.in_channels, *sizes[1:]))
-    memory = step_memory(
-        config, grid, count_parameters(cfg), frozen_sizes(config), Mesh(),
-        checkpointing=checkpointing, encodes=False, device="cpu",
-    )  # fmt: skip
-    return memory.peak
+    return step_memory(
+        config, grid, count_parameters(cfg), frozen_sizes(config), Mesh(), encodes=False, device="cpu"
+    ).peak  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -161,21 +144,59 @@ def planned_peak(
     [name if name in BASIC else pytest.param(name, marks=pytest.mark.exhaustive) for name in CASES],
 )
 @each_dtype
-@with_and_without
-def test_peak_of_a_training_step(name: str, dtype: str, checkpointing: bool) -> None:
+@each_checkpointing
+def test_peak_of_a_training_step(name: str, dtype: str, checkpointing: str) -> None:
     cfg, sizes = case(name)
     measured = peak_of_step(Step(cfg, sizes, dtype, checkpointing))
     assert planned_peak(cfg, sizes, dtype, checkpointing) == pytest.approx(measured, rel=0.1)
 
 
-@with_and_without
-def test_peak_of_a_second_micro_batch(checkpointing: bool) -> None:
+@each_checkpointing
+def test_peak_of_a_second_micro_batch(checkpointing: str) -> None:
     """The first one's gradients are there from the start."""
     cfg, sizes = case("two samples")
     measured = peak_of_step(Step(cfg, sizes, "bf16", checkpointing), lasting_gradients=True)
     planned = planned_peak(cfg, sizes, "bf16", checkpointing, accumulation=2)
     assert planned == pytest.approx(measured, rel=0.1)
     assert planned > planned_peak(cfg, sizes, "bf16", checkpointing)
+
+
+@each_dtype
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+@pytest.mark.parametrize("name", ["deep", "more weights than activations"])
+def test_peak_with_offloaded_activations(name: str, checkpointing: str, dtype: str) -> None:
+    cfg, sizes = case(name)
+    step = Step(cfg, sizes, dtype, checkpointing)
+    step.model.offload_activations = True
+    tokens = token_grid(cfg, (cfg.in_channels, *sizes[1:])).tokens * sizes[0]
+    elsewhere = 4 * cfg.depth * tokens * cfg.hidden_size  # the float32 stream before every block
+    planned = planned_peak(cfg, sizes, dtype, checkpointing, offload_activations=True)
+    assert planned == pytest.approx(peak_of_step(step) - elsewhere, rel=0.1)
+    assert planned <= planned_peak(cfg, sizes, dtype, checkpointing)
+
+
+@each_dtype
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("name", BASIC)
+def test_peak_with_the_optimizer_in_host_memory(name: str, checkpointing: str, dtype: str) -> None:
+    assert memory.VISIT == host_memory.VISIT
+    cfg, sizes = case(name)
+    offload = OptimConfig(offload=True)
+    elsewhere = 3 * 4 * count_parameters(cfg)  # two moments and the average
+    measured = peak_of_step(Step(cfg, sizes, dtype, checkpointing), offload) - elsewhere
+    assert planned_peak(cfg, sizes, dtype, checkpointing, offload) == pytest.approx(measured, rel=0.1)
+
+
+@each_dtype
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("name", BASIC)
+def test_peak_with_the_step_in_the_backward_pass(name: str, checkpointing: str, dtype: str) -> None:
+    cfg, sizes = case(name)
+    within = OptimConfig(in_backward=True, clip_norm=0)
+    measured = peak_of_step(Step(cfg, sizes, dtype, checkpointing), within)
+    planned = planned_peak(cfg, sizes, dtype, checkpointing, within, max_bad_steps=1)
+    assert planned == pytest.approx(measured, rel=0.1)
+    assert planned <= planned_peak(cfg, sizes, dtype, checkpointing)
 
 
 @contextlib.contextmanager
@@ -194,8 +215,8 @@ def tensors_without_data() -> Iterator[None]:
 
 
 @pytest.mark.exhaustive
-@with_and_without
-def test_peak_at_full_size(checkpointing: bool) -> None:
+@each_checkpointing
+def test_peak_at_full_size(checkpointing: str) -> None:
     """STDiT-XL/2, 64 frames of 512x512, bf16: every tensor of the step exists but for its data."""
     sizes = (1, 64, 64, 64)
     with tensors_without_data():
@@ -214,7 +235,7 @@ def one_card(**changes: Any) -> float:
     grid = token_grid(config.model, (4, 64, 64, 64))
     frozen = frozen_sizes(config)
     parameters = count_parameters(config.model)
-    return step_memory(config, grid, parameters, frozen, Mesh(), checkpointing=True, encodes=False).peak
+    return step_memory(config, grid, parameters, frozen, Mesh(), encodes=False).peak
 
 
 def test_64_frames_of_512_pixels_on_one_card() -> None:
@@ -243,12 +264,12 @@ def test_states_of_every_plugin() -> None:
 def test_more_processes_a_sample_keep_less() -> None:
     cfg, grid = STDiTConfig(), token_grid(STDiTConfig(), (4, 64, 64, 64))
 
-    def kept(checkpointing: bool, **sizes: int) -> float:
+    def kept(checkpointing: str, **sizes: int) -> float:
         return activation_bytes(cfg, grid, 1, dtype="bf16", checkpointing=checkpointing, **sizes).kept
 
-    for checkpointing in (False, True):
+    for checkpointing in ACTIVATION_CHECKPOINTING:
         assert kept(checkpointing, sp_size=2) == pytest.approx(kept(checkpointing) / 2, rel=0.03)
-    assert kept(False) / 2 < kept(False, tp_size=2) < kept(False)
-    assert kept(True, tp_size=2) == kept(True)  # the stream between blocks is whole on every process
-    assert kept(True) < kept(False) / 10
-    assert kept(True, sp_size=64) < kept(True, sp_size=63)  # 63 processes: one has two frames
+    assert kept("none") / 2 < kept("none", tp_size=2) < kept("none")
+    assert kept("full", tp_size=2) == kept("full")  # the stream between blocks is whole on every process
+    assert kept("full") < kept("none") / 10
+    assert kept("full", sp_size=64) < kept("full", sp_size=63)  # 63 processes: one has two frames

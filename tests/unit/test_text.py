@@ -54,6 +54,22 @@ def test_a_captions_embedding_is_its_own(text: T5Text) -> None:
     assert not torch.equal(embeddings[0], embeddings[2])
 
 
+def test_captions_a_few_at_a_time(text: T5Text) -> None:
+    captions = ["a red circle", "", "a blue square moving left", "waves", "a cat"]
+    expected, mask = text.encode(captions)
+    for size, calls in ((2, [2, 2, 1]), (3, [3, 2]), (8, [5])):
+        chunked = T5Text(text.frozen, text.max_length, text.device, text.dtype, size)
+        found: list[int] = []
+        hook = text.model.register_forward_pre_hook(
+            lambda _, __, named, found=found: found.append(len(named["input_ids"])), with_kwargs=True
+        )
+        embedded, found_mask = chunked.encode(captions)
+        hook.remove()
+        assert found == calls
+        torch.testing.assert_close(embedded, expected)
+        assert torch.equal(found_mask, mask)
+
+
 def test_long_captions_keep_the_end_token(text: T5Text) -> None:
     ids, mask = text._tokenize(["a" * 5000])
     assert ids.shape == (1, 20) and mask.all()

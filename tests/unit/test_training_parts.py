@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ import torch
 from opensora_repro.config import Config, ConfigError, OptimConfig, dump_toml
 from opensora_repro.data.dataset import BadSample
 from opensora_repro.data.manifest import DataError
+from opensora_repro.kernels.adamw import FusedAdamW
 from opensora_repro.models.config import STDiTConfig
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.models.weights import zero_temporal_attention
+from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.training.checkpoint import TrainState
+from opensora_repro.training.ema import Ema
 from opensora_repro.training.errors import TrainingError
 from opensora_repro.training.feed import ids_fingerprint
 from opensora_repro.training.init import changed_settings, claimed_run_folder, find_start
@@ -29,6 +33,7 @@ from opensora_repro.training.metrics import JsonLines
 from opensora_repro.training.optim import learning_rate
 from opensora_repro.training.positions import describe_rescaling
 from opensora_repro.training.quarantine import Quarantine
+from opensora_repro.training.verdict import Findings, StepTotals, judge
 from tests.checkpoints import prepared, write_checkpoint
 
 TINY = STDiTConfig(hidden_size=32, depth=2, num_heads=4, caption_channels=12, model_max_length=6)
@@ -65,6 +70,70 @@ def test_the_engines_norm_and_step() -> None:
     torch.testing.assert_close(model.weight.detach(), before - 0.05 * gradient)
     engine.zero_grad()
     assert model.weight.grad is None
+
+
+class Summing(TorchEngine):
+    """As if another process had added the same sums."""
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        return values.mul_(2)
+
+
+@pytest.mark.parametrize(
+    ("loss", "gradient", "samples", "clip_norm"),
+    [(3.0, 2.0, 3, 1.0), (3.0, 2.0, 3, 0.0), (3.0, 1e-3, 4, 1.0), (0.0, 0.0, 0, 1.0), (math.nan, 2.0, 4, 1.0),
+     (3.0, math.inf, 4, 1.0), (3.0, math.nan, 4, 0.0)],
+)  # fmt: skip
+def test_the_verdict_on_a_step(loss: float, gradient: float, samples: int, clip_norm: float) -> None:
+    """Against the same in Python's numbers; 8 samples are a global batch."""
+    model = torch.nn.Linear(2, 2, bias=False)
+    engine = Summing(device="cpu")
+    engine.prepare(model, torch.optim.AdamW(model.parameters(), fused=True))
+    model.weight.grad = torch.full((2, 2), gradient)
+    totals = StepTotals(torch.tensor(loss, dtype=torch.float64), samples, 4 - samples, 100)
+    verdict = judge(engine, totals, stopping=True, global_batch_size=8, clip_norm=clip_norm)
+    found = Findings.of(verdict.findings.tolist())
+
+    good = max(2 * samples, 1)
+    norm = math.sqrt(2 * 4 * gradient**2) * 8 / good
+    assert (found.loss, found.grad_norm) == pytest.approx((2 * loss / good, norm), rel=1e-6, nan_ok=True)
+    assert (found.samples, found.bad, found.tokens) == (2 * samples, 2 * (4 - samples), 200)
+    assert found.stopping
+    assert found.finite == (math.isfinite(loss) and math.isfinite(gradient))
+    assert found.stepped == (found.finite and samples > 0)
+    assert verdict.skip.item() == float(not found.stepped)
+    if found.stepped:
+        clip = clip_norm / norm if clip_norm and norm > clip_norm else 1.0
+        assert verdict.factor.item() == pytest.approx(8 / good * clip)
+
+
+@pytest.mark.parametrize("kind", ["torch's fused", "ours", "torch's plain"])
+def test_a_skipped_step_changes_nothing(kind: str) -> None:
+    def trained(steps: Sequence[bool]) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        options: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1}
+        optimizer: torch.optim.Optimizer = (
+            FusedAdamW(model.parameters(), **options)
+            if kind == "ours"
+            else torch.optim.AdamW(model.parameters(), **options, fused=kind == "torch's fused")
+        )
+        engine = prepared(model, optimizer)
+        ema = Ema(engine, 0.5)
+        for number, skip in enumerate(steps):
+            model.weight.grad = torch.full((2, 3), math.nan if skip else 1.0 + number)
+            engine.step(0.1, torch.tensor(0.7), torch.tensor(float(skip)))
+            if not skip:
+                ema.update()
+            engine.zero_grad()
+        values = [*model.parameters(), *ema.shadow.values()]
+        return [*values, *(value for state in optimizer.state.values() for value in state.values())]
+
+    expected = trained([False, False, False])
+    found = trained([False, False, False, True, True])
+    assert len(found) == len(expected) == 7
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert not torch.equal(trained([False, False])[0], expected[0])
 
 
 # Logs
@@ -135,7 +204,7 @@ def test_resumes_with_equal_or_freely_changed_settings(tmp_path: Path) -> None:
     assert find_start(cfg, 1).state.step == 4
     free = changed(
         cfg, train__steps=9999, checkpoint__every=3, sample__every=7, data__num_workers=0, train__batch_size=2,
-        train__accumulation=4, train__max_bad_steps=1, train__activation_checkpointing=False,
+        train__accumulation=4, train__max_bad_steps=1, train__activation_checkpointing="none",
     )  # fmt: skip
     assert find_start(free, 1).resumes
     assert find_start(changed(cfg, train__batch_size=2), 4).resumes

@@ -10,9 +10,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from opensora_repro.config import VaeConfig
+from opensora_repro.config import Config, DataConfig, VaeConfig
 from opensora_repro.models.pretrained import ModelNotFound
 from opensora_repro.models.vae import SD_LATENT_SCALE, FrameVAE, load_vae
+from opensora_repro.training.planning.encoders import frozen_sizes
+from tests.live_bytes import LiveBytes
 from tests.tiny_models import TINY_LATENT_CHANNELS, TINY_STRIDE, make_tiny_vae
 
 
@@ -47,6 +49,36 @@ def test_encoding_is_frame_by_frame_bit_for_bit(folder: Path, vae: FrameVAE) -> 
     changed[:, 3] = -changed[:, 3]
     difference = (vae.encode_moments(changed) != moments).flatten(2).any(dim=2).any(dim=0)
     assert difference.tolist() == [False, False, False, True, False, False, False]
+
+
+def test_decoding_is_frame_by_frame_bit_for_bit(folder: Path) -> None:
+    latents = torch.randn(2, TINY_LATENT_CHANNELS, 5, 4, 6, generator=torch.Generator().manual_seed(2))
+    pixels = load(folder).decode(latents)
+    for micro_batch_size in (1, 2, 3, 16):
+        assert torch.equal(load(folder, micro_batch_size).decode(latents), pixels), micro_batch_size
+
+
+@pytest.mark.parametrize("way", ["encoding", "decoding"])
+def test_a_few_frames_at_a_time_take_less_memory(way: str, tmp_path: Path) -> None:
+    """As much as the planner says, for an autoencoder of the published proportions."""
+    from diffusers import AutoencoderKL
+
+    widths, norms = (16, 32, 64, 64), 4
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    vae = AutoencoderKL(block_out_channels=widths, layers_per_block=2, norm_num_groups=norms, **kinds)
+    vae.save_pretrained(tmp_path)
+    side, frames = 64, 8
+    video, latents = torch.zeros(3, frames, side, side), torch.zeros(1, 4, frames, side // 8, side // 8)
+    for at_once in (2, 4, 8):
+        loaded = load(tmp_path, at_once)
+        given = [*loaded.vae.state_dict().values(), video, latents]
+        with LiveBytes(besides=given) as live:
+            loaded.encode_moments(video) if way == "encoding" else loaded.decode(latents)
+        cfg = Config(data=DataConfig(num_frames=frames, height=side, width=side), vae=VaeConfig(str(tmp_path), at_once))
+        planned = frozen_sizes(cfg)
+        values = planned.encoding_values if way == "encoding" else planned.decoding_values
+        results = 4 * (8 * frames * (side // 8) ** 2 if way == "encoding" else 3 * frames * side**2)
+        assert live.peak == pytest.approx(4 * values + results, rel=0.1)
 
 
 def test_moments_are_the_librarys(vae: FrameVAE) -> None:

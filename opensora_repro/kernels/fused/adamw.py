@@ -1,7 +1,7 @@
-"""AdamW over many float32 tensors in one launch, with the gradients' factor and the weights' average in the same pass.
+"""AdamW over many float32 tensors in one launch, with the gradients' scale and the weights' average in the same pass.
 
 The kernel finds its tensors in a table of addresses; each program works on a piece of one of them. Tables of what stays
-the same from step to step are kept on the device.
+the same from step to step are kept on the device, and the others reach it without anybody waiting.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from opensora_repro.kernels.fused.rows import power_of_two
+from opensora_repro.kernels.transfer import to_device
 
 BLOCK = 1024  # elements at once
 STEPS = 16  # blocks a program works on, at most
@@ -27,13 +28,14 @@ def adamw(
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[float],
+    steps: Sequence[Tensor],
     *,
     lr: float,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-    factor: float = 1.0,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
     averages: Sequence[Tensor] = (),
     average_weight: float = 0.0,
     copies: Sequence[Tensor] = (),
@@ -46,15 +48,18 @@ def adamw(
     for tensors in (params, exp_avgs, exp_avg_sqs, averages, copies):
         assert all(x.is_contiguous() for x in tensors)
     assert all(x.dtype == torch.float32 for x in (*params, *exp_avgs, *exp_avg_sqs, *averages))
-    pointers = torch.tensor(addresses).to(device)  # gradients are new ones at every step
-    corrections = [(lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** -0.5) for step in steps]
+    pointers = to_device(torch.tensor(addresses), device)  # gradients are new ones at every step
+    counts = torch.stack(list(steps)).double()
+    rates, spreads = lr / (1 - betas[0] ** counts), (1 - betas[1] ** counts) ** -0.5
     numels = tuple(param.numel() for param in params)
     num_steps = min(STEPS, power_of_two(-(-max(numels) // BLOCK)))
     owners, starts, sizes = _pieces(numels, num_steps * BLOCK, device)
     if len(owners):
         _step[(len(owners),)](
-            pointers, torch.tensor(corrections, dtype=torch.float32).to(device), owners, starts, sizes, len(params),
-            factor, 1 - lr * weight_decay, betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps, average_weight,
+            pointers, torch.stack([rates, spreads], dim=1).float(), owners, starts, sizes, len(params),
+            torch.ones((), device=device) if grad_scale is None else grad_scale,
+            torch.zeros((), device=device) if found_inf is None else found_inf,
+            1 - lr * weight_decay, betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps, average_weight,
             GRADIENT=_only_type(grads), COPY=_only_type(copies) if copies else tl.float32,
             AVERAGED=bool(averages), COPIED=bool(copies),
             ALIGNED=all(address % ALIGNMENT == 0 for row in addresses for address in row),
@@ -86,14 +91,16 @@ def _tensor(pointers, row, count, owner, TYPE: tl.constexpr, ALIGNED: tl.constex
 
 @triton.jit
 def _step(
-    pointers, corrections, owners, starts, sizes, count,
-    factor, keep, beta1, rest1, beta2, rest2, eps, average_weight,
+    pointers, corrections, owners, starts, sizes, count, grad_scale, found_inf,
+    keep, beta1, rest1, beta2, rest2, eps, average_weight,
     GRADIENT: tl.constexpr, COPY: tl.constexpr, AVERAGED: tl.constexpr, COPIED: tl.constexpr, ALIGNED: tl.constexpr,
     STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     owner = tl.load(owners + tl.program_id(0))
     start = tl.multiple_of(tl.load(starts + tl.program_id(0)), 16)
     left = tl.load(sizes + owner) - start
+    left = tl.where(tl.load(found_inf) == 0, left, 0)  # of a skipped step nothing is left to do
+    factor = 1 / tl.load(grad_scale)
     rate = tl.load(corrections + 2 * owner)  # lr / (1 - beta1 ** step)
     spread = tl.load(corrections + 2 * owner + 1)  # 1 / sqrt(1 - beta2 ** step)
     param = _tensor(pointers, 0, count, owner, tl.float32, ALIGNED) + start

@@ -54,8 +54,9 @@ class _NormModulate(torch.autograd.Function):
         mean, rstd = torch.empty(2, len(x), x[0, ..., 0].numel(), dtype=torch.float32, device=x.device).unbind(0)
         if x.numel():
             _launch_forward(x, gate, y, shift, scale, eps, total, normed, mean, rstd)
-        ctx.save_for_backward(total, gate, y, scale, mean, rstd)
-        ctx.x_dtype, ctx.shift_dtype = x.dtype, shift.dtype
+        # Without a gate, whose gradient it makes, the branch itself is not needed.
+        ctx.save_for_backward(total, gate, y if gate is not None else None, scale, mean, rstd)
+        ctx.x_dtype, ctx.y_dtype, ctx.shift_dtype = x.dtype, None if y is None else y.dtype, shift.dtype
         ctx.set_materialize_grads(False)
         return None if y is None else total, normed
 
@@ -67,8 +68,8 @@ class _NormModulate(torch.autograd.Function):
         dnormed = torch.zeros_like(total) if dnormed is None else adjacent(dnormed)
         dtotal = None if dtotal is None else adjacent(dtotal)
         dx = torch.empty(total.shape, dtype=ctx.x_dtype, device=total.device)
-        shared = gate is None and y is not None and y.dtype == dx.dtype  # then the two are the same numbers
-        dy = None if y is None else dx if shared else torch.empty(y.shape, dtype=y.dtype, device=y.device)
+        shared = gate is None and ctx.y_dtype == dx.dtype  # then the two are the same numbers
+        dy = None if ctx.y_dtype is None else dx if shared else torch.empty_like(dx, dtype=ctx.y_dtype)
         tiles = cut(mean.shape[1], power_of_two(channels), samples, long=True)
         sums = partial_sums(2 if gate is None else 3, samples, tiles, channels, total)
         if total.numel():

@@ -132,7 +132,7 @@ def make_budget(cfg: Config, question: Question) -> Budget:
 
 def step_flops(cfg: Config, products: Products, frozen: FrozenSizes, samples: int) -> tuple[float, float, float]:
     """For so many samples: the model's forward and backward, what is computed again, and the encoders'."""
-    again = products.recomputed_flops if cfg.train.activation_checkpointing else 0
+    again = products.recomputed_flops(cfg.train.activation_checkpointing)
     encoding = 0.0 if cfg.data.cache else frozen.encode_flops + frozen.text_flops
     return float(samples * products.training_flops), float(samples * again), samples * encoding
 

@@ -39,7 +39,7 @@ def frozen_sizes(cfg: Config) -> FrozenSizes:
     vae = {**PUBLISHED_VAE, **read_model_config(cfg.vae.path)}
     text = {**PUBLISHED_T5, **read_model_config(cfg.text.path)}
     height, width, frames = cfg.data.height, cfg.data.width, cfg.data.num_frames
-    at_once = max(2, min(cfg.vae.micro_batch_size, frames))  # a lone frame runs twice
+    at_once = min(cfg.vae.micro_batch_size, frames)
     values = at_once * height * width * vae["block_out_channels"][0]
     encoder, decoder = list(_encoder(vae)), list(_decoder(vae))
     return FrozenSizes(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from opensora_repro.models.config import DiTConfig, STDiTConfig
+from opensora_repro.models.config import DiTConfig, STDiTConfig, is_dear
 from opensora_repro.training.planning.parameters import (
     TIMESTEP_CHANNELS,
     caption_weights,
@@ -28,6 +28,7 @@ class Products:
     blocks: int
     outside: int  # embedders and the final layer
     inputs: int  # of `outside`: layers that read data, of which a backward pass wants no gradient
+    dear: int = 0  # of `blocks`: whose results selective activation checkpointing keeps
 
     @property
     def forward_flops(self) -> int:
@@ -38,10 +39,9 @@ class Products:
         """Forward and backward: the model FLOPs that utilisation is measured by."""
         return 2 * (3 * (self.blocks + self.outside) - self.inputs)
 
-    @property
-    def recomputed_flops(self) -> int:
-        """What activation checkpointing adds: every block's forward pass once more."""
-        return 2 * self.blocks
+    def recomputed_flops(self, checkpointing: str) -> int:
+        """What activation checkpointing adds: of every block's forward pass, what is not kept."""
+        return 2 * {"none": 0, "selective": self.blocks - self.dear, "full": self.blocks}[checkpointing]
 
 
 def forward_products(cfg: STDiTConfig | DiTConfig, grid: Grid) -> Products:
@@ -58,7 +58,21 @@ def _stdit_products(cfg: STDiTConfig, grid: Grid) -> Products:
     inputs = tokens * patch * cfg.in_channels + sinusoids + text * cfg.caption_channels * dim
     outside = tokens * patch * (cfg.in_channels + cfg.out_channels) + text * caption_weights(cfg)
     outside += timestep_weights(cfg) + 3 * size_weights(cfg)  # of height, width and their ratio
-    return Products(cfg.depth * block, outside, inputs)
+    return Products(cfg.depth * block, outside, inputs, cfg.depth * _dear_products(cfg, grid))
+
+
+def attended(cfg: STDiTConfig, grid: Grid) -> tuple[int, ...]:
+    """Tokens that a token looks at in each of a block's attentions."""
+    own = (grid.places, grid.frames) if cfg.temporal_attention else (grid.tokens,)
+    return (*own, cfg.model_max_length)
+
+
+def _dear_products(cfg: STDiTConfig, grid: Grid) -> int:
+    """Of one block; as models/recompute.py decides, call by call."""
+    dim, wide = cfg.hidden_size, mlp_width(cfg)
+    found = dim * wide if is_dear(wide, dim) else 0
+    found += sum(2 * dim * seen for seen in attended(cfg, grid) if is_dear(2 * seen, dim))
+    return grid.tokens * found
 
 
 def _dit_products(cfg: DiTConfig, grid: Grid) -> Products:

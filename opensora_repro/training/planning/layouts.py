@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from opensora_repro.config import Config, ConfigError, ParallelConfig, check_config
+from opensora_repro.models.config import ACTIVATION_CHECKPOINTING
 from opensora_repro.parallel.errors import EngineError
 from opensora_repro.parallel.mesh import Mesh
 from opensora_repro.training.planning.encoders import FrozenSizes
@@ -19,17 +20,16 @@ SIZES = (1, 2, 4, 8)  # of tensor and sequence parallelism; more than a machine'
 
 @dataclass(frozen=True)
 class Fit:
-    """A layout, what one process needs with and without activation checkpointing, and why it does not fit, if so.
+    """A layout, what one process needs with each kind of activation checkpointing, and why it does not fit, if so.
 
-    `memory` holds for the config's own train.activation_checkpointing; it and both peaks (bytes) are missing where
-    the layout is impossible.
+    `memory` holds for the config's own train.activation_checkpointing; it and the peaks (bytes) are missing where the
+    layout is impossible.
     """
 
     overrides: str
     parallel: ParallelConfig
     memory: Memory | None = None
-    checkpointed_peak: float | None = None
-    plain_peak: float | None = None
+    peaks: dict[str, float] = field(default_factory=dict)
     refused: str = ""
 
     @property
@@ -60,20 +60,23 @@ class Fitter:
             mesh = Mesh(0, self.gpus, parallel.tp_size, parallel.sp_size)
         except (ConfigError, EngineError) as error:
             return Fit(overrides, parallel, refused=str(error))
-        with_, without = (self._memory(cfg, mesh, checkpointing) for checkpointing in (True, False))
-        memory = with_ if cfg.train.activation_checkpointing else without
-        return Fit(overrides, parallel, memory, with_.peak, without.peak, self._too_much(memory))
+        memory = {kind: self._memory(cfg, mesh, kind) for kind in ACTIVATION_CHECKPOINTING}
+        peaks = {kind: found.peak for kind, found in memory.items()}
+        own = memory[cfg.train.activation_checkpointing]
+        return Fit(overrides, parallel, own, peaks, too_much(own, self.gpu))
 
-    def _memory(self, cfg: Config, mesh: Mesh, checkpointing: bool) -> Memory:
-        return step_memory(
-            cfg, self.grid, self.parameters, self.frozen, mesh, checkpointing=checkpointing, encodes=self.encodes
-        )
+    def _memory(self, cfg: Config, mesh: Mesh, checkpointing: str) -> Memory:
+        train = dataclasses.replace(cfg.train, activation_checkpointing=checkpointing)
+        cfg = dataclasses.replace(cfg, train=train)
+        return step_memory(cfg, self.grid, self.parameters, self.frozen, mesh, encodes=self.encodes)
 
-    def _too_much(self, memory: Memory) -> str:
-        usable = self.gpu.usable_bytes
-        if memory.peak <= usable:
-            return ""
-        return f"needs {memory.peak / GIB:.1f} GiB of the {usable / GIB:.1f} GiB usable on a {self.gpu.name}"
+
+def too_much(memory: Memory, gpu: Gpu) -> str:
+    """Why it does not fit into the GPU; empty where it does."""
+    usable = gpu.usable_bytes
+    if memory.peak <= usable:
+        return ""
+    return f"needs {memory.peak / GIB:.1f} GiB of the {usable / GIB:.1f} GiB usable on a {gpu.name}"
 
 
 def candidates(cfg: Config, gpus: int) -> Iterator[ParallelConfig]:

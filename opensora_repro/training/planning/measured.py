@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from opensora_repro.config import Config, ConfigError, load_config
+from opensora_repro.config import Config, ConfigError, load_recorded
 from opensora_repro.data.files import one_line
 from opensora_repro.training.metrics import METRICS_FILE, JsonLines
 from opensora_repro.training.planning.budget import step_flops
@@ -45,7 +45,7 @@ def _of_run(path: Path, gpu: Gpu) -> float:
     """The median step's FLOPs a second over the peak of its processes' GPUs; encoders work, too, unless cached."""
     if not (path.parent / CONFIG_FILE).is_file():
         raise ConfigError(f"--measured {one_line(path)}: the run's {CONFIG_FILE} is not beside it")
-    cfg = load_config(path.parent / CONFIG_FILE)
+    cfg = load_recorded(path.parent / CONFIG_FILE)
     lines = [(line.get("samples"), line.get("seconds")) for line in JsonLines(path).read()]
     steps = [(n, s) for n, s in lines if isinstance(n, int) and isinstance(s, float | int) and n > 0 and s > 0]
     if len(steps) <= FIRST_STEPS:

@@ -7,13 +7,15 @@ Memory that a device's libraries take for themselves is not in here, see gpus.py
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
 from opensora_repro.config import Config, ParallelConfig
-from opensora_repro.models.config import STDiTConfig
+from opensora_repro.models.config import STDiTConfig, is_dear
 from opensora_repro.parallel.mesh import Mesh
 from opensora_repro.training.planning.encoders import FrozenSizes
+from opensora_repro.training.planning.flops import attended
 from opensora_repro.training.planning.parameters import (
     block_weights,
     cut_parameters,
@@ -25,8 +27,10 @@ from opensora_repro.training.planning.sizes import Grid
 
 FLOAT = 4  # bytes: of weights, of the residual stream, of norms
 HALF = 2
+VISIT, VISITING_PARTS = 2**24, 3  # moments in host memory come in such parts, see training/host_memory.py
 # Float32 tensors as large as the latents that the loss saves for its own backward pass, and how many are alive at its
 # largest moment (both counted on a CPU)
+IN_TRANSIT = 2  # blocks' inputs on the way to host memory, or the last ones, which stay
 LOSS_LATENTS = {"iddpm": (14.5, 31.5), "flow": (1.0, 7.0)}
 
 
@@ -49,8 +53,13 @@ class Activations:
     backward_peak: float  # at its begin, when hardly any gradient exists
     backward_end: float  # in the first block, where all gradients but its own and the embedders' exist, less those
 
-    def peak_with(self, gradients: float, *, lasting: bool) -> float:
-        """The largest moment, gradients included; `lasting` ones are there from the start."""
+    def peak_with(self, gradients: float, *, lasting: bool, freed: bool) -> float:
+        """The largest moment, gradients included.
+
+        `lasting` ones are there from the start; where they are `freed` one by one, hardly any ever exists.
+        """
+        if freed:
+            return max(self.forward_peak, self.backward_peak)
         if lasting:
             return gradients + max(self.forward_peak, self.backward_peak)
         return max(self.forward_peak, self.backward_peak, gradients + max(self.backward_end, 0))
@@ -71,8 +80,18 @@ class Memory:
 # From step to step
 
 
-def state_bytes(cfg: STDiTConfig, parameters: int, parallel: ParallelConfig, mesh: Mesh) -> States:
-    """Weights, gradients, Adam's two moments and the average are float32, and spread as the plugin does."""
+def state_bytes(
+    cfg: STDiTConfig, parameters: int, parallel: ParallelConfig, mesh: Mesh, *, offload: bool = False
+) -> States:
+    """Weights, gradients, Adam's two moments and the average are float32, and spread as the plugin does.
+
+    With `offload`, moments and average lie in host memory.
+    """
+    states = _spread(cfg, parameters, parallel, mesh)
+    return dataclasses.replace(states, optimizer=0.0, average=0.0) if offload else states
+
+
+def _spread(cfg: STDiTConfig, parameters: int, parallel: ParallelConfig, mesh: Mesh) -> States:
     if parallel.plugin == "gemini":  # bfloat16 weights, in whose place the gradients come, and float32 copies of both
         share = parameters / mesh.world_size
         return States((HALF + FLOAT) * share, FLOAT * share, 2 * FLOAT * share, FLOAT * share)
@@ -92,16 +111,19 @@ def activation_bytes(
     batch_size: int,
     *,
     dtype: str,
-    checkpointing: bool,
+    checkpointing: str,
+    offload: bool = False,
     objective: str = "iddpm",
     tp_size: int = 1,
     sp_size: int = 1,
     device: str = "cuda",
+    fused: bool = False,
     half_weights: bool = False,
 ) -> Activations:
     """`grid` is a whole sample's. `half_weights`: the weights are bfloat16 themselves (Gemini), not cast to it.
 
-    `device` matters for one rule of autocast: CUDA widens what is added to the float32 stream before it is saved.
+    `offload`: what checkpointing keeps of blocks' inputs lies elsewhere. `device` matters for one rule of autocast
+    without `fused` kernels: CUDA widens what is added to the float32 stream before it is saved.
     """
     tokens = batch_size * -(-grid.frames // sp_size) * grid.places
     half = dtype == "bf16"
@@ -109,13 +131,17 @@ def activation_bytes(
         cfg,
         batch_size,
         tokens,
+        tuple(2 * seen for seen in attended(cfg, grid)),
         tp_size,
         loss_latents=LOSS_LATENTS[objective],
         compute=HALF if half else FLOAT,
-        gated=HALF if half and device == "cpu" else FLOAT,
+        gated=HALF if half and (fused or device == "cpu") else FLOAT,
         copies=half and not half_weights,
+        fused=fused,
     )
-    return _with_checkpointing(block) if checkpointing else _without_checkpointing(block)
+    if checkpointing == "none":
+        return _without_checkpointing(block)
+    return _with_checkpointing(block, selective=checkpointing == "selective", offload=offload)
 
 
 @dataclass(frozen=True)
@@ -125,11 +151,13 @@ class _Block:
     cfg: STDiTConfig
     batch_size: int
     tokens: int  # of the micro-batch, on this process
+    attention_products: tuple[int, ...]  # multiplications for one value of each of a block's attentions
     tp_size: int
     loss_latents: tuple[float, float]
     compute: int  # bytes of a value that matrices multiply
     gated: int  # of a branch's output, kept for its gate's gradient
     copies: bool  # autocast's bfloat16 copies of the weights
+    fused: bool  # kernels
 
     @property
     def stream(self) -> float:
@@ -151,13 +179,24 @@ class _Block:
 
         Spatial: input, its norm, the modulated norm, queries, keys and values, their result, the projection. Temporal:
         the reordered input, then as before. Cross: input, queries, result. MLP: as spatial, with two wide tensors.
+        Fused kernels compute norms again from their inputs.
         """
         attentions = 2 if self.cfg.temporal_attention else 1
         whole = attentions + 2  # what enters the matrices of each branch
         cut = attentions * 4 + 2
         gated = (attentions + 1) * self.gated * self.tokens * self.cfg.hidden_size
         wide = self.values(2 * self.widening)
-        return 4 * self.stream + self.values(whole + cut / self.tp_size) + gated + wide + self._small + self.weights
+        streams = (2 if self.fused else 4) * self.stream
+        return streams + self.values(whole + cut / self.tp_size) + gated + wide + self._small + self.weights
+
+    @property
+    def dear(self) -> float:
+        """Of these, what selective checkpointing keeps, see models/recompute.py: the MLP's result, long attentions."""
+        cfg = self.cfg
+        longest = sum(is_dear(products, cfg.hidden_size) for products in self.attention_products)
+        log_sums = FLOAT * self.tokens * cfg.num_heads
+        last = is_dear(mlp_width(cfg) // self.tp_size, cfg.hidden_size)
+        return self.values(last) + longest * (self.values(1) + log_sums) / self.tp_size
 
     @property
     def _small(self) -> float:
@@ -198,7 +237,7 @@ class _Block:
     @property
     def final(self) -> float:
         """Of these, what the final layer keeps; it is gone when the last block's backward pass begins."""
-        return 2 * self.stream + self.values(1) + 2 * FLOAT * self.tokens
+        return (1 if self.fused else 2) * self.stream + self.values(1) + 2 * FLOAT * self.tokens
 
     @property
     def last_gradients(self) -> float:
@@ -228,15 +267,17 @@ def _without_checkpointing(block: _Block) -> Activations:
     return Activations(kept + block.loss, kept + block.loss_peak, begin, end)
 
 
-def _with_checkpointing(block: _Block) -> Activations:
-    """A block keeps its input alone, and runs again when its gradients are due."""
+def _with_checkpointing(block: _Block, *, selective: bool, offload: bool) -> Activations:
+    """A block keeps its input and what is dear, and runs again when its gradients are due."""
     depth = block.cfg.depth
-    kept = depth * block.stream + block.ends
+    dear = block.dear if selective else 0.0
+    inputs = min(depth, IN_TRANSIT) if offload else depth
+    kept = inputs * block.stream + depth * dear + block.ends
     # Autocast forgets its copies at the end of the forward pass; until then there is one of every matrix.
-    in_forward = depth * (block.stream + block.weights) + block.ends - block.final
+    in_forward = inputs * block.stream + depth * (dear + block.weights) + block.ends - block.final
     in_forward += block.stream + block.values(1 + 2 * block.widening)  # in the last block's MLP
     again = block.kept - block.stream + block.backward_extra
-    begin = max(kept + block.final_extra, kept - block.final + again)
+    begin = max(kept + block.final_extra, kept - block.final + again - dear)
     end = block.ends - block.final + block.stream + again - block.last_gradients
     return Activations(kept + block.loss, max(in_forward, kept + block.loss_peak), begin, end)
 
@@ -252,33 +293,44 @@ def step_memory(
     frozen: FrozenSizes,
     mesh: Mesh,
     *,
-    checkpointing: bool,
     encodes: bool,
     device: str = "cuda",
 ) -> Memory:
     """Of one process. `encodes`: autoencoder and text encoder stay loaded while the model trains."""
-    parallel = cfg.parallel
-    states = state_bytes(cfg.model, parameters, parallel, mesh)
+    parallel, train = cfg.parallel, cfg.train
+    states = state_bytes(cfg.model, parameters, parallel, mesh, offload=cfg.optim.offload)
     activations = activation_bytes(
         cfg.model,
         grid,
-        cfg.train.batch_size,
-        dtype=cfg.train.dtype,
-        checkpointing=checkpointing,
+        train.batch_size,
+        dtype=train.dtype,
+        checkpointing=train.activation_checkpointing,
+        offload=train.offload_activations,
         objective=cfg.diffusion.objective,
         tp_size=mesh.tp_size,
         sp_size=mesh.sp_size,
         device=device,
+        fused=device == "cuda" and train.kernels != "eager",
         half_weights=parallel.plugin == "gemini",
     )
     size = HALF if cfg.train.dtype == "bf16" and device == "cuda" else FLOAT
-    encoders = encoding = 0.0
+    encoders = encoding = beside = 0.0
     if encodes:
         text = 0 if cfg.text.offload else frozen.text_parameters
         encoders = float(size * (frozen.vae_parameters + text))
         encoding = float(size * (frozen.decoding_values if cfg.sample.every else frozen.encoding_values))
+        if cfg.train.overlap and not cfg.data.cache and device == "cuda":  # a CPU encodes between its steps
+            beside = float(size * frozen.encoding_values)
     # Other processes' sums, or a second micro-batch, need gradients that stay.
     lasting = mesh.world_size > 1 or cfg.train.accumulation > 1
-    working = max(activations.peak_with(states.gradients, lasting=lasting), encoding + lasting * states.gradients)
+    stepping = activations.peak_with(states.gradients, lasting=lasting, freed=cfg.optim.in_backward) + beside
+    # While averaged weights are in their place, for samples and validation, the trained ones wait beside.
+    evaluates = cfg.sample.every > 0 or cfg.validation.every > 0
+    aside = states.weights if evaluates and not cfg.optim.offload else 0.0
+    working = max(stepping, encoding + max(lasting * states.gradients, aside))
+    if cfg.optim.offload:
+        parts = VISITING_PARTS if device == "cuda" else 1
+        moments = _spread(cfg.model, parameters, parallel, mesh).optimizer
+        working = max(working, states.gradients + min(moments, parts * 2 * FLOAT * VISIT))
     peak = states.weights + states.optimizer + states.average + encoders + working
     return Memory(states, activations, encoders, encoding, peak)

@@ -6,8 +6,10 @@ import dataclasses
 from typing import Any
 
 from opensora_repro.config import Config
+from opensora_repro.models.config import ACTIVATION_CHECKPOINTING
 from opensora_repro.training.planning.budget import SECONDS_AN_HOUR, Budget
-from opensora_repro.training.planning.gpus import GIB
+from opensora_repro.training.planning.gpus import GIB, Gpu
+from opensora_repro.training.planning.layouts import too_much
 from opensora_repro.training.planning.memory import Memory
 
 DAY = 24 * SECONDS_AN_HOUR
@@ -59,8 +61,7 @@ def _memory(cfg: Config, budget: Budget) -> list[str]:
     fit = budget.configured
     if fit.memory is None:
         return [f"impossible: {fit.refused}"]
-    assert fit.checkpointed_peak is not None and fit.plain_peak is not None
-    memory, usable = fit.memory, budget.gpu.usable_bytes
+    memory = fit.memory
     rows = {
         "weights": memory.states.weights,
         "gradients": memory.states.gradients,
@@ -74,22 +75,21 @@ def _memory(cfg: Config, budget: Budget) -> list[str]:
         "activations": f"{size(memory.activations.kept)} of them between forward and backward",
         "encoding": "while nothing is trained",
     }
-    on = cfg.train.activation_checkpointing
-    kind = "with" if on else "without"
-    other = f"{size(fit.plain_peak if on else fit.checkpointed_peak)} {'without' if on else 'with'} it"
-    fits = "fits" if fit.fits else "does NOT fit"
+    kind = cfg.train.activation_checkpointing
+    others = ", ".join(f"{size(peak)} with {name!r}" for name, peak in fit.peaks.items() if name != kind)
     lines = [f"{name:<12}{size(value):>10}  {notes.get(name, '')}".rstrip() for name, value in rows.items()]
-    lines.append(f"{'at most':<12}{size(memory.peak):>10}  at one time, {kind} activation checkpointing; {other}")
-    lines.append(f"{fits} into the {size(usable)} usable of a {budget.gpu.name} ({budget.gpu.memory_gib:g} GB)")
+    lines.append(f"{'at most':<12}{size(memory.peak):>10}  at one time, activation checkpointing '{kind}'; {others}")
+    lines.append(verdict(memory, budget.gpu))
     return lines
 
 
 def _layouts(cfg: Config, budget: Budget) -> list[str]:
     smallest = budget.smallest
-    lines = [f"{'checkpointing':>13}  {'without':>10}  on {budget.gpus} x {budget.gpu.name}"]
+    lines = ["".join(f"{kind:>10}" for kind in ACTIVATION_CHECKPOINTING) + "  activation checkpointing"]
     for fit in budget.layouts:
         mark = "fits" if fit.fits else fit.refused
-        lines.append(f"{_peak(fit.checkpointed_peak):>13}  {_peak(fit.plain_peak):>10}  {fit.overrides}: {mark}")
+        peaks = "".join(f"{_peak(fit.peaks.get(kind)):>10}" for kind in ACTIVATION_CHECKPOINTING)
+        lines.append(f"{peaks}  {fit.overrides}: {mark}")
     if smallest is not None:
         return [*lines, f"smallest that fits: {smallest.overrides}"]
     lines.append(f"none fits on {budget.gpus} x {budget.gpu.name}: {_advice(cfg, budget)}")
@@ -98,9 +98,10 @@ def _layouts(cfg: Config, budget: Budget) -> list[str]:
 
 def _advice(cfg: Config, budget: Budget) -> str:
     usable = budget.gpu.usable_bytes
-    helped = [fit for fit in budget.layouts if fit.checkpointed_peak and fit.checkpointed_peak <= usable]
-    if helped:
-        return f"with train.activation_checkpointing=true {helped[0].overrides} would"
+    for kind in ("selective", "full"):
+        helped = [fit for fit in budget.layouts if kind in fit.peaks and fit.peaks[kind] <= usable]
+        if helped:
+            return f"with train.activation_checkpointing={kind} {helped[0].overrides} would"
     wishes = ["lower train.batch_size"] * (cfg.train.batch_size > 1) + ["lower vae.micro_batch_size"]
     return ", or ".join([*wishes, "set text.offload=true", "take more or larger GPUs"])
 
@@ -116,7 +117,7 @@ def _time(budget: Budget) -> list[str]:
         + (f", costs {time.cost:,.2f}" if time.cost is not None else ""),
     ]
     if time.busy > 1:
-        lines.append("no GPU reaches that: give a lower --utilisation, or set train.activation_checkpointing=false")
+        lines.append("no GPU reaches that: give a lower --utilisation, or set train.activation_checkpointing=none")
     return lines
 
 
@@ -139,6 +140,11 @@ def _inference(cfg: Config, budget: Budget) -> list[str]:
         )
     lines.append(f"break-even  {found.break_even_clips:,.0f} {what}s take as many FLOPs as the training")
     return lines
+
+
+def verdict(memory: Memory, gpu: Gpu) -> str:
+    fits = "does NOT fit" if too_much(memory, gpu) else "fits"
+    return f"{fits} into the {size(gpu.usable_bytes)} usable of a {gpu.name} ({gpu.memory_gib:g} GB)"
 
 
 def memory_parts(memory: Memory) -> str:

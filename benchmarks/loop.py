@@ -1,0 +1,179 @@
+"""The real training loop with random weights, for measuring it: on samples that are read, or on ones made up."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opensora_repro.training.loop import Trainer
+
+if TYPE_CHECKING:
+    import torch
+
+    from opensora_repro.config import Config
+    from opensora_repro.data.dataset import BadSample, Clip
+    from opensora_repro.training.batch import Encoded
+    from opensora_repro.training.encode import Encoder
+    from opensora_repro.training.feed import Feed, Sample
+
+PUBLISHED_VAE: dict[str, Any] = {  # Stable Diffusion's
+    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4, "sample_size": 256,
+    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+}  # fmt: skip
+
+
+class MadeUp:
+    """A feed of samples that are made from their number alone."""
+
+    def __init__(self, make: Callable[[int], Clip | Encoded | BadSample], batch_size: int) -> None:
+        self.make, self.batch_size = make, batch_size
+
+    def batches(self, first: int, count: int) -> Iterator[list[Sample]]:
+        for number in range(first, first + count):
+            yield [(0, self.make(number * self.batch_size + i)) for i in range(self.batch_size)]
+
+
+class Loop(Trainer):
+    """Saves nothing, but waits for the device where a run would save."""
+
+    def _save(self) -> None:
+        self._await_device()
+
+
+class Strict(Loop):
+    """After the first steps, which fill tables that are kept, CUDA refuses every wait for the device."""
+
+    FREE_STEPS = 3
+
+    def _step(self) -> None:
+        import torch
+
+        strict = self.state.step >= self.FREE_STEPS
+        torch.cuda.set_sync_debug_mode("error" if strict else "default")
+        try:
+            super()._step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def build_loop(
+    cfg: Config, encoder: Encoder, feed: Feed, device: torch.device, *, kind: type[Trainer] = Loop
+) -> Trainer:
+    """A run of the torch engine from its first step on, without validation; its lines go to `run.dir`."""
+    import torch
+
+    from opensora_repro.diffusion.objective import build_objective
+    from opensora_repro.kernels import choice
+    from opensora_repro.models.stdit import STDiT
+    from opensora_repro.parallel.engine import TorchEngine
+    from opensora_repro.training.batch import BatchBuilder
+    from opensora_repro.training.checkpoint import TrainState
+    from opensora_repro.training.ema import Ema
+    from opensora_repro.training.metrics import RunLog
+    from opensora_repro.training.optim import build_optimizer
+    from opensora_repro.training.quarantine import Quarantine
+    from opensora_repro.training.save import CheckpointWriter
+    from opensora_repro.training.signals import StopSignals
+
+    run_dir, vae = Path(cfg.run.dir), encoder.vae
+    run_dir.mkdir(parents=True)
+    engine = TorchEngine(cfg.parallel, str(device))
+    torch.manual_seed(cfg.run.seed)
+    with device:
+        model = STDiT(cfg.model)
+    model.activation_checkpointing = cfg.train.activation_checkpointing
+    fused = choice.fused(model.x_embedder.proj.weight)
+    engine.prepare(model, build_optimizer(model, cfg.optim, fused=fused))
+    objective = build_objective(cfg.diffusion)
+    rows, columns = cfg.data.height // vae.spatial_stride, cfg.data.width // vae.spatial_stride
+    builder = BatchBuilder(
+        vae, objective, seed=cfg.run.seed, patch_size=cfg.model.patch_size,
+        drop_probability=cfg.model.class_dropout_prob,
+        latent_shape=(vae.latent_channels, cfg.data.num_frames, rows, columns),
+        text_shape=(cfg.model.model_max_length, cfg.model.caption_channels), device=engine.device,
+    )  # fmt: skip
+    return kind(
+        cfg=cfg, engine=engine, model=model, objective=objective, encoder=encoder, builder=builder,
+        ema=Ema(engine, cfg.ema.decay), feed=feed,
+        state=TrainState(global_batch_size=cfg.train.batch_size * cfg.train.accumulation),
+        writer=CheckpointWriter(run_dir, engine, "[run]\n", keep=1, background=False),
+        log=RunLog(run_dir, resumed_step=0, enabled=True),
+        quarantine=Quarantine(run_dir, num_samples=10, max_fraction=0.5), validator=None, stop=StopSignals(),
+    )  # fmt: skip
+
+
+def run_loop(trainer: Trainer) -> list[dict[str, Any]]:
+    """Train to the end; the lines of metrics.jsonl."""
+    with contextlib.closing(trainer):
+        trainer.run("loop")
+        lines = trainer.log.metrics.read()
+    trainer.engine.close()
+    return lines
+
+
+def times(lines: Sequence[dict[str, Any]], warmup: int) -> dict[str, float]:
+    """Median milliseconds of a step, and the share of all steps' time that was spent waiting for samples."""
+    measured = lines[warmup:]
+    seconds = [line["seconds"] for line in measured]
+    waited = sum(line["data_seconds"] for line in measured)
+    return {
+        "step_ms": round(1000 * statistics.median(seconds), 2),
+        "waiting_share": round(waited / sum(seconds), 4),
+    }
+
+
+def with_and_without_overlap(
+    cfg: Config, encoder: Encoder, feed: Feed, device: torch.device, *, warmup: int = 3
+) -> dict[str, Any]:
+    """Steps with the next micro-batch encoded beside them and with it encoded in turn; losses must agree."""
+    found: dict[str, Any] = {}
+    losses: dict[bool, list[float]] = {}
+    for overlap in (False, True):
+        run = replace(cfg.run, dir=f"{cfg.run.dir}/{'beside' if overlap else 'in turn'}")
+        lines = run_loop(
+            build_loop(replace(cfg, run=run, train=replace(cfg.train, overlap=overlap)), encoder, feed, device)
+        )
+        found["beside" if overlap else "in turn"] = times(lines, warmup)
+        losses[overlap] = [line["loss"] for line in lines]
+    gaps = [abs(a - b) / abs(b) for a, b in zip(losses[True], losses[False], strict=True)]
+    return {
+        **found,
+        "ratio": round(found["in turn"]["step_ms"] / found["beside"]["step_ms"], 3),
+        "largest_gap": max(gaps),
+    }
+
+
+def made_up_clip(number: int, frames: int, size: int) -> Clip:
+    import torch
+
+    from opensora_repro.data.dataset import Clip
+
+    generator = torch.Generator().manual_seed(number)
+    pixels = torch.randint(256, (frames, size, size, 3), dtype=torch.uint8, generator=generator)
+    return Clip(f"sample {number}", f"a red circle number {number}", pixels, False)
+
+
+def made_up_encoding(number: int, latents: Sequence[int], text: Sequence[int]) -> Encoded:
+    """`latents` is [C, T, h, w], `text` [L, Ct]."""
+    import torch
+
+    from opensora_repro.training.batch import Encoded
+
+    generator = torch.Generator().manual_seed(number)
+    moments = torch.randn(2 * latents[0], *latents[1:], generator=generator)
+    mask = torch.arange(text[0]) <= number % text[0]
+    return Encoded(f"sample {number}", moments, torch.randn(*text, generator=generator), mask)
+
+
+def random_vae(folder: Path) -> Path:
+    """Stable Diffusion's autoencoder with random weights, on disk: its time does not depend on them."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    AutoencoderKL(**PUBLISHED_VAE).save_pretrained(folder)
+    return folder

@@ -1,0 +1,82 @@
+"""Micro-batches ready for the model; the next one is made ready while the model trains on the one before."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from opensora_repro.data.dataset import BadSample, Clip
+from opensora_repro.data.sampler import interleave
+from opensora_repro.parallel.device import SideStream
+from opensora_repro.parallel.peers import Peers
+from opensora_repro.training.batch import Batch, BatchBuilder, Encoded
+from opensora_repro.training.encode import Encoder
+from opensora_repro.training.feed import Sample
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A micro-batch and what could not become part of it."""
+
+    batch: Batch
+    bad_samples: list[BadSample]  # those that this process has read
+    num_bad: int  # of all processes that work on this micro-batch
+
+
+class Assembler:
+    """Encodes what is not yet encoded, sets bad samples aside, draws the random numbers."""
+
+    def __init__(self, encoder: Encoder, builder: BatchBuilder, members: Peers) -> None:
+        """`members`: the processes that work on the same samples; each has read and encodes a share."""
+        self.encoder, self.builder, self.members = encoder, builder, members
+
+    def assemble(self, samples: list[Sample]) -> Ready:
+        """Collective among `members`."""
+        bad = [sample for _, sample in samples if isinstance(sample, BadSample)]
+        own = [(epoch, self._encoded(sample)) for epoch, sample in samples]
+        everyone = interleave(self.members.gather(own))
+        good = [(epoch, encoded) for epoch, encoded in everyone if encoded is not None]
+        batch = self.builder.build(good) if good else self.builder.stand_in()
+        return Ready(batch, bad, len(everyone) - len(good))
+
+    def _encoded(self, sample: Clip | Encoded | BadSample) -> Encoded | None:
+        if isinstance(sample, BadSample):
+            return None
+        encoded = sample if isinstance(sample, Encoded) else self.encoder.encode(sample)
+        return encoded if self.members.size == 1 else encoded.cpu()
+
+
+class ReadyBatches:
+    """A run's micro-batches in order. Whether they are made ready ahead changes when things are done, not what."""
+
+    def __init__(
+        self, samples: Iterator[list[Sample]], assembler: Assembler, device: torch.device, *, overlap: bool
+    ) -> None:
+        """`overlap`: assemble the next micro-batch on a stream of its own beside the training, not only fetch it."""
+        self._samples, self._assembler = samples, assembler
+        self._side = SideStream(device) if overlap else None
+        self._fetched: list[Sample] | None = None
+        self._ready: Ready | None = None
+        self.seconds_waited = 0.0  # for samples to be read
+
+    def prepare(self) -> None:
+        """Called once the device has work: fetch the next micro-batch, and assemble it where that overlaps."""
+        started = time.perf_counter()
+        self._fetched = next(self._samples, None)
+        self.seconds_waited += time.perf_counter() - started
+        if self._side is not None and self._fetched is not None:
+            with self._side.entered():
+                self._ready = self._assembler.assemble(self._fetched)
+
+    def take(self) -> Ready:
+        """The micro-batch that the last `prepare` was for."""
+        assert self._fetched is not None
+        if self._side is None:
+            return self._assembler.assemble(self._fetched)
+        assert self._ready is not None
+        ready, self._ready = self._ready, None
+        self._side.hand_over(ready.batch.tensors())
+        return ready

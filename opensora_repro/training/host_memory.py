@@ -1,0 +1,142 @@
+"""What training needs once a step alone, in host memory: Adam's moments and the weights' average.
+
+A few tensors at a time visit the device for their update, which so gives the same numbers as it would at home.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+VISIT = 2**24  # elements of each kind that visit together, or one larger tensor's
+
+
+class HostAdamW(torch.optim.AdamW):
+    """torch's fused AdamW with its moments in host memory. Its state has the same names and values.
+
+    It takes `grad_scale` and `found_inf` as torch's own does.
+    """
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, **options, fused=True)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            params = [param for param in group["params"] if param.grad is not None]
+            parts = together(params)
+            states = [[self._state(param) for param in part] for part in parts]
+            moments = [[state[kind] for kind in ("exp_avg", "exp_avg_sq") for state in part] for part in states]
+            for part, found, there in zip(parts, states, visits(moments, params), strict=True):
+                adamw(
+                    part,
+                    [param.grad for param in part if param.grad is not None],
+                    there[: len(part)],
+                    there[len(part) :],
+                    [],
+                    [state["step"] for state in found],
+                    fused=True,
+                    grad_scale=self.grad_scale,
+                    found_inf=self.found_inf,
+                    amsgrad=False,
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    lr=group["lr"],
+                    weight_decay=group["weight_decay"],
+                    eps=group["eps"],
+                    maximize=False,
+                )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the states, by the parameters' numbers; the moments do not pass through the device."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        self.state.clear()
+        for number, values in state_dict["state"].items():
+            step = values["step"].to(params[number].device, torch.float32, copy=True)
+            moments = {kind: to_host(values[kind], params[number].device) for kind in ("exp_avg", "exp_avg_sq")}
+            self.state[params[number]] = {"step": step, **moments}
+
+    def _state(self, param: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[param]
+        if not state:
+            state["step"] = torch.zeros((), device=param.device)
+            state["exp_avg"] = _empty_host(param, param.device).zero_()
+            state["exp_avg_sq"] = _empty_host(param, param.device).zero_()
+        return state
+
+
+def to_host(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy in host memory, pinned where `device`, which it will visit, is a GPU."""
+    return _empty_host(tensor, device).copy_(tensor.detach())
+
+
+def _empty_host(like: Tensor, device: torch.device) -> Tensor:
+    try:
+        return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=device.type == "cuda")
+    except RuntimeError:  # the machine lets no more memory be pinned: copies take about twice as long
+        return torch.empty(like.shape, dtype=like.dtype, device="cpu")
+
+
+def together(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Neighbours in parts of up to `VISIT` elements."""
+    parts: list[list[Tensor]] = []
+    elements = VISIT
+    for tensor in tensors:
+        if elements + tensor.numel() > VISIT:
+            parts.append([])
+            elements = 0
+        parts[-1].append(tensor)
+        elements += tensor.numel()
+    return parts
+
+
+def visits(parts: Sequence[Sequence[Tensor]], beside: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Of each part of tensors in host memory, copies on the device of `beside`; what becomes of them is copied back.
+
+    On a GPU the next part comes and the one before leaves while one is worked on, so three are there at most; when
+    the iterator ends, all have left.
+    """
+    device = beside[0].device if beside else torch.device("cpu")
+    if device.type == "cuda":
+        yield from _overlapping_visits(parts, device)
+        return
+    for part in parts:
+        there = [tensor.to(device, copy=True) for tensor in part]
+        yield there
+        for host, tensor in zip(part, there, strict=True):
+            host.copy_(tensor)
+
+
+def _overlapping_visits(parts: Sequence[Sequence[Tensor]], device: torch.device) -> Iterator[list[Tensor]]:
+    coming, leaving = torch.cuda.Stream(device), torch.cuda.Stream(device)
+    main = torch.cuda.current_stream(device)
+
+    def begin(number: int) -> tuple[list[Tensor], torch.cuda.Event]:
+        with torch.cuda.stream(coming):
+            return [host.to(device, non_blocking=True) for host in parts[number]], coming.record_event()
+
+    ahead, left = begin(0) if parts else None, None
+    for number, part in enumerate(parts):
+        assert ahead is not None
+        there, arrived = ahead
+        main.wait_event(arrived)
+        if left is not None:
+            left.synchronize()  # else the host would run ahead and bring all parts at once
+        ahead = begin(number + 1) if number + 1 < len(parts) else None
+        yield there
+        leaving.wait_stream(main)
+        with torch.cuda.stream(leaving):
+            for host, tensor in zip(part, there, strict=True):
+                host.copy_(tensor, non_blocking=True)
+                tensor.record_stream(main)
+                tensor.record_stream(leaving)
+            left = leaving.record_event()
+    leaving.synchronize()

@@ -1,0 +1,77 @@
+"""A step's sums over all processes, and what follows from them: decided on the device, so that no step waits for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opensora_repro.kernels.transfer import to_device
+from opensora_repro.parallel.engine import Engine
+
+
+@dataclass
+class StepTotals:
+    """A step's sums over this data rank's micro-batches."""
+
+    loss: Tensor  # float64 scalar: sum of the good samples' losses
+    samples: int = 0
+    bad: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the host learns of a step."""
+
+    loss: float  # mean over the good samples
+    grad_norm: float  # of the mean loss's gradient
+    samples: int  # good ones, of all processes, as are the bad ones and the tokens
+    bad: int
+    tokens: int
+    stopping: bool  # a process was asked to stop
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Findings:
+        """From what `judge` has found."""
+        loss, norm, samples, bad, tokens, stopping = values
+        return Findings(loss, norm, int(samples), int(bad), int(tokens), bool(stopping))
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+    @property
+    def stepped(self) -> bool:
+        """Whether the weights have moved."""
+        return self.finite and self.samples > 0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How the optimizer takes the step, and what the host may learn of it; all on the device."""
+
+    factor: Tensor  # float32 []: multiplies the gradients
+    skip: Tensor  # float32 []: 1 where the step is not finite or has no good sample, else 0
+    findings: Tensor  # float64 [6], in the order of Findings
+
+
+def judge(engine: Engine, totals: StepTotals, *, stopping: bool, global_batch_size: int, clip_norm: float) -> Verdict:
+    """Collective. Gradients are of the mean over `global_batch_size` samples, as if all of them were good.
+
+    `clip_norm` 0: the norm is not clipped.
+    """
+    counts = torch.tensor([totals.samples, totals.bad, totals.tokens, stopping], dtype=torch.float64)
+    sums = torch.cat([totals.loss[None], to_device(counts, engine.device)])
+    sums /= engine.mesh.model_size  # as many ranks have counted the same samples
+    sums = engine.sum(torch.cat([sums, engine.squared_gradients()[None]]))
+    loss, samples, bad, tokens, stops, square = sums.unbind()
+    good = samples.clamp(min=1)
+    share = global_batch_size / good
+    loss, norm = loss / good, square.sqrt() * share
+    factor = share * (clip_norm / norm).clamp(max=1) if clip_norm else share
+    skip = ~(loss.isfinite() & norm.isfinite() & (samples > 0))
+    return Verdict(factor.float(), skip.float(), torch.stack([loss, norm, samples, bad, tokens, stops]))

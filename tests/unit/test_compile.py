@@ -1,0 +1,122 @@
+"""Blocks through torch.compile: the same numbers, one program for all blocks and for tokens of every size."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+
+from opensora_repro.config import Config, ConfigError, ParallelConfig, TrainConfig, check_config
+from opensora_repro.models.config import ACTIVATION_CHECKPOINTING, STDiTConfig
+from opensora_repro.models.stdit import STDiT
+from opensora_repro.training.compile import apply_compile, compiles
+
+SIZES = ((2, 4, 8, 8, 12), (3, 4, 8, 8, 9), (2, 5, 6, 10, 12), (4, 3, 12, 8, 5))  # samples, T, H, W, caption tokens
+TINY = STDiTConfig(hidden_size=32, depth=4, num_heads=2, caption_channels=16, model_max_length=12)
+
+
+@pytest.fixture(autouse=True)
+def forget_programs() -> Any:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def new_model(checkpointing: str = "none") -> STDiT:
+    torch.manual_seed(0)
+    model = STDiT(TINY)
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    model.activation_checkpointing = checkpointing
+    return model
+
+
+def outputs_and_gradients(model: STDiT, sizes: tuple[int, ...]) -> list[torch.Tensor]:
+    samples, frames, rows, columns, tokens = sizes
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, tokens + 1, (samples, 1), generator=generator)
+    out = model(
+        torch.randn(samples, 4, frames, rows, columns, generator=generator),
+        torch.rand(samples, generator=generator) * 1000,
+        torch.randn(samples, tokens, 16, generator=generator),
+        torch.arange(tokens)[None] < lengths,
+    )
+    model.zero_grad(set_to_none=True)
+    out.square().mean().backward()
+    return [out.detach(), *(parameter.grad for parameter in model.parameters())]
+
+
+def assert_alike(found: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float) -> None:
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
+
+
+KINDS = [("full", False), ("none", False), ("full", True), ("selective", False), ("selective", True)]
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "offload"),
+    [KINDS[0], *(pytest.param(*kind, marks=pytest.mark.exhaustive) for kind in KINDS[1:])],
+)
+def test_one_program_for_all_blocks_and_sizes(checkpointing: str, offload: bool) -> None:
+    """Selective checkpointing has another for tokens so many that their attention is dear."""
+    plain, compiled = new_model(checkpointing), new_model(checkpointing)
+    compiled.offload_activations = offload
+    compiled.compile_blocks(backend=CompileCounterWithBackend("aot_eager"), dynamic=True)
+    for sizes in SIZES:
+        assert_alike(outputs_and_gradients(compiled, sizes), outputs_and_gradients(plain, sizes), 1e-5)
+    assert counters["stats"]["unique_graphs"] == (2 if checkpointing == "selective" else 1)
+    assert not counters["graph_break"]
+
+
+@pytest.mark.exhaustive
+def test_sizes_that_change_are_compiled_twice_at_most() -> None:
+    """As a run does it: another number of samples, once sampling or the last batch needs it, and a third."""
+    model = new_model()
+    model.compile_blocks(backend=CompileCounterWithBackend("aot_eager"))
+    for samples in (2, 3, 4, 5):
+        outputs_and_gradients(model, (samples, 4, 8, 8, 12))
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_weights_keep_their_names() -> None:
+    model = new_model()
+    model.compile_blocks(backend="eager")
+    outputs_and_gradients(model, SIZES[0])
+    assert model.state_dict().keys() == new_model().state_dict().keys()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler's code for a CPU needs g++")
+@pytest.mark.parametrize("checkpointing", ACTIVATION_CHECKPOINTING)
+def test_the_compilers_own_code(checkpointing: str) -> None:
+    plain, compiled = new_model(checkpointing), new_model(checkpointing)
+    apply_compile(compiled, Config(train=TrainConfig(compile="on")))
+    for sizes in SIZES[:2]:
+        assert_alike(outputs_and_gradients(compiled, sizes), outputs_and_gradients(plain, sizes), 1e-4)
+
+
+def test_who_compiles() -> None:
+    def chosen(compile: str, device: str, **parallel: Any) -> bool:
+        cfg = Config(train=TrainConfig(compile=compile), parallel=ParallelConfig(**parallel))
+        return compiles(cfg, device)
+
+    pytest.importorskip("triton")
+    assert chosen("auto", "cuda") and chosen("auto", "cuda", engine="colossalai", plugin="zero1")
+    assert not chosen("auto", "cpu") and not chosen("off", "cuda")
+    assert not chosen("auto", "cuda", engine="colossalai", plugin="gemini")
+    assert not chosen("auto", "cuda", sp_size=2)
+    assert chosen("on", "cpu")
+
+
+def test_layouts_that_alter_the_blocks_are_refused() -> None:
+    layout = ParallelConfig(engine="colossalai", plugin="hybrid", tp_size=2)
+    with pytest.raises(ConfigError, match=r'train\.compile = "on": expected off or auto with'):
+        check_config(Config(train=TrainConfig(compile="on"), parallel=layout))
+    check_config(Config(parallel=layout))
