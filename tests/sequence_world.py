@@ -205,8 +205,13 @@ def check_sampling() -> Errors:
         drop_text = torch.tensor([False, False, True, True])
         with mode():
             wanted = model(*doubled, drop_text=drop_text)
-            ours = share_out(model)(*doubled, drop_text=drop_text)
+            guided = model(*doubled[:2], torch.cat([text, model.null_condition().expand_as(text)]), mask)
+            prepared = model.prepare_text(text, mask, null=model.null_condition())
+            shared = share_out(model)
+            ours = shared(*doubled, drop_text=drop_text)
+            ours_guided = shared(latents, timestep, prepared)
         errors[name] = worst({"": ours.detach()}, {"": wanted.detach()})
+        errors[f"{name}, prepared text"] = worst({"": ours_guided.detach()}, {"": guided.detach()})
     return errors
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from opensora_repro.diffusion.dpm_solver import ContinuousSchedule, dpm_solver_s
 from opensora_repro.diffusion.flow import NUM_TIMESTEPS, ModelFn
 from opensora_repro.diffusion.gaussian import GaussianDiffusion, linear_betas
 from opensora_repro.diffusion.objective import build_flow
+from opensora_repro.kernels.transfer import to_device
 
 if TYPE_CHECKING:
     from opensora_repro.config import DiffusionConfig
@@ -21,11 +22,13 @@ IDDPM_SAMPLERS = ("iddpm", "ddim", "dpm")
 NUM_GUIDED_CHANNELS = 3  # published models guide the first three noise channels under IDDPM (inherited from DiT)
 
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
+# (text, mask, null=the null caption or None) -> what the model takes in place of both; the null half follows the text
+PrepareText = Callable[..., Any]
 
 
 def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator], device: torch.device) -> Tensor:
     """Standard normal [B, *shape] on `device`, sample i from generator i alone, so that neighbours never matter."""
-    return torch.stack([torch.randn(tuple(shape), generator=g, device=g.device) for g in generators]).to(device)
+    return to_device(torch.stack([torch.randn(tuple(shape), generator=g, device=g.device) for g in generators]), device)
 
 
 def guided_model(
@@ -36,21 +39,35 @@ def guided_model(
     *,
     guidance: float,
     num_guided: int | None = None,
+    prepare_text: PrepareText | None = None,
 ) -> ModelFn:
     """Classifier-free guidance (Ho & Salimans 2022) in one forward of [conditional; null].
 
     The condition is text [B, L, Ct] or labels [B]; the null condition is one sample's, [L, Ct] or []. The null caption
     is cut by each prompt's own mask [B, L], as in the published model. The output's first `num_guided` channels (None:
     all) are guided; the others are the conditional half's. A guidance of 1 needs no null half.
+    With the model's `prepare_text` what it makes of the text alone is computed here, once, and both halves share their
+    latents.
     """
     if guidance == 1:
+        if prepare_text is not None:
+            condition, mask = prepare_text(condition, mask, null=None), None
         return lambda x, timestep: model(x, timestep, condition, mask)
-    both = torch.cat([condition, null_condition.to(condition).expand_as(condition)])
-    both_mask = None if mask is None else torch.cat([mask, mask])
+    if prepare_text is not None:
+        prepared = prepare_text(condition, mask, null=null_condition)
+
+        def both_halves(x: Tensor, timestep: Tensor) -> Tensor:
+            return model(x, timestep, prepared)
+
+    else:
+        both = torch.cat([condition, null_condition.to(condition).expand_as(condition)])
+        both_mask = None if mask is None else torch.cat([mask, mask])
+
+        def both_halves(x: Tensor, timestep: Tensor) -> Tensor:
+            return model(torch.cat([x, x]), torch.cat([timestep, timestep]), both, both_mask)
 
     def guided(x: Tensor, timestep: Tensor) -> Tensor:
-        out = model(torch.cat([x, x]), torch.cat([timestep, timestep]), both, both_mask)
-        cond, null = out.chunk(2)  # each [B, C_out, T, H, W]
+        cond, null = both_halves(x, timestep).chunk(2)  # each [B, C_out, T, H, W]
         mixed = null + guidance * (cond - null)
         return mixed if num_guided is None else torch.cat([mixed[:, :num_guided], cond[:, num_guided:]], dim=1)
 
@@ -97,7 +114,6 @@ def ddim_sample(
     return x
 
 
-@torch.no_grad()
 def sample_latents(
     model: Callable[..., Tensor],
     objective_cfg: DiffusionConfig,
@@ -112,10 +128,13 @@ def sample_latents(
     generators: Sequence[torch.Generator],
     num_tokens: int,
     progress: Progress | None = None,
+    prepare_text: PrepareText | None = None,
 ) -> Tensor:
     """Return float32 latents [B, *shape] on the condition's device.
 
     `condition` is text [B, L, Ct] with its `mask` [B, L], or labels [B]; `null_condition` is a single sample's.
+    `prepare_text` is the model's own, see `guided_model`; without it the model is called as in training, whatever
+    stands between.
     `shape` is (C, T, H, W) of one sample and `num_tokens` what the model makes of it (it sets the flow's shift).
     Sample i draws from `generators[i]` alone. `sampler` chooses among IDDPM's; flow models always use Euler steps.
     """
@@ -129,15 +148,20 @@ def sample_latents(
     def next_noise() -> Tensor:
         return draw_noise(shape, generators, condition.device)
 
-    num_guided = NUM_GUIDED_CHANNELS if sampler in ("iddpm", "ddim") else None
-    model_fn = guided_model(model, condition, mask, null_condition, guidance=guidance, num_guided=num_guided)
-    noise = next_noise()
-    if sampler == "euler":
-        times = build_flow(objective_cfg).sampling_times(steps, num_tokens)
-        return euler_sample(model_fn, noise, times, progress)
-    if sampler == "dpm":
-        return dpm_solver_sample(model_fn, noise, ContinuousSchedule(linear_betas()), steps, progress)
-    diffusion = GaussianDiffusion.spaced(steps)
-    if sampler == "ddim":
-        return ddim_sample(diffusion, model_fn, noise, progress=progress)
-    return iddpm_sample(diffusion, model_fn, noise, next_noise, progress=progress)
+    # What stands between may keep tensors that training goes on with, which inference mode would spoil.
+    with torch.inference_mode() if prepare_text is not None else torch.no_grad():
+        num_guided = NUM_GUIDED_CHANNELS if sampler in ("iddpm", "ddim") else None
+        model_fn = guided_model(
+            model, condition, mask, null_condition,
+            guidance=guidance, num_guided=num_guided, prepare_text=prepare_text,
+        )  # fmt: skip
+        noise = next_noise()
+        if sampler == "euler":
+            times = build_flow(objective_cfg).sampling_times(steps, num_tokens)
+            return euler_sample(model_fn, noise, times, progress)
+        if sampler == "dpm":
+            return dpm_solver_sample(model_fn, noise, ContinuousSchedule(linear_betas()), steps, progress)
+        diffusion = GaussianDiffusion.spaced(steps)
+        if sampler == "ddim":
+            return ddim_sample(diffusion, model_fn, noise, progress=progress)
+        return iddpm_sample(diffusion, model_fn, noise, next_noise, progress=progress)

@@ -149,12 +149,12 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_features, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        if fused(x) and _is_plain(self.fc1):
+        if fused(x) and is_plain(self.fc1):
             return self.fc2(ops.bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias))
         return self.fc2(ops.bias_gelu(self.fc1(x), None))
 
 
-def _is_plain(layer: nn.Linear) -> bool:
+def is_plain(layer: nn.Linear) -> bool:
     """Whether the layer is no more than its weight and bias: parallelism may have replaced it or wrapped these."""
     return type(layer) is nn.Linear and type(layer.bias) is nn.Parameter
 
@@ -182,44 +182,6 @@ class Attention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v)
         out = self.proj(eager.merge_heads(out, x.shape[1], x.shape[2], over))
         return rearrange(out, "(b s) 1 t d -> b t s d", b=samples) if self.over == "time" else out
-
-
-class CrossAttention(nn.Module):
-    """Tokens [B, T, S, D] attend to caption tokens [B, L, D]."""
-
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.q_linear = nn.Linear(hidden_size, hidden_size)
-        self.kv_linear = nn.Linear(hidden_size, 2 * hidden_size)
-        self.proj = nn.Linear(hidden_size, hidden_size)
-
-    def forward(self, x: Tensor, text: Tensor, text_mask: TextMask | None = None) -> Tensor:
-        t = x.shape[1]
-        q = rearrange(self.q_linear(x), "b t s (h d) -> b h (t s) d", h=self.num_heads)
-        k, v = rearrange(self.kv_linear(text), "b l (two h d) -> two b h l d", two=2, h=self.num_heads).unbind(0)
-        if text_mask is None:
-            out = F.scaled_dot_product_attention(q, k, v)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v * text_mask.present, attn_mask=text_mask.attend)
-        return self.proj(rearrange(out, "b h (t s) d -> b t s (h d)", t=t))
-
-
-class TextMask:
-    """Which caption tokens [B, L] each sample attends to, made once for all blocks.
-
-    A caption without any token attends to nothing: a softmax over nothing is undefined, so all its tokens are let in
-    and their values are zeroed.
-    """
-
-    def __init__(self, mask: Tensor, num_samples: int, dtype: torch.dtype) -> None:
-        rows = mask.shape[0]
-        if rows == 0 or num_samples % rows:
-            raise ValueError(f"a caption mask of {rows} rows cannot be repeated over {num_samples} samples")
-        mask = mask.bool().repeat(num_samples // rows, 1)  # fewer rows: the same captions, again
-        present = mask.any(dim=1, keepdim=True)
-        self.attend = (mask | ~present)[:, None, None, :]  # [B, 1, 1, L]
-        self.present = present[:, None, None, :].to(dtype)  # [B, 1, 1, 1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -21,14 +21,13 @@ from torch import Tensor, nn
 from opensora_repro.kernels import ops
 from opensora_repro.kernels.choice import fused
 from opensora_repro.models.config import STDiTConfig
+from opensora_repro.models.cross_attention import BlockText, Captions, CrossAttention, varlen_kernel
 from opensora_repro.models.layers import (
     Attention,
     CaptionEmbedder,
-    CrossAttention,
     FinalLayer,
     Mlp,
     PatchEmbed3D,
-    TextMask,
     TimestepEmbedder,
     check_latents,
     check_sizes,
@@ -63,25 +62,31 @@ class STDiTBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        text: Tensor,
+        text: BlockText,
         modulation: Tensor,
-        text_mask: TextMask | None,
+        captions: Captions | None,
         temporal: Tensor | None,
         normed: Tensor | None = None,
         following: STDiTBlock | None = None,
     ) -> Any:
         """`modulation` is [6, B, 1, 1, D]; `temporal` [T, 1, D] joins the temporal branch's input (first block).
 
+        Where several captions read the same tokens, `x` may hold these once, and the modulation a row a caption.
         Returns the tokens. Where the `following` block is given, its first norm is fused with this one's last residual:
         the result is then (tokens, what that block takes as `normed`).
         """
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self._vectors(modulation)
+        repeats = len(gate_mlp) // len(x)
+        if repeats > 1:
+            shift_msa, scale_msa, gate_msa = (vector[: len(x)] for vector in (shift_msa, scale_msa, gate_msa))
         if normed is None:
             normed = norm_modulate(x, shift_msa, scale_msa)
         x = ops.gate_residual(x, gate_msa, self.attn(normed))
         if self.attn_temp is not None:  # reads the raw residual stream, shares the spatial branch's gate
             x = ops.gate_residual(x, gate_msa, self.attn_temp(x if temporal is None else x + temporal))
-        x, normed = residual_norm_modulate(x, None, self.cross_attn(x, text, text_mask), shift_mlp, scale_mlp)
+        if repeats > 1:
+            x = x.repeat(repeats, 1, 1, 1)
+        x, normed = residual_norm_modulate(x, None, self.cross_attn(x, text, captions), shift_mlp, scale_mlp)
         y = self.mlp(normed)
         if following is None:
             return ops.gate_residual(x, gate_mlp, y)
@@ -91,6 +96,15 @@ class STDiTBlock(nn.Module):
     def _vectors(self, modulation: Tensor) -> tuple[Tensor, ...]:
         """Shift, scale and gate of attention, then of the MLP, each [B, 1, 1, D]."""
         return (self.scale_shift_table[:, None, None, None] + modulation).unbind(0)
+
+
+@dataclass(frozen=True)
+class PreparedText:
+    """What every block makes of the captions, which is the same at all steps of sampling; from `STDiT.prepare_text`."""
+
+    blocks: Sequence[BlockText]
+    captions: Captions | None
+    num_samples: int
 
 
 class STDiT(nn.Module):
@@ -126,7 +140,7 @@ class STDiT(nn.Module):
         self,
         latents: Tensor,
         timestep: Tensor,
-        text: Tensor,
+        text: Tensor | PreparedText,
         mask: Tensor | None = None,
         *,
         drop_text: Tensor | None = None,
@@ -137,13 +151,16 @@ class STDiT(nn.Module):
         """Predict float32 [B, C_out, T, H, W].
 
         latents: [B, C, T, H, W]. timestep: [B], int or float, 0..1000. text: [B, L, Ct]. mask: which caption tokens
-        exist, [B, L], or fewer rows that are repeated; None: all. drop_text: [B] bool; true rows see the null caption
-        under their own mask. With size conditioning also image_size: [B, 2], height and width in pixels, and
+        exist, [B, L], or fewer rows that are repeated; None: all. A mask in host memory spares the work on padding,
+        wherever the latents are. drop_text: [B] bool; true rows see the null caption under their own mask.
+        Instead of text and mask, `prepare_text`'s result; with n * B captions the latents are those of each B of them,
+        and the output has n * B rows.
+        With size conditioning also image_size: [B, 2], height and width in pixels, and
         aspect_ratio: [B] or [B, 1], height / width; None: those of the latents.
         first_frame: index of the first latent frame where the latents are a part of a longer video, a multiple of
         patch_size[0]; it moves the temporal positions.
         """
-        self._check_inputs(latents, timestep, text, mask)
+        check_latents(latents, timestep, self.cfg.in_channels)
         if first_frame < 0 or first_frame % self.cfg.patch_size[0]:
             raise ValueError(
                 f"first_frame={first_frame} must be a multiple of patch_size[0]={self.cfg.patch_size[0]}, 0 or more"
@@ -156,18 +173,65 @@ class STDiT(nn.Module):
             t = t + self._embed_size(latents, image_size, aspect_ratio)
         elif image_size is not None or aspect_ratio is not None:
             raise ValueError("image_size and aspect_ratio need model.size_conditioning=true")
+        texts, captions, repeats = self._read_text(text, mask, drop_text, len(latents))
+        modulation = rearrange(self.t_block(t), "b (six d) -> six b 1 1 d", six=6)
+        if repeats > 1:
+            t, modulation = t.repeat(repeats, 1), modulation.repeat(1, repeats, 1, 1, 1)
         # Contiguous, or one sample's strides would differ from several samples', for which blocks are compiled again.
-        modulation = rearrange(self.t_block(t), "b (six d) -> six b 1 1 d", six=6).contiguous()
-        y = self.y_embedder(text, drop_text)  # [B, L, D]
-        text_mask = None if mask is None else TextMask(mask, len(text), dtype)
+        modulation = modulation.contiguous()
 
         x = self.x_embedder(latents.to(dtype))  # [B, T', S, D]
         rows = -(-height // self.cfg.patch_size[1])
         x, temporal = self._add_positions(x, rows, first_frame // self.cfg.patch_size[0])
-        x = self._run_blocks(x, y, modulation, text_mask, temporal)
+        x = self._run_blocks(x, texts, modulation, captions, temporal)
         x = self.final_layer(x, t)  # [B, T', S, pT * pH * pW * C_out]
         x = unpatchify(x, self.cfg.patch_size, rows)
         return x[:, :, :frames, :height, :width].float()
+
+    def prepare_text(self, text: Tensor, mask: Tensor | None = None, *, null: Tensor | None = None) -> PreparedText:
+        """What `forward` takes in place of text [B, L, Ct] and mask [B, L], to compute it once for many calls.
+
+        With `null` [L, Ct] B more samples follow, the null caption under each mask. It holds for these weights and
+        this autocast alone, and keeps no gradients where there are none to keep: call it under no_grad to sample.
+        """
+        self._check_text(text, mask, len(text))
+        samples, rows = len(text), None
+        if null is not None:
+            rows = [*range(samples), *[samples] * samples]
+            text = torch.cat([text, null[None, : text.shape[1]].to(text)])
+            samples *= 2
+            # Without a mask: the same, for the samples must still be told apart from the captions
+            mask = torch.ones(samples, text.shape[1], dtype=torch.bool) if mask is None else mask
+        y = self.y_embedder(text)
+        captions = None if mask is None else self._lay_out(mask, samples, y.device, rows)
+        attentions: list[Any] = [block.cross_attn for block in self.blocks]
+        return PreparedText([attention.prepare(y, captions) for attention in attentions], captions, samples)
+
+    def _read_text(
+        self, text: Tensor | PreparedText, mask: Tensor | None, drop_text: Tensor | None, num_latents: int
+    ) -> tuple[Sequence[BlockText], Captions | None, int]:
+        """What each block reads, how it lies, and how many captions there are to a latent."""
+        if isinstance(text, PreparedText):
+            if mask is not None or drop_text is not None:
+                raise ValueError("prepared text has its mask already, and no caption of it can be dropped")
+            if text.num_samples % num_latents:
+                raise ValueError(f"{num_latents} latents cannot be repeated over {text.num_samples} prepared captions")
+            return text.blocks, text.captions, text.num_samples // num_latents
+        self._check_text(text, mask, num_latents)
+        y = self.y_embedder(text, drop_text)  # [B, L, D]
+        if mask is None:
+            return [y] * len(self.blocks), None, 1
+        captions = self._lay_out(mask, len(text), y.device)
+        return [captions.take(y)] * len(self.blocks), captions, 1
+
+    def _lay_out(
+        self, mask: Tensor, num_samples: int, device: torch.device, rows: Sequence[int] | None = None
+    ) -> Captions:
+        dtype = self.x_embedder.proj.weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        varlen = varlen_kernel(device, dtype, self.cfg.hidden_size // self.cfg.num_heads)
+        return Captions(mask, num_samples, device, varlen=varlen, rows=rows)
 
     def compile_blocks(self, *, backend: str = "inductor", dynamic: bool | None = None) -> None:
         """Let torch.compile make one program of a block, which serves all blocks; it does so at the first call.
@@ -179,37 +243,47 @@ class STDiT(nn.Module):
         self._compiled_block = torch.compile(run_block, backend=backend, dynamic=dynamic)
 
     def _run_blocks(
-        self, x: Tensor, y: Tensor, modulation: Tensor, text_mask: TextMask | None, temporal: Tensor | None
+        self,
+        x: Tensor,
+        texts: Sequence[BlockText],
+        modulation: Tensor,
+        captions: Captions | None,
+        temporal: Tensor | None,
     ) -> Tensor:
         keep = self.activation_checkpointing if torch.is_grad_enabled() else "none"
         run: Callable[..., Tensor] = self._compiled_block or run_block
         later = None  # what joins the temporal branch's input after the first block
         if self._compiled_block is None and keep == "none" and fused(x):
-            return self._run_fused(x, y, modulation, text_mask, temporal)
+            return self._run_fused(x, texts, modulation, captions, temporal)
         if self._compiled_block is not None and temporal is not None:
             # A block that adds nothing would be compiled by itself, and so would one that is given a view. Zeros that
             # are added while tokens are copied cost nothing.
             later = torch.zeros_like(temporal)
             temporal = temporal + later
         host = HostStack(x.device) if keep != "none" and self.offload_activations else None
-        for block in self.blocks:
+        for block, text in zip(self.blocks, texts, strict=True):
             with contextlib.nullcontext() if host is None else host.holding(x):
-                x = run(keep, block, x, y, modulation, text_mask, temporal)
+                x = run(keep, block, x, text, modulation, captions, temporal)
             temporal = later
         return x
 
     def _run_fused(
-        self, x: Tensor, y: Tensor, modulation: Tensor, text_mask: TextMask | None, temporal: Tensor | None
+        self,
+        x: Tensor,
+        texts: Sequence[BlockText],
+        modulation: Tensor,
+        captions: Captions | None,
+        temporal: Tensor | None,
     ) -> Tensor:
         """With a block's last residual and the next one's first norm in one kernel.
 
         Two tensors pass from block to block, so this is not for recomputing, which would keep both.
         """
         normed = None
-        for block, following in itertools.pairwise(self.blocks):
-            x, normed = block(x, y, modulation, text_mask, temporal, normed, following)
+        for (block, following), text in zip(itertools.pairwise(self.blocks), texts, strict=False):
+            x, normed = block(x, text, modulation, captions, temporal, normed, following)
             temporal = None
-        return cast(Tensor, self.blocks[-1](x, y, modulation, text_mask, temporal, normed))
+        return cast(Tensor, self.blocks[-1](x, texts[-1], modulation, captions, temporal, normed))
 
     def null_condition(self) -> Tensor:
         """Return the null caption [L, Ct], what the model sees where a caption was dropped."""
@@ -246,10 +320,8 @@ class STDiT(nn.Module):
         temporal = temporal_table(dim, first + frames, cfg.time_scale, x.device, dtype)[first:]
         return (x, temporal) if cfg.temporal_attention else (x + temporal, None)
 
-    def _check_inputs(self, latents: Tensor, timestep: Tensor, text: Tensor, mask: Tensor | None) -> None:
+    def _check_text(self, text: Tensor, mask: Tensor | None, batch: int) -> None:
         cfg = self.cfg
-        check_latents(latents, timestep, cfg.in_channels)
-        batch = latents.shape[0]
         if text.ndim != 3 or text.shape[0] != batch or text.shape[2] != cfg.caption_channels:
             raise ValueError(f"expected text [{batch}, L, {cfg.caption_channels}], got {list(text.shape)}")
         if text.shape[1] > cfg.model_max_length:

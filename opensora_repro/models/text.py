@@ -101,10 +101,12 @@ class T5Text:
         """Return float32 embeddings [B, L, Ct] and a bool mask [B, L]; an empty caption is the end token alone.
 
         They are encoded `micro_batch_size` at a time. Where that is 1, as for loaded encoders on a CPU, a caption's
-        embedding does not depend on its neighbours, bit for bit; else to rounding.
+        embedding does not depend on its neighbours, bit for bit; else to rounding. The mask lies in host memory, where
+        lengths are read from it without waiting for the encoder's device.
         """
         device = self.device  # an offloaded model's weights lie elsewhere
-        ids, mask = (to_device(part, device) for part in self._tokenize(captions))
+        ids, host_mask = self._tokenize(captions)
+        ids, mask = to_device(ids, device), to_device(host_mask, device)
         size = self.micro_batch_size
         batches = [torch.empty(0, self.max_length, self.channels, device=device)]
         with torch.autocast(device.type, enabled=False):  # the weights' dtype decides, not the caller's
@@ -112,7 +114,7 @@ class T5Text:
                 part = slice(start, start + size)
                 output = self.model(input_ids=ids[part], attention_mask=mask[part])
                 batches.append(output.last_hidden_state.float())
-        return torch.cat(batches), mask.bool()
+        return torch.cat(batches), host_mask.bool()
 
     def _tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return int64 token ids and mask, both [B, L]; long captions are cut, keeping the end token."""

@@ -158,10 +158,8 @@ class TorchEngine:
         self.masters: dict[str, Tensor] = dict(self.working)
         self.wrapped: nn.Module = self.model
         if self.mesh.world_size > 1:
-            device_ids = [self.device.index] if self.device.type == "cuda" else None
-            self.wrapped = DistributedDataParallel(
-                self.model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            # Without device_ids: inputs lie where they should, and DDP would move the captions' mask to the GPU.
+            self.wrapped = DistributedDataParallel(self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     # A step
 

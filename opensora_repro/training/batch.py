@@ -22,7 +22,7 @@ class Encoded:
     id: str
     moments: Tensor  # [2 * Cz, T, h, w] float32: mean and log variance of the latents
     text: Tensor  # [L, Ct] float32
-    mask: Tensor  # [L] bool
+    mask: Tensor  # [L] bool, in host memory
 
     def cpu(self) -> Encoded:
         return Encoded(self.id, self.moments.cpu(), self.text.cpu(), self.mask.cpu())
@@ -37,7 +37,7 @@ class Batch:
     noise: Tensor  # [B, C, T, h, w]
     timesteps: Tensor  # [B] float32
     text: Tensor  # [B, L, Ct]
-    mask: Tensor  # [B, L] bool
+    mask: Tensor  # [B, L] bool, in host memory, from where the captions' lengths are read without a wait
     drop_text: Tensor  # [B] bool
     weight: float  # 1, or 0 for the stand-in of a micro-batch without a readable sample
     num_tokens: int  # of all samples together
@@ -88,7 +88,7 @@ class BatchBuilder:
             noise=self._to_device(noise),
             timesteps=self._to_device(timesteps),
             text=self._to_device(torch.stack([sample.text for _, sample in samples])),
-            mask=self._to_device(torch.stack([sample.mask for _, sample in samples])),
+            mask=torch.stack([sample.mask for _, sample in samples]),
             drop_text=self._to_device(chances < self.drop_probability),
             weight=1.0,
             num_tokens=num_tokens * len(samples),
@@ -103,7 +103,7 @@ class BatchBuilder:
             noise=zeros,
             timesteps=torch.zeros(1, device=self.device),
             text=torch.zeros(1, *self.text_shape, device=self.device),
-            mask=torch.ones(1, self.text_shape[0], dtype=torch.bool, device=self.device),
+            mask=torch.ones(1, self.text_shape[0], dtype=torch.bool),
             drop_text=torch.zeros(1, dtype=torch.bool, device=self.device),
             weight=0.0,
             num_tokens=0,

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from opensora_repro.config import Config, ConfigError
 from opensora_repro.data.keyed import keyed_generator
 from opensora_repro.diffusion.flow import count_tokens
-from opensora_repro.diffusion.sampling import sample_latents
+from opensora_repro.diffusion.sampling import PrepareText, sample_latents
 from opensora_repro.models.config import DiTConfig, STDiTConfig
+from opensora_repro.models.stdit import STDiT
 from opensora_repro.models.text import ClassLabels, ConditionEncoder
+from opensora_repro.parallel.sequence import FrameParallel
 
 if TYPE_CHECKING:
     from opensora_repro.models.dit import DiT
-    from opensora_repro.models.stdit import STDiT
     from opensora_repro.models.vae import FrameVAE
 
 Progress = Callable[[int, int], None]  # (denoising steps done, in all), over all batches
@@ -101,7 +102,7 @@ def generate(
                 cfg.diffusion,
                 shape=shape,
                 condition=condition.to(device),
-                mask=None if mask is None else mask.to(device),
+                mask=mask,
                 null_condition=model.null_condition(),
                 steps=steps,
                 guidance=guidance,
@@ -109,9 +110,16 @@ def generate(
                 generators=[keyed_generator(seed, 0, str(i), "sample") for i in indices],
                 num_tokens=count_tokens(shape, model.cfg.patch_size),
                 progress=_counted(progress, done, len(batches)),
+                prepare_text=_text_preparation(model, forward),
             )
         for i, latent in zip(indices, latents, strict=True):
             yield i, decode(vae, latent)
+
+
+def _text_preparation(model: STDiT | DiT, forward: Callable[..., Tensor] | None) -> PrepareText | None:
+    """The model's own, where `forward` calls the very model; a wrapper may have its weights in pieces."""
+    called = forward.module if isinstance(forward, FrameParallel) else forward
+    return model.prepare_text if isinstance(model, STDiT) and called in (None, model) else None
 
 
 @contextmanager

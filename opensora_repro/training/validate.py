@@ -51,7 +51,7 @@ class Validator:
             generators = [keyed_generator(0, 0, sample.id, "validation noise") for sample in samples]
             noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators]).to(latents)
             text = torch.stack([sample.text for sample in samples]).to(latents)
-            mask = torch.stack([sample.mask for sample in samples]).to(latents.device)
+            mask = torch.stack([sample.mask for sample in samples])
             for index, timestep in enumerate(self.timesteps):
                 timesteps = torch.full((len(samples),), timestep, device=latents.device)
                 losses = self.objective.losses(model.conditioned(text, mask), latents, noise, timesteps)

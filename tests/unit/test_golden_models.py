@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from opensora_repro.models import layers
 from opensora_repro.models.config import ACTIVATION_CHECKPOINTING, STDiTConfig
+from opensora_repro.models.cross_attention import Captions, CrossAttention
 from opensora_repro.models.stdit import POSITION_TABLES, STDiT, STDiTBlock, pixart_xl_2, stdit_xl_2
 from opensora_repro.models.weights import load_model_weights
 from tests.golden import (
@@ -97,11 +98,11 @@ def test_block_at_small_magnitudes(golden_dir: Path) -> None:
             assert relative_error(x.grad, case["grad.input.x(out_tpe)"]) <= case.info["tolerances"]["grad_rel"]
 
 
-def unpack(packed: Tensor, lengths: Tensor) -> tuple[Tensor, layers.TextMask]:
-    """Turn the reference's packed captions [1, sum(lengths), D] into padded ones with a mask."""
+def unpack(packed: Tensor, lengths: Tensor) -> tuple[Tensor, Captions]:
+    """Turn the reference's packed captions [1, sum(lengths), D] into what our blocks read of padded ones."""
     text = nn.utils.rnn.pad_sequence(packed[0].split(lengths.tolist()), batch_first=True, padding_value=7.0)
-    mask = torch.arange(text.shape[1]) < lengths[:, None]
-    return text, layers.TextMask(mask, len(lengths), text.dtype)
+    captions = Captions(torch.arange(text.shape[1]) < lengths[:, None], len(lengths), text.device)
+    return captions.take(text), captions
 
 
 @pytest.mark.parametrize("how", ["bf16 weights", "autocast"])
@@ -155,7 +156,7 @@ def test_attention(golden_dir: Path, over: str) -> None:
 
 def test_cross_attention(golden_dir: Path) -> None:
     case = load_case(golden_dir, "layers")
-    attention = layers.CrossAttention(48, 4)
+    attention = CrossAttention(48, 4)
     attention.load_state_dict(case.group("param.cross_attention"))
     x = rearrange(case["cross_attention.x"], "b n d -> b 1 n d")
     packed = case["cross_attention.y_packed"]

@@ -24,8 +24,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "opensora_repro.models": ("opensora_repro.kernels", CONFIG),
     "opensora_repro.models.config": (),
     "opensora_repro.models.layers": ("opensora_repro.models", "opensora_repro.kernels"),
+    "opensora_repro.models.cross_attention": ("opensora_repro.models", "opensora_repro.kernels"),
     "opensora_repro.models.stdit": ("opensora_repro.models", "opensora_repro.kernels"),
-    "opensora_repro.diffusion": (CONFIG,),
+    "opensora_repro.diffusion": ("opensora_repro.kernels", CONFIG),
     "opensora_repro.data": (CONFIG,),
     "opensora_repro.parallel": (CONFIG,),
     "opensora_repro.training": (

@@ -22,6 +22,7 @@ from opensora_repro.diffusion.sampling import (
     sample_latents,
 )
 from opensora_repro.models.config import STDiTConfig
+from opensora_repro.models.stdit import STDiT
 
 SHAPE = (4, 2, 4, 4)
 ALPHAS_CUMPROD = torch.from_numpy(GaussianDiffusion().tables["alphas_cumprod"])
@@ -232,28 +233,48 @@ def test_dpm_solver_is_of_second_order() -> None:
     assert errors[1] < errors[0] / 3 and errors[2] < errors[1] / 3, errors
 
 
-@torch.no_grad()
-def test_the_real_model_agrees_with_itself_across_batches() -> None:
-    from opensora_repro.models.stdit import STDiT
-
+def real_model(pred_sigma: bool) -> STDiT:
     torch.manual_seed(0)
-    cfg = STDiTConfig(hidden_size=32, depth=2, num_heads=2, caption_channels=8, model_max_length=6, pred_sigma=False)
+    cfg = STDiTConfig(
+        hidden_size=32, depth=2, num_heads=2, caption_channels=8, model_max_length=6, pred_sigma=pred_sigma
+    )
     model = STDiT(cfg).eval()
-    for parameter in model.parameters():  # what starts at zero would hide every mistake
-        torch.nn.init.normal_(parameter, std=0.15)
-    text = torch.randn(3, 6, 8)
+    with torch.no_grad():
+        for parameter in model.parameters():  # what starts at zero would hide every mistake
+            torch.nn.init.normal_(parameter, std=0.15)
+    return model
+
+
+def sample_real(
+    model: STDiT, rows: list[int], *, objective: str, sampler: str, prepared: bool, guidance: float = 4.0
+) -> Tensor:
+    text = torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[1] * 6, [1] * 2 + [0] * 4, [1] * 4 + [0] * 2]).bool()
+    return sample_latents(
+        model, DiffusionConfig(objective=objective), shape=SHAPE, condition=text[rows], mask=mask[rows],
+        null_condition=model.null_condition(), steps=5, guidance=guidance, sampler=sampler, generators=generators(rows),
+        num_tokens=8, prepare_text=model.prepare_text if prepared else None,
+    )  # fmt: skip
 
-    def run(rows: list[int]) -> Tensor:
-        return sample_latents(
-            model, DiffusionConfig(objective="flow"), shape=SHAPE, condition=text[rows], mask=mask[rows],
-            null_condition=model.null_condition(), steps=5, guidance=4.0, sampler="euler", generators=generators(rows),
-            num_tokens=8,
-        )  # fmt: skip
 
-    together, apart = run([0, 1, 2]), torch.cat([run([0]), run([1, 2])])
+def test_the_real_model_agrees_with_itself_across_batches() -> None:
+    model = real_model(pred_sigma=False)
+    kind = {"objective": "flow", "sampler": "euler", "prepared": True}
+    together = sample_real(model, [0, 1, 2], **kind)
+    apart = torch.cat([sample_real(model, [0], **kind), sample_real(model, [1, 2], **kind)])
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
     assert (together[0] - together[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize(("objective", "sampler"), ALL)
+def test_text_prepared_once_gives_the_same_samples(objective: str, sampler: str, guidance: float) -> None:
+    model = real_model(pred_sigma=objective == "iddpm")
+    plain, prepared = (
+        sample_real(model, [0, 1, 2], objective=objective, sampler=sampler, prepared=prepared, guidance=guidance)
+        for prepared in (False, True)
+    )
+    torch.testing.assert_close(prepared, plain, rtol=1e-4, atol=1e-4)
 
 
 def test_nothing_uses_the_global_generator() -> None:
