@@ -41,7 +41,6 @@ GOLDEN_CASES = (
     "stdit_nomask", "stdit_nosigma", "pixart_image", "pixart_image_tpos", "pixart_video",
 )  # fmt: skip
 FROZEN_NEED = ("diffusers", "transformers", "sentencepiece", "ftfy")
-DEMO_CAPTION = 64  # channels of the demo's text encoder
 
 
 class Skip(Exception):
@@ -310,57 +309,24 @@ def kernel_curves(device: torch.device, dtype: str, steps: int = 200) -> dict[st
     return {"largest gap": gap, "gap between roundings": float(f"{noise:.2e}"), "last loss": round(fused[-1], 4)}
 
 
-def loop_config(run_dir: Path, model: STDiTConfig, *, size: int, frames: int, batch_size: int, steps: int) -> Any:
-    from opensora_repro.config import CheckpointConfig, Config, DataConfig, RunConfig, TrainConfig
-
-    return Config(
-        run=RunConfig(dir=str(run_dir)),
-        data=DataConfig(num_frames=frames, height=size, width=size),
-        model=model,
-        train=TrainConfig(steps=steps, batch_size=batch_size),
-        checkpoint=CheckpointConfig(every=steps),
-    )
-
-
-def demo_encoder(device: torch.device, max_length: int, vae: Path | None = None) -> Any:
-    """The demo's text encoder and, unless another is given, its autoencoder."""
-    import torch
-
-    from opensora_repro.config import TextConfig, VaeConfig
-    from opensora_repro.models.text import load_text_encoder
-    from opensora_repro.models.vae import load_vae
-    from opensora_repro.training.encode import Encoder
-
-    folder, dtype = REPO / "checkpoints" / "demo", torch.bfloat16 if device.type == "cuda" else torch.float32
-    return Encoder(
-        load_vae(VaeConfig(path=str(vae or folder / "vae")), device, dtype),
-        load_text_encoder(TextConfig(path=str(folder / "text")), max_length, device, dtype),
-        device,
-        half=dtype == torch.bfloat16,
-    )
-
-
 def loop_without_waiting(device: torch.device) -> dict[str, Any]:
     """Training steps on cached samples, with fused and eager kernels, under CUDA's ban on waiting for the device."""
     from benchmarks import loop
     from benchmarks.kernel_cases import using
     from opensora_repro.models.config import STDiTConfig
 
-    model = STDiTConfig(hidden_size=144, depth=4, num_heads=4, caption_channels=DEMO_CAPTION, model_max_length=12)
-    kind = loop.Strict if device.type == "cuda" else loop.Loop
-    encoder = demo_encoder(device, model.model_max_length)
-    latents, text = (encoder.vae.latent_channels, 4, 64 // encoder.vae.spatial_stride, 8), (12, DEMO_CAPTION)
-    feed = loop.MadeUp(lambda number: loop.made_up_encoding(number, latents, text), 4)
+    model = STDiTConfig(hidden_size=144, depth=2, num_heads=4, caption_channels=loop.DEMO_CAPTION, model_max_length=12)
+    encoder = loop.demo_encoder(device, model.model_max_length)
+    feed = loop.MadeUp(lambda number: loop.made_up_encoding(number, (4, 2, 4, 4), (12, loop.DEMO_CAPTION)), 2)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for kernels in ("auto", "eager"):
-            cfg = loop_config(
-                Path(folder) / kernels, replace(model, in_channels=latents[0]), size=64, frames=4, batch_size=4, steps=8
-            )
+            cfg = loop.loop_config(Path(folder) / kernels, model, size=32, frames=2, batch_size=2, steps=6)
             with using(kernels, device):
-                lines = loop.run_loop(loop.build_loop(cfg, encoder, feed, device, kind=kind))
+                trainer = loop.build_loop(cfg, encoder, feed, device, kind=loop.Strict)
+                lines = loop.run_loop(trainer)
             assert all(line["loss"] > 0 for line in lines), lines
-            found[f"{kernels}, steps"] = len(lines)
+            found[f"{kernels}: strict steps"] = len(lines) - loop.Strict.FREE_STEPS
     return found
 
 
@@ -379,12 +345,13 @@ def encoders_beside(
     from benchmarks.kernel_cases import using
     from opensora_repro.models.config import STDiTConfig
 
-    model = model or STDiTConfig(caption_channels=DEMO_CAPTION, space_scale=0.5)
-    clips = {number: loop.made_up_clip(number, frames, size) for number in range(batch_size)}  # making them takes time
+    model = model or STDiTConfig(caption_channels=loop.DEMO_CAPTION, space_scale=0.5)
+    clips = [loop.made_up_clip(number, frames, size) for number in range(batch_size)]  # making them takes time
     feed = loop.MadeUp(lambda number: replace(clips[number % batch_size], id=f"sample {number}"), batch_size)
     with tempfile.TemporaryDirectory() as folder, using("auto", device):
-        encoder = demo_encoder(device, model.model_max_length, (vae or loop.random_vae)(Path(folder) / "vae"))
-        cfg = loop_config(Path(folder) / "run", model, size=size, frames=frames, batch_size=batch_size, steps=steps)
+        encoder = loop.demo_encoder(device, model.model_max_length, (vae or loop.random_vae)(Path(folder) / "vae"))
+        run_dir = Path(folder) / "run"
+        cfg = loop.loop_config(run_dir, model, size=size, frames=frames, batch_size=batch_size, steps=steps)
         result = loop.with_and_without_overlap(cfg, encoder, feed, device)
     return {**result, "largest_gap": require(result["largest_gap"], BF16_TOLERANCE, "losses")}
 

@@ -20,6 +20,16 @@ def test_both_readers_return_the_frames_drawn_into_the_clip(tmp_path: Path, monk
         assert loader.numbers(read(path, 21)) == list(range(21, 21 + 48, 3))
 
 
+def test_waiting_for_samples_is_a_share_of_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"FRAMES": 60, "HEIGHT": 96, "WIDTH": 128, "BITS": 1, "WORKERS": (0,), "STEPS": 5}.items():
+        monkeypatch.setattr(loader, name, value)
+    loader.write_clip(tmp_path / "clip.mp4", gop=16)
+    (row,) = loader.measure_waiting(tmp_path, tmp_path / "clip.mp4")
+    assert row["workers"] == 0
+    assert row["step_ms"] > 0
+    assert 0 < row["waiting_share"] < 1  # without other processes every sample is waited for
+
+
 def test_calls_are_interleaved_and_compared_round_by_round(tmp_path: Path) -> None:
     order: list[str] = []
     times = harness.interleaved(

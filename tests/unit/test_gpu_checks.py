@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_checks, gpu_step, limits
+from benchmarks import gpu_checks, gpu_step, limits, loop
 from opensora_repro.models.config import STDiTConfig
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ def test_demo_encoders_on_the_cpu() -> None:
 def test_training_loops_on_the_cpu() -> None:
     result = gpu_checks.run_check("training loop, nobody waits", CPU)
     assert result["status"] == "passed", result
-    model = STDiTConfig(hidden_size=48, depth=1, num_heads=4, caption_channels=gpu_checks.DEMO_CAPTION)
+    model = STDiTConfig(hidden_size=48, depth=1, num_heads=4, caption_channels=loop.DEMO_CAPTION)
     demo = gpu_checks.REPO / "checkpoints" / "demo" / "vae"
     result = gpu_checks.encoders_beside(CPU, model, vae=lambda _: demo, size=16, frames=2, batch_size=2, steps=5)
     assert result["largest_gap"] == 0

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from opensora_repro.config import Config, OptimConfig, ParallelConfig, TrainConfig
+from opensora_repro.config import Config, DataConfig, OptimConfig, ParallelConfig, TrainConfig
 from opensora_repro.diffusion.objective import build_objective
 from opensora_repro.models import layers
 from opensora_repro.models.config import ACTIVATION_CHECKPOINTING, STDiTConfig
@@ -242,6 +242,21 @@ def test_64_frames_of_512_pixels_on_one_card() -> None:
     """XL/2, batch 1, bf16, ZeRO-1 on one card: the model's step stays under 40 GB."""
     assert 20e9 < one_card() < 40e9
     assert one_card(hidden_size=2304) > 40e9
+
+
+def test_encoding_beside_the_model_takes_memory_of_its_own() -> None:
+    def peak(overlap: bool, device: str = "cuda", cache: str = "") -> float:
+        config = Config(train=TrainConfig(overlap=overlap), data=DataConfig(cache=cache, draws=1))
+        grid, frozen = token_grid(config.model, (4, 16, 32, 32)), frozen_sizes(config)
+        parameters = count_parameters(config.model)
+        memory = step_memory(
+            config, grid, parameters, frozen, Mesh(), encodes=not cache, device=device
+        )
+        return memory.peak
+
+    assert peak(True) - peak(False) == pytest.approx(2 * frozen_sizes(Config()).encoding_values)
+    assert peak(True, "cpu") == peak(False, "cpu")
+    assert peak(True, cache="cache") == peak(False, cache="cache")
 
 
 def test_states_of_every_plugin() -> None:
