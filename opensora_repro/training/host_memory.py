@@ -108,11 +108,12 @@ def visits(parts: Sequence[Sequence[Tensor]], beside: Sequence[Tensor]) -> Itera
 
 
 def _overlapping_visits(parts: Sequence[Sequence[Tensor]], device: torch.device) -> Iterator[list[Tensor]]:
-    coming, leaving = torch.cuda.Stream(device), torch.cuda.Stream(device)
-    main = torch.cuda.current_stream(device)
+    streams: Any = torch.get_device_module(device)
+    coming, leaving = streams.Stream(device), streams.Stream(device)
+    main = streams.current_stream(device)
 
-    def begin(number: int) -> tuple[list[Tensor], torch.cuda.Event]:
-        with torch.cuda.stream(coming):
+    def begin(number: int) -> tuple[list[Tensor], Any]:
+        with streams.stream(coming):
             return [host.to(device, non_blocking=True) for host in parts[number]], coming.record_event()
 
     ahead, left = begin(0) if parts else None, None
@@ -125,7 +126,7 @@ def _overlapping_visits(parts: Sequence[Sequence[Tensor]], device: torch.device)
         ahead = begin(number + 1) if number + 1 < len(parts) else None
         yield there
         leaving.wait_stream(main)
-        with torch.cuda.stream(leaving):
+        with streams.stream(leaving):
             for host, tensor in zip(part, there, strict=True):
                 host.copy_(tensor, non_blocking=True)
                 tensor.record_stream(main)
