@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.gpu_memory import memory_full_size, same_numbers
 from benchmarks.harness import environment, save
 
 if TYPE_CHECKING:
@@ -235,12 +236,16 @@ def training(
     batch_size: int,
     plugin: str = "",
     fused: bool = True,
+    checkpointing: str = "full",
+    offload_activations: bool = False,
+    offload: bool = False,
+    in_backward: bool = False,
     steps: int = 6,
     warmup: int = 2,
 ) -> dict[str, Any]:
     """Optimizer steps on one batch, bf16 autocast, activation checkpointing: loss falls; time and peak memory.
 
-    `plugin` is ColossalAI's; empty: the torch engine.
+    `plugin` is ColossalAI's; empty: the torch engine. `offload` and `in_backward` are the optimizer's.
     """
     import torch
 
@@ -256,9 +261,10 @@ def training(
     torch.manual_seed(0)
     with device:
         model = STDiT(cfg).train()
-    model.activation_checkpointing = "full"
+    model.activation_checkpointing, model.offload_activations = checkpointing, offload_activations
     one_pass = fused and not plugin and choice.fused(model.x_embedder.proj.weight)
-    optimizer = build_optimizer(model, OptimConfig(lr=1e-4), fused=one_pass)
+    optim = OptimConfig(lr=1e-4, offload=offload, in_backward=in_backward)
+    optimizer = build_optimizer(model, optim, fused=one_pass)
     if not fused:
         optimizer.param_groups[0]["fused"] = False
     parallel = ParallelConfig(engine="colossalai", plugin=plugin) if plugin else ParallelConfig()
@@ -283,10 +289,13 @@ def training(
     for _ in range(warmup + steps):
         start = now()
         loss = objective.losses(predict, latents, noise, timesteps).mean()
+        if in_backward:
+            engine.step_in_backward(1e-4, 1.0)
         engine.backward(loss)
         norm = engine.squared_gradients().sqrt().item()
         computed = now()
-        engine.step(1e-4, min(1.0, 1 / norm))
+        if not in_backward:
+            engine.step(1e-4, min(1.0, 1 / norm))
         engine.zero_grad()
         seconds.append(now() - start)
         update_seconds.append(start + seconds[-1] - computed)
@@ -398,6 +407,8 @@ CHECKS: dict[str, tuple[Callable[[Any], dict[str, Any]], tuple[str, ...]]] = {  
     "training, XL/2 16x32x32": (training_full_size, ()),
     "training, XL/2, eager kernels": (lambda device: training_full_size(device, kernels="eager"), ()),
     "training, XL/2, optimizer not fused": (lambda device: training_full_size(device, fused=False), ()),
+    "memory, options that change no number": (same_numbers, ()),
+    "memory, XL/2 64x64x64": (memory_full_size, ()),
     "training, XL/2, zero2": (lambda device: training_full_size(device, plugin="zero2"), ("colossalai",)),
     "training, XL/2, hybrid": (lambda device: training_full_size(device, plugin="hybrid"), ("colossalai",)),
     "training, XL/2, gemini": (lambda device: training_full_size(device, plugin="gemini"), ("colossalai",)),
