@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.gpu_memory import memory_full_size, same_numbers
 from benchmarks.harness import environment, save
 
 if TYPE_CHECKING:
@@ -373,6 +374,8 @@ CHECKS: dict[str, tuple[Callable[[Any], dict[str, Any]], tuple[str, ...]]] = {  
     "training, 16x256": (lambda device: training_case(device, "16x256"), ()),
     "training, 16x512": (lambda device: training_case(device, "16x512"), ()),
     "training, 64x512": (lambda device: training_case(device, "64x512"), ()),
+    "memory, options that change no number": (same_numbers, ()),
+    "memory, XL/2 64x64x64": (memory_full_size, ()),
     "training, optimizer not fused": (lambda device: training(device, fused_optimizer=False), ()),
     "training, zero2": (lambda device: training(device, plugin="zero2"), ("colossalai",)),
     "training, hybrid": (lambda device: training(device, plugin="hybrid"), ("colossalai",)),

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness import environment, save, side_by_side, summary, table
-from opensora_repro.models.config import STDiTConfig
+from opensora_repro.models.config import ACTIVATION_CHECKPOINTING, STDiTConfig
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from opensora_repro.parallel.engine import Engine
 
 STEPS, WARMUP = 6, 2
-RECOMPUTE = ("none", "selective", "full")  # activation checkpointing, tried in this order
+LEARNING_RATE = 1e-4
 SIDES = {"ours": ("compiled", "auto"), "fused": ("fused", "auto"), "other": ("eager", "eager")}  # name, train.kernels
 LIMIT_SECONDS, ENERGY_SECONDS = 2.0, 3.0
 GOAL_UTILISATION, GOAL_TIMES = 0.5, 3.0
@@ -93,15 +93,19 @@ class Training:
     noise: Tensor
     timesteps: Tensor
     parameters: int
+    in_backward: bool
 
     def step(self) -> tuple[Tensor, float, float]:
         """Loss [], seconds of the step, and of these the optimizer's."""
         start = self.now()
         loss = self.objective.losses(self.predict, self.latents, self.noise, self.timesteps).mean()
+        if self.in_backward:
+            self.engine.step_in_backward(LEARNING_RATE, 1.0)
         self.engine.backward(loss)
         norm = self.engine.squared_gradients().sqrt().item()
         computed = self.now()
-        self.engine.step(1e-4, min(1.0, 1 / norm))
+        if not self.in_backward:
+            self.engine.step(LEARNING_RATE, min(1.0, 1 / norm))
         self.engine.zero_grad()
         end = self.now()
         return loss.detach(), end - start, end - computed
@@ -114,10 +118,22 @@ class Training:
         return time.perf_counter()
 
 
-def build_training(
-    device: torch.device, case: Case, *, plugin: str, fused_optimizer: bool, recompute: str, compiled: bool
-) -> Training:
-    """As a run of `stages` has it. `plugin` is ColossalAI's; empty: the torch engine."""
+@dataclass(frozen=True)
+class Options:
+    """How steps are made; the names are those of the config."""
+
+    kernels: str = "auto"
+    compiled: bool = False
+    plugin: str = ""  # of ColossalAI; empty: the torch engine
+    fused_optimizer: bool = True
+    checkpointing: str = "full"
+    offload_activations: bool = False
+    offload: bool = False
+    in_backward: bool = False
+
+
+def build_training(device: torch.device, case: Case, options: Options) -> Training:
+    """As a run of `stages` has it."""
     import torch
 
     from opensora_repro.config import DiffusionConfig, OptimConfig, ParallelConfig
@@ -132,14 +148,16 @@ def build_training(
     torch.manual_seed(0)
     with device:
         model = STDiT(cfg).train()
-    model.activation_checkpointing = recompute
-    if compiled:
+    model.activation_checkpointing = options.checkpointing
+    model.offload_activations = options.offload_activations
+    if options.compiled:
         model.compile_blocks()
-    one_pass = fused_optimizer and not plugin and choice.fused(model.x_embedder.proj.weight)
-    optimizer = build_optimizer(model, OptimConfig(lr=1e-4), fused=one_pass)
-    if not fused_optimizer:
+    one_pass = options.fused_optimizer and not options.plugin and choice.fused(model.x_embedder.proj.weight)
+    optim = OptimConfig(lr=LEARNING_RATE, offload=options.offload, in_backward=options.in_backward)
+    optimizer = build_optimizer(model, optim, fused=one_pass)
+    if not options.fused_optimizer:
         optimizer.param_groups[0]["fused"] = False
-    parallel = ParallelConfig(engine="colossalai", plugin=plugin) if plugin else ParallelConfig()
+    parallel = ParallelConfig("colossalai", options.plugin) if options.plugin else ParallelConfig()
     engine = build_engine(parallel, device.type)
     engine.prepare(model, optimizer)
     latents, noise = torch.randn(2, size, *case.latents, device=device).unbind(0)
@@ -153,20 +171,12 @@ def build_training(
         noise=noise,
         timesteps=torch.linspace(100, 900, size, device=device).round(),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
+        in_backward=options.in_backward,
     )
 
 
 def measure(
-    device: torch.device,
-    case: Case,
-    *,
-    kernels: str = "auto",
-    plugin: str = "",
-    fused_optimizer: bool = True,
-    recompute: str = "full",
-    compiled: bool = False,
-    steps: int = STEPS,
-    with_energy: bool = False,
+    device: torch.device, case: Case, *, steps: int = STEPS, with_energy: bool = False, **options: Any
 ) -> tuple[dict[str, Any], list[float]]:
     """What a step takes, and the seconds of each. Raises AssertionError where the loss does not fall on one batch."""
     import torch
@@ -174,13 +184,11 @@ def measure(
     from benchmarks.kernel_cases import using
     from benchmarks.resources import energy
 
-    on_gpu = device.type == "cuda"
-    with using(kernels, device):
+    on_gpu, chosen = device.type == "cuda", Options(**options)
+    with using(chosen.kernels, device):
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        training = build_training(
-            device, case, plugin=plugin, fused_optimizer=fused_optimizer, recompute=recompute, compiled=compiled
-        )
+        training = build_training(device, case, chosen)
         try:
             done = [training.step() for _ in range(WARMUP + steps)]
             peak = torch.cuda.max_memory_allocated() if on_gpu else None
@@ -195,7 +203,7 @@ def measure(
     return {
         "parameters": training.parameters,
         "latents": [case.batch_size, *case.latents],
-        "recomputed": recompute,
+        "checkpointing": chosen.checkpointing,
         "step_ms": round(1000 * step, 1),
         "update_ms": round(1000 * statistics.median(update for _, _, update in done[WARMUP:]), 1),
         "samples_per_second": round(case.batch_size / step, 3),
@@ -211,14 +219,14 @@ def measure_in_memory(device: torch.device, case: Case, **options: Any) -> tuple
     """`measure` with the least recomputation that the card's memory allows."""
     import torch
 
-    for recompute in RECOMPUTE[:-1]:
+    for checkpointing in ACTIVATION_CHECKPOINTING[:-1]:
         try:
-            return measure(device, case, recompute=recompute, **options)
+            return measure(device, case, checkpointing=checkpointing, **options)
         except torch.cuda.OutOfMemoryError:
             pass
         gc.collect()  # what the failed attempt still holds, outside the handler that kept its frames
         torch.cuda.empty_cache()
-    return measure(device, case, recompute=RECOMPUTE[-1], **options)
+    return measure(device, case, checkpointing=ACTIVATION_CHECKPOINTING[-1], **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -302,6 +310,6 @@ def report(gpu: str, rows: Sequence[dict[str, Any]]) -> str:
             lines.append((
                 row["case"], kernels, found["step_ms"], found["tokens_per_second"], row["published_tokens_per_second"],
                 "" if peak is None else f"{100 * peak:.0f} %", f"{100 * found['share_of_limit']:.0f} %",
-                found["peak_memory_gib"], found["recomputed"], found["energy_joules"],
+                found["peak_memory_gib"], found["checkpointing"], found["energy_joules"],
             ))  # fmt: skip
     return table(f"STDiT-XL/2, bf16, a training step on one {gpu}, encoders apart (medians)", columns, lines)

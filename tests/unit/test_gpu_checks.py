@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_checks, gpu_step, limits, loop
+from benchmarks import gpu_checks, gpu_memory, gpu_step, limits, loop
 from opensora_repro.models.config import STDiTConfig
 
 CPU = torch.device("cpu")
+MEMORY = "memory, options that change no number"
 
 
-@pytest.mark.parametrize("name", ["stdit parity", "pixart parity", "samplers", "reference outputs"])
+@pytest.mark.parametrize("name", ["stdit parity", "pixart parity", "samplers", "reference outputs", MEMORY])
 def test_comparisons_hold_on_the_cpu(name: str, golden_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENSORA_GOLDEN", str(golden_dir))
     result = gpu_checks.run_check(name, CPU)
@@ -74,6 +75,17 @@ def test_published_cases_count_alike() -> None:
     assert case.counted_flops() == case.flops
     assert [case.tokens for case in gpu_step.CASES.values()] == [8 * 4096, 2 * 16384, 65536]
     assert gpu_step.CASES.keys() <= gpu_step.PUBLISHED.keys()
+
+
+def test_every_way_to_save_memory_is_measured() -> None:
+    cfg = STDiTConfig(hidden_size=48, depth=1, num_heads=4, caption_channels=16, model_max_length=4)
+    rows = gpu_memory.peaks(CPU, cfg, (4, 2, 4, 4), steps=2)
+    assert list(rows) == list(gpu_memory.KINDS)
+    assert all(row["planned_gib"] >= 0 and row["step_ms"] > 0 for row in rows.values())
+    full_size = (STDiTConfig(), gpu_memory.LONG_LATENTS)
+    planned = {name: gpu_memory.planned_bytes(*full_size, **options) for name, options in gpu_memory.KINDS.items()}
+    assert len(set(planned.values())) == len(planned) - 1  # the step in backward moves no peak there
+    assert max(planned.values()) == planned["selective"] < gpu_memory.GOAL_BYTES
 
 
 def test_faults_and_lacking_packages_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
