@@ -248,7 +248,7 @@ def measure_row(
     dtype = torch.bfloat16 if on_gpu else torch.float32
     limit = measure_matmul_limit(layer_shapes(case.cfg, case.tokens), dtype, device, LIMIT_SECONDS)
     sheet = data_sheet(torch.cuda.get_device_name(device)) if on_gpu else None
-    peak = None if sheet is None else sheet.peak("bf16")
+    peak = None if sheet is None else 1e12 * sheet.half_tflops
     sides, times = {}, {}
     for side, (_, kernels) in SIDES.items():
         gc.collect()

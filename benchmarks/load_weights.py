@@ -98,7 +98,7 @@ def main() -> None:
             print(f"writing {path}", file=sys.stderr)
             write_file(path)
         row = compare(path, args.rounds)
-    result = {"environment": environment(), "rows": [row]}
+    result = {"benchmark": "load_weights", "environment": environment(), "rows": [row]}
     columns = ("", "ours ms", "other ms", "ratio", "peak / model")
     cells = (row["name"], row["ours"]["median_ms"], row["other"]["median_ms"], row["ratio"], row["peak_over_model"])
     print(table("Loading weights (ratio: how many times as fast as a plain read and copy)", columns, [cells]))

@@ -66,7 +66,7 @@ class Benchmark:
 BENCHMARKS = {
     "train_step": Benchmark(("--quick",)),
     "kernels": Benchmark(()),
-    "loader": Benchmark(("--seconds", "20")),
+    "loader": Benchmark(("--seconds", "10")),
     "collectives": Benchmark((), counted),
     "tables": Benchmark(("--rows", "200000"), tools),
     "split": Benchmark(None, videos),

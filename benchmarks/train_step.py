@@ -1,6 +1,6 @@
 """One training step and one forward pass of STDiT, beside a plain one and diffusers' models, on this machine.
 
-    python -m benchmarks.train_step [--quick] [--seconds S] [--out FILE]
+    python -m benchmarks.train_step [--quick] [--one-thread] [--seconds S] [--out FILE]
     python -m benchmarks.train_step --gpu [--out FILE]
 
 On the CPU, float32: ours, the plain restatement of the published block with the same weights, and diffusers' Latte and
@@ -8,7 +8,8 @@ PixArt at equal width, depth and tokens (benchmarks/sides.py). Ours and the plai
 gradients before anything is timed. Forward pass and training step (noise prediction loss, backward, AdamW) are timed in
 turns, and between them the matrix products that set the limit (benchmarks/limits.py). A side's share of the limit is
 its own FLOPs, as torch counts them, over its median time over the limit; Latte has an MLP more a block than ours, so
-compare shares with it, not times. Peak memory is of a process for each side alone.
+compare shares with it, not times. Peak memory is of a process for each side alone. Where others use the machine,
+threads wait for each other and wall time says little: --one-thread counts the CPU seconds of a single one.
 
 With --gpu: STDiT-XL/2 in bfloat16 at the published sizes, fused against eager kernels (benchmarks/gpu_step.py).
 """
@@ -21,6 +22,8 @@ import math
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +34,7 @@ from benchmarks.resources import peak_memory
 from benchmarks.sides import CALLS, SIDES, Sizes, inputs, model_flops
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from torch import nn
 
@@ -74,7 +77,7 @@ def in_turns(calls: Mapping[str, Callable[[], object]], works: Mapping[str, Work
     return turns
 
 
-def measure(sizes: Sizes, seconds: float) -> dict[str, Any]:
+def measure(sizes: Sizes, seconds: float, clock: Callable[[], float] = time.perf_counter) -> dict[str, Any]:
     """Rows of ours against each other side, everyone's FLOPs, and the limit while each thing was timed."""
     import torch
 
@@ -85,7 +88,7 @@ def measure(sizes: Sizes, seconds: float) -> dict[str, Any]:
     rows, limits = [], {}
     for what, share in (("forward", 0.3), ("training step", 0.7)):
         calls = {name: CALLS[what](side, batch) for name, side in sides.items()}
-        times = interleaved(in_turns(calls, works), rounds=100, seconds=share * seconds, warmup=1)
+        times = interleaved(in_turns(calls, works), rounds=100, seconds=share * seconds, warmup=1, clock=clock)
         limits[what] = matmul_limit(works, times)
         for other in list(sides)[1:]:
             row = {"what": what, "other_side": other, **side_by_side(times["ours"], times[other])}
@@ -139,19 +142,19 @@ def report(result: dict[str, Any]) -> str:
         ratio = f"{row['ratio']:.2f}x"
         lines.append((row["what"], row["other_side"], ratio, *_line(row["other"], result["sides"][row["other_side"]])))
     columns = ("", "side", "ours is", "ms", "GFLOP/s", "of the limit", "at best", "peak MB")
-    size = result["sizes"]
+    sizes = Sizes(**result["sizes"])
+    rounds = " and ".join(str(limit["rounds"]) for limit in result["matmul_limit"].values())
     title = (
-        f"STDiT, {size['depth']} blocks of {size['hidden_size']} channels, latents "
-        f"{size['batch']}x4x{size['frames']}x{size['rows']}x{size['columns']}, float32, {result['threads']} threads "
-        f"(medians of {result['rows'][0]['ours']['rounds']} and {result['rows'][-1]['ours']['rounds']})"
+        f"STDiT, {sizes.depth} blocks of {sizes.hidden_size} channels, latents {'x'.join(map(str, sizes.latents))}, "
+        f"float32, {result['threads']} thread(s), {result['clock']} (medians of {rounds})"
     )
     last = [
         f"limit, {what}: {limit['gflops']} GFLOP/s ({limit['product']}), at best {limit['best_gflops']}"
         for what, limit in result["matmul_limit"].items()
     ]
     before, after = result["environment"]["load_before"], result["load_after"]
-    if max(before, after - 1) > BUSY * result["threads"]:
-        last.append(f"others used the machine, load {before} before and {after} after: measure again when it is quiet")
+    if result["threads"] > 1 and max(before, after - 1) > BUSY * result["threads"]:
+        last.append(f"others used the machine, load {before} before and {after} after: see --one-thread")
     return "\n".join([table(title, columns, lines), *last])
 
 
@@ -165,10 +168,11 @@ def main() -> int:
     add = parser.add_argument
     add("--quick", action="store_true", help="a smaller model, fewer frames, less time")
     add("--seconds", type=float, help=f"time to spend measuring on the CPU (default: {SECONDS:.0f})")
+    add("--one-thread", action="store_true", help="CPU seconds of one thread instead of wall time of all")
     add("--gpu", action="store_true", help="measure the published sizes on a GPU instead")
     add("--side", choices=SIDES, help=argparse.SUPPRESS)  # what `in_a_process` starts
     add("--sizes", type=json.loads, default={}, help=argparse.SUPPRESS)
-    add("--out", type=Path, help="JSON file (default: benchmarks/results/train_step.json, with --gpu train_step_gpu)")
+    add("--out", type=Path, help="JSON file (default: benchmarks/results/train_step[_one_thread|_gpu].json)")
     args = parser.parse_args()
     if args.gpu:
         from benchmarks.gpu_step import run
@@ -181,18 +185,23 @@ def main() -> int:
     import torch
 
     where, sizes = environment(), QUICK if args.quick else FULL
+    clock = time.process_time if args.one_thread else time.perf_counter
+    if args.one_thread:
+        torch.set_num_threads(1)
+    name = "train_step_one_thread" if args.one_thread else "train_step"
     result: dict[str, Any] = {
         "benchmark": "train_step",
         "environment": where,
         "threads": torch.get_num_threads(),
+        "clock": "CPU time" if args.one_thread else "wall time",
         "dtype": "float32",
         "sizes": asdict(sizes),
-        **measure(sizes, args.seconds or (QUICK_SECONDS if args.quick else SECONDS)),
+        **measure(sizes, args.seconds or (QUICK_SECONDS if args.quick else SECONDS), clock),
     }
-    for name, about in result["sides"].items():
-        about |= in_a_process(name, sizes)
+    for side, about in result["sides"].items():
+        about |= in_a_process(side, sizes)
     result["load_after"] = round(os.getloadavg()[0], 2)
-    path = save("train_step", result, args.out)
+    path = save(name, result, args.out)
     print(report(result))
     print(f"written to {path}")
     return 0

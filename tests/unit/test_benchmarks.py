@@ -37,6 +37,9 @@ def test_calls_are_interleaved_and_compared_round_by_round(tmp_path: Path) -> No
     )
     assert "".join(order) == "ab" * 6
     assert [len(values) for values in times.values()] == [5, 5]
+    ticks = iter(range(100))
+    times = harness.interleaved({"a": list}, rounds=3, seconds=60, clock=lambda: float(next(ticks)))
+    assert times == {"a": [1.0, 1.0, 1.0]}
     result = harness.side_by_side([0.1, 0.2, 0.1], [0.2, 0.2, 0.4])
     assert result["ratio"] == 2.0
     assert result["other"] == {"median_ms": 200.0, "min_ms": 200.0, "max_ms": 400.0, "rounds": 3}

@@ -61,7 +61,13 @@ def test_a_training_step_of_every_side_is_measured(tmp_path: Path, monkeypatch: 
     """What is saved is complete: times, rates, shares, both counts of FLOPs; a table can be made of it."""
     monkeypatch.setitem(limits.SQUARE, "cpu", 128)
     monkeypatch.setitem(limits.AT_LEAST, "cpu", 0.001)
-    said = {"sizes": asdict(TINY), "threads": 1, "load_after": 0.0, "environment": {"load_before": 0.9}}
+    said = {
+        "sizes": asdict(TINY),
+        "threads": 2,
+        "clock": "wall time",
+        "load_after": 0.0,
+        "environment": {"load_before": 0.9},
+    }
     result = {**said, **train_step.measure(TINY, seconds=0.1)}
     assert {(row["what"], row["other_side"]) for row in result["rows"]} == {
         (what, side) for what in ("forward", "training step") for side in ("plain", "Latte", "PixArt")
