@@ -82,7 +82,7 @@ class HostStack:
 
     def _put(self, tensor: Tensor) -> int:
         tensor = tensor.detach()
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=self._streams is not None)
+        host = empty_host(tensor, self._device)
         arrived = self._copy(host, tensor)
         self._hosts.append(host)
         self._leaving.append((len(self._hosts) - 1, tensor, arrived))
@@ -128,6 +128,14 @@ class HostStack:
     def _wait(self, event: Any) -> None:
         if event is not None:
             self._streams.current_stream(self._device).wait_event(event)
+
+
+def empty_host(like: Tensor, device: torch.device) -> Tensor:
+    """Host memory for a tensor of that shape, pinned where it is to travel to and from a GPU."""
+    try:
+        return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=device.type == "cuda")
+    except RuntimeError:  # the machine lets no more memory be pinned: copies take about twice as long
+        return torch.empty(like.shape, dtype=like.dtype, device="cpu")
 
 
 @lru_cache(maxsize=8)

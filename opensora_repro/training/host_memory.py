@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from opensora_repro.models.recompute import empty_host
+
 VISIT = 2**24  # elements of each kind that visit together, or one larger tensor's
 
 
@@ -69,29 +71,22 @@ class HostAdamW(torch.optim.AdamW):
         state: dict[str, Tensor] = self.state[param]
         if not state:
             state["step"] = torch.zeros((), device=param.device)
-            state["exp_avg"] = _empty_host(param, param.device).zero_()
-            state["exp_avg_sq"] = _empty_host(param, param.device).zero_()
+            state["exp_avg"] = empty_host(param, param.device).zero_()
+            state["exp_avg_sq"] = empty_host(param, param.device).zero_()
         return state
 
 
 def to_host(tensor: Tensor, device: torch.device) -> Tensor:
     """A copy in host memory, pinned where `device`, which it will visit, is a GPU."""
-    return _empty_host(tensor, device).copy_(tensor.detach())
-
-
-def _empty_host(like: Tensor, device: torch.device) -> Tensor:
-    try:
-        return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=device.type == "cuda")
-    except RuntimeError:  # the machine lets no more memory be pinned: copies take about twice as long
-        return torch.empty(like.shape, dtype=like.dtype, device="cpu")
+    return empty_host(tensor, device).copy_(tensor.detach())
 
 
 def together(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     """Neighbours in parts of up to `VISIT` elements."""
     parts: list[list[Tensor]] = []
-    elements = VISIT
+    elements = 0
     for tensor in tensors:
-        if elements + tensor.numel() > VISIT:
+        if not parts or elements + tensor.numel() > VISIT:
             parts.append([])
             elements = 0
         parts[-1].append(tensor)

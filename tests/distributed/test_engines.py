@@ -62,7 +62,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 # Whose working weights are bfloat16, so that they train another run than the above.
 GEMINI: dict[str, tuple[int, dict[str, Any]]] = {
-    f"gemini x {count}": (count, {**COLOSSAL, "parallel__plugin": "gemini", "train__dtype": "bf16"}) for count in (1, 2)
+    f"gemini x {count}": (count, {**COLOSSAL, "parallel__plugin": "gemini", "train__dtype": "bf16", **less_memory})
+    for count, less_memory in ((1, {"train__activation_checkpointing": "none"}), (2, {**SELECTIVE, **IN_HOST_MEMORY}))
 }
 RESUMED = ("one process", "zero2 x 2", "tp 2, sp 2")  # saved by each, continued by each
 

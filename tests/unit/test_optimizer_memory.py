@@ -162,9 +162,9 @@ def test_state_goes_on_on_the_other_side(back: bool) -> None:
 
 @pytest.mark.usefixtures("small_visits")
 def test_parts_hold_all_and_no_more_than_they_may() -> None:
-    tensors = [torch.zeros(size) for size in (10, 2980, 20, 5000, 0, 1, 2999)]
-    parts = together(tensors)
-    assert [[tensor.numel() for tensor in part] for part in parts] == [[10, 2980], [20], [5000], [0, 1, 2999]]
+    tensors = [torch.zeros(size) for size in (0, 10, 2980, 20, 5000, 0, 1, 2999)]
+    parts = [[tensor.numel() for tensor in part] for part in together(tensors)]
+    assert parts == [[0, 10, 2980], [20], [5000], [0, 1, 2999]]
     assert together([]) == []
 
 
