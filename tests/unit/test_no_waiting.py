@@ -39,8 +39,14 @@ CPU = torch.device("cpu")
 STEPS, LENGTH = 5, 6
 WAITING_CALLS = ("item", "tolist", "cpu", "numpy", "nonzero", "equal", "__bool__", "__float__", "__int__", "__index__")
 WAITING_OPS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2")
-# Where values are read that have been on their way for a step, and where random numbers of the host's are drawn.
-MAY_READ = (("device.py", "read"), ("gaussian.py", "draw_timesteps"), ("flow.py", "draw_timesteps"))
+# Where values are read that have been on their way for a step, where random numbers of the host's are drawn, and where
+# captions' lengths are read from a mask in host memory.
+MAY_READ = (
+    ("device.py", "read"),
+    ("gaussian.py", "draw_timesteps"),
+    ("flow.py", "draw_timesteps"),
+    ("cross_attention.py", "_lay_out"),
+)
 OTHERS = ("transformers", "diffusers")  # what the frozen models do within is theirs
 
 
