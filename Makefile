@@ -20,13 +20,14 @@ GPU_PYTHON := $(if $(wildcard $(PYTHON)),$(PYTHON),$(PYTHON3))
 # Test files run side by side: many tests wait for processes of their own.
 WORKERS ?= -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo test test-all lint types unit format bench gpu lock clean
+.PHONY: help setup demo test test-all lint types unit format bench bench-all gpu lock clean
 
 help:
 	@echo "make demo    train a small video model in three stages; then look at runs/demo/report.html"
 	@echo "make test    lint, types and the tests that need no GPU"
 	@echo "make test-all  the tests again, with every layout of processes (twice as long)"
-	@echo "make bench   side-by-side timings and counts on this machine's CPU, as JSON in benchmarks/results/"
+	@echo "make bench   side-by-side timings and counts on this machine's CPU in a few minutes: a table, and JSON in"
+	@echo "             benchmarks/results/quick/;  make bench-all: all of them at full size, an hour"
 	@echo "make gpu     every check that needs an NVIDIA GPU, as JSON in benchmarks/results/"
 	@echo "make setup   only create .venv;  make format, make lint, make types, make unit: single steps;"
 	@echo "make lock    renew requirements.txt;  make clean: remove caches (runs/ and .venv stay)"
@@ -81,11 +82,10 @@ format: setup
 	$(PYTHON) -m ruff format .
 
 bench: setup
-	$(PYTHON) -m benchmarks.train_step
-	$(PYTHON) -m benchmarks.loader
-	$(PYTHON) -m benchmarks.collectives
-	$(PYTHON) -m benchmarks.split
-	$(PYTHON) -m benchmarks.tables
+	$(PYTHON) -m benchmarks.suite
+
+bench-all: setup
+	$(PYTHON) -m benchmarks.suite --full
 
 gpu:
 	$(GPU_PYTHON) -m benchmarks.gpu_checks

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.gpu_memory import memory_full_size, same_numbers
 from benchmarks.harness import environment, save
 
 if TYPE_CHECKING:
@@ -42,8 +42,6 @@ GOLDEN_CASES = (
     "stdit_nomask", "stdit_nosigma", "pixart_image", "pixart_image_tpos", "pixart_video",
 )  # fmt: skip
 FROZEN_NEED = ("diffusers", "transformers", "sentencepiece", "ftfy")
-DEMO_CAPTION = 64  # channels of the demo's text encoder
-XL_LATENTS = (4, 16, 32, 32)  # 16 frames of 256x256 pixels
 
 
 class Skip(Exception):
@@ -231,96 +229,21 @@ def frozen_models(device: torch.device) -> dict[str, Any]:
     return {key: require(relative_error(on_gpu[key], on_cpu[key]), 10 * FP32_TOLERANCE, key) for key in on_cpu}
 
 
-def training(
-    device: torch.device,
-    *,
-    cfg: STDiTConfig,
-    shape: Sequence[int],
-    batch_size: int,
-    plugin: str = "",
-    fused: bool = True,
-    steps: int = 6,
-    warmup: int = 2,
-) -> dict[str, Any]:
-    """Optimizer steps on one batch, bf16 autocast, activation checkpointing: loss falls; time and peak memory.
+def training(device: torch.device, **options: Any) -> dict[str, Any]:
+    """The published 16x256x256 step: STDiT-XL/2, 8 samples a GPU, activation checkpointing."""
+    from benchmarks import gpu_step
 
-    `plugin` is ColossalAI's; empty: the torch engine.
-    """
-    import torch
-
-    from opensora_repro.config import DiffusionConfig, OptimConfig, ParallelConfig
-    from opensora_repro.diffusion.objective import build_objective
-    from opensora_repro.kernels import choice
-    from opensora_repro.models.stdit import STDiT
-    from opensora_repro.parallel.engine import build_engine
-    from opensora_repro.training.forward import ModelRunner
-    from opensora_repro.training.optim import build_optimizer
-
-    on_gpu = device.type == "cuda"
-    torch.manual_seed(0)
-    with device:
-        model = STDiT(cfg).train()
-    model.activation_checkpointing = "full"
-    one_pass = fused and not plugin and choice.fused(model.x_embedder.proj.weight)
-    optimizer = build_optimizer(model, OptimConfig(lr=1e-4), fused=one_pass)
-    if not fused:
-        optimizer.param_groups[0]["fused"] = False
-    parallel = ParallelConfig(engine="colossalai", plugin=plugin) if plugin else ParallelConfig()
-    engine = build_engine(parallel, device.type)
-    engine.prepare(model, optimizer)
-    objective = build_objective(DiffusionConfig())
-    latents, noise = torch.randn(2, batch_size, *shape, device=device).unbind(0)
-    timesteps = torch.linspace(100, 900, batch_size, device=device).round()
-    text = torch.randn(batch_size, cfg.model_max_length, cfg.caption_channels, device=device)
-    mask = torch.ones(batch_size, cfg.model_max_length, dtype=torch.bool, device=device)
-    predict = ModelRunner(engine.train_forward, "bf16", device).conditioned(text, mask)
-
-    def now() -> float:
-        if on_gpu:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    losses: list[Tensor] = []
-    seconds, update_seconds = [], []
-    for _ in range(warmup + steps):
-        start = now()
-        loss = objective.losses(predict, latents, noise, timesteps).mean()
-        engine.backward(loss)
-        norm = engine.squared_gradients().sqrt().item()
-        computed = now()
-        engine.step(1e-4, min(1.0, 1 / norm))
-        engine.zero_grad()
-        seconds.append(now() - start)
-        update_seconds.append(start + seconds[-1] - computed)
-        losses.append(loss.detach())
-    engine.close()
-    values = torch.stack(losses).tolist()
-    assert all(value == value for value in values), f"losses {values}"
-    assert values[-1] < values[0], f"the loss does not fall on one batch: {values}"
-    step = statistics.median(seconds[warmup:])
-    tokens = shape[1] * shape[2] * shape[3] // 4
-    return {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "latents": [batch_size, *shape],
-        "step_ms": round(1000 * step, 1),
-        "update_ms": round(1000 * statistics.median(update_seconds[warmup:]), 1),
-        "samples_per_second": round(batch_size / step, 3),
-        "tokens_per_second": round(batch_size * tokens / step),
-        "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if on_gpu else None,
-        "first_loss": round(values[0], 4),
-        "last_loss": round(values[-1], 4),
-    }
+    return gpu_step.measure(device, gpu_step.CASES["16x256"], **options)[0]
 
 
-def training_full_size(device: torch.device, *, kernels: str = "auto", **options: Any) -> dict[str, Any]:
-    """The published 16x256x256 step: STDiT-XL/2, 8 samples a GPU."""
-    from benchmarks.kernel_cases import using
-    from opensora_repro.models.config import STDiTConfig
+def training_case(device: torch.device, name: str) -> dict[str, Any]:
+    """A published size with fused and with eager kernels; utilisation, and speed beside the published."""
+    from benchmarks import gpu_step
 
-    with using(kernels, device):
-        return training(device, cfg=STDiTConfig(space_scale=0.5), shape=XL_LATENTS, batch_size=8, **options)
+    row = gpu_step.measure_case(device, name)
+    assert row["flops"]["counted"] == row["flops"]["formula"], row["flops"]
+    products = row["matmul_limit"].pop("products")
+    return {**row, "slowest product": min(products.values())}
 
 
 def kernel_parity(device: torch.device) -> dict[str, Any]:
@@ -387,57 +310,24 @@ def kernel_curves(device: torch.device, dtype: str, steps: int = 200) -> dict[st
     return {"largest gap": gap, "gap between roundings": float(f"{noise:.2e}"), "last loss": round(fused[-1], 4)}
 
 
-def loop_config(run_dir: Path, model: STDiTConfig, *, size: int, frames: int, batch_size: int, steps: int) -> Any:
-    from opensora_repro.config import CheckpointConfig, Config, DataConfig, RunConfig, TrainConfig
-
-    return Config(
-        run=RunConfig(dir=str(run_dir)),
-        data=DataConfig(num_frames=frames, height=size, width=size),
-        model=model,
-        train=TrainConfig(steps=steps, batch_size=batch_size),
-        checkpoint=CheckpointConfig(every=steps),
-    )
-
-
-def demo_encoder(device: torch.device, max_length: int, vae: Path | None = None) -> Any:
-    """The demo's text encoder and, unless another is given, its autoencoder."""
-    import torch
-
-    from opensora_repro.config import TextConfig, VaeConfig
-    from opensora_repro.models.text import load_text_encoder
-    from opensora_repro.models.vae import load_vae
-    from opensora_repro.training.encode import Encoder
-
-    folder, dtype = REPO / "checkpoints" / "demo", torch.bfloat16 if device.type == "cuda" else torch.float32
-    return Encoder(
-        load_vae(VaeConfig(path=str(vae or folder / "vae")), device, dtype),
-        load_text_encoder(TextConfig(path=str(folder / "text")), max_length, device, dtype),
-        device,
-        half=dtype == torch.bfloat16,
-    )
-
-
 def loop_without_waiting(device: torch.device) -> dict[str, Any]:
     """Training steps on cached samples, with fused and eager kernels, under CUDA's ban on waiting for the device."""
     from benchmarks import loop
     from benchmarks.kernel_cases import using
     from opensora_repro.models.config import STDiTConfig
 
-    model = STDiTConfig(hidden_size=144, depth=4, num_heads=4, caption_channels=DEMO_CAPTION, model_max_length=12)
-    kind = loop.Strict if device.type == "cuda" else loop.Loop
-    encoder = demo_encoder(device, model.model_max_length)
-    latents, text = (encoder.vae.latent_channels, 4, 64 // encoder.vae.spatial_stride, 8), (12, DEMO_CAPTION)
-    feed = loop.MadeUp(lambda number: loop.made_up_encoding(number, latents, text), 4)
+    model = STDiTConfig(hidden_size=144, depth=2, num_heads=4, caption_channels=loop.DEMO_CAPTION, model_max_length=12)
+    encoder = loop.demo_encoder(device, model.model_max_length)
+    feed = loop.MadeUp(lambda number: loop.made_up_encoding(number, (4, 2, 4, 4), (12, loop.DEMO_CAPTION)), 2)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for kernels in ("auto", "eager"):
-            cfg = loop_config(
-                Path(folder) / kernels, replace(model, in_channels=latents[0]), size=64, frames=4, batch_size=4, steps=8
-            )
+            cfg = loop.loop_config(Path(folder) / kernels, model, size=32, frames=2, batch_size=2, steps=6)
             with using(kernels, device):
-                lines = loop.run_loop(loop.build_loop(cfg, encoder, feed, device, kind=kind))
+                trainer = loop.build_loop(cfg, encoder, feed, device, kind=loop.Strict)
+                lines = loop.run_loop(trainer)
             assert all(line["loss"] > 0 for line in lines), lines
-            found[f"{kernels}, steps"] = len(lines)
+            found[f"{kernels}: strict steps"] = len(lines) - loop.Strict.FREE_STEPS
     return found
 
 
@@ -456,12 +346,13 @@ def encoders_beside(
     from benchmarks.kernel_cases import using
     from opensora_repro.models.config import STDiTConfig
 
-    model = model or STDiTConfig(caption_channels=DEMO_CAPTION, space_scale=0.5)
-    clips = {number: loop.made_up_clip(number, frames, size) for number in range(batch_size)}  # making them takes time
+    model = model or STDiTConfig(caption_channels=loop.DEMO_CAPTION, space_scale=0.5)
+    clips = [loop.made_up_clip(number, frames, size) for number in range(batch_size)]  # making them takes time
     feed = loop.MadeUp(lambda number: replace(clips[number % batch_size], id=f"sample {number}"), batch_size)
     with tempfile.TemporaryDirectory() as folder, using("auto", device):
-        encoder = demo_encoder(device, model.model_max_length, (vae or loop.random_vae)(Path(folder) / "vae"))
-        cfg = loop_config(Path(folder) / "run", model, size=size, frames=frames, batch_size=batch_size, steps=steps)
+        encoder = loop.demo_encoder(device, model.model_max_length, (vae or loop.random_vae)(Path(folder) / "vae"))
+        run_dir = Path(folder) / "run"
+        cfg = loop.loop_config(run_dir, model, size=size, frames=frames, batch_size=batch_size, steps=steps)
         result = loop.with_and_without_overlap(cfg, encoder, feed, device)
     return {**result, "largest_gap": require(result["largest_gap"], BF16_TOLERANCE, "losses")}
 
@@ -480,12 +371,15 @@ CHECKS: dict[str, tuple[Callable[[Any], dict[str, Any]], tuple[str, ...]]] = {  
     "autoencoder and text encoder": (frozen_models, FROZEN_NEED),
     "training loop, nobody waits": (loop_without_waiting, FROZEN_NEED),
     "training loop, encoders beside the model": (encoders_beside, FROZEN_NEED),
-    "training, XL/2 16x32x32": (training_full_size, ()),
-    "training, XL/2, eager kernels": (lambda device: training_full_size(device, kernels="eager"), ()),
-    "training, XL/2, optimizer not fused": (lambda device: training_full_size(device, fused=False), ()),
-    "training, XL/2, zero2": (lambda device: training_full_size(device, plugin="zero2"), ("colossalai",)),
-    "training, XL/2, hybrid": (lambda device: training_full_size(device, plugin="hybrid"), ("colossalai",)),
-    "training, XL/2, gemini": (lambda device: training_full_size(device, plugin="gemini"), ("colossalai",)),
+    "training, 16x256": (lambda device: training_case(device, "16x256"), ()),
+    "training, 16x512": (lambda device: training_case(device, "16x512"), ()),
+    "training, 64x512": (lambda device: training_case(device, "64x512"), ()),
+    "memory, options that change no number": (same_numbers, ()),
+    "memory, XL/2 64x64x64": (memory_full_size, ()),
+    "training, optimizer not fused": (lambda device: training(device, fused_optimizer=False), ()),
+    "training, zero2": (lambda device: training(device, plugin="zero2"), ("colossalai",)),
+    "training, hybrid": (lambda device: training(device, plugin="hybrid"), ("colossalai",)),
+    "training, gemini": (lambda device: training(device, plugin="gemini"), ("colossalai",)),
 }
 
 

@@ -17,9 +17,14 @@ PACKAGES = ("torch", "numpy", "av", "opencv-python", "diffusers", "transformers"
 
 
 def interleaved(
-    sides: Mapping[str, Callable[[], object]], *, rounds: int, seconds: float, warmup: int = 2
+    sides: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    seconds: float,
+    warmup: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each call, a call of each side in turn, so that a machine that slows down slows both.
+    """Seconds of each call by `clock`, a call of each side in turn, so that a machine that slows down slows both.
 
     Ends after `rounds` rounds, or earlier once `seconds` have passed (but never before three rounds).
     """
@@ -32,9 +37,9 @@ def interleaved(
         if done >= 3 and time.perf_counter() - began > seconds:
             break
         for name, call in sides.items():
-            start = time.perf_counter()
+            start = clock()
             call()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return times
 
 
@@ -60,6 +65,7 @@ def environment() -> dict[str, Any]:
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "load_before": round(os.getloadavg()[0], 2),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import environment, save, side_by_side, table
+from benchmarks.resources import peak_memory
 
 SIDES = ("ours", "other")
 
@@ -54,17 +54,7 @@ def run_side(side: str, path: Path) -> dict[str, float]:
         load_model_weights(model, path)
         made = model.state_dict()
     seconds = time.perf_counter() - began
-    return {"seconds": seconds, "peak_bytes": peak_bytes(), "bytes": sum(value.nbytes for value in made.values())}
-
-
-def peak_bytes() -> int:
-    """This program's peak resident memory; getrusage would count that of the process that started it, too."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-    except OSError:  # not Linux
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"seconds": seconds, "peak_bytes": peak_memory(), "bytes": sum(value.nbytes for value in made.values())}
 
 
 def in_process(side: str, path: Path) -> dict[str, float]:
@@ -108,7 +98,7 @@ def main() -> None:
             print(f"writing {path}", file=sys.stderr)
             write_file(path)
         row = compare(path, args.rounds)
-    result = {"environment": environment(), "rows": [row]}
+    result = {"benchmark": "load_weights", "environment": environment(), "rows": [row]}
     columns = ("", "ours ms", "other ms", "ratio", "peak / model")
     cells = (row["name"], row["ours"]["median_ms"], row["other"]["median_ms"], row["ratio"], row["peak_over_model"])
     print(table("Loading weights (ratio: how many times as fast as a plain read and copy)", columns, [cells]))

@@ -5,6 +5,9 @@
 Each side reads the same random windows (16 frames, every third) of a 1280x720 H.264 clip and scales them to cover
 256x256. OpenCV comes in its two usual forms: decoding from the start of the file, and seeking by frame number. Before
 anything is timed, every side's frames are checked against the frame numbers drawn into the clip.
+
+Then a small model trains on such windows, with some numbers of loader processes: which share of a step is spent waiting
+for samples.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from benchmarks.harness import environment, interleaved, save, side_by_side, tab
 FRAMES, HEIGHT, WIDTH, FPS = 480, 720, 1280, 24
 COUNT, STEP, SIZE = 16, 3, 256
 BITS, CELL = 10, 64  # the frame number, drawn as a row of black and white squares
+WORKERS, STEPS, WARMUP = (0, 1, 2), 16, 4
 GOPS = {"long video, a key frame each 250": 250, "prepared clip, a key frame each 16": 16}
 
 
@@ -122,6 +126,36 @@ def measure(folder: Path, seconds: float) -> list[dict[str, Any]]:
     return rows
 
 
+def measure_waiting(folder: Path, clip: Path) -> list[dict[str, Any]]:
+    """Steps of the training loop on windows of the clip, for each number of loader processes."""
+    import pandas as pd
+    import torch
+
+    from benchmarks import loop
+    from opensora_repro.data.dataset import ClipDataset
+    from opensora_repro.data.manifest import write_manifest
+    from opensora_repro.data.sampler import BatchSampler, SharedBatches
+    from opensora_repro.models.config import STDiTConfig
+    from opensora_repro.training.feed import ClipFeed
+
+    same = {"path": str(clip), "num_frames": FRAMES, "fps": float(FPS), "height": HEIGHT, "width": WIDTH}
+    captions = [{"id": f"window {i}", "caption": f"a red circle number {i}", **same} for i in range(8)]
+    write_manifest(pd.DataFrame(captions), folder / "clips.parquet")
+    device = torch.device("cpu")
+    model = STDiTConfig(hidden_size=144, depth=4, num_heads=4, caption_channels=loop.DEMO_CAPTION, model_max_length=12)
+    encoder = loop.demo_encoder(device, model.model_max_length)
+    rows = []
+    for workers in WORKERS:
+        run_dir = folder / f"{workers} workers"
+        cfg = loop.loop_config(run_dir, model, size=64, frames=COUNT, batch_size=1, steps=STEPS, dtype="fp32")
+        dataset = ClipDataset(folder / "clips.parquet", cfg.data, cfg.run.seed)
+        sampler = SharedBatches(BatchSampler(len(dataset), cfg.train.batch_size, cfg.run.seed), 0, 1)
+        feed = ClipFeed(dataset, sampler, workers, pinned=False)
+        lines = loop.run_loop(loop.build_loop(cfg, encoder, feed, device))
+        rows.append({"workers": workers, **loop.times(lines, WARMUP)})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=30.0, help="time to spend measuring (default: %(default)s)")
@@ -131,12 +165,14 @@ def main() -> None:
     where = environment()
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(Path(folder), args.seconds)
+        waiting = measure_waiting(Path(folder), Path(folder) / f"gop{min(GOPS.values())}.mp4")
     result = {
         "benchmark": "loader",
         "environment": where,
         "clip": {"frames": FRAMES, "height": HEIGHT, "width": WIDTH, "codec": "H.264"},
         "window": {"count": COUNT, "step": STEP, "size": SIZE},
         "rows": rows,
+        "waiting": waiting,
     }
     path = save("loader", result, args.out)
     shown = [
@@ -145,6 +181,8 @@ def main() -> None:
     ]
     title = f"A window of {COUNT} frames, every {STEP}rd, from {WIDTH}x{HEIGHT} (medians)"
     print(table(title, ("source", "against", "ours ms", "other ms", "speed"), shown))
+    steps = [(row["workers"], row["step_ms"], f"{row['waiting_share']:.0%}") for row in waiting]
+    print(table("Training steps on such windows", ("loader processes", "step ms", "waiting for samples"), steps))
     print(f"written to {path}")
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from opensora_repro.config import Config
     from opensora_repro.data.dataset import BadSample, Clip
+    from opensora_repro.models.config import STDiTConfig
     from opensora_repro.training.batch import Encoded
     from opensora_repro.training.encode import Encoder
     from opensora_repro.training.feed import Feed, Sample
@@ -24,6 +25,10 @@ PUBLISHED_VAE: dict[str, Any] = {  # Stable Diffusion's
     "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4, "sample_size": 256,
     "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
 }  # fmt: skip
+
+
+REPO = Path(__file__).resolve().parent.parent
+DEMO_CAPTION = 64  # channels of the demo's text encoder
 
 
 class MadeUp:
@@ -52,12 +57,46 @@ class Strict(Loop):
     def _step(self) -> None:
         import torch
 
-        strict = self.state.step >= self.FREE_STEPS
-        torch.cuda.set_sync_debug_mode("error" if strict else "default")
+        if self.state.step < self.FREE_STEPS or self.engine.device.type != "cuda":
+            super()._step()
+            return
+        torch.cuda.set_sync_debug_mode("error")
         try:
             super()._step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def loop_config(
+    run_dir: Path, model: STDiTConfig, *, size: int, frames: int, batch_size: int, steps: int, dtype: str = "bf16"
+) -> Config:
+    from opensora_repro.config import CheckpointConfig, Config, DataConfig, RunConfig, TrainConfig
+
+    return Config(
+        run=RunConfig(dir=str(run_dir)),
+        data=DataConfig(num_frames=frames, height=size, width=size),
+        model=model,
+        train=TrainConfig(steps=steps, batch_size=batch_size, dtype=dtype),
+        checkpoint=CheckpointConfig(every=steps),
+    )
+
+
+def demo_encoder(device: torch.device, max_length: int, vae: Path | None = None) -> Encoder:
+    """The demo's text encoder and, unless another is given, its autoencoder."""
+    import torch
+
+    from opensora_repro.config import TextConfig, VaeConfig
+    from opensora_repro.models.text import load_text_encoder
+    from opensora_repro.models.vae import load_vae
+    from opensora_repro.training.encode import Encoder
+
+    folder, dtype = REPO / "checkpoints" / "demo", torch.bfloat16 if device.type == "cuda" else torch.float32
+    return Encoder(
+        load_vae(VaeConfig(path=str(vae or folder / "vae")), device, dtype),
+        load_text_encoder(TextConfig(path=str(folder / "text")), max_length, device, dtype),
+        device,
+        half=dtype == torch.bfloat16,
+    )
 
 
 def build_loop(

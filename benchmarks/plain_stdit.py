@@ -125,10 +125,11 @@ class PlainSTDiT(nn.Module):
         t = self.t_embedder.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
         t6 = rearrange(self.t_block(t), "b (six d) -> b six d", six=6)
         y = self.y_embedder.y_proj(text)
-        x = rearrange(self.x_embedder.proj(latents), "b d t h w -> b t (h w) d") + self.positions
+        x = rearrange(self.x_embedder.proj(latents), "b d t h w -> b t (h w) d") + self.positions.to(latents)
         x = rearrange(x, "b t s d -> b (t s) d")
+        times = self.times.to(latents)
         for i, block in enumerate(self.blocks):
-            x = block(x, y, mask, t6, self.frames // self.cfg.patch_size[0], self.times if i == 0 else None)
+            x = block(x, y, mask, t6, self.frames // self.cfg.patch_size[0], times if i == 0 else None)
         shift, scale = (self.final_layer.scale_shift_table[None] + t[:, None]).chunk(2, dim=1)
         x = self.final_layer.linear(self.norm(x) * (1 + scale) + shift)
         p, q, r = self.cfg.patch_size

@@ -31,14 +31,9 @@ FILTER = (
 # Run in a process of its own; the last line is its largest resident memory in MB.
 INSIDE = """
 import importlib, sys
+from benchmarks.resources import peak_memory
 code = importlib.import_module(sys.argv[1]).main(sys.argv[2:])
-try:
-    status = open("/proc/self/status").read()
-    peak = int(status.split("VmHWM:")[1].split()[0]) / 1024
-except (OSError, IndexError):
-    import resource
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 * 1024 if sys.platform == "darwin" else 1024)
-print(peak)
+print(peak_memory() / 2**20)
 sys.exit(code)
 """
 

@@ -124,6 +124,24 @@ def check_curve() -> Errors:
     return {"largest gap": largest_gap(fused, eager) / 1e-4}
 
 
+def check_memory() -> Errors:
+    """What a training step keeps for its backward pass, as the planner has it."""
+    import torch
+
+    from benchmarks import kernel_cases
+    from opensora_repro.training.planning.memory import activation_bytes
+    from opensora_repro.training.planning.sizes import token_grid
+    from tests.unit.test_plan_memory import TINY, Step, kept_bytes
+
+    sizes, found = (2, 3, 8, 8), {}
+    grid = token_grid(TINY, (TINY.in_channels, *sizes[1:]))
+    for kind in ("none", "selective", "full"):
+        planned = activation_bytes(TINY, grid, 2, dtype="bf16", checkpointing=kind, device="cpu", fused=True).kept
+        with kernel_cases.using("triton", torch.device("cpu")):
+            found[kind] = abs(planned / kept_bytes(Step(TINY, sizes, "bf16", kind)) - 1) / 0.1
+    return found
+
+
 CHECKS: dict[str, Callable[[], Errors]] = {
     "fp32": lambda: check_cases("fp32"),
     "bf16 autocast": lambda: check_cases("bf16 autocast"),
@@ -132,6 +150,7 @@ CHECKS: dict[str, Callable[[], Errors]] = {
     "adamw": check_adamw,
     "models fp32": lambda: check_models("fp32"),
     "models bf16": lambda: check_models("bf16"),
+    "memory": check_memory,
     "many tiles": check_many_tiles,  # the last one: it changes the tiles
     "curve": check_curve,
 }

@@ -65,7 +65,7 @@ class HostStack:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._side = _side_stream(device) if device.type == "cuda" else None
+        self._streams: Any = torch.get_device_module(device) if device.type == "cuda" else None
         self._hosts: list[Tensor] = []
         self._leaving: deque[tuple[int, Tensor, Any]] = deque()
         self._coming: dict[int, tuple[Tensor, Any]] = {}
@@ -82,7 +82,7 @@ class HostStack:
 
     def _put(self, tensor: Tensor) -> int:
         tensor = tensor.detach()
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=self._side is not None)
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=self._streams is not None)
         arrived = self._copy(host, tensor)
         self._hosts.append(host)
         self._leaving.append((len(self._hosts) - 1, tensor, arrived))
@@ -116,19 +116,20 @@ class HostStack:
 
     def _copy(self, target: Tensor, source: Tensor) -> Any:
         """Copy behind what the device has been told to compute up to now; what to wait for."""
-        if self._side is None:
+        if self._streams is None:
             target.copy_(source)
             return None
-        self._side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._side):
+        side = _side_stream(self._device)
+        side.wait_stream(self._streams.current_stream(self._device))
+        with self._streams.stream(side):
             target.copy_(source, non_blocking=True)
-            return self._side.record_event()
+            return side.record_event()
 
     def _wait(self, event: Any) -> None:
         if event is not None:
-            torch.cuda.current_stream(self._device).wait_event(event)
+            self._streams.current_stream(self._device).wait_event(event)
 
 
 @lru_cache(maxsize=8)
 def _side_stream(device: torch.device) -> Any:
-    return torch.cuda.Stream(device)
+    return torch.get_device_module(device).Stream(device)

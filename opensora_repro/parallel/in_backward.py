@@ -22,7 +22,6 @@ class StepInBackward:
         self._norms: dict[Tensor, Tensor] = {}
         self._parameters = list(parameters.values())
         self._armed = False
-        self._factor = 1.0
         # One for each weight, all with the state of the whole.
         self._parts: dict[Tensor, torch.optim.Optimizer] = {}
         for group in optimizer.param_groups:
@@ -35,10 +34,12 @@ class StepInBackward:
 
     def arm(self, lr: float, factor: float) -> None:
         """The next backward pass multiplies the gradients by `factor` and makes the step."""
-        self._armed, self._factor = True, factor
+        self._armed = True
         self._norms.clear()
+        scale = 1 / torch.full((), factor, device=self._parameters[0].device)
         for part in self._parts.values():
             part.param_groups[0]["lr"] = lr
+            part.grad_scale = scale  # type: ignore[attr-defined]  # fused optimizers divide by it while they read
 
     def disarm(self) -> None:
         self._armed = False
@@ -53,7 +54,5 @@ class StepInBackward:
             return
         gradient = parameter.grad
         (self._norms[parameter],) = torch._foreach_norm([gradient])
-        if self._factor != 1:
-            gradient.mul_(self._factor)
         self._parts[parameter].step()
         parameter.grad = None

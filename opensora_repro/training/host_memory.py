@@ -6,6 +6,7 @@ A few tensors at a time visit the device for their update, which so gives the sa
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -116,27 +117,36 @@ def visits(parts: Sequence[Sequence[Tensor]], beside: Sequence[Tensor]) -> Itera
 
 
 def _overlapping_visits(parts: Sequence[Sequence[Tensor]], device: torch.device) -> Iterator[list[Tensor]]:
-    coming, leaving = torch.cuda.Stream(device), torch.cuda.Stream(device)
-    main = torch.cuda.current_stream(device)
+    streams: Any = torch.get_device_module(device)
+    main, (coming, leaving) = streams.current_stream(device), _side_streams(device)
 
-    def begin(number: int) -> tuple[list[Tensor], torch.cuda.Event]:
-        with torch.cuda.stream(coming):
-            return [host.to(device, non_blocking=True) for host in parts[number]], coming.record_event()
+    def begin(number: int) -> tuple[list[Tensor], Any]:
+        there = [torch.empty_like(host, device=device) for host in parts[number]]  # memory of the main stream
+        coming.wait_stream(main)
+        with streams.stream(coming):
+            for host, tensor in zip(parts[number], there, strict=True):
+                tensor.copy_(host, non_blocking=True)
+            return there, coming.record_event()
 
     ahead, left = begin(0) if parts else None, None
     for number, part in enumerate(parts):
         assert ahead is not None
         there, arrived = ahead
-        main.wait_event(arrived)
         if left is not None:
             left.synchronize()  # else the host would run ahead and bring all parts at once
         ahead = begin(number + 1) if number + 1 < len(parts) else None
+        main.wait_event(arrived)
         yield there
         leaving.wait_stream(main)
-        with torch.cuda.stream(leaving):
+        with streams.stream(leaving):
             for host, tensor in zip(part, there, strict=True):
                 host.copy_(tensor, non_blocking=True)
-                tensor.record_stream(main)
                 tensor.record_stream(leaving)
             left = leaving.record_event()
     leaving.synchronize()
+
+
+@lru_cache(maxsize=8)
+def _side_streams(device: torch.device) -> tuple[Any, Any]:
+    module = torch.get_device_module(device)
+    return module.Stream(device), module.Stream(device)

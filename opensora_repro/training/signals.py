@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a wish to stop after the current step."""
+"""SIGTERM and Ctrl-C as a wish to stop soon: after the current step, or the one that has been begun behind it."""
 
 from __future__ import annotations
 

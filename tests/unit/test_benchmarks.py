@@ -8,16 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import collectives, harness, loader, tables, train_step
-
-
-def test_the_plain_model_computes_what_ours_does() -> None:
-    ours, plain = train_step.build((4, 8, 6))
-    batch = train_step.inputs(2, (4, 8, 6))
-    assert train_step.largest_difference(ours, plain, batch) < train_step.TOLERANCE
-    with torch.no_grad():
-        plain.get_parameter("blocks.3.attn_temp.proj.weight").mul_(1.5)
-    assert train_step.largest_difference(ours, plain, batch) > train_step.TOLERANCE
+from benchmarks import collectives, harness, loader, suite, tables
 
 
 def test_both_readers_return_the_frames_drawn_into_the_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,6 +20,16 @@ def test_both_readers_return_the_frames_drawn_into_the_clip(tmp_path: Path, monk
         assert loader.numbers(read(path, 21)) == list(range(21, 21 + 48, 3))
 
 
+def test_waiting_for_samples_is_a_share_of_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"FRAMES": 60, "HEIGHT": 96, "WIDTH": 128, "BITS": 1, "WORKERS": (0,), "STEPS": 5}.items():
+        monkeypatch.setattr(loader, name, value)
+    loader.write_clip(tmp_path / "clip.mp4", gop=16)
+    (row,) = loader.measure_waiting(tmp_path, tmp_path / "clip.mp4")
+    assert row["workers"] == 0
+    assert row["step_ms"] > 0
+    assert 0 < row["waiting_share"] < 1  # without other processes every sample is waited for
+
+
 def test_calls_are_interleaved_and_compared_round_by_round(tmp_path: Path) -> None:
     order: list[str] = []
     times = harness.interleaved(
@@ -36,6 +37,9 @@ def test_calls_are_interleaved_and_compared_round_by_round(tmp_path: Path) -> No
     )
     assert "".join(order) == "ab" * 6
     assert [len(values) for values in times.values()] == [5, 5]
+    ticks = iter(range(100))
+    times = harness.interleaved({"a": list}, rounds=3, seconds=60, clock=lambda: float(next(ticks)))
+    assert times == {"a": [1.0, 1.0, 1.0]}
     result = harness.side_by_side([0.1, 0.2, 0.1], [0.2, 0.2, 0.4])
     assert result["ratio"] == 2.0
     assert result["other"] == {"median_ms": 200.0, "min_ms": 200.0, "max_ms": 400.0, "rounds": 3}
@@ -62,6 +66,25 @@ def test_a_collective_of_an_unknown_kind_is_not_passed_over() -> None:
         torch.distributed.all_reduce(torch.ones(1))
     assert total == [0, 0]
     assert torch.distributed.all_reduce is kept
+
+
+def test_every_benchmark_has_a_line_in_the_table() -> None:
+    """Of the results that are kept, and of one that found nothing to measure."""
+    for name, benchmark in suite.BENCHMARKS.items():
+        path = harness.RESULTS / f"{name}.json"
+        if path.exists():
+            lines = list(benchmark.lines(json.loads(path.read_text(encoding="utf-8"))))
+            assert lines, name
+            assert all(len(line) == 5 for line in lines)
+    assert list(suite.timed({"gpu": None, "missing": "no GPU"})) == [("no GPU", "", "", "", "")]
+
+
+def test_the_suite_goes_on_after_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "RESULTS", tmp_path)
+    broken, whole = suite.Benchmark(("--sp-size", "3")), suite.Benchmark((), suite.timed)
+    monkeypatch.setattr(suite, "BENCHMARKS", {"collectives": broken, "kernels": whole})
+    assert suite.run_all(["collectives", "kernels"], full=False) == 1
+    assert [path.name for path in (tmp_path / "quick").iterdir()] == ["kernels.json"]
 
 
 @pytest.mark.exhaustive

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from opensora_repro.config import Config, ConfigError, config_hash, dump_toml, load_config
+from opensora_repro.config import Config, ConfigError, config_hash, dump_toml, load_config, load_recorded
 
 BASE = """
 [model]
@@ -187,3 +187,36 @@ def test_dump_round_trip_and_hash(tmp_path: Path) -> None:
 def test_importing_config_does_not_import_torch() -> None:
     code = "import sys, opensora_repro.config; sys.exit(any(m in sys.modules for m in ('torch', 'numpy', 'pandas')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# What saves memory
+
+
+def test_activation_checkpointing_was_true_or_false(tmp_path: Path) -> None:
+    """A new config is told the new names; what a run of an earlier release has left is read as it was meant."""
+    for old, new in (("true", "full"), ("false", "none")):
+        text = f"[train]\nactivation_checkpointing = {old}"
+        assert f'activation_checkpointing = {old}: expected "{new}", or "selective"' in error(tmp_path, text)
+        assert load_recorded(tmp_path / "config.toml").train.activation_checkpointing == new
+    assert "expected one of none, selective, full" in error(tmp_path, "", "train.activation_checkpointing=some")
+
+
+WITHIN = ("optim.in_backward=true", "optim.clip_norm=0", "train.max_bad_steps=1")
+
+
+def test_steps_in_backward_and_what_they_rule_out(tmp_path: Path) -> None:
+    assert load(tmp_path, BASE, *WITHIN).optim.in_backward
+    for change, said in (
+        ("optim.clip_norm=1", "optim.clip_norm = 0 (the norm is known too late)"),
+        ("train.accumulation=2", "train.accumulation = 1"),
+        ("train.max_bad_steps=5", "train.max_bad_steps = 1 (a non-finite step cannot be skipped)"),
+        ("parallel.engine=colossalai", "parallel.engine = torch"),
+        ("optim.offload=true", "optim.offload = false"),
+    ):
+        assert f"optim.in_backward = true: expected false, or {said}" in error(tmp_path, BASE, *WITHIN, change)
+
+
+def test_offloaded_activations_need_checkpointing(tmp_path: Path) -> None:
+    changes = ("train.offload_activations=true", "train.activation_checkpointing=none")
+    assert "train.offload_activations = true: expected false with" in error(tmp_path, BASE, *changes)
+    assert load(tmp_path, BASE, changes[0]).train.offload_activations

@@ -39,8 +39,7 @@ CPU = torch.device("cpu")
 STEPS, LENGTH = 5, 6
 WAITING_CALLS = ("item", "tolist", "cpu", "numpy", "nonzero", "equal", "__bool__", "__float__", "__int__", "__index__")
 WAITING_OPS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2")
-# Where values are read that have been on their way for a step, where random numbers of the host's are drawn, and where
-# captions' lengths are read from a mask in host memory.
+# Where values are read that have been on their way for a step, or lie in host memory: random numbers, captions' masks.
 MAY_READ = (
     ("device.py", "read"),
     ("gaussian.py", "draw_timesteps"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opensora_repro.config import OptimConfig
+from opensora_repro.config import ConfigError, OptimConfig
 from opensora_repro.models.config import STDiTConfig
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.parallel.engine import TorchEngine
@@ -18,7 +18,7 @@ from opensora_repro.training import host_memory
 from opensora_repro.training.checkpoint import optimizer_pieces
 from opensora_repro.training.ema import Ema
 from opensora_repro.training.host_memory import HostAdamW, together, visits
-from opensora_repro.training.optim import build_optimizer
+from opensora_repro.training.optim import build_optimizer, check_processes
 from tests.training_world import World, make_world, metrics, newest_hashes
 
 TINY = STDiTConfig(hidden_size=32, depth=3, num_heads=4, caption_channels=12, model_max_length=5)
@@ -123,6 +123,14 @@ def test_without_its_call_the_backward_pass_makes_no_step() -> None:
         assert torch.equal(value, before[name]), name
 
 
+def test_several_processes_are_refused() -> None:
+    within = OptimConfig(in_backward=True, clip_norm=0)
+    check_processes(within, 1)
+    check_processes(PLAIN, 2)
+    with pytest.raises(ConfigError, match="in_backward = true: expected false with 2 processes"):
+        check_processes(within, 2)
+
+
 # Host memory
 
 
@@ -210,3 +218,17 @@ def test_whole_runs_are_the_plain_one(train: Callable[..., Path], tmp_path: Path
         for folder in (run, other):
             assert metrics(folder) == metrics(plain), name
             assert newest_hashes(folder) == newest_hashes(plain), name
+
+
+def test_a_non_finite_step_in_backward_ends_the_run_unsaved(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from stages import stage2_video
+
+    given = {"train__steps": 20, "train__max_bad_steps": 1, "checkpoint__every": 1, "checkpoint__keep": 0}
+    changes = {"optim__lr": 1e30, "optim__clip_norm": 0, **LESS["in backward"], **given}
+    arguments = world.arguments(tmp_path / "run", "clips", **changes)
+    assert stage2_video.main([str(world.root / "empty.toml"), *arguments]) == 1
+    assert "1 non-finite steps in a row" in capsys.readouterr().err
+    saved = list((tmp_path / "run" / "checkpoints").iterdir())
+    assert len(saved) == len(metrics(tmp_path / "run")) - 1 > 0

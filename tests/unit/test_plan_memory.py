@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from opensora_repro.config import Config, OptimConfig, ParallelConfig, TrainConfig
+from opensora_repro.config import Config, DataConfig, OptimConfig, ParallelConfig, TrainConfig
 from opensora_repro.diffusion.objective import build_objective
 from opensora_repro.models import layers
 from opensora_repro.models.config import ACTIVATION_CHECKPOINTING, STDiTConfig
@@ -228,20 +228,35 @@ def test_peak_at_full_size(checkpointing: str) -> None:
 # Layouts
 
 
-def one_card(**changes: Any) -> float:
-    config = Config(
-        train=TrainConfig(batch_size=1), parallel=ParallelConfig("colossalai", "zero1"), model=STDiTConfig(**changes)
-    )
+def one_card(train: TrainConfig, **changes: Any) -> float:
+    config = Config(train=train, parallel=ParallelConfig("colossalai", "zero1"), model=STDiTConfig(**changes))
     grid = token_grid(config.model, (4, 64, 64, 64))
-    frozen = frozen_sizes(config)
-    parameters = count_parameters(config.model)
+    frozen, parameters = frozen_sizes(config), count_parameters(config.model)
     return step_memory(config, grid, parameters, frozen, Mesh(), encodes=False).peak
 
 
-def test_64_frames_of_512_pixels_on_one_card() -> None:
+@pytest.mark.parametrize("kernels", ["eager", "auto"])
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+def test_64_frames_of_512_pixels_on_one_card(checkpointing: str, kernels: str) -> None:
     """XL/2, batch 1, bf16, ZeRO-1 on one card: the model's step stays under 40 GB."""
-    assert 20e9 < one_card() < 40e9
-    assert one_card(hidden_size=2304) > 40e9
+    train = TrainConfig(batch_size=1, kernels=kernels, activation_checkpointing=checkpointing)
+    assert 20e9 < one_card(train) < 40e9
+    assert one_card(train, hidden_size=2304) > 40e9
+    assert one_card(dataclasses.replace(train, offload_activations=True)) < one_card(train) - 5e9
+    assert one_card(dataclasses.replace(train, activation_checkpointing="none")) > 100e9
+
+
+def test_encoding_beside_the_model_takes_memory_of_its_own() -> None:
+    def peak(overlap: bool, device: str = "cuda", cache: str = "") -> float:
+        config = Config(train=TrainConfig(overlap=overlap), data=DataConfig(cache=cache, draws=1))
+        grid, frozen = token_grid(config.model, (4, 16, 32, 32)), frozen_sizes(config)
+        parameters = count_parameters(config.model)
+        memory = step_memory(config, grid, parameters, frozen, Mesh(), encodes=not cache, device=device)
+        return memory.peak
+
+    assert peak(True) - peak(False) == pytest.approx(2 * frozen_sizes(Config()).encoding_values)
+    assert peak(True, "cpu") == peak(False, "cpu")
+    assert peak(True, cache="cache") == peak(False, cache="cache")
 
 
 def test_states_of_every_plugin() -> None:

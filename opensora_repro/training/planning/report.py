@@ -103,7 +103,7 @@ def _advice(cfg: Config, budget: Budget) -> str:
         if helped:
             return f"with train.activation_checkpointing={kind} {helped[0].overrides} would"
     wishes = ["lower train.batch_size"] * (cfg.train.batch_size > 1) + ["lower vae.micro_batch_size"]
-    return ", or ".join([*wishes, "set text.offload=true", "take more or larger GPUs"])
+    return ", or ".join([*wishes, "set text.offload=true or optim.offload=true", "take more or larger GPUs"])
 
 
 def _time(budget: Budget) -> list[str]:

@@ -1,0 +1,77 @@
+"""Memory and energy of what is measured."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+SETTLE_SECONDS = 1.0  # a card tells its power as the mean of up to so long
+SAMPLE_SECONDS = 0.05
+
+
+def peak_memory() -> int:
+    """This program's largest resident memory so far, in bytes.
+
+    Not getrusage's where it can be helped: that counts the memory of the process that started this one, too.
+    """
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    except OSError:  # not Linux
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def energy(call: Callable[[], object], device: torch.device, seconds: float = 3.0) -> float | None:
+    """Joules that the card takes for a call, from its own power readings while calls follow each other for `seconds`.
+
+    `call` returns when its work is done. None where nothing tells the power: a CPU, or no NVML.
+    """
+    import torch
+
+    if device.type != "cuda":
+        return None
+    try:
+        torch.cuda.power_draw(device)
+    except Exception:  # no NVML package, no right to ask, a card without a sensor: each raises its own
+        return None
+    _repeat(call, SETTLE_SECONDS)
+    samples: list[tuple[float, float]] = []
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(SAMPLE_SECONDS):
+            samples.append((time.perf_counter(), torch.cuda.power_draw(device) / 1000))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    began = time.perf_counter()
+    calls = _repeat(call, seconds)
+    elapsed = time.perf_counter() - began
+    done.set()
+    watcher.join()
+    return mean_power(samples) * elapsed / calls if len(samples) > 1 else None
+
+
+def mean_power(samples: Sequence[tuple[float, float]]) -> float:
+    """Watts over the time of samples (seconds, watts), straight lines between them."""
+    joules = sum((t1 - t0) * (w0 + w1) / 2 for (t0, w0), (t1, w1) in itertools.pairwise(samples))
+    return joules / (samples[-1][0] - samples[0][0])
+
+
+def _repeat(call: Callable[[], object], seconds: float) -> int:
+    began, calls = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        call()
+        calls += 1
+    return calls

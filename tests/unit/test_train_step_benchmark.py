@@ -1,0 +1,105 @@
+"""Both sides of `benchmarks.train_step` do the same work, and what is told of each is complete."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import harness, limits, sides, suite, train_step
+
+TINY = sides.Sizes(hidden_size=48, num_heads=4, depth=2, caption_channels=12, caption_tokens=6, batch=2, frames=3,
+                   rows=8, columns=8)  # fmt: skip
+ODD = sides.Sizes(
+    hidden_size=48, num_heads=4, depth=3, caption_channels=20, caption_tokens=7, batch=2, frames=5, rows=12, columns=12
+)
+
+
+def test_the_plain_model_computes_what_ours_does() -> None:
+    ours, plain = sides.build_ours(TINY).model, sides.build_plain(TINY).model
+    for padded in (False, True):
+        batch = sides.inputs(TINY, padded=padded)
+        assert train_step.largest_difference(ours, plain, batch) < train_step.TOLERANCE
+    with torch.no_grad():
+        plain.get_parameter("blocks.1.attn_temp.proj.weight").mul_(1.5)
+    assert train_step.largest_difference(ours, plain, batch) > train_step.TOLERANCE
+    with pytest.raises(SystemExit, match="the two models differ"):
+        train_step.check_equal(ours, plain, TINY)
+
+
+@pytest.mark.parametrize("sizes", [ODD, train_step.QUICK, train_step.FULL])
+def test_both_counts_of_flops_agree_and_the_plain_model_has_as_many(sizes: sides.Sizes) -> None:
+    ours, plain = (sides.model_flops(name, sizes) for name in ("ours", "plain"))
+    assert ours == plain
+    for count in ours.values():
+        assert count["counted"] == count["formula"]
+    # A backward pass is two forward passes, but for the inputs' gradients, which nobody wants.
+    forward, training = (count["counted"] or 0 for count in ours.values())
+    assert 2.9 * forward < training < 3 * forward
+
+
+def test_diffusers_models_are_as_wide_and_deep() -> None:
+    sizes = train_step.FULL
+    latte, pixart = (sides.model_flops(name, sizes)["forward"]["counted"] or 0 for name in ("Latte", "PixArt"))
+    ours = sides.model_flops("ours", sizes)["forward"]["counted"] or 0
+    mlp = sizes.depth * 2 * sizes.tokens * 2 * sizes.hidden_size * 4 * sizes.hidden_size
+    assert latte - ours == pytest.approx(mlp, rel=0.25)  # an MLP more a block; captions projected frame by frame
+    assert 0.8 * ours < pixart < ours  # without attention over time
+
+
+def test_products_take_turns_with_the_sides() -> None:
+    works = {name: limits.Work(1, lambda: None) for name in "123"}
+    turns = train_step.in_turns({"a": lambda: None, "b": lambda: None}, works)
+    assert list(turns) == ["a", "1", "3", "b", "2"]
+
+
+def test_a_training_step_of_every_side_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is saved is complete: times, rates, shares, both counts of FLOPs; a table can be made of it."""
+    monkeypatch.setitem(limits.SQUARE, "cpu", 128)
+    monkeypatch.setitem(limits.AT_LEAST, "cpu", 0.001)
+    said = {
+        "sizes": asdict(TINY),
+        "threads": 2,
+        "clock": "wall time",
+        "load_after": 0.0,
+        "environment": {"load_before": 0.9},
+    }
+    result = {**said, **train_step.measure(TINY, seconds=0.1)}
+    assert {(row["what"], row["other_side"]) for row in result["rows"]} == {
+        (what, side) for what in ("forward", "training step") for side in ("plain", "Latte", "PixArt")
+    }
+    for row in result["rows"]:
+        assert row["ratio"] > 0
+        for side in (row["ours"], row["other"]):
+            assert side.keys() == {
+                "median_ms",
+                "min_ms",
+                "max_ms",
+                "rounds",
+                "gflops",
+                "share_of_limit",
+                "share_at_best",
+            }
+            assert side["rounds"] >= 3
+            limit = result["matmul_limit"][row["what"]]["gflops"]
+            assert side["share_of_limit"] == pytest.approx(side["gflops"] / limit, abs=0.02)
+    for side, about in result["sides"].items():
+        for flops in about["flops"].values():
+            assert flops["counted"] > 0
+            assert flops["formula"] == (flops["counted"] if side in ("ours", "plain") else None)
+        about |= {"peak_memory_mb": 1}
+    assert sum("%" in line for line in train_step.report(result).splitlines()) == 8
+    assert "others used the machine" in train_step.report(result)
+    saved = json.loads(harness.save("x", result, tmp_path / "x.json").read_text())
+    assert len(list(suite.timed(saved))) == 6
+
+
+def test_memory_is_of_a_process_for_the_side_alone() -> None:
+    found = train_step.in_a_process("ours", dataclasses.replace(ODD, depth=1))
+    assert found["parameters"] > 0
+    assert found["peak_memory_mb"] >= found["before_first_step_mb"] > 0
+    assert found["energy_joules"] is None
