@@ -162,7 +162,7 @@ def build_training(device: torch.device, case: Case, options: Options) -> Traini
     engine.prepare(model, optimizer)
     latents, noise = torch.randn(2, size, *case.latents, device=device).unbind(0)
     text = torch.randn(size, cfg.model_max_length, cfg.caption_channels, device=device)
-    mask = torch.ones(size, cfg.model_max_length, dtype=torch.bool, device=device)
+    mask = torch.ones(size, cfg.model_max_length, dtype=torch.bool)  # in host memory, as training keeps it
     return Training(
         engine=engine,
         objective=build_objective(DiffusionConfig()),

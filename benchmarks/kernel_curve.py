@@ -60,7 +60,7 @@ def curve(
             latents = torch.randn(batch_size, cfg.in_channels, *size, generator=generator)
             wanted = torch.randn(latents.shape, generator=generator) + latents
             text = torch.randn(batch_size, cfg.model_max_length, cfg.caption_channels, generator=generator).to(device)
-            mask = torch.ones(batch_size, cfg.model_max_length, dtype=torch.bool, device=device)
+            mask = torch.ones(batch_size, cfg.model_max_length, dtype=torch.bool)
             timesteps = torch.rand(batch_size, generator=generator).mul(1000).to(device)
             found = runner.conditioned(text, mask)(latents.to(device), timesteps)
             return (found[:, : cfg.in_channels] - wanted.to(device)).square().mean()

@@ -94,9 +94,9 @@ class Captions:
         if mask.device.type == "cpu" if known is None else known:
             self._lay_out(mask, device, varlen)
         else:
-            present = mask.any(dim=1, keepdim=True)
-            self.attend = (mask | ~present)[:, None, None, :]
-            self.present = present[:, None, None, :]
+            mask = mask[:, None, None, :]
+            self.present = mask.any(dim=-1, keepdim=True)
+            self.attend = mask | ~self.present
 
     def _lay_out(self, mask: Tensor, device: torch.device, varlen: Varlen | None) -> None:
         self.tokens = [[i for i, there in enumerate(row) if there] for row in mask.tolist()]
@@ -108,8 +108,9 @@ class Captions:
                 self._lay_end_to_end(read, mask.shape[1], device, varlen)
                 present = present.repeat_interleave(torch.tensor(list(map(len, read))))
             else:
-                attend = mask[:, : self.length] | ~present[:, None]
-                self.attend = to_device(attend[:, None, None, :], device)
+                # Not a view, for which blocks would be compiled again
+                attend = mask[:, None, None, : self.length] | ~present[:, None, None, None]
+                self.attend = to_device(attend, device)
         if not all(self.tokens):
             shape = (-1, 1, 1) if self.varlen else (-1, 1, 1, 1)
             self.present = to_device(present.view(shape), device)
@@ -127,13 +128,14 @@ class Captions:
         if self.index is not None:
             return text.flatten(0, 1)[self.index]
         text = text[:, : self.length]
-        return text if self.rows is None else text[self.rows]
+        # Always a copy: for a view blocks would be compiled once more.
+        return text.clone() if self.rows is None else text[self.rows]
 
     def end_to_end(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of queries [B, N, H, d] to keys and values laid end to end."""
         assert self.varlen is not None
         samples, queries = q.shape[:2]
-        starts = torch.arange(0, samples * queries + 1, queries, dtype=torch.int32, device=q.device)
+        starts = queries * torch.arange(samples + 1, dtype=torch.int32, device=q.device)
         # No caption is longer than the width; the longest's own length would be compiled anew for every batch.
         out = self.varlen(q.flatten(0, 1), k, v, starts, self.ends, queries, self.width)
         return out.view(q.shape)

@@ -40,7 +40,8 @@ def new_model(checkpointing: str = "none") -> STDiT:
 def outputs_and_gradients(model: STDiT, sizes: tuple[int, ...]) -> list[torch.Tensor]:
     samples, frames, rows, columns, tokens = sizes
     generator = torch.Generator().manual_seed(1)
-    lengths = tokens - torch.arange(samples)[:, None] % tokens  # captions of one length are another program, maskless
+    # Captions of one length would be another program, without a mask. The longest has every token or does not.
+    lengths = tokens - (samples > 2) - torch.arange(samples)[:, None] % (tokens - 1)
     out = model(
         torch.randn(samples, 4, frames, rows, columns, generator=generator),
         torch.rand(samples, generator=generator) * 1000,
