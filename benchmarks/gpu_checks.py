@@ -21,6 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.comparisons import relative_error, require, rms_error
+from benchmarks.gpu_attention import captions_end_to_end, sampling_full_size
 from benchmarks.gpu_memory import memory_full_size, same_numbers
 from benchmarks.harness import environment, save
 
@@ -46,22 +48,6 @@ FROZEN_NEED = ("diffusers", "transformers", "sentencepiece", "ftfy")
 
 class Skip(Exception):
     """A check cannot run here; the message says what it lacks."""
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
-
-
-def rms_error(found: Tensor, expected: Tensor) -> float:
-    found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
-    return float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
-
-
-def require(error: float, tolerance: float, what: str) -> float:
-    """Return the error, rounded for the report; NaN never passes."""
-    assert error <= tolerance, f"{what}: {error:.2e} is above {tolerance:.0e}"
-    return float(f"{error:.2e}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -360,12 +346,14 @@ def encoders_beside(
 CHECKS: dict[str, tuple[Callable[[Any], dict[str, Any]], tuple[str, ...]]] = {  # what each needs besides NEEDED
     "stdit parity": (lambda device: parity(device, True), ()),
     "pixart parity": (lambda device: parity(device, False), ()),
+    "captions end to end": (captions_end_to_end, ()),
     "kernels, parity": (kernel_parity, ("triton",)),
     "kernels, repeatability": (kernel_repeatability, ("triton",)),
     "kernels, bandwidth": (kernel_bandwidth, ("triton",)),
     "kernels, 200 steps in float32": (lambda device: kernel_curves(device, "fp32"), ("triton",)),
     "kernels, 200 steps in bf16": (lambda device: kernel_curves(device, "bf16"), ("triton",)),
     "samplers": (samplers, ()),
+    "sampling, XL/2 16x32x32": (sampling_full_size, ()),
     "reference outputs": (golden, ()),
     "reference outputs, XL/2": (golden_full_size, ()),
     "autoencoder and text encoder": (frozen_models, FROZEN_NEED),

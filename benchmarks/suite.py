@@ -65,6 +65,8 @@ class Benchmark:
 
 BENCHMARKS = {
     "train_step": Benchmark(("--quick",)),
+    "sample": Benchmark(("--quick",)),
+    "attention": Benchmark(("--quick",)),
     "kernels": Benchmark(()),
     "loader": Benchmark(("--seconds", "10")),
     "collectives": Benchmark((), counted),

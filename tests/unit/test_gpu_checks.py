@@ -15,7 +15,9 @@ CPU = torch.device("cpu")
 MEMORY = "memory, options that change no number"
 
 
-@pytest.mark.parametrize("name", ["stdit parity", "pixart parity", "samplers", "reference outputs", MEMORY])
+@pytest.mark.parametrize(
+    "name", ["stdit parity", "pixart parity", "captions end to end", "samplers", "reference outputs", MEMORY]
+)
 def test_comparisons_hold_on_the_cpu(name: str, golden_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENSORA_GOLDEN", str(golden_dir))
     result = gpu_checks.run_check(name, CPU)
