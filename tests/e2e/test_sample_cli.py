@@ -49,10 +49,11 @@ def test_a_sample_depends_on_its_number_not_on_its_batch(home: Path, tmp_path: P
     together = sample(home / "flow", tmp_path / "a", "--batch-size", "3")
     apart = sample(home / "flow", tmp_path / "b", "--batch-size", "1")
     fewer = sample(home / "flow", tmp_path / "c", prompts=PROMPTS[:2])
-    for i, video in enumerate(together):
-        assert np.abs(video - apart[i]).max() <= 3, i  # rounding, at most a level before H.264
-    for i, video in enumerate(fewer):
-        assert np.abs(video - together[i]).max() <= 3, i
+    for one, other in (*zip(together, apart, strict=True), *zip(fewer, together, strict=False)):
+        difference = np.abs(one - other)
+        # Rounding: a level of a few pixels, for which H.264 may code a block in another way.
+        assert (difference > 0).mean() < 0.02
+        assert difference.max() <= 8
     twice = sample(home / "flow", tmp_path / "d", prompts=PROMPTS[:1] * 2)
     assert np.abs(twice[0] - twice[1]).max() > 8  # the same words, another number
 

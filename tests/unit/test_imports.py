@@ -140,15 +140,14 @@ def test_the_walk_sees_a_forbidden_import(tmp_path: Path) -> None:
     assert not any(inside("opensora_repro.training.checkpoint", t) for t in MAY_IMPORT["opensora_repro.models.stdit"])
 
 
-def test_cuda_is_called_where_devices_and_streams_are_handled_alone() -> None:
+def test_cuda_is_called_by_the_device_helpers_alone() -> None:
     found = {
         module_name(path)
         for path in python_files("opensora_repro", "stages", "data_tools")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and re.search(r"\btorch\.cuda\.|\.cuda\(", ast.unparse(node.func) + "(")
     }
-    streams_to_host_memory = {"opensora_repro.models.recompute", "opensora_repro.training.host_memory"}
-    assert found == {"opensora_repro.parallel.device", *streams_to_host_memory}
+    assert found == {"opensora_repro.parallel.device"}
 
 
 def test_only_the_colossal_engines_import_colossalai() -> None:
