@@ -3,34 +3,35 @@
     python -m benchmarks.sample [--quick] [--one-thread] [--steps N] [--seconds S] [--out FILE]
 
 One prompt, 16 frames of 256x256 pixels as latents, IDDPM with guidance in one batch of the prompt and the null caption,
-as the original samples. The plain side is benchmarks/plain_stdit.py called with the doubled batch at every step; ours
-prepares the text once, folds it into the projections around it while it is short, and computes once for both halves
-what precedes the first text. A third side is ours without all that. Both models hold the same weights and must end at
-the same latents before anything is timed; then whole runs of --steps steps are timed in turns, the preparation in
-them. More steps, such as the recipe's 100, divide it by more.
+as the original samples.
 
-Shares of the matmul limit (benchmarks/limits.py) are of each side's own FLOPs, as torch counts them. Where others use
-the machine, --one-thread counts the CPU seconds of a single one.
+plain         benchmarks/plain_stdit.py, called with the doubled batch at every step
+ours          as stages.sample does: the text prepared once and, while it is short, folded into the projections around
+              it; what precedes the first text computed once for both halves; freed memory kept for the next tensors
+in between    the plain side with freed memory kept, and ours without prepared text
+
+Each side is a process of its own, for how it treats memory is a part of it. All hold the same weights and must end at
+the same latents before anything is timed; then whole runs of --steps steps are timed in turns, the preparation in them.
+More steps, such as the recipe's 100, divide that by more. Shares of the matmul limit (benchmarks/limits.py) are of each
+side's own FLOPs, as torch counts them. Where others use the machine, --one-thread counts CPU seconds of one thread.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
+import multiprocessing
 import os
-import subprocess
-import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.harness import environment, interleaved, save, side_by_side, table
+from benchmarks.harness import environment, save, side_by_side, table, taking_turns, timed
 from benchmarks.limits import counted_flops, layer_shapes, matmul_limit, matmuls, share_of_limit
 from benchmarks.resources import peak_memory
 from benchmarks.sides import Sizes, build_ours, build_plain
-from benchmarks.train_step import in_turns
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,48 +43,121 @@ GUIDANCE = 7.0
 STEPS, CHECKED_STEPS = 2, 8
 TOLERANCE = 1e-4  # largest difference over largest value, float32
 
-Run = Callable[[], "Tensor"]
+
+@dataclass(frozen=True)
+class Side:
+    ours: bool
+    prepared: bool = False
+    keeps_memory: bool = False
 
 
-def build(name: str, sizes: Sizes, prompt: int, steps: int) -> Run:
-    """A whole sampling of one prompt with so many tokens, from its text to latents [1, C, T, H, W]."""
+SIDES = {
+    "ours": Side(ours=True, prepared=True, keeps_memory=True),
+    "plain": Side(ours=False),
+    "plain, freed memory kept": Side(ours=False, keeps_memory=True),
+    "ours, text not prepared": Side(ours=True, keeps_memory=True),
+}
+Ask = Callable[..., Any]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A side's process
+
+
+def build(side: Side, sizes: Sizes) -> Callable[[int, int], Tensor]:
+    """`(tokens of the prompt, steps) -> latents [1, C, T, H, W]`, a whole sampling from the text on."""
     import torch
 
     from opensora_repro.config import DiffusionConfig
     from opensora_repro.diffusion.flow import count_tokens
     from opensora_repro.diffusion.sampling import sample_latents
 
-    model: Any = (build_plain if name == "plain" else build_ours)(sizes).model.eval()
+    model: Any = (build_ours if side.ours else build_plain)(sizes).model.eval()
     generator = torch.Generator().manual_seed(1)
     text, null = torch.randn(2, 1, sizes.caption_tokens, sizes.caption_channels, generator=generator).unbind(0)
-    mask = torch.arange(sizes.caption_tokens)[None] < prompt
 
-    def run() -> Tensor:
+    def run(prompt: int, steps: int) -> Tensor:
         return sample_latents(
             model,
             DiffusionConfig(),
             shape=sizes.latents[1:],
             condition=text,
-            mask=mask,
+            mask=torch.arange(sizes.caption_tokens)[None] < prompt,
             null_condition=null[0],
             steps=steps,
             guidance=GUIDANCE,
             sampler="iddpm",
             generators=[torch.Generator().manual_seed(0)],
             num_tokens=count_tokens(sizes.latents[1:], sizes.config.patch_size),
-            prepare_text=model.prepare_text if name == "ours" else None,
+            prepare_text=model.prepare_text if side.prepared else None,
         )
 
     return run
 
 
-SIDES = ("ours", "plain", "ours, text not prepared")
+def serve(connection: Any, side: Side, sizes: Sizes, one_thread: bool) -> None:
+    """Answer (what, tokens of the prompt, steps) until the other end is closed."""
+    import torch
+
+    from opensora_repro.training.allocator import keep_freed_memory
+
+    if one_thread:
+        torch.set_num_threads(1)
+    if side.keeps_memory:
+        keep_freed_memory()
+    run = build(side, sizes)
+    answers: dict[str, Ask] = {
+        "latents": lambda *about: run(*about).numpy(),
+        "seconds": lambda *about: timed(lambda: run(*about), clock_of(one_thread))(),
+        "flops": lambda *about: counted_flops(lambda: run(*about)),
+        "memory": lambda *_: round(peak_memory() / 2**20),
+    }
+    with contextlib.suppress(EOFError):
+        while True:
+            what, *about = connection.recv()
+            connection.send(answers[what](*about))
 
 
-def largest_difference(sizes: Sizes, prompt: int, steps: int) -> float:
-    """Of ours to the plain one's latents, over their largest value; ends the benchmark where it is too large."""
-    ours, plain = (build(name, sizes, prompt, steps)() for name in ("ours", "plain"))
-    found = float((ours - plain).abs().max() / plain.abs().max())
+@contextlib.contextmanager
+def in_processes(names: Sequence[str], sizes: Sizes, one_thread: bool) -> Iterator[dict[str, Ask]]:
+    """Each side's process, as a function that asks it."""
+    context = multiprocessing.get_context("spawn")  # a fork would not have the threads that torch computes with
+    with contextlib.ExitStack() as stack:
+        asking: dict[str, Ask] = {}
+        for name in names:
+            here, there = context.Pipe()
+            process = context.Process(target=serve, args=(there, SIDES[name], sizes, one_thread))
+            process.start()
+            there.close()
+            stack.callback(process.join)
+            stack.callback(here.close)
+            asking[name] = _asking(name, here)
+        yield asking
+
+
+def _asking(name: str, connection: Any) -> Ask:
+    def ask(*request: Any) -> Any:
+        connection.send(request)
+        try:
+            return connection.recv()
+        except EOFError:
+            raise SystemExit(f"error: the process of {name!r} ended; see above") from None
+
+    return ask
+
+
+def clock_of(one_thread: bool) -> Callable[[], float]:
+    return time.process_time if one_thread else time.perf_counter
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def largest_difference(asking: dict[str, Ask], prompt: int, steps: int) -> float:
+    """Of any side to the plain one's latents, over their largest value; ends the benchmark where it is too large."""
+    latents = {name: ask("latents", prompt, steps) for name, ask in asking.items()}
+    expected = latents["plain"]
+    found = max(float(abs(value - expected).max() / abs(expected).max()) for value in latents.values())
     if not found < TOLERANCE:
         raise SystemExit(f"error: after {steps} steps latents differ by {found:.1e}; timing them would mean nothing")
     return float(f"{found:.2e}")
@@ -98,53 +172,57 @@ def formula(sizes: Sizes, steps: int) -> int:
 
 
 def measure(
-    sizes: Sizes, prompts: tuple[int, ...], steps: int, checked: int, seconds: float, clock: Callable[[], float]
+    sizes: Sizes,
+    prompts: Sequence[int],
+    *,
+    steps: int,
+    checked: int,
+    seconds: float,
+    one_thread: bool = False,
+    names: Sequence[str] = tuple(SIDES),
 ) -> dict[str, Any]:
+    """Rows of ours against each other side, `seconds` of timing in all; `checked`: steps whose latents are compared."""
     import torch
 
     works = matmuls(layer_shapes(sizes.config, 2 * sizes.tokens), torch.float32, torch.device("cpu"))
+    products = {name: timed(work.call, clock_of(one_thread)) for name, work in works.items()}
     rows, limits, differences = [], {}, {}
-    for prompt in prompts:
-        what = f"prompt of {prompt} tokens"
-        differences[what] = largest_difference(sizes, prompt, checked)
-        runs = {name: build(name, sizes, prompt, steps) for name in SIDES}
-        flops = {name: counted_flops(run) for name, run in runs.items()}
-        times = interleaved(in_turns(runs, works), rounds=100, seconds=seconds / len(prompts), warmup=1, clock=clock)
-        limits[what] = matmul_limit(works, times)
-        for other in SIDES[1:]:
-            row: dict[str, Any] = {"what": what, "other_side": other, **side_by_side(times["ours"], times[other])}
-            for key, name in (("ours", "ours"), ("other", other)):
-                row[key] |= {"flops": flops[name]} | share_of_limit(flops[name], times[name], limits[what])
-            rows.append(row)
+    with in_processes(names, sizes, one_thread) as asking:
+        for prompt in prompts:
+            what = f"prompt of {prompt} tokens"
+            differences[what] = largest_difference(asking, prompt, checked)
+            calls = {name: _seconds(ask, prompt, steps) for name, ask in asking.items()}
+            times = taking_turns({**calls, **products}, rounds=100, seconds=seconds / len(prompts), warmup=1)
+            limits[what] = matmul_limit(works, times)
+            flops = {name: ask("flops", prompt, steps) for name, ask in asking.items()}
+            for other in names[1:]:
+                row: dict[str, Any] = {"what": what, "other_side": other, **side_by_side(times["ours"], times[other])}
+                for key, name in (("ours", "ours"), ("other", other)):
+                    row[key] |= {"flops": flops[name]} | share_of_limit(flops[name], times[name], limits[what])
+                rows.append(row)
+        memory = {name: ask("memory") for name, ask in asking.items()}
     return {
         "largest_difference": differences,
         "checked_steps": checked,
         "flops_by_formula": formula(sizes, steps),
         "matmul_limit": limits,
+        "peak_memory_mb": memory,
         "rows": rows,
     }
 
 
-def memory_alone(name: str, sizes: Sizes, prompt: int, steps: int) -> int:
-    """Largest resident megabytes of a process that does nothing but sample."""
-    about = json.dumps({"name": name, "sizes": asdict(sizes), "prompt": prompt, "steps": steps})
-    command = [sys.executable, "-m", "benchmarks.sample", "--alone", about]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"error: {name} alone failed: {done.stderr.strip()[-500:]}")
-    return int(done.stdout.split()[-1])
+def _seconds(ask: Ask, prompt: int, steps: int) -> Callable[[], float]:
+    return lambda: float(ask("seconds", prompt, steps))
 
 
 def report(result: dict[str, Any]) -> str:
+    """A line for each side and prompt."""
     lines: list[tuple[object, ...]] = []
     for row in result["rows"]:
-        for side, name in (("ours", "ours"), ("other", row["other_side"])):
-            if side == "ours" and name in [line[1] for line in lines if line[0] == row["what"]]:
-                continue
-            ratio = "" if side == "ours" else f"{row['ratio']:.2f}x"
-            found, memory = row[side], result["peak_memory_mb"][name]
-            flops, share = f"{found['flops'] / 1e9:.0f}", f"{100 * found['share_of_limit']:.0f} %"
-            lines.append((row["what"], name, ratio, found["median_ms"], flops, share, memory))
+        if row["other_side"] == "plain":
+            lines.append((row["what"], "ours", "", *_line(row["ours"], result["peak_memory_mb"]["ours"])))
+        memory = result["peak_memory_mb"][row["other_side"]]
+        lines.append((row["what"], row["other_side"], f"{row['ratio']:.2f}x", *_line(row["other"], memory)))
     sizes = Sizes(**result["sizes"])
     title = (
         f"{result['steps']} steps with guidance, {sizes.depth} blocks of {sizes.hidden_size} channels, latents "
@@ -153,29 +231,33 @@ def report(result: dict[str, Any]) -> str:
     return table(title, ("", "side", "ours is", "ms", "GFLOPs", "of the limit", "peak MB"), lines)
 
 
-def main() -> int:
+def _line(found: dict[str, Any], memory: int) -> tuple[object, ...]:
+    return found["median_ms"], f"{found['flops'] / 1e9:.0f}", f"{100 * found['share_of_limit']:.0f} %", memory
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--quick", action="store_true", help="a smaller model, fewer frames, one prompt, less time")
     add("--steps", type=int, default=STEPS, help="sampling steps of a timed run (default: %(default)s)")
     add("--seconds", type=float, help=f"time to spend measuring (default: {SECONDS:.0f})")
     add("--one-thread", action="store_true", help="CPU seconds of one thread instead of wall time of all")
-    add("--alone", type=json.loads, help=argparse.SUPPRESS)  # what `memory_alone` starts
     add("--out", type=Path, help="JSON file (default: benchmarks/results/sample[_one_thread].json)")
     args = parser.parse_args()
-    if args.alone:
-        build(args.alone["name"], Sizes(**args.alone["sizes"]), args.alone["prompt"], args.alone["steps"])()
-        print(round(peak_memory() / 2**20))
-        return 0
 
     import torch
 
     where, sizes = environment(), QUICK if args.quick else FULL
-    clock = time.process_time if args.one_thread else time.perf_counter
     if args.one_thread:
         torch.set_num_threads(1)
-    prompts, seconds = PROMPTS[:1] if args.quick else PROMPTS, QUICK_SECONDS if args.quick else SECONDS
-    checked = max(args.steps, 2 if args.quick else CHECKED_STEPS)
+    found = measure(
+        sizes,
+        PROMPTS[:1] if args.quick else PROMPTS,
+        steps=args.steps,
+        checked=max(args.steps, 2 if args.quick else CHECKED_STEPS),
+        seconds=args.seconds or (QUICK_SECONDS if args.quick else SECONDS),
+        one_thread=args.one_thread,
+    )
     result: dict[str, Any] = {
         "benchmark": "sample",
         "environment": where,
@@ -186,15 +268,13 @@ def main() -> int:
         "steps": args.steps,
         "guidance": GUIDANCE,
         "energy_joules": None,  # no CPU tells it
-        **measure(sizes, prompts, args.steps, checked, args.seconds or seconds, clock),
-        "peak_memory_mb": {name: memory_alone(name, sizes, prompts[0], args.steps) for name in SIDES},
+        **found,
         "load_after": round(os.getloadavg()[0], 2),
     }
     path = save("sample_one_thread" if args.one_thread else "sample", result, args.out)
     print(report(result))
     print(f"written to {path}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -291,6 +291,7 @@ def start_engine(args: argparse.Namespace) -> TorchEngine:
     from opensora_repro.config import ParallelConfig
     from opensora_repro.parallel.device import default_kind
     from opensora_repro.parallel.engine import TorchEngine
+    from opensora_repro.training.allocator import keep_freed_memory
     from opensora_repro.training.cli import limit_threads
 
     limit_threads()
@@ -302,6 +303,8 @@ def start_engine(args: argparse.Namespace) -> TorchEngine:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {wish}: cannot be used ({str(error).splitlines()[0]})") from None
+    if device.type == "cpu":
+        keep_freed_memory()
     return TorchEngine(ParallelConfig(sp_size=args.sp_size), str(device))
 
 

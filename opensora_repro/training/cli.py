@@ -84,7 +84,12 @@ def _dry_run(cfg: Config, stage: Stage, gpu: str | None) -> int:
 
 def _train(cfg: Config, stage: Stage) -> int:
     started = time.monotonic()
+    from opensora_repro.parallel.device import default_kind
+    from opensora_repro.training.allocator import keep_freed_memory
+
     limit_threads()
+    if default_kind() == "cpu":
+        keep_freed_memory()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it would warn at every fork of a loader process
     from opensora_repro.training.run import train
 
