@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from benchmarks.sides import Batch
 
 FULL, QUICK = Sizes(), Sizes(depth=2, frames=8)
-SECONDS, QUICK_SECONDS = 240.0, 40.0
+SECONDS, QUICK_SECONDS = 240.0, 30.0
 BUSY = 0.3  # load a thread of which others' share of the machine shows in the numbers
 TOLERANCE = 1e-4  # largest difference over largest value, float32
 
