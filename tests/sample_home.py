@@ -71,6 +71,22 @@ def sample(source: Path, out: Path, *args: str, prompts: list[str] = PROMPTS) ->
     return [decode(path) for path in sorted(out.glob("*.mp4"))]
 
 
+def generate_samples(source: Path, *, batch_size: int, prompts: list[str] = PROMPTS) -> list[np.ndarray]:
+    """What the command would write from the same seed, as it is before any file is coded."""
+    from opensora_repro.training.generate import generate
+    from opensora_repro.training.source import find_source, load_models
+
+    found = find_source(source)
+    model, vae, encoder, _ = load_models(found, torch.device("cpu"))
+    data, wish = found.config.data, found.config.sample
+    videos = generate(
+        model, vae, encoder, found.config, prompts,
+        seed=3, num_frames=data.num_frames, height=data.height, width=data.width,
+        steps=wish.steps, guidance=wish.guidance, sampler=wish.sampler, batch_size=batch_size,
+    )  # fmt: skip
+    return [video.astype(int) for _, video in videos]
+
+
 def decode(path: Path) -> np.ndarray:
     with av.open(str(path)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]).astype(int)
