@@ -1,8 +1,4 @@
-"""Run configuration: typed sections, strict TOML, dotted overrides.
-
-Defaults live here and nowhere else. A file or an override that names an unknown key is an error that names the closest
-known one, so that a typing mistake never trains another recipe.
-"""
+"""The sections of a run's configuration, how they are read and written, and what cannot work."""
 
 from __future__ import annotations
 
