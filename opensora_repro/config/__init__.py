@@ -4,6 +4,7 @@ Defaults live here and nowhere else. A file or an override that names an unknown
 known one, so that a typing mistake never trains another recipe.
 """
 
+from opensora_repro.config.checks import check_config
 from opensora_repro.config.sections import (
     CheckpointConfig,
     Config,
@@ -20,7 +21,8 @@ from opensora_repro.config.sections import (
     TrainConfig,
     VaeConfig,
     ValidationConfig,
-    check_config,
+)
+from opensora_repro.config.toml import (
     config_dict,
     config_hash,
     dump_toml,
