@@ -67,8 +67,8 @@ def check_config(config: Config) -> None:
     for name, choices in _CHOICES.items():
         require(name, value(name) in choices, "one of " + ", ".join(choices))
     require("ema.decay", 0 <= config.ema.decay < 1, "0 or more and less than 1")
-    require("model.class_dropout_prob", 0 <= config.model.class_dropout_prob <= 1, "a share from 0 to 1")
-    require("data.max_bad_fraction", 0 <= config.data.max_bad_fraction <= 1, "a share from 0 to 1")
+    for name in ("model.class_dropout_prob", "data.max_bad_fraction"):
+        require(name, 0 <= value(name) <= 1, "a share from 0 to 1")
     require("optim.betas", all(0 <= beta < 1 for beta in config.optim.betas), "two values from 0 to below 1")
     require("model.patch_size", min(config.model.patch_size) >= 1, "sizes of at least 1")
     shares = config.validation.timesteps
@@ -87,11 +87,10 @@ def _check_together(config: Config, require: Any) -> None:
     divides = model.hidden_size % model.num_heads == 0
     require("model.num_heads", divides, f"a divisor of model.hidden_size = {model.hidden_size}")
     require("model.hidden_size", model.hidden_size % 4 == 0, "a multiple of 4 (sine and cosine of rows and columns)")
-    image, sizes = not model.temporal_attention, model.hidden_size % 3 == 0 or not model.size_conditioning
-    require(
-        "model.size_conditioning", image or not model.size_conditioning, "false in a video model (PixArt-1024-MS's)"
-    )
-    require("model.base_size", image or not model.base_size, "0 in a video model (PixArt's)")
+    if model.temporal_attention:
+        require("model.size_conditioning", not model.size_conditioning, "false in a video model (PixArt-1024-MS's)")
+        require("model.base_size", not model.base_size, "0 in a video model (PixArt's)")
+    sizes = model.hidden_size % 3 == 0 or not model.size_conditioning
     require("model.hidden_size", sizes, "a multiple of 3 with model.size_conditioning (height, width and their ratio)")
     require("data.draws", not data.cache or data.draws > 0, "more than 0 with data.cache (a cache holds fixed draws)")
     if config.diffusion.objective == "iddpm":
@@ -104,12 +103,9 @@ def _check_together(config: Config, require: Any) -> None:
 def _check_memory(config: Config, require: Any) -> None:
     """An update within the backward pass comes before anything is known of the whole gradient."""
     optim, train, parallel = config.optim, config.train, config.parallel
-    recomputes = train.activation_checkpointing != "none"
-    require(
-        "train.offload_activations",
-        recomputes or not train.offload_activations,
-        'false with train.activation_checkpointing = "none" (it moves what checkpointing keeps)',
-    )
+    if train.activation_checkpointing == "none":
+        expected = 'false with train.activation_checkpointing = "none" (it moves what checkpointing keeps)'
+        require("train.offload_activations", not train.offload_activations, expected)
     for holds, expected in (
         (parallel.engine == "torch", "parallel.engine = torch"),
         (optim.clip_norm == 0, "optim.clip_norm = 0 (the norm is known too late)"),
@@ -126,17 +122,17 @@ def _check_parallel(config: Config, require: Any) -> None:
     plugin, tp_size, sp_size = parallel.plugin, parallel.tp_size, parallel.sp_size
     require("parallel.plugin", parallel.engine != "torch" or plugin == "ddp", "ddp with parallel.engine = torch")
     require("parallel.tp_size", tp_size == 1 or plugin == "hybrid", f"1 with parallel.plugin = {plugin} (hybrid cuts)")
-    require("parallel.sp_size", sp_size == 1 or plugin != "gemini", "1 with parallel.plugin = gemini")
-    bf16 = config.train.dtype == "bf16"
-    require("train.dtype", bf16 or plugin != "gemini", "bf16 with parallel.plugin = gemini (its weights are)")
+    if plugin == "gemini":
+        require("parallel.sp_size", sp_size == 1, "1 with parallel.plugin = gemini")
+        require("train.dtype", config.train.dtype == "bf16", "bf16 with parallel.plugin = gemini (its weights are)")
     if config.train.compile == "on":
         compiles = plugin != "gemini" and tp_size == sp_size == 1
         require("train.compile", compiles, "off or auto with plugin gemini, tp_size or sp_size (they alter the blocks)")
     require("parallel.sp_size", sp_size == 1 or model.temporal_attention, "1 without model.temporal_attention")
     if model.num_heads % tp_size:
         raise ConfigError(f"model.num_heads: {model.num_heads} heads are not divisible by tp_size={tp_size}")
-    if int(model.hidden_size * model.mlp_ratio) % tp_size:
-        width = int(model.hidden_size * model.mlp_ratio)
+    width = int(model.hidden_size * model.mlp_ratio)
+    if width % tp_size:
         raise ConfigError(f"model.mlp_ratio: the MLP's {width} channels are not divisible by tp_size={tp_size}")
     frames = -(-config.data.num_frames // model.patch_size[0])
     if frames < sp_size:
