@@ -20,6 +20,9 @@ CONFIG = "opensora_repro.config"
 LIBRARY = "opensora_repro"
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "opensora_repro.config": ("opensora_repro.models.config",),
+    "opensora_repro.config.sections": ("opensora_repro.models.config",),
+    "opensora_repro.config.checks": ("opensora_repro.config.sections", "opensora_repro.models.config"),
+    "opensora_repro.config.toml": ("opensora_repro.config.sections", "opensora_repro.config.checks"),
     "opensora_repro.kernels": (),
     "opensora_repro.models": ("opensora_repro.kernels", CONFIG),
     "opensora_repro.models.config": (),

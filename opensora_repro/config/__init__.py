@@ -1,0 +1,61 @@
+"""Run configuration: typed sections, strict TOML, dotted overrides.
+
+Defaults live here and nowhere else. A file or an override that names an unknown key is an error that names the closest
+known one, so that a typing mistake never trains another recipe.
+"""
+
+from opensora_repro.config.checks import check_config
+from opensora_repro.config.sections import (
+    CheckpointConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    DiffusionConfig,
+    EmaConfig,
+    InitConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    SampleConfig,
+    TextConfig,
+    TrainConfig,
+    VaeConfig,
+    ValidationConfig,
+)
+from opensora_repro.config.toml import (
+    config_dict,
+    config_hash,
+    dump_toml,
+    load_config,
+    load_recorded,
+    parse_config,
+    read_toml,
+    toml_value,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "DiffusionConfig",
+    "EmaConfig",
+    "InitConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "SampleConfig",
+    "TextConfig",
+    "TrainConfig",
+    "VaeConfig",
+    "ValidationConfig",
+    "check_config",
+    "config_dict",
+    "config_hash",
+    "dump_toml",
+    "load_config",
+    "load_recorded",
+    "parse_config",
+    "read_toml",
+    "toml_value",
+]

@@ -1,0 +1,139 @@
+"""Values that cannot work: ranges, choices, combinations of keys."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from opensora_repro.config.sections import Config, ConfigError
+from opensora_repro.models.config import ACTIVATION_CHECKPOINTING
+
+_AT_LEAST_ONE = {
+    "model": ("in_channels", "hidden_size", "depth", "num_heads", "caption_channels", "model_max_length"),
+    "data": ("num_frames", "frame_interval", "height", "width"),
+    "vae": ("micro_batch_size",),
+    "text": ("micro_batch_size",),
+    "train": ("steps", "batch_size", "accumulation", "max_bad_steps"),
+    "checkpoint": ("every",),
+    "validation": ("max_samples",),
+    "sample": ("steps", "fps"),
+    "parallel": ("tp_size", "sp_size", "timeout"),
+}
+_AT_LEAST_ZERO = {
+    "run": ("seed",),
+    "model": ("base_size",),
+    "data": ("num_workers", "draws"),
+    "diffusion": ("shift",),
+    "optim": ("weight_decay", "warmup_steps", "decay_steps", "clip_norm"),
+    "checkpoint": ("keep",),
+    "validation": ("every",),
+    "sample": ("every",),
+}
+_ABOVE_ZERO = {
+    "model": ("mlp_ratio", "space_scale", "time_scale"),
+    "diffusion": ("logit_std",),
+    "optim": ("lr", "eps"),
+}
+_CHOICES = {
+    "diffusion.objective": ("iddpm", "flow"),
+    "parallel.engine": ("torch", "colossalai"),
+    "parallel.plugin": ("ddp", "zero1", "zero2", "gemini", "hybrid"),
+    "train.dtype": ("bf16", "fp32"),
+    "train.kernels": ("auto", "eager", "triton"),
+    "train.compile": ("auto", "on", "off"),
+    "train.activation_checkpointing": ACTIVATION_CHECKPOINTING,
+    "sample.sampler": ("iddpm", "ddim", "dpm", "euler"),
+}
+
+
+def check_config(config: Config) -> None:
+    """Raise ConfigError on a value that cannot work, whatever stage uses it."""
+
+    def value(name: str) -> Any:
+        section, key = name.split(".")
+        return getattr(getattr(config, section), key)
+
+    def require(name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ConfigError(f"{name} = {json.dumps(value(name))}: expected {expected}")
+
+    for name in _names(_AT_LEAST_ONE):
+        require(name, value(name) >= 1, "at least 1")
+    for name in _names(_AT_LEAST_ZERO):
+        require(name, value(name) >= 0, "0 or more")
+    for name in _names(_ABOVE_ZERO):
+        require(name, value(name) > 0, "more than 0")
+    for name, choices in _CHOICES.items():
+        require(name, value(name) in choices, "one of " + ", ".join(choices))
+    require("ema.decay", 0 <= config.ema.decay < 1, "0 or more and less than 1")
+    for name in ("model.class_dropout_prob", "data.max_bad_fraction"):
+        require(name, 0 <= value(name) <= 1, "a share from 0 to 1")
+    require("optim.betas", all(0 <= beta < 1 for beta in config.optim.betas), "two values from 0 to below 1")
+    require("model.patch_size", min(config.model.patch_size) >= 1, "sizes of at least 1")
+    shares = config.validation.timesteps
+    require("validation.timesteps", bool(shares) and all(0 <= t <= 1 for t in shares), "shares from 0 to 1")
+    _check_together(config, require)
+    _check_memory(config, require)
+    _check_parallel(config, require)
+
+
+def _names(keys: dict[str, tuple[str, ...]]) -> Iterator[str]:
+    return (f"{section}.{key}" for section in keys for key in keys[section])
+
+
+def _check_together(config: Config, require: Any) -> None:
+    model, data = config.model, config.data
+    divides = model.hidden_size % model.num_heads == 0
+    require("model.num_heads", divides, f"a divisor of model.hidden_size = {model.hidden_size}")
+    require("model.hidden_size", model.hidden_size % 4 == 0, "a multiple of 4 (sine and cosine of rows and columns)")
+    if model.temporal_attention:
+        require("model.size_conditioning", not model.size_conditioning, "false in a video model (PixArt-1024-MS's)")
+        require("model.base_size", not model.base_size, "0 in a video model (PixArt's)")
+    sizes = model.hidden_size % 3 == 0 or not model.size_conditioning
+    require("model.hidden_size", sizes, "a multiple of 3 with model.size_conditioning (height, width and their ratio)")
+    require("data.draws", not data.cache or data.draws > 0, "more than 0 with data.cache (a cache holds fixed draws)")
+    if config.diffusion.objective == "iddpm":
+        require("model.pred_sigma", model.pred_sigma, "true with diffusion.objective = iddpm (it learns the variance)")
+        sampler, steps = config.sample.sampler, config.sample.steps
+        require("sample.sampler", sampler != "euler", "iddpm, ddim or dpm with diffusion.objective = iddpm")
+        require("sample.steps", steps <= 1000 or sampler == "dpm", f"at most 1000 with sample.sampler = {sampler}")
+
+
+def _check_memory(config: Config, require: Any) -> None:
+    """An update within the backward pass comes before anything is known of the whole gradient."""
+    optim, train, parallel = config.optim, config.train, config.parallel
+    if train.activation_checkpointing == "none":
+        expected = 'false with train.activation_checkpointing = "none" (it moves what checkpointing keeps)'
+        require("train.offload_activations", not train.offload_activations, expected)
+    for holds, expected in (
+        (parallel.engine == "torch", "parallel.engine = torch"),
+        (optim.clip_norm == 0, "optim.clip_norm = 0 (the norm is known too late)"),
+        (train.accumulation == 1, "train.accumulation = 1"),
+        (train.max_bad_steps == 1, "train.max_bad_steps = 1 (a non-finite step cannot be skipped)"),
+        (not optim.offload, "optim.offload = false"),
+    ):
+        require("optim.in_backward", holds or not optim.in_backward, f"false, or {expected}")
+
+
+def _check_parallel(config: Config, require: Any) -> None:
+    """Combinations that no number of processes makes possible; the engine checks that number itself."""
+    parallel, model = config.parallel, config.model
+    plugin, tp_size, sp_size = parallel.plugin, parallel.tp_size, parallel.sp_size
+    require("parallel.plugin", parallel.engine != "torch" or plugin == "ddp", "ddp with parallel.engine = torch")
+    require("parallel.tp_size", tp_size == 1 or plugin == "hybrid", f"1 with parallel.plugin = {plugin} (hybrid cuts)")
+    if plugin == "gemini":
+        require("parallel.sp_size", sp_size == 1, "1 with parallel.plugin = gemini")
+        require("train.dtype", config.train.dtype == "bf16", "bf16 with parallel.plugin = gemini (its weights are)")
+    if config.train.compile == "on":
+        compiles = plugin != "gemini" and tp_size == sp_size == 1
+        require("train.compile", compiles, "off or auto with plugin gemini, tp_size or sp_size (they alter the blocks)")
+    require("parallel.sp_size", sp_size == 1 or model.temporal_attention, "1 without model.temporal_attention")
+    if model.num_heads % tp_size:
+        raise ConfigError(f"model.num_heads: {model.num_heads} heads are not divisible by tp_size={tp_size}")
+    width = int(model.hidden_size * model.mlp_ratio)
+    if width % tp_size:
+        raise ConfigError(f"model.mlp_ratio: the MLP's {width} channels are not divisible by tp_size={tp_size}")
+    frames = -(-config.data.num_frames // model.patch_size[0])
+    if frames < sp_size:
+        raise ConfigError(f"parallel.sp_size = {sp_size}: there are only {frames} latent frames to share")

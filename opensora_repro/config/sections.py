@@ -1,0 +1,141 @@
+"""The sections of a run's configuration: every key's type, default and meaning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from opensora_repro.models.config import STDiTConfig
+
+
+class ConfigError(ValueError):
+    """A mistake in a config file or an override; the message is one line meant for the user."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    dir: str = ""  # where config, metrics, checkpoints and samples go
+    seed: int = 42
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    weights: str = ""  # weights to start from (a file, a checkpoint or a run); resuming needs no key
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    manifest: str = ""  # Parquet or CSV
+    val_manifest: str = ""  # held-out samples for the validation loss; empty: none
+    num_frames: int = 16
+    frame_interval: int = 3  # take every n-th frame of the window
+    height: int = 256
+    width: int = 256
+    flip: bool = True  # mirror half of the samples whose caption names no side
+    num_workers: int = 2
+    draws: int = 0  # 0: new window, crop and flip every epoch; k: cycle through k fixed draws a sample
+    cache: str = ""  # folder for encoded latents and text (needs draws > 0); empty: encode every step
+    max_bad_fraction: float = 0.1  # stop when more of the samples than this cannot be read
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    path: str = "stabilityai/sd-vae-ft-ema"  # hub name or local folder
+    micro_batch_size: int = 8  # frames encoded or decoded at once
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    path: str = "DeepFloyd/t5-v1_1-xxl"  # hub name or local folder
+    micro_batch_size: int = 8  # captions encoded at once on a GPU; a CPU takes them one by one
+    offload: bool = False  # on a GPU: keep the weights in host memory, stream them layer by layer
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    objective: str = "iddpm"  # "iddpm" or "flow"
+    logit_mean: float = 0.0  # flow: timesteps are sigmoid(normal(mean, std)) before the shift
+    logit_std: float = 1.0
+    shift: float = 0.0  # flow: > 0 fixes the shift towards noise; 0: by the number of tokens
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = 2e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    decay_steps: int = 0  # linear decay to zero over the last n steps
+    clip_norm: float = 1.0  # 0: the gradient norm is recorded, not clipped
+    in_backward: bool = False  # update each weight as soon as its gradient is complete, and free that
+    offload: bool = False  # on a GPU: keep Adam's moments and the weights' average in host memory, stream them
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 1000
+    batch_size: int = 8  # samples a process reads at once
+    accumulation: int = 1  # micro-batches a step
+    dtype: str = "bf16"  # autocast dtype: "bf16" or "fp32"; weights and optimizer stay float32
+    kernels: str = "auto"  # "eager" (torch's operations), "triton" (fused ones), "auto": triton on a GPU
+    compile: str = "auto"  # torch.compile of the blocks: "on", "off", "auto": on a GPU, each layer whole on a process
+    activation_checkpointing: str = "full"  # "none", "full" (blocks run again) or "selective" (but for what is dear)
+    offload_activations: bool = False  # on a GPU: what checkpointing keeps of a block's input waits in host memory
+    overlap: bool = True  # on a GPU: encode the next micro-batch while the model trains; takes memory for both at once
+    max_bad_steps: int = 5  # stop after this many non-finite steps in a row
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    decay: float = 0.9999  # approached from below: min(decay, (1 + n) / (10 + n)) after n updates; 0: no averaging
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 1000
+    keep: int = 2  # newest checkpoints kept; 0 keeps all
+    background: bool = False  # write behind the training, which waits for a copy in host memory alone
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    every: int = 0  # 0: never
+    timesteps: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of the noise range
+    max_samples: int = 64
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    every: int = 0  # 0: never during training
+    prompts: tuple[str, ...] = ()
+    sampler: str = "iddpm"  # "iddpm", "ddim", "dpm" for IDDPM models; flow models always use "euler"
+    steps: int = 100
+    guidance: float = 7.0
+    fps: int = 8
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    engine: str = "torch"  # "torch" (DDP) or "colossalai"
+    plugin: str = "ddp"  # of colossalai: "ddp", "zero1", "zero2", "gemini", "hybrid" (ZeRO-1 with tensor parallelism)
+    tp_size: int = 1  # processes that share each weight matrix, by attention heads
+    sp_size: int = 1  # processes that share each sample's frames
+    timeout: int = 600  # seconds without progress after which a run of several processes is ended
+
+
+@dataclass(frozen=True)
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    model: STDiTConfig = field(default_factory=STDiTConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    vae: VaeConfig = field(default_factory=VaeConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)

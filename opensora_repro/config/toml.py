@@ -1,0 +1,185 @@
+"""TOML and `section.key=value` overrides to a checked Config, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import sys
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+from opensora_repro.config.checks import check_config
+from opensora_repro.config.sections import Config, ConfigError
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file, apply `section.key=value` overrides, check types and ranges. Raises ConfigError (one line)."""
+    return parse_config(read_toml(path), overrides, where=str(path))
+
+
+def load_recorded(path: str | Path) -> Config:
+    """Read the config.toml that a run has left, of this release or of an earlier one. Raises ConfigError."""
+    table = read_toml(path)
+    train = table.get("train", {})
+    if isinstance(train.get(_CHECKPOINTING), bool):
+        train[_CHECKPOINTING] = _WAS_CHECKPOINTING[train[_CHECKPOINTING]]
+    return parse_config(table, where=str(path))
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Return a TOML file's content. Raises ConfigError (one line)."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"config {path}: cannot be read ({reason})") from None
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"config {path}: not valid TOML: {' '.join(str(error).split())}") from None
+
+
+def parse_config(table: dict[str, Any], overrides: Sequence[str] = (), *, where: str = "config") -> Config:
+    """Build a Config from parsed TOML (`{section: {key: value}}`) and overrides. Raises ConfigError."""
+    sections = typing.get_type_hints(Config)
+    values: dict[str, dict[str, Any]] = {name: {} for name in sections}
+    for section, content in table.items():
+        if section not in sections:
+            raise ConfigError(f"{where}: unknown section [{section}]; did you mean {_closest_section(section)}?")
+        if not isinstance(content, dict):
+            raise ConfigError(f"{where}: [{section}] must be a section of keys, found {section} = {content!r}")
+        for key, value in content.items():
+            hint = _hint(section, key, where)
+            values[section][key] = _convert(f"{section}.{key}", value, hint, where)
+    for override in overrides:
+        section, key, value = _parse_override(override)
+        values[section][key] = value
+    config = Config(**{name: cls(**values[name]) for name, cls in sections.items()})
+    check_config(config)
+    return config
+
+
+def dump_toml(config: Config) -> str:
+    """Every key of the resolved config as TOML; `load_config` of it gives an equal config."""
+    import tomli_w
+
+    return tomli_w.dumps(config_dict(config))
+
+
+def config_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """`{section: {key: value}}` with lists for tuples, as TOML and JSON have them."""
+    return {
+        name: {key: list(value) if isinstance(value, tuple) else value for key, value in section.items()}
+        for name, section in dataclasses.asdict(config).items()
+    }
+
+
+def config_hash(config: Config) -> str:
+    """Short digest of all values, the same in every process and Python version."""
+    text = json.dumps(config_dict(config), sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _known_keys() -> Iterator[str]:
+    for section, cls in typing.get_type_hints(Config).items():
+        for item in dataclasses.fields(cls):
+            yield f"{section}.{item.name}"
+
+
+def _hint(section: str, key: str, where: str) -> Any:
+    hints = typing.get_type_hints(typing.get_type_hints(Config)[section])
+    if key not in hints:
+        raise ConfigError(f"{where}: unknown key {section}.{key}; did you mean {_closest_key(section, key)}?")
+    return hints[key]
+
+
+def _closest_section(section: str) -> str:
+    known = list(typing.get_type_hints(Config))
+    if section in (name.split(".")[1] for name in _known_keys()):
+        return _closest_key("", section)
+    return "[" + difflib.get_close_matches(section, known, n=1, cutoff=0.0)[0] + "]"
+
+
+def _closest_key(section: str, key: str) -> str:
+    """The key itself in another section, else the most alike here, else the most alike anywhere."""
+    known = list(_known_keys())
+    same = [name for name in known if name.split(".")[1] == key]
+    here = [name.split(".")[1] for name in known if name.split(".")[0] == section]
+    alike = difflib.get_close_matches(key, here, n=1, cutoff=0.6)
+    if alike:
+        return f"{section}.{alike[0]}"
+    if same:
+        return same[0]
+    return difflib.get_close_matches(f"{section}.{key}", known, n=1, cutoff=0.0)[0]
+
+
+def _parse_override(override: str) -> tuple[str, str, Any]:
+    name, equals, raw = override.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not equals or not dot:
+        guess = _closest_key("", section)
+        raise ConfigError(f"override {override!r}: expected section.key=value, such as {guess}=...")
+    sections = typing.get_type_hints(Config)
+    if section not in sections:
+        guess = _closest_key(_closest_section(section).strip("[]"), key)
+        raise ConfigError(f"override {override!r}: unknown key {section}.{key}; did you mean {guess}?")
+    hint = _hint(section, key, f"override {override!r}")
+    value = toml_value(raw.strip())
+    # A path such as `run.dir=2024` is text whatever TOML would make of it.
+    if hint is str and not isinstance(value, str):
+        value = raw.strip()
+    return section, key, _convert(f"{section}.{key}", value, hint, f"override {override!r}")
+
+
+def toml_value(raw: str) -> Any:
+    """A TOML value, or the text itself where it is none (`init.weights=runs/stage1` needs no quotes)."""
+    try:
+        parsed = tomllib.loads(f"value = {raw}")
+    except tomllib.TOMLDecodeError:
+        return raw
+    return parsed["value"] if len(parsed) == 1 else raw
+
+
+# What the key's values were called in earlier releases
+_CHECKPOINTING = "activation_checkpointing"
+_WAS_CHECKPOINTING = {True: "full", False: "none"}
+
+
+def _convert(name: str, value: Any, hint: Any, where: str) -> Any:
+    """`value` as the type `hint`: bool, int, float, str or a tuple of them; strict but for int -> float."""
+    if typing.get_origin(hint) is tuple:
+        return _convert_tuple(name, value, typing.get_args(hint), where)
+    exact = type(value) is hint
+    if hint is float and type(value) is int:
+        value, exact = float(value), True
+    if hint is float and exact and not math.isfinite(value):
+        raise ConfigError(f"{where}: {name} = {value}: expected a finite number")
+    if not exact:
+        expected = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}[hint]
+        if name == f"train.{_CHECKPOINTING}" and isinstance(value, bool):
+            expected = f'"{_WAS_CHECKPOINTING[value]}", or "selective"'
+        shown = json.dumps(value) if isinstance(value, (str, bool)) else value
+        raise ConfigError(f"{where}: {name} = {shown}: expected {expected}")
+    return value
+
+
+def _convert_tuple(name: str, value: Any, kinds: tuple[Any, ...], where: str) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{where}: {name} = {json.dumps(value, default=str)}: expected a list, such as [...]")
+    if kinds[-1] is not Ellipsis and len(value) != len(kinds):
+        raise ConfigError(f"{where}: {name} = {list(value)}: expected a list of {len(kinds)} values")
+    kinds = kinds if kinds[-1] is not Ellipsis else (kinds[0],) * len(value)
+    return tuple(
+        _convert(f"{name}[{index}]", item, kind, where)
+        for index, (item, kind) in enumerate(zip(value, kinds, strict=True))
+    )
