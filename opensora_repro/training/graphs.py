@@ -1,0 +1,205 @@
+"""CUDA graphs for sampling: a step's kernels are recorded once and launched as one at all later steps.
+
+From step to step latents and timesteps alone differ, so the model's call on one set of buffers serves them all. A graph
+lives for one batch of prompts: it reads the weights where they lie, the text that was prepared for this batch, and the
+copies of weights that the autocast around it keeps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from opensora_repro.diffusion.flow import ModelFn
+from opensora_repro.models.layers import is_plain
+from opensora_repro.parallel.device import return_memory
+
+WARM_UP = 2  # steps before the recording: kernels are compiled, position tables and autocast's copies are made
+MIN_STEPS = 10  # fewer do not pay for the recording
+AHEAD = 2  # steps the host may be ahead: what progress shows is the GPU's, and an interrupt has little to wait for
+
+
+class Graph(Protocol):
+    """A call without arguments, recorded once; it works on buffers that stay where they are."""
+
+    def warm_up(self, call: Callable[[], Tensor]) -> Tensor:
+        """Return call(), run as it will be recorded; to be read before the next call of anything here."""
+
+    def capture(self, call: Callable[[], Tensor]) -> Tensor:
+        """Record the call without running it; return the tensor that every `replay` will fill."""
+
+    def replay(self) -> None: ...
+
+    def close(self) -> None:
+        """Give the recording's memory back, its result's included."""
+
+
+def captures(model: nn.Module, forward: Callable[..., Tensor] | None, device_type: str, steps: int) -> bool:
+    """Whether to sample through `StepGraphs`: on a GPU, where `forward` (None: the model) is the whole model itself.
+
+    Processes that share a sample wait for each other within the call, and a wrapper may have the weights in pieces.
+    """
+    whole = forward in (None, model) and all(is_plain(m) for m in model.modules() if isinstance(m, nn.Linear))
+    return device_type == "cuda" and whole and steps >= MIN_STEPS
+
+
+class StepGraphs:
+    """For `sample_latents`: its model's calls are replayed. What cannot be recorded is called, after one warning."""
+
+    def __init__(self, new_graph: Callable[[torch.device], Graph] | None = None) -> None:
+        self._new_graph: Callable[[torch.device], Graph] = new_graph or CudaGraph
+        self.usable = True
+
+    @contextlib.contextmanager
+    def __call__(self, model_fn: ModelFn) -> Iterator[ModelFn]:
+        """Weights, autocast and inference mode must stay as they are in this context."""
+        replayed = Replayed(model_fn, self._new_graph)
+        try:
+            yield replayed if self.usable else model_fn
+        finally:
+            replayed.close()
+            self.usable &= replayed.usable
+
+
+class Replayed:
+    """`model_fn` for tensors of the same shapes again and again: called a few times, recorded, then replayed."""
+
+    def __init__(self, model_fn: ModelFn, new_graph: Callable[[torch.device], Graph]) -> None:
+        self._model_fn, self._new_graph = model_fn, new_graph
+        self._graph: Graph | None = None
+        self._inputs: list[Tensor] = []
+        self._output: Tensor | None = None
+        self._calls = 0
+        self.usable = True
+
+    def __call__(self, x: Tensor, timestep: Tensor) -> Tensor:
+        """The result is the caller's own: later calls leave it as it is."""
+        if not self.usable:
+            return self._model_fn(x, timestep)
+        graph = self._graph_for([x, timestep])
+        self._calls += 1
+        if self._calls <= WARM_UP:
+            return graph.warm_up(self._run).clone()
+        if self._output is None:
+            try:
+                self._output = graph.capture(self._run)
+            except Exception as error:  # whatever this GPU, its driver or this version of torch cannot record
+                self._give_up(error)
+                return self._model_fn(x, timestep)
+        graph.replay()
+        return self._output.clone()
+
+    def _run(self) -> Tensor:
+        x, timestep = self._inputs
+        return self._model_fn(x, timestep)
+
+    def _graph_for(self, given: list[Tensor]) -> Graph:
+        """The graph whose inputs now hold the given values; a new one where they do not fit."""
+        if self._graph is None or list(map(_kind, given)) != list(map(_kind, self._inputs)):
+            self.close()
+            self._graph = self._new_graph(given[0].device)
+            self._inputs = [torch.empty_like(value, memory_format=torch.contiguous_format) for value in given]
+        for own, value in zip(self._inputs, given, strict=True):
+            own.copy_(value)
+        return self._graph
+
+    def _give_up(self, error: Exception) -> None:
+        from tqdm import tqdm
+
+        self.usable = False
+        self.close()
+        first = error.__context__ or error  # ending a spoilt recording fails once more
+        reason = (str(first).splitlines() or [type(first).__name__])[0]
+        tqdm.write(f"warning: sampling goes on without a CUDA graph ({reason})", file=sys.stderr)
+
+    def close(self) -> None:
+        graph, self._graph, self._output, self._inputs, self._calls = self._graph, None, None, [], 0
+        if graph is not None:
+            graph.close()
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+class CudaGraph:
+    """A torch.cuda.CUDAGraph with memory of its own, recorded on a stream that serves for nothing else."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, _recording_stream(device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._running: deque[torch.cuda.Event] = deque()
+
+    def warm_up(self, call: Callable[[], Tensor]) -> Tensor:
+        with self._beside():  # where libraries get their workspaces now, so that the recording finds them
+            return call()
+
+    def capture(self, call: Callable[[], Tensor]) -> Tensor:
+        """Raises what the call raises, or torch.
+
+        Autocast's copies of weights are from the warm-up. Made here, they would hold nothing before the first replay;
+        with autocast's cache off, each replay would make them anew.
+        """
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        # Of other threads nothing is recorded or forbidden: one may write a checkpoint, NCCL watches its queue.
+        recording = torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local")
+        try:
+            with self._beside(), recording:
+                output = call()
+        except BaseException:
+            graph.reset()
+            self._unwind(pool)
+            raise
+        self._graph = graph
+        return output
+
+    def replay(self) -> None:
+        assert self._graph is not None
+        if len(self._running) == AHEAD:
+            self._running.popleft().synchronize()
+        self._graph.replay()
+        done = torch.cuda.Event(blocking=True)
+        done.record(torch.cuda.current_stream(self._device))
+        self._running.append(done)
+
+    def close(self) -> None:
+        self._running.clear()
+        if self._graph is not None:
+            torch.cuda.current_stream(self._device).synchronize()
+            self._graph.reset()
+            self._graph = None
+        return_memory(self._device)  # the recording's, which nobody else could use
+
+    @contextlib.contextmanager
+    def _beside(self) -> Iterator[None]:
+        """On the recording's stream, in turn with the current one; that is the current one again in any case."""
+        main = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(main)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            main.wait_stream(self._stream)
+
+    def _unwind(self, pool: Any) -> None:
+        """Before 2.12 torch takes a recording that CUDA has called off for one that goes on, and frees no memory."""
+        torch.clear_autocast_cache()
+        end: Any = getattr(torch._C, "_cuda_endAllocateToPool", None)  # its name from torch 2.8 on
+        try:
+            (end or torch._C._cuda_endAllocateCurrentStreamToPool)(self._device.index, pool)  # type: ignore[attr-defined]
+        except RuntimeError:  # torch has ended it
+            return
+        torch._C._cuda_releasePool(self._device.index, pool)
+
+
+@lru_cache(maxsize=8)
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all graphs of a device: libraries keep a workspace for every stream."""
+    return torch.cuda.Stream(device)
