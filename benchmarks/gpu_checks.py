@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.comparisons import relative_error, require, rms_error
 from benchmarks.gpu_attention import captions_end_to_end, sampling_full_size
+from benchmarks.gpu_graphs import full_size, same_samples, unrecordable
 from benchmarks.gpu_memory import memory_full_size, same_numbers
 from benchmarks.harness import environment, save
 
@@ -354,6 +355,9 @@ CHECKS: dict[str, tuple[Callable[[Any], dict[str, Any]], tuple[str, ...]]] = {  
     "kernels, 200 steps in bf16": (lambda device: kernel_curves(device, "bf16"), ("triton",)),
     "samplers": (samplers, ()),
     "sampling, XL/2 16x32x32": (sampling_full_size, ()),
+    "graphs, same samples": (same_samples, ()),
+    "graphs, what cannot be recorded": (unrecordable, ()),
+    "graphs, XL/2": (full_size, ()),
     "reference outputs": (golden, ()),
     "reference outputs, XL/2": (golden_full_size, ()),
     "autoencoder and text encoder": (frozen_models, FROZEN_NEED),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ NUM_GUIDED_CHANNELS = 3  # published models guide the first three noise channels
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
 # (text, mask, null=the null caption or None) -> what the model takes in place of both; the null half follows the text
 PrepareText = Callable[..., Any]
+# The guided model -> what samples with it call in its place within the context
+Through = Callable[[ModelFn], AbstractContextManager[ModelFn]]
 
 
 def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator], device: torch.device) -> Tensor:
@@ -129,12 +132,13 @@ def sample_latents(
     num_tokens: int,
     progress: Progress | None = None,
     prepare_text: PrepareText | None = None,
+    through: Through = nullcontext,
 ) -> Tensor:
     """Return float32 latents [B, *shape] on the condition's device.
 
     `condition` is text [B, L, Ct] with its `mask` [B, L], or labels [B]; `null_condition` is a single sample's.
     `prepare_text` is the model's own, see `guided_model`; without it the model is called as in training, whatever
-    stands between.
+    stands between. The guided model is called `through` a context that ends with the sampling, alike at every step.
     `shape` is (C, T, H, W) of one sample and `num_tokens` what the model makes of it (it sets the flow's shift).
     Sample i draws from `generators[i]` alone. `sampler` chooses among IDDPM's; flow models always use Euler steps.
     """
@@ -156,12 +160,13 @@ def sample_latents(
             guidance=guidance, num_guided=num_guided, prepare_text=prepare_text,
         )  # fmt: skip
         noise = next_noise()
-        if sampler == "euler":
-            times = build_flow(objective_cfg).sampling_times(steps, num_tokens)
-            return euler_sample(model_fn, noise, times, progress)
-        if sampler == "dpm":
-            return dpm_solver_sample(model_fn, noise, ContinuousSchedule(linear_betas()), steps, progress)
-        diffusion = GaussianDiffusion.spaced(steps)
-        if sampler == "ddim":
-            return ddim_sample(diffusion, model_fn, noise, progress=progress)
-        return iddpm_sample(diffusion, model_fn, noise, next_noise, progress=progress)
+        with through(model_fn) as model_fn:
+            if sampler == "euler":
+                times = build_flow(objective_cfg).sampling_times(steps, num_tokens)
+                return euler_sample(model_fn, noise, times, progress)
+            if sampler == "dpm":
+                return dpm_solver_sample(model_fn, noise, ContinuousSchedule(linear_betas()), steps, progress)
+            diffusion = GaussianDiffusion.spaced(steps)
+            if sampler == "ddim":
+                return ddim_sample(diffusion, model_fn, noise, progress=progress)
+            return iddpm_sample(diffusion, model_fn, noise, next_noise, progress=progress)

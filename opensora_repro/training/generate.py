@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from opensora_repro.config import Config, ConfigError
 from opensora_repro.data.keyed import keyed_generator
 from opensora_repro.diffusion.flow import count_tokens
-from opensora_repro.diffusion.sampling import PrepareText, sample_latents
+from opensora_repro.diffusion.sampling import PrepareText, Through, sample_latents
 from opensora_repro.models.config import DiTConfig, STDiTConfig
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.models.text import ClassLabels, ConditionEncoder
 from opensora_repro.parallel.sequence import FrameParallel
+from opensora_repro.training.graphs import StepGraphs, captures
 
 if TYPE_CHECKING:
     from opensora_repro.models.dit import DiT
@@ -93,9 +94,10 @@ def generate(
     shape = (vae.latent_channels, num_frames, height // vae.spatial_stride, width // vae.spatial_stride)
     batches = [range(i, min(i + batch_size, len(prompts))) for i in range(0, len(prompts), batch_size)]
     batches = batches[share[0] :: share[1]]
+    device = next(model.parameters()).device
+    through: Through = StepGraphs() if captures(model, forward, device.type, steps) else nullcontext
     for done, indices in enumerate(batches):
         condition, mask = encoder.encode([prompts[i] for i in indices])
-        device = next(model.parameters()).device
         with evaluating(model):
             latents = sample_latents(
                 forward or model,
@@ -111,6 +113,7 @@ def generate(
                 num_tokens=count_tokens(shape, model.cfg.patch_size),
                 progress=_counted(progress, done, len(batches)),
                 prepare_text=_text_preparation(model, forward),
+                through=through,
             )
         for i, latent in zip(indices, latents, strict=True):
             yield i, decode(vae, latent)

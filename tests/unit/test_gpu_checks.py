@@ -13,10 +13,11 @@ from opensora_repro.models.config import STDiTConfig
 
 CPU = torch.device("cpu")
 MEMORY = "memory, options that change no number"
+GRAPHS = "graphs, same samples"
 
 
 @pytest.mark.parametrize(
-    "name", ["stdit parity", "pixart parity", "captions end to end", "samplers", "reference outputs", MEMORY]
+    "name", ["stdit parity", "pixart parity", "captions end to end", "samplers", "reference outputs", MEMORY, GRAPHS]
 )
 def test_comparisons_hold_on_the_cpu(name: str, golden_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENSORA_GOLDEN", str(golden_dir))
