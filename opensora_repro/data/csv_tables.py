@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from opensora_repro.data.files import one_line
-from opensora_repro.data.jobs import progress
+from opensora_repro.data.jobs.run import progress
 from opensora_repro.data.manifest import DataError
 
 BLOCK = 1 << 24  # bytes that are parsed at a time; no row may be longer
