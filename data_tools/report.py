@@ -18,9 +18,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opensora_repro.data.jobs.run import Runner, add_runner_options, progress, runner_of
+from opensora_repro.data.jobs.run import Runner, add_runner_options, runner_of
 from opensora_repro.data.manifest import DataError
 from opensora_repro.data.outcome import run_tool
+from opensora_repro.data.progress import progress
 
 if TYPE_CHECKING:
     from opensora_repro.data.report.groups import Groups

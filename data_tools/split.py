@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from opensora_repro.data.files import remove_leftovers
 from opensora_repro.data.inputs import content_digests, find_inputs
-from opensora_repro.data.jobs.run import Job, Runner, add_runner_options, read_record, run_jobs, runner_of
+from opensora_repro.data.jobs.records import read_record
+from opensora_repro.data.jobs.run import Job, Runner, add_runner_options, run_jobs, runner_of
 from opensora_repro.data.manifest import DataError
 from opensora_repro.data.outcome import LINEAGE, MANIFEST, Row, reject, run_tool, write_outcome
 

@@ -17,8 +17,9 @@ import pytest
 
 from opensora_repro.data.files import beside
 from opensora_repro.data.jobs import cluster
-from opensora_repro.data.jobs.run import Job, Runner, add_runner_options, progress, run_jobs, runner_of
+from opensora_repro.data.jobs.run import Job, Runner, add_runner_options, run_jobs, runner_of
 from opensora_repro.data.manifest import DataError
+from opensora_repro.data.progress import progress
 from tests.job_works import misbehave, square
 
 TWO = Runner("local", 2)
@@ -194,7 +195,7 @@ def test_progress_is_quiet_for_short_work_and_tells_of_long(
     with progress("testing", 3, "file") as advance:
         advance(1)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("opensora_repro.data.jobs.run.LOG_EVERY", 0.0)
+    monkeypatch.setattr("opensora_repro.data.progress.LOG_EVERY", 0.0)
     with progress("testing", 3, "file") as advance:
         time.sleep(0.01)
         advance(1)

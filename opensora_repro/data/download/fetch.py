@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from opensora_repro.data.files import one_line
-from opensora_repro.data.jobs.run import write_record
+from opensora_repro.data.jobs.records import write_record
 from opensora_repro.data.jobs.workers import DISK_TROUBLE
 
 SCHEMES = ("http", "https")

@@ -25,8 +25,9 @@ from opensora_repro.data.download.fetch import (
 from opensora_repro.data.download.turns import Turns, in_threads
 from opensora_repro.data.download.video_pages import fetch_page, is_video_page
 from opensora_repro.data.inputs import VIDEO_SUFFIXES
-from opensora_repro.data.jobs.run import progress, read_record, write_record
+from opensora_repro.data.jobs.records import read_record, write_record
 from opensora_repro.data.outcome import Row
+from opensora_repro.data.progress import progress
 
 SUFFIXES = {
     "video/mp4": ".mp4", "video/webm": ".webm", "video/quicktime": ".mov", "video/x-matroska": ".mkv",

@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opensora_repro.data.files import beside, remove_leftovers
+from opensora_repro.data.files import remove_leftovers
 from opensora_repro.data.jobs.cluster import import_ray, run_over_ray
+from opensora_repro.data.jobs.records import finished, write_record
 from opensora_repro.data.jobs.workers import Steps, Task, Work, num_cores, run_here
 from opensora_repro.data.manifest import DataError
-
-LOG_EVERY = 30.0  # seconds between lines where the progress goes to a file
+from opensora_repro.data.progress import progress
 
 
 @dataclass(frozen=True)
@@ -105,30 +103,6 @@ def _start(work: Work, jobs: Iterable[Job], runner: Runner, timeout: float | Non
     return run_here(_name_of(work), tasks, runner.workers or num_cores())
 
 
-def write_record(folder: Path, key: str, text: str) -> None:
-    """Write a job's record, whole or not at all."""
-    path = folder / f"{key}.json"
-    unfinished = beside(path)
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
-
-
-def read_record(folder: Path, key: str) -> Any:
-    """Return a finished job's result, None if it has none."""
-    try:
-        return json.loads((folder / f"{key}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def finished(keys: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Return the results that are recorded; a folder is listed once rather than asked for every job."""
-    names = set(os.listdir(folder))
-    recorded = {key for key in keys if f"{key}.json" in names}
-    records = {key: read_record(folder, key) for key in recorded}
-    return {key: record for key, record in records.items() if record is not None}
-
-
 def _name_of(work: Work) -> str:
     """Return "module:function": workers import the code by name, whichever way this process was started."""
     module = work.__module__
@@ -138,28 +112,3 @@ def _name_of(work: Work) -> str:
     if module == "__main__" or "." in work.__qualname__:
         raise TypeError(f"{work.__qualname__}: expected a top-level function of an importable module")
     return f"{module}:{work.__name__}"
-
-
-@contextmanager
-def progress(label: str, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
-    """Show rate and time left: a bar on a terminal, elsewhere a line every half minute; nothing for short work."""
-    from tqdm import tqdm
-
-    last = time.monotonic()
-    terminal = sys.stderr.isatty()
-    with tqdm(total=total, desc=label, unit=unit, delay=2, mininterval=0.5, disable=not terminal) as bar:
-        began, count = last, 0
-
-        def advance(steps: int) -> None:
-            nonlocal last, count
-            count += steps
-            if steps:
-                bar.update(steps)
-            elif time.monotonic() - began > 2:
-                bar.refresh()
-            if not terminal and time.monotonic() - last >= LOG_EVERY:
-                last = time.monotonic()
-                line = tqdm.format_meter(count, total or 0, last - began, prefix=label, unit=unit, ascii=True, ncols=0)
-                print(line, file=sys.stderr, flush=True)
-
-        yield advance
