@@ -35,7 +35,7 @@ from opensora_repro.data.probe.rows import INPUT_HELP, manifest_of
 if TYPE_CHECKING:
     import numpy as np
 
-    from opensora_repro.data.filter.expressions import Value
+    from opensora_repro.data.columns import Value
     from opensora_repro.data.filter.near import Nearest
     from opensora_repro.data.tables import Table
 
@@ -149,13 +149,8 @@ def filter_rows(given: str, out: Path, rules: list[tuple[str, str]], *, thumbnai
 
 def build_rules(kind: str, text: str, table: Table) -> list[Rule]:
     """Compile one option's text; a percentile reads its column here. Raises DataError."""
-    from opensora_repro.data.filter.expressions import (
-        NUMBER,
-        TRUTH,
-        compile_expression,
-        split_conjunction,
-        threshold_of,
-    )
+    from opensora_repro.data.columns import NUMBER, TRUTH
+    from opensora_repro.data.filter.expressions import compile_expression, split_conjunction, threshold_of
 
     if kind == "percentile":
         return [percentile_rule(text, table)]
@@ -185,7 +180,8 @@ def percentile_parts(text: str) -> re.Match[str]:
 
 def percentile_rule(text: str, table: Table) -> Rule:
     """Turn "sharpness >= 10%" into a comparison with the tenth percentile of the whole column."""
-    from opensora_repro.data.filter.expressions import NUMBER, compile_expression, numbers
+    from opensora_repro.data.columns import NUMBER, numbers
+    from opensora_repro.data.filter.expressions import compile_expression
     from opensora_repro.data.filter.quantiles import percentile
 
     match = percentile_parts(text)
@@ -241,7 +237,7 @@ def first_failures(rules: list[Rule], batch: Any) -> Any:
     import numpy as np
     import pyarrow as pa
 
-    from opensora_repro.data.filter.expressions import numbers, truths
+    from opensora_repro.data.columns import numbers, truths
 
     first = np.full(batch.num_rows, len(rules), dtype=np.int32)
     for number, rule in enumerate(rules):

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opensora_repro.data.columns import NUMBER, Value, column_of, numbers
 from opensora_repro.data.files import one_line
-from opensora_repro.data.filter.expressions import NUMBER, Value, column_of, numbers
 from opensora_repro.data.inputs import TABLE_SUFFIXES
 from opensora_repro.data.manifest import DataError
 from opensora_repro.data.report.reasons import Reasons

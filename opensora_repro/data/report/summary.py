@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from opensora_repro.data.filter.expressions import NUMBER, Value, column_of, numbers
+from opensora_repro.data.columns import NUMBER, Value, column_of, numbers
 from opensora_repro.data.manifest import DataError
 from opensora_repro.data.report.stages import batches, spread
 from opensora_repro.data.tables import Table
