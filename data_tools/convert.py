@@ -134,7 +134,7 @@ def write_urls(options: Options) -> int:
     """Write a table for data_tools.download; returns its rows."""
     from opensora_repro.data.convert.identity import with_ids
     from opensora_repro.data.convert.url_tables import COLUMNS, hdvg_rows, panda_rows
-    from opensora_repro.data.seen import Seen
+    from opensora_repro.data.ids import Seen
     from opensora_repro.data.tables import table_writer
 
     path, schema, seen, rows = Path(options.given), schema_of({**COLUMNS, "path": "string"}), Seen(), 0
@@ -215,7 +215,7 @@ def open_source(options: Options) -> Source:
 def accepted(source: Source, options: Options, refuse: Refuse) -> Iterator[Any]:
     """Yield the rows with ids, and with what the files tell where they are to be asked."""
     from opensora_repro.data.convert.identity import with_ids
-    from opensora_repro.data.seen import Seen
+    from opensora_repro.data.ids import Seen
 
     seen, number = Seen(), 0
     with progress("converting", source.num_rows, "row") as bar:

@@ -150,7 +150,7 @@ def fault_of(row: Row) -> str:
 
 
 def id_of(row: Row) -> str:
-    from opensora_repro.data.convert.identity import text_digest
+    from opensora_repro.data.ids import text_digest
 
     span = [str(row.get(name)) for name in ("start_time", "end_time")] if is_part(row) else []
     return text_digest(str(row["url"]), *span) if is_missing(row.get("id")) else str(row["id"])
@@ -210,7 +210,7 @@ def with_files(
     table: Table, results: dict[str, Row], refuse: Callable[[Row], None]
 ) -> Iterator[tuple[list[Row], list[Row]]]:
     """Yield, batch by batch, the manifest's rows and the rows that describe parts of their files."""
-    from opensora_repro.data.seen import Seen
+    from opensora_repro.data.ids import Seen
 
     seen, files = Seen(), set[str]()
     for rows in in_batches(rows_of(table)):

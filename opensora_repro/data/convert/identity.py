@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 from opensora_repro.data.convert.source import Refuse, refusal
-from opensora_repro.data.seen import Seen
-
-
-def text_digest(*parts: str) -> str:
-    """Return 16 hex digits of some texts."""
-    told = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        data = part.encode("utf-8", "surrogatepass")
-        told.update(f"{len(data)}:".encode() + data)
-    return told.hexdigest()
+from opensora_repro.data.ids import Seen, text_digest
 
 
 def with_ids(batch: Any, found: list[str | None], seen: Seen, refuse: Refuse) -> Any:

@@ -1,12 +1,22 @@
-"""Which names have come before, among millions: 8 bytes each."""
+"""Ids made of texts, and which have come before among millions: 8 bytes each."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+def text_digest(*parts: str) -> str:
+    """Return 16 hex digits of some texts."""
+    told = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass")
+        told.update(f"{len(data)}:".encode() + data)
+    return told.hexdigest()
 
 
 class Seen:
