@@ -5,7 +5,6 @@ A member's name decides nothing but the key: files are written under names made 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import lzma
 import os
@@ -19,6 +18,7 @@ from typing import IO, Any
 from opensora_repro.data.convert.source import Refuse, Source, refusal, source_of_rows
 from opensora_repro.data.files import beside, one_line, safe_name
 from opensora_repro.data.inputs import VIDEO_SUFFIXES, Item, files_below, find_inputs
+from opensora_repro.data.jobs.keys import file_key
 from opensora_repro.data.jobs.run import Job, Runner, run_jobs
 from opensora_repro.data.jobs.workers import DISK_TROUBLE
 from opensora_repro.data.manifest import DataError
@@ -66,10 +66,7 @@ def open_webdataset(items: list[Item], out: Path, runner: Runner) -> Source:
 
 
 def _job(item: Item, out: Path) -> Job:
-    status = os.stat(item.path)
-    told = f"{METHOD} {os.path.abspath(item.path)} {status.st_size} {status.st_mtime_ns}"
-    key = hashlib.blake2b(told.encode(), digest_size=12).hexdigest()
-    name = safe_name(item.name.removesuffix(".tar"))
+    key, name = file_key(item.path, METHOD), safe_name(item.name.removesuffix(".tar"))
     args = {
         "key": key,
         "tar": os.fspath(item.path.absolute()),

@@ -1,10 +1,12 @@
-"""What names a record of finished work: the content it was made from, and how."""
+"""What names a record of finished work: the content or the file it was made from, and how."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,19 @@ SAMPLE = 1 << 16  # bytes
 def digest(parts: Sequence[Any]) -> str:
     """Return 32 hex digits of JSON-able parts."""
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def file_key(path: Path, *how: object) -> str:
+    """Return 24 hex digits of a file's place, size and time of change, and of how it is treated: it is not read.
+
+    What is not there has a key, too: opening it tells why.
+    """
+    what = "absent"
+    with suppress(OSError, ValueError):
+        status = os.stat(path)
+        what = f"{status.st_size} {status.st_mtime_ns}"
+    told = " ".join((*map(str, how), os.path.abspath(path), what))
+    return hashlib.blake2b(told.encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
 
 
 def sampled_digest(path: Path) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from opensora_repro.data.files import one_line
 from opensora_repro.data.inputs import TABLE_SUFFIXES, VIDEO_SUFFIXES, Inputs, Item, content_digest, find_inputs
+from opensora_repro.data.jobs.keys import file_key
 from opensora_repro.data.jobs.run import Job, Runner, run_jobs
 from opensora_repro.data.manifest import DataError, is_missing, read_names
 from opensora_repro.data.outcome import MANIFEST, Row, path_from, reject, with_types, write_outcome
@@ -81,17 +82,11 @@ def suffixes(images: bool) -> frozenset[str]:
 
 
 def job_of(item: Item, decode: bool) -> Job:
-    """Return the job for a file, known by its place, size and time of change: hashing it is part of the work."""
-    size, what = 0, "absent"
-    try:
-        status = os.stat(item.path)
-        size, what = status.st_size, f"{status.st_size} {status.st_mtime_ns} {status.st_ino}"
-    except OSError:
-        pass  # a dangling link
-    told = f"{METHOD} {decode} {os.path.abspath(item.path)} {what}"
-    key = hashlib.blake2b(told.encode(), digest_size=12).hexdigest()
+    """Return the job for a file, known without reading it: hashing its content is part of the work."""
+    size = os.path.getsize(item.path) if os.path.exists(item.path) else 0  # a dangling link has none
     seconds = PATIENCE + size / (DECODE_RATE if decode else READ_RATE)
-    return Job(key, item.name, {"path": os.fspath(item.path.absolute()), "decode": decode}, seconds)
+    args = {"path": os.fspath(item.path.absolute()), "decode": decode}
+    return Job(file_key(item.path, METHOD, decode), item.name, args, seconds)
 
 
 def probe_file(args: dict[str, Any]) -> Row:

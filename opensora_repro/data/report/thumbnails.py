@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from opensora_repro.data.jobs.keys import file_key
 from opensora_repro.data.jobs.run import Job, Runner, run_jobs
 
 METHOD = 1  # raise when the same clip would give another picture
@@ -35,17 +35,9 @@ def read_strips(rows: Iterable[Mapping[str, Any]], folder: Path, out: Path, runn
 
 
 def _job(path: Path, num_frames: object) -> Job:
-    """Return the job for a clip, known by its place, size and time of change."""
-    what = "absent"
-    try:
-        status = os.stat(path)
-        what = f"{status.st_size} {status.st_mtime_ns}"
-    except (OSError, ValueError):
-        pass  # opening it tells why
     frames = int(num_frames) if isinstance(num_frames, int | float) and 1 <= num_frames < 1 << 40 else 1
-    told = f"{METHOD} {frames} {os.path.abspath(path)} {what}".encode("utf-8", "surrogateescape")
     args = {"path": os.path.abspath(path), "num_frames": frames}
-    return Job(hashlib.blake2b(told, digest_size=12).hexdigest(), path.name, args)
+    return Job(file_key(path, METHOD, frames), path.name, args)
 
 
 def make_strip(args: dict[str, Any]) -> Strip:
