@@ -95,7 +95,8 @@ def report(inputs: Sequence[str], out: Path, clips: int, runner: Runner) -> int:
 def gather(stages: Sequence[Stage], clips: int) -> Report:
     """Read all tables; return what the page tells, but for the pictures."""
     from opensora_repro.data.report.page import Report
-    from opensora_repro.data.report.stages import count_stage, rows_at, spread
+    from opensora_repro.data.report.rows import rows_at, spread
+    from opensora_repro.data.report.stages import count_stage
     from opensora_repro.data.report.summary import Summary, summarize
     from opensora_repro.data.report.words import frequent_words
 

@@ -16,7 +16,8 @@ import pytest
 from data_tools import report
 from opensora_repro.data.report.markup import document, shown
 from opensora_repro.data.report.reasons import Reasons, normal
-from opensora_repro.data.report.stages import find_stages, spread
+from opensora_repro.data.report.rows import spread
+from opensora_repro.data.report.stages import find_stages
 from opensora_repro.data.report.summary import BINS, bin_edges, summarize
 from opensora_repro.data.report.words import frequent_words
 from opensora_repro.data.tables import BATCH_ROWS, open_table

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from opensora_repro.data.report.stages import batches
+from opensora_repro.data.report.rows import batches
 from opensora_repro.data.tables import Table
 
 KEPT = 20_000  # different values that are told apart

@@ -15,7 +15,7 @@ import numpy as np
 
 from opensora_repro.data.columns import NUMBER, Value, column_of, numbers
 from opensora_repro.data.manifest import DataError
-from opensora_repro.data.report.stages import batches, spread
+from opensora_repro.data.report.rows import batches, spread
 from opensora_repro.data.tables import Table
 
 BINS = 32
