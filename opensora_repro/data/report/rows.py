@@ -32,7 +32,7 @@ def numeric(name: str, schema: Any) -> Value | None:
     """Return a column of numbers (`duration` follows from others); None where it is something else."""
     try:
         value = column_of(name, schema)
-    except DataError:
+    except DataError:  # no such column, or a type that has no order, such as a list
         return None
     return value if value.kind == NUMBER else None
 

@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from opensora_repro.data.columns import NUMBER, Value, column_of, numbers
-from opensora_repro.data.manifest import DataError
-from opensora_repro.data.report.rows import batches, spread
+from opensora_repro.data.columns import NUMBER, Value, numbers
+from opensora_repro.data.report.rows import batches, numeric, spread
 from opensora_repro.data.tables import Table
 
 BINS = 32
@@ -185,11 +184,7 @@ def number_columns(schema: Any) -> dict[str, Value]:
     """Return the columns of numbers by name, `duration` and the captions' lengths among them."""
     found: dict[str, Value] = {}
     for name in dict.fromkeys([*schema.names, "duration"]):
-        try:
-            value = column_of(name, schema)
-        except DataError:  # a type that has no order, such as a list
-            continue
-        if value.kind == NUMBER:
+        if value := numeric(name, schema):
             found[name] = value
     if "caption" in schema.names and str(schema.field("caption").type) in ("string", "large_string"):
         found[WORDS] = Value(NUMBER, _num_words, frozenset({"caption"}))
