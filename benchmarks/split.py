@@ -35,7 +35,7 @@ LONGEST = (COUNT - 1) * STEP + 1
 
 
 def detect_ours(video: Path) -> list[int]:
-    from opensora_repro.data.scenes import scan_video
+    from opensora_repro.data.split.scenes import scan_video
 
     return list(scan_video(video).cuts)
 
@@ -59,8 +59,8 @@ def detect_theirs(video: Path, name: str) -> list[int]:
 
 
 def cut_ours(video: Path, folder: Path, crf: int) -> None:
-    from opensora_repro.data.cut import Encoding
-    from opensora_repro.data.single_pass import SceneOptions, scan_and_cut
+    from opensora_repro.data.split.cut import Encoding
+    from opensora_repro.data.split.single_pass import SceneOptions, scan_and_cut
 
     options = SceneOptions(encoding=Encoding(crf=crf))
     if scan_and_cut(video, lambda span: folder / f"{span.start}.mp4", options) is None:
@@ -93,8 +93,8 @@ def cut_theirs(video: Path, folder: Path, crf: int) -> None:
 
 
 def make_clips(video: Path, folder: Path) -> None:
-    from opensora_repro.data.cut import TRAINING_SIDE, Encoding, cut_clips
-    from opensora_repro.data.scenes import Span, scan_video
+    from opensora_repro.data.split.cut import TRAINING_SIDE, Encoding, cut_clips
+    from opensora_repro.data.split.scenes import Span, scan_video
 
     scan = scan_video(video)
     spans = [Span(a, a + 150) for a in range(0, len(scan.times) - 149, 150)]

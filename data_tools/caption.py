@@ -31,15 +31,15 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opensora_repro.data.caption_text import REJECTED, Caption, ends_sentence, judged
-from opensora_repro.data.jobs import Runner, add_runner_options, runner_of
+from opensora_repro.data.caption.text import REJECTED, Caption, ends_sentence, judged
+from opensora_repro.data.jobs.keys import digest, sampled_digest
+from opensora_repro.data.jobs.run import Runner, add_runner_options, runner_of
 from opensora_repro.data.manifest import DataError
 from opensora_repro.data.outcome import REJECTS, reject, run_tool, write_rows
-from opensora_repro.data.probing import INPUT_HELP, manifest_of
-from opensora_repro.data.record_keys import digest, sampled_digest
+from opensora_repro.data.probe.rows import INPUT_HELP, manifest_of
 
 if TYPE_CHECKING:
-    from opensora_repro.data.chat import Endpoint
+    from opensora_repro.data.caption.chat import Endpoint
     from opensora_repro.models.captioner import Captioner
 
 METHOD = 1  # raise when the same clip would be shown, or asked about, otherwise
@@ -154,7 +154,7 @@ def first_captions(
     args: argparse.Namespace, rows: Sequence[Record], endpoint: Endpoint | None, runner: Runner
 ) -> list[Caption]:
     """Return every clip's caption before any rewriting."""
-    from opensora_repro.data.caption_join import captions_of
+    from opensora_repro.data.caption.join import captions_of
 
     if args.sidecar:
         return captions_of(Path(args.sidecar), rows)
@@ -197,7 +197,7 @@ def shown_frames(row: Record, parts: int) -> Any:
 
 def from_model(rows: Sequence[Record], args: argparse.Namespace, folder: Path, runner: Runner) -> list[Caption]:
     """Return every clip's caption as the model writes it."""
-    from opensora_repro.data.batches import run_batches
+    from opensora_repro.data.jobs.batches import run_batches
 
     how, options = model_options(args, runner)
     items: dict[str, Record] = {}
@@ -268,7 +268,7 @@ def describe(args: Record) -> Record:
 
 
 def endpoint_of(args: argparse.Namespace) -> Endpoint:
-    from opensora_repro.data.chat import Endpoint
+    from opensora_repro.data.caption.chat import Endpoint
 
     return Endpoint(
         args.endpoint,
@@ -326,7 +326,7 @@ def answers(
     folder: str,
     label: str,
 ) -> dict[str, Record]:
-    from opensora_repro.data.asking import Prices, Question, ask_all
+    from opensora_repro.data.caption.asking import Prices, Question, ask_all
 
     questions = [Question(key, messages) for key, messages in wanted.items()]
     prices = Prices(args.price_in, args.price_out)

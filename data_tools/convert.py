@@ -28,16 +28,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opensora_repro.data.convert.source import refusal
 from opensora_repro.data.files import one_line, remove_leftovers
-from opensora_repro.data.formats.source import refusal
 from opensora_repro.data.inputs import VIDEO_SUFFIXES, Item
-from opensora_repro.data.jobs import Runner, add_runner_options, progress, run_jobs, runner_of
+from opensora_repro.data.jobs.run import Runner, add_runner_options, run_jobs, runner_of
 from opensora_repro.data.manifest import DataError
 from opensora_repro.data.outcome import in_batches, rejects_writer, rows_batch, run_tool, schema_of
-from opensora_repro.data.probing import job_of, probe_file
+from opensora_repro.data.probe.rows import job_of, probe_file
+from opensora_repro.data.progress import progress
 
 if TYPE_CHECKING:
-    from opensora_repro.data.formats.source import Refuse, Source
+    from opensora_repro.data.convert.source import Refuse, Source
 
 FROM = ("manifest", "opensora", "ucf101", "imagenet", "webdataset", "hdvg", "panda70m")
 OUTPUTS = {"manifest": "manifest.parquet", "csv": "manifest.csv", "opensora": "opensora.csv"}
@@ -87,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def options_of(args: argparse.Namespace) -> Options:
     """Check the options and recognise the format. Raises DataError."""
-    from opensora_repro.data.formats.recognise import recognise
+    from opensora_repro.data.convert.recognise import recognise
 
     out = Path(args.out)
     if args.shard_size < 1:
@@ -131,9 +132,9 @@ def convert(options: Options) -> int:
 
 def write_urls(options: Options) -> int:
     """Write a table for data_tools.download; returns its rows."""
-    from opensora_repro.data.formats.identity import with_ids
-    from opensora_repro.data.formats.url_tables import COLUMNS, hdvg_rows, panda_rows
-    from opensora_repro.data.seen import Seen
+    from opensora_repro.data.convert.identity import with_ids
+    from opensora_repro.data.convert.url_tables import COLUMNS, hdvg_rows, panda_rows
+    from opensora_repro.data.ids import Seen
     from opensora_repro.data.tables import table_writer
 
     path, schema, seen, rows = Path(options.given), schema_of({**COLUMNS, "path": "string"}), Seen(), 0
@@ -180,7 +181,7 @@ def write_clips(options: Options) -> int:
 
 def write_webdataset(options: Options) -> int:
     """Write archives; returns how many samples they have."""
-    from opensora_repro.data.formats.tar_writer import write_shards
+    from opensora_repro.data.convert.tar_writer import write_shards
     from opensora_repro.data.tables import Rebase, table_writer
 
     table, source, rows = options.out / "records" / "rows.parquet", open_source(options), 0
@@ -195,7 +196,7 @@ def write_webdataset(options: Options) -> int:
 
 def open_source(options: Options) -> Source:
     """Open INPUT as what it is. Raises DataError."""
-    from opensora_repro.data.formats import class_folders, clip_tables, tar_reader
+    from opensora_repro.data.convert import class_folders, clip_tables, tar_reader
     from opensora_repro.data.video import IMAGE_SUFFIXES
 
     given, out = Path(options.given), options.out
@@ -213,8 +214,8 @@ def open_source(options: Options) -> Source:
 
 def accepted(source: Source, options: Options, refuse: Refuse) -> Iterator[Any]:
     """Yield the rows with ids, and with what the files tell where they are to be asked."""
-    from opensora_repro.data.formats.identity import with_ids
-    from opensora_repro.data.seen import Seen
+    from opensora_repro.data.convert.identity import with_ids
+    from opensora_repro.data.ids import Seen
 
     seen, number = Seen(), 0
     with progress("converting", source.num_rows, "row") as bar:

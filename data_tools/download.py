@@ -27,12 +27,12 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from opensora_repro.data.downloads import Place, Wanted, fetch_all
-from opensora_repro.data.fetch import Budget, Limits
+from opensora_repro.data.download.fetch import Budget, Limits
+from opensora_repro.data.download.video_pages import find_yt_dlp
+from opensora_repro.data.download.wanted import Place, Wanted, fetch_all
 from opensora_repro.data.files import one_line, remove_leftovers, safe_name
 from opensora_repro.data.manifest import DataError, is_missing
 from opensora_repro.data.outcome import Row, in_batches, reject, rejects_writer, rows_batch, run_tool
-from opensora_repro.data.video_pages import find_yt_dlp
 
 if TYPE_CHECKING:
     from opensora_repro.data.tables import Table
@@ -150,7 +150,7 @@ def fault_of(row: Row) -> str:
 
 
 def id_of(row: Row) -> str:
-    from opensora_repro.data.formats.identity import text_digest
+    from opensora_repro.data.ids import text_digest
 
     span = [str(row.get(name)) for name in ("start_time", "end_time")] if is_part(row) else []
     return text_digest(str(row["url"]), *span) if is_missing(row.get("id")) else str(row["id"])
@@ -210,7 +210,7 @@ def with_files(
     table: Table, results: dict[str, Row], refuse: Callable[[Row], None]
 ) -> Iterator[tuple[list[Row], list[Row]]]:
     """Yield, batch by batch, the manifest's rows and the rows that describe parts of their files."""
-    from opensora_repro.data.seen import Seen
+    from opensora_repro.data.ids import Seen
 
     seen, files = Seen(), set[str]()
     for rows in in_batches(rows_of(table)):

@@ -27,16 +27,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opensora_repro.data.jobs import Runner
+from opensora_repro.data.jobs.run import Runner
 from opensora_repro.data.manifest import DataError
 from opensora_repro.data.outcome import run_tool
-from opensora_repro.data.probing import INPUT_HELP, manifest_of
+from opensora_repro.data.probe.rows import INPUT_HELP, manifest_of
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from opensora_repro.data.expressions import Value
-    from opensora_repro.data.near import Nearest
+    from opensora_repro.data.columns import Value
+    from opensora_repro.data.filter.near import Nearest
     from opensora_repro.data.tables import Table
 
 PERCENTILE = re.compile(r"(?P<value>.+?)\s*(?P<op>>=|<=|>|<)\s*(?P<percent>\d+(\.\d*)?|\.\d+)\s*%", re.DOTALL)
@@ -111,7 +111,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def check_options(rules: list[tuple[str, str]], thumbnails: int) -> None:
-    from opensora_repro.data.expressions import split_conjunction
+    from opensora_repro.data.filter.expressions import split_conjunction
 
     if not rules:
         raise DataError("no rule given: add --keep RULE or --percentile RULE")
@@ -126,7 +126,7 @@ def check_options(rules: list[tuple[str, str]], thumbnails: int) -> None:
 
 def filter_rows(given: str, out: Path, rules: list[tuple[str, str]], *, thumbnails: int = 0) -> int:
     """Write the kept rows, the rejects and the report; returns the exit status. `rules` are (kind, text) in order."""
-    from opensora_repro.data.near import Nearest
+    from opensora_repro.data.filter.near import Nearest
     from opensora_repro.data.tables import open_table
 
     check_options(rules, thumbnails)
@@ -149,7 +149,8 @@ def filter_rows(given: str, out: Path, rules: list[tuple[str, str]], *, thumbnai
 
 def build_rules(kind: str, text: str, table: Table) -> list[Rule]:
     """Compile one option's text; a percentile reads its column here. Raises DataError."""
-    from opensora_repro.data.expressions import NUMBER, TRUTH, compile_expression, split_conjunction, threshold_of
+    from opensora_repro.data.columns import NUMBER, TRUTH
+    from opensora_repro.data.filter.expressions import compile_expression, split_conjunction, threshold_of
 
     if kind == "percentile":
         return [percentile_rule(text, table)]
@@ -179,8 +180,9 @@ def percentile_parts(text: str) -> re.Match[str]:
 
 def percentile_rule(text: str, table: Table) -> Rule:
     """Turn "sharpness >= 10%" into a comparison with the tenth percentile of the whole column."""
-    from opensora_repro.data.expressions import NUMBER, compile_expression, numbers
-    from opensora_repro.data.quantiles import percentile
+    from opensora_repro.data.columns import NUMBER, numbers
+    from opensora_repro.data.filter.expressions import compile_expression
+    from opensora_repro.data.filter.quantiles import percentile
 
     match = percentile_parts(text)
     value = compile_expression(match["value"], table.schema)
@@ -235,7 +237,7 @@ def first_failures(rules: list[Rule], batch: Any) -> Any:
     import numpy as np
     import pyarrow as pa
 
-    from opensora_repro.data.expressions import numbers, truths
+    from opensora_repro.data.columns import numbers, truths
 
     first = np.full(batch.num_rows, len(rules), dtype=np.int32)
     for number, rule in enumerate(rules):
@@ -269,7 +271,7 @@ def write_report(out: Path, rules: list[Rule], rows: int, kept: int) -> None:
 
 def write_thumbnails(folder: Path, rules: list[Rule], clips: Path, count: int) -> None:
     """Write one contact sheet a numeric threshold; where no clip can be read there is none."""
-    from opensora_repro.data.contact_sheet import contact_sheet, read_thumbnails
+    from opensora_repro.data.filter.contact_sheet import contact_sheet, read_thumbnails
     from opensora_repro.data.write import write_png
 
     for old in folder.glob("*.png"):

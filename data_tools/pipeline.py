@@ -28,12 +28,12 @@ from typing import TYPE_CHECKING
 
 from data_tools import report
 from opensora_repro.data.files import one_line, remove_leftovers
-from opensora_repro.data.line_config import Line, Step, load_line
 from opensora_repro.data.manifest import DataError
 from opensora_repro.data.outcome import INTERRUPTED, run_tool
+from opensora_repro.data.pipeline.config import Line, Step, load_line
 
 if TYPE_CHECKING:
-    from opensora_repro.data.line import Stage
+    from opensora_repro.data.report.stages import Stage
 
 URLS_FILE = "urls.parquet"  # what convert makes of tables of addresses, for download
 TOOLS = ("convert", "download", "probe", "split", "score", "filter", "caption")
@@ -101,7 +101,7 @@ def command_of(step: Step, given: str | Path, folder: Path) -> list[str]:
 
 def places(line: Line) -> list[tuple[Step, str | Path, Path]]:
     """Return for each step what it reads and the folder it writes to."""
-    from opensora_repro.data.line import MANIFEST_FILE
+    from opensora_repro.data.report.stages import MANIFEST_FILE
 
     folders = [Path(line.out) / step.name for step in line.steps]
     inputs: list[str | Path] = [line.input]
@@ -113,7 +113,7 @@ def places(line: Line) -> list[tuple[Step, str | Path, Path]]:
 
 def show(line: Line) -> int:
     """Print the commands and what is done already; returns the exit status."""
-    from opensora_repro.data.line_record import is_done
+    from opensora_repro.data.pipeline.record import is_done
 
     fresh = True
     for number, (step, given, folder) in enumerate(places(line)):
@@ -128,7 +128,7 @@ def show(line: Line) -> int:
 
 def run(line: Line, tools: dict[str, ModuleType]) -> int:
     """Run the steps in order, then write the line's own tables and the page; returns the exit status."""
-    from opensora_repro.data.line_record import forget, is_done, record_done
+    from opensora_repro.data.pipeline.record import forget, is_done, record_done
 
     out, steps = Path(line.out), places(line)
     for number, (step, given, folder) in enumerate(steps):
@@ -167,7 +167,7 @@ def failed(line: Line, number: int, status: int) -> int:
 
 def finish(line: Line, out: Path) -> int:
     """Write manifest, rejects and page, print what came out; returns the exit status."""
-    from opensora_repro.data.line_outcome import write_manifest_of, write_rejects_of
+    from opensora_repro.data.pipeline.outcome import write_manifest_of, write_rejects_of
 
     stages = stages_of(line, out)
     with_rows = [stage for stage in stages if stage.manifest]
@@ -184,7 +184,7 @@ def finish(line: Line, out: Path) -> int:
 
 def stages_of(line: Line, out: Path) -> list[Stage]:
     """Return the steps' outcomes; one that writes no manifest is left out."""
-    from opensora_repro.data.line import MANIFEST_FILE, REJECTS_FILE, find_stages
+    from opensora_repro.data.report.stages import MANIFEST_FILE, REJECTS_FILE, find_stages
 
     folders = [out / step.name for step in line.steps]
     left = [f for f in folders if (f / MANIFEST_FILE).is_file() or (f / REJECTS_FILE).is_file()]
@@ -194,7 +194,7 @@ def stages_of(line: Line, out: Path) -> list[Stage]:
 
 
 def write_report(line: Line, stages: Sequence[Stage], out: Path) -> None:
-    from opensora_repro.data.jobs import runner_of
+    from opensora_repro.data.jobs.run import runner_of
 
     inputs = [str(stage.folder) for stage in stages]
     if not inputs:

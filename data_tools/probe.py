@@ -17,9 +17,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from opensora_repro.data.jobs import add_runner_options, runner_of
+from opensora_repro.data.jobs.run import add_runner_options, runner_of
 from opensora_repro.data.outcome import run_tool
-from opensora_repro.data.probing import probe_all
+from opensora_repro.data.probe.rows import probe_all
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,14 +18,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opensora_repro.data.jobs import Runner, add_runner_options, progress, runner_of
+from opensora_repro.data.jobs.run import Runner, add_runner_options, runner_of
 from opensora_repro.data.manifest import DataError
 from opensora_repro.data.outcome import run_tool
+from opensora_repro.data.progress import progress
 
 if TYPE_CHECKING:
-    from opensora_repro.data.groups import Groups
-    from opensora_repro.data.line import Stage
-    from opensora_repro.data.report_page import Report
+    from opensora_repro.data.report.groups import Groups
+    from opensora_repro.data.report.page import Report
+    from opensora_repro.data.report.stages import Stage
     from opensora_repro.data.tables import Table
 
 CLIPS = 48
@@ -72,8 +73,8 @@ def run(args: argparse.Namespace) -> int:
 def report(inputs: Sequence[str], out: Path, clips: int, runner: Runner) -> int:
     """Write the page; returns the exit status. Raises DataError."""
     from opensora_repro.data.files import write_text
-    from opensora_repro.data.line import find_stages
-    from opensora_repro.data.report_page import page
+    from opensora_repro.data.report.page import page
+    from opensora_repro.data.report.stages import find_stages
 
     stages = find_stages(inputs)
     told = gather(stages, clips)
@@ -93,10 +94,11 @@ def report(inputs: Sequence[str], out: Path, clips: int, runner: Runner) -> int:
 
 def gather(stages: Sequence[Stage], clips: int) -> Report:
     """Read all tables; return what the page tells, but for the pictures."""
-    from opensora_repro.data.caption_words import frequent_words
-    from opensora_repro.data.line import count_stage, rows_at, spread
-    from opensora_repro.data.report_page import Report
-    from opensora_repro.data.summary import Summary, summarize
+    from opensora_repro.data.report.page import Report
+    from opensora_repro.data.report.rows import rows_at, spread
+    from opensora_repro.data.report.stages import count_stage
+    from opensora_repro.data.report.summary import Summary, summarize
+    from opensora_repro.data.report.words import frequent_words
 
     last, before = last_of(stages), before_filter(stages)
     with progress("reading", rows_to_read(stages), "row") as advance:
@@ -139,7 +141,7 @@ def first_with(stages: Sequence[Stage], column: str) -> Table | None:
 def groups(
     stages: Sequence[Stage], column: str, advance: Callable[[int], None], count: int, members: int
 ) -> Groups | None:
-    from opensora_repro.data.groups import find_groups
+    from opensora_repro.data.report.groups import find_groups
 
     table = first_with(stages, column)
     if table is None:
@@ -162,7 +164,7 @@ def rows_to_read(stages: Sequence[Stage]) -> int:
 def scores_of(table: Table) -> list[str]:
     """Return the columns of numbers that were measured on the clips."""
     from opensora_repro.data.outcome import LINEAGE, MANIFEST
-    from opensora_repro.data.summary import number_columns
+    from opensora_repro.data.report.summary import number_columns
 
     return [
         name for name in number_columns(table.schema)
@@ -171,7 +173,7 @@ def scores_of(table: Table) -> list[str]:
 
 
 def strips_of(rows: Sequence[dict[str, Any]], stage: Stage, out: Path, runner: Runner) -> dict[str, Any]:
-    from opensora_repro.data.thumbnails import read_strips
+    from opensora_repro.data.report.thumbnails import read_strips
 
     return read_strips(rows, stage.folder.absolute(), out / "pictures", runner)
 

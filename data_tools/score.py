@@ -33,12 +33,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opensora_repro.data.batches import run_batches
-from opensora_repro.data.jobs import Job, Runner, add_runner_options, run_jobs, runner_of
+from opensora_repro.data.jobs.batches import run_batches
+from opensora_repro.data.jobs.keys import digest, sampled_digest
+from opensora_repro.data.jobs.run import Job, Runner, add_runner_options, run_jobs, runner_of
 from opensora_repro.data.manifest import DataError
 from opensora_repro.data.outcome import REJECTS, run_tool, write_rows
-from opensora_repro.data.probing import INPUT_HELP, manifest_of
-from opensora_repro.data.record_keys import digest, sampled_digest
+from opensora_repro.data.probe.rows import INPUT_HELP, manifest_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -125,7 +125,7 @@ def measure_all(
     clips: pd.DataFrame, contents: list[str], names: list[str], folder: Path, runner: Runner
 ) -> list[Record]:
     """Return every clip's record: columns, or "error"."""
-    from opensora_repro.data.scores import methods_of
+    from opensora_repro.data.score.measure import methods_of
 
     jobs = []
     for row, content in zip(clips.to_dict("records"), contents, strict=True):
@@ -138,7 +138,7 @@ def measure_all(
 
 def measure(args: Record) -> Record:
     """Job: the columns of one clip, or why there are none."""
-    from opensora_repro.data.scores import measure_clip
+    from opensora_repro.data.score.measure import measure_clip
     from opensora_repro.data.video import DecodeError
 
     try:
@@ -241,7 +241,7 @@ def packed(vector: np.ndarray) -> str:
 
 def add_columns(clips: pd.DataFrame, records: list[Record], duplicates: bool) -> None:
     """Add what was measured to the clips, whose rows the records match, and the groups that look the same."""
-    from opensora_repro.data.scores import CODE
+    from opensora_repro.data.score.measure import CODE
 
     columns = [name for name in (records[0] if records else {}) if name not in (CODE, "embedding")]
     for name in columns:
@@ -259,8 +259,8 @@ def best_alike(clips: pd.DataFrame, records: list[Record]) -> list[int]:
     """Return for each clip the row of the best that looks the same: the largest, then longest, then first."""
     import numpy as np
 
-    from opensora_repro.data.duplicates import groups_of, near_codes, near_embeddings
-    from opensora_repro.data.scores import CODE, code_of
+    from opensora_repro.data.score.duplicates import groups_of, near_codes, near_embeddings
+    from opensora_repro.data.score.measure import CODE, code_of
 
     def pairs() -> Iterator[tuple[int, int]]:
         coded = [row for row, record in enumerate(records) if record[CODE]]

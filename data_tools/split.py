@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING, Any
 
 from opensora_repro.data.files import remove_leftovers
 from opensora_repro.data.inputs import content_digests, find_inputs
-from opensora_repro.data.jobs import Job, Runner, add_runner_options, read_record, run_jobs, runner_of
+from opensora_repro.data.jobs.records import read_record
+from opensora_repro.data.jobs.run import Job, Runner, add_runner_options, run_jobs, runner_of
 from opensora_repro.data.manifest import DataError
 from opensora_repro.data.outcome import LINEAGE, MANIFEST, Row, reject, run_tool, write_outcome
 
 if TYPE_CHECKING:
-    from opensora_repro.data.cut import Encoding
-    from opensora_repro.data.scenes import Scan, Span
+    from opensora_repro.data.split.cut import Encoding
+    from opensora_repro.data.split.scenes import Scan, Span
 
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
 CLIP_COLUMNS = {**MANIFEST, **LINEAGE, "resplit": "bool"}
@@ -152,7 +153,7 @@ def options_of(args: argparse.Namespace) -> Options:
 
 
 def encoding_of(options: Options) -> Encoding:
-    from opensora_repro.data.cut import TRAINING_SIDE, Encoding
+    from opensora_repro.data.split.cut import TRAINING_SIDE, Encoding
 
     return Encoding(
         crf=options.crf,
@@ -227,9 +228,9 @@ def split_job(args: dict[str, Any]) -> Record:
 
 def split_source(source: Source, out: Path, options: Options, on_frame: Callable[[], Any] = int) -> Record:
     """Detect, cut, verify; return the clips and what gave none. A source that cannot be read is a reject."""
-    from opensora_repro.data.cut import cut_clips
-    from opensora_repro.data.scenes import plan_spans, scan_video
-    from opensora_repro.data.single_pass import SceneOptions, scan_and_cut
+    from opensora_repro.data.split.cut import cut_clips
+    from opensora_repro.data.split.scenes import plan_spans, scan_video
+    from opensora_repro.data.split.single_pass import SceneOptions, scan_and_cut
     from opensora_repro.data.video import DecodeError
 
     def target(span: Span) -> Path:

@@ -57,7 +57,7 @@ def misbehave(args: dict[str, Any]) -> Any:
 
 def main() -> None:
     sys.path.insert(0, str(REPO))
-    from opensora_repro.data.jobs import Job, Runner, run_jobs
+    from opensora_repro.data.jobs.run import Job, Runner, run_jobs
     from opensora_repro.data.outcome import run_tool
     from tests import job_works
 

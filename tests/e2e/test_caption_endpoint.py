@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from data_tools import caption
-from opensora_repro.data import asking, chat
+from opensora_repro.data.caption import asking, chat
 from opensora_repro.data.manifest import read_manifest, read_table, write_manifest
 from opensora_repro.data.write import write_video
 from tests.chat_server import BREAK, ChatServer, brightness, chat_server, completion, error, pictures

@@ -16,7 +16,7 @@ from PIL import Image
 
 from data_tools import probe, split
 from opensora_repro.data.manifest import read_manifest, read_table
-from opensora_repro.data.probing import probe_file
+from opensora_repro.data.probe.rows import probe_file
 from opensora_repro.data.video import read_frames
 
 # Both carry a pixel aspect that the list's display sizes leave out.

@@ -84,7 +84,7 @@ def test_scoring_again_measures_only_what_is_new(clips: Path, scored: Path, monk
 
 
 def test_a_changed_formula_is_another_record() -> None:
-    from opensora_repro.data.scores import SCORES, methods_of
+    from opensora_repro.data.score.measure import SCORES, methods_of
 
     assert set(score.NAMES) == set(SCORES)
     assert methods_of(["motion"]) != methods_of(["motion", "text"])

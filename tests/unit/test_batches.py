@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from opensora_repro.data.batches import run_batches
-from opensora_repro.data.jobs import Runner
+from opensora_repro.data.jobs.batches import run_batches
+from opensora_repro.data.jobs.run import Runner
 from tests import job_works
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from opensora_repro.data import caption_join
-from opensora_repro.data.caption_join import captions_of
+from opensora_repro.data.caption import join
+from opensora_repro.data.caption.join import captions_of
 from opensora_repro.data.manifest import DataError
 
 
@@ -122,9 +122,9 @@ def test_json_lists(tmp_path: Path) -> None:
 
 
 def test_large_lists_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from opensora_repro.data import caption_lists
+    from opensora_repro.data.caption import lists
 
-    monkeypatch.setattr(caption_lists, "CHUNK", 3)
+    monkeypatch.setattr(lists, "CHUNK", 3)
     rows = [{"id": f"x{i}", "caption": "other"} for i in range(10)] + [{"id": "c2", "caption": None}]
     for suffix in ("csv", "parquet"):
         found = texts(table(tmp_path / f"l.{suffix}", rows))
@@ -189,7 +189,7 @@ def test_files_beside_the_clip_and_at_the_sources_place(tmp_path: Path, files: P
     (files / "b.txt").write_text("the upper one")
     clips = [clip("x", f"{tmp_path}/clips/a.mp4"), clip("y", "/in/sub/b.mp4", "sub/b.mp4"),
              clip("z", "/in/b.mp4", "b.mp4")]  # fmt: skip
-    caption_join._names_in.cache_clear()
+    join._names_in.cache_clear()
     assert texts(files, clips) == ["beside", "the sub one", "the upper one"]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from opensora_repro.data.caption_text import MAX_CHARACTERS, clean, ends_sentence, flag_of, judged
+from opensora_repro.data.caption.text import MAX_CHARACTERS, clean, ends_sentence, flag_of, judged
 
 REFUSALS = [
     "I'm sorry, I can't assist with that.",

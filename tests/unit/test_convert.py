@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from data_tools import convert
-from opensora_repro.data.formats import url_tables
+from opensora_repro.data.convert import url_tables
 from opensora_repro.data.manifest import read_manifest, read_table, write_table
 from opensora_repro.data.write import write_video
 

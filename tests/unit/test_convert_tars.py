@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from data_tools import convert
-from opensora_repro.data.formats.tar_reader import split_key
+from opensora_repro.data.convert.tar_reader import split_key
 from opensora_repro.data.manifest import read_table, write_table
 
 

@@ -4,8 +4,8 @@ import cv2
 import numpy as np
 import pytest
 
-from opensora_repro.data import duplicates
-from opensora_repro.data.duplicates import (
+from opensora_repro.data.score import duplicates
+from opensora_repro.data.score.duplicates import (
     CODE_WORDS,
     MAX_DISTANCE,
     clip_code,

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
-from opensora_repro.data.expressions import compile_expression, split_conjunction, threshold_of, truths
+from opensora_repro.data.columns import truths
+from opensora_repro.data.filter.expressions import compile_expression, split_conjunction, threshold_of
 from opensora_repro.data.manifest import DataError
 
 BATCH = pa.RecordBatch.from_pydict(

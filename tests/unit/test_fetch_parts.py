@@ -9,10 +9,10 @@ from collections import Counter
 
 import pytest
 
-from opensora_repro.data.fetch import Budget, Failed, Refused, checked_url, retry_after
+from opensora_repro.data.download.fetch import Budget, Failed, Refused, checked_url, retry_after
+from opensora_repro.data.download.turns import Turns, in_threads
+from opensora_repro.data.download.video_pages import is_video_page
 from opensora_repro.data.files import safe_name
-from opensora_repro.data.turns import Turns, in_threads
-from opensora_repro.data.video_pages import is_video_page
 
 
 def test_no_host_is_asked_by_more_than_its_share() -> None:

@@ -127,6 +127,22 @@ def test_parts_import_only_what_the_design_allows() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_packages_of_data_stand_on_its_root_and_on_jobs() -> None:
+    """One package a tool, and `jobs`, which runs their work; pipeline also builds on what report knows of stages."""
+    data = REPO / "opensora_repro" / "data"
+    packages = {path.parent.name for path in data.glob("*/__init__.py")}
+    assert packages == {path.stem for path in (REPO / "data_tools").glob("[!_]*.py")} | {"jobs"}
+    allowed = {name: {name, "jobs"} for name in packages} | {"pipeline": {"pipeline", "jobs", "report"}}
+    wrong = []
+    for path in python_files("opensora_repro/data"):
+        own = path.relative_to(data).parts[0]  # of a module at the root its file name, which may import no package
+        for line, imported in imports(path):
+            part = imported.removeprefix("opensora_repro.data.").split(".")[0]
+            if inside(imported, "opensora_repro.data") and part in packages - allowed.get(own, set()):
+                wrong.append(f"{path.relative_to(REPO)}:{line} imports {imported}")
+    assert not wrong, "\n".join(wrong)
+
+
 def test_the_walk_sees_a_forbidden_import(tmp_path: Path) -> None:
     """The rule above is only worth something if a breach of it is seen, wherever it stands in a file."""
     assert rule_for("opensora_repro.models.stdit") == (

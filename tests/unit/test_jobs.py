@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
-from opensora_repro.data import cluster, jobs
 from opensora_repro.data.files import beside
-from opensora_repro.data.jobs import Job, Runner, run_jobs
+from opensora_repro.data.jobs import cluster
+from opensora_repro.data.jobs.run import Job, Runner, add_runner_options, run_jobs, runner_of
 from opensora_repro.data.manifest import DataError
+from opensora_repro.data.progress import progress
 from tests.job_works import misbehave, square
 
 TWO = Runner("local", 2)
@@ -170,20 +171,20 @@ def test_ray_gives_the_same(tmp_path: Path) -> None:
 
 def options(*given: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    jobs.add_runner_options(parser)
+    add_runner_options(parser)
     return parser.parse_args(given)
 
 
 def test_runner_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert jobs.runner_of(options()) == Runner("local", 0, None)
-    assert jobs.runner_of(options("--workers", "3")) == Runner("local", 3, None)
+    assert runner_of(options()) == Runner("local", 0, None)
+    assert runner_of(options("--workers", "3")) == Runner("local", 3, None)
     with pytest.raises(DataError, match="--workers -1"):
-        jobs.runner_of(options("--workers", "-1"))
+        runner_of(options("--workers", "-1"))
     with pytest.raises(DataError, match="--address: only with --runner ray"):
-        jobs.runner_of(options("--address", "auto"))
+        runner_of(options("--address", "auto"))
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(DataError, match="Ray is not installed"):
-        jobs.runner_of(options("--runner", "ray", "--address", "auto"))
+        runner_of(options("--runner", "ray", "--address", "auto"))
     with pytest.raises(DataError, match="Ray is not installed"):
         cluster.import_ray()
 
@@ -191,11 +192,11 @@ def test_runner_options(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_progress_is_quiet_for_short_work_and_tells_of_long(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with jobs.progress("testing", 3, "file") as advance:
+    with progress("testing", 3, "file") as advance:
         advance(1)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(jobs, "LOG_EVERY", 0.0)
-    with jobs.progress("testing", 3, "file") as advance:
+    monkeypatch.setattr("opensora_repro.data.progress.LOG_EVERY", 0.0)
+    with progress("testing", 3, "file") as advance:
         time.sleep(0.01)
         advance(1)
     (line,) = capsys.readouterr().err.splitlines()

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from opensora_repro.data import quantiles
-from opensora_repro.data.quantiles import percentile
+from opensora_repro.data.filter import quantiles
+from opensora_repro.data.filter.quantiles import percentile
 
 RANDOM = np.random.default_rng(0)
 CASES = {

@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_tools import report
-from opensora_repro.data.caption_words import frequent_words
-from opensora_repro.data.html_page import document, shown
-from opensora_repro.data.line import find_stages, spread
-from opensora_repro.data.reasons import Reasons, normal
-from opensora_repro.data.summary import BINS, bin_edges, summarize
+from opensora_repro.data.report.markup import document, shown
+from opensora_repro.data.report.reasons import Reasons, normal
+from opensora_repro.data.report.rows import spread
+from opensora_repro.data.report.stages import find_stages
+from opensora_repro.data.report.summary import BINS, bin_edges, summarize
+from opensora_repro.data.report.words import frequent_words
 from opensora_repro.data.tables import BATCH_ROWS, open_table
 from opensora_repro.data.write import write_video
 

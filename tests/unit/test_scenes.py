@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from benchmarks.split import f1
-from opensora_repro.data.likeness import HEIGHT, WIDTH, thumbnail
-from opensora_repro.data.scenes import Span, plan_spans, scan_video
-from opensora_repro.data.shots import ShotDetector
-from opensora_repro.data.single_pass import WAITING
+from opensora_repro.data.split.likeness import HEIGHT, WIDTH, thumbnail
+from opensora_repro.data.split.scenes import Span, plan_spans, scan_video
+from opensora_repro.data.split.shots import ShotDetector
+from opensora_repro.data.split.single_pass import WAITING
 
 SIZE = (160, 288)  # height, width
 Frames = list[np.ndarray]

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from opensora_repro.data.clip_frames import RUN_FRAMES, RUNS, grey, middles, middles_of, read_runs, runs_of, spread
-from opensora_repro.data.motion_scores import flow_fields, jitter, motion, repeats, static_share
-from opensora_repro.data.overlay_scores import text_area, watermark_area
-from opensora_repro.data.picture_scores import bar_shares, black_share, brightness, picture_box, sharpness
-from opensora_repro.data.scores import SCORES, measure_clip
+from opensora_repro.data.score.measure import SCORES, measure_clip
+from opensora_repro.data.score.motion import flow_fields, jitter, motion, repeats, static_share
+from opensora_repro.data.score.overlay import text_area, watermark_area
+from opensora_repro.data.score.pictures import bar_shares, black_share, brightness, picture_box, sharpness
 from opensora_repro.data.video import DecodeError
 from opensora_repro.data.write import write_video
 from tests.made_pictures import moving, texture

@@ -10,9 +10,9 @@ import cv2
 import numpy as np
 import pytest
 
-from opensora_repro.data.cut import Encoding, cut_clips, fault
-from opensora_repro.data.scenes import Span, plan_spans, scan_video
-from opensora_repro.data.single_pass import SceneOptions, scan_and_cut
+from opensora_repro.data.split.cut import Encoding, cut_clips, fault
+from opensora_repro.data.split.scenes import Span, plan_spans, scan_video
+from opensora_repro.data.split.single_pass import SceneOptions, scan_and_cut
 from opensora_repro.data.video import DecodeError
 
 LENGTHS = (70, 40, 5, 45)  # frames of each scene
@@ -68,7 +68,7 @@ def test_what_needs_a_second_pass_is_left_to_it(tmp_path: Path, encoding: Encodi
 
 def test_frames_too_large_to_wait_are_left_to_a_second_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     film(tmp_path / "long.mp4")
-    monkeypatch.setattr("opensora_repro.data.single_pass.ROOM", 1_000_000)
+    monkeypatch.setattr("opensora_repro.data.split.single_pass.ROOM", 1_000_000)
     assert scan_and_cut(tmp_path / "long.mp4", lambda _: tmp_path / "clip.mp4", SceneOptions()) is None
     assert [p.name for p in tmp_path.iterdir()] == ["long.mp4"]
 

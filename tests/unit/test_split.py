@@ -10,8 +10,8 @@ import cv2
 import numpy as np
 import pytest
 
-from opensora_repro.data.cut import Encoding, cut_clips, frame_times, read_sound
-from opensora_repro.data.scenes import Scan, Span, plan_spans, restless_threshold, scan_video
+from opensora_repro.data.split.cut import Encoding, cut_clips, frame_times, read_sound
+from opensora_repro.data.split.scenes import Scan, Span, plan_spans, restless_threshold, scan_video
 from opensora_repro.data.video import DecodeError, frame_index, open_video, probe, read_frames
 
 COLOURS = [(235, 20, 20), (20, 235, 20), (20, 20, 235), (235, 235, 20), (235, 20, 235), (20, 235, 235)]

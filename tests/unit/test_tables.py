@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 
 from opensora_repro.data import csv_tables
+from opensora_repro.data.ids import Seen
 from opensora_repro.data.manifest import DataError, read_table
-from opensora_repro.data.seen import Seen
 from opensora_repro.data.tables import Absolute, Rebase, open_table, table_writer
 
 

@@ -1,0 +1,1 @@
+"""Behind data_tools.convert: the readers and writers of other datasets' formats."""

@@ -1,0 +1,159 @@
+"""WebDataset archives of a manifest's clips, the same bytes for the same rows and files.
+
+A sample is KEY.mp4 (or what the clip's file is), KEY.txt with the caption if there is one, KEY.cls with the label if
+there is one, and KEY.json with the whole row. KEY is the id, made safe where it holds more than letters, digits, _, -.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from opensora_repro.data.convert.source import Refuse, refusal
+from opensora_repro.data.files import beside, remove_leftovers, safe_name
+from opensora_repro.data.jobs.records import read_record
+from opensora_repro.data.jobs.run import Job, Runner, run_jobs
+from opensora_repro.data.manifest import is_missing
+from opensora_repro.data.outcome import Row
+from opensora_repro.data.tables import open_table
+
+METHOD = 1  # raise when the same rows would give other bytes
+
+
+def write_shards(rows: Path, out: Path, size: int, runner: Runner, refuse: Refuse) -> int:
+    """Write the clips of the table `rows` to OUT/shards/000000.tar and on, `size` rows each; returns how many came.
+
+    Paths are relative to the table. A shard that is there, of the same rows and files, is not written again.
+    """
+    shards = out / "shards"
+    shards.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(shards)
+    jobs = [_job(number, slice_, rows, shards, size) for number, slice_ in enumerate(_slices(rows, size))]
+    for job in jobs:  # a shard that is gone, or another table's by now, is written again
+        record = read_record(out / "records", job.key) or {}
+        if record.get("stamp") != _stamp(Path(job.args["tar"])):
+            (out / "records" / f"{job.key}.json").unlink(missing_ok=True)
+    done = run_jobs(write_shard, jobs, out / "records", runner=runner, label="writing", unit="shard")
+    wanted = {Path(job.args["tar"]).name for job in jobs}
+    for old in shards.glob("*.tar"):
+        if re.fullmatch(r"\d{6,}\.tar", old.name) and old.name not in wanted:
+            old.unlink()  # of a longer table before
+    for job in jobs:
+        result = done[job.key]
+        for entry in result.get("rejects", [refusal("", result.get("error", ""), Path(job.args["tar"]).name)]):
+            refuse(entry)
+    return sum(done[job.key].get("samples", 0) for job in jobs)
+
+
+def _slices(path: Path, size: int) -> Iterator[list[Row]]:
+    waiting: list[Row] = []
+    for batch in open_table(path).batches():
+        for start in range(0, batch.num_rows, size):
+            waiting += batch.slice(start, size).to_pylist()
+            if len(waiting) >= size:
+                yield waiting[:size]
+                del waiting[:size]
+    if waiting:
+        yield waiting
+
+
+def _job(number: int, part: list[Row], table: Path, shards: Path, size: int) -> Job:
+    """Return the job of one shard, known by its rows and its files' sizes and times of change."""
+    told = hashlib.blake2b(f"{METHOD} {number} {shards.absolute()}".encode(), digest_size=12)
+    for row in part:
+        told.update(json.dumps([row, _stamp(table.parent / row["path"])], default=str).encode())
+    tar = shards / f"{number:06d}.tar"
+    args = {
+        "table": os.fspath(table.absolute()),
+        "start": number * size,
+        "count": len(part),
+        "tar": os.fspath(tar.absolute()),
+    }
+    return Job(told.hexdigest(), tar.name, args)
+
+
+def _stamp(path: Path) -> list[int]:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return []
+    return [status.st_size, status.st_mtime_ns]
+
+
+def write_shard(args: dict[str, Any]) -> dict[str, Any]:
+    """Write one archive: the part that runs in a worker. Returns how many samples it has, and the rejects."""
+    table, tar = Path(args["table"]), Path(args["tar"])
+    unfinished, samples, rejects = beside(tar), 0, list[Row]()
+    try:
+        with open(unfinished, "wb") as file:
+            with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
+                for row in _rows(table, args["start"], args["count"]):
+                    reason = _add(archive, table.parent / row["path"], row)
+                    if reason:
+                        rejects.append(refusal(row["id"], reason, row["path"]))
+                    samples += not reason
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, tar)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return {"samples": samples, "rejects": rejects, "stamp": _stamp(tar)}
+
+
+def _rows(table: Path, start: int, count: int) -> list[Row]:
+    """Read some rows of a Parquet file, decoding only the row groups that hold them."""
+    import pyarrow.parquet as pq
+
+    rows: list[Row] = []
+    with pq.ParquetFile(table) as file:
+        first = 0
+        for number in range(file.num_row_groups):
+            length = file.metadata.row_group(number).num_rows
+            if first < start + count and start < first + length:
+                group = file.read_row_group(number)
+                offset = max(0, start - first)
+                rows += group.slice(offset, start + count - first - offset).to_pylist()
+            first += length
+    return rows
+
+
+def _add(archive: tarfile.TarFile, path: Path, row: Row) -> str:
+    """Add a sample, or return why there is none."""
+    suffix = path.suffix.lower().removeprefix(".")
+    if not re.fullmatch(r"[a-z0-9]{1,8}", suffix):
+        return f"a file without an extension to tell its kind: {path.name}"
+    try:
+        if not path.is_file():
+            return "no such file"
+        with open(path, "rb") as file:
+            add = _adder(archive, safe_name(row["id"]))
+            add(suffix, file, os.fstat(file.fileno()).st_size)
+    except (PermissionError, FileNotFoundError, IsADirectoryError) as error:
+        return error.strerror or str(error)
+    texts = {"txt": row["caption"], "cls": row.get("label"), "json": _json(row)}
+    for extension, value in texts.items():
+        if not is_missing(value):
+            data = str(value).encode("utf-8", "replace")
+            add(extension, io.BytesIO(data), len(data))
+    return ""
+
+
+def _adder(archive: tarfile.TarFile, key: str) -> Callable[[str, Any, int], None]:
+    def add(extension: str, data: Any, size: int) -> None:
+        member = tarfile.TarInfo(f"{key}.{extension}")  # with owner 0, time 0 and mode 644
+        member.size = size
+        archive.addfile(member, data)
+
+    return add
+
+
+def _json(row: Row) -> str:
+    known = {name: value for name, value in row.items() if name != "path" and value is not None}
+    return json.dumps(known, ensure_ascii=False, default=str)

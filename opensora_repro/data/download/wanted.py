@@ -1,0 +1,182 @@
+"""Files from the web, each once and with a record: what is there is checked, what is lost is fetched again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+import urllib.parse
+from dataclasses import dataclass
+from pathlib import Path
+
+from opensora_repro.data.download.fetch import (
+    Budget,
+    Failed,
+    Fetched,
+    Limits,
+    OverBudget,
+    Refused,
+    TooLarge,
+    drop,
+    fetch,
+)
+from opensora_repro.data.download.turns import Turns, in_threads
+from opensora_repro.data.download.video_pages import fetch_page, is_video_page
+from opensora_repro.data.inputs import VIDEO_SUFFIXES
+from opensora_repro.data.jobs.records import read_record, write_record
+from opensora_repro.data.outcome import Row
+from opensora_repro.data.progress import progress
+
+SUFFIXES = {
+    "video/mp4": ".mp4", "video/webm": ".webm", "video/quicktime": ".mov", "video/x-matroska": ".mkv",
+    "video/x-msvideo": ".avi", "video/mpeg": ".mpg", "video/mp2t": ".ts", "image/jpeg": ".jpg", "image/png": ".png",
+    "image/webp": ".webp", "image/bmp": ".bmp",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A file to be had: `name` is its name without the extension, `digests` what its content must have."""
+
+    key: str
+    name: str
+    url: str
+    digests: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run works, and its limits."""
+
+    out: Path
+    limits: Limits
+    budget: Budget
+    stop: threading.Event
+    yt_dlp: str | None
+
+
+def fetch_all(wanted: dict[str, Wanted], place: Place, workers: int, per_host: int) -> dict[str, Row]:
+    """Fetch what has no record; return all results by key, {"error": reason} among them."""
+    results = {key: record for key, file in wanted.items() if (record := finished(file, place)) is not None}
+    for key, record in results.items():
+        place.budget.count(key, record.get("bytes", 0))
+    todo = [file for file in wanted.values() if file.key not in results]
+    shutil.rmtree(place.out / "pages", ignore_errors=True)
+    turns = Turns(((host_of(file.url), file) for file in todo), per_host)
+    try:
+        with progress("downloading", len(todo), "file") as bar:
+            for done in in_threads(lambda file: fetch_one(file, place), turns, workers):
+                if done is not None:
+                    results[done[0].key] = done[1]
+                bar(done is not None)
+    finally:
+        place.stop.set()
+    return results
+
+
+def host_of(url: str) -> str:
+    try:
+        return urllib.parse.urlsplit(url).netloc.lower()
+    except ValueError:
+        return ""
+
+
+def finished(file: Wanted, place: Place) -> Row | None:
+    """Return the record of a file that is there, or that cannot be had; too large is looked at anew by a new limit."""
+    record = read_record(place.out / "records", file.key)
+    if record is None or record.get("max_bytes", place.limits.max_bytes) != place.limits.max_bytes:
+        return None
+    path = place.out / "files" / record.get("file", "")
+    lost = "file" in record and not (path.is_file() and path.stat().st_size == record["bytes"])
+    return None if lost else record
+
+
+def fetch_one(file: Wanted, place: Place) -> Row:
+    """Download one file and write its record; return it. A failure that may pass leaves none."""
+    part = place.out / "parts" / file.key
+    try:
+        result = fetch_page_of(file, place) if place.yt_dlp and is_page(file) else fetch_file(file, part, place)
+    except Failed as error:
+        if isinstance(error, OverBudget):
+            drop(part)
+        place.budget.count(file.key, part.stat().st_size if part.exists() else 0)
+        return {"error": str(error)}
+    except Refused as error:
+        drop(part)
+        place.budget.count(file.key, 0)
+        limit = {"max_bytes": place.limits.max_bytes} if isinstance(error, TooLarge) else {}
+        result = {"error": str(error), **limit}
+    write_record(place.out / "records", file.key, json.dumps(result))
+    drop(part)
+    return result
+
+
+def is_page(file: Wanted) -> bool:
+    try:
+        return is_video_page(file.url)
+    except ValueError:
+        return False
+
+
+def fetch_file(file: Wanted, part: Path, place: Place) -> Row:
+    """Download to `part`, check and rename. What was continued and has a wrong checksum is fetched once more, whole."""
+    if is_page(file):
+        raise Failed(f"a page of {host_of(file.url)}: --yt-dlp fetches it, where yt-dlp is installed")
+    done = fetch_part(file, part, place)
+    if done.resumed and wrong_digests(file, checksums(part)):
+        drop(part)
+        done = fetch_part(file, part, place)
+    return keep(file, part, suffix_of(done.content_type, file.url), place)
+
+
+def fetch_part(file: Wanted, part: Path, place: Place) -> Fetched:
+    return fetch(file.url, part, place.limits, lambda size: place.budget.hold(file.key, size), place.stop)
+
+
+def fetch_page_of(file: Wanted, place: Place) -> Row:
+    folder = place.out / "pages" / file.key
+    try:
+        path = fetch_page(file.url, place.yt_dlp or "", folder, place.limits.max_bytes, place.stop)
+        place.budget.hold(file.key, path.stat().st_size)
+        return keep(file, path, suffix_of("", path.name), place)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def keep(file: Wanted, path: Path, suffix: str, place: Place) -> Row:
+    """Check a whole file's content and give it its name. Raises Refused for a wrong checksum."""
+    found = checksums(path)
+    if wrong := wrong_digests(file, found):
+        raise Refused(wrong)
+    target = place.out / "files" / f"{file.name}{suffix}"
+    result = {"file": target.name, "bytes": path.stat().st_size, "sha256": found["sha256"]}
+    os.replace(path, target)
+    return result
+
+
+def wrong_digests(file: Wanted, found: dict[str, str]) -> str:
+    """Return which checksum of a file's is not as expected, "" if all are."""
+    return "; ".join(
+        f"{kind} is {found[kind]}, expected {wanted}" for kind, wanted in file.digests if found[kind] != wanted
+    )
+
+
+def checksums(path: Path) -> dict[str, str]:
+    """Return a file's digests, and see to it that its content is on the disk."""
+    digests = {"sha256": hashlib.sha256(), "md5": hashlib.md5(usedforsecurity=False)}
+    with open(path, "r+b") as file:
+        while block := file.read(1 << 20):
+            for digest in digests.values():
+                digest.update(block)
+        os.fsync(file.fileno())
+    return {kind: digest.hexdigest() for kind, digest in digests.items()}
+
+
+def suffix_of(content_type: str, url: str) -> str:
+    """Return the extension that the server's type has, or else the URL's if it is one of a video or picture."""
+    from opensora_repro.data.video import IMAGE_SUFFIXES
+
+    suffix = Path(urllib.parse.urlsplit(url).path).suffix.lower()
+    return SUFFIXES.get(content_type) or (suffix if suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES else ".bin")

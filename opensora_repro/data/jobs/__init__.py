@@ -1,0 +1,1 @@
+"""How the tools run work: in processes of this machine or over a cluster, recorded, and never twice."""

@@ -1,0 +1,104 @@
+"""What a step of a line was made from, so that it runs again when that has changed, and only then.
+
+A record beside the step's manifest holds its options, the state of the files they name, and digests of the manifest it
+read and of the tables it wrote. It is written last: a step that was killed has none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from opensora_repro.data.files import write_text
+from opensora_repro.data.inputs import content_digest
+from opensora_repro.data.report.stages import MANIFEST_FILE, REJECTS_FILE
+from opensora_repro.data.tables import EmptyTableError, open_table
+
+RECORD_FILE = "done.json"
+METHOD = 1  # raise when a tool would make other tables of the same options and input: steps are then run again
+
+
+def is_done(folder: Path, tool: str, options: Sequence[str], given: Path) -> bool:
+    """Whether the step's outcome in `folder` is that of this tool, these options and the manifest `given`."""
+    try:
+        record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(record == _record(folder, tool, options, given)) and has_its_files(folder)
+
+
+def record_done(folder: Path, tool: str, options: Sequence[str], given: Path) -> None:
+    """Note that the step's outcome is there."""
+    text = json.dumps(_record(folder, tool, options, given), indent=2, ensure_ascii=True)
+    write_text(folder / RECORD_FILE, text + "\n")
+
+
+def forget(folder: Path) -> None:
+    """Take the note back, before the step runs again."""
+    (folder / RECORD_FILE).unlink(missing_ok=True)
+
+
+def _record(folder: Path, tool: str, options: Sequence[str], given: Path) -> dict[str, Any]:
+    return {
+        "method": METHOD,
+        "tool": tool,
+        "options": list(options),
+        "files": files_state(options),
+        "input": content_digest(given),
+        "outcome": [content_digest(folder / name) for name in (MANIFEST_FILE, REJECTS_FILE)],
+    }
+
+
+def files_state(options: Sequence[str]) -> dict[str, str]:
+    """Return a digest of size and time of change of each file or folder that an option names."""
+    state = {}
+    for option in options:
+        value = option.partition("=")[2] if option.startswith("--") else option
+        try:
+            exists = bool(value) and os.path.lexists(value)
+        except ValueError:  # a null character
+            continue
+        if exists:
+            lines = [f"{name} {size} {time}" for name, size, time in sorted(_files_of(value))]
+            told = "\n".join(lines).encode("utf-8", "surrogateescape")
+            state[value] = hashlib.blake2b(told, digest_size=8).hexdigest()
+    return state
+
+
+def _files_of(path: str) -> Iterator[tuple[str, int, int]]:
+    if not os.path.isdir(path):
+        paths = [path]
+    else:
+        paths = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+    for name in paths:
+        try:
+            status = os.stat(name)
+        except OSError:
+            continue
+        yield os.path.relpath(name, path), status.st_size, status.st_mtime_ns
+
+
+def has_its_files(folder: Path) -> bool:
+    """Whether the files inside `folder` that its manifest names, such as clips, are there."""
+    if not (folder / MANIFEST_FILE).is_file():
+        return True
+    try:
+        table = open_table(folder / MANIFEST_FILE)
+    except EmptyTableError:
+        return True
+    listed: dict[str, set[str]] = {}
+    for batch in table.batches(["path"]) if "path" in table.schema.names else ():
+        for path in batch.column("path").to_pylist():
+            if not isinstance(path, str) or path.startswith(("/", "../")):
+                continue
+            parent, _, name = path.rpartition("/")
+            if parent not in listed:
+                here = folder / parent
+                listed[parent] = set(os.listdir(here)) if here.is_dir() else set()
+            if name not in listed[parent]:
+                return False
+    return True

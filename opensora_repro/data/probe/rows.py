@@ -1,0 +1,131 @@
+"""Probe files: one row for each that can be read, in worker processes, and a manifest of them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Collection
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from opensora_repro.data.files import one_line
+from opensora_repro.data.inputs import TABLE_SUFFIXES, VIDEO_SUFFIXES, Inputs, Item, content_digest, find_inputs
+from opensora_repro.data.jobs.keys import file_key
+from opensora_repro.data.jobs.run import Job, Runner, run_jobs
+from opensora_repro.data.manifest import DataError, is_missing, read_names
+from opensora_repro.data.outcome import MANIFEST, Row, path_from, reject, with_types, write_outcome
+
+METHOD = 1  # raise when the same file would give another row, so that finished files are probed again
+COLUMNS = {
+    **MANIFEST, "source": "string", "duration": "double", "constant_fps": "bool", "codec": "string",
+    "pixel_format": "string", "coded_height": "int64", "coded_width": "int64", "rotation": "int64", "audio": "bool",
+    "container": "string", "file_size": "int64", "same_as": "string",
+}  # fmt: skip
+PATIENCE = 60.0  # seconds that any file may take
+READ_RATE, DECODE_RATE = 5e6, 20e3  # bytes a second that a slow disk and a slow core manage, for large files
+
+INPUT_HELP = (
+    "manifest of clips, Parquet or CSV; or a video, folder, glob pattern or table of paths, which is probed first"
+)
+
+
+def manifest_of(given: str, out: Path, runner: Runner, *, needs: Collection[str] = tuple(MANIFEST)) -> Path:
+    """Return the manifest that INPUT is or stands for, and see to it that OUT is not its folder.
+
+    A table with the columns `needs` is one. Of anything else (folder, file, pattern, table of paths) the files are
+    probed into OUT/probe, and that manifest is returned. Raises DataError.
+    """
+    path = Path(given)
+    if path.suffix.lower() in TABLE_SUFFIXES and path.is_file():
+        if out.resolve() == path.resolve().parent:
+            raise DataError(
+                f"--out {one_line(out)}: is the manifest's own folder, where it would be replaced; choose another"
+            )
+        names = read_names(path)
+        if set(needs) <= set(names) or "path" not in names:
+            return path
+    probe_all(given, out / "probe", runner, images=True, leave_out=out)
+    return out / "probe" / "manifest.parquet"
+
+
+def probe_all(
+    given: str,
+    out: Path,
+    runner: Runner,
+    *,
+    decode: bool = False,
+    images: bool = False,
+    leave_out: Path | None = None,
+) -> int:
+    """Probe every input, write the tables; returns the exit status. Raises DataError when nothing can be read.
+
+    `leave_out` is the folder in which no input is looked for, OUT by default.
+    """
+    inputs = find_inputs(given, out=leave_out or out, suffixes=suffixes(images))
+    usable = [item for item in inputs.items if not item.reason]
+    jobs = [job_of(item, decode) for item in usable]
+    found = run_jobs(probe_file, jobs, out / "files", runner=runner, label="probing", unit="file")
+    results = {id(item): found[job.key] for item, job in zip(usable, jobs, strict=True)}
+    rows, rejects = collect(inputs, results, out)
+    write_outcome(out, rows, rejects, with_types(rows, COLUMNS))
+    print(f"{len(inputs.items)} files, {len(rows)} readable, {len(rejects)} rejected, {inputs.others} others: {out}")
+    if not rows:
+        raise DataError(f"{given}: no file can be read; the reasons are in {out / 'rejects.parquet'}")
+    return 0
+
+
+def suffixes(images: bool) -> frozenset[str]:
+    from opensora_repro.data.video import IMAGE_SUFFIXES
+
+    return VIDEO_SUFFIXES | IMAGE_SUFFIXES if images else VIDEO_SUFFIXES
+
+
+def job_of(item: Item, decode: bool) -> Job:
+    """Return the job for a file, known without reading it: hashing its content is part of the work."""
+    size = os.path.getsize(item.path) if os.path.exists(item.path) else 0  # a dangling link has none
+    seconds = PATIENCE + size / (DECODE_RATE if decode else READ_RATE)
+    args = {"path": os.fspath(item.path.absolute()), "decode": decode}
+    return Job(file_key(item.path, METHOD, decode), item.name, args, seconds)
+
+
+def probe_file(args: dict[str, Any]) -> Row:
+    """Return a file's facts and its content's digest, or {"error": reason}."""
+    from opensora_repro.data.probe.facts import read_facts
+    from opensora_repro.data.video import DecodeError
+
+    path = Path(args["path"])
+    digest = content_digest(path)
+    try:
+        facts = asdict(read_facts(path, decode=args["decode"]))
+    except DecodeError as error:
+        return {"id": digest, "error": str(error).removeprefix(f"{path}: ")}
+    return {"id": digest, "caption": "", "file_size": path.stat().st_size, **facts}
+
+
+def collect(inputs: Inputs, results: dict[int, Row], out: Path) -> tuple[list[Row], list[Row]]:
+    """Return the manifest's rows and the rejects, in the inputs' order.
+
+    A table's rows keep their columns. Of files with the same content each has its row, and `same_as` names the first;
+    the first one's id is the content's digest, the others' add one of their name, since ids are unique.
+    """
+    rows: dict[str, Row] = {}
+    rejects: list[Row] = []
+    first: dict[str, str] = {}
+    for item in inputs.items:
+        result = results.get(id(item), {"error": item.reason})
+        named = hashlib.blake2b(item.name.encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
+        path = "" if item.reason else path_from(out, item.path)
+        given = {k: v for k, v in (item.row or {}).items() if k in ("id", "caption", "source") and not is_missing(v)}
+        if "error" in result:
+            identity = str(given.get("id", result.get("id", named)))
+            rejects.append(reject(identity, item.name, "probe", result["error"], path=path))
+            continue
+        same = first.setdefault(result["id"], item.name)
+        row = {**(item.row or {}), **result, "source": item.name, **given, "path": path}
+        if same != item.name:
+            row |= {"id": given.get("id", f"{result['id']}-{named[:8]}"), "same_as": same}
+        row["id"] = str(row["id"])
+        if rows.setdefault(row["id"], row) is not row:
+            rejects.append(reject(row["id"], item.name, "probe", "another row has this id", path=path))
+    return list(rows.values()), rejects
