@@ -17,17 +17,13 @@ except in kernels that it does not know (None).
 from __future__ import annotations
 
 import argparse
-import os
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.comparisons import rms_error
-from benchmarks.harness import environment, interleaved, save, side_by_side, table
+from benchmarks.harness import add_options, begin, clock_of, finish, in_turns, interleaved, side_by_side, table
 from benchmarks.limits import counted_flops, matmul_limit, matmuls, share_of_limit
-from benchmarks.train_step import in_turns
 
 if TYPE_CHECKING:
     import torch
@@ -182,12 +178,13 @@ def measure_kind(
     x = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(device).requires_grad_()
     difference = largest_difference(layer, calls, x)
     works = matmuls([(sizes.tokens, dim, dim)], torch.bfloat16 if x.is_cuda else torch.float32, device)
+    products = {name: work.call for name, work in works.items()}
     rows = []
     for what, backward in (("forward", False), ("forward and backward", True)):
         runs = {name: run(layer, call, x, backward=backward) for name, call in calls.items()}
         counted = None if x.is_cuda else {name: counted_flops(work) for name, work in runs.items()}
         needed = formula(kind, sizes, dim) * (3 if backward else 1)
-        times = interleaved(in_turns(runs, works), rounds=100, seconds=seconds / 2, warmup=1, clock=clock)
+        times = interleaved(in_turns(runs, products), rounds=100, seconds=seconds / 2, warmup=1, clock=clock)
         limit = matmul_limit(works, times)
         for other in list(calls)[1:]:
             row: dict[str, Any] = {
@@ -222,36 +219,26 @@ def main() -> None:
     add = parser.add_argument
     add("--quick", action="store_true", help="heads of one size, less time")
     add("--seconds", type=float, help=f"time to spend measuring (default: {SECONDS:.0f})")
-    add("--one-thread", action="store_true", help="on a CPU: CPU seconds of one thread instead of wall time of all")
-    add("--out", type=Path, help="JSON file (default: benchmarks/results/attention[_one_thread].json)")
+    add_options(parser, "attention")
     args = parser.parse_args()
 
     import torch
 
-    where = environment()
+    result = begin("attention", one_thread=args.one_thread)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes = GPU_SIZES if device.type == "cuda" else CPU_SIZES
     heads = QUICK_HEAD_SIZES if args.quick else HEAD_SIZES
-    clock = time.process_time if args.one_thread else time.perf_counter
-    if args.one_thread:
-        torch.set_num_threads(1)
+    clock = clock_of(args.one_thread)
     seconds = (args.seconds or (QUICK_SECONDS if args.quick else SECONDS)) / (len(heads) * len(KINDS))
     rows = [row for head in heads for kind in KINDS for row in measure_kind(kind, head, sizes, device, seconds, clock)]
-    result: dict[str, Any] = {
-        "benchmark": "attention",
-        "environment": where,
+    result |= {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "clock": "CPU time" if args.one_thread else "wall time",
         "dtype": "bf16 autocast" if device.type == "cuda" else "float32",
         "sizes": asdict(sizes),
         "rows": rows,
         "peak_memory_mb": round(torch.cuda.max_memory_allocated() / 2**20) if device.type == "cuda" else None,
-        "load_after": round(os.getloadavg()[0], 2),
     }
-    path = save("attention_one_thread" if args.one_thread else "attention", result, args.out)
-    print(report(result))
-    print(f"written to {path}")
+    finish(result, report, args.out)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from __future__ import annotations
 import gc
 import math
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -291,11 +292,26 @@ def run(out: Path | None) -> int:
     device = torch.device("cuda", 0)
     result |= {"gpu": torch.cuda.get_device_name(device), "dtype": "bf16", "published": PUBLISHED}
     result["goals"] = {"share_of_data_sheet": GOAL_UTILISATION, "times_published": GOAL_TIMES}
-    result["rows"] = [measure_case(device, name) for name in CASES]
+    result["rows"], result["failed"] = each_case(lambda name: measure_case(device, name), CASES)
     path = save("train_step_gpu", result, out)
     print(report(result["gpu"], result["rows"]))
+    for name, reason in result["failed"].items():
+        print(f"error: {name}: {reason}", file=sys.stderr)
     print(f"written to {path}")
-    return 0
+    return 1 if result["failed"] else 0
+
+
+def each_case(
+    measure: Callable[[str], dict[str, Any]], names: Iterable[str]
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Rows of what could be measured, and why the others could not: one that needs too much costs no other."""
+    rows, failed = [], {}
+    for name in names:
+        try:
+            rows.append(measure(name))
+        except Exception as error:  # whatever a card, its driver or the compiler raise
+            failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return rows, failed
 
 
 def report(gpu: str, rows: Sequence[dict[str, Any]]) -> str:

@@ -7,12 +7,15 @@ import os
 import platform
 import statistics
 import time
+from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+Call = TypeVar("Call", bound=Callable[[], object])
 RESULTS = Path(__file__).resolve().parent / "results"
+BUSY = 0.3  # load a thread of which others' share of the machine shows in the numbers
 PACKAGES = ("torch", "numpy", "av", "opencv-python", "diffusers", "transformers", "triton", "colossalai")
 
 
@@ -60,6 +63,15 @@ def timed(call: Callable[[], object], clock: Callable[[], float]) -> Callable[[]
     return work
 
 
+def in_turns(calls: Mapping[str, Call], products: Mapping[str, Call]) -> dict[str, Call]:
+    """Both in one round, the products shared out behind the sides, so that each side has some of them beside it."""
+    turns: dict[str, Call] = {}
+    for i, (name, call) in enumerate(calls.items()):
+        turns[name] = call
+        turns |= dict(list(products.items())[i :: len(calls)])
+    return turns
+
+
 def summary(times: Sequence[float]) -> dict[str, float | int]:
     """Median and spread in milliseconds."""
     ordered = sorted(1000 * value for value in times)
@@ -75,6 +87,39 @@ def side_by_side(ours: Sequence[float], other: Sequence[float]) -> dict[str, Any
     """Both sides and how many times as fast ours is: the median over rounds of other / ours."""
     ratios = [b / a for a, b in zip(ours, other, strict=True)]
     return {"ours": summary(ours), "other": summary(other), "ratio": round(statistics.median(ratios), 3)}
+
+
+def add_options(parser: ArgumentParser, benchmark: str) -> None:
+    """What benchmarks of models have in common."""
+    add = parser.add_argument
+    add("--one-thread", action="store_true", help="on a CPU: CPU seconds of one thread instead of wall time of all")
+    add("--out", type=Path, help=f"JSON file (default: benchmarks/results/{benchmark}[_one_thread].json)")
+
+
+def clock_of(one_thread: bool) -> Callable[[], float]:
+    return time.process_time if one_thread else time.perf_counter
+
+
+def begin(benchmark: str, *, one_thread: bool) -> dict[str, Any]:
+    """What the result of a benchmark of models begins with; sets how many threads torch takes."""
+    import torch
+
+    where = environment()
+    if one_thread:
+        torch.set_num_threads(1)
+    clock = "CPU time" if one_thread else "wall time"
+    return {"benchmark": benchmark, "environment": where, "threads": torch.get_num_threads(), "clock": clock}
+
+
+def finish(result: dict[str, Any], report: Callable[[dict[str, Any]], str], out: Path | None) -> None:
+    """Save the result, print it, and say where it lies and whether others were at work meanwhile."""
+    result["load_after"] = round(os.getloadavg()[0], 2)
+    path = save(result["benchmark"] + ("_one_thread" if result["clock"] == "CPU time" else ""), result, out)
+    print(report(result))
+    before, after, threads = result["environment"]["load_before"], result["load_after"], result["threads"]
+    if threads > 1 and max(before, after - 1) > BUSY * threads:
+        print(f"others used the machine, load {before} before and {after} after: see --one-thread")
+    print(f"written to {path}")
 
 
 def environment() -> dict[str, Any]:

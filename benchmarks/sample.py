@@ -19,17 +19,13 @@ side's own FLOPs, as torch counts them. Where others use the machine, --one-thre
 from __future__ import annotations
 
 import argparse
-import contextlib
-import multiprocessing
-import os
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.harness import environment, save, side_by_side, table, taking_turns, timed
+from benchmarks.harness import add_options, begin, clock_of, finish, in_turns, side_by_side, table, taking_turns, timed
 from benchmarks.limits import counted_flops, layer_shapes, matmul_limit, matmuls, share_of_limit
+from benchmarks.processes import Ask, Worker, in_processes, seconds_of
 from benchmarks.resources import peak_memory
 from benchmarks.sides import Sizes, build_ours, build_plain
 
@@ -57,7 +53,6 @@ SIDES = {
     "plain, freed memory kept": Side(ours=False, keeps_memory=True),
     "ours, text not prepared": Side(ours=True, keeps_memory=True),
 }
-Ask = Callable[..., Any]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,59 +90,15 @@ def build(side: Side, sizes: Sizes) -> Callable[[int, int], Tensor]:
     return run
 
 
-def serve(connection: Any, side: Side, sizes: Sizes, one_thread: bool) -> None:
-    """Answer (what, tokens of the prompt, steps) until the other end is closed."""
-    import torch
-
-    from opensora_repro.training.allocator import keep_freed_memory
-
-    if one_thread:
-        torch.set_num_threads(1)
-    if side.keeps_memory:
-        keep_freed_memory()
+def answers(side: Side, sizes: Sizes) -> dict[str, Ask]:
+    """To (what, tokens of the prompt, steps)."""
     run = build(side, sizes)
-    answers: dict[str, Ask] = {
+    return {
+        "run": lambda *about: run(*about) is None,
         "latents": lambda *about: run(*about).numpy(),
-        "seconds": lambda *about: timed(lambda: run(*about), clock_of(one_thread))(),
         "flops": lambda *about: counted_flops(lambda: run(*about)),
-        "memory": lambda *_: round(peak_memory() / 2**20),
+        "memory": lambda: round(peak_memory() / 2**20),
     }
-    with contextlib.suppress(EOFError):
-        while True:
-            what, *about = connection.recv()
-            connection.send(answers[what](*about))
-
-
-@contextlib.contextmanager
-def in_processes(names: Sequence[str], sizes: Sizes, one_thread: bool) -> Iterator[dict[str, Ask]]:
-    """Each side's process, as a function that asks it."""
-    context = multiprocessing.get_context("spawn")  # a fork would not have the threads that torch computes with
-    with contextlib.ExitStack() as stack:
-        asking: dict[str, Ask] = {}
-        for name in names:
-            here, there = context.Pipe()
-            process = context.Process(target=serve, args=(there, SIDES[name], sizes, one_thread))
-            process.start()
-            there.close()
-            stack.callback(process.join)
-            stack.callback(here.close)
-            asking[name] = _asking(name, here)
-        yield asking
-
-
-def _asking(name: str, connection: Any) -> Ask:
-    def ask(*request: Any) -> Any:
-        connection.send(request)
-        try:
-            return connection.recv()
-        except EOFError:
-            raise SystemExit(f"error: the process of {name!r} ended; see above") from None
-
-    return ask
-
-
-def clock_of(one_thread: bool) -> Callable[[], float]:
-    return time.process_time if one_thread else time.perf_counter
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,12 +138,13 @@ def measure(
     works = matmuls(layer_shapes(sizes.config, 2 * sizes.tokens), torch.float32, torch.device("cpu"))
     products = {name: timed(work.call, clock_of(one_thread)) for name, work in works.items()}
     rows, limits, differences = [], {}, {}
-    with in_processes(names, sizes, one_thread) as asking:
+    workers = {name: Worker(answers, (SIDES[name], sizes), SIDES[name].keeps_memory) for name in names}
+    with in_processes(workers, one_thread) as asking:
         for prompt in prompts:
             what = f"prompt of {prompt} tokens"
             differences[what] = largest_difference(asking, prompt, checked)
-            calls = {name: _seconds(ask, prompt, steps) for name, ask in asking.items()}
-            times = taking_turns({**calls, **products}, rounds=100, seconds=seconds / len(prompts), warmup=1)
+            calls = {name: seconds_of(ask, "run", prompt, steps) for name, ask in asking.items()}
+            times = taking_turns(in_turns(calls, products), rounds=100, seconds=seconds / len(prompts), warmup=1)
             limits[what] = matmul_limit(works, times)
             flops = {name: ask("flops", prompt, steps) for name, ask in asking.items()}
             for other in names[1:]:
@@ -209,10 +161,6 @@ def measure(
         "peak_memory_mb": memory,
         "rows": rows,
     }
-
-
-def _seconds(ask: Ask, prompt: int, steps: int) -> Callable[[], float]:
-    return lambda: float(ask("seconds", prompt, steps))
 
 
 def report(result: dict[str, Any]) -> str:
@@ -241,15 +189,11 @@ def main() -> None:
     add("--quick", action="store_true", help="a smaller model, fewer frames, one prompt, less time")
     add("--steps", type=int, default=STEPS, help="sampling steps of a timed run (default: %(default)s)")
     add("--seconds", type=float, help=f"time to spend measuring (default: {SECONDS:.0f})")
-    add("--one-thread", action="store_true", help="CPU seconds of one thread instead of wall time of all")
-    add("--out", type=Path, help="JSON file (default: benchmarks/results/sample[_one_thread].json)")
+    add_options(parser, "sample")
     args = parser.parse_args()
 
-    import torch
-
-    where, sizes = environment(), QUICK if args.quick else FULL
-    if args.one_thread:
-        torch.set_num_threads(1)
+    sizes = QUICK if args.quick else FULL
+    result = begin("sample", one_thread=args.one_thread)
     found = measure(
         sizes,
         PROMPTS[:1] if args.quick else PROMPTS,
@@ -258,22 +202,15 @@ def main() -> None:
         seconds=args.seconds or (QUICK_SECONDS if args.quick else SECONDS),
         one_thread=args.one_thread,
     )
-    result: dict[str, Any] = {
-        "benchmark": "sample",
-        "environment": where,
-        "threads": torch.get_num_threads(),
-        "clock": "CPU time" if args.one_thread else "wall time",
+    result |= {
         "dtype": "float32",
         "sizes": asdict(sizes),
         "steps": args.steps,
         "guidance": GUIDANCE,
         "energy_joules": None,  # no CPU tells it
         **found,
-        "load_after": round(os.getloadavg()[0], 2),
     }
-    path = save("sample_one_thread" if args.one_thread else "sample", result, args.out)
-    print(report(result))
-    print(f"written to {path}")
+    finish(result, report, args.out)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@
 
 On the CPU, float32: ours, the plain restatement of the published block with the same weights, and diffusers' Latte and
 PixArt at equal width, depth and tokens (benchmarks/sides.py). Ours and the plain one must give the same output and
-gradients before anything is timed. Forward pass and training step (noise prediction loss, backward, AdamW) are timed in
-turns, and between them the matrix products that set the limit (benchmarks/limits.py). A side's share of the limit is
-its own FLOPs, as torch counts them, over its median time over the limit; Latte has an MLP more a block than ours, so
-compare shares with it, not times. Peak memory is of a process for each side alone. Where others use the machine,
-threads wait for each other and wall time says little: --one-thread counts the CPU seconds of a single one.
+gradients before anything is timed. Each side is a process of its own, for how it treats memory is a part of it: ours
+keeps freed memory for the next tensors, as our commands do on a CPU (opensora_repro/training/allocator.py), the others
+do as torch does, and the plain one also runs with freed memory kept, which leaves what the models differ by. Forward
+pass and training step (noise prediction loss, backward, AdamW) are timed in turns, and between them the matrix products
+that set the limit (benchmarks/limits.py). A side's share of the limit is its own FLOPs, as torch counts them, over its
+median time over the limit; Latte has an MLP more a block than ours, so compare shares with it, not times. Where others
+use the machine, threads wait for each other and wall time says little: --one-thread counts the CPU seconds of one.
 
 With --gpu: STDiT-XL/2 in bfloat16 at the published sizes, fused against eager kernels (benchmarks/gpu_step.py).
 """
@@ -17,33 +19,41 @@ With --gpu: STDiT-XL/2 in bfloat16 at the published sizes, fused against eager k
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
-import subprocess
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.harness import environment, interleaved, save, side_by_side, table
-from benchmarks.limits import Work, layer_shapes, matmul_limit, matmuls, share_of_limit
+from benchmarks.harness import add_options, begin, clock_of, finish, in_turns, side_by_side, table, taking_turns, timed
+from benchmarks.limits import layer_shapes, matmul_limit, matmuls, share_of_limit
+from benchmarks.processes import Ask, Worker, in_processes, seconds_of
 from benchmarks.resources import peak_memory
 from benchmarks.sides import CALLS, SIDES, Sizes, inputs, model_flops
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import nn
 
     from benchmarks.sides import Batch
 
 FULL, QUICK = Sizes(), Sizes(depth=2, frames=8)
 SECONDS, QUICK_SECONDS = 240.0, 30.0
-BUSY = 0.3  # load a thread of which others' share of the machine shows in the numbers
 TOLERANCE = 1e-4  # largest difference over largest value, float32
+
+
+@dataclass(frozen=True)
+class Side:
+    model: str
+    keeps_memory: bool = False
+
+
+PROCESSES = {
+    "ours": Side("ours", keeps_memory=True),
+    "plain": Side("plain"),
+    "plain, freed memory kept": Side("plain", keeps_memory=True),
+    "Latte": Side("Latte"),
+    "PixArt": Side("PixArt"),
+}
 
 
 def largest_difference(ours: nn.Module, plain: nn.Module, batch: Batch) -> float:
@@ -68,65 +78,49 @@ def check_equal(ours: nn.Module, plain: nn.Module, sizes: Sizes) -> float:
     return float(f"{found:.2e}")
 
 
-def in_turns(calls: Mapping[str, Callable[[], object]], works: Mapping[str, Work]) -> dict[str, Callable[[], object]]:
-    """Both in one round, the products shared out behind the sides, so that each side has some of them beside it."""
-    turns: dict[str, Callable[[], object]] = {}
-    for i, (name, call) in enumerate(calls.items()):
-        turns[name] = call
-        turns |= {name: work.call for name, work in list(works.items())[i :: len(calls)]}
-    return turns
-
-
-def measure(sizes: Sizes, seconds: float, clock: Callable[[], float] = time.perf_counter) -> dict[str, Any]:
-    """Rows of ours against each other side, everyone's FLOPs, and the limit while each thing was timed."""
-    import torch
-
-    sides = {name: build(sizes) for name, build in SIDES.items()}
-    difference = check_equal(sides["ours"].model, sides["plain"].model, sizes)
-    flops = {name: model_flops(name, sizes) for name in sides}
-    batch, works = inputs(sizes), matmuls(layer_shapes(sizes.config, sizes.tokens), torch.float32, torch.device("cpu"))
-    rows, limits = [], {}
-    for what, share in (("forward", 0.3), ("training step", 0.7)):
-        calls = {name: CALLS[what](side, batch) for name, side in sides.items()}
-        times = interleaved(in_turns(calls, works), rounds=100, seconds=share * seconds, warmup=1, clock=clock)
-        limits[what] = matmul_limit(works, times)
-        for other in list(sides)[1:]:
-            row = {"what": what, "other_side": other, **side_by_side(times["ours"], times[other])}
-            for key, name in (("ours", "ours"), ("other", other)):
-                row[key] |= share_of_limit(flops[name][what]["counted"] or 0, times[name], limits[what])
-            rows.append(row)
-    return {
-        "largest_difference": difference,
-        "matmul_limit": limits,
-        "sides": {name: {"flops": flops[name]} for name in sides},
-        "rows": rows,
+def answers(model: str, sizes: Sizes) -> dict[str, Ask]:
+    """One side's calls, and what it takes of memory, before the first of them and at most."""
+    side, batch = SIDES[model](sizes), inputs(sizes)
+    before = peak_memory()
+    calls: dict[str, Ask] = {what: make(side, batch) for what, make in CALLS.items()}
+    return calls | {
+        "about": lambda: {
+            "parameters": sum(parameter.numel() for parameter in side.model.parameters()),
+            "peak_memory_mb": round(peak_memory() / 2**20),
+            "before_first_step_mb": round(before / 2**20),  # libraries and weights
+            "energy_joules": None,  # no CPU tells it
+        }
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory: a process for each side, which does nothing else
+def measure(
+    sizes: Sizes, seconds: float, *, one_thread: bool = False, names: Sequence[str] = tuple(PROCESSES)
+) -> dict[str, Any]:
+    """Rows of ours against each other side, everyone's FLOPs, and the limit while each thing was timed."""
+    import torch
 
-
-def in_a_process(name: str, sizes: Sizes) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.train_step", "--side", name, "--sizes", json.dumps(asdict(sizes))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"error: {name} alone failed: {done.stderr.strip()[-500:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
-def alone(name: str, sizes: Sizes) -> dict[str, Any]:
-    """Two steps of one side; what it takes above the libraries, and in all."""
-    side = SIDES[name](sizes)
-    step, before = CALLS["training step"](side, inputs(sizes)), peak_memory()
-    step()
-    step()
+    difference = check_equal(SIDES["ours"](sizes).model, SIDES["plain"](sizes).model, sizes)
+    works = matmuls(layer_shapes(sizes.config, sizes.tokens), torch.float32, torch.device("cpu"))
+    products = {name: timed(work.call, clock_of(one_thread)) for name, work in works.items()}
+    flops = {name: model_flops(PROCESSES[name].model, sizes) for name in names}
+    workers = {name: Worker(answers, (PROCESSES[name].model, sizes), PROCESSES[name].keeps_memory) for name in names}
+    rows, limits = [], {}
+    with in_processes(workers, one_thread) as asking:
+        for what, share in (("forward", 0.3), ("training step", 0.7)):
+            calls = {name: seconds_of(ask, what) for name, ask in asking.items()}
+            times = taking_turns(in_turns(calls, products), rounds=100, seconds=share * seconds, warmup=1)
+            limits[what] = matmul_limit(works, times)
+            for other in names[1:]:
+                row = {"what": what, "other_side": other, **side_by_side(times["ours"], times[other])}
+                for key, name in (("ours", "ours"), ("other", other)):
+                    row[key] |= share_of_limit(flops[name][what]["counted"] or 0, times[name], limits[what])
+                rows.append(row)
+        about = {name: ask("about") for name, ask in asking.items()}
     return {
-        "parameters": sum(parameter.numel() for parameter in side.model.parameters()),
-        "peak_memory_mb": round(peak_memory() / 2**20),
-        "before_first_step_mb": round(before / 2**20),  # libraries and weights
-        "energy_joules": None,  # no CPU tells it
+        "largest_difference": difference,
+        "matmul_limit": limits,
+        "sides": {name: {"flops": flops[name], **asdict(PROCESSES[name]), **about[name]} for name in names},
+        "rows": rows,
     }
 
 
@@ -148,14 +142,11 @@ def report(result: dict[str, Any]) -> str:
         f"STDiT, {sizes.depth} blocks of {sizes.hidden_size} channels, latents {'x'.join(map(str, sizes.latents))}, "
         f"float32, {result['threads']} thread(s), {result['clock']} (medians of {rounds})"
     )
-    last = [
+    limits = [
         f"limit, {what}: {limit['gflops']} GFLOP/s ({limit['product']}), at best {limit['best_gflops']}"
         for what, limit in result["matmul_limit"].items()
     ]
-    before, after = result["environment"]["load_before"], result["load_after"]
-    if result["threads"] > 1 and max(before, after - 1) > BUSY * result["threads"]:
-        last.append(f"others used the machine, load {before} before and {after} after: see --one-thread")
-    return "\n".join([table(title, columns, lines), *last])
+    return "\n".join([table(title, columns, lines), *limits])
 
 
 def _line(timed: dict[str, Any], about: dict[str, Any]) -> tuple[object, ...]:
@@ -168,42 +159,18 @@ def main() -> int:
     add = parser.add_argument
     add("--quick", action="store_true", help="a smaller model, fewer frames, less time")
     add("--seconds", type=float, help=f"time to spend measuring on the CPU (default: {SECONDS:.0f})")
-    add("--one-thread", action="store_true", help="CPU seconds of one thread instead of wall time of all")
     add("--gpu", action="store_true", help="measure the published sizes on a GPU instead")
-    add("--side", choices=SIDES, help=argparse.SUPPRESS)  # what `in_a_process` starts
-    add("--sizes", type=json.loads, default={}, help=argparse.SUPPRESS)
-    add("--out", type=Path, help="JSON file (default: benchmarks/results/train_step[_one_thread|_gpu].json)")
+    add_options(parser, "train_step")
     args = parser.parse_args()
     if args.gpu:
         from benchmarks.gpu_step import run
 
         return run(args.out)
-    if args.side:
-        print(json.dumps(alone(args.side, Sizes(**args.sizes))))
-        return 0
-
-    import torch
-
-    where, sizes = environment(), QUICK if args.quick else FULL
-    clock = time.process_time if args.one_thread else time.perf_counter
-    if args.one_thread:
-        torch.set_num_threads(1)
-    name = "train_step_one_thread" if args.one_thread else "train_step"
-    result: dict[str, Any] = {
-        "benchmark": "train_step",
-        "environment": where,
-        "threads": torch.get_num_threads(),
-        "clock": "CPU time" if args.one_thread else "wall time",
-        "dtype": "float32",
-        "sizes": asdict(sizes),
-        **measure(sizes, args.seconds or (QUICK_SECONDS if args.quick else SECONDS), clock),
-    }
-    for side, about in result["sides"].items():
-        about |= in_a_process(side, sizes)
-    result["load_after"] = round(os.getloadavg()[0], 2)
-    path = save(name, result, args.out)
-    print(report(result))
-    print(f"written to {path}")
+    sizes = QUICK if args.quick else FULL
+    result = begin("train_step", one_thread=args.one_thread)
+    seconds = args.seconds or (QUICK_SECONDS if args.quick else SECONDS)
+    result |= {"dtype": "float32", "sizes": asdict(sizes), **measure(sizes, seconds, one_thread=args.one_thread)}
+    finish(result, report, args.out)
     return 0
 
 

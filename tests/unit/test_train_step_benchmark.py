@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import harness, limits, sides, suite, train_step
+from benchmarks import gpu_step, harness, limits, sides, suite, train_step
 
 TINY = sides.Sizes(hidden_size=48, num_heads=4, depth=2, caption_channels=12, caption_tokens=6, batch=2, frames=3,
                    rows=8, columns=8)  # fmt: skip
@@ -52,23 +51,19 @@ def test_diffusers_models_are_as_wide_and_deep() -> None:
 
 
 def test_products_take_turns_with_the_sides() -> None:
-    works = {name: limits.Work(1, lambda: None) for name in "123"}
-    turns = train_step.in_turns({"a": lambda: None, "b": lambda: None}, works)
+    turns = harness.in_turns(dict.fromkeys("ab", list), dict.fromkeys("123", dict))
     assert list(turns) == ["a", "1", "3", "b", "2"]
 
 
-def test_a_training_step_of_every_side_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_step_of_every_side_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """What is saved is complete: times, rates, shares, both counts of FLOPs; a table can be made of it."""
     monkeypatch.setitem(limits.SQUARE, "cpu", 128)
     monkeypatch.setitem(limits.AT_LEAST, "cpu", 0.001)
-    said = {
-        "sizes": asdict(TINY),
-        "threads": 2,
-        "clock": "wall time",
-        "load_after": 0.0,
-        "environment": {"load_before": 0.9},
-    }
-    result = {**said, **train_step.measure(TINY, seconds=0.1)}
+    names = ("ours", "plain", "Latte", "PixArt")
+    said = {"benchmark": "train_step", "sizes": asdict(TINY), "threads": 2, "clock": "wall time"}
+    result = {**said, **train_step.measure(TINY, seconds=0.1, names=names), "environment": {"load_before": 0.9}}
     assert {(row["what"], row["other_side"]) for row in result["rows"]} == {
         (what, side) for what in ("forward", "training step") for side in ("plain", "Latte", "PixArt")
     }
@@ -91,15 +86,22 @@ def test_a_training_step_of_every_side_is_measured(tmp_path: Path, monkeypatch: 
         for flops in about["flops"].values():
             assert flops["counted"] > 0
             assert flops["formula"] == (flops["counted"] if side in ("ours", "plain") else None)
-        about |= {"peak_memory_mb": 1}
-    assert sum("%" in line for line in train_step.report(result).splitlines()) == 8
-    assert "others used the machine" in train_step.report(result)
-    saved = json.loads(harness.save("x", result, tmp_path / "x.json").read_text())
+        assert about["peak_memory_mb"] >= about["before_first_step_mb"] > 0 and about["parameters"] > 0
+        assert about["keeps_memory"] == (side == "ours")
+    harness.finish(result, train_step.report, tmp_path / "x.json")
+    shown = capsys.readouterr().out
+    assert sum("%" in line for line in shown.splitlines()) == 8
+    assert "others used the machine" in shown
+    saved = json.loads((tmp_path / "x.json").read_text())
     assert len(list(suite.timed(saved))) == 6
 
 
-def test_memory_is_of_a_process_for_the_side_alone() -> None:
-    found = train_step.in_a_process("ours", dataclasses.replace(ODD, depth=1))
-    assert found["parameters"] > 0
-    assert found["peak_memory_mb"] >= found["before_first_step_mb"] > 0
-    assert found["energy_joules"] is None
+def test_a_case_that_fails_on_a_gpu_costs_no_other() -> None:
+    def measure(name: str) -> dict[str, str]:
+        if name == "large":
+            raise torch.OutOfMemoryError("no memory\nleft")
+        return {"case": name}
+
+    rows, failed = gpu_step.each_case(measure, ("small", "large", "middle"))
+    assert rows == [{"case": "small"}, {"case": "middle"}]
+    assert failed == {"large": "OutOfMemoryError: no memory left"}

@@ -1,0 +1,77 @@
+"""Sides that are timed in turns, each in a process of its own: how a side treats memory is a part of it."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.harness import clock_of, timed
+
+Ask = Callable[..., Any]  # (what, *about) -> the side's answer
+
+
+@dataclass(frozen=True)
+class Worker:
+    """`build(*arguments)` gives, by name, what the side can be asked; names of "seconds" are calls to be timed."""
+
+    build: Callable[..., Mapping[str, Ask]]
+    arguments: tuple[Any, ...]
+    keeps_memory: bool  # as our own commands do on a CPU (opensora_repro/training/allocator.py), or as torch does
+
+
+@contextlib.contextmanager
+def in_processes(workers: Mapping[str, Worker], one_thread: bool) -> Iterator[dict[str, Ask]]:
+    """Each worker's process, as a function that asks it. `ask("seconds", what, ...)` times its answer to `what`."""
+    context = multiprocessing.get_context("spawn")  # a fork would not have the threads that torch computes with
+    with contextlib.ExitStack() as stack:
+        asking: dict[str, Ask] = {}
+        for name, worker in workers.items():
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(there, worker, one_thread))
+            process.start()
+            there.close()
+            stack.callback(process.join)
+            stack.callback(here.close)
+            asking[name] = _asking(name, here)
+        yield asking
+
+
+def seconds_of(ask: Ask, *about: Any) -> Callable[[], float]:
+    """The seconds of one answer, for `harness.taking_turns`."""
+    return lambda: float(ask("seconds", *about))
+
+
+def _serve(connection: Any, worker: Worker, one_thread: bool) -> None:
+    """Answer (what, *about) until the other end is closed."""
+    import torch
+
+    from opensora_repro.training.allocator import keep_freed_memory
+
+    if one_thread:
+        torch.set_num_threads(1)
+    if worker.keeps_memory:
+        keep_freed_memory()
+    answers = worker.build(*worker.arguments)
+
+    def seconds(what: str, *about: Any) -> float:
+        return timed(lambda: answers[what](*about), clock_of(one_thread))()
+
+    answers = {**answers, "seconds": seconds}
+    with contextlib.suppress(EOFError):
+        while True:
+            what, *about = connection.recv()
+            connection.send(answers[what](*about))
+
+
+def _asking(name: str, connection: Any) -> Ask:
+    def ask(*request: Any) -> Any:
+        connection.send(request)
+        try:
+            return connection.recv()
+        except EOFError:
+            raise SystemExit(f"error: the process of {name!r} ended; see above") from None
+
+    return ask
