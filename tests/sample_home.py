@@ -78,12 +78,7 @@ def generate_samples(source: Path, *, batch_size: int, prompts: list[str] = PROM
 
     found = find_source(source)
     model, vae, encoder, _ = load_models(found, torch.device("cpu"))
-    data, wish = found.config.data, found.config.sample
-    videos = generate(
-        model, vae, encoder, found.config, prompts,
-        seed=3, num_frames=data.num_frames, height=data.height, width=data.width,
-        steps=wish.steps, guidance=wish.guidance, sampler=wish.sampler, batch_size=batch_size,
-    )  # fmt: skip
+    videos = generate(model, vae, encoder, found.config, prompts, seed=3, batch_size=batch_size)
     return [video.astype(int) for _, video in videos]
 
 

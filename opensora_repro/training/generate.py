@@ -33,15 +33,12 @@ def check_fit(
     cfg: Config,
     vae: FrameVAE,
     encoder: ConditionEncoder,
-    *,
-    num_frames: int,
-    height: int,
-    width: int,
     model: STDiTConfig | DiTConfig | None = None,
 ) -> None:
-    """Raise ConfigError unless the frozen models fit the model and the size fits both; None: `cfg.model`."""
+    """Raise ConfigError unless the frozen models fit the model and the size of `cfg.data` both; None: `cfg.model`."""
     model = model or cfg.model
     stride = vae.spatial_stride
+    num_frames, height, width = cfg.data.num_frames, cfg.data.height, cfg.data.width
     if min(num_frames, height, width) < 1:
         raise ConfigError(f"frames, height and width must be positive, got {num_frames}, {height} and {width}")
     if height % stride or width % stride:
@@ -72,12 +69,6 @@ def generate(
     prompts: Sequence[str],
     *,
     seed: int,
-    num_frames: int,
-    height: int,
-    width: int,
-    steps: int,
-    guidance: float,
-    sampler: str,
     batch_size: int,
     progress: Progress | None = None,
     forward: Callable[..., Tensor] | None = None,
@@ -85,17 +76,19 @@ def generate(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (index, video) for every prompt in turn; video is uint8 [num_frames, height, width, 3].
 
+    Size, sampler, its steps and guidance are those of `cfg.data` and `cfg.sample`; of the model, its own config says.
     Sample i's noise is keyed by (seed, i) alone, so neither the batch size nor the other prompts change it. The model
-    runs in evaluation mode, under the caller's autocast. Of `cfg`, the objective decides; what the model is, its own
-    config does; `forward` calls it where it is spread over processes. `share` (r, n) leaves all but every n-th batch
-    of prompts, from the r-th on, to others. Raises ConfigError for models or a size that do not fit.
+    runs in evaluation mode, under the caller's autocast; `forward` calls it where it is spread over processes. `share`
+    (r, n) leaves all but every n-th batch of prompts, from the r-th on, to others. Raises ConfigError for models or a
+    size that do not fit.
     """
-    check_fit(cfg, vae, encoder, num_frames=num_frames, height=height, width=width, model=model.cfg)
-    shape = (vae.latent_channels, num_frames, height // vae.spatial_stride, width // vae.spatial_stride)
+    check_fit(cfg, vae, encoder, model.cfg)
+    data, wish, stride = cfg.data, cfg.sample, vae.spatial_stride
+    shape = (vae.latent_channels, data.num_frames, data.height // stride, data.width // stride)
     batches = [range(i, min(i + batch_size, len(prompts))) for i in range(0, len(prompts), batch_size)]
     batches = batches[share[0] :: share[1]]
     device = next(model.parameters()).device
-    through: Through = StepGraphs() if captures(model, forward, device.type, steps) else nullcontext
+    through: Through = StepGraphs() if captures(model, forward, device.type, wish.steps) else nullcontext
     for done, indices in enumerate(batches):
         condition, mask = encoder.encode([prompts[i] for i in indices])
         with evaluating(model):
@@ -106,9 +99,9 @@ def generate(
                 condition=condition.to(device),
                 mask=mask,
                 null_condition=model.null_condition(),
-                steps=steps,
-                guidance=guidance,
-                sampler=sampler,
+                steps=wish.steps,
+                guidance=wish.guidance,
+                sampler=wish.sampler,
                 generators=[keyed_generator(seed, 0, str(i), "sample") for i in indices],
                 num_tokens=count_tokens(shape, model.cfg.patch_size),
                 progress=_counted(progress, done, len(batches)),

@@ -55,12 +55,6 @@ def sample_prompts(cfg: Config, model: STDiT, forward: Callable[..., Tensor], en
             cfg,
             cfg.sample.prompts,
             seed=cfg.run.seed,
-            num_frames=cfg.data.num_frames,
-            height=cfg.data.height,
-            width=cfg.data.width,
-            steps=cfg.sample.steps,
-            guidance=cfg.sample.guidance,
-            sampler=cfg.sample.sampler,
             batch_size=cfg.train.batch_size,
             forward=forward,
         )

@@ -115,10 +115,7 @@ class _Run:
         validates = bool(cfg.data.val_manifest) and cfg.validation.every > 0
         self.held_out = ClipDataset(cfg.data.val_manifest, cfg.data, cfg.run.seed, augment=False) if validates else None
         self.encoder = open_encoder(cfg, engine.device)
-        data = cfg.data
-        check_fit(
-            cfg, self.encoder.vae, self.encoder.text, num_frames=data.num_frames, height=data.height, width=data.width
-        )
+        check_fit(cfg, self.encoder.vae, self.encoder.text)
         self.model, self.report = build_model(cfg, engine.device, load_init=not start.resumes)
         self.compiles = compiles(cfg, engine.device.type)
         if self.compiles:

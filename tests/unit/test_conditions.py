@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from opensora_repro.config import Config, ConfigError, DiffusionConfig, TextConfig, VaeConfig
+from opensora_repro.config import Config, ConfigError, DataConfig, DiffusionConfig, SampleConfig, TextConfig, VaeConfig
 from opensora_repro.diffusion.objective import build_flow
 from opensora_repro.models.config import DiTConfig, STDiTConfig
 from opensora_repro.models.dit import DiT
@@ -124,11 +124,12 @@ def make_videos(
     batch_size: int = 2,
     width: int = 32,
 ) -> list[np.ndarray]:
-    """`Config()` describes an STDiT; what the model is, its own config says."""
-    found = generate(
-        model, vae, encoder, Config(), prompts, seed=1, num_frames=2, height=32, width=width, steps=2, guidance=3.0,
-        sampler="ddim", batch_size=batch_size,
-    )  # fmt: skip
+    """The config describes an STDiT; what the model is, its own config says."""
+    cfg = Config(
+        data=DataConfig(num_frames=2, height=32, width=width),
+        sample=SampleConfig(sampler="ddim", steps=2, guidance=3.0),
+    )
+    found = generate(model, vae, encoder, cfg, prompts, seed=1, batch_size=batch_size)
     return [video for _, video in found]
 
 
@@ -152,9 +153,12 @@ def test_the_models_own_patches_set_the_flows_shift(vae: FrameVAE) -> None:
     model = make_model(replace(LABELS, patch_size=(1, 4, 4)))
     seen: list[float] = []
     model.register_forward_pre_hook(lambda _model, given: seen.append(given[1][0].item()))
-    cfg = Config(diffusion=DiffusionConfig(objective="flow"))
-    list(generate(model, vae, ClassLabels(10), cfg, ["3"], seed=1, num_frames=2, height=64, width=64, steps=4,
-                  guidance=3.0, sampler="euler", batch_size=1))  # fmt: skip
+    cfg = Config(
+        data=DataConfig(num_frames=2, height=64, width=64),
+        diffusion=DiffusionConfig(objective="flow"),
+        sample=SampleConfig(sampler="euler", steps=4, guidance=3.0),
+    )
+    list(generate(model, vae, ClassLabels(10), cfg, ["3"], seed=1, batch_size=1))
     expected = build_flow(cfg.diffusion).sampling_times(4, 8)[:-1] * 1000
     assert seen == pytest.approx(expected.tolist())
 
