@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Union
 
 import numpy as np
 
+from opensora_repro.data.x264 import steady_options
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -38,7 +40,7 @@ def write_video(path: str | Path, frames: Frames, fps: float) -> None:
         av.open(str(part), "w", format="mp4", options={"movflags": "+faststart"}) as container,
     ):
         # No B-frames: times start at zero without an edit list, which simple readers overlook.
-        options = {"crf": str(CRF), "preset": "medium", "bf": "0", "g": str(GOP_SIZE)}
+        options = {"crf": str(CRF), "preset": "medium", "bf": "0", "g": str(GOP_SIZE), **steady_options()}
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.height, stream.width, stream.pix_fmt = images.shape[1], images.shape[2], "yuv420p"
         codec = stream.codec_context

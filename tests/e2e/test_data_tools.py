@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
@@ -201,20 +200,8 @@ def test_a_killed_split_continues(tmp_path: Path, repo_dir: Path) -> None:
     again, fresh = stamps(tmp_path / "out"), stamps(tmp_path / "fresh")
     assert again.keys() == fresh.keys()
     for name in fresh:
-        if name.endswith(".mp4"):  # x264 does not promise the same bytes twice
-            assert same_film(tmp_path / "out" / name, tmp_path / "fresh" / name), name
-        else:
-            assert again[name][1] == fresh[name][1], name
+        assert again[name][1] == fresh[name][1], name
     assert all(again[f"sources/{name}"] == value for name, value in done.items())
-
-
-def same_film(one: Path, other: Path) -> bool:
-    """Whether both show the same pictures, to the encoder's rounding, at the same times."""
-    with av.open(str(one)) as a, av.open(str(other)) as b:
-        pairs = list(itertools.zip_longest(a.decode(video=0), b.decode(video=0)))
-    if any(x is None or y is None or x.pts != y.pts or x.time_base != y.time_base for x, y in pairs):
-        return False
-    return all(np.abs(x.to_ndarray().astype(int) - y.to_ndarray()).mean() < 0.1 for x, y in pairs)
 
 
 @pytest.mark.parametrize("tool", ["probe", "split", "caption"])

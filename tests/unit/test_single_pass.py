@@ -14,6 +14,7 @@ from opensora_repro.data.split.cut import Encoding, cut_clips, fault
 from opensora_repro.data.split.scenes import Span, plan_spans, scan_video
 from opensora_repro.data.split.single_pass import SceneOptions, scan_and_cut
 from opensora_repro.data.video import DecodeError
+from opensora_repro.data.write import write_video
 
 LENGTHS = (70, 40, 5, 45)  # frames of each scene
 
@@ -57,6 +58,34 @@ def test_clips_are_the_same_bytes(tmp_path: Path, trim: int | None, encoding: En
     assert len(spans) == 3  # the scene of five frames is too short
     cut_clips(tmp_path / "long.mp4", scan, [(s, twice / f"{s.start}-{s.end}.mp4") for s in spans], encoding=encoding)
     assert {p.name: p.read_bytes() for p in once.iterdir()} == {p.name: p.read_bytes() for p in twice.iterdir()}
+
+
+def test_x264_does_without_avx512(tmp_path: Path) -> None:
+    """With it, the last macroblock of a picture is not always the same."""
+    film(tmp_path / "long.mp4")
+    scan = scan_video(tmp_path / "long.mp4")
+    level = av.logging.get_level()
+    av.logging.set_level(av.logging.INFO)
+    try:
+        with av.logging.Capture(local=False) as said:
+            cut_clips(tmp_path / "long.mp4", scan, [(Span(0, 20), tmp_path / "clip.mp4")])
+            write_video(tmp_path / "video.mp4", np.zeros((2, 32, 32, 3), np.uint8), 8)
+    finally:
+        av.logging.set_level(level)
+    used = [text for _, name, text in said if name == "libx264" and "cpu capabilities" in text]
+    assert len(used) == 2 and not any("AVX512" in text for text in used)
+
+
+@pytest.mark.exhaustive
+def test_cutting_again_and_again_gives_the_same_bytes(tmp_path: Path) -> None:
+    film(tmp_path / "long.mp4")
+    scan = scan_video(tmp_path / "long.mp4")
+    clips = [(Span(0, 60), tmp_path / "a.mp4"), (Span(60, 90), tmp_path / "b.mp4"), (Span(95, 140), tmp_path / "c.mp4")]
+    contents = set()
+    for _ in range(150):
+        cut_clips(tmp_path / "long.mp4", scan, clips)
+        contents.add(tuple(path.read_bytes() for _, path in clips))
+    assert len(contents) == 1
 
 
 @pytest.mark.parametrize("encoding", [Encoding(fps=Fraction(8)), Encoding(audio=True), Encoding(copy=True)])

@@ -30,6 +30,7 @@ from opensora_repro.data.video import (
     orientation,
     pixel_aspect,
 )
+from opensora_repro.data.x264 import steady_options
 
 BT709, LIMITED_RANGE = 1, 1  # codes of H.273 and of ffmpeg
 GOP = 16  # frames between key frames: what a random read decodes in vain at most
@@ -286,6 +287,7 @@ class ClipWriter:
         self.unfinished = beside(target)
         self.container = av.open(f"file:{self.unfinished}", "w", format="mp4", options={"movflags": "faststart"})
         options = {"crf": str(how.crf), "preset": how.preset, "g": str(GOP), "bf": "0", "sc_threshold": "0"}
+        options |= steady_options()
         if how.fast_decode:
             options["tune"] = "fastdecode"
         stream = self.container.add_stream("libx264", rate=_encoder_rate(rate), options=options)
