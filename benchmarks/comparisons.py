@@ -8,6 +8,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class Skip(Exception):
+    """A check cannot run here; the message says what it lacks."""
+
+
 def relative_error(found: Tensor, expected: Tensor) -> float:
     found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))

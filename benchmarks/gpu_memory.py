@@ -93,7 +93,7 @@ def same_numbers(device: torch.device) -> dict[str, Any]:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from benchmarks.gpu_checks import small_inputs, small_model
+    from benchmarks.gpu_models import small_inputs, small_model
     from opensora_repro.config import OptimConfig
     from opensora_repro.parallel.engine import TorchEngine
     from opensora_repro.training import host_memory

@@ -4,7 +4,7 @@
 
 The file is PixArt-XL/2 in PixArt-alpha's layout, float32, with random values (2.4 GB, written to a temporary folder).
 Each side runs in a process of its own and times from the first to the last byte, imports left out; its peak resident
-memory is the kernel's count. `other` is torch.load(mmap=True) and a copy of every tensor.
+memory is the kernel's count. `other` is torch.load(mmap=True, weights_only=True) and a copy of every tensor.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_checks, gpu_memory, gpu_step, limits, loop
+from benchmarks import comparisons, gpu_checks, gpu_loop, gpu_memory, gpu_models, gpu_step, limits, loop
 from opensora_repro.models.config import STDiTConfig
 
 CPU = torch.device("cpu")
@@ -34,8 +34,8 @@ def test_training_loops_on_the_cpu() -> None:
     result = gpu_checks.run_check("training loop, nobody waits", CPU)
     assert result["status"] == "passed", result
     model = STDiTConfig(hidden_size=48, depth=1, num_heads=4, caption_channels=loop.DEMO_CAPTION)
-    demo = gpu_checks.REPO / "checkpoints" / "demo" / "vae"
-    result = gpu_checks.encoders_beside(CPU, model, vae=lambda _: demo, size=16, frames=2, batch_size=2, steps=5)
+    demo = gpu_models.REPO / "checkpoints" / "demo" / "vae"
+    result = gpu_loop.encoders_beside(CPU, model, vae=lambda _: demo, size=16, frames=2, batch_size=2, steps=5)
     assert result["largest_gap"] == 0
     assert result["beside"]["step_ms"] > 0
     assert 0 <= result["in turn"]["waiting_share"] < 1
@@ -61,13 +61,13 @@ def test_a_case_is_measured_with_both_kernels(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(limits.AT_LEAST, "cpu", 0.001)
     monkeypatch.setattr(gpu_step, "LIMIT_SECONDS", 0.1)
     cfg = STDiTConfig(hidden_size=48, depth=1, num_heads=4, caption_channels=16, model_max_length=4)
-    case = gpu_step.Case(cfg, (4, 2, 4, 4), 2)
+    case = gpu_step.Case(cfg, (4, 4, 16, 16), 2)
     row = gpu_step.measure_row(CPU, "tiny", case, published=10, steps=3)
     assert row["flops"]["formula"] == row["flops"]["counted"]
     assert row["times_published"] == pytest.approx(row["ours"]["tokens_per_second"] / 10, abs=0.01)
     for side in (row["ours"], row["fused"], row["other"]):
         assert side["share_of_limit"] > 0
-        assert side["latents"] == [2, 4, 2, 4, 4]
+        assert side["latents"] == [2, 4, 4, 16, 16]
         assert side["rounds"] == 3
     assert row["ours"]["first_loss"] == row["other"]["first_loss"]
     assert len(gpu_step.report("nothing", [row]).splitlines()) == 6
@@ -93,7 +93,7 @@ def test_every_way_to_save_memory_is_measured() -> None:
 
 def test_faults_and_lacking_packages_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(device: torch.device) -> dict[str, Any]:
-        return {"error": gpu_checks.require(float("nan"), 1.0, "float32")}
+        return {"error": comparisons.require(float("nan"), 1.0, "float32")}
 
     checks = {"broken": (broken, ()), "elsewhere": (broken, ("no_such_package",))}
     monkeypatch.setattr(gpu_checks, "CHECKS", checks)
