@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.comparisons import rms_error
-from benchmarks.harness import add_options, begin, clock_of, finish, in_turns, interleaved, side_by_side, table
+from benchmarks.harness import Run, add_options, clock_of, in_turns, interleaved, side_by_side, table
 from benchmarks.limits import counted_flops, matmul_limit, matmuls, share_of_limit
 
 if TYPE_CHECKING:
@@ -224,21 +224,21 @@ def main() -> None:
 
     import torch
 
-    result = begin("attention", one_thread=args.one_thread)
+    record = Run("attention", one_thread=args.one_thread)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes = GPU_SIZES if device.type == "cuda" else CPU_SIZES
     heads = QUICK_HEAD_SIZES if args.quick else HEAD_SIZES
     clock = clock_of(args.one_thread)
     seconds = (args.seconds or (QUICK_SECONDS if args.quick else SECONDS)) / (len(heads) * len(KINDS))
     rows = [row for head in heads for kind in KINDS for row in measure_kind(kind, head, sizes, device, seconds, clock)]
-    result |= {
+    found = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "dtype": "bf16 autocast" if device.type == "cuda" else "float32",
         "sizes": asdict(sizes),
         "rows": rows,
         "peak_memory_mb": round(torch.cuda.max_memory_allocated() / 2**20) if device.type == "cuda" else None,
     }
-    finish(result, report, args.out)
+    record.finish(found, report, args.out)
 
 
 if __name__ == "__main__":

@@ -294,7 +294,7 @@ def run(out: Path | None) -> int:
     result["goals"] = {"share_of_data_sheet": GOAL_UTILISATION, "times_published": GOAL_TIMES}
     result["rows"], result["failed"] = each_case(lambda name: measure_case(device, name), CASES)
     path = save("train_step_gpu", result, out)
-    print(report(result["gpu"], result["rows"]))
+    print(report(result["gpu"], result["rows"], result["failed"]))
     for name, reason in result["failed"].items():
         print(f"error: {name}: {reason}", file=sys.stderr)
     print(f"written to {path}")
@@ -314,11 +314,11 @@ def each_case(
     return rows, failed
 
 
-def report(gpu: str, rows: Sequence[dict[str, Any]]) -> str:
+def report(gpu: str, rows: Sequence[dict[str, Any]], failed: Iterable[str] = ()) -> str:
     columns = (
         "", "kernels", "step ms", "tokens/s", "published", "of the peak", "of the limit", "peak GiB", "recomputed", "J"
     )  # fmt: skip
-    lines = []
+    lines: list[tuple[object, ...]] = []
     for row in rows:
         for side, (kernels, _) in SIDES.items():
             found = row[side]
@@ -328,4 +328,5 @@ def report(gpu: str, rows: Sequence[dict[str, Any]]) -> str:
                 "" if peak is None else f"{100 * peak:.0f} %", f"{100 * found['share_of_limit']:.0f} %",
                 found["peak_memory_gib"], found["checkpointing"], found["energy_joules"],
             ))  # fmt: skip
+    lines += [(name, "failed", *[""] * (len(columns) - 2)) for name in failed]
     return table(f"STDiT-XL/2, bf16, a training step on one {gpu}, encoders apart (medians)", columns, lines)

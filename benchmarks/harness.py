@@ -13,9 +13,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
+from benchmarks.resources import others_share, processor_seconds
+
 Call = TypeVar("Call", bound=Callable[[], object])
 RESULTS = Path(__file__).resolve().parent / "results"
-BUSY = 0.3  # load a thread of which others' share of the machine shows in the numbers
+BUSY = 0.1  # share of the machine from which on others' work shows in wall time
 PACKAGES = ("torch", "numpy", "av", "opencv-python", "diffusers", "transformers", "triton", "colossalai")
 
 
@@ -100,26 +102,41 @@ def clock_of(one_thread: bool) -> Callable[[], float]:
     return time.process_time if one_thread else time.perf_counter
 
 
-def begin(benchmark: str, *, one_thread: bool) -> dict[str, Any]:
-    """What the result of a benchmark of models begins with; sets how many threads torch takes."""
-    import torch
+class Run:
+    """A benchmark of models from its first moment on; sets how many threads torch takes."""
 
-    where = environment()
-    if one_thread:
-        torch.set_num_threads(1)
-    clock = "CPU time" if one_thread else "wall time"
-    return {"benchmark": benchmark, "environment": where, "threads": torch.get_num_threads(), "clock": clock}
+    def __init__(self, benchmark: str, *, one_thread: bool) -> None:
+        import torch
+
+        where = environment()
+        if one_thread:
+            torch.set_num_threads(1)
+        clock = "CPU time" if one_thread else "wall time"
+        self.header = {"benchmark": benchmark, "environment": where, "threads": torch.get_num_threads(), "clock": clock}
+        self._began = time.perf_counter(), processor_seconds()
+
+    def finish(self, found: Mapping[str, Any], report: Callable[[dict[str, Any]], str], out: Path | None) -> None:
+        """Save and print the result, with what others used of the machine meanwhile; processes it started have ended.
+
+        Not by the load: that counts our own threads, and the benchmark before this one.
+        """
+        (began, before), after = self._began, processor_seconds()
+        share = others_share(time.perf_counter() - began, before, after) if before and after else None
+        result = {**self.header, **found, "others_share": share}
+        name = result["benchmark"] + ("_one_thread" if result["clock"] == "CPU time" else "")
+        path = save(name, result, out)
+        print(report(result))
+        if note := busy_note(result):
+            print(note)
+        print(f"written to {path}")
 
 
-def finish(result: dict[str, Any], report: Callable[[dict[str, Any]], str], out: Path | None) -> None:
-    """Save the result, print it, and say where it lies and whether others were at work meanwhile."""
-    result["load_after"] = round(os.getloadavg()[0], 2)
-    path = save(result["benchmark"] + ("_one_thread" if result["clock"] == "CPU time" else ""), result, out)
-    print(report(result))
-    before, after, threads = result["environment"]["load_before"], result["load_after"], result["threads"]
-    if threads > 1 and max(before, after - 1) > BUSY * threads:
-        print(f"others used the machine, load {before} before and {after} after: see --one-thread")
-    print(f"written to {path}")
+def busy_note(result: Mapping[str, Any]) -> str:
+    """A line where wall times say little because of others, else nothing."""
+    share = result["others_share"]
+    if result["clock"] != "wall time" or share is None or share < BUSY:
+        return ""
+    return f"others used {100 * share:.0f} % of the machine meanwhile: see --one-thread"
 
 
 def environment() -> dict[str, Any]:

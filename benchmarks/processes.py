@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.harness import clock_of, timed
+from benchmarks.resources import peak_memory
 
 Ask = Callable[..., Any]  # (what, *about) -> the side's answer
 
@@ -24,7 +25,10 @@ class Worker:
 
 @contextlib.contextmanager
 def in_processes(workers: Mapping[str, Worker], one_thread: bool) -> Iterator[dict[str, Ask]]:
-    """Each worker's process, as a function that asks it. `ask("seconds", what, ...)` times its answer to `what`."""
+    """Each worker's process, as a function that asks it. `ask("seconds", what, ...)` times its answer to `what`.
+
+    `ask("memory")` tells whether the C library does keep freed memory, and the largest resident memory so far.
+    """
     context = multiprocessing.get_context("spawn")  # a fork would not have the threads that torch computes with
     with contextlib.ExitStack() as stack:
         asking: dict[str, Ask] = {}
@@ -44,6 +48,11 @@ def seconds_of(ask: Ask, *about: Any) -> Callable[[], float]:
     return lambda: float(ask("seconds", *about))
 
 
+def memory_columns(about: Mapping[str, Any]) -> tuple[str, int]:
+    """For a table, of what a side's "memory" tells: freed memory, peak in MB."""
+    return "kept" if about["keeps_memory"] else "given back", about["peak_memory_mb"]
+
+
 def _serve(connection: Any, worker: Worker, one_thread: bool) -> None:
     """Answer (what, *about) until the other end is closed."""
     import torch
@@ -52,14 +61,16 @@ def _serve(connection: Any, worker: Worker, one_thread: bool) -> None:
 
     if one_thread:
         torch.set_num_threads(1)
-    if worker.keeps_memory:
-        keep_freed_memory()
+    keeps = worker.keeps_memory and keep_freed_memory()
     answers = worker.build(*worker.arguments)
 
     def seconds(what: str, *about: Any) -> float:
         return timed(lambda: answers[what](*about), clock_of(one_thread))()
 
-    answers = {**answers, "seconds": seconds}
+    def memory() -> dict[str, Any]:
+        return {"keeps_memory": keeps, "peak_memory_mb": round(peak_memory() / 2**20)}
+
+    answers = {**answers, "seconds": seconds, "memory": memory}
     with contextlib.suppress(EOFError):
         while True:
             what, *about = connection.recv()
@@ -68,10 +79,10 @@ def _serve(connection: Any, worker: Worker, one_thread: bool) -> None:
 
 def _asking(name: str, connection: Any) -> Ask:
     def ask(*request: Any) -> Any:
-        connection.send(request)
         try:
+            connection.send(request)
             return connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             raise SystemExit(f"error: the process of {name!r} ended; see above") from None
 
     return ask

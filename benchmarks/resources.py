@@ -1,14 +1,15 @@
-"""Memory and energy of what is measured."""
+"""Memory, processor time and energy of what is measured."""
 
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +31,32 @@ def peak_memory() -> int:
 
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class ProcessorSeconds(NamedTuple):
+    """Used so far: by all, what a host of virtual machines gave to others included, and by this program."""
+
+    machine: float
+    own: float
+    processors: int
+
+
+def processor_seconds() -> ProcessorSeconds | None:
+    """`own` has every process that this one started and has waited for. None where the system is not Linux."""
+    try:
+        lines = Path("/proc/stat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    user, nice, system, _idle, _waiting, *others = map(int, lines[0].split()[1:9])  # interrupts, then stolen time
+    ticks = user + nice + system + sum(others)
+    processors = sum(line.startswith("cpu") for line in lines) - 1
+    return ProcessorSeconds(ticks / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4]), processors)
+
+
+def others_share(seconds: float, before: ProcessorSeconds, after: ProcessorSeconds) -> float:
+    """Of the machine, in the `seconds` between: what neither this program nor anything it started has used."""
+    used = (after.machine - before.machine) - (after.own - before.own)
+    return round(max(0.0, used) / (seconds * after.processors), 2)
 
 
 def energy(call: Callable[[], object], device: torch.device, seconds: float = 3.0) -> float | None:

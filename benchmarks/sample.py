@@ -23,10 +23,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.harness import add_options, begin, clock_of, finish, in_turns, side_by_side, table, taking_turns, timed
+from benchmarks.harness import Run, add_options, clock_of, in_turns, side_by_side, table, taking_turns, timed
 from benchmarks.limits import counted_flops, layer_shapes, matmul_limit, matmuls, share_of_limit
-from benchmarks.processes import Ask, Worker, in_processes, seconds_of
-from benchmarks.resources import peak_memory
+from benchmarks.processes import Ask, Worker, in_processes, memory_columns, seconds_of
 from benchmarks.sides import Sizes, build_ours, build_plain
 
 if TYPE_CHECKING:
@@ -97,7 +96,6 @@ def answers(side: Side, sizes: Sizes) -> dict[str, Ask]:
         "run": lambda *about: run(*about) is None,
         "latents": lambda *about: run(*about).numpy(),
         "flops": lambda *about: counted_flops(lambda: run(*about)),
-        "memory": lambda: round(peak_memory() / 2**20),
     }
 
 
@@ -158,7 +156,7 @@ def measure(
         "checked_steps": checked,
         "flops_by_formula": formula(sizes, steps),
         "matmul_limit": limits,
-        "peak_memory_mb": memory,
+        "sides": memory,
         "rows": rows,
     }
 
@@ -168,19 +166,20 @@ def report(result: dict[str, Any]) -> str:
     lines: list[tuple[object, ...]] = []
     for row in result["rows"]:
         if row["other_side"] == "plain":
-            lines.append((row["what"], "ours", "", *_line(row["ours"], result["peak_memory_mb"]["ours"])))
-        memory = result["peak_memory_mb"][row["other_side"]]
+            lines.append((row["what"], "ours", "", *_line(row["ours"], result["sides"]["ours"])))
+        memory = result["sides"][row["other_side"]]
         lines.append((row["what"], row["other_side"], f"{row['ratio']:.2f}x", *_line(row["other"], memory)))
     sizes = Sizes(**result["sizes"])
     title = (
         f"{result['steps']} steps with guidance, {sizes.depth} blocks of {sizes.hidden_size} channels, latents "
         f"{'x'.join(map(str, sizes.latents[1:]))}, float32, {result['threads']} thread(s), {result['clock']} (medians)"
     )
-    return table(title, ("", "side", "ours is", "ms", "GFLOPs", "of the limit", "peak MB"), lines)
+    return table(title, ("", "side", "ours is", "ms", "GFLOPs", "of the limit", "freed memory", "peak MB"), lines)
 
 
-def _line(found: dict[str, Any], memory: int) -> tuple[object, ...]:
-    return found["median_ms"], f"{found['flops'] / 1e9:.0f}", f"{100 * found['share_of_limit']:.0f} %", memory
+def _line(found: dict[str, Any], memory: dict[str, Any]) -> tuple[object, ...]:
+    limit = f"{100 * found['share_of_limit']:.0f} %"
+    return found["median_ms"], f"{found['flops'] / 1e9:.0f}", limit, *memory_columns(memory)
 
 
 def main() -> None:
@@ -193,7 +192,7 @@ def main() -> None:
     args = parser.parse_args()
 
     sizes = QUICK if args.quick else FULL
-    result = begin("sample", one_thread=args.one_thread)
+    record = Run("sample", one_thread=args.one_thread)
     found = measure(
         sizes,
         PROMPTS[:1] if args.quick else PROMPTS,
@@ -202,7 +201,7 @@ def main() -> None:
         seconds=args.seconds or (QUICK_SECONDS if args.quick else SECONDS),
         one_thread=args.one_thread,
     )
-    result |= {
+    about = {
         "dtype": "float32",
         "sizes": asdict(sizes),
         "steps": args.steps,
@@ -210,7 +209,7 @@ def main() -> None:
         "energy_joules": None,  # no CPU tells it
         **found,
     }
-    finish(result, report, args.out)
+    record.finish(about, report, args.out)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ Captions have all their tokens: no side gains by leaving out what others compute
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -84,9 +85,7 @@ def build_plain(sizes: Sizes) -> Side:
 
 
 def build_latte(sizes: Sizes) -> Side:
-    from diffusers import LatteTransformer3DModel
-
-    model: Any = LatteTransformer3DModel(**_diffusers_config(sizes), video_length=sizes.frames)
+    model: Any = _diffusers().LatteTransformer3DModel(**_diffusers_config(sizes), video_length=sizes.frames)
 
     def forward(latents: Tensor, timestep: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
         output: Tensor = model(latents, timestep, text, return_dict=False)[0]
@@ -96,9 +95,7 @@ def build_latte(sizes: Sizes) -> Side:
 
 
 def build_pixart(sizes: Sizes) -> Side:
-    from diffusers import PixArtTransformer2DModel
-
-    model: Any = PixArtTransformer2DModel(**_diffusers_config(sizes))
+    model: Any = _diffusers().PixArtTransformer2DModel(**_diffusers_config(sizes))
 
     def forward(latents: Tensor, timestep: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
         frames = latents.shape[2]
@@ -108,6 +105,14 @@ def build_pixart(sizes: Sizes) -> Side:
         return output.unflatten(0, (-1, frames)).transpose(1, 2)
 
     return Side(model.train(), forward)
+
+
+def _diffusers() -> Any:
+    # It imports bitsandbytes where that is installed, which then warns of a kernel that nobody asked for.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import diffusers
+
+    return diffusers
 
 
 def _diffusers_config(sizes: Sizes) -> dict[str, Any]:

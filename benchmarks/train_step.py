@@ -25,9 +25,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.harness import add_options, begin, clock_of, finish, in_turns, side_by_side, table, taking_turns, timed
+from benchmarks.harness import Run, add_options, clock_of, in_turns, side_by_side, table, taking_turns, timed
 from benchmarks.limits import layer_shapes, matmul_limit, matmuls, share_of_limit
-from benchmarks.processes import Ask, Worker, in_processes, seconds_of
+from benchmarks.processes import Ask, Worker, in_processes, memory_columns, seconds_of
 from benchmarks.resources import peak_memory
 from benchmarks.sides import CALLS, SIDES, Sizes, inputs, model_flops
 
@@ -79,14 +79,13 @@ def check_equal(ours: nn.Module, plain: nn.Module, sizes: Sizes) -> float:
 
 
 def answers(model: str, sizes: Sizes) -> dict[str, Ask]:
-    """One side's calls, and what it takes of memory, before the first of them and at most."""
+    """One side's calls, and its size with what it takes of memory before the first of them."""
     side, batch = SIDES[model](sizes), inputs(sizes)
     before = peak_memory()
     calls: dict[str, Ask] = {what: make(side, batch) for what, make in CALLS.items()}
     return calls | {
         "about": lambda: {
             "parameters": sum(parameter.numel() for parameter in side.model.parameters()),
-            "peak_memory_mb": round(peak_memory() / 2**20),
             "before_first_step_mb": round(before / 2**20),  # libraries and weights
             "energy_joules": None,  # no CPU tells it
         }
@@ -115,11 +114,11 @@ def measure(
                 for key, name in (("ours", "ours"), ("other", other)):
                     row[key] |= share_of_limit(flops[name][what]["counted"] or 0, times[name], limits[what])
                 rows.append(row)
-        about = {name: ask("about") for name, ask in asking.items()}
+        about = {name: ask("about") | ask("memory") for name, ask in asking.items()}
     return {
         "largest_difference": difference,
         "matmul_limit": limits,
-        "sides": {name: {"flops": flops[name], **asdict(PROCESSES[name]), **about[name]} for name in names},
+        "sides": {name: {"flops": flops[name], "model": PROCESSES[name].model, **about[name]} for name in names},
         "rows": rows,
     }
 
@@ -135,7 +134,7 @@ def report(result: dict[str, Any]) -> str:
             lines.append((row["what"], "ours", "", *_line(row["ours"], result["sides"]["ours"])))
         ratio = f"{row['ratio']:.2f}x"
         lines.append((row["what"], row["other_side"], ratio, *_line(row["other"], result["sides"][row["other_side"]])))
-    columns = ("", "side", "ours is", "ms", "GFLOP/s", "of the limit", "at best", "peak MB")
+    columns = ("", "side", "ours is", "ms", "GFLOP/s", "of the limit", "at best", "freed memory", "peak MB")
     sizes = Sizes(**result["sizes"])
     rounds = " and ".join(str(limit["rounds"]) for limit in result["matmul_limit"].values())
     title = (
@@ -151,7 +150,7 @@ def report(result: dict[str, Any]) -> str:
 
 def _line(timed: dict[str, Any], about: dict[str, Any]) -> tuple[object, ...]:
     shares = (f"{100 * timed[share]:.0f} %" for share in ("share_of_limit", "share_at_best"))
-    return timed["median_ms"], timed["gflops"], *shares, about["peak_memory_mb"]
+    return timed["median_ms"], timed["gflops"], *shares, *memory_columns(about)
 
 
 def main() -> int:
@@ -167,10 +166,10 @@ def main() -> int:
 
         return run(args.out)
     sizes = QUICK if args.quick else FULL
-    result = begin("train_step", one_thread=args.one_thread)
+    record = Run("train_step", one_thread=args.one_thread)
     seconds = args.seconds or (QUICK_SECONDS if args.quick else SECONDS)
-    result |= {"dtype": "float32", "sizes": asdict(sizes), **measure(sizes, seconds, one_thread=args.one_thread)}
-    finish(result, report, args.out)
+    found = {"dtype": "float32", "sizes": asdict(sizes), **measure(sizes, seconds, one_thread=args.one_thread)}
+    record.finish(found, report, args.out)
     return 0
 
 

@@ -55,17 +55,26 @@ def test_products_take_turns_with_the_sides() -> None:
     assert list(turns) == ["a", "1", "3", "b", "2"]
 
 
+@pytest.mark.parametrize("model", ["Latte", "PixArt"])
+def test_diffusers_models_make_steps(model: str) -> None:
+    side, batch = sides.SIDES[model](TINY), sides.inputs(TINY)
+    weights = [parameter.detach().clone() for parameter in side.model.parameters()]
+    for make in sides.CALLS.values():
+        make(side, batch)()
+    assert any(not torch.equal(old, new) for old, new in zip(weights, side.model.parameters(), strict=True))
+
+
 def test_a_training_step_of_every_side_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What is saved is complete: times, rates, shares, both counts of FLOPs; a table can be made of it."""
     monkeypatch.setitem(limits.SQUARE, "cpu", 128)
     monkeypatch.setitem(limits.AT_LEAST, "cpu", 0.001)
-    names = ("ours", "plain", "Latte", "PixArt")
-    said = {"benchmark": "train_step", "sizes": asdict(TINY), "threads": 2, "clock": "wall time"}
-    result = {**said, **train_step.measure(TINY, seconds=0.1, names=names), "environment": {"load_before": 0.9}}
+    names = ("ours", "plain", "plain, freed memory kept")  # diffusers takes its time to be imported
+    record = harness.Run("train_step", one_thread=False)
+    result = {**record.header, "sizes": asdict(TINY), **train_step.measure(TINY, seconds=0.1, names=names)}
     assert {(row["what"], row["other_side"]) for row in result["rows"]} == {
-        (what, side) for what in ("forward", "training step") for side in ("plain", "Latte", "PixArt")
+        (what, side) for what in ("forward", "training step") for side in names[1:]
     }
     for row in result["rows"]:
         assert row["ratio"] > 0
@@ -85,15 +94,15 @@ def test_a_training_step_of_every_side_is_measured(
     for side, about in result["sides"].items():
         for flops in about["flops"].values():
             assert flops["counted"] > 0
-            assert flops["formula"] == (flops["counted"] if side in ("ours", "plain") else None)
+            assert flops["formula"] == flops["counted"]
         assert about["peak_memory_mb"] >= about["before_first_step_mb"] > 0 and about["parameters"] > 0
-        assert about["keeps_memory"] == (side == "ours")
-    harness.finish(result, train_step.report, tmp_path / "x.json")
+        assert about["keeps_memory"] <= (side != "plain")  # as far as the C library can
+    record.finish(result, train_step.report, tmp_path / "x.json")
     shown = capsys.readouterr().out
-    assert sum("%" in line for line in shown.splitlines()) == 8
-    assert "others used the machine" in shown
+    assert sum("  " in line and "%" in line for line in shown.splitlines()) == 6
     saved = json.loads((tmp_path / "x.json").read_text())
-    assert len(list(suite.timed(saved))) == 6
+    assert saved["others_share"] is None or 0 <= saved["others_share"] <= 1
+    assert len(list(suite.timed(saved))) == 4
 
 
 def test_a_case_that_fails_on_a_gpu_costs_no_other() -> None:
@@ -105,3 +114,4 @@ def test_a_case_that_fails_on_a_gpu_costs_no_other() -> None:
     rows, failed = gpu_step.each_case(measure, ("small", "large", "middle"))
     assert rows == [{"case": "small"}, {"case": "middle"}]
     assert failed == {"large": "OutOfMemoryError: no memory left"}
+    assert gpu_step.report("nothing", [], failed).splitlines()[-1].split() == ["large", "failed"]
