@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.comparisons import require, rms_error
+from benchmarks.sides import random_weights
 
 if TYPE_CHECKING:
     import torch
@@ -28,10 +29,9 @@ def captions_end_to_end(device: torch.device) -> dict[str, Any]:
     from opensora_repro.models.stdit import STDiT
 
     torch.manual_seed(0)
-    model = STDiT(STDiTConfig(hidden_size=144, depth=3, num_heads=2, caption_channels=32, model_max_length=12))
-    for parameter in model.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.02)
+    model = random_weights(
+        STDiT(STDiTConfig(hidden_size=144, depth=3, num_heads=2, caption_channels=32, model_max_length=12))
+    )
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(3, 4, 5, 8, 16, generator=generator)
     timestep, text = torch.tensor([999.0, 12.5, 505.0]), torch.randn(3, 12, 32, generator=generator)
@@ -86,10 +86,7 @@ def sampling_full_size(device: torch.device, steps: int = 5) -> dict[str, Any]:
 
     torch.manual_seed(0)
     with device:
-        model = STDiT(STDiTConfig(space_scale=0.5)).eval()
-    for parameter in model.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.02)
+        model = random_weights(STDiT(STDiTConfig(space_scale=0.5))).eval()
     text = torch.randn(1, 120, 4096, generator=torch.Generator().manual_seed(1)).to(device)
     found: dict[str, Any] = {}
     latents = {}

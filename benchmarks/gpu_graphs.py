@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.comparisons import relative_error, require, rms_error
+from benchmarks.sides import random_weights
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +72,7 @@ def same_samples(device: torch.device) -> dict[str, Any]:
     dit = DiT(DiTConfig(hidden_size=144, depth=3, num_heads=2, num_classes=10))
     errors: dict[str, Any] = {}
     for name, model in (("stdit", stdit), ("dit", dit)):
-        model = random_weights(model).to(device)
+        model = random_weights(model).to(device).eval()
         for kernels in ("eager", "auto"):
             for dtype in TOLERANCE:
                 what = f"{name}, {kernels}, {dtype}"
@@ -80,16 +81,6 @@ def same_samples(device: torch.device) -> dict[str, Any]:
         stdit.compile_blocks()
         errors["compiled"] = largest_difference(stdit, device, "auto", "bf16", "compiled", batches=(3,))
     return errors
-
-
-def random_weights(model: Any) -> Any:
-    """Also where a new model has zeros."""
-    import torch
-
-    for parameter in model.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.02)
-    return model.eval()
 
 
 def largest_difference(
@@ -163,7 +154,7 @@ def full_size(device: torch.device, steps: int = FULL_STEPS) -> dict[str, Any]:
 
     torch.manual_seed(0)
     with device:
-        model = random_weights(STDiT(STDiTConfig(space_scale=0.5)))
+        model = random_weights(STDiT(STDiTConfig(space_scale=0.5))).eval()
     found: dict[str, Any] = {}
     for size, frames in (("16x256", 16), ("1x256", 1)):
         latents = {}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.comparisons import Skip, relative_error, require, rms_error
+from benchmarks.sides import random_weights
 
 if TYPE_CHECKING:
     import torch
@@ -36,11 +37,7 @@ def small_model(temporal_attention: bool) -> STDiT:
         hidden_size=144, depth=4, num_heads=4, caption_channels=32, model_max_length=12,
         temporal_attention=temporal_attention,
     )  # fmt: skip
-    model = STDiT(cfg)
-    for parameter in model.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.02)
-    return model
+    return random_weights(STDiT(cfg))
 
 
 def small_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from opensora_repro.models.config import STDiTConfig
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Forward = Callable[["Tensor", "Tensor", "Tensor", "Tensor | None"], "Tensor"]
+Module = TypeVar("Module", bound="nn.Module")
 Batch = tuple["Tensor", "Tensor", "Tensor", "Tensor | None"]  # latents, timesteps, text, mask
 
 
@@ -62,17 +63,23 @@ class Side:
     forward: Forward
 
 
+def random_weights(model: Module) -> Module:
+    """The model, random also where a new one has zeros."""
+    import torch
+
+    for parameter in model.parameters():
+        if not parameter.is_meta and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
 def build_ours(sizes: Sizes) -> Side:
-    """With random weights also where a new model has zeros."""
     import torch
 
     from opensora_repro.models.stdit import STDiT
 
     torch.manual_seed(0)
-    model = STDiT(sizes.config)
-    for parameter in model.parameters():
-        if not parameter.is_meta and not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.02)
+    model = random_weights(STDiT(sizes.config))
     return Side(model.train(), model)
 
 

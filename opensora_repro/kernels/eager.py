@@ -39,8 +39,12 @@ def residual_norm_modulate(
     x: Tensor, gate: Tensor | None, y: Tensor, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Return x + gate * y, and that normalised and modulated; no gate is a gate of ones."""
-    x = x + y if gate is None else gate_residual(x, gate, y)
+    x = residual(x, gate, y)
     return x, norm_modulate(x, shift, scale, eps)
+
+
+def residual(x: Tensor, gate: Tensor | None, y: Tensor) -> Tensor:
+    return x + y if gate is None else gate_residual(x, gate, y)
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,5 +1,7 @@
 """The memory-bound operations between a block's matrix products: each its eager twin, or one fused kernel.
 
+On a CPU some have a third way, for many tokens (cpu.py).
+
 What the arguments mean stands at the twins in eager.py. Under autocast a fused `norm_modulate` gives the autocast dtype
 at once, to which the linear layer that reads it would round its input; the eager one leaves that to the layer.
 """
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opensora_repro.kernels import eager
+from opensora_repro.kernels import cpu, eager
 from opensora_repro.kernels.choice import fused
 
 MAX_CHANNELS = 8192  # a row of tokens is held at once
@@ -20,7 +22,7 @@ MAX_CHANNELS = 8192  # a row of tokens is held at once
 
 def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     if not _fused_rows(x):
-        return eager.norm_modulate(x, shift, scale, eps)
+        return _unfused(x, shift, scale).norm_modulate(x, _of_each(x, shift), _of_each(x, scale), eps)
     from opensora_repro.kernels.fused.norm import norm_modulate as kernel
 
     return kernel(x, _of_each(x, shift), _of_each(x, scale), eps, _normed_dtype(x, shift, scale))
@@ -38,7 +40,7 @@ def residual_norm_modulate(
     x: Tensor, gate: Tensor | None, y: Tensor, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     if not _fused_rows(x):
-        return eager.residual_norm_modulate(x, gate, y, shift, scale, eps)
+        return _unfused(x, shift, scale).residual_norm_modulate(x, gate, y, _of_each(x, shift), _of_each(x, scale), eps)
     from opensora_repro.kernels.fused.norm import residual_norm_modulate as kernel
 
     given = None if gate is None else _of_each(x, gate)
@@ -82,6 +84,10 @@ def adamw(params: Sequence[Tensor], *tensors: Sequence[Any], **options: Any) -> 
 
 def _fused_rows(x: Tensor) -> bool:
     return fused(x) and x.ndim == 4 and x.shape[-1] <= MAX_CHANNELS
+
+
+def _unfused(x: Tensor, *vectors: Tensor) -> Any:
+    return cpu if cpu.pays(x, *vectors) else eager
 
 
 def _of_each(x: Tensor, vector: Tensor) -> Tensor:

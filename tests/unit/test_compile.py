@@ -10,6 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
+from benchmarks.sides import random_weights
 from opensora_repro.config import Config, ConfigError, ParallelConfig, TrainConfig, check_config
 from opensora_repro.models.config import ACTIVATION_CHECKPOINTING, STDiTConfig
 from opensora_repro.models.stdit import STDiT
@@ -29,10 +30,7 @@ def forget_programs() -> Any:
 
 def new_model(checkpointing: str = "none") -> STDiT:
     torch.manual_seed(0)
-    model = STDiT(TINY)
-    for parameter in model.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.02)
+    model = random_weights(STDiT(TINY))
     model.activation_checkpointing = checkpointing
     return model
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu_graphs import Rerun, random_weights, recording
+from benchmarks.gpu_graphs import Rerun, recording
+from benchmarks.sides import random_weights
 from opensora_repro.config import DiffusionConfig
 from opensora_repro.diffusion.sampling import Through, sample_latents
 from opensora_repro.models.config import DiTConfig, STDiTConfig
@@ -149,7 +150,7 @@ def sample(model: STDiT | DiT, rows: list[int], *, objective: str, sampler: str,
 )
 def test_every_sampler_and_model(objective: str, sampler: str, model_class: type[STDiT | DiT], bf16: bool) -> None:
     torch.manual_seed(0)
-    model = random_weights(STDiT(STDIT) if model_class is STDiT else DiT(DIT))
+    model = random_weights(STDiT(STDIT) if model_class is STDiT else DiT(DIT)).eval()
     through, made = recording(CPU)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         for rows in ([0, 1], [2]):  # the last batch is smaller

@@ -12,6 +12,7 @@ import torch
 
 from opensora_repro.config import Config, DataConfig, OptimConfig, ParallelConfig, TrainConfig
 from opensora_repro.diffusion.objective import build_objective
+from opensora_repro.kernels import choice
 from opensora_repro.models import layers
 from opensora_repro.models.config import ACTIVATION_CHECKPOINTING, STDiTConfig
 from opensora_repro.models.stdit import STDiT
@@ -46,6 +47,15 @@ BASIC = ("two samples", "image", "more weights than activations")
 each_case = pytest.mark.parametrize("name", CASES)
 each_dtype = pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 each_checkpointing = pytest.mark.parametrize("checkpointing", ACTIVATION_CHECKPOINTING)
+
+
+@pytest.fixture(autouse=True)
+def _eager() -> Iterator[None]:
+    """The planner is of what a GPU keeps: fused kernels or torch's, not what many tokens on a CPU go through."""
+    before = choice.chosen()
+    choice.choose("eager", "cpu")
+    yield
+    choice.choose(before, "cpu")
 
 
 class Step:
