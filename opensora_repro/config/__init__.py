@@ -24,7 +24,6 @@ from opensora_repro.config.sections import (
 )
 from opensora_repro.config.toml import (
     config_dict,
-    config_hash,
     dump_toml,
     load_config,
     load_recorded,
@@ -51,7 +50,6 @@ __all__ = [
     "ValidationConfig",
     "check_config",
     "config_dict",
-    "config_hash",
     "dump_toml",
     "load_config",
     "load_recorded",

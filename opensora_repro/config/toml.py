@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
 import json
 import math
 import sys
@@ -82,12 +81,6 @@ def config_dict(config: Config) -> dict[str, dict[str, Any]]:
         name: {key: list(value) if isinstance(value, tuple) else value for key, value in section.items()}
         for name, section in dataclasses.asdict(config).items()
     }
-
-
-def config_hash(config: Config) -> str:
-    """Short digest of all values, the same in every process and Python version."""
-    text = json.dumps(config_dict(config), sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _known_keys() -> Iterator[str]:

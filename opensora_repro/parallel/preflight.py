@@ -155,7 +155,7 @@ def _who_has_what(name: str, places: Sequence[Place], values: Sequence[str]) -> 
 
 
 def config_facts(config: Config) -> dict[str, str]:
-    """Every setting by its name: what `config_hash` is made of, so that a difference is named and not only seen."""
+    """Every setting by its name, so that a difference can be named."""
     sections = config_dict(config)
     return {f"{name}.{key}": json.dumps(value) for name, keys in sections.items() for key, value in keys.items()}
 

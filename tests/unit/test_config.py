@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from opensora_repro.config import Config, ConfigError, config_hash, dump_toml, load_config, load_recorded
+from opensora_repro.config import Config, ConfigError, dump_toml, load_config, load_recorded
 
 BASE = """
 [model]
@@ -174,14 +173,11 @@ def test_every_plugin_of_the_design_is_known(tmp_path: Path, plugin: str) -> Non
     assert config.parallel.plugin == plugin
 
 
-def test_dump_round_trip_and_hash(tmp_path: Path) -> None:
+def test_dump_round_trip(tmp_path: Path) -> None:
     prompts = 'sample.prompts=["naïve \\"quote\\"", "back\\\\slash"]'
     config = load(tmp_path, BASE, prompts, "optim.lr=1e-5", "diffusion.shift=0.1")
     again = load(tmp_path, dump_toml(config))
     assert again == config
-    assert config_hash(again) == config_hash(config)
-    changed = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=1))
-    assert config_hash(changed) != config_hash(config)
 
 
 def test_importing_config_does_not_import_torch() -> None:
