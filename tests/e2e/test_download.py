@@ -144,7 +144,8 @@ def test_killed_and_run_again_equals_a_run_in_peace(server: Server, tmp_path: Pa
     parts = out / "parts"
     command = [sys.executable, "-m", "data_tools.download", str(tmp_path / "t.parquet"), "--out", str(out)]
     process = subprocess.Popen(command, cwd=repo_dir, stderr=subprocess.DEVNULL)
-    while not any(p.stat().st_size > 100_000 for p in parts.glob("*") if p.suffix != ".json"):
+    # Records that are being written are hidden files, gone in a moment.
+    while not any(p.stat().st_size > 100_000 for p in parts.glob("[!.]*") if p.suffix != ".json"):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
