@@ -1,6 +1,6 @@
 """Sampling with guidance, ours beside a plain loop around the plain model, on this machine's CPU.
 
-    python -m benchmarks.sample [--quick] [--one-thread] [--steps N] [--seconds S] [--out FILE]
+    python -m benchmarks.sample [--quick] [--one-thread] [--whole] [--steps N] [--seconds S] [--out FILE]
 
 One prompt, 16 frames of 256x256 pixels as latents, IDDPM with guidance in one batch of the prompt and the null caption,
 as the original samples.
@@ -12,8 +12,9 @@ in between    the plain side with freed memory kept, and ours without prepared t
 
 Each side is a process of its own, for how it treats memory is a part of it. All hold the same weights and must end at
 the same latents before anything is timed; then whole runs of --steps steps are timed in turns, the preparation in them.
-More steps, such as the recipe's 100, divide that by more. Shares of the matmul limit (benchmarks/limits.py) are of each
-side's own FLOPs, as torch counts them. Where others use the machine, --one-thread counts CPU seconds of one thread.
+More steps, such as the recipe's 100, divide that by more; --whole runs those once, ours and plain, and compares. Shares
+of the matmul limit (benchmarks/limits.py) are of each side's own FLOPs, as torch counts them. Where others use the
+machine, --one-thread counts CPU seconds of one thread.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ FULL, QUICK = Sizes(), Sizes(depth=2, frames=8)
 SECONDS, QUICK_SECONDS = 300.0, 30.0
 PROMPTS = (25, 120)  # tokens of the prompt: a sentence, and as many as the model reads
 GUIDANCE = 7.0
-STEPS, CHECKED_STEPS = 2, 8
+STEPS, CHECKED_STEPS, WHOLE_STEPS = 2, 8, 100
 TOLERANCE = 1e-4  # largest difference over largest value, float32
 
 
@@ -90,26 +91,40 @@ def build(side: Side, sizes: Sizes) -> Callable[[int, int], Tensor]:
 
 
 def answers(side: Side, sizes: Sizes) -> dict[str, Ask]:
-    """To (what, tokens of the prompt, steps)."""
-    run = build(side, sizes)
+    """To ("run" or "flops", tokens of the prompt, steps) and ("latents"): those that the last run ended at."""
+    sampling = build(side, sizes)
+    last: list[Tensor] = []
+
+    def run(prompt: int, steps: int) -> None:
+        last[:] = [sampling(prompt, steps)]
+
     return {
-        "run": lambda *about: run(*about) is None,
-        "latents": lambda *about: run(*about).numpy(),
-        "flops": lambda *about: counted_flops(lambda: run(*about)),
+        "run": run,
+        "latents": lambda: last[0].numpy(),
+        "flops": lambda *about: counted_flops(lambda: sampling(*about)),
     }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def largest_difference(asking: dict[str, Ask], prompt: int, steps: int) -> float:
-    """Of any side to the plain one's latents, over their largest value; ends the benchmark where it is too large."""
-    latents = {name: ask("latents", prompt, steps) for name, ask in asking.items()}
+def largest_difference(asking: dict[str, Ask], steps: int) -> float:
+    """Of the last latents of any side to the plain one's, over their largest value; ends the benchmark if too large."""
+    latents = {name: ask("latents") for name, ask in asking.items()}
     expected = latents["plain"]
     found = max(float(abs(value - expected).max() / abs(expected).max()) for value in latents.values())
     if not found < TOLERANCE:
         raise SystemExit(f"error: after {steps} steps latents differ by {found:.1e}; timing them would mean nothing")
     return float(f"{found:.2e}")
+
+
+def whole_sampling(asking: dict[str, Ask], prompt: int, steps: int) -> dict[str, Any]:
+    """All the steps of a sampling, once by ours and once by the plain side."""
+    both = {name: asking[name] for name in ("ours", "plain")}
+    times = {name: [ask("seconds", "run", prompt, steps)] for name, ask in both.items()}
+    difference = largest_difference(both, steps)
+    both_sides = side_by_side(times["ours"], times["plain"])
+    return {"steps": steps, "prompt_tokens": prompt, **both_sides, "largest_difference": difference}
 
 
 def formula(sizes: Sizes, steps: int) -> int:
@@ -127,10 +142,14 @@ def measure(
     steps: int,
     checked: int,
     seconds: float,
+    whole: int = 0,
     one_thread: bool = False,
     names: Sequence[str] = tuple(SIDES),
 ) -> dict[str, Any]:
-    """Rows of ours against each other side, `seconds` of timing in all; `checked`: steps whose latents are compared."""
+    """Rows of ours against each other side, `seconds` of timing in all.
+
+    `checked`: steps whose latents are compared; `whole`: steps of one sampling more with the first prompt, if any.
+    """
     import torch
 
     works = matmuls(layer_shapes(sizes.config, 2 * sizes.tokens), torch.float32, torch.device("cpu"))
@@ -140,7 +159,9 @@ def measure(
     with in_processes(workers, one_thread) as asking:
         for prompt in prompts:
             what = f"prompt of {prompt} tokens"
-            differences[what] = largest_difference(asking, prompt, checked)
+            for ask in asking.values():
+                ask("run", prompt, checked)
+            differences[what] = largest_difference(asking, checked)
             calls = {name: seconds_of(ask, "run", prompt, steps) for name, ask in asking.items()}
             times = taking_turns(in_turns(calls, products), rounds=100, seconds=seconds / len(prompts), warmup=1)
             limits[what] = matmul_limit(works, times)
@@ -151,6 +172,7 @@ def measure(
                     row[key] |= {"flops": flops[name]} | share_of_limit(flops[name], times[name], limits[what])
                 rows.append(row)
         memory = {name: ask("memory") for name, ask in asking.items()}
+        longer = whole_sampling(asking, prompts[0], whole) if whole else None
     return {
         "largest_difference": differences,
         "checked_steps": checked,
@@ -158,6 +180,7 @@ def measure(
         "matmul_limit": limits,
         "sides": memory,
         "rows": rows,
+        "whole": longer,
     }
 
 
@@ -174,7 +197,8 @@ def report(result: dict[str, Any]) -> str:
         f"{result['steps']} steps with guidance, {sizes.depth} blocks of {sizes.hidden_size} channels, latents "
         f"{'x'.join(map(str, sizes.latents[1:]))}, float32, {result['threads']} thread(s), {result['clock']} (medians)"
     )
-    return table(title, ("", "side", "ours is", "ms", "GFLOPs", "of the limit", "freed memory", "peak MB"), lines)
+    heading = ("", "side", "ours is", "ms", "GFLOPs", "of the limit", "freed memory", "peak MB")
+    return "\n".join([table(title, heading, lines), *_whole_line(result["whole"])])
 
 
 def _line(found: dict[str, Any], memory: dict[str, Any]) -> tuple[object, ...]:
@@ -182,10 +206,21 @@ def _line(found: dict[str, Any], memory: dict[str, Any]) -> tuple[object, ...]:
     return found["median_ms"], f"{found['flops'] / 1e9:.0f}", limit, *memory_columns(memory)
 
 
+def _whole_line(whole: dict[str, Any] | None) -> list[str]:
+    if whole is None:
+        return []
+    ours, plain = (whole[side]["median_ms"] / 1e3 for side in ("ours", "other"))
+    return [
+        f"a whole sampling, {whole['steps']} steps, prompt of {whole['prompt_tokens']} tokens: ours {ours:.0f} s, "
+        f"plain {plain:.0f} s: {whole['ratio']:.2f}x; latents differ by {whole['largest_difference']:.1e}"
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--quick", action="store_true", help="a smaller model, fewer frames, one prompt, less time")
+    add("--whole", action="store_true", help=f"also {WHOLE_STEPS} steps, once by ours and plain: a quarter of an hour")
     add("--steps", type=int, default=STEPS, help="sampling steps of a timed run (default: %(default)s)")
     add("--seconds", type=float, help=f"time to spend measuring (default: {SECONDS:.0f})")
     add_options(parser, "sample")
@@ -199,6 +234,7 @@ def main() -> None:
         steps=args.steps,
         checked=max(args.steps, 2 if args.quick else CHECKED_STEPS),
         seconds=args.seconds or (QUICK_SECONDS if args.quick else SECONDS),
+        whole=WHOLE_STEPS if args.whole else 0,
         one_thread=args.one_thread,
     )
     about = {

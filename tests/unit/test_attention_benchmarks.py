@@ -26,7 +26,7 @@ def short_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_whole_samplings_are_measured_and_end_at_the_same_latents(tmp_path: Path) -> None:
     sides = ("ours", "plain")
-    result = sample.measure(TINY, (3, 14), steps=2, checked=3, seconds=0.1, one_thread=True, names=sides)
+    result = sample.measure(TINY, (3, 14), steps=2, checked=3, seconds=0.1, whole=5, one_thread=True, names=sides)
     assert all(difference < sample.TOLERANCE for difference in result["largest_difference"].values())
     assert [(row["what"], row["other_side"]) for row in result["rows"]] == [
         ("prompt of 3 tokens", "plain"),
@@ -38,16 +38,20 @@ def test_whole_samplings_are_measured_and_end_at_the_same_latents(tmp_path: Path
         assert row["other"]["flops"] == result["flops_by_formula"] > row["ours"]["flops"]
     result |= {"sizes": asdict(TINY), "steps": 2, "threads": 1, "clock": "wall time"}
     assert all(about["peak_memory_mb"] > 0 for about in result["sides"].values())
-    assert len(sample.report(result).splitlines()) == 3 + 2 * 2
+    whole = result["whole"]
+    assert (whole["steps"], whole["prompt_tokens"], whole["other"]["rounds"]) == (5, 3, 1)
+    assert whole["largest_difference"] < sample.TOLERANCE
+    lines = sample.report(result).splitlines()
+    assert len(lines) == 3 + 2 * 2 + 1 and "5 steps, prompt of 3 tokens: ours" in lines[-1]
     saved = json.loads(harness.save("x", result, tmp_path / "x.json").read_text())
     assert len(list(suite.timed(saved))) == len(result["rows"])
 
 
 def test_samplings_that_differ_are_not_timed() -> None:
     latents = torch.ones(1, 4, 3, 8, 8).numpy()
-    asking = {"ours": lambda *_: 1.001 * latents, "plain": lambda *_: latents}
+    asking = {"ours": lambda _: 1.001 * latents, "plain": lambda _: latents}
     with pytest.raises(SystemExit, match="after 1 steps latents differ"):
-        sample.largest_difference(asking, 3, 1)
+        sample.largest_difference(asking, 1)
 
 
 @pytest.mark.parametrize("kind", attention.KINDS)
