@@ -14,9 +14,9 @@ from torch import Tensor
 
 # Which tokens see each other, as the way queries, keys and values leave [B, T, S, D] and come back.
 _SPLIT = {
-    "space": "b t s (three h d) -> three (b t) h s d",
-    "time": "b t s (three h d) -> three (b s) h t d",
-    "space_time": "b t s (three h d) -> three b h (t s) d",
+    "space": "b t s (h d) -> (b t) h s d",
+    "time": "b t s (h d) -> (b s) h t d",
+    "space_time": "b t s (h d) -> b h (t s) d",
 }
 _MERGE = {
     "space": "(b t) h s d -> b t s (h d)",
@@ -58,7 +58,8 @@ def split_heads(qkv: Tensor, num_heads: int, over: str) -> tuple[Tensor, Tensor,
     `over`: tokens see those of their frame ("space": N = B * T, L = S), of their place ("time": N = B * S, L = T) or of
     the whole video ("space_time": N = B, L = T * S).
     """
-    q, k, v = rearrange(qkv, _SPLIT[over], three=3, h=num_heads).unbind(0)
+    # In chunks: their gradients are put side by side in one pass, those of an unbound axis take two.
+    q, k, v = (rearrange(part, _SPLIT[over], h=num_heads) for part in qkv.chunk(3, dim=-1))
     return q, k, v
 
 

@@ -76,7 +76,7 @@ class SequenceParallelAttention(nn.Module):
         # Padding ends here: it is not projected, not sent, and nobody attends to it.
         qkv = self.qkv(x[:, :real])  # [B, real, S, 3 * D]
         qkv = swap(qkv, self.group, split=(PLACES, places_of), join=(FRAMES, frames_of))  # [B, T, S_own, 3 * D]
-        q, k, v = rearrange(qkv, "b t s (three h d) -> three (b s) h t d", three=3, h=self.num_heads).unbind(0)
+        q, k, v = (rearrange(part, "b t s (h d) -> (b s) h t d", h=self.num_heads) for part in qkv.chunk(3, dim=-1))
         # A rank may have no place at all, which not every attention kernel takes.
         out = F.scaled_dot_product_attention(q, k, v) if q.numel() else q
         out = rearrange(out, "(b s) h t d -> b t s (h d)", b=len(x), s=places_of[rank])
