@@ -94,4 +94,4 @@ def test_a_model_learns_the_same(choose: Any, monkeypatch: pytest.MonkeyPatch, k
         assert bool(passed) == (kernels == "auto")
         found[kernels] = [output.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
     for value, expected in zip(found["auto"], found["eager"], strict=True):
-        assert (value - expected).norm() <= (2e-2 if bf16 else 1e-5) * expected.norm()
+        assert (value - expected).norm() <= (2e-2 if bf16 else 1e-4) * expected.norm()
