@@ -168,10 +168,17 @@ def measure_matmul_limit(
 
 def counted_flops(work: Callable[[], object]) -> int:
     """FLOPs that torch counts while `work` runs, attention as two matrix products; nothing runs on tensors "meta"."""
+    import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    def product_with_gelu(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+        return int(conv_flop_count(x, weight, out_shape))
+
+    # An operation of torch's compiler that its counter does not know (opensora_repro/kernels/cpu_products.py)
+    unknown = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
+    mapping = {} if unknown is None else {unknown: product_with_gelu}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         work()
     return int(counter.get_total_flops())
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import limits, resources
+from opensora_repro.kernels import cpu_products
 from opensora_repro.models.config import STDiTConfig
 
 REPO = Path(__file__).resolve().parents[2]
@@ -41,6 +42,9 @@ def test_products_are_the_layers_and_do_what_they_are_counted_for(monkeypatch: p
     assert len(convolutions) == 6
     for work in convolutions.values():
         assert limits.counted_flops(work.call) == work.flops > 0
+    x, weight = torch.randn(32, 24), torch.randn(72, 24)
+    with torch.no_grad():
+        assert limits.counted_flops(lambda: cpu_products.linear_gelu(x, weight, None)) == 2 * 32 * 24 * 72
     limit = limits.measure_matmul_limit(shapes, torch.float32, CPU, seconds=0.1)
     assert limit["gflops"] == max(limit["products"].values()) > 0
 
