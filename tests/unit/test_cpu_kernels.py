@@ -80,7 +80,8 @@ def test_a_model_learns_the_same(choose: Any, monkeypatch: pytest.MonkeyPatch, k
     torch.manual_seed(0)
     model = random_weights(STDiT(STDiTConfig(hidden_size=32, depth=2, num_heads=2, caption_channels=8)))
     model.activation_checkpointing = keep
-    latents, text = torch.randn(2, 4, 3, 4, 6), torch.randn(2, 5, 8)
+    dtype = torch.float32 if bf16 else torch.float64  # of which autocast makes bf16
+    model, latents, text = model.to(dtype), torch.randn(2, 4, 3, 4, 6, dtype=dtype), torch.randn(2, 5, 8, dtype=dtype)
     passed, found = [], {}
     own = cpu.norm_modulate
     monkeypatch.setattr(cpu, "norm_modulate", lambda *given: (passed.append(1), own(*given))[1])
@@ -94,4 +95,4 @@ def test_a_model_learns_the_same(choose: Any, monkeypatch: pytest.MonkeyPatch, k
         assert bool(passed) == (kernels == "auto")
         found[kernels] = [output.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
     for value, expected in zip(found["auto"], found["eager"], strict=True):
-        assert (value - expected).norm() <= (2e-2 if bf16 else 1e-4) * expected.norm()
+        assert (value - expected).norm() <= (2e-2 if bf16 else 1e-10) * expected.norm()

@@ -108,9 +108,14 @@ def test_it_is_for_many_tokens_in_float32(monkeypatch: pytest.MonkeyPatch) -> No
     assert not cpu_products.convolves(x, weight)
 
 
-def test_a_small_layer_with_few_channels_is_torchs_own() -> None:
-    layer, x = Linear(0, 4, bias=False), torch.zeros(5, 0)
-    assert torch.equal(layer(x), torch.zeros(5, 4))
+@pytest.mark.usefixtures("small")
+def test_layers_ask_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, many, few = Linear(16, 24), torch.randn(1, 2, 16, 16), torch.randn(1, 1, 8, 16)
+    taken, own = [], cpu_products.linear
+    monkeypatch.setattr(cpu_products, "linear", lambda x, *rest: (taken.append(x), own(x, *rest))[1])
+    for x in (many, few):
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), rtol=1e-5, atol=1e-6)
+    assert len(taken) == 1 and taken[0] is many
 
 
 @pytest.mark.usefixtures("small")
