@@ -5,7 +5,7 @@
 Within a frame, over time, and to captions of different length, at heads of 64 to 128 channels; float32 at a width
 scaled to the machine on a CPU, bf16 autocast at XL/2's token counts on a GPU. Beside ours stand
 
-naive         benchmarks/plain_stdit.py: the whole matrix of weights in memory, padding as large negative numbers
+naive         benchmarks/plain_stdit.py: the whole matrix of weights in memory, one caption after the other
 copied        ours, but queries, keys and values each copied into memory of their own first
 masked        ours, but told nothing of the captions' lengths: all tokens of all captions, behind a mask
 
@@ -109,10 +109,10 @@ def _to_captions(layer: Any, sizes: Sizes, device: torch.device) -> dict[str, Ca
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     known = Captions(mask, sizes.samples, device, varlen=varlen_kernel(device, dtype, dim // sizes.num_heads))
     unknown = Captions(mask.to(device), sizes.samples, device, known=False)
-    there = mask.to(device)
+    read = [tokens[:length] for tokens, length in zip(text, sizes.captions, strict=True)]
 
     def plain(x: Tensor) -> Tensor:
-        return naive(x.flatten(1, 2), text, there).view_as(x)  # type: ignore[no-any-return]
+        return naive(x.flatten(1, 2), read).view_as(x)  # type: ignore[no-any-return]
 
     return {
         "ours": lambda x: layer(x, known.take(text), known),

@@ -1,8 +1,9 @@
-"""STDiT written down as plainly as its description, to measure against.
+"""STDiT written down as plainly as its description, to measure against: what the original runs without extensions.
 
 The same parameters under the same names and the same results as `opensora_repro.models.stdit`, but each step by itself:
-attention makes its whole matrix of weights and reads it back, a caption's padding is a large negative number added to
-that matrix, modulation is a product and a sum, patches come from a 3-D convolution.
+attention makes its whole matrix of weights and reads it back, modulation is a product and a sum, patches come from a
+3-D convolution. Where the original takes one operation of torch or spares itself work, this does as well: GELU is
+torch's, queries are scaled instead of the matrix, and captions are read without their padding.
 """
 
 from __future__ import annotations
@@ -17,11 +18,9 @@ from opensora_repro.models.config import STDiTConfig
 from opensora_repro.models.layers import spatial_positions, temporal_positions
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q [..., N, d], k and v [..., M, d] -> [..., N, d]; the [..., N, M] matrix exists in memory."""
-    weights = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-    if bias is not None:
-        weights = weights + bias
+    weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     return weights.softmax(dim=-1) @ v
 
 
@@ -45,11 +44,12 @@ class CrossAttention(nn.Module):
         self.kv_linear = nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:  # [B, N, D], [B, L, D], [B, L]
-        q = rearrange(self.q_linear(x), "b n (h d) -> b h n d", h=self.heads)
-        k, v = rearrange(self.kv_linear(text), "b l (two h d) -> two b h l d", two=2, h=self.heads)
-        bias = torch.zeros(mask.shape).masked_fill(~mask.bool(), -1e9)[:, None, None, :]
-        return self.proj(rearrange(softmax_attention(q, k, v, bias), "b h n d -> b n (h d)"))
+    def forward(self, x: Tensor, captions: list[Tensor]) -> Tensor:  # [B, N, D], B times [L, D] -> [B, N, D]
+        queries = rearrange(self.q_linear(x), "b n (h d) -> b h n d", h=self.heads)
+        pairs = rearrange(self.kv_linear(torch.cat(captions)), "l (two h d) -> two h l d", two=2, h=self.heads)
+        each = zip(queries, pairs.split([len(caption) for caption in captions], dim=2), strict=True)
+        out = torch.stack([softmax_attention(q, k, v).transpose(0, 1) for q, (k, v) in each])
+        return self.proj(rearrange(out, "b n h d -> b n (h d)"))
 
 
 class FeedForward(nn.Module):
@@ -59,8 +59,7 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(hidden, dim_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
-        return self.fc2(0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))))
+        return self.fc2(nn.functional.gelu(self.fc1(x), approximate="tanh"))
 
 
 class Block(nn.Module):
@@ -75,7 +74,7 @@ class Block(nn.Module):
         self.mlp = FeedForward(dim, int(dim * cfg.mlp_ratio), dim)
 
     def forward(
-        self, x: Tensor, text: Tensor, mask: Tensor, t6: Tensor, frames: int, tpos: Tensor | None
+        self, x: Tensor, captions: list[Tensor], t6: Tensor, frames: int, tpos: Tensor | None
     ) -> Tensor:  # x [B, T S, D], t6 [B, 6, D]
         table = self.scale_shift_table[None] + t6
         shift1, scale1, gate1, shift2, scale2, gate2 = table.chunk(6, dim=1)  # each [B, 1, D]
@@ -85,7 +84,7 @@ class Block(nn.Module):
         y = rearrange(x, "b (t s) d -> (b s) t d", t=frames)
         y = self.attn_temp(y if tpos is None else y + tpos)
         x = x + gate1 * rearrange(y, "(b s) t d -> b (t s) d", b=x.shape[0])
-        x = x + self.cross_attn(x, text, mask)
+        x = x + self.cross_attn(x, captions)
         return x + gate2 * self.mlp(self.norm(x) * (1 + scale2) + shift2)
 
 
@@ -120,16 +119,17 @@ class PlainSTDiT(nn.Module):
         self.positions = spatial_positions(dim, self.rows, self.columns, scale=cfg.space_scale).float()
         self.times = temporal_positions(dim, self.frames // patch[0], scale=cfg.time_scale).float()
 
-    def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
         angles = timestep.float()[:, None] * torch.exp(-math.log(10000.0) * torch.arange(128) / 128)
         t = self.t_embedder.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
         t6 = rearrange(self.t_block(t), "b (six d) -> b six d", six=6)
         y = self.y_embedder.y_proj(text)
+        captions = list(y) if mask is None else [tokens[read] for tokens, read in zip(y, mask.bool(), strict=True)]
         x = rearrange(self.x_embedder.proj(latents), "b d t h w -> b t (h w) d") + self.positions.to(latents)
         x = rearrange(x, "b t s d -> b (t s) d")
         times = self.times.to(latents)
         for i, block in enumerate(self.blocks):
-            x = block(x, y, mask, t6, self.frames // self.cfg.patch_size[0], times if i == 0 else None)
+            x = block(x, captions, t6, self.frames // self.cfg.patch_size[0], times if i == 0 else None)
         shift, scale = (self.final_layer.scale_shift_table[None] + t[:, None]).chunk(2, dim=1)
         x = self.final_layer.linear(self.norm(x) * (1 + scale) + shift)
         p, q, r = self.cfg.patch_size

@@ -2,6 +2,7 @@
 
 ours      opensora_repro.models.stdit, as training builds it
 plain     benchmarks.plain_stdit with the same weights: naive attention, nothing fused; what the original runs
+          where none of its compiled extensions is installed
 Latte     diffusers' LatteTransformer3DModel; of `depth` spatial and `depth` temporal blocks, each with its MLP
 PixArt    diffusers' PixArtTransformer2DModel, frame by frame: no attention over time
 
@@ -209,9 +210,8 @@ def model_flops(name: str, sizes: Sizes) -> dict[str, dict[str, int | None]]:
         side = SIDES[name](sizes)
         side.model.to("meta")  # what the model has put on the CPU by itself
         text = torch.empty(sizes.batch, sizes.caption_tokens, sizes.caption_channels)
-        # Whoever would look into a mask gets none, which means all tokens.
-        mask = torch.ones(text.shape[:2], dtype=torch.bool) if name == "plain" else None
-        batch = (torch.empty(sizes.latents), torch.empty(sizes.batch), text, mask)
+        # No mask means all tokens; nobody could look into one that has no data.
+        batch = (torch.empty(sizes.latents), torch.empty(sizes.batch), text, None)
         with torch.no_grad():
             forward = counted_flops(lambda: side.forward(*batch))
         training = counted_flops(lambda: side.forward(*batch).sum().backward())
