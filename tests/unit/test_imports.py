@@ -259,20 +259,27 @@ def test_tracked_files_stay_small() -> None:
     assert demo < 4_000_000, f"checkpoints/demo holds {demo} bytes; it is to stay under 4 MB"
 
 
+READERS = ("pickle.load", "pickle.loads", "pickle.Unpickler", "joblib.load")
+
+
 def unsafe_loads(source: str) -> Iterator[int]:
-    """Lines that unpickle: `torch.load` without a literal weights_only=True, pickle's own readers, numpy's opt-in."""
+    """Lines that unpickle: `torch.load` without a literal weights_only=True, pickle's own readers, numpy's opt-in.
+
+    And lines that import one under another name, by which its calls would not be known.
+    """
     for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
-            continue
-        options = {option.arg: option.value for option in node.keywords}
-        name = f"{ast.unparse(node.func.value)}.{node.func.attr}"
-        safe = options.get("weights_only")
-        if (
-            (name == "torch.load" and not (isinstance(safe, ast.Constant) and safe.value is True))
-            or name in ("pickle.load", "pickle.loads", "pickle.Unpickler", "joblib.load")
-            or "allow_pickle" in options
-        ):
-            yield node.lineno
+        if isinstance(node, ast.ImportFrom):
+            if any(f"{node.module}.{item.name}" in ("torch.load", *READERS) for item in node.names):
+                yield node.lineno
+        elif isinstance(node, ast.Import):
+            if any(item.asname and item.name in ("torch", "pickle", "joblib") for item in node.names):
+                yield node.lineno
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            options = {option.arg: option.value for option in node.keywords}
+            name, safe = ast.unparse(node.func), options.get("weights_only")
+            unsafe = name == "torch.load" and not (isinstance(safe, ast.Constant) and safe.value is True)
+            if unsafe or name in READERS or "allow_pickle" in options:
+                yield node.lineno
 
 
 def test_nothing_is_unpickled_unsafely() -> None:
@@ -282,8 +289,11 @@ def test_nothing_is_unpickled_unsafely() -> None:
         "torch.load(p, weights_only=flag)",
         "pickle.loads(data)",
         "numpy.load(p, allow_pickle=True)",
+        "from pickle import dumps, loads",
+        "import torch, pickle as p",
+        "import pickle, torch.nn as nn",
     ]
-    assert list(unsafe_loads("\n".join(example))) == [1, 3, 4, 5]
+    assert sorted(unsafe_loads("\n".join(example))) == [1, 3, 4, 5, 6, 7]
     wrong = [
         f"{path.relative_to(REPO)}:{line}"
         for path in python_files(*OURS)
