@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
 CLIP_COLUMNS = {**MANIFEST, **LINEAGE, "resplit": "bool"}
-METHOD = 3  # raise when the same options would give other clips, so that finished sources are done again
+USUAL: dict[str, Any] = {"min_frames": 8, "short_side": 0, "fps": ""}  # where neither they nor a config are given
+METHOD = 4  # raise when the same options would give other clips, so that finished sources are done again
 PATIENCE = 600.0  # seconds that any source may take
 SLOWEST = 20e3  # bytes of a source that a busy core splits in a second
 Record = dict[str, list[Row]]  # a finished source's "clips" and "rejects"
@@ -90,7 +91,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="X",
         help="level of a cut (shots: 1.5; adaptive: by how restless the video is, 2.1 to 3.5; content: 27)",
     )
-    parser.add_argument("--min-frames", type=int, default=8, metavar="N", help="drop shorter scenes (%(default)s)")
+    parser.add_argument(
+        "--min-frames", type=int, metavar="N", help="drop shorter scenes, counted as they are written (8)"
+    )
     parser.add_argument(
         "--max-frames",
         type=int,
@@ -111,16 +114,28 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_encoding_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="veryfast", choices=PRESETS, help="x264 preset (%(default)s)")
-    parser.add_argument("--short-side", type=int, default=0, metavar="PX", help="reduce to this short side (0: keep)")
-    parser.add_argument("--fps", default="", metavar="RATE", help="frames a second, such as 24 or 30000/1001 (keep)")
+    parser.add_argument("--short-side", type=int, metavar="PX", help="reduce to this short side (0, usual: keep)")
+    parser.add_argument("--fps", metavar="RATE", help="frames a second, such as 24 or 30000/1001 (usual: keep)")
     parser.add_argument("--audio", action="store_true", help="keep the sound, as AAC")
     parser.add_argument("--copy", action="store_true", help="copy instead of encoding where cuts fall on key frames")
     parser.add_argument(
         "--for-training",
-        action="store_true",
-        help="clips that are read fast: short side 256 unless --short-side says otherwise, quick to decode",
+        nargs="?",
+        const="",
+        type=config_path,
+        metavar="CONFIG.toml",
+        help="clips that are read fast: short side 256 unless --short-side says otherwise, quick to decode; with a"
+        " stage's config, such as configs/stage2_16x256x256.toml, clips that fit it: --min-frames, --short-side and"
+        " --fps are what its samples need, unless they are given",
     )
     parser.add_argument("--crf", type=int, default=18, help="x264 quality of the clips, 0 (best) to 51 (%(default)s)")
+
+
+def config_path(text: str) -> str:
+    """Keep an input that stands behind --for-training from being taken for its config."""
+    if text and not text.endswith(".toml"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no .toml; write the input before it, or --for-training=CONFIG")
+    return text
 
 
 def check(args: argparse.Namespace) -> None:
@@ -130,7 +145,35 @@ def check(args: argparse.Namespace) -> None:
 
 
 def options_of(args: argparse.Namespace) -> Options:
-    """Check the numbers; DataError names the option."""
+    """Fill in what was not given and check the numbers; DataError names the option."""
+    given = {field.name: getattr(args, field.name) for field in fields(Options)}
+    given["for_training"] = args.for_training is not None
+    usual = recipe_options(args.for_training) if args.for_training else USUAL
+    return check_options(Options(**given | {name: usual[name] for name in usual if given[name] is None}))
+
+
+def recipe_options(path: str) -> dict[str, Any]:
+    """Return the options with which every clip holds a whole sample of a stage's config, at the config's speed.
+
+    A sample takes every `data.frame_interval`-th frame and is shown at `sample.fps`, so what is filmed moves at its own
+    speed where clips have the product of both. The short side fits in landscape and portrait. Raises DataError.
+    """
+    from opensora_repro.config import ConfigError, load_config
+
+    try:
+        cfg = load_config(path)
+    except ConfigError as error:
+        raise DataError(f"--for-training: {error}") from None
+    data, pictures = cfg.data, cfg.data.num_frames == 1
+    return {
+        "min_frames": (data.num_frames - 1) * data.frame_interval + 1,
+        "short_side": max(data.height, data.width),
+        "fps": "" if pictures else str(data.frame_interval * cfg.sample.fps),
+    }
+
+
+def check_options(args: Options) -> Options:
+    """Raise DataError for numbers that cannot work; it names the option."""
     if args.threshold is not None and not args.threshold > 0:
         raise DataError(f"--threshold {args.threshold}: expected a number above 0")
     if args.min_frames < 1:
@@ -149,7 +192,7 @@ def options_of(args: argparse.Namespace) -> Options:
         wrong = True
     if wrong:
         raise DataError(f"--fps {args.fps}: expected a number or a fraction, such as 24 or 30000/1001")
-    return Options(**{field.name: getattr(args, field.name) for field in fields(Options)})
+    return args
 
 
 def encoding_of(options: Options) -> Encoding:
@@ -228,10 +271,10 @@ def split_job(args: dict[str, Any]) -> Record:
 
 def split_source(source: Source, out: Path, options: Options, on_frame: Callable[[], Any] = int) -> Record:
     """Detect, cut, verify; return the clips and what gave none. A source that cannot be read is a reject."""
-    from opensora_repro.data.split.cut import cut_clips
+    from opensora_repro.data.split.cut import cut_clips, num_written
     from opensora_repro.data.split.scenes import plan_spans, scan_video
     from opensora_repro.data.split.single_pass import SceneOptions, scan_and_cut
-    from opensora_repro.data.video import DecodeError
+    from opensora_repro.data.video import DecodeError, average_rate
 
     def target(span: Span) -> Path:
         return out / "clips" / f"{clip_id(source, span)}.mp4"
@@ -244,13 +287,17 @@ def split_source(source: Source, out: Path, options: Options, on_frame: Callable
         written = scan is not None
         scan = scan or scan_video(source.path, detector=o.detector, threshold=o.threshold, on_frame=on_frame)
         limits = {"min_frames": o.min_frames, "max_frames": o.max_frames}
+        if encoding.fps is not None:  # limits count frames as they are written
+            faster = average_rate(scan.times, scan.time_base) / float(encoding.fps)
+            limits = {name: round(limit * faster) or limit for name, limit in limits.items()}
         spans = plan_spans(len(scan.times), scan.cuts, transitions=scan.transitions, trim=o.trim, **limits)
-        kept = [(span, target(span)) for span in spans if len(span) >= o.min_frames]
+        lengths = {span: num_written(scan, span, encoding.fps) for span in spans}
+        kept = [(span, target(span)) for span in spans if lengths[span] >= o.min_frames]
         if not written:
             cut_clips(source.path, scan, kept, encoding=encoding, on_frame=on_frame)
-        short = [span for span in spans if len(span) < o.min_frames]
+        short = [span for span in spans if lengths[span] < o.min_frames]
         clips = [clip_row(path, scan, span) for span, path in kept]
-        rejects = [reject_row(f"{len(s)} frames, --min-frames is {o.min_frames}", s.start, s.end) for s in short]
+        rejects = [reject_row(f"{lengths[s]} frames, --min-frames is {o.min_frames}", s.start, s.end) for s in short]
         record = {"clips": clips, "rejects": rejects}
     except DecodeError as error:
         record = {"clips": [], "rejects": [reject_row(str(error).removeprefix(f"{source.path}: "))]}

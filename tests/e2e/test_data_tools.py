@@ -73,6 +73,31 @@ def test_split_writes_clips_with_their_lineage(footage: Path, tmp_path: Path) ->
     assert rejected["reason"] == "5 frames, --min-frames is 8"
 
 
+def test_clips_fit_the_config_that_they_are_for(
+    footage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    film(footage / "large.mp4", [(60, 40)], size=96)
+    config = tmp_path / "stage.toml"
+    config.write_text("[data]\nnum_frames = 4\nframe_interval = 2\nheight = 48\nwidth = 64\n[sample]\nfps = 3\n")
+    how = [str(footage), "--out", str(tmp_path / "out"), f"--for-training={config}"]
+    assert split.main(how) == 0
+    clips = read_manifest(tmp_path / "out" / "manifest.parquet", need_captions=False)
+    assert clips["fps"].tolist() == pytest.approx([6] * 4)
+    assert clips["num_frames"].tolist() == [20, 7, 10, 10]  # 7 are needed: the scenes of 8, 5 and 12 frames are out
+    assert set(clips["height"]) == set(clips["width"]) == {64}
+    reasons = read_table(tmp_path / "out" / "rejects.parquet")["reason"].tolist()
+    assert reasons == ["4 frames, --min-frames is 7", "3 frames, --min-frames is 7", "6 frames, --min-frames is 7"]
+    assert split.main([*how, "--min-frames=2", "--fps=12", "--short-side=32"]) == 0  # what is given counts
+    clips = read_manifest(tmp_path / "out" / "manifest.parquet", need_captions=False)
+    assert (len(clips), set(clips["height"])) == (7, {32})
+    assert clips["fps"].tolist() == pytest.approx([12] * 7)
+    with pytest.raises(SystemExit):
+        split.main(["--for-training", str(footage), "--out", str(tmp_path / "out")])
+    assert "is no .toml; write the input before it" in capsys.readouterr().err
+    assert split.main([str(footage), "--out", str(tmp_path / "out"), "--for-training=absent.toml"]) == 2
+    assert "--for-training: config absent.toml: cannot be read" in capsys.readouterr().err
+
+
 def test_split_again_does_nothing_and_new_files_are_added(footage: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert split.main([str(footage), "--out", str(out)]) == 0

@@ -131,6 +131,8 @@ def _arguments(where: str, option: str, value: Any, action: argparse.Action) -> 
             raise DataError(f"{where}: expected true or false")
         opposite = [f"--no-{option[2:]}"] if isinstance(action, argparse.BooleanOptionalAction) else []
         return [option] if value else opposite
+    if action.nargs == "?" and isinstance(value, bool):  # an option that may have a value
+        return [option] if value else []
     several = isinstance(action, argparse._AppendAction) or action.nargs in ("+", "*")
     values = value if several and isinstance(value, list) else [value]
     texts = [_text(where, item, action) for item in values]

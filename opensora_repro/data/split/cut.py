@@ -120,11 +120,17 @@ def frame_times(scan: Scan, span: Span, fps: Fraction | None) -> tuple[Fraction,
     if fps is None:
         return scan.time_base, [[time - start] for time in scan.times[span.start : span.end]]
     seconds = [float((time - start) * scan.time_base) for time in scan.times[span.start : span.end]]
-    length = scan.seconds(span.end) - scan.seconds(span.start)
     shown: list[list[int]] = [[] for _ in seconds]
-    for tick in range(max(1, round(length * fps))):
+    for tick in range(num_written(scan, span, fps)):
         shown[bisect_right(seconds, float(tick / fps) + 1e-6) - 1].append(tick)
     return 1 / fps, shown
+
+
+def num_written(scan: Scan, span: Span, fps: Fraction | None) -> int:
+    """Return how many frames the span's clip has at `fps` (None: those of the source)."""
+    if fps is None:
+        return len(span)
+    return max(1, round((scan.seconds(span.end) - scan.seconds(span.start)) * fps))
 
 
 def copy_clip(path: str | Path, scan: Scan, span: Span, target: Path, how: Encoding) -> bool:
