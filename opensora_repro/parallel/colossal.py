@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from colossalai.accelerator import set_accelerator
+from colossalai.accelerator import get_accelerator, set_accelerator
 from colossalai.booster import Booster
 from colossalai.booster.plugin import HybridParallelPlugin, LowLevelZeroPlugin, TorchDDPPlugin
 from colossalai.booster.plugin.hybrid_parallel_plugin import (
@@ -52,7 +52,7 @@ class ColossalEngine(TorchEngine):
         logging.getLogger("colossalai").setLevel(logging.ERROR)
 
     def _wrap(self, optimizer: torch.optim.Optimizer) -> None:
-        plugin = _build_plugin(self.cfg, overlap=self.device.type == "cuda")
+        plugin = _build_plugin(self.cfg, overlap=self._has_streams())
         module, boosted, *_ = Booster(plugin=plugin).boost(self.model, optimizer)
         self.plugin, self.wrapped, self.boosted = plugin, module, boosted
         self.optimizer = boosted.optim
@@ -77,7 +77,20 @@ class ColossalEngine(TorchEngine):
         return self.boosted.no_sync()  # type: ignore[no-any-return]
 
     def backward(self, loss: Tensor) -> None:
-        self.boosted.backward(loss)
+        if self._zero_group is None or not self._has_streams():
+            self.boosted.backward(loss)
+            return
+        # Where ZeRO exchanges gradients on a stream of its own, its `backward` ends in a wait for the whole device, and
+        # the host could prepare no batch meanwhile. That the main stream waits for the exchange is enough: memory which
+        # is freed on either is used anew only behind a wait for the other.
+        loss.backward()
+        if self.boosted.require_grad_sync:
+            self.boosted._reduce_grad(self.boosted._partition_grads)
+            for bucket in self.boosted.pg_to_bucket_store.values():
+                get_accelerator().current_stream().wait_stream(bucket.comm_stream)
+
+    def _has_streams(self) -> bool:
+        return get_accelerator().Stream() is not None
 
     def squared_gradients(self) -> Tensor:
         if self._zero_group is None:

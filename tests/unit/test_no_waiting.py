@@ -5,6 +5,9 @@ On a CPU every value is at hand, so what is counted are the calls that would mak
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -191,3 +194,14 @@ def wait_for_size(losses: Tensor) -> None:
 def test_a_look_at_the_device_is_noticed(tmp_path: Path, encoder: Encoder, look: Callable[[Tensor], Any]) -> None:
     found = waits_of(tmp_path / "run", encoder, cached, look)
     assert any(look.__name__ in line for line in found), found
+
+
+def test_zero_lets_the_main_stream_wait_for_its_exchange_and_never_the_host(repo_dir: Path) -> None:
+    run = subprocess.run([sys.executable, "-m", "tests.stream_order"], cwd=repo_dir, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    exchange = ["exchange waits for main", "on exchange", "main waits for exchange", "prepare the next batch"]
+    gather = ["prepare the next batch"]  # ZeRO-1 exchanges after the last micro-batch alone
+    assert found["zero2"]["calls"] == 4 * exchange
+    assert found["zero1"]["calls"] == found["hybrid"]["calls"] == 2 * (gather + exchange)
+    assert all(plugin["same"] for plugin in found.values())
