@@ -20,12 +20,19 @@ GPU_PYTHON := $(if $(wildcard $(PYTHON)),$(PYTHON),$(PYTHON3))
 # Test files run side by side: many tests wait for processes of their own.
 WORKERS ?= -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo test test-all lint types unit format bench bench-all gpu lock clean
+# At least one test of each package that pyproject.toml names, on files, processes and whole runs.
+LOWEST := .venv-lowest
+SMOKE := $(addprefix tests/unit/test_, data_video.py split.py tables.py text.py vae.py weights.py checkpoint.py scores.py \
+  report.py convert_tars.py fetch_parts.py) tests/distributed/test_data_parallel.py \
+  $(addprefix tests/e2e/test_, data_tools.py stages.py sample_cli.py ray_tools.py)
+
+.PHONY: help setup demo test test-all test-lowest lint types unit format bench bench-all gpu lock clean
 
 help:
 	@echo "make demo    train a small video model in three stages; then look at runs/demo/report.html"
 	@echo "make test    lint, types and the tests that need no GPU"
 	@echo "make test-all  the tests again, with every layout of processes (twice as long)"
+	@echo "make test-lowest  a smoke test with the lowest releases that pyproject.toml allows (Python 3.10 to 3.12)"
 	@echo "make bench   side-by-side timings and counts on this machine's CPU in a few minutes: a table, and JSON in"
 	@echo "             benchmarks/results/quick/;  make bench-all: all of them at full size, an hour"
 	@echo "make gpu     every check that needs an NVIDIA GPU, as JSON in benchmarks/results/"
@@ -67,6 +74,12 @@ test: setup
 test-all: setup
 	$(PYTHON) -m pytest -m "not gpu" $(WORKERS)
 
+# uv resolves each package that pyproject.toml names to its lowest release, and installs those beside .venv.
+test-lowest: setup
+	$(PYTHON) -m uv venv --quiet --clear --python $(PYTHON) $(LOWEST)
+	$(PYTHON) -m uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --editable ".[dev,cluster]"
+	$(LOWEST)/bin/python -m pytest -m "not gpu and not exhaustive" $(WORKERS) $(SMOKE)
+
 lint: setup
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
@@ -98,5 +111,5 @@ lock: setup
 	  grep -v '^#' requirements.txt; } > requirements.txt.tmp && mv requirements.txt.tmp requirements.txt
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(LOWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
