@@ -130,7 +130,7 @@ def build_loop(
     objective = build_objective(cfg.diffusion)
     rows, columns = cfg.data.height // vae.spatial_stride, cfg.data.width // vae.spatial_stride
     builder = BatchBuilder(
-        vae, objective, seed=cfg.run.seed, patch_size=cfg.model.patch_size,
+        vae, objective, seed=cfg.run.seed, batch_size=cfg.train.batch_size, patch_size=cfg.model.patch_size,
         drop_probability=cfg.model.class_dropout_prob,
         latent_shape=(vae.latent_channels, cfg.data.num_frames, rows, columns),
         text_shape=(cfg.model.model_max_length, cfg.model.caption_channels), device=engine.device,

@@ -233,14 +233,15 @@ class STDiT(nn.Module):
         varlen = varlen_kernel(device, dtype, self.cfg.hidden_size // self.cfg.num_heads)
         return Captions(mask, num_samples, device, varlen=varlen, rows=rows)
 
-    def compile_blocks(self, *, backend: str = "inductor", dynamic: bool | None = None) -> None:
+    def compile_blocks(self, *, backend: str = "inductor") -> None:
         """Let torch.compile make one program of a block, which serves all blocks; it does so at the first call.
 
-        `dynamic`: True makes every size of the tokens a variable, where many occur; None only those that are seen to
-        change. A size of 1 is always compiled by itself. The compiler fuses torch's own operations, not the kernels of
-        `train.kernels`.
+        For training alone: without gradients blocks run as they are, or validation and sampling would need programs of
+        their own. Numbers of samples, frames, places and caption tokens are variables of the program; only where one
+        of them is 1, all captions have one length, or one is empty, it is compiled again. The compiler fuses torch's
+        own operations, not the kernels of `train.kernels`.
         """
-        self._compiled_block = torch.compile(run_block, backend=backend, dynamic=dynamic)
+        self._compiled_block = torch.compile(run_block, backend=backend)
 
     def _run_blocks(
         self,
@@ -251,15 +252,18 @@ class STDiT(nn.Module):
         temporal: Tensor | None,
     ) -> Tensor:
         keep = self.activation_checkpointing if torch.is_grad_enabled() else "none"
-        run: Callable[..., Tensor] = self._compiled_block or run_block
+        compiled = self._compiled_block if torch.is_grad_enabled() else None
+        run: Callable[..., Tensor] = compiled or run_block
         later = None  # what joins the temporal branch's input after the first block
-        if self._compiled_block is None and keep == "none" and fused(x):
+        if compiled is None and keep == "none" and fused(x):
             return self._run_fused(x, texts, modulation, captions, temporal)
-        if self._compiled_block is not None and temporal is not None:
-            # A block that adds nothing would be compiled by itself, and so would one that is given a view. Zeros that
-            # are added while tokens are copied cost nothing.
-            later = torch.zeros_like(temporal)
-            temporal = temporal + later
+        if compiled is not None:
+            if temporal is not None:
+                # A block that adds nothing would be compiled by itself, and so would one that is given a view. Zeros
+                # that are added while tokens are copied cost nothing.
+                later = torch.zeros_like(temporal)
+                temporal = temporal + later
+            _mark_sizes(x, texts[0], modulation, captions, temporal, later)
         host = HostStack(x.device) if keep != "none" and self.offload_activations else None
         for block, text in zip(self.blocks, texts, strict=True):
             with contextlib.nullcontext() if host is None else host.holding(x):
@@ -349,6 +353,22 @@ class STDiT(nn.Module):
         """Load as usual, but pass over the position tables that published files carry."""
         weights = {key: value for key, value in state_dict.items() if key not in POSITION_TABLES}
         return super().load_state_dict(weights, strict=strict, assign=assign)
+
+
+def _mark_sizes(
+    x: Tensor, text: BlockText, modulation: Tensor, captions: Captions | None, *temporal: Tensor | None
+) -> None:
+    """Tell the compiler which axes of a block's inputs change from batch to batch, before it sees them change."""
+    from torch._dynamo import maybe_mark_dynamic
+
+    axes: list[tuple[Any, list[int]]] = [(x, [0, 1, 2]), (modulation, [1]), *((table, [0]) for table in temporal)]
+    if isinstance(text, Tensor):
+        axes.append((text, [0, 1] if text.ndim == 3 else [0]))  # [B, L, D], or [N, D] end to end
+    if captions is not None:
+        axes += [(captions.attend, [0, 3]), (captions.present, [0]), (getattr(captions, "ends", None), [0])]
+    for tensor, changing in axes:
+        if tensor is not None:
+            maybe_mark_dynamic(tensor, changing)
 
 
 def _check(cfg: STDiTConfig) -> None:

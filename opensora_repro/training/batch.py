@@ -55,6 +55,7 @@ class BatchBuilder:
         objective: Objective,
         *,
         seed: int,
+        batch_size: int,
         patch_size: Sequence[int],
         drop_probability: float,
         latent_shape: Sequence[int],
@@ -62,7 +63,7 @@ class BatchBuilder:
         device: torch.device,
     ) -> None:
         """`latent_shape` is [C, T, h, w], `text_shape` [L, Ct] of one sample."""
-        self.vae, self.objective, self.seed = vae, objective, seed
+        self.vae, self.objective, self.seed, self.batch_size = vae, objective, seed, batch_size
         self.patch_size, self.drop_probability, self.device = patch_size, drop_probability, device
         self.latent_shape, self.text_shape = latent_shape, text_shape
 
@@ -95,16 +96,20 @@ class BatchBuilder:
         )
 
     def stand_in(self) -> Batch:
-        """One sample of zeros and weight 0: a rank without a readable sample still joins the others' exchange."""
-        zeros = torch.zeros(1, *self.latent_shape, device=self.device)
+        """Zeros with weight 0: a rank without a readable sample still joins the others' exchange.
+
+        As many samples as a batch has, for which memory is there and compiled blocks exist.
+        """
+        size, device = self.batch_size, self.device
+        zeros = torch.zeros(size, *self.latent_shape, device=device)
         return Batch(
             ids=[],
             latents=zeros,
             noise=zeros,
-            timesteps=torch.zeros(1, device=self.device),
-            text=torch.zeros(1, *self.text_shape, device=self.device),
-            mask=torch.ones(1, self.text_shape[0], dtype=torch.bool),
-            drop_text=torch.zeros(1, dtype=torch.bool, device=self.device),
+            timesteps=torch.zeros(size, device=device),
+            text=torch.zeros(size, *self.text_shape, device=device),
+            mask=torch.ones(size, self.text_shape[0], dtype=torch.bool),
+            drop_text=torch.zeros(size, dtype=torch.bool, device=device),
             weight=0.0,
             num_tokens=0,
         )

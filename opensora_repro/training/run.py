@@ -220,6 +220,7 @@ class _Run:
             vae,
             self.objective,
             seed=cfg.run.seed,
+            batch_size=cfg.train.batch_size,
             patch_size=cfg.model.patch_size,
             drop_probability=cfg.model.class_dropout_prob,
             latent_shape=(vae.latent_channels, cfg.data.num_frames, height, width),

@@ -67,21 +67,44 @@ def test_one_program_for_all_blocks_and_sizes(checkpointing: str, offload: bool)
     """Selective checkpointing has another for tokens so many that their attention is dear."""
     plain, compiled = new_model(checkpointing), new_model(checkpointing)
     compiled.offload_activations = offload
-    compiled.compile_blocks(backend=CompileCounterWithBackend("aot_eager"), dynamic=True)
+    compiled.compile_blocks(backend=CompileCounterWithBackend("aot_eager"))
     for sizes in SIZES:
         assert_alike(outputs_and_gradients(compiled, sizes), outputs_and_gradients(plain, sizes), 1e-5)
     assert counters["stats"]["unique_graphs"] == (2 if checkpointing == "selective" else 1)
     assert not counters["graph_break"]
 
 
-@pytest.mark.exhaustive
-def test_sizes_that_change_are_compiled_twice_at_most() -> None:
-    """As a run does it: another number of samples, once sampling or the last batch needs it, and a third."""
+def test_a_run_compiles_each_kind_of_step_once() -> None:
+    """Train, validate, sample, a short batch, one sample, captions of one length, empty ones; then all of it again."""
     model = new_model()
-    model.compile_blocks(backend=CompileCounterWithBackend("aot_eager"))
-    for samples in (2, 3, 4, 5):
-        outputs_and_gradients(model, (samples, 4, 8, 8, 12))
-    assert counters["stats"]["unique_graphs"] == 2
+    model.compile_blocks(backend=CompileCounterWithBackend("eager"))
+
+    def train(samples: int, frames: int, side: int, lengths: list[int]) -> None:
+        latents, text = torch.randn(samples, 4, frames, side, side), torch.randn(samples, 12, 16)
+        mask = torch.arange(12)[None] < torch.tensor(lengths)[:, None]
+        model(latents, torch.rand(samples) * 1000, text, mask).square().mean().backward()
+
+    def validate_and_sample(samples: int) -> None:
+        latents, text = torch.randn(samples, 4, 4, 8, 8), torch.randn(samples, 12, 16)
+        mask = torch.arange(12)[None] < torch.arange(2, samples + 2)[:, None]
+        with torch.no_grad():
+            model(latents, torch.rand(samples) * 1000, text, mask)
+            model(latents, torch.rand(samples) * 1000, model.prepare_text(text, mask, null=model.null_condition()))
+
+    def run(frames: int, side: int, more: int) -> int:
+        train(4, frames, side, [3, 5, 7, 9 + more])
+        validate_and_sample(4 - more)
+        train(3, frames, side, [3, 5, 8 + more])  # a sample could not be read
+        train(1, frames, side, [4 + more])
+        train(4, frames, side, [6 + more] * 4)
+        train(4, frames, side, [0, 5, 7, 9 + more])
+        validate_and_sample(2)
+        return counters["stats"]["unique_graphs"]  # type: ignore[no-any-return]
+
+    programs = run(4, 8, 0)
+    assert programs == 4  # captions of several lengths, one sample, captions of one length, an empty one
+    assert run(5, 12, 1) == run(3, 6, 2) == programs
+    assert not counters["graph_break"] and not counters["recompile_limit"]
 
 
 def test_weights_keep_their_names() -> None:

@@ -23,6 +23,7 @@ def builder(vae: FrameVAE, seed: int = 7, drop: float = 0.3, objective: str = "f
         vae,
         build_objective(DiffusionConfig(objective=objective)),
         seed=seed,
+        batch_size=2,
         patch_size=(1, 2, 2),
         drop_probability=drop,
         latent_shape=(TINY_LATENT_CHANNELS, 3, 5, 4),
@@ -85,6 +86,7 @@ def test_global_random_state_is_left_alone(vae: FrameVAE) -> None:
 
 def test_stand_in_has_the_shape_and_no_weight(vae: FrameVAE) -> None:
     build = builder(vae)
-    real, empty = build.build([(0, sample("a"))]), build.stand_in()
+    real, empty = build.build([(0, sample("a")), (0, sample("b"))]), build.stand_in()
+    assert [x.shape for x in real.tensors()] == [x.shape for x in empty.tensors()]
     assert [x.shape for x in row(real, 0)] == [x.shape for x in row(empty, 0)]
     assert (empty.weight, empty.num_tokens, empty.ids) == (0.0, 0, [])
