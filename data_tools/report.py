@@ -13,10 +13,12 @@ pictures that were made, so that a second run makes only what is new.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from opensora_repro.data.jobs.run import Runner, add_runner_options, runner_of
 from opensora_repro.data.manifest import DataError
@@ -81,6 +83,7 @@ def report(inputs: Sequence[str], out: Path, clips: int, runner: Runner) -> int:
     last = last_of(stages)
     if last and last.manifest:
         told.strips["clips"] = strips_of(told.clips, last, out, runner)
+        told.links = {row["path"]: link(last.folder / row["path"], out) for row in told.clips if row.get("path")}
     if told.duplicates and clips:
         members = [row for group in told.duplicates.largest for row in group.rows]
         stage = next(stage for stage in stages if stage.manifest is first_with(stages, GROUPED[0]))
@@ -96,6 +99,7 @@ def gather(stages: Sequence[Stage], clips: int) -> Report:
     """Read all tables; return what the page tells, but for the pictures."""
     from opensora_repro.data.report.page import Report
     from opensora_repro.data.report.rows import rows_at, spread
+    from opensora_repro.data.report.sources import count_sources
     from opensora_repro.data.report.stages import count_stage
     from opensora_repro.data.report.summary import Summary, summarize
     from opensora_repro.data.report.words import frequent_words
@@ -117,6 +121,7 @@ def gather(stages: Sequence[Stage], clips: int) -> Report:
                 sampled = rows_at(table, spread(table.num_rows, CAPTIONS_READ), ["caption"])
                 told.words = frequent_words((str(row["caption"] or "") for row in sampled), WORDS_SHOWN)
                 told.words_of = len(sampled)
+        told.sources = count_sources(stages, last, advance)
         told.duplicates = groups(stages, GROUPED[0], advance, DUPLICATE_GROUPS, DUPLICATES)
         told.flags = groups(stages, GROUPED[1], advance, FLAGS, FLAGGED)
     return told
@@ -154,7 +159,8 @@ def rows_to_read(stages: Sequence[Stage]) -> int:
     """Return about how many rows all passes read, for the progress."""
     tables = [table for stage in stages for table in (stage.manifest, stage.rejects) if table]
     last, before = last_of(stages), before_filter(stages)
-    again = [stage.manifest for stage in (last, last, before, before) if stage and stage.manifest]
+    again = [stage.manifest for stage in (last, last, last, before, before) if stage and stage.manifest]
+    again += [stage.rejects for stage in stages if stage.rejects]
     for column in GROUPED:
         if found := first_with(stages, column):
             again += [found, found]
@@ -170,6 +176,11 @@ def scores_of(table: Table) -> list[str]:
         name for name in number_columns(table.schema)
         if name in table.schema.names and name not in (*MANIFEST, *LINEAGE, *NO_SCORES)
     ]  # fmt: skip
+
+
+def link(path: Path, out: Path) -> str:
+    """Return the address of a file for a page in `out`: always a path, whatever the file is called."""
+    return quote(os.path.relpath(path, out), errors="surrogateescape")
 
 
 def strips_of(rows: Sequence[dict[str, Any]], stage: Stage, out: Path, runner: Runner) -> dict[str, Any]:

@@ -19,8 +19,8 @@ def compiles(cfg: Config, device_type: str) -> bool:
     return device_type == "cuda" and whole and not missing_triton()
 
 
-# Programs of a block that a run may need: for one sample or several, captions of one length or not, one of them empty
-# or none, each for a frame or several and for either way of autocast. Beyond its limit (8) the compiler gives up for good.
+# Programs of a block that a run may need: for one sample or several, captions of one length or not, one of them empty or
+# none, each for a frame or several and either way of autocast. Beyond its own limit (8) the compiler gives up for good.
 MOST_PROGRAMS = 32
 
 
@@ -30,6 +30,6 @@ def apply_compile(model: STDiT, cfg: Config) -> None:
 
     torch._dynamo.config.suppress_errors = cfg.train.compile == "auto"
     torch._dynamo.config.cache_size_limit = MOST_PROGRAMS
-    # Blocks are compiled one by one: there is nothing to cut where DDP's buckets end, and cutting fails at checkpointing.
+    # Blocks are compiled one by one: there is nothing to cut where DDP's buckets end, and checkpointing cannot be cut.
     torch._dynamo.config.optimize_ddp = False
     model.compile_blocks()

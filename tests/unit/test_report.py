@@ -6,6 +6,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pandas as pd
@@ -28,7 +29,7 @@ TAGS = set(
     re.findall(
         r"\w+",
         "html head meta title style body header h1 h2 h3 h4 p nav a section table tr th td span small b br figure"
-        " figcaption img bdi svg path rect text ul li code div",
+        " figcaption img video bdi svg path rect text ul li code div",
     )
 )
 NASTY = (
@@ -97,9 +98,9 @@ def allowed(page: Page) -> None:
     assert {tag for tag, _ in page.tags} <= TAGS
     names = {name for _, attrs in page.tags for name in attrs}
     assert not [name for name in names if name.startswith("on") or name in ("srcset", "action", "background")]
-    assert all(
-        attrs.get("src", "data:image/jpeg;base64,").startswith("data:image/jpeg;base64,") for _, attrs in page.tags
-    )
+    for tag, attrs in page.tags:  # pictures are in the page, clips beside it, under names that are paths alone
+        form = r"(\.\./)*[\w.%/~-]+" if tag == "video" else "data:image/jpeg;base64,.*"
+        assert re.fullmatch(form, attrs.get("src", "data:image/jpeg;base64," if tag != "video" else "")), attrs
     assert all(attrs.get("href", "#").startswith("#") for _, attrs in page.tags)
     assert not re.search(r"url\(|@import|://", page.source)
     (policy,) = [attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy"]
@@ -125,6 +126,46 @@ def test_what_others_wrote_stays_text(tmp_path: Path) -> None:
         assert page.text.count(text) >= 5, text
     assert "safe\\u202egnp.exe\\u2066 hidden\\u200b \\x00\\x1b[31m\\x7f" in page.text
     assert "line break tab" in page.text
+
+
+def test_each_source_has_a_row_with_what_it_lost(tmp_path: Path) -> None:
+    film, short, gone = "my films/a.mp4", "short.mov", "gone.mp4"
+    split = write(
+        tmp_path / "split",
+        [clip(f"c{i}", source=film if i else short) for i in range(4)],
+        [{"id": "x", "stage": "split", "source": gone, "path": "", "reason": "no video stream"}]
+        + [
+            {"id": f"y{i}", "stage": "split", "source": film, "path": f"y{i}.mp4", "reason": f"{i} frames"}
+            for i in (1, 2)
+        ],
+    )
+    rejects = [{"id": "c0", "stage": "filter", "source": short, "path": "c0.mp4", "reason": "motion > 0.01"}]
+    kept = write(tmp_path / "filter", [clip(f"c{i}", source=film) for i in (1, 2, 3)], rejects)
+    page = make_page(tmp_path / "out", split, kept)
+    rows = re.findall(r"<tr><th>([^<]*)</th>(.*?)</tr>", page.source.split('class="sources"')[1].split("</table>")[0])[
+        1:
+    ]
+    told = [[re.sub(r"<[^>]+>", " ", part).strip() for part in cells.split("</td>")] for _, cells in rows]
+    assert [name for name, _ in rows] == [gone, short, film]  # those without a clip first
+    assert [cells[0] for cells in told] == ["0", "0", "3"]
+    assert [cells[2] for cells in told] == ["1", "1", "2"]
+    assert told[1][3] == "filter: motion &gt; 0.01  1" and told[2][3] == "split: # frames  2"
+    assert "3 sources, 2 of them without a clip that was kept" in page.text
+    assert "my films/a.mp4 · y1.mp4" in page.text  # a reject's source and path
+
+
+def test_clips_are_played_from_where_they_lie(tmp_path: Path) -> None:
+    folder = tmp_path / "data" / "filter"
+    names = ["javascript:alert(1)", "a & 'b'?#%41", "视频"]
+    folder.mkdir(parents=True)
+    for name in names:
+        write_video(folder / f"{name}.mp4", np.zeros((3, 36, 64, 3), np.uint8), fps=12)
+    write(folder, [clip(name, num_frames=3) for name in names])
+    page = make_page(tmp_path / "data" / "page", folder, clips=3)
+    allowed(page)
+    players = [attrs["src"] for tag, attrs in page.tags if tag == "video"]
+    assert [(tmp_path / "data" / "page" / unquote(src)).is_file() for src in players] == [True] * 3
+    assert not any(urlsplit(src).scheme or urlsplit(src).netloc for src in players)
 
 
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""Parts of a page that is one file: it fetches nothing, and what others wrote cannot become part of its markup."""
+"""Parts of a page that is one file: it fetches nothing but videos beside it.
+
+What others wrote cannot become part of its markup.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,10 @@ def shown(text: object, limit: int = 500) -> str:
 
 
 def document(title: str, body: str, *, style: str = "", script: str = "") -> str:
-    """Return the page; `title` is text, `body` HTML. Its policy forbids every fetch and every script but `script`."""
+    """Return the page; `title` is text, `body` HTML.
+
+    Its policy forbids every script but `script`, and every fetch but that of videos which lie beside the page.
+    """
     code = f"<script>{script}</script>\n" if script else ""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = POLICY + (f"; script-src 'sha256-{digest}'" if script else "")
@@ -51,7 +57,8 @@ def data_uri(kind: str, content: bytes) -> str:
 
 
 POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data:; base-uri 'none'; form-action 'none'"
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data: 'self' file:; base-uri 'none';"
+    " form-action 'none'"
 )
 
 PAGE = """<!doctype html>

@@ -12,12 +12,14 @@ from opensora_repro.data.report import charts
 from opensora_repro.data.report.charts import histogram, number
 from opensora_repro.data.report.groups import Group, Groups
 from opensora_repro.data.report.markup import document, nothing, section, shown, slug
+from opensora_repro.data.report.sources import Source
 from opensora_repro.data.report.stages import SOURCES_COUNTED, Counts
 from opensora_repro.data.report.summary import CHARACTERS, WORDS, Classes, Numbers, Summary
 from opensora_repro.data.report.thumbnails import Strip
 
 MAX_PICTURES = 3_500_000  # bytes of all pictures; what is beyond is named instead of shown
 REASONS_SHOWN = 25  # of each stage
+SOURCES_SHOWN = 200
 COMPARED = re.compile(r"\s*\(?\s*([A-Za-z_]\w*)\s*\)?\s*(?:<=?|>=?|==|!=)")
 Row = Mapping[str, Any]
 
@@ -38,6 +40,8 @@ class Report:
     duplicates: Groups | None = None
     flags: Groups | None = None
     strips: dict[str, dict[str, Strip]] = field(default_factory=dict)  # of "clips" and "duplicates", by path
+    links: dict[str, str] = field(default_factory=dict)  # addresses of the clips, by path
+    sources: list[Source] = field(default_factory=list)  # the most interesting first
 
 
 def page(report: Report) -> str:
@@ -45,6 +49,7 @@ def page(report: Report) -> str:
     pictures = _Pictures()
     parts = {
         "Through the line": _funnel(report),
+        "Sources": _source_rows(report),
         "Clips": _clips(report, pictures),
         "Columns": _columns(report),
         "Captions": _captions(report),
@@ -88,13 +93,38 @@ def _funnel(report: Report) -> str:
     return f'<table class="funnel">{head}{"".join(lines)}</table>'
 
 
+def _source_rows(report: Report) -> str:
+    """A row a source video: those that gave no clip first, then by what was lost."""
+    if not report.sources:
+        return ""
+    most = max(source.kept + source.num_lost for source in report.sources)
+    lines = []
+    for source in report.sources[:SOURCES_SHOWN]:
+        reasons = sorted(source.lost.values(), key=lambda reason: -reason.count)
+        why = "<br>".join(f"{shown(reason.text, 160)} <small>{reason.count:,}</small>" for reason in reasons[:3])
+        kept = _bar(source.kept, most, f"{source.kept:,}")
+        played = clock(source.seconds) if source.seconds else ""
+        lines.append(
+            f"<tr><th>{shown(source.name, 120)}</th>{kept}<td>{played}</td>"
+            f"<td>{source.num_lost:,}</td><td>{why}</td></tr>"
+        )
+    empty = sum(source.kept == 0 for source in report.sources)
+    told = f"{_sources(len(report.sources))} sources, {empty:,} of them without a clip that was kept"
+    hidden = len(report.sources) - SOURCES_SHOWN
+    told += f"; the first {SOURCES_SHOWN:,} here, those with the most losses" if hidden > 0 else ""
+    head = "<tr><th>source</th><th>clips kept</th><th>video</th><th>rows lost</th><th>mostly why</th></tr>"
+    return f'<p>{told}.</p><table class="sources">{head}{"".join(lines)}</table>'
+
+
 def _clips(report: Report, pictures: _Pictures) -> str:
     if not report.clips:
         return nothing("no row to show")
     strips = report.strips.get("clips", {})
-    tiles = "".join(_tile(row, report.scores, strips, pictures) for row in report.clips)
+    tiles = "".join(
+        _tile(row, report.scores, strips, pictures, report.links.get(str(row.get("path")), "")) for row in report.clips
+    )
     total = report.stages[-1][1].rows
-    told = f"<p>{len(report.clips):,} of {total:,}, evenly spread; three moments of each.</p>"
+    told = f"<p>{len(report.clips):,} of {total:,}, evenly spread; three moments of each, and the clip to play.</p>"
     return f'{told}<div class="tiles strips">{tiles}</div>'
 
 
@@ -233,14 +263,17 @@ class _Pictures:
         return f'<img src="data:image/jpeg;base64,{code}" alt="" loading="lazy">'
 
 
-def _tile(row: Row, scores: Sequence[str], strips: Mapping[str, Strip], pictures: _Pictures) -> str:
-    """One clip: its picture, caption, size and scores."""
+def _tile(row: Row, scores: Sequence[str], strips: Mapping[str, Strip], pictures: _Pictures, address: str = "") -> str:
+    """One clip: its picture, a player where there is an `address`, caption, size and scores."""
     path = row.get("path")
     caption = row.get("caption") or ""
     text = f'<bdi dir="auto">{shown(caption, 240)}</bdi>' if caption else '<span class="none">no caption</span>'
     told = [_facts(row), *(f"{shown(name, 40)} {_cell(row[name], 3)}" for name in scores if row.get(name) is not None)]
     flag = f' <b class="no">{shown(row["caption_flag"], 40)}</b>' if row.get("caption_flag") else ""
-    picture = pictures.show(strips.get(path) if isinstance(path, str) else None)
+    strip = strips.get(path) if isinstance(path, str) else None
+    picture = pictures.show(strip)
+    if address and strip and "error" not in strip and row.get("num_frames") != 1:
+        picture += f'<video controls loop muted playsinline preload="none" src="{address}"></video>'
     small = f"<small>{' · '.join(part for part in told if part)}<br>{shown(row.get('id'), 80)}</small>"
     return f"<figure>{picture}<figcaption>{text}{flag}<br>{small}</figcaption></figure>"
 
@@ -297,7 +330,12 @@ def clock(seconds: float) -> str:
 STYLE = """
 nav { display: flex; flex-wrap: wrap; gap: .3rem 1rem; } a { color: var(--accent); }
 h4 { margin: .8rem 0 .2rem; font-size: .95rem; font-weight: 400; } code { font-size: .9em; overflow-wrap: anywhere; }
-.funnel { width: 100%; } .funnel td:nth-child(2), .funnel td:nth-child(3) { width: 24%; }
+.funnel, .sources { width: 100%; } .funnel td:nth-child(2), .funnel td:nth-child(3) { width: 24%; }
+.sources th:first-child { font-weight: 400; overflow-wrap: anywhere; } .sources td:nth-child(2) { width: 16%; }
+.tiles video { width: 100%; height: 8.5rem; margin-top: .25rem; border-radius: 6px; background: #000; display: block; }
+@media (max-width: 40rem) { body { padding: .8rem .5rem 3rem; } section { padding: .7rem .6rem; }
+  table { font-size: .84rem; } th, td { padding-right: .45rem; } td .bar, .bar { min-width: 2.6rem; padding: 0 .2rem; }
+  .tiles.strips { grid-template-columns: 1fr; } }
 th, td { vertical-align: top; }
 td { overflow-wrap: anywhere; } td .bar { min-width: 5rem; }
 .tiles.strips { grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 1rem .9rem; }

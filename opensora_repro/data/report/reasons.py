@@ -82,6 +82,8 @@ def _counted(batch: Any) -> Iterator[tuple[str, int, list[tuple[str, str]]]]:
 
 
 def _name(batch: Any, row: int) -> str:
+    """Source and path, where they differ and are there; else the id."""
     names = [name for name in ("source", "path", "id") if name in batch.schema.names]
-    values = (batch.column(name)[row].as_py() for name in names)
-    return next((str(value) for value in values if value), "")
+    values = {name: str(batch.column(name)[row].as_py() or "") for name in names}
+    place = dict.fromkeys(value for name, value in values.items() if value and name != "id")
+    return " · ".join(place) or values.get("id", "")
