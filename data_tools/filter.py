@@ -9,7 +9,7 @@ that are no words. `duration` is there in seconds even where the manifest has no
 cannot tell, because a value is missing, is dropped: add `or missing(x)` to keep it. Parts joined by `and` are counted
 one by one. A percentile is taken over all rows of the manifest, whatever the other rules drop.
 
-DIR receives `manifest.parquet`, `rejects.parquet` (id, stage, reason: the first rule that dropped the row) and
+DIR receives `manifest.parquet`, `rejects.parquet` (the reason is the first rule that dropped the row) and
 `filter.json`: rows dropped by each rule alone and in order. `thumbnails/` shows for each numeric threshold the clips
 just below and just above it. Rows are read in batches, so memory does not grow with the manifest; the result of a
 second run is the same file, left untouched.
@@ -209,7 +209,8 @@ def apply_rules(table: Table, rules: list[Rule], out: Path) -> tuple[int, int]:
     from opensora_repro.data.tables import Rebase, table_writer
 
     rebase = Rebase(table.path.absolute().parent, out.absolute())
-    rejects = pa.schema([("id", pa.string()), ("stage", pa.string()), ("reason", pa.string())])
+    told = [name for name in ("id", "path", "source") if name in table.schema.names]
+    rejects = pa.schema([(name, pa.string()) for name in (*told, "stage", "reason")])
     reasons = pa.array([rule.text for rule in rules], pa.string())
     kept = 0
     with (
@@ -224,10 +225,11 @@ def apply_rules(table: Table, rules: list[Rule], out: Path) -> tuple[int, int]:
             kept += passed.num_rows
             write_kept(passed)
             bad = pc.invert(good)
-            ids = batch.column("id").filter(bad).cast(pa.string())
-            stages = pa.repeat(pa.scalar("filter"), len(ids))
+            dropped = rebase(batch.filter(bad))
+            columns = [dropped.column(name).cast(pa.string()) for name in told]
+            stages = pa.repeat(pa.scalar("filter"), dropped.num_rows)
             why = reasons.take(first.filter(bad))
-            write_reject(pa.RecordBatch.from_arrays([ids, stages, why], schema=rejects))
+            write_reject(pa.RecordBatch.from_arrays([*columns, stages, why], schema=rejects))
             bar.update(batch.num_rows)
     return table.num_rows, kept
 

@@ -19,8 +19,8 @@ def compiles(cfg: Config, device_type: str) -> bool:
     return device_type == "cuda" and whole and not missing_triton()
 
 
-# Programs of a block that a run may need: for one sample or several, captions of one length or not, one of them empty or
-# none, each for a frame or several and either way of autocast. Beyond its own limit (8) the compiler gives up for good.
+# Programs of a block that a run may need: for one sample or several, captions of one length or not, one of them empty
+# or none, each for a frame or several and either way of autocast. Beyond its limit of 8 the compiler gives up.
 MOST_PROGRAMS = 32
 
 

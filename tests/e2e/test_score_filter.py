@@ -153,7 +153,8 @@ def test_filter_keeps_reports_and_shows(scored: Path, tmp_path: Path, capsys: py
     kept = read_manifest(out / "manifest.parquet", need_captions=False)
     assert kept["id"].tolist() == ["fast"] and Path(kept["path"][0]).is_file()
     rejects = read_table(out / "rejects.parquet")
-    assert rejects.to_dict("records") == [
+    assert all((out / path).is_file() for path in rejects["path"])
+    assert rejects[["id", "stage", "reason"]].to_dict("records") == [
         {"id": "slow", "stage": "filter", "reason": "motion > 0.2"},
         {"id": "small", "stage": "filter", "reason": "not duplicate"},
         {"id": "black", "stage": "filter", "reason": "motion > 0.2"},

@@ -273,7 +273,7 @@ def _tile(row: Row, scores: Sequence[str], strips: Mapping[str, Strip], pictures
     strip = strips.get(path) if isinstance(path, str) else None
     picture = pictures.show(strip)
     if address and strip and "error" not in strip and row.get("num_frames") != 1:
-        picture += f'<video controls loop muted playsinline preload="none" src="{address}"></video>'
+        picture += f'<video controls loop muted playsinline preload="metadata" src="{address}"></video>'
     small = f"<small>{' · '.join(part for part in told if part)}<br>{shown(row.get('id'), 80)}</small>"
     return f"<figure>{picture}<figcaption>{text}{flag}<br>{small}</figcaption></figure>"
 
@@ -335,6 +335,8 @@ h4 { margin: .8rem 0 .2rem; font-size: .95rem; font-weight: 400; } code { font-s
 .tiles video { width: 100%; height: 8.5rem; margin-top: .25rem; border-radius: 6px; background: #000; display: block; }
 @media (max-width: 40rem) { body { padding: .8rem .5rem 3rem; } section { padding: .7rem .6rem; }
   table { font-size: .84rem; } th, td { padding-right: .45rem; } td .bar, .bar { min-width: 2.6rem; padding: 0 .2rem; }
+  .funnel :is(th, td):nth-child(6) { display: none; } .sources td:last-child { min-width: 9rem; }
+  .sources th:first-child { min-width: 7rem; }
   .tiles.strips { grid-template-columns: 1fr; } }
 th, td { vertical-align: top; }
 td { overflow-wrap: anywhere; } td .bar { min-width: 5rem; }
