@@ -1,13 +1,16 @@
 """Give the clips of a manifest their captions: from files made elsewhere, from a model, or from an endpoint.
 
+    python -m data_tools.caption INPUT --template FILE.csv
     python -m data_tools.caption INPUT --sidecar FILE|FOLDER --out DIR
     python -m data_tools.caption INPUT --model NAME|FOLDER --out DIR
     python -m data_tools.caption INPUT --endpoint URL --endpoint-model NAME --out DIR
 
-INPUT is a manifest; a folder, a file, a pattern or a table of paths is probed first. A sidecar is joined by key, never
-by order: a FOLDER of .txt or .json files with a clip's id or file name each; or a list (CSV, Parquet, JSON, JSON lines)
-of `id, caption`, of `source, caption` with `start_frame, end_frame` or `start_time, end_time`, or as WebVid, Panda-70M
-and HD-VG-130M have it. A clip gets the caption whose span holds its middle. MODEL is of the BLIP-2, LLaVA or Qwen-VL
+INPUT is a manifest; a folder, a file, a pattern or a table of paths is probed first. --template writes a list to fill
+in with a spreadsheet, a row a clip, which is then the sidecar. A sidecar is joined by key, never by order: a FOLDER of
+.txt or .json files with a clip's id, its file's name or its source's name each; or a list (CSV, Parquet, JSON, JSON
+lines) of `id, caption`; of `path, caption` or `source, caption`, where a source's caption goes to all its clips; of
+`source, caption` with `start_frame, end_frame` or `start_time, end_time`; or as WebVid, Panda-70M, Open-Sora-Plan and
+HD-VG-130M have it. A clip gets the caption whose span holds its middle. MODEL is of the BLIP-2, LLaVA or Qwen-VL
 family, a folder or a name in the hub's cache; nothing is downloaded. An endpoint is any API of chat completions.
 
 --rewrite makes short captions detailed with the endpoint: those of --sidecar or --model, else the manifest's own, else
@@ -57,13 +60,14 @@ REWRITE = (
     "the caption, contradict none, add no other people or events, and keep its language. Answer with the paragraph "
     "alone."
 )
+SOURCES = ("sidecar", "model", "endpoint")
 Record = dict[str, Any]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
     args = build_parser().parse_args(argv)
-    return run_tool(lambda: caption(args))
+    return run_tool(lambda: template(args) if args.template else caption(args))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -71,7 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="data_tools.caption", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("input", help=INPUT_HELP)
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for manifest.parquet and rejects.parquet")
+    parser.add_argument("--out", metavar="DIR", help="folder for manifest.parquet and rejects.parquet")
+    parser.add_argument("--template", metavar="FILE", help="write a list of the clips to fill in (.csv), nothing else")
     parser.add_argument("--sidecar", metavar="PATH", help="list of captions, or folder with a text file a clip")
     parser.add_argument("--model", metavar="MODEL", help="vision-language model: folder, or name in the hub's cache")
     parser.add_argument("--endpoint", metavar="URL", help="chat-completions API, such as http://localhost:8000/v1")
@@ -100,9 +105,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> None:
     """Raise DataError for options that do not go together."""
-    sources = [name for name in ("sidecar", "model", "endpoint") if getattr(args, name)]
+    sources = [name for name in SOURCES if getattr(args, name)]
     if not sources:
-        raise DataError("nothing to take captions from: give --sidecar, --model or --endpoint")
+        raise DataError("nothing to take captions from: give --sidecar, --model or --endpoint (or --template)")
+    if not args.out:
+        raise DataError("--out DIR is missing: the folder for manifest.parquet and rejects.parquet")
     if args.rewrite and not args.endpoint:
         raise DataError("--rewrite: needs --endpoint and --endpoint-model, which do it")
     if len(sources) > (2 if args.rewrite else 1) or {"sidecar", "model"} <= set(sources):
@@ -117,6 +124,25 @@ def check(args: argparse.Namespace) -> None:
             raise DataError(f"--{option.replace('_', '-')} {getattr(args, option)}: expected 0 or more")
     if not 0 < args.timeout < math.inf:
         raise DataError(f"--timeout {args.timeout}: expected a number of seconds")
+
+
+def template(args: argparse.Namespace) -> int:
+    """Write the list to fill in; returns the exit status."""
+    from opensora_repro.data.caption.template import write_template
+    from opensora_repro.data.inputs import TABLE_SUFFIXES
+    from opensora_repro.data.manifest import read_manifest
+
+    if given := [f"--{name}" for name in SOURCES if getattr(args, name)]:
+        raise DataError(f"--template and {given[0]}: give one of them")
+    manifest = Path(args.input)
+    if args.out:
+        manifest = manifest_of(args.input, Path(args.out), runner_of(args))
+    elif manifest.suffix.lower() not in TABLE_SUFFIXES:
+        raise DataError(f"{args.input}: is no manifest; add --out DIR, where it is probed first")
+    clips = read_manifest(manifest, need_captions=False)
+    empty = write_template(Path(args.template), clips.to_dict("records"))  # type: ignore[arg-type]
+    print(f"{len(clips)} clips, {empty} without a caption: fill in {args.template}, then pass it to --sidecar")
+    return 0
 
 
 def caption(args: argparse.Namespace) -> int:

@@ -58,6 +58,12 @@ def videos_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
+def cases_dir() -> Path:
+    """Small inputs after public bug reports; their README says what each must give."""
+    return shared_folder("cases", "OPENSORA_CASES")
+
+
+@pytest.fixture(scope="session")
 def repo_dir() -> Path:
     """Root of the checkout."""
     return REPO

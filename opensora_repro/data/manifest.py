@@ -67,6 +67,10 @@ def read_table(path: Path) -> pd.DataFrame:
     """Read a Parquet or CSV file, by its extension; the text columns of a CSV stay text. Raises DataError."""
     import pandas as pd
 
+    from opensora_repro.data.csv_rows import check_csv
+
+    if table_kind(path) == "csv":
+        check_csv(path)  # pandas shifts or cuts a first row that is too long
     with reading(path) as kind:
         if kind == "parquet":
             return pd.read_parquet(path, engine="pyarrow")

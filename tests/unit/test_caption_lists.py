@@ -121,6 +121,121 @@ def test_json_lists(tmp_path: Path) -> None:
     assert texts(tmp_path / "d.jsonl") == [missing[0], "one", "seven", missing[0]]
 
 
+def test_json_lines_end_at_line_feeds_alone(tmp_path: Path) -> None:
+    odd = "one\u2028two\u0085three\x0bfour\x1cfive"
+    lines = [json.dumps({"id": "c0", "caption": odd}, ensure_ascii=False).replace("\\u000b", "\x0b"),
+             json.dumps({"id": "c1", "caption": "second"})]  # fmt: skip
+    (tmp_path / "l.jsonl").write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    assert "\x0b" in lines[0]
+    assert texts(tmp_path / "l.jsonl")[:2] == ["one two three four five", "second"]
+    (tmp_path / "l.jsonl").write_text(lines[1] + '\n{"id": "c0", \n')
+    with pytest.raises(DataError, match=r"l\.jsonl: line 2: cannot be read as JSON"):
+        texts(tmp_path / "l.jsonl")
+
+
+def test_of_several_captions_the_first_that_is_not_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"id": "c0", "caption": ["", " ", "zero", "nil"]}, {"id": "c1", "caption": ["one"]},
+            {"id": "c2", "caption": []}, {"id": "c3", "caption": None}]  # fmt: skip
+    expected = ["zero", "one", *(f"[its caption (row {n} of the list) is empty]" for n in (3, 4))]
+    for suffix in (".parquet", ".csv"):
+        assert texts(table(tmp_path / f"l{suffix}", rows)) == expected
+    as_json(tmp_path / "l.json", [*rows[:3], {"id": "c3", "caption": {"text": "object"}}])
+    assert texts(tmp_path / "l.json") == [*expected[:3], "object"]
+    assert capsys.readouterr().err.count("1 rows have several captions; the first of each is taken") == 3
+    rows[0]["caption"] = {"title": "x"}
+    with pytest.raises(DataError, match="row 1: its caption is an object without caption, "):
+        texts(as_json(tmp_path / "l.json", rows))
+
+
+def test_binary_columns_are_text(tmp_path: Path) -> None:
+    rows = [{"clip_id": b"c0", "caption": "ein Süßer".encode()}, {"clip_id": b"vidA-1.mp4", "caption": b"one"}]
+    assert texts(table(tmp_path / "l.parquet", rows))[:2] == ["ein Süßer", "one"]
+    rows[0]["caption"] = b"S\xfc\xdfer"
+    with pytest.raises(DataError, match=r"row 1: its caption is no UTF-8 text"):
+        texts(table(tmp_path / "l.parquet", rows))
+
+
+def test_open_sora_plan(tmp_path: Path) -> None:
+    rows = [{"path": "part_0/vidA-1.mp4", "cap": ["one"], "fps": 25.0}, {"path": "/x/007.mp4", "cap": "seven"}]
+    missing = "[no caption for this file]"
+    assert texts(as_json(tmp_path / "osp.json", rows)) == [missing, "one", "seven", missing]
+
+
+def test_the_lists_of_the_cases(cases_dir: Path) -> None:
+    clips = pd.read_parquet(cases_dir / "captions" / "m" / "manifest.parquet").to_dict("records")
+    assert texts(cases_dir / "captions" / "list_caps.parquet", clips) == [f"first of {n}" for n in "abcd"]
+    assert texts(cases_dir / "captions" / "ext_ids.csv", clips) == [f"caption of {n}" for n in "abcd"]
+    assert texts(cases_dir / "captions" / "osp.json", clips)[:2] == [
+        "A man stands in a library.",
+        "A woman walks a dog.",
+    ]
+    with pytest.raises(
+        DataError, match=r"row 1 \(line 2\): 3 fields, the header has 2: put a caption with commas in quotes"
+    ):
+        texts(cases_dir / "captions" / "unquoted_comma.csv", clips)
+
+
+# ---- names
+
+
+@pytest.mark.parametrize("column", ["source", "filename", "video", "File Name", "path", "video_id"])
+@pytest.mark.parametrize("name", ["vidA.mp4", "vidA", "in/vidA.MP4", "/home/me/in/vidA.mp4", "C:\\in\\vidA.mp4"])
+def test_a_sources_caption_goes_to_all_its_clips(tmp_path: Path, column: str, name: str) -> None:
+    listed = table(tmp_path / "l.csv", [{column: name, "Caption": "a walk"}, {column: "zz.mp4", "Caption": "no"}])
+    assert texts(listed)[:2] == ["a walk", "a walk"]
+    listed = table(
+        tmp_path / "l.csv", [{column: "vidA-1.mp4", "caption": "a run"}, {column: name, "caption": "a walk"}]
+    )
+    assert texts(listed)[:2] == ["a walk", "a run"]
+
+
+def test_spans_and_whole_sources_in_one_list(tmp_path: Path) -> None:
+    rows = [{"source": "vidA.mp4", "start_time": 0, "end_time": 4, "caption": "a part"},
+            {"source": "007.mp4", "start_time": None, "end_time": None, "caption": "all of it"}]  # fmt: skip
+    assert texts(table(tmp_path / "l.csv", rows))[:3] == ["a part", "[no caption's span holds its middle]", "all of it"]
+
+
+def test_folders_tell_names_apart_or_the_doubt_is_told(tmp_path: Path) -> None:
+    clips = [clip("p", "/d/c/p.mp4", "x/a.mp4"), clip("q", "/d/c/q.mp4", "y/a.mp4"), clip("r", "/d/c/r.mp4", "e\u0301.mp4"),
+             clip("s", "/d/c/s.mp4", "take.2.mp4"), clip("t", "/d/c/t.mp4", "b.mov")]  # fmt: skip
+    rows = [
+        {"video": v, "caption": v} for v in ("/mnt/x/a.mp4", "q", "\u00e9.mp4", "take.2", "z/b.mov", "take", "b.webm")
+    ]
+    found = texts(table(tmp_path / "l.csv", rows), clips)
+    assert found == ["/mnt/x/a.mp4", "q", "\u00e9.mp4", "take.2", "z/b.mov"]
+    found = texts(table(tmp_path / "l.csv", [{"video": "a.mp4", "caption": "whose?"}]), clips)
+    assert found[:3] == ["[a.mp4 could be any of 2 videos (x/a.mp4, y/a.mp4); name it with its folder]"] * 2 + [
+        "[no caption for this source]"
+    ]
+    rows = [{"video": f"{folder}/b.mov", "caption": folder} for folder in ("one", "two")]
+    assert texts(table(tmp_path / "l.csv", rows), clips)[4] == (
+        "[the list has several that could be it: one/b.mov, two/b.mov]"
+    )
+
+
+def test_joining_takes_time_in_proportion(tmp_path: Path) -> None:
+    """Counted, not timed: names that all share their last component are not compared with each other."""
+    import sys
+
+    def steps(count: int) -> int:
+        clips = [clip(f"c{n}", f"/d/c{n}.mp4", f"{n:05d}/video.mp4", (0.0, 4.0)) for n in range(count)]
+        rows = [{"source": f"{n:05d}/video.mp4", "caption": str(n)} for n in range(count)]
+        listed, calls = table(tmp_path / "l.csv", rows), 0
+
+        def trace(frame: Any, event: str, argument: Any) -> Any:
+            nonlocal calls
+            calls += "opensora_repro" in frame.f_code.co_filename
+            return trace if "opensora_repro" in frame.f_code.co_filename else None
+
+        sys.settrace(trace)
+        found = captions_of(listed, clips)
+        sys.settrace(None)
+        assert [caption.text for caption in found] == [str(n) for n in range(count)]
+        return calls
+
+    assert steps(400) < 4.4 * steps(100)
+
+
 def test_large_lists_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from opensora_repro.data.caption import lists
 
@@ -180,6 +295,16 @@ def test_files_by_id_and_by_name(files: Path) -> None:
     (files / "c3.txt").write_bytes(b"\xef\xbb\xbftext before json")
     as_json(files / "c3.json", {"caption": "json"})
     assert texts(files) == ["by id", "by name", "of a list", "text before json"]
+
+
+def test_files_with_the_videos_ending_and_of_sources(files: Path) -> None:
+    (files / "vidA.mp4.txt").write_text("of the source")
+    (files / "c1.mp4.txt").write_text("by id")
+    (files / "007.mp4.json").write_text('{"text": "seven"}')
+    (files / "sceneX.mp4.txt").write_text("X")
+    assert texts(files) == ["of the source", "by id", "seven", "X"]
+    (files / "vidA-0.txt").write_text("its own")
+    assert texts(files)[:2] == ["its own", "by id"]
 
 
 def test_files_beside_the_clip_and_at_the_sources_place(tmp_path: Path, files: Path) -> None:

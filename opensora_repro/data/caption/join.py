@@ -4,55 +4,79 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter, defaultdict
+import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from opensora_repro.data.caption.lists import FRAME, CaptionList, Entry, Row, Wanted, read_list, source_of, stem
-from opensora_repro.data.caption.text import EMPTY, Caption, judged
+from opensora_repro.data.caption.lists import FRAME, CaptionList, Entry, Row, Wanted, read_list, source_of
+from opensora_repro.data.caption.names import SHOWN, Found, NameIndex
+from opensora_repro.data.caption.text import CAPTION_KEYS, EMPTY, Caption, judged, texts_in
 from opensora_repro.data.files import one_line
 from opensora_repro.data.manifest import DataError, is_missing
 
 SLACK = 0.1  # share of a clip that may reach into a neighbouring span: cuts are found to within a frame or two
 TEXT_FILES = (".txt", ".json")  # the first that is there
 LARGEST_FILE = 1 << 20  # bytes
-KEYS = ("caption", "text", "description", "captions", "texts")  # of a JSON object, the first that is there
 
 
 def captions_of(sidecar: Path, clips: Sequence[Row]) -> list[Caption]:
     """Return every clip's caption, or the reason why it has none. Raises DataError."""
     if sidecar.is_dir():
-        files = SidecarFiles(sidecar, clips)
-        return [files.caption(clip) for clip in clips]
+        return from_files(sidecar, clips)
     if not sidecar.exists():
         raise DataError(f"{one_line(sidecar)}: no such file or folder")
     listed = read_list(sidecar, Wanted.of(clips))
-    return [caption_from(listed, clip) for clip in clips]
+    if listed.first_of_several:
+        print(
+            f"note: {listed.first_of_several} rows have several captions; the first of each is taken", file=sys.stderr
+        )
+    return from_list(listed, clips)
 
 
 def without(reason: str) -> Caption:
     return Caption(reason=reason)
 
 
+def named_for(clips: Sequence[Row], index: NameIndex) -> list[Found]:
+    """Return for every clip the name that means it, or the doubt: its id's, its file's, or its source's."""
+    columns = [[clip["id"] for clip in clips], [clip["path"] for clip in clips], [source_of(clip) for clip in clips]]
+    ways = [(names, index.find(names)) for names in columns]
+    result = []
+    for at in range(len(clips)):
+        tried = [found.get(names[at], Found()) for names, found in ways]
+        result.append(next((found for found in tried if found.clear), None) or max(tried, key=lambda f: f != Found()))
+    return result
+
+
 # ---- lists
 
 
-def caption_from(listed: CaptionList, clip: Row) -> Caption:
-    """Return a clip's caption from a list, by its key if the list has it, else by its span of the source."""
-    entry = listed.by_id.get(clip["id"])
-    for key in (clip["id"], stem(clip["path"])):
-        entry = entry or listed.by_name.get(key)
-    if entry:
-        return checked(entry)
-    if not listed.by_source:
-        return without(f"no caption for this {'source' if listed.spans else 'id'}")
-    entries = listed.by_source.get(resolve(clip, listed) or "", [])
-    span = span_of(clip, listed.unit)
-    if span is None:
-        return without(f"the manifest has no start_{listed.unit} and end_{listed.unit} of it")
-    return match(entries, *span)
+def from_list(listed: CaptionList, clips: Sequence[Row]) -> list[Caption]:
+    """Return every clip's caption: of its own key, else by its span of the source."""
+    whole = named_for(clips, NameIndex(listed.whole))
+    spans = NameIndex(listed.spans).find(map(source_of, clips))
+    captions = []
+    for clip, named in zip(clips, whole, strict=True):
+        entry = listed.whole.get(clip["id"]) or listed.whole.get(named.name)
+        source = spans.get(source_of(clip), Found())
+        if entry and (named.clear or clip["id"] in listed.whole):
+            captions.append(checked(entry))
+        elif source.clear:
+            captions.append(of_span(clip, listed.spans[source.name], listed.unit))
+        else:
+            captions.append(without(doubt_of(named) or doubt_of(source) or f"no caption for this {listed.keyed_by}"))
+    return captions
+
+
+def doubt_of(found: Found) -> str:
+    """Return why it is not clear what a list says of a clip, "" where it says nothing."""
+    if found.several:
+        return f"the list has several that could be it: {one_line(', '.join(found.several))}"
+    if found.rivals:
+        who = one_line(", ".join(found.rivals[:SHOWN]))
+        return f"{one_line(found.name)} could be any of {len(found.rivals)} videos ({who}); name it with its folder"
+    return ""
 
 
 def checked(entry: Entry) -> Caption:
@@ -62,25 +86,19 @@ def checked(entry: Entry) -> Caption:
     return caption
 
 
+def of_span(clip: Row, entries: list[Entry], unit: str) -> Caption:
+    span = span_of(clip, unit)
+    return without(f"the manifest has no start_{unit} and end_{unit} of it") if span is None else match(entries, *span)
+
+
 def span_of(clip: Row, unit: str) -> tuple[float, float] | None:
     """Return the clip's part of its source, all of it for a whole file; None where the manifest does not tell."""
     start, end = clip.get(f"start_{unit}"), clip.get(f"end_{unit}")
     if not is_missing(start) and not is_missing(end):
         return float(start), float(end)  # type: ignore[arg-type]
-    if stem(source_of(clip)) != stem(clip["path"]):
+    if PurePosixPath(source_of(clip)).stem != PurePosixPath(clip["path"]).stem:
         return None
     return 0.0, clip["num_frames"] if unit == FRAME else clip["num_frames"] / (clip["fps"] or 1.0)
-
-
-def resolve(clip: Row, listed: CaptionList) -> str | None:
-    """Return the list's name of a clip's source: the same, or else the only one with the same file name."""
-    source = source_of(clip)
-    if listed.stems:
-        return stem(source)
-    if source in listed.by_source:
-        return source
-    same_name = [name for name in listed.by_source if os.path.basename(name) == os.path.basename(source)]
-    return same_name[0] if len(same_name) == 1 else None
 
 
 def match(entries: list[Entry], start: float, end: float) -> Caption:
@@ -88,8 +106,6 @@ def match(entries: list[Entry], start: float, end: float) -> Caption:
     middle = (start + end) / 2
     holding = [e for e in entries if e.start <= middle < e.end]
     touched = [e for e in entries if min(e.end, end) - max(e.start, start) > SLACK * (end - start)]
-    if not entries:
-        return without("no caption for this source")
     if not holding:
         return without("no caption's span holds its middle")
     if len(holding) > 1 or len(touched) > 1:
@@ -99,53 +115,40 @@ def match(entries: list[Entry], start: float, end: float) -> Caption:
     return checked(holding[0])
 
 
-# ---- a file a clip
+# ---- a file a clip or a source
 
 
-class SidecarFiles:
-    """Text and JSON files, each with one clip's caption.
+def from_files(folder: Path, clips: Sequence[Row]) -> list[Caption]:
+    """Return captions of text and JSON files, each named after a clip's id or file, or after the source of clips.
 
-    Looked for in this order: in the folder by the clip's id; in the folder at the place that the source has in INPUT
-    (a whole file's); beside the clip; in the folder by the clip's file name, if no other clip has it. Names are looked
-    up among the files that are there, so no id can lead out of the folder.
+    A file's own ending may stay in the name: `a.mp4.txt` is as good as `a.txt`. Files in the folder come first, then
+    those beside the clips. Names are looked up among the files that are there, so no id can lead out of the folder.
     """
-
-    def __init__(self, folder: Path, clips: Sequence[Row]) -> None:
-        self.folder = folder
-        self.places: dict[str, Path] = {}  # by path from the folder, without suffix
-        self.names: dict[str, list[str]] = defaultdict(list)  # the places, by name alone
-        for suffix in TEXT_FILES:
-            for path in sorted(folder.rglob(f"*{suffix}")):
-                place = path.relative_to(folder).with_suffix("").as_posix()
-                if self.places.setdefault(place, path) is path:
-                    self.names[path.stem].append(place)
-        self.clips_named = Counter(stem(clip["path"]) for clip in clips)
-
-    def caption(self, clip: Row) -> Caption:
-        """Return a clip's caption."""
-        name = stem(clip["path"])
-        whole = stem(source_of(clip)) == name
-        place = (PurePosixPath(source_of(clip)).parent / name).as_posix() if whole else ""
-        found = self.by_name(clip["id"]) or self.places.get(place) or beside_clip(clip["path"])
-        if found is None and name in self.names and self.clips_named[name] > 1:
-            return without(f"{self.clips_named[name]} clips are called {name}; name its sidecar file by its id")
-        found = found or self.by_name(name)
-        if found is None:
-            several = self.names.get(clip["id"]) or self.names.get(name)
-            if several:
-                return without(f"several sidecar files for it: {', '.join(several[:3])}")
-            return without(f"no file {name}.txt or {name}.json for it")
-        return read_sidecar(found)
-
-    def by_name(self, name: str) -> Path | None:
-        places = self.names.get(name, [])
-        return self.places[places[0]] if len(places) == 1 else None
+    places: dict[str, Path] = {}  # by path from the folder, without suffix
+    for suffix in TEXT_FILES:
+        for path in sorted(folder.rglob(f"*{suffix}")):
+            places.setdefault(path.relative_to(folder).as_posix().removesuffix(suffix), path)
+    captions = []
+    for clip, found in zip(clips, named_for(clips, NameIndex(places)), strict=True):
+        path = places[found.name] if found.clear else beside_clip(clip["path"])
+        stem = PurePosixPath(clip["path"]).stem
+        if path:
+            captions.append(read_sidecar(path))
+        elif found.several:
+            captions.append(without(f"several sidecar files for it: {', '.join(found.several)}"))
+        elif found.rivals:
+            what = f"{len(found.rivals)} clips are called {PurePosixPath(found.name).name}"
+            captions.append(without(f"{what}; name its sidecar file by its id"))
+        else:
+            captions.append(without(f"no file {stem}.txt or {stem}.json for it"))
+    return captions
 
 
 def beside_clip(path: str) -> Path | None:
     folder, name = os.path.split(path)
     names = _names_in(folder)
-    found = (f"{stem(name)}{suffix}" for suffix in TEXT_FILES)
+    stems = (PurePosixPath(name).stem, name)
+    found = (f"{stem}{suffix}" for suffix in TEXT_FILES for stem in stems)
     return next((Path(folder, candidate) for candidate in found if candidate in names), None)
 
 
@@ -171,23 +174,8 @@ def read_sidecar(path: Path) -> Caption:
         return without(f"{path.name}: {error.strerror}")
     if path.suffix == ".json":
         try:
-            text = _in_json(json.loads(text))
+            text = next((text for text in texts_in(json.loads(text, strict=False)) if text.strip()), "")
         except (ValueError, RecursionError):
-            return without(f"{path.name}: no JSON, or none of the keys {', '.join(KEYS)} in it")
+            return without(f"{path.name}: no JSON, or none of the keys {', '.join(CAPTION_KEYS)} in it")
     caption = judged(text)
     return Caption(flag=EMPTY, reason=f"its caption ({path.name}) is empty") if caption.flag == EMPTY else caption
-
-
-def _in_json(content: Any) -> str:
-    """Return the caption of an object, text, or the first that is not empty of a list. Raises ValueError."""
-    if isinstance(content, list):
-        return next((text for text in map(_in_json, content) if text.strip()), "")
-    if isinstance(content, dict):
-        return _in_json(next((content[key] for key in KEYS if content.get(key)), _absent(content)))
-    if not isinstance(content, str):
-        raise ValueError("no text")
-    return content
-
-
-def _absent(content: dict[str, Any]) -> Any:
-    return "" if any(key in content for key in KEYS) else None

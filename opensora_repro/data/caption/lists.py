@@ -1,13 +1,16 @@
 """Lists of captions made elsewhere: what the known formats hold, recognised by their columns or keys.
 
-    id, caption                           a caption a clip
-    clip_id, caption                      the same, by the clip's id or its file's name
+    id, caption                           a caption a clip; `clip_id` will do, and a file's name in it
+    path (file, video, ...), caption      a caption a file: of a clip, or of a source video, then for all its clips
+    source, caption                       a caption a source video, for all its clips
     source, caption, start_*, end_*       a caption a span: frames (half-open) or seconds since the source's start
+    path, cap                             Open-Sora-Plan (JSON): a list of captions a video
     videoid, name, ...                    WebVid: a caption a video
     videoID, timestamp, caption, ...      Panda-70M: lists of spans and captions a video
     {video: {clip: {..., scene_split}}}   HD-VG-130M (JSON): a caption a scene, named and within a span of the video
 
-CSV and Parquet, JSON (a list of objects, or an object by id) and JSON lines; `text` will do for `caption`. Rows that
+CSV and Parquet, JSON (a list of objects, or an object by id) and JSON lines; capitals in column names do not count, and
+`text` and some others will do for `caption`. Of a list of captions the first that is not empty is taken. Rows that
 concern no clip at hand are passed over, so a list may be far larger than memory (JSON is read whole). Everything in
 them is somebody else's text: nothing is evaluated.
 """
@@ -19,17 +22,23 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
+from opensora_repro.data.caption.names import forms_of, is_named
+from opensora_repro.data.caption.text import CAPTION_KEYS, texts_in
+from opensora_repro.data.csv_rows import as_written, csv_names, csv_rows
 from opensora_repro.data.files import one_line
 from opensora_repro.data.manifest import DataError, is_missing, read_names, reading
 
 CHUNK = 1 << 15  # rows
 LONGEST_LITERAL = 1 << 22  # characters of a list of spans or captions
 FRAME, TIME = "frame", "time"
-SUFFIXES = (".csv", ".parquet", ".json", ".jsonl")
-FORMATS = "id, caption; source, caption and a span; or those of WebVid, Panda-70M or HD-VG-130M"
+SUFFIXES = (".csv", ".tsv", ".parquet", ".json", ".jsonl")
+IDS = ("id", "clip_id")
+FILES = ("path", "file", "filename", "file_name", "filepath", "file_path", "clip")
+VIDEOS = ("source", "video", "video_name", "video_path", "video_id", "videoid", "image")
+FORMATS = "id, caption; source, caption (and a span); or those of WebVid, Panda-70M or HD-VG-130M"
 Row = dict[str, Any]
 
 
@@ -48,19 +57,27 @@ class CaptionList:
     """The entries that concern the clips at hand."""
 
     path: Path
-    by_id: dict[str, Entry] = field(default_factory=dict)
-    by_name: dict[str, Entry] = field(default_factory=dict)  # id, or a file's name without folder and suffix
-    by_source: dict[str, list[Entry]] = field(default_factory=lambda: defaultdict(list))
-    spans: bool = False  # the list is one of spans
+    whole: dict[str, Entry] = field(default_factory=dict)  # by a clip's id, or a clip's or a source's name
+    spans: dict[str, list[Entry]] = field(default_factory=lambda: defaultdict(list))  # by a source's name
     unit: str = TIME  # of the spans
-    stems: bool = False  # sources are named without folder and suffix: a video's id
+    keyed_by: str = "id"  # for messages
+    first_of_several: int = 0  # rows with more than one caption
 
-    def add(self, entries: dict[str, Entry], key: str, entry: Entry) -> None:
+    def add(self, key: str, entry: Entry) -> None:
         """Add a caption for a key; DataError if it has another one already."""
-        first = entries.setdefault(key, entry)
+        first = self.whole.setdefault(key, entry)
         if first.caption != entry.caption:
             rows = f"rows {first.row} and {entry.row}"
-            raise DataError(f"{self.path}: {rows} give id {key!r} different captions")
+            raise DataError(f"{self.path}: {rows} give {self.keyed_by} {one_line(repr(key))} different captions")
+
+    def text(self, value: Any, row: int) -> str:
+        """Return a row's caption, the first that is not empty where it has several. Raises DataError."""
+        try:
+            texts = [text for text in texts_in(value) if text.strip()]
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{self.path}: row {row}: its caption is {one_line(error)}, expected text") from error
+        self.first_of_several += len(texts) > 1
+        return as_written(texts[0]) if texts else ""
 
 
 @dataclass(frozen=True)
@@ -68,20 +85,19 @@ class Wanted:
     """What the clips at hand are called in lists."""
 
     ids: frozenset[str]
-    stems: frozenset[str]  # of their files and of their sources
-    sources: frozenset[str]  # file names
+    forms: frozenset[str]  # of the names of their files and of their sources, and of their ids
 
     @staticmethod
     def of(clips: Iterable[Row]) -> Wanted:
-        ids, stems, sources = set(), set(), set()
+        ids, forms = set(), set()
         for clip in clips:
             ids.add(clip["id"])
-            sources.add(PurePosixPath(source_of(clip)).name)
-            stems |= {stem(clip["path"]), stem(source_of(clip))}
-        return Wanted(frozenset(ids), frozenset(stems), frozenset(sources))
+            for name in (clip["id"], clip["path"], source_of(clip)):
+                forms |= forms_of(name)
+        return Wanted(frozenset(ids), frozenset(forms))
 
     def named(self, key: str) -> bool:
-        return key in self.ids or key in self.stems
+        return key in self.ids or is_named(key, self.forms)
 
 
 def source_of(clip: Row) -> str:
@@ -90,98 +106,112 @@ def source_of(clip: Row) -> str:
     return clip["path"] if is_missing(source) else str(source)
 
 
-def stem(name: str) -> str:
-    return PurePosixPath(name).stem
-
-
 def read_list(path: Path, wanted: Wanted) -> CaptionList:
     """Read what a list says of the wanted clips. Raises DataError for a list of no known format, or a wrong row."""
-    if path.suffix.lower() not in SUFFIXES:
-        raise DataError(f"{one_line(path)}: expected a folder, or a list ({' '.join(SUFFIXES)})")
-    if path.suffix.lower() in (".json", ".jsonl"):
-        content = _read_json(path)
-        if isinstance(content, dict) and any(isinstance(v, dict) and "clip" in v for v in content.values()):
-            return _hd_vg(path, content, wanted)
-        rows = _objects(path, content)
-        names = sorted({name for row in rows for name in row})
-        return _read(path, names, lambda columns: ([row.get(name) for name in columns] for row in rows), wanted)
-    return _read(path, read_names(path), lambda columns: _table_rows(path, columns), wanted)
+    kind = path.suffix.lower()
+    if kind not in SUFFIXES:
+        reason = f"expected a folder, or a list ({' '.join(SUFFIXES)}); save a spreadsheet as CSV UTF-8"
+        raise DataError(f"{one_line(path)}: {reason}")
+    if kind in (".csv", ".tsv"):
+        return _read(path, csv_names(path), lambda columns: csv_rows(path, columns), wanted)
+    if kind == ".parquet":
+        return _read(path, read_names(path), lambda columns: _parquet_rows(path, columns), wanted)
+    content = _read_json(path)
+    if isinstance(content, dict) and any(isinstance(v, dict) and _is_hd_vg(v) for v in content.values()):
+        return _hd_vg(path, content, wanted)
+    rows = _objects(path, content)
+    names = sorted({name for row in rows for name in row})
+    return _read(path, names, lambda columns: ([row.get(name) for name in columns] for row in rows), wanted)
 
 
 Rows = Callable[[Sequence[str]], Iterable[Sequence[Any]]]
 
 
 def _read(path: Path, names: Sequence[str], rows: Rows, wanted: Wanted) -> CaptionList:
-    """Choose the reader by the columns."""
-    if {"videoid", "name"} <= set(names) and "caption" not in names:
-        return _web_vid(path, rows, wanted)
-    caption = next((name for name in ("caption", "text") if name in names), None)
+    """Choose the reader by the columns, whose names may be written with capitals and spaces."""
+    known = {"_".join(name.casefold().replace("-", " ").split()): name for name in reversed(names)}
+
+    def take(*columns: str) -> Iterable[Sequence[Any]]:
+        return rows([known[name] for name in columns])
+
+    if {"videoid", "name"} <= set(known) and "caption" not in known:
+        return _by_key(path, take("name", "videoid"), wanted, "source")
+    caption = next((name for name in (*CAPTION_KEYS, "cap") if name in known), None)
     if caption is None:
         raise DataError(f"{path}: column caption missing (has {one_line(', '.join(names)) or 'none'})")
-    if {"videoID", "timestamp"} <= set(names):
-        return _panda(path, rows, wanted)
-    for name, by_file in (("id", False), ("clip_id", True)):
-        if name in names:
-            return _by_key(path, rows((name, caption)), wanted, by_file)
-    for unit in (FRAME, TIME):
-        columns = ("source", f"start_{unit}", f"end_{unit}")
-        if set(columns) <= set(names):
-            return _by_span(path, rows((*columns, caption)), wanted, unit)
-    raise DataError(f"{path}: expected the columns id, or source with start_frame and end_frame (or times): {FORMATS}")
+    if {"videoid", "timestamp"} <= set(known):
+        return _panda(path, take("videoid", "timestamp", caption), wanted)
+    files = [name for name in FILES if name in known]
+    if identity := next((name for name in IDS if name in known), None):
+        return _by_key(path, take(caption, identity, *files), wanted, "id")
+    spans = {unit: {f"start_{unit}", f"end_{unit}"} & set(known) for unit in (FRAME, TIME)}
+    if "source" in known and any(spans.values()):
+        unit = next((unit for unit, columns in spans.items() if len(columns) == 2), None)
+        if unit is None:
+            raise DataError(f"{path}: expected the columns id, or source with both ends of a span: {FORMATS}")
+        return _by_span(path, take("source", f"start_{unit}", f"end_{unit}", caption), wanted, unit)
+    key = next((name for name in (*files, *VIDEOS) if name in known), None)
+    if key is None:
+        raise DataError(f"{path}: expected the columns id, or source with its caption: {FORMATS}")
+    return _by_key(path, take(caption, key), wanted, "source" if key in VIDEOS else "file")
 
 
 # ---- formats
 
 
-def _by_key(path: Path, rows: Iterable[Sequence[Any]], wanted: Wanted, by_file: bool) -> CaptionList:
-    found = CaptionList(path)
-    for number, (key, caption) in enumerate(rows, start=1):
-        if is_missing(key):
-            raise DataError(f"{path}: row {number}: id is empty")
-        if str(key) in wanted.ids or (by_file and wanted.named(str(key))):
-            found.add(found.by_name if by_file else found.by_id, str(key), Entry(number, _text(caption)))
+def _by_key(path: Path, rows: Iterable[Sequence[Any]], wanted: Wanted, keyed_by: str) -> CaptionList:
+    """Read rows of a caption and keys, of which the first that is known counts: a spreadsheet may spoil an id."""
+    found = CaptionList(path, keyed_by=keyed_by)
+    for number, (caption, *values) in enumerate(rows, start=1):
+        keys = [_name(path, number, value) for value in values]
+        if not any(keys):
+            raise DataError(f"{path}: row {number}: {keyed_by} is empty")
+        if key := next((key for key in map(as_written, keys) if key and wanted.named(key)), None):
+            found.add(key, Entry(number, found.text(caption, number)))
     return found
 
 
 def _by_span(path: Path, rows: Iterable[Sequence[Any]], wanted: Wanted, unit: str) -> CaptionList:
-    found = CaptionList(path, spans=True, unit=unit)
-    for number, (source, start, end, caption) in enumerate(rows, start=1):
-        if is_missing(source):
+    """Read captions of spans; one without a span is of all its source."""
+    found = CaptionList(path, unit=unit, keyed_by="source")
+    for number, (value, start, end, caption) in enumerate(rows, start=1):
+        source = as_written(_name(path, number, value))
+        if not source:
             raise DataError(f"{path}: row {number}: source is empty")
-        if PurePosixPath(str(source)).name in wanted.sources:
-            try:
-                entry = Entry(number, _text(caption), float(start), float(end))
-            except (TypeError, ValueError):
-                text = one_line(f"{start!r}, {end!r}")
-                raise DataError(f"{path}: row {number}: start_{unit}, end_{unit} are {text}, no numbers") from None
-            if not entry.start < entry.end:
-                raise DataError(f"{path}: row {number}: start_{unit} {start} is not before end_{unit} {end}")
-            found.by_source[str(source)].append(entry)
+        if not wanted.named(source):
+            continue
+        text = found.text(caption, number)
+        if is_missing(start) and is_missing(end):
+            found.add(source, Entry(number, text))
+            continue
+        try:
+            entry = Entry(number, text, float(start), float(end))
+        except (TypeError, ValueError):
+            ends = one_line(f"{start!r}, {end!r}")
+            raise DataError(f"{path}: row {number}: start_{unit}, end_{unit} are {ends}, no numbers") from None
+        if not entry.start < entry.end:
+            raise DataError(f"{path}: row {number}: start_{unit} {start} is not before end_{unit} {end}")
+        found.spans[source].append(entry)
     return found
 
 
-def _web_vid(path: Path, rows: Rows, wanted: Wanted) -> CaptionList:
-    found = CaptionList(path, stems=True)
-    for number, (video, caption) in enumerate(rows(("videoid", "name")), start=1):
-        if wanted.named(str(video)):
-            entry = Entry(number, _text(caption))
-            found.add(found.by_name, str(video), entry)
-            found.by_source[str(video)] = [entry]
-    return found
-
-
-def _panda(path: Path, rows: Rows, wanted: Wanted) -> CaptionList:
-    found = CaptionList(path, spans=True, stems=True)
-    for number, (video, spans, captions) in enumerate(rows(("videoID", "timestamp", "caption")), start=1):
-        if str(video) not in wanted.stems:
+def _panda(path: Path, rows: Iterable[Sequence[Any]], wanted: Wanted) -> CaptionList:
+    found = CaptionList(path, keyed_by="source")
+    for number, (value, spans, captions) in enumerate(rows, start=1):
+        video = _name(path, number, value)
+        if not wanted.named(video):
             continue
         spans, captions = _literal(spans), _literal(captions)
         if not isinstance(spans, list) or not isinstance(captions, list) or len(spans) != len(captions):
             raise DataError(f"{path}: row {number}: timestamp and caption are no lists of one length")
         for span, caption in zip(spans, captions, strict=True):
             start, end = _seconds(path, number, span)
-            found.by_source[str(video)].append(Entry(number, _text(caption), start, end))
+            found.spans[video].append(Entry(number, found.text(caption, number), start, end))
     return found
+
+
+def _is_hd_vg(video: dict[str, Any]) -> bool:
+    return isinstance(video.get("clip"), dict)
 
 
 def _hd_vg(path: Path, videos: dict[str, Any], wanted: Wanted) -> CaptionList:
@@ -189,21 +219,20 @@ def _hd_vg(path: Path, videos: dict[str, Any], wanted: Wanted) -> CaptionList:
 
     A video's row is its number in the file; the end -1 stands for the clip's own.
     """
-    found = CaptionList(path, spans=True, stems=True)
+    found = CaptionList(path, keyed_by="source")
     for number, (video, content) in enumerate(videos.items(), start=1):
         try:
             for clip in content["clip"].values():
                 start, end = _seconds(path, number, clip["span"]) if "span" in clip else (None, None)
                 for scene in clip["scene_split"]:
                     first, last = (float(frame) for frame in scene["scene_cut"])
-                    entry = Entry(number, _text(scene["caption"]))
-                    name = stem(str(scene["clip_id"])) if str(scene["clip_id"]).endswith(".mp4") else scene["clip_id"]
-                    if wanted.named(str(name)):
-                        found.add(found.by_name, str(name), entry)
-                    if video in wanted.stems and start is not None and end is not None:
+                    entry, name = Entry(number, found.text(scene["caption"], number)), str(scene["clip_id"])
+                    if wanted.named(name):
+                        found.add(name, entry)
+                    if wanted.named(video) and start is not None and end is not None:
                         fps = float(clip["fps"])
                         spans = (start, end) if last < 0 else (start + first / fps, start + last / fps)
-                        found.by_source[video].append(Entry(number, entry.caption, *spans))
+                        found.spans[video].append(Entry(number, entry.caption, *spans))
         except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
             if isinstance(error, DataError):
                 raise
@@ -215,34 +244,42 @@ def _hd_vg(path: Path, videos: dict[str, Any], wanted: Wanted) -> CaptionList:
 # ---- reading
 
 
-def _text(value: object) -> str:
-    return "" if is_missing(value) else str(value)
+def _name(path: Path, row: int, value: object) -> str:
+    """Return an id or a name as text, "" for none. Raises DataError."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8").strip()
+        except UnicodeDecodeError:
+            raise DataError(f"{path}: row {row}: its key is no UTF-8 text") from None
+    return "" if is_missing(value) else str(value).strip()
 
 
-def _table_rows(path: Path, columns: Sequence[str]) -> Iterator[Sequence[Any]]:
-    """Yield the rows of a CSV, all its fields as text, or of a Parquet file, some at a time."""
-    import pandas as pd
+def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Sequence[Any]]:
+    """Yield the rows of a Parquet file, some at a time."""
     import pyarrow.parquet as pq
 
-    with reading(path) as kind:
-        if kind == "csv":
-            text: dict[str, Any] = {"dtype": str, "keep_default_na": False, "na_values": [""], "encoding": "utf-8-sig"}
-            for chunk in pd.read_csv(path, usecols=list(columns), chunksize=CHUNK, **text):
-                yield from zip(*(chunk[name].tolist() for name in columns), strict=True)
-            return
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=CHUNK, columns=list(columns)):
-                yield from zip(*(batch.column(name).to_pylist() for name in columns), strict=True)
+    with reading(path), pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=CHUNK, columns=list(columns)):
+            yield from zip(*(batch.column(name).to_pylist() for name in columns), strict=True)
 
 
 def _read_json(path: Path) -> Any:
+    """Return a JSON file's content, of JSON lines a list. Within a text, control characters may stand as they are."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix.lower() == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        return json.loads(text)
+        data = path.read_bytes()
+        wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+        text = data.decode("utf-16" if wide else "utf-8-sig")
+        if path.suffix.lower() == ".json":
+            return json.loads(text, strict=False)
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON: {one_line(error)}") from error
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):  # other line breaks may stand in a caption
+        try:
+            rows += [json.loads(line, strict=False)] if line.strip() else []
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}: line {number}: cannot be read as JSON: {one_line(error)}") from error
+    return rows
 
 
 def _objects(path: Path, content: Any) -> list[Row]:
