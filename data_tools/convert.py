@@ -39,6 +39,7 @@ from opensora_repro.data.progress import progress
 
 if TYPE_CHECKING:
     from opensora_repro.data.convert.source import Refuse, Source
+    from opensora_repro.data.convert.tar_reader import Limits
 
 FROM = ("manifest", "opensora", "ucf101", "imagenet", "webdataset", "hdvg", "panda70m")
 OUTPUTS = {"manifest": "manifest.parquet", "csv": "manifest.csv", "opensora": "opensora.csv"}
@@ -61,6 +62,7 @@ class Options:
     listed: Path | None
     probe: bool
     shard_size: int
+    limits: Limits
     runner: Runner
 
 
@@ -82,6 +84,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", dest="listed", type=Path, metavar="FILE", help="class folders: only these files")
     parser.add_argument("--no-probe", action="store_true", help="leave sizes empty that INPUT does not tell")
     parser.add_argument("--shard-size", type=int, default=1000, metavar="N", help="clips a tar archive (%(default)s)")
+    parser.add_argument("--max-bytes", metavar="N", help="tar archives: largest file in one, such as 500M (4G)")
+    parser.add_argument("--max-total", metavar="N", help="tar archives: all that is in one, unpacked (200G)")
     add_runner_options(parser)
     return parser
 
@@ -97,6 +101,7 @@ def options_of(args: argparse.Namespace) -> Options:
     for option, given in (("--classes", args.classes), ("--list", args.listed)):
         if given and kind not in ("ucf101", "imagenet"):
             raise DataError(f"{option}: only for class folders, INPUT is {kind}")
+    limits = limits_of(args, kind)
     if kind in WITHOUT_FILES and args.to not in URL_OUTPUTS:
         raise DataError(f"--to {args.to}: {kind} names no files yet; leave --to out, and pass urls.parquet to download")
     given, shards = Path(args.input).resolve(), (out / "shards").resolve()
@@ -106,8 +111,24 @@ def options_of(args: argparse.Namespace) -> Options:
     if name and (out / name).resolve() == given:
         raise DataError(f"--out {out}: {name} there is INPUT itself; choose another folder")
     return Options(
-        args.input, out, kind, args.to, args.classes, args.listed, not args.no_probe, args.shard_size, runner_of(args)
+        args.input, out, kind, args.to, args.classes, args.listed, not args.no_probe, args.shard_size, limits,
+        runner_of(args),
     )  # fmt: skip
+
+
+def limits_of(args: argparse.Namespace, kind: str) -> Limits:
+    """Return how much an archive may hold. Raises DataError."""
+    from data_tools.download import num_bytes
+    from opensora_repro.data.convert.tar_reader import Limits
+
+    usual = Limits()
+    for option, given in (("--max-bytes", args.max_bytes), ("--max-total", args.max_total)):
+        if given and kind != "webdataset":
+            raise DataError(f"{option}: only for tar archives, INPUT is {kind}")
+    return Limits(
+        num_bytes("--max-bytes", args.max_bytes) if args.max_bytes else usual.member,
+        num_bytes("--max-total", args.max_total) if args.max_total else usual.archive,
+    )
 
 
 def convert(options: Options) -> int:
@@ -201,7 +222,7 @@ def open_source(options: Options) -> Source:
 
     given, out = Path(options.given), options.out
     if options.kind == "webdataset":
-        return tar_reader.open_webdataset(tar_reader.find_tars(options.given, out), out, options.runner)
+        return tar_reader.open_webdataset(tar_reader.find_tars(options.given, out), out, options.limits, options.runner)
     if options.kind == "manifest":
         return clip_tables.open_clip_table(given)
     if options.kind == "opensora":
@@ -213,21 +234,34 @@ def open_source(options: Options) -> Source:
 
 
 def accepted(source: Source, options: Options, refuse: Refuse) -> Iterator[Any]:
-    """Yield the rows with ids, and with what the files tell where they are to be asked."""
+    """Yield the rows with ids, and with what the files tell where they are to be asked.
+
+    Files that were extracted from archives and are of no use are deleted in the end.
+    """
+    from opensora_repro.data.convert import tar_reader
     from opensora_repro.data.convert.identity import with_ids
     from opensora_repro.data.ids import Seen
 
-    seen, number = Seen(), 0
+    seen, number, useless = Seen(), 0, list[dict[str, Any]]()
+
+    def refuse_file(row: dict[str, Any]) -> None:
+        refuse(row)
+        if options.kind == "webdataset":
+            useless.append(row)
+
     with progress("converting", source.num_rows, "row") as bar:
         for batch in source.batches(refuse):
             for start in range(0, batch.num_rows, PROBED_AT_ONCE):
                 part = batch.slice(start, PROBED_AT_ONCE)
                 size, found = part.num_rows, list[str | None]()
                 if options.probe:
-                    part, found = probed(part, source.folder, options, number, refuse)
-                yield with_ids(part, found or [None] * part.num_rows, seen, refuse)
+                    part, found = probed(part, source.folder, options, number, refuse_file)
+                yield with_ids(part, found or [None] * part.num_rows, seen, refuse_file)
                 number += 1
                 bar(size)
+    if useless:
+        items = tar_reader.find_tars(options.given, options.out)
+        tar_reader.delete_rejected(items, options.out, options.limits, useless)
 
 
 def probed(batch: Any, folder: Path, options: Options, number: int, refuse: Refuse) -> tuple[Any, list[str | None]]:

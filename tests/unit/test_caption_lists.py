@@ -162,17 +162,13 @@ def test_open_sora_plan(tmp_path: Path) -> None:
 
 
 def test_the_lists_of_the_cases(cases_dir: Path) -> None:
-    clips = pd.read_parquet(cases_dir / "captions" / "m" / "manifest.parquet").to_dict("records")
-    assert texts(cases_dir / "captions" / "list_caps.parquet", clips) == [f"first of {n}" for n in "abcd"]
-    assert texts(cases_dir / "captions" / "ext_ids.csv", clips) == [f"caption of {n}" for n in "abcd"]
-    assert texts(cases_dir / "captions" / "osp.json", clips)[:2] == [
-        "A man stands in a library.",
-        "A woman walks a dog.",
-    ]
-    with pytest.raises(
-        DataError, match=r"row 1 \(line 2\): 3 fields, the header has 2: put a caption with commas in quotes"
-    ):
-        texts(cases_dir / "captions" / "unquoted_comma.csv", clips)
+    folder = cases_dir / "captions"
+    clips = pd.read_parquet(folder / "m" / "manifest.parquet").to_dict("records")
+    assert texts(folder / "list_caps.parquet", clips) == [f"first of {n}" for n in "abcd"]
+    assert texts(folder / "ext_ids.csv", clips) == [f"caption of {n}" for n in "abcd"]
+    assert texts(folder / "osp.json", clips)[:2] == ["A man stands in a library.", "A woman walks a dog."]
+    with pytest.raises(DataError, match=r"row 1 \(line 2\): 3 fields, the header has 2: put a caption with commas"):
+        texts(folder / "unquoted_comma.csv", clips)
 
 
 # ---- names
@@ -196,13 +192,11 @@ def test_spans_and_whole_sources_in_one_list(tmp_path: Path) -> None:
 
 
 def test_folders_tell_names_apart_or_the_doubt_is_told(tmp_path: Path) -> None:
-    clips = [clip("p", "/d/c/p.mp4", "x/a.mp4"), clip("q", "/d/c/q.mp4", "y/a.mp4"), clip("r", "/d/c/r.mp4", "e\u0301.mp4"),
-             clip("s", "/d/c/s.mp4", "take.2.mp4"), clip("t", "/d/c/t.mp4", "b.mov")]  # fmt: skip
-    rows = [
-        {"video": v, "caption": v} for v in ("/mnt/x/a.mp4", "q", "\u00e9.mp4", "take.2", "z/b.mov", "take", "b.webm")
-    ]
-    found = texts(table(tmp_path / "l.csv", rows), clips)
-    assert found == ["/mnt/x/a.mp4", "q", "\u00e9.mp4", "take.2", "z/b.mov"]
+    sources = ["x/a.mp4", "y/a.mp4", "e\u0301.mp4", "take.2.mp4", "b.mov"]
+    clips = [clip(name, f"/d/c/{name}.mp4", source) for name, source in zip("pqrst", sources, strict=True)]
+    names = ["/mnt/x/a.mp4", "q", "\u00e9.mp4", "take.2", "z/b.mov", "take", "b.webm"]
+    found = texts(table(tmp_path / "l.csv", [{"video": name, "caption": name} for name in names]), clips)
+    assert found == names[:5]
     found = texts(table(tmp_path / "l.csv", [{"video": "a.mp4", "caption": "whose?"}]), clips)
     assert found[:3] == ["[a.mp4 could be any of 2 videos (x/a.mp4, y/a.mp4); name it with its folder]"] * 2 + [
         "[no caption for this source]"

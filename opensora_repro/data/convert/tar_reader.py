@@ -1,6 +1,7 @@
 """WebDataset archives: members with the same key make a sample, and its video or picture becomes a file.
 
-A member's name decides nothing but the key: files are written under names made from it, regular members only.
+A member's name decides nothing but the key: files are written under names made from it, regular members only. The
+members of a sample may lie anywhere in the archive. A key stands for one video; what is rejected is not left on disk.
 """
 
 from __future__ import annotations
@@ -12,23 +13,35 @@ import shutil
 import tarfile
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from opensora_repro.data.caption.text import texts_in
 from opensora_repro.data.convert.source import Refuse, Source, refusal, source_of_rows
 from opensora_repro.data.files import beside, one_line, safe_name
+from opensora_repro.data.ids import Seen
 from opensora_repro.data.inputs import VIDEO_SUFFIXES, Item, files_below, find_inputs
-from opensora_repro.data.jobs.keys import file_key
+from opensora_repro.data.jobs.keys import digest, file_key
 from opensora_repro.data.jobs.run import Job, Runner, run_jobs
 from opensora_repro.data.jobs.workers import DISK_TROUBLE
 from opensora_repro.data.manifest import DataError
-from opensora_repro.data.outcome import LINEAGE, MANIFEST, Row, with_types
+from opensora_repro.data.outcome import LINEAGE, MANIFEST, Row, in_batches, with_types
 
-METHOD = 1  # raise when an archive would give other rows, so that finished ones are read again
+METHOD = 2  # raise when an archive would give other rows, so that finished ones are read again
 TAR_SUFFIXES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 TEXT_BYTES = 1 << 20  # of a caption or its JSON
+ALL_TEXTS, ALL_KEYS = 1 << 29, 1 << 20  # bytes and samples of an archive that are in memory until its end
 CAPTIONS = ("txt", "text", "caption")
 COLUMNS = {**MANIFEST, **LINEAGE, "label": "int64"}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bytes, unpacked: a small archive of strangers may hold more than the disk does."""
+
+    member: int = 4 << 30
+    archive: int = 200 << 30
 
 
 def find_tars(given: str, out: Path) -> list[Item]:
@@ -41,32 +54,67 @@ def find_tars(given: str, out: Path) -> list[Item]:
     return items
 
 
-def open_webdataset(items: list[Item], out: Path, runner: Runner) -> Source:
-    """Extract what has not been extracted yet to OUT/media, and return the rows. Raises DataError."""
-    jobs = [_job(item, out) for item in items]
+def open_webdataset(items: list[Item], out: Path, limits: Limits, runner: Runner) -> Source:
+    """Extract what has not been extracted yet to OUT/media, and return the rows. Raises DataError.
+
+    The id is the sample's own, or its key; where archives have the same keys, all of these follow the archive's name.
+    """
+    jobs = [_job(item, out, limits) for item in items]
     _forget_lost(jobs, out / "tars")
     done = run_jobs(read_tar, jobs, out / "tars", runner=runner, label="extracting", unit="tar")
     failed = [refusal("", done[job.key]["error"], job.name) for job in jobs if "error" in done[job.key]]
-    lists = [Path(job.args["rows"]) for job in jobs if "error" not in done[job.key]]
+    lists = {Path(job.args["rows"]): _shard(job.name) for job in jobs if "error" not in done[job.key]}
     names = {name for path in lists for entry in _entries(path) for name in entry.get("row", ())}
     found = (entry["row"] for path in lists for entry in _entries(path) if "row" in entry)
     columns = {k: v for k, v in with_types(found, COLUMNS).items() if k not in MANIFEST and k in names}
+    seen, keys = Seen(), (entry["row"]["id"] for path in lists for entry in _entries(path) if entry.get("by_key"))
+    shared = not all(seen.add(batch).all() for batch in in_batches(keys))  # type: ignore[arg-type]
 
     def rows(refuse: Refuse) -> Iterator[Row]:
         for row in failed:
             refuse(row)
-        for path in lists:
+        for path, shard in lists.items():
             for entry in _entries(path):
                 if "row" in entry:
-                    yield entry["row"]
+                    prefix = f"{shard}/" if shared and entry["by_key"] else ""
+                    yield {**entry["row"], "id": f"{prefix}{entry['row']['id']}"}
                 elif "reject" in entry:
                     refuse(entry["reject"])
 
     return source_of_rows(out.absolute(), columns, rows)
 
 
-def _job(item: Item, out: Path) -> Job:
-    key, name = file_key(item.path, METHOD), safe_name(item.name.removesuffix(".tar"))
+def delete_rejected(items: list[Item], out: Path, limits: Limits, rejects: list[Row]) -> None:
+    """Delete the files of rows that were rejected later, and note it where the archive's rows are.
+
+    A row may be rejected because of another archive's, so the note holds as long as the archives are these.
+    """
+    reasons = {row["path"]: row for row in rejects}
+    jobs = [_job(item, out, limits) for item in items]
+    for path in [Path(job.args["rows"]) for job in jobs]:
+        if not path.is_file() or not any(entry.get("row", {}).get("path") in reasons for entry in _entries(path)):
+            continue
+        unfinished = beside(path)
+        with open(unfinished, "w", encoding="utf-8") as file:
+            for entry in _entries(path):
+                if reason := reasons.get(entry.get("row", {}).get("path")):
+                    (out / entry["row"]["path"]).unlink(missing_ok=True)
+                    entry = {"reject": reason, "archives": _archives(jobs)}
+                file.write(json.dumps(entry) + "\n")
+        os.replace(unfinished, path)
+
+
+def _archives(jobs: list[Job]) -> str:
+    return digest(sorted(job.key for job in jobs))
+
+
+def _shard(name: str) -> str:
+    """Return an archive's name without its suffix."""
+    return name[: -len(next(suffix for suffix in TAR_SUFFIXES if name.lower().endswith(suffix)))]
+
+
+def _job(item: Item, out: Path, limits: Limits) -> Job:
+    key, name = file_key(item.path, METHOD, limits.member, limits.archive), safe_name(item.name.removesuffix(".tar"))
     args = {
         "key": key,
         "tar": os.fspath(item.path.absolute()),
@@ -74,22 +122,30 @@ def _job(item: Item, out: Path) -> Job:
         "folder": f"media/{name}",
         "out": os.fspath(out.absolute()),
         "rows": os.fspath(out.absolute() / "tars" / f"{name}.jsonl"),
+        "limits": [limits.member, limits.archive],
     }
     return Job(key, item.name, args)
 
 
 def _forget_lost(jobs: list[Job], folder: Path) -> None:
     """Take back the record of an archive whose rows or files are gone, or another's by now: it is extracted again."""
+    archives = _archives(jobs)
     for job in jobs:
         out, path = Path(job.args["out"]), Path(job.args["rows"])
         entries = _entries(path) if path.is_file() else iter(())
         mine = next(entries, {}).get("key") == job.key
-        if not (mine and all((out / entry["row"]["path"]).is_file() for entry in entries if "row" in entry)):
+        if not (mine and all(_holds(entry, out, archives) for entry in entries)):
             (folder / f"{job.key}.json").unlink(missing_ok=True)
 
 
+def _holds(entry: dict[str, Any], out: Path, archives: str) -> bool:
+    return entry.get("archives", archives) == archives and (
+        "row" not in entry or (out / entry["row"]["path"]).is_file()
+    )
+
+
 def _entries(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield {"key": of the job that wrote them}, then {"row": ...} and {"reject": ...}."""
+    """Yield {"key": of the job that wrote them}, then {"row": ..., "by_key": its id is its key} and {"reject": ...}."""
     with open(path, encoding="utf-8") as file:
         for line in file:
             yield json.loads(line)
@@ -105,7 +161,7 @@ def read_tar(args: dict[str, Any]) -> dict[str, int]:
     try:
         with open(unfinished, "w", encoding="utf-8") as file:
             file.write(json.dumps({"key": args["key"]}) + "\n")
-            for entry in _samples(args["tar"], args["name"], folder, args["folder"]):
+            for entry in _samples(args["tar"], args["name"], folder, args["folder"], Limits(*args["limits"])):
                 file.write(json.dumps(entry) + "\n")
                 count += 1
         os.replace(unfinished, target)
@@ -114,19 +170,37 @@ def read_tar(args: dict[str, Any]) -> dict[str, int]:
     return {"entries": count}
 
 
+@dataclass
 class _Sample:
-    """The members of one key, as they come."""
+    """The members of one key, by extension (what follows the key's dot), as they come."""
 
-    def __init__(self, key: str, repeated: bool) -> None:
-        self.key, self.repeated = key, repeated
-        self.media: dict[str, Path] = {}  # by suffix
-        self.texts: dict[str, bytes] = {}
-        self.others: list[str] = []
+    key: str
+    media: dict[str, Path] = field(default_factory=dict)
+    texts: dict[str, bytes] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
+    fault: str = ""  # why there is no row of it
+    again: bool = False  # another sample of this key follows, which is left out
+
+    def repeated(self, extension: str, apart: bool) -> bool:
+        """Note a member that was there before: of another sample if this one is whole; else nobody knows whose."""
+        if extension not in self.media and extension not in self.texts:
+            return False
+        if apart and self.media and self.texts:
+            self.again = True
+        else:
+            self.fault = self.fault or f"{self.key}.{extension} is there twice"
+        return True
 
 
-def _samples(path: str, name: str, folder: Path, within: str) -> Iterator[dict[str, Row]]:
+class _TooMuch(Exception):
+    """An archive beyond the limits."""
+
+
+def _samples(path: str, name: str, folder: Path, within: str, limits: Limits) -> Iterator[dict[str, Any]]:
     """Yield {"row": ...} or {"reject": ...}; what is wrong with the archive itself is the last entry."""
-    sample, keys = None, set[str]()
+    samples: dict[str, _Sample] = {}
+    size = texts = 0
+    last, damage = "", None
     try:
         with tarfile.open(path, "r|*") as tar:
             for member in tar:
@@ -137,31 +211,31 @@ def _samples(path: str, name: str, folder: Path, within: str) -> Iterator[dict[s
                 if not member.isreg() or member.issparse():
                     yield {"reject": refusal(key, f"{name}: {readable}: a link or device, not extracted", readable)}
                     continue
+                size += member.size
+                if size > limits.archive:
+                    raise _TooMuch(f"holds more than {limits.archive:,} bytes, the limit of --max-total")
                 if not key or not extension:
                     continue  # of no sample: a readme, a hidden file
-                if sample is None or key != sample.key:
-                    if sample is not None:
-                        yield _finish(sample, name, within)
-                    sample = _Sample(key, key in keys)
-                    keys.add(key)
-                if not sample.repeated:
-                    _take(tar, member, sample, extension, folder)
+                sample = samples.setdefault(key, _Sample(key))
+                if not sample.again and not sample.repeated(extension, key != last):
+                    texts += _take(tar, member, sample, extension, folder, limits)
+                last = key
+                if texts > ALL_TEXTS or len(samples) > ALL_KEYS:
+                    raise _TooMuch(f"holds more than {ALL_KEYS:,} keys or {ALL_TEXTS:,} bytes of text")
     except OSError as error:  # a damaged gzip stream is one, too
         if error.errno in DISK_TROUBLE:
             raise
-        damage: Exception | None = error
+        damage = f"cannot be read to its end: {error}"
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
-        damage = error
-    else:
-        damage = None
-    if sample is not None and damage is None:
-        yield _finish(sample, name, within)
-    elif sample is not None:  # what is still missing of it cannot be known
-        for left in sample.media.values():
-            left.unlink()
-        yield {"reject": refusal(sample.key, f"{name}: the archive ends within this key", name)}
-    if damage is not None:
-        yield {"reject": refusal("", f"{name}: cannot be read to its end: {damage}", name)}
+        damage = f"cannot be read to its end: {error}"
+    except _TooMuch as error:
+        damage = str(error)
+    for sample in samples.values():
+        if damage and sample.key == last:  # what is still missing of it cannot be known
+            sample.fault = sample.fault or "the archive ends within this key"
+        yield from _finish(sample, name, within)
+    if damage:
+        yield {"reject": refusal("", f"{name}: {damage}", name)}
 
 
 def split_key(name: str) -> tuple[str, str]:
@@ -172,19 +246,29 @@ def split_key(name: str) -> tuple[str, str]:
     return (f"{folder}{slash}{stem}" if stem else ""), extension.lower()
 
 
-def _take(tar: tarfile.TarFile, member: tarfile.TarInfo, sample: _Sample, extension: str, folder: Path) -> None:
+def _take(
+    tar: tarfile.TarFile, member: tarfile.TarInfo, sample: _Sample, extension: str, folder: Path, limits: Limits
+) -> int:
+    """Write a video or picture, keep a text; return the bytes that are kept in memory."""
     from opensora_repro.data.video import IMAGE_SUFFIXES
 
-    last = extension.rpartition(".")[2]
+    suffix = extension.rpartition(".")[2]
     data = tar.extractfile(member)
     assert data is not None  # it is a regular file
-    if f".{last}" in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
-        if f".{last}" not in sample.media:
-            sample.media[f".{last}"] = _write(data, folder / f"{safe_name(sample.key)}.{last}")
-    elif last in (*CAPTIONS, "json", "cls") and member.size <= TEXT_BYTES:
-        sample.texts.setdefault(last, data.read())
+    media = f".{suffix}" in VIDEO_SUFFIXES | IMAGE_SUFFIXES
+    text = suffix in (*CAPTIONS, "json", "cls")
+    if member.size > (limits.member if media else TEXT_BYTES) and (media or suffix in CAPTIONS):
+        limit = f"--max-bytes is {limits.member:,}" if media else f"a caption may have {TEXT_BYTES:,}"
+        sample.fault = sample.fault or f"{sample.key}.{extension} has {member.size:,} bytes, {limit}"
+    elif media and not sample.fault:
+        name = safe_name(f"{sample.key}.{extension}" if sample.media else sample.key)
+        sample.media[extension] = _write(data, folder / f"{name}.{suffix}")
+    elif text and member.size <= TEXT_BYTES:
+        sample.texts[extension] = data.read()
+        return member.size
     else:
         sample.others.append(extension)
+    return 0
 
 
 def _write(data: IO[bytes], path: Path) -> Path:
@@ -199,32 +283,76 @@ def _write(data: IO[bytes], path: Path) -> Path:
     return path
 
 
-def _finish(sample: _Sample, name: str, within: str) -> dict[str, Row]:
-    if sample.repeated:
-        return {"reject": refusal(sample.key, f"{name}: its key is there twice")}
-    if not sample.media:
-        has = ", ".join(sorted([*sample.texts, *sample.others]))
-        return {"reject": refusal(sample.key, f"{name}: no video or picture of this key (has {has})")}
-    kept = min(sample.media, key=lambda suffix: suffix not in VIDEO_SUFFIXES)  # a video rather than its picture
-    for suffix, path in sample.media.items():
-        if suffix != kept:
-            path.unlink()
-    row = _described(sample.texts.get("json", b""))
-    label = sample.texts.get("cls", b"").decode("utf-8", "replace").strip()
+def _finish(sample: _Sample, name: str, within: str) -> Iterator[dict[str, Any]]:
+    """Yield a sample's row or why there is none, and what is left out of it; files without a row are deleted."""
+    kept, spare = _chosen(sample)
+    row = {} if sample.fault else _row(sample)
+    if sample.fault:
+        yield {"reject": refusal(sample.key, f"{name}: {sample.fault}")}
+    else:
+        path = sample.media.pop(kept)
+        yield {"row": {**row, "path": f"{within}/{path.name}"}, "by_key": row["id"] == sample.key}
+        for extension in spare:
+            reason = f"{name}: {sample.key}.{extension} is another video of this key, left out"
+            yield {"reject": refusal(sample.key, reason)}
+        if sample.again:
+            yield {"reject": refusal(sample.key, f"{name}: its key is there twice")}
+    for path in sample.media.values():
+        path.unlink()
+
+
+def _chosen(sample: _Sample) -> tuple[str, list[str]]:
+    """Return which of the media is the sample's, a video rather than its picture, and the other videos beside it.
+
+    KEY.mp4 comes before KEY.depth.mp4. Two that are equally good are a fault: names with dots of their own
+    (clip.01.mp4, clip.02.mp4) have one key, too, and nobody knows whose the caption is.
+    """
+    videos = [extension for extension in sample.media if f".{extension.rpartition('.')[2]}" in VIDEO_SUFFIXES]
+    among = videos or list(sample.media)
+    plain = [extension for extension in among if "." not in extension]
+    kinds = {extension.rpartition(".")[2] for extension in among}
+    clear = len(among) == 1 or (len(plain) == 1 if videos else bool(plain) or len(kinds) == len(among))
+    if not among:
+        has = ", ".join(sorted([*(extension.rpartition(".")[2] for extension in sample.texts), *sample.others]))
+        sample.fault = sample.fault or f"no video or picture of this key (has {has})"
+    elif not clear:
+        names = ", ".join(f"{sample.key}.{extension}" for extension in among)
+        sample.fault = sample.fault or f"several have this key, which ends at a name's first dot: {names}"
+    kept = plain[0] if videos and plain else among[0] if among else ""
+    return kept, [extension for extension in videos if extension != kept]
+
+
+def _row(sample: _Sample) -> Row:
+    """Return what the texts of a sample tell; notes the fault of those that cannot be read."""
+    texts: dict[str, bytes] = {}
+    for extension in sorted(sample.texts, key=lambda e: "." in e):  # KEY.txt comes before KEY.other.txt
+        texts.setdefault(extension.rpartition(".")[2], sample.texts[extension])
+    row = _described(sample, texts.get("json", b""))
+    label = texts.get("cls", b"").decode("utf-8", "replace").strip()
     if label.isdigit():
         row["label"] = int(label[:18])
-    text = next((sample.texts[e].decode("utf-8", "replace").strip() for e in CAPTIONS if e in sample.texts), "")
-    row["caption"] = text or row.get("caption") or row.get("text") or ""
+    for suffix in reversed([suffix for suffix in CAPTIONS if suffix in texts]):
+        try:
+            text = texts[suffix].decode("utf-8-sig").strip()
+        except UnicodeDecodeError:
+            text = "\0"
+        if "\0" in text:
+            sample.fault = f"its caption ({suffix}) is no UTF-8 text"
+        row["caption"] = text or row["caption"]
     row["id"] = row.get("id") or sample.key
-    return {"row": {**row, "path": f"{within}/{sample.media[kept].name}"}}
+    return row
 
 
-def _described(data: bytes) -> Row:
+def _described(sample: _Sample, data: bytes) -> Row:
     """Return what the JSON beside a sample tells; values of the wrong type for a known column are left out."""
+    found, caption = None, ""
     try:
         found = json.loads(data)
+        caption = next((t for t in texts_in(found if isinstance(found, dict) else None) if t.strip()), "")
+    except UnicodeDecodeError:
+        sample.fault = "its JSON is no UTF-8 text"
     except (ValueError, RecursionError):
-        found = None
+        pass  # no JSON, or no caption in it
     row: Row = {}
     for column, value in found.items() if isinstance(found, dict) else ():
         value = _plain(value)
@@ -233,7 +361,7 @@ def _described(data: bytes) -> Row:
             value = float(value)
         if wanted is None or type(value) is {"string": str, "int64": int, "double": float}[wanted]:
             row[column.encode("utf-8", "backslashreplace").decode()] = value
-    return row
+    return row | {"caption": _plain(caption.strip())}
 
 
 def _plain(value: Any) -> Any:
