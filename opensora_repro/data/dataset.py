@@ -116,9 +116,9 @@ class ClipDataset:
 
     def _flips(self, epoch: int, name: str, caption: str) -> bool:
         generator = self._generator(epoch, name, "flip")
-        if generator is None or not self.cfg.flip or names_a_side(caption):
+        if generator is None or not self.cfg.flip:
             return False
-        return bool(torch.rand((), generator=generator) < 0.5)
+        return bool(torch.rand((), generator=generator) < 0.5) and not names_a_side(caption)
 
     def _generator(self, epoch: int, name: str, stream: str) -> torch.Generator | None:
         return keyed_generator(self.seed, self.draw(epoch), name, stream) if self.augment else None

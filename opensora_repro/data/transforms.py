@@ -5,31 +5,15 @@ Every random choice takes a generator, so that it can be keyed to the sample; wi
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 from einops import rearrange
 
+from opensora_repro.data.sides import names_a_side as names_a_side  # where it does, `mirror` must not be used
 from opensora_repro.data.video import Size
 
 if TYPE_CHECKING:
     import torch
-
-# A mirrored picture contradicts a caption with one of these words. "Right" may mean "correct" and "left" may mean
-# "went away": such captions merely lose the augmentation.
-SIDE_WORDS = (
-    r"left(?:s|wards?|most|y|ie|ies)?",
-    r"right(?:s|wards?|most|y|ie|ies)?",
-    r"(?:left|right)-?(?:hand|hander|handed|side|sided)s?",
-    r"(?:counter-?|anti-?)?clockwise",
-    r"(?:north-?|south-?)?(?:east|west)(?:s|wards?|erly|bound|ern)?",
-)
-_SIDES = re.compile(rf"(?<![a-z])(?:{'|'.join(SIDE_WORDS)})(?![a-z])", re.IGNORECASE)
-
-
-def names_a_side(caption: str) -> bool:
-    """True if the caption tells left from right, so that the sample must not be mirrored."""
-    return _SIDES.search(caption) is not None
 
 
 def frame_window(

@@ -116,8 +116,7 @@ def read_pictures_at(path: str | Path, indices: Sequence[int], *, size: Size | N
 def probe(path: str | Path) -> VideoInfo:
     """Return frame count, average rate and display size; decodes one frame. Raises DecodeError."""
     if is_image(path):
-        height, width, _ = _read_image(path, None).shape
-        return VideoInfo(1, 0.0, height, width)
+        return VideoInfo(1, 0.0, *_image_size(path))
     with open_video(path) as (container, stream):
         index = frame_index(path)
         first = next(container.decode(stream), None)
@@ -313,19 +312,24 @@ def orientation(frame: Any) -> Orientation:
 
 
 def _read_image(path: str | Path, size: Size | None) -> np.ndarray:
-    """Return a picture as uint8 [H, W, 3]; its EXIF orientation is applied and transparency dropped."""
-    from PIL import Image, ImageOps
+    """Return a picture as uint8 [H, W, 3], scaled to cover `size`."""
+    from opensora_repro.data.pictures import PictureError, read_picture
 
     _check_file(path)
     try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DecodeError(f"{path}: cannot be read as an image: {str(error).splitlines()[0]}") from error
-    if size:
-        height, width = cover_size(image.height, image.width, size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(image).copy()
+        return read_picture(path, (lambda height, width: cover_size(height, width, size)) if size else None)
+    except PictureError as error:
+        raise DecodeError(f"{path}: cannot be read as an image: {error}") from error
+
+
+def _image_size(path: str | Path) -> Size:
+    from opensora_repro.data.pictures import PictureError, picture_size
+
+    _check_file(path)
+    try:
+        return picture_size(path)
+    except PictureError as error:
+        raise DecodeError(f"{path}: cannot be read as an image: {error}") from error
 
 
 def _check_file(path: str | Path) -> None:

@@ -84,17 +84,117 @@ def test_members_of_a_key_make_a_sample(tmp_path: Path) -> None:
         ("README.md", b"# of no sample"), (".hidden.png", b"x"), ("e.json", b"{" * 100_000), ("e.PNG", png(6)),
     ]  # fmt: skip
     rows, rejects = run(tar(tmp_path / "t.tar.gz", members, "w:gz"), tmp_path / "out")
-    assert list(rows) == ["a", "b", "c", "e"]
+    assert list(rows) == ["a", "b", "e"]
     a, b = rows["a"], rows["b"]
     assert (a["caption"], a["label"], a["likes"], a["tags"], a["start_time"]) == ("ein Süßer", 7, 3, '["a"]', 1.0)
     assert (a["num_frames"], a["height"], a["width"], a["fps"]) == (1, 6, 8, 0.0)  # from the file, as it was wrong
     assert (b["caption"], b["large"], b["broken"]) == ("from json", str(2**70), "\\ud800")
     assert (tmp_path / "out" / b["path"]).read_bytes() == png(2)
     assert rejects == {
+        "c": "t.tar.gz: its caption (txt) is no UTF-8 text",
         "d": "t.tar.gz: no video or picture of this key (has npz, txt)",
         "a": "t.tar.gz: its key is there twice",
         "README": "t.tar.gz: no video or picture of this key (has md)",
     }
+
+
+def files_below(folder: Path) -> dict[str, int]:
+    return {p.relative_to(folder).as_posix(): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+def test_members_of_a_sample_may_lie_apart(cases_dir: Path, tmp_path: Path) -> None:
+    rows, rejects = run(cases_dir / "members_apart", tmp_path / "case")
+    assert sorted(rows) == list("abcd") and not rejects
+    assert all(row["caption"] and row["num_frames"] == 20 for row in rows.values())
+    members = [(f"{n}.json", b'{"likes": %d}' % at) for at, n in enumerate("xy", start=1)]
+    members += [(f"{n}.png", png(at)) for at, n in enumerate("xy")]
+    members += [(f"{n}.txt", b"\xef\xbb\xbftext of " + n.encode()) for n in "xy"]
+    rows, rejects = run(tar(tmp_path / "in.tar", members), tmp_path / "out")
+    assert [(row["caption"], row["likes"]) for row in rows.values()] == [("text of x", 1), ("text of y", 2)]
+    assert not rejects
+
+
+def test_two_videos_share_no_key_silently(cases_dir: Path, tmp_path: Path) -> None:
+    video = (cases_dir / "captions" / "vids" / "a.mp4").read_bytes()
+    other = (cases_dir / "captions" / "vids" / "b.mp4").read_bytes()
+    members = [
+        ("two.mp4", video), ("two.webm", other), ("two.txt", b"whose?"),
+        ("clip.01.mp4", video), ("clip.01.txt", b"one"), ("clip.02.mp4", other), ("clip.02.txt", b"two"),
+        ("same.mp4", video), ("same.mp4", other), ("same.txt", b"whose?"),
+        ("aid.depth.mp4", other), ("aid.mp4", video), ("aid.jpg", png(1)), ("aid.txt", b"plain"),
+        ("again.mp4", video), ("again.txt", b"first"), ("pic.01.jpg", png(1)), ("pic.02.jpg", png(2)),
+        ("again.mp4", other), ("again.txt", b"second"),
+    ]  # fmt: skip
+    rows, rejects = run(tar(tmp_path / "t.tar", members), tmp_path / "out", "--no-probe")
+    assert {key: row["caption"] for key, row in rows.items()} == {"aid": "plain", "again": "first"}
+    assert {(tmp_path / "out" / row["path"]).read_bytes() for row in rows.values()} == {video}
+    shared = "t.tar: several have this key, which ends at a name's first dot: "
+    assert rejects == {
+        "two": f"{shared}two.mp4, two.webm", "clip": f"{shared}clip.01.mp4, clip.02.mp4",
+        "pic": f"{shared}pic.01.jpg, pic.02.jpg", "same": "t.tar: same.mp4 is there twice",
+        "aid": "t.tar: aid.depth.mp4 is another video of this key, left out", "again": "t.tar: its key is there twice",
+    }  # fmt: skip
+    assert len(files_below(tmp_path / "out" / "media")) == 2
+
+
+def test_keys_that_start_again_in_each_archive(tmp_path: Path) -> None:
+    for shard in range(3):
+        members = [(f"{n:06d}.png", png(10 * shard + n)) for n in range(2)]
+        described = [("000000.json", json.dumps({"id": f"own{shard}" if shard == 2 else "000000"}).encode())]
+        tar(tmp_path / "in" / "part" / f"{shard:03d}.tar", members + described)
+    rows, rejects = run(tmp_path / "in", tmp_path / "out", "--from", "webdataset")
+    assert not rejects
+    assert list(rows) == ["part/000/000000", "part/000/000001", "part/001/000000", "part/001/000001", "own2",
+                          "part/002/000001"]  # fmt: skip
+    shades = [Image.open(tmp_path / "out" / row["path"]).getpixel((0, 0))[0] for row in rows.values()]
+    assert shades == [0, 1, 10, 11, 20, 21]
+    rows, _ = run(tmp_path / "in" / "part" / "001.tar", tmp_path / "one")
+    assert list(rows) == ["000000", "000001"]
+
+
+def test_what_is_rejected_is_deleted_and_a_second_run_does_nothing(tmp_path: Path) -> None:
+    good = [("good.png", png(1)), ("good.txt", b"fine"), ("bad.png", b"no picture"), ("id.json", b'{"id": "one"}'),
+            ("id.png", png(2))]  # fmt: skip
+    tar(tmp_path / "in" / "a.tar", good)
+    tar(tmp_path / "in" / "b.tar", [("other.json", b'{"id": "one"}'), ("other.png", png(3)), ("x.txt", b"alone")])
+    rows, rejects = run(tmp_path / "in", tmp_path / "out")
+    assert (list(rows), sorted(rejects)) == (["good", "one"], ["bad", "one", "x"])
+    assert len(files_below(tmp_path / "out" / "media")) == 2
+    first = files_below(tmp_path / "out" / "tars")
+    assert run(tmp_path / "in", tmp_path / "out") == (rows, rejects)
+    assert files_below(tmp_path / "out" / "tars") == first
+    (tmp_path / "in" / "a.tar").unlink()  # what was rejected for its sake comes back
+    rows, rejects = run(tmp_path / "in", tmp_path / "out")
+    assert (list(rows), sorted(rejects)) == (["one"], ["x"])
+
+
+def test_an_archive_holds_no_more_than_it_may(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = [("small.png", png(1)), ("large.png", os.urandom(30_000)), ("large.txt", b"x"), ("text.png", png(2)),
+             ("text.txt", b"x" * ((1 << 20) + 1))]  # fmt: skip
+    path = tar(tmp_path / "t.tgz", sizes, "w:gz")
+    rows, rejects = run(path, tmp_path / "out", "--max-bytes", "20K")
+    assert list(rows) == ["small"]
+    assert rejects == {"large": "t.tgz: large.png has 30,000 bytes, --max-bytes is 20,000",
+                       "text": "t.tgz: text.txt has 1,048,577 bytes, a caption may have 1,048,576"}  # fmt: skip
+    assert len(files_below(tmp_path / "out" / "media")) == 1
+    members = [("z.png", png(3)), ("a.png", png(1)), ("b.png", bytes(5 << 20)), ("c.png", png(2))]
+    bomb = tar(tmp_path / "b.tgz", members, "w:gz")
+    assert bomb.stat().st_size < 10_000
+    rows, rejects = run(bomb, tmp_path / "bomb", "--max-total", "4M", "--no-probe")
+    assert list(rows) == ["z"]
+    assert "b.tgz: holds more than 4,000,000 bytes, the limit of --max-total" in rejects[""]
+    assert len(files_below(tmp_path / "bomb" / "media")) == 1
+    assert convert.main([str(tmp_path / "x.csv"), "--out", str(tmp_path / "o"), "--max-total", "1G"]) == 2
+    capsys.readouterr()
+
+
+def test_captions_in_lists_and_with_marks(tmp_path: Path) -> None:
+    members = [("a.png", png(1)), ("a.json", b'\xef\xbb\xbf{"caption": ["", "the first"], "text": "no"}'),
+               ("b.png", png(2)), ("b.json", b'{"caption": "S\xfc"}'),
+               ("c.png", png(3)), ("c.txt", "x".encode("utf-16-le"))]  # fmt: skip
+    rows, rejects = run(tar(tmp_path / "t.tar", members), tmp_path / "out")
+    assert {key: row["caption"] for key, row in rows.items()} == {"a": "the first"}
+    assert rejects == {"b": "t.tar: its JSON is no UTF-8 text", "c": "t.tar: its caption (txt) is no UTF-8 text"}
 
 
 def test_a_damaged_archive_gives_what_comes_before(tmp_path: Path) -> None:

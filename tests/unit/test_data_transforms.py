@@ -21,6 +21,33 @@ from opensora_repro.data.transforms import crop, frame_window, mirror, names_a_s
         "north-western shore",
         "a southbound, then westbound lane",
         "his right-hand side",
+        "ein Auto fährt nach links",
+        "mit der rechten Hand",
+        "ein Linkshänder wirft",
+        "im Uhrzeigersinn",
+        "auf der östlichen Seite",
+        "une femme tourne à gauche",
+        "sa main droite",
+        "le train va vers l'ouest",
+        "el hombre mira a la izquierda",
+        "con la mano derecha",
+        "camina hacia el este",
+        "l'uomo va a sinistra, poi a destra",
+        "à direita da mesa",
+        "она поворачивает налево",
+        "в правой руке",
+        "一只猫从左边走到右边",
+        "車子向東行駛",
+        "輪子順時針轉動",
+        "犬が左へ走る",
+        "時計回りに回る",
+        "왼쪽으로 간다",
+        "رجل يسير إلى اليسار",
+        "वह बाएं मुड़ता है",
+        "cô ấy rẽ trái",
+        "mężczyzna skręca w lewo",
+        "hij draait naar rechts",
+        "une femme a\u0300 gauche",
     ],
 )
 def test_captions_that_name_a_side(caption: str) -> None:
@@ -29,10 +56,31 @@ def test_captions_that_name_a_side(caption: str) -> None:
 
 @pytest.mark.parametrize(
     "caption",
-    ["a bright light", "a cleft rock at the beach", "moving up", "a feast", "wrights at work", "", "the least of it"],
-)
+    [
+        "a bright light", "a cleft rock at the beach", "moving up", "a feast", "wrights at work", "", "the least of it",
+        "a signal, an assignment, a contextual password", "the dog's ball and the cats' bowls", "a 5\" pipe",
+        "A clear view; no visible text, logos or watermarks.", "a blue sky without any text", "a wooden vest",
+        "ein aufrechter Baum am Rechteck", "eine Schildkröte im Texas-Hemd", "Recht haben", "die Antwort",
+        "c'est un chien qui est grand", "este perro corre", "un enfant et un motif", "un perro detesta el agua",
+        "лев лежит, это правда", "словно ветер", "这个东西很漂亮", "十字路口有一辆车", "東京の夜", "해가 떠오른다",
+    ],
+)  # fmt: skip
 def test_captions_that_do_not(caption: str) -> None:
     assert not names_a_side(caption)
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "a stop sign in the rain", "a sign reading OPEN", "the words are painted", "subtitles appear",
+        "a company's logo", "large letters on a wall", 'a wall with "OPEN" on it', "a shirt that says ‘hello’", "a neon “BAR” glows",
+        "a license plate", "ein Straßenschild", "eine Leuchtschrift", "mit Untertiteln", "des lettres rouges",
+        "un panneau", "un letrero rojo", "texto en la pared", "un cartello", "uma placa", "красная надпись",
+        "墙上写着字", "屏幕上的文字", "黃色的招牌", "下方有字幕", "看板の前", "赤い文字", "간판이 보인다",
+    ],
+)  # fmt: skip
+def test_captions_that_name_writing(caption: str) -> None:
+    assert names_a_side(caption)
 
 
 def test_window_starts_cover_the_clip() -> None:
