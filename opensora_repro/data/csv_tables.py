@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from opensora_repro.data.csv_rows import check_csv
 from opensora_repro.data.files import one_line
 from opensora_repro.data.manifest import DataError
 from opensora_repro.data.progress import progress
@@ -25,6 +26,8 @@ def csv_schema(path: Path, names: Sequence[str] | None) -> tuple[Any, int]:
     """
     import pyarrow as pa
 
+    if _holds(path, b'\\"'):  # pyarrow would read such quotes as something else
+        check_csv(path)
     with _readable(path), _open(path, names, {}, None) as reader:
         first = reader.schema
     found = first.names
@@ -39,6 +42,17 @@ def csv_schema(path: Path, names: Sequence[str] | None) -> tuple[Any, int]:
             guess, num_rows = _scan(path, names, dict.fromkeys(guess, pa.string()))
     types = {name: pa.float64() if kind == pa.null() else kind for name, kind in guess.items() if name in others}
     return pa.schema([(name, types.get(name, pa.string())) for name in found]), num_rows
+
+
+def _holds(path: Path, wanted: bytes) -> bool:
+    """Whether a file holds some bytes anywhere."""
+    last = b""
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            if wanted in last + block:
+                return True
+            last = block[1 - len(wanted) :]
+    return False
 
 
 def _plain(kind: Any) -> Any:

@@ -73,7 +73,8 @@ def test_captions_that_do_not(caption: str) -> None:
     "caption",
     [
         "a stop sign in the rain", "a sign reading OPEN", "the words are painted", "subtitles appear",
-        "a company's logo", "large letters on a wall", 'a wall with "OPEN" on it', "a shirt that says ‘hello’", "a neon “BAR” glows",
+        "a company's logo", "large letters on a wall", 'a wall with "OPEN" on it', "a shirt that says ‘hello’",
+        "a neon “BAR” glows",
         "a license plate", "ein Straßenschild", "eine Leuchtschrift", "mit Untertiteln", "des lettres rouges",
         "un panneau", "un letrero rojo", "texto en la pared", "un cartello", "uma placa", "красная надпись",
         "墙上写着字", "屏幕上的文字", "黃色的招牌", "下方有字幕", "看板の前", "赤い文字", "간판이 보인다",

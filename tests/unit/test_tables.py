@@ -62,6 +62,7 @@ def test_it_reads_what_pandas_does(tmp_path: Path) -> None:
         (b"a,b\n1\n", "Expected 2 columns"),
         (b"a,a\n1,2\n", "column a is there twice"),
         (b"id,b\n\xff\xfe,2\n", "invalid UTF8"),
+        (b'id,b\n1,2\n3,"a \\"red\\" car"\n', r"row 2 \(line 3\): quotes are escaped by backslashes"),
         (b"id,b\n" + b"x" * 5000 + b",2\n", "cannot be read as csv"),
     ],
 )

@@ -11,7 +11,8 @@ from pathlib import Path, PurePosixPath
 
 from opensora_repro.data.caption.lists import FRAME, CaptionList, Entry, Row, Wanted, read_list, source_of
 from opensora_repro.data.caption.names import SHOWN, Found, NameIndex
-from opensora_repro.data.caption.text import CAPTION_KEYS, EMPTY, Caption, judged, texts_in
+from opensora_repro.data.caption.text import EMPTY, Caption, judged
+from opensora_repro.data.caption_values import CAPTION_KEYS, texts_in
 from opensora_repro.data.files import one_line
 from opensora_repro.data.manifest import DataError, is_missing
 

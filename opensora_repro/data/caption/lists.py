@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from opensora_repro.data.caption.names import forms_of, is_named
-from opensora_repro.data.caption.text import CAPTION_KEYS, texts_in
+from opensora_repro.data.caption_values import CAPTION_KEYS, texts_in
 from opensora_repro.data.csv_rows import as_written, csv_names, csv_rows
 from opensora_repro.data.files import one_line
 from opensora_repro.data.manifest import DataError, is_missing, read_names, reading

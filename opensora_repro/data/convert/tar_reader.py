@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from opensora_repro.data.caption.text import texts_in
+from opensora_repro.data.caption_values import texts_in
 from opensora_repro.data.convert.source import Refuse, Source, refusal, source_of_rows
 from opensora_repro.data.files import beside, one_line, safe_name
 from opensora_repro.data.ids import Seen

@@ -1,0 +1,58 @@
+"""The captions that a table's field, or a value of JSON, holds."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from opensora_repro.data.manifest import is_missing
+
+CAPTION_KEYS = ("caption", "text", "description", "captions", "texts")  # of others, the first that is there
+LONGEST_LIST = 1 << 16  # characters of a list that is written out
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Yield the captions that a table's field or a JSON value holds: text, bytes, a list of them, or an object.
+
+    A CSV holds a list as Python or JSON writes it. Raises ValueError for what is no text.
+    """
+    if isinstance(value, bytes):
+        value = _decoded(value)
+    if isinstance(value, str) and (several := _written_list(value)) is not None:
+        value = several
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from texts_in(part)
+    elif isinstance(value, dict):
+        key = next((key for key in CAPTION_KEYS if value.get(key)), None)
+        if key is None and not any(key in value for key in CAPTION_KEYS):
+            raise ValueError(f"an object without {', '.join(CAPTION_KEYS)}")
+        yield from texts_in(value[key]) if key else ()
+    elif not is_missing(value):
+        yield str(value)
+
+
+def _decoded(data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("no UTF-8 text") from None
+
+
+def _written_list(text: str) -> list[str] | None:
+    """Return the texts of a list that is written out, None for other text."""
+    text = text.strip()
+    if not (text.startswith("[") and text.endswith("]")) or len(text) > LONGEST_LIST:
+        return None
+    found = None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        try:
+            found = ast.literal_eval(text)
+            found = found if repr(found) == text else None  # 'a' 'b' without a comma would become one
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            pass
+    return found if isinstance(found, list) and all(isinstance(part, str) for part in found) else None
