@@ -129,20 +129,23 @@ def from_files(folder: Path, clips: Sequence[Row]) -> list[Caption]:
     for suffix in TEXT_FILES:
         for path in sorted(folder.rglob(f"*{suffix}")):
             places.setdefault(path.relative_to(folder).as_posix().removesuffix(suffix), path)
-    captions = []
-    for clip, found in zip(clips, named_for(clips, NameIndex(places)), strict=True):
-        path = places[found.name] if found.clear else beside_clip(clip["path"])
-        stem = PurePosixPath(clip["path"]).stem
-        if path:
-            captions.append(read_sidecar(path))
-        elif found.several:
-            captions.append(without(f"several sidecar files for it: {', '.join(found.several)}"))
-        elif found.rivals:
-            what = f"{len(found.rivals)} clips are called {PurePosixPath(found.name).name}"
-            captions.append(without(f"{what}; name its sidecar file by its id"))
-        else:
-            captions.append(without(f"no file {stem}.txt or {stem}.json for it"))
-    return captions
+    return [
+        from_file(places[found.name] if found.clear else beside_clip(clip["path"]), found, clip)
+        for clip, found in zip(clips, named_for(clips, NameIndex(places)), strict=True)
+    ]
+
+
+def from_file(path: Path | None, found: Found, clip: Row) -> Caption:
+    """Return the caption that a clip's file holds, or why there is no such file."""
+    if path:
+        return read_sidecar(path)
+    if found.several:
+        return without(f"several sidecar files for it: {', '.join(found.several)}")
+    if found.rivals:
+        what = f"{len(found.rivals)} clips are called {PurePosixPath(found.name).name}"
+        return without(f"{what}; name its sidecar file by its id")
+    stem = PurePosixPath(clip["path"]).stem
+    return without(f"no file {stem}.txt or {stem}.json for it")
 
 
 def beside_clip(path: str) -> Path | None:
