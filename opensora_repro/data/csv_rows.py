@@ -132,7 +132,7 @@ def _records(lines: _Lines) -> Iterator[tuple[int, list[str]]]:
 
 def _header(lines: _Lines, source: Iterator[str]) -> list[str]:
     """Return the columns' names; sets the delimiter, which a spreadsheet may give in a line `sep=;` before them."""
-    first = next(source, "")
+    first = next((line for line in source if not line.isspace()), "")
     told = re.fullmatch(r'"?sep=([,;\t])"?\s*', first)
     if told:
         first = next(source, "")

@@ -207,6 +207,13 @@ def test_folders_tell_names_apart_or_the_doubt_is_told(tmp_path: Path) -> None:
     )
 
 
+def test_the_first_key_that_is_there_counts(tmp_path: Path) -> None:
+    rows = [{"video": "in/vidA.mp4", "caption": "a walk"}, {"image": "007.mp4", "caption": "seven"}]
+    assert texts(as_json(tmp_path / "l.json", rows))[:3] == ["a walk", "a walk", "seven"]
+    (tmp_path / "l.csv").write_text("\n \nid,source,caption\n,vidA.mp4,a walk\nother-clip,vidA.mp4,of another clip\n")
+    assert texts(tmp_path / "l.csv") == ["a walk", "a walk", *["[no caption for this id]"] * 2]
+
+
 def test_joining_takes_time_in_proportion(tmp_path: Path) -> None:
     """Counted, not timed: names that all share their last component are not compared with each other."""
     import sys

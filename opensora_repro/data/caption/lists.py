@@ -89,12 +89,11 @@ class Wanted:
 
     @staticmethod
     def of(clips: Iterable[Row]) -> Wanted:
-        ids, forms = set(), set()
+        ids, names = set(), set()
         for clip in clips:
             ids.add(clip["id"])
-            for name in (clip["id"], clip["path"], source_of(clip)):
-                forms |= forms_of(name)
-        return Wanted(frozenset(ids), frozenset(forms))
+            names |= {clip["path"], source_of(clip)}
+        return Wanted(frozenset(ids), frozenset(form for name in ids | names for form in forms_of(name)))
 
     def named(self, key: str) -> bool:
         return key in self.ids or is_named(key, self.forms)
@@ -141,32 +140,35 @@ def _read(path: Path, names: Sequence[str], rows: Rows, wanted: Wanted) -> Capti
         raise DataError(f"{path}: column caption missing (has {one_line(', '.join(names)) or 'none'})")
     if {"videoid", "timestamp"} <= set(known):
         return _panda(path, take("videoid", "timestamp", caption), wanted)
-    files = [name for name in FILES if name in known]
+    files, videos = ([name for name in names if name in known] for names in (FILES, VIDEOS))
     if identity := next((name for name in IDS if name in known), None):
-        return _by_key(path, take(caption, identity, *files), wanted, "id")
+        return _by_key(path, take(caption, identity, *files, *videos), wanted, "id", 1 + len(files))
     spans = {unit: {f"start_{unit}", f"end_{unit}"} & set(known) for unit in (FRAME, TIME)}
     if "source" in known and any(spans.values()):
         unit = next((unit for unit, columns in spans.items() if len(columns) == 2), None)
         if unit is None:
             raise DataError(f"{path}: expected the columns id, or source with both ends of a span: {FORMATS}")
         return _by_span(path, take("source", f"start_{unit}", f"end_{unit}", caption), wanted, unit)
-    key = next((name for name in (*files, *VIDEOS) if name in known), None)
-    if key is None:
+    if not files and not videos:
         raise DataError(f"{path}: expected the columns id, or source with its caption: {FORMATS}")
-    return _by_key(path, take(caption, key), wanted, "source" if key in VIDEOS else "file")
+    return _by_key(path, take(caption, *files, *videos), wanted, "file" if files else "source")
 
 
 # ---- formats
 
 
-def _by_key(path: Path, rows: Iterable[Sequence[Any]], wanted: Wanted, keyed_by: str) -> CaptionList:
-    """Read rows of a caption and keys, of which the first that is known counts: a spreadsheet may spoil an id."""
+def _by_key(path: Path, rows: Iterable[Sequence[Any]], wanted: Wanted, keyed_by: str, of_clips: int = 0) -> CaptionList:
+    """Read rows of a caption and keys, of which the first that is there counts.
+
+    Of the first `of_clips` keys it is the first that is known here: a spreadsheet may spoil an id of digits.
+    """
     found = CaptionList(path, keyed_by=keyed_by)
     for number, (caption, *values) in enumerate(rows, start=1):
-        keys = [_name(path, number, value) for value in values]
-        if not any(keys):
+        names = [as_written(_name(path, number, value)) for value in values]
+        keys = [name for name in names[:of_clips] if name] or [name for name in names[of_clips:] if name][:1]
+        if not keys:
             raise DataError(f"{path}: row {number}: {keyed_by} is empty")
-        if key := next((key for key in map(as_written, keys) if key and wanted.named(key)), None):
+        if key := next((key for key in keys if wanted.named(key)), None):
             found.add(key, Entry(number, found.text(caption, number)))
     return found
 

@@ -119,23 +119,26 @@ class NameIndex:
             found |= {video: Found(name, rivals=meant if len(meant) > 1 else ()) for video in meant}
         return found
 
-    def _claim(self, video: str) -> _Claim | list[str] | None:
-        """Return the name that fits a video best; several that fit equally; or None."""
+    def _claim(self, video: str) -> _Claim | list[str]:
+        """Return the name that fits a video best; several that fit equally; or none."""
         parts = parts_of(video)
         if not parts:
-            return None
+            return []
         bare = _bare(parts[-1])
-        ways = [(self.as_given, parts[-1])]  # with its ending in the list, too; else without, on either side
-        ways.append((self.as_given, bare) if bare != parts[-1] else (self.bare, bare))
+        # With its ending in the list, too; else without, on either side.
+        ways = [(self.as_given, parts[-1]), (self.as_given, bare) if bare != parts[-1] else (self.bare, bare)]
         for index, last in ways:
             if len(same := index.whole.get((*parts[:-1], last), [])) == 1:
                 return _Claim(same[0], (True, len(parts), True))
-        for start in range(len(parts)):
-            for index, last in ways:
-                tail = (*parts[start:-1], last)
-                fits = index.tails.get(tail, [])
-                if len(fits) > 1:
-                    return fits
-                if fits:
-                    return _Claim(fits[0], (False, len(tail), start == 0 or tail in index.whole))
-        return None
+        longest: Parts = ()
+        fits: list[str] = []
+        for index, last in ways:
+            for length in range(1, len(parts) + 1):  # where a tail is not there, no longer one is
+                tail = (*parts[len(parts) - length : -1], last)
+                if tail not in index.tails:
+                    break
+                if length > len(longest):
+                    longest, fits = tail, index.tails[tail]
+        if len(fits) != 1:
+            return fits
+        return _Claim(fits[0], (False, len(longest), len(longest) in (len(parts), len(parts_of(fits[0])))))
