@@ -30,7 +30,7 @@ class DataConfig:
     frame_interval: int = 3  # take every n-th frame of the window
     height: int = 256
     width: int = 256
-    flip: bool = True  # mirror half of the samples whose caption names no side
+    flip: bool = True  # mirror half of the samples whose caption names no side and no writing
     num_workers: int = 2
     draws: int = 0  # 0: new window, crop and flip every epoch; k: cycle through k fixed draws a sample
     cache: str = ""  # folder for encoded latents and text (needs draws > 0); empty: encode every step
