@@ -93,12 +93,12 @@ def make_tiny_clip(folder: Path) -> Path:
 
 
 def _spelling_tokenizer():  # type: ignore[no-untyped-def]  # the class moved between transformers' releases
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     pieces = [(token, 0.0) for token in SPECIAL_TOKENS] + [(piece, -1.0) for piece in ("▁", *LETTERS)]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512

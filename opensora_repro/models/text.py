@@ -6,6 +6,7 @@ import html
 import re
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,6 +59,45 @@ def _clean_once(text: str) -> str:
     # Controls, format characters (invisible, or turning the reading direction) and unassigned code points
     text = "".join(" " if unicodedata.category(character)[0] in "CZ" else character for character in text)
     return " ".join(text.split())
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What of a text a model reads. Words are what lies between spaces."""
+
+    words: int
+    unknown: int  # words in which the tokenizer meets something that it does not know
+    dropped: str  # the text's end, which lies beyond the model's tokens; empty where all is read
+
+
+def read_texts(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[Reading]:
+    """How each text, as the tokenizer is given it, is read by a model of `max_length` tokens."""
+    split = [text.split() for text in texts]
+    known = list(dict.fromkeys(word for words in split for word in words))
+    # Tokens never reach over a space, so that a word that many captions have is looked at once.
+    found = tokenizer(known, add_special_tokens=False, verbose=False).input_ids if known else []
+    ids = dict(zip(known, found, strict=True))
+    room = max_length - tokenizer.num_special_tokens_to_add()
+    return [_reading(tokenizer, words, [ids[word] for word in words], room) for words in split]
+
+
+def _reading(tokenizer: Any, words: Sequence[str], ids: Sequence[Sequence[int]], room: int) -> Reading:
+    unknown = sum(tokenizer.unk_token_id in tokens for tokens in ids)
+    for number, tokens in enumerate(ids):
+        if len(tokens) > room:  # of a word that is cut, such as a sentence without spaces, the rest
+            rest = words[number] if room <= 0 else tokenizer.decode(tokens[room:])
+            return Reading(len(words), unknown, " ".join([rest, *words[number + 1 :]]))
+        room -= len(tokens)
+    return Reading(len(words), unknown, "")
+
+
+def read_cleaned(tokenizer: Any, captions: Sequence[str], max_length: int) -> list[Reading]:
+    """As `read_texts`, of captions that are cleaned as `T5Text` does; what lies beyond MAX_CHARACTERS is dropped."""
+    readings = read_texts(tokenizer, [clean_caption(caption) for caption in captions], max_length)
+    return [
+        replace(reading, dropped=f"{reading.dropped}{caption[MAX_CHARACTERS:]}".strip())
+        for reading, caption in zip(readings, captions, strict=True)
+    ]
 
 
 class T5Text:
@@ -115,6 +155,10 @@ class T5Text:
                 output = self.model(input_ids=ids[part], attention_mask=mask[part])
                 batches.append(output.last_hidden_state.float())
         return torch.cat(batches), host_mask.bool()
+
+    def read(self, captions: Sequence[str]) -> list[Reading]:
+        """What of each caption, once cleaned, the model reads. Raises ModelNotFound."""
+        return read_cleaned(self.tokenizer, captions, self.max_length)
 
     def _tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return int64 token ids and mask, both [B, L]; long captions are cut, keeping the end token."""
@@ -186,6 +230,10 @@ class ClipText:
         self.tokenizer = tokenizer
         self.max_length = int(model.config.max_position_embeddings)  # 77 in the published models
         self.channels = int(model.config.hidden_size)
+
+    def read(self, captions: Sequence[str]) -> list[Reading]:
+        """What of each caption the model reads."""
+        return read_texts(self.tokenizer, captions, self.max_length)
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, None]:

@@ -70,6 +70,25 @@ def test_captions_a_few_at_a_time(text: T5Text) -> None:
         assert torch.equal(found_mask, mask)
 
 
+def test_what_of_a_caption_is_read(text: T5Text) -> None:
+    """A token a letter and a space before each word: 19 of 20 tokens are left for words."""
+    captions = ["A Red circle", "", "one two three forty six", "abcdefghijklmnopqrstuvwxyz end", "röt circle ☃"]
+    readings = text.read(captions)
+    assert [reading.dropped for reading in readings] == ["", "", "y six", "stuvwxyz end", ""]
+    assert [(reading.words, reading.unknown) for reading in readings] == [(3, 0), (0, 0), (5, 0), (2, 0), (3, 2)]
+    # ... exactly where the model's own tokens end
+    ids, _ = text._tokenize(["one two three four", "one two three forty"])
+    last = [text.tokenizer.convert_ids_to_tokens(row)[-2:] for row in ids.tolist()]
+    assert last == [["r", "</s>"], ["t", "</s>"]]
+    assert [reading.dropped for reading in text.read(["one two three four", "one two three forty"])] == ["", "y"]
+
+
+def test_what_lies_beyond_the_longest_caption_is_not_read(folder: Path) -> None:
+    tags = "<b>" * (MAX_CHARACTERS // 3)
+    (reading,) = load(folder).read([f"{tags}a waves at sea"])
+    assert reading.dropped.endswith("waves at sea")
+
+
 def test_long_captions_keep_the_end_token(text: T5Text) -> None:
     ids, mask = text._tokenize(["a" * 5000])
     assert ids.shape == (1, 20) and mask.all()
