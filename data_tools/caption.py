@@ -31,6 +31,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,11 +75,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="data_tools.caption", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("input", help=INPUT_HELP)
-    parser.add_argument("--out", metavar="DIR", help="folder for manifest.parquet and rejects.parquet")
-    parser.add_argument("--template", metavar="FILE", help="write a list of the clips to fill in (.csv), nothing else")
-    parser.add_argument("--sidecar", metavar="PATH", help="list of captions, or folder with a text file a clip")
-    parser.add_argument("--model", metavar="MODEL", help="vision-language model: folder, or name in the hub's cache")
+    parser.add_argument("input", type=expanduser, help=INPUT_HELP)
+    parser.add_argument("--out", type=expanduser, metavar="DIR", help="folder for manifest.parquet and rejects.parquet")
+    parser.add_argument(
+        "--template",
+        type=expanduser,
+        metavar="FILE",
+        help="write a list of the clips to fill in (.csv), nothing else",
+    )
+    parser.add_argument(
+        "--sidecar", type=expanduser, metavar="PATH", help="list of captions, or folder with a text file a clip"
+    )
+    parser.add_argument(
+        "--model", type=expanduser, metavar="MODEL", help="vision-language model: folder, or name in the hub's cache"
+    )
     parser.add_argument("--endpoint", metavar="URL", help="chat-completions API, such as http://localhost:8000/v1")
     parser.add_argument("--endpoint-model", metavar="NAME", help="the endpoint's model")
     parser.add_argument("--rewrite", action="store_true", help="make short captions detailed, with the endpoint")

@@ -25,11 +25,12 @@ import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_repro.data.convert.source import refusal
-from opensora_repro.data.files import one_line, remove_leftovers
+from opensora_repro.data.files import one_line, remove_leftovers, user_path
 from opensora_repro.data.inputs import VIDEO_SUFFIXES, Item
 from opensora_repro.data.jobs.run import Runner, add_runner_options, run_jobs, runner_of
 from opensora_repro.data.manifest import DataError
@@ -76,12 +77,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="data_tools.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("input", help="a table, folder, archive or pattern (put -- before a leading dash)")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the result and rejects.parquet")
+    parser.add_argument(
+        "input", type=expanduser, help="a table, folder, archive or pattern (put -- before a leading dash)"
+    )
+    parser.add_argument(
+        "--out", type=expanduser, required=True, metavar="DIR", help="folder for the result and rejects.parquet"
+    )
     parser.add_argument("--from", dest="kind", choices=FROM, help="format of INPUT (default: as recognised)")
     parser.add_argument("--to", choices=(*OUTPUTS, "webdataset"), default="manifest", help="format to write (manifest)")
-    parser.add_argument("--classes", type=Path, metavar="FILE", help="class folders: their classes, in order")
-    parser.add_argument("--list", dest="listed", type=Path, metavar="FILE", help="class folders: only these files")
+    parser.add_argument("--classes", type=user_path, metavar="FILE", help="class folders: their classes, in order")
+    parser.add_argument("--list", dest="listed", type=user_path, metavar="FILE", help="class folders: only these files")
     parser.add_argument("--no-probe", action="store_true", help="leave sizes empty that INPUT does not tell")
     parser.add_argument("--shard-size", type=int, default=1000, metavar="N", help="clips a tar archive (%(default)s)")
     parser.add_argument("--max-bytes", metavar="N", help="tar archives: largest file in one, such as 500M (4G)")

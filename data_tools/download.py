@@ -24,6 +24,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,8 +60,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="data_tools.download", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("table", help="CSV or Parquet with a column url")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for files/ and manifest.parquet")
+    parser.add_argument("table", type=expanduser, help="CSV or Parquet with a column url")
+    parser.add_argument(
+        "--out", type=expanduser, required=True, metavar="DIR", help="folder for files/ and manifest.parquet"
+    )
     parser.add_argument("--max-bytes", default="4G", metavar="N", help="largest file, such as 500M (%(default)s)")
     parser.add_argument("--max-total", metavar="N", help="all files together, such as 2T (default: no limit)")
     parser.add_argument("--workers", type=int, default=8, metavar="N", help="downloads at a time (%(default)s)")

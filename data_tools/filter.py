@@ -24,6 +24,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,8 +77,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="data_tools.filter", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("input", help=INPUT_HELP)
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for manifest.parquet and what was dropped")
+    parser.add_argument("input", type=expanduser, help=INPUT_HELP)
+    parser.add_argument(
+        "--out", type=expanduser, required=True, metavar="DIR", help="folder for manifest.parquet and what was dropped"
+    )
     parser.add_argument(
         "--keep",
         dest="rules",

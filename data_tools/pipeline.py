@@ -22,6 +22,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from os.path import expanduser
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -49,9 +50,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="data_tools.pipeline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", metavar="CONFIG.toml")
+    parser.add_argument("config", type=expanduser, metavar="CONFIG.toml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the config")
-    parser.add_argument("--out", metavar="DIR", help="folder for everything that is made, instead of the config's")
+    parser.add_argument(
+        "--out", type=expanduser, metavar="DIR", help="folder for everything that is made, instead of the config's"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check the config, print the commands, then stop")
     return parser
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from os.path import expanduser
 from pathlib import Path
 
 from opensora_repro.data.jobs.run import add_runner_options, runner_of
@@ -32,8 +33,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="data_tools.probe", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("input", help="a video, folder, glob pattern or table (put -- before a leading dash)")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for manifest.parquet and rejects.parquet")
+    parser.add_argument(
+        "input", type=expanduser, help="a video, folder, glob pattern or table (put -- before a leading dash)"
+    )
+    parser.add_argument(
+        "--out", type=expanduser, required=True, metavar="DIR", help="folder for manifest.parquet and rejects.parquet"
+    )
     parser.add_argument("--decode", action="store_true", help="also decode every frame")
     parser.add_argument("--images", action="store_true", help="take the pictures of a folder, too")
     add_runner_options(parser)

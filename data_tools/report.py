@@ -16,6 +16,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -51,8 +52,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="data_tools.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="a tool's --out folder, or a manifest; in order")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for report.html")
+    parser.add_argument(
+        "inputs", type=expanduser, nargs="+", metavar="INPUT", help="a tool's --out folder, or a manifest; in order"
+    )
+    parser.add_argument("--out", type=expanduser, required=True, metavar="DIR", help="folder for report.html")
     parser.add_argument(
         "--clips", type=int, default=CLIPS, metavar="N", help="clips to show; 0: no pictures (%(default)s)"
     )

@@ -30,6 +30,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,11 +61,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="data_tools.score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("input", help=INPUT_HELP)
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for manifest.parquet and the records")
+    parser.add_argument("input", type=expanduser, help=INPUT_HELP)
+    parser.add_argument(
+        "--out", type=expanduser, required=True, metavar="DIR", help="folder for manifest.parquet and the records"
+    )
     parser.add_argument("--scores", default="all", metavar="A,B", help=f"all, or some of {', '.join(NAMES)} (all)")
-    parser.add_argument("--clip", metavar="MODEL", help="CLIP model: adds text_match, and duplicates by its embeddings")
-    parser.add_argument("--aesthetic", metavar="HEAD", help="linear aesthetic head over that model: adds aesthetic")
+    parser.add_argument(
+        "--clip", type=expanduser, metavar="MODEL", help="CLIP model: adds text_match, and duplicates by its embeddings"
+    )
+    parser.add_argument(
+        "--aesthetic", type=expanduser, metavar="HEAD", help="linear aesthetic head over that model: adds aesthetic"
+    )
     parser.add_argument("--device", default="cpu", help="where the model computes, such as cuda (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="clips a model batch (%(default)s)")
     parser.add_argument("--model-workers", type=int, default=1, metavar="N", help="copies of the model (%(default)s)")

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,8 +77,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="data_tools.split", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("input", help="a video, folder, glob pattern or table (put -- before a leading dash)")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for clips/ and their manifest")
+    parser.add_argument(
+        "input", type=expanduser, help="a video, folder, glob pattern or table (put -- before a leading dash)"
+    )
+    parser.add_argument(
+        "--out", type=expanduser, required=True, metavar="DIR", help="folder for clips/ and their manifest"
+    )
     parser.add_argument(
         "--detector",
         choices=("shots", "adaptive", "content"),
@@ -135,7 +140,7 @@ def config_path(text: str) -> str:
     """Keep an input that stands behind --for-training from being taken for its config."""
     if text and not text.endswith(".toml"):
         raise argparse.ArgumentTypeError(f"{text!r} is no .toml; write the input before it, or --for-training=CONFIG")
-    return text
+    return expanduser(text)
 
 
 def check(args: argparse.Namespace) -> None:

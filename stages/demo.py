@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opensora_repro.data.files import user_path
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -40,8 +42,8 @@ class Plan:
 
 def parse(argv: list[str] | None) -> Plan:
     parser = argparse.ArgumentParser(prog="python -m stages.demo", description=__doc__)
-    parser.add_argument("--dir", type=Path, default=Path("runs/demo"), help="where everything goes (%(default)s)")
-    parser.add_argument("--configs", type=Path, default=Path("configs/demo"), help="folder of stage1..3.toml")
+    parser.add_argument("--dir", type=user_path, default=Path("runs/demo"), help="where everything goes (%(default)s)")
+    parser.add_argument("--configs", type=user_path, default=Path("configs/demo"), help="folder of stage1..3.toml")
     parser.add_argument("--videos", type=int, default=8, help="long training videos to film (%(default)s)")
     parser.add_argument("--hq-videos", type=int, default=4, help="of these, how many stage 3 uses (%(default)s)")
     parser.add_argument("--prompts", type=int, default=48, help="prompts to sample in each group (%(default)s)")

@@ -7,10 +7,11 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from os.path import expanduser
 from typing import TYPE_CHECKING
 
 from opensora_repro.config import Config, ConfigError, load_config
+from opensora_repro.data.files import user_path
 
 if TYPE_CHECKING:
     from opensora_repro.training.planning.budget import Question
@@ -26,7 +27,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog="Utilisation is model FLOPs over the GPU's peak; what checkpointing computes again does not count.",
     )
     add = parser.add_argument
-    add("config", metavar="CONFIG.toml")
+    add("config", type=expanduser, metavar="CONFIG.toml")
     add("overrides", nargs="*", metavar="section.key=value", help="changes to the config")
     add("--gpu", default="H100", metavar="NAME", help="kind of GPU, such as A100-40GB or 4090 (default: %(default)s)")
     add("--gpus", type=int, metavar="N", help="how many (default: as many as one sample needs)")
@@ -36,7 +37,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--utilisation", type=float, metavar="SHARE", help=f"of the peak, 0 to 1 (assumed: {ASSUMED_UTILISATION})"
     )
     rate.add_argument(
-        "--measured", type=Path, metavar="PATH",
+        "--measured", type=user_path, metavar="PATH",
         help="take it from a run's folder, its metrics.jsonl or a benchmark's JSON, measured on the same kind of GPU",
     )  # fmt: skip
     add("--price-per-gpu-hour", type=float, metavar="PRICE", help="in any currency, to tell costs")

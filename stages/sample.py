@@ -14,10 +14,12 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_repro.config import Config, ConfigError
+from opensora_repro.data.files import user_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,14 +36,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m stages.sample", description=__doc__)
     add = parser.add_argument
     source = "folder of a run (its newest checkpoint), a checkpoint, or published weights (file or folder)"
-    add("source", metavar="RUN_OR_CHECKPOINT", type=Path, help=source)
+    add("source", metavar="RUN_OR_CHECKPOINT", type=user_path, help=source)
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
     lines = "one prompt a line (UTF-8); blank lines and lines that start with # are passed over"
-    prompts.add_argument("--prompts", type=Path, metavar="FILE", help=lines)
+    prompts.add_argument("--prompts", type=user_path, metavar="FILE", help=lines)
     labels = "class number, for models conditioned on a class; may be given several times"
     prompts.add_argument("--label", action="append", metavar="N", help=labels)
-    add("--out", type=Path, required=True, metavar="DIR", help="where the files go")
+    add("--out", type=user_path, required=True, metavar="DIR", help="where the files go")
     add("--seed", type=int, default=0, metavar="N", help="sample i's noise depends on (seed, i) alone (%(default)s)")
     add("--batch-size", type=int, default=8, metavar="N", help="prompts at once; changes no result (%(default)s)")
     add("--device", help="such as cuda, cuda:1 or cpu (a GPU where there is one)")
@@ -60,8 +62,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--height", type=int, metavar="N", help="pixels (data.height)")
     add("--width", type=int, metavar="N", help="pixels (data.width)")
     add("--fps", type=int, metavar="N", help="frames a second of the written file (sample.fps)")
-    add("--vae", metavar="PATH", help="autoencoder: hub name or local folder (vae.path)")
-    add("--text", metavar="PATH", help="text encoder: hub name or local folder (text.path)")
+    add("--vae", type=expanduser, metavar="PATH", help="autoencoder: hub name or local folder (vae.path)")
+    add("--text", type=expanduser, metavar="PATH", help="text encoder: hub name or local folder (text.path)")
     add("--dtype", choices=("bf16", "fp32"), help="autocast (train.dtype)")
     return parser.parse_args(argv)
 

@@ -8,8 +8,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from opensora_repro.data.files import user_path
 
 if TYPE_CHECKING:
     from opensora_repro.models.catalog import Entry
@@ -37,9 +38,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     verify = add("verify", run_verify, "read everything: complete, finite, and unchanged where a sha256 is known")
     convert = add("convert", run_convert, "write weights in another layout")
     convert.add_argument("--to", choices=FORMATS, required=True)
-    convert.add_argument("--out", type=Path, required=True, metavar="PATH", help="a file; for diffusers a folder")
+    convert.add_argument("--out", type=user_path, required=True, metavar="PATH", help="a file; for diffusers a folder")
     for command in (inspect, verify, convert):
-        command.add_argument("source", metavar="FILE", type=Path, help=source)
+        command.add_argument("source", metavar="FILE", type=user_path, help=source)
         command.add_argument("--no-ema", action="store_true", help="the trained weights, not their moving average")
         command.add_argument("--num-heads", type=int, metavar="N", help="attention heads, where the file cannot tell")
         command.add_argument("--family", choices=("dit", "latte"), help="whose these are, where the file cannot tell")

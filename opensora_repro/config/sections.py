@@ -11,6 +11,12 @@ class ConfigError(ValueError):
     """A mistake in a config file or an override; the message is one line meant for the user."""
 
 
+# Files and folders: `~` is the user's home in them.
+PATH_KEYS = (
+    "run.dir", "init.weights", "data.manifest", "data.val_manifest", "data.cache", "vae.path", "text.path",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class RunConfig:
     dir: str = ""  # where config, metrics, checkpoints and samples go

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import sys
 import typing
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ else:
     import tomli as tomllib
 
 from opensora_repro.config.checks import check_config
-from opensora_repro.config.sections import Config, ConfigError
+from opensora_repro.config.sections import PATH_KEYS, Config, ConfigError
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -63,6 +64,9 @@ def parse_config(table: dict[str, Any], overrides: Sequence[str] = (), *, where:
     for override in overrides:
         section, key, value = _parse_override(override)
         values[section][key] = value
+    for section, key in (name.split(".") for name in PATH_KEYS):
+        if key in values[section]:
+            values[section][key] = os.path.expanduser(values[section][key])
     config = Config(**{name: cls(**values[name]) for name, cls in sections.items()})
     check_config(config)
     return config

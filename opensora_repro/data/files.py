@@ -13,6 +13,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 
+def user_path(text: str) -> Path:
+    """Return a path as its user means it, `~` being the home folder: the type of options that take one."""
+    return Path(text).expanduser()
+
+
 def beside(path: Path) -> Path:
     """Return a hidden name in the same folder, this process's own, to write to before renaming to `path`."""
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")

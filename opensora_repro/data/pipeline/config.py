@@ -20,6 +20,7 @@ import difflib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,8 @@ def load_line(
         key: texts for key, texts in run.items() if key == "workers"
     }  # few pictures: no cluster is started for them
     page = _with_run(f"{where}: [{REPORT}]", sections.get(REPORT, {}), report, here)
-    return Line(plain["input"], plain["out"], tuple(steps), Step(REPORT, REPORT, *page))
+    source, made = (expanduser(plain[name]) for name in TOP)
+    return Line(source, made, tuple(steps), Step(REPORT, REPORT, *page))
 
 
 def options_of(where: str, content: Mapping[str, Any], parser: argparse.ArgumentParser) -> dict[str, tuple[str, ...]]:

@@ -1,0 +1,82 @@
+"""`~` is the user's home in every key and option that takes a path, and text everywhere else."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_tools import pipeline
+from opensora_repro.config import load_config
+from opensora_repro.config.sections import PATH_KEYS
+from opensora_repro.data.pipeline.config import load_line
+from opensora_repro.training import cli
+from stages import demo, plan, sample, stage2_video, weights
+
+# What options call the paths that they take
+PATHS = {"DIR", "FILE", "PATH", "INPUT", "MODEL", "HEAD", "CONFIG.toml", "RUN_OR_CHECKPOINT", "input", "table"}
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_every_path_key_of_a_config(home: Path) -> None:
+    sections: dict[str, str] = {}
+    for name in PATH_KEYS:
+        section, key = name.split(".")
+        sections[section] = sections.get(section, f"[{section}]\n") + f'{key} = "~/in a file/{key}"\n'
+    sections["data"] += "draws = 1\n"
+    (home / "run.toml").write_text("\n".join(sections.values()) + '\n[sample]\nprompts = ["~/ is text"]\n')
+    cfg: Any = load_config(home / "run.toml", ["run.dir=~/given", "init.weights=~"])
+    for name in PATH_KEYS:
+        section, key = name.split(".")
+        expected = {"run.dir": f"{home}/given", "init.weights": str(home)}.get(name, f"{home}/in a file/{key}")
+        assert getattr(getattr(cfg, section), key) == expected
+    assert cfg.sample.prompts == ("~/ is text",)
+
+
+@pytest.mark.parametrize("name", [*pipeline.TOOLS, "pipeline", "report"])
+def test_every_path_option_of_the_data_tools(home: Path, name: str) -> None:
+    parser = importlib.import_module(f"data_tools.{name}").build_parser()
+    taken = [action for action in parser._actions if (action.metavar or action.dest) in PATHS]
+    assert len(taken) >= 2
+    for action in taken:
+        suffix = ".toml" if action.metavar == "CONFIG.toml" else ""
+        assert str(action.type(f"~/x{suffix}")) == f"{home}/x{suffix}", action
+    assert not [action for action in parser._actions if action.type is Path]
+
+
+def test_every_path_option_of_the_stages(home: Path) -> None:
+    def paths(args: argparse.Namespace) -> dict[str, str]:
+        return {name: str(value).replace(str(home), "HOME") for name, value in vars(args).items() if "~" in str(value)}
+
+    options = ["--out=~/out", "--vae", "~/vae", "--text=~/text"]
+    assert paths(sample.parse(["~/run", "--prompts", "~/prompts", *options])) == {}
+    assert paths(sample.parse(["run", "--prompt", "~/text", "--out", "out"])) == {"prompt": "['~/text']"}
+    assert paths(plan.parse(["~/run.toml", "--measured", "~/run"])) == {}
+    assert paths(weights.parse(["convert", "~/a.pth", "--to", "pixart", "--out=~/b.pth"])) == {}
+    assert paths(cli._parse(stage2_video.STAGE, None, ["~/run.toml", "run.dir=~/run"])) == {
+        "overrides": "['run.dir=~/run']"  # of which the config makes a path
+    }
+    found = demo.parse(["--dir=~/demo", "--configs", "~/configs"])
+    assert (found.root, found.configs) == (home / "demo", home / "configs")
+
+
+def test_a_line_of_data_tools(home: Path) -> None:
+    config = home / "line.toml"
+    config.write_text('input = "~/videos"\nout = "~/out"\n[caption]\nsidecar = "~/captions.csv"\n')
+    tools = pipeline.find_tools()
+    parsers = {name: tool.build_parser() for name, tool in tools.items()}
+    report = pipeline.report.build_parser()
+    line = load_line(config, [], parsers, report)
+    assert (line.input, line.out) == (f"{home}/videos", f"{home}/out")
+    command = pipeline.command_of(line.steps[0], line.input, Path(line.out))
+    assert parsers["caption"].parse_args(command).sidecar == f"{home}/captions.csv"
+    line = load_line(config, ["input=~/others", "out=~/there"], parsers, report)
+    assert (line.input, line.out) == (f"{home}/others", f"{home}/there")
