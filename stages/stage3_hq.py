@@ -24,12 +24,10 @@ def check(cfg: Config) -> None:
 
 
 def check_start(model: STDiT, cfg: Config, report: LoadReport | None, stride: int) -> Sequence[str]:
-    if report is not None and report.inserted_temporal_attention:
-        raise ConfigError(f"init.weights = {cfg.init.weights} is an image model: stage 3 goes on from a stage 2 run")
     return describe_rescaling(cfg, source_config(cfg.init.weights), stride)
 
 
-STAGE = Stage("stage3_hq", "high-quality video training", check, check_start)
+STAGE = Stage("stage3_hq", "high-quality video training", check, check_start, takes_image_models=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -63,6 +63,10 @@ class FrozenModel(Generic[T]):
             self._model = _load(self._load, self.folder, self.where, self.kind)
         return self._model
 
+    def part(self, load: Callable[..., Any]) -> Any:
+        """What `load`, called as the model's own, makes of the folder. Raises ModelNotFound."""
+        return _load(load, self.folder, self.where, self.kind)
+
     def release(self) -> None:
         """Let go of the weights; the next `get` reads them again."""
         self._model = None

@@ -65,6 +65,7 @@ def _clean_once(text: str) -> str:
 class Reading:
     """What of a text a model reads. Words are what lies between spaces."""
 
+    tokens: int  # of the whole text, with those that the tokenizer adds
     words: int
     unknown: int  # words in which the tokenizer meets something that it does not know
     dropped: str  # the text's end, which lies beyond the model's tokens; empty where all is read
@@ -77,18 +78,20 @@ def read_texts(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[Re
     # Tokens never reach over a space, so that a word that many captions have is looked at once.
     found = tokenizer(known, add_special_tokens=False, verbose=False).input_ids if known else []
     ids = dict(zip(known, found, strict=True))
-    room = max_length - tokenizer.num_special_tokens_to_add()
-    return [_reading(tokenizer, words, [ids[word] for word in words], room) for words in split]
+    return [_reading(tokenizer, words, [ids[word] for word in words], max_length) for words in split]
 
 
-def _reading(tokenizer: Any, words: Sequence[str], ids: Sequence[Sequence[int]], room: int) -> Reading:
+def _reading(tokenizer: Any, words: Sequence[str], ids: Sequence[Sequence[int]], max_length: int) -> Reading:
+    added = tokenizer.num_special_tokens_to_add()
     unknown = sum(tokenizer.unk_token_id in tokens for tokens in ids)
+    reading = Reading(added + sum(map(len, ids)), len(words), unknown, "")
+    room = max_length - added
     for number, tokens in enumerate(ids):
         if len(tokens) > room:  # of a word that is cut, such as a sentence without spaces, the rest
             rest = words[number] if room <= 0 else tokenizer.decode(tokens[room:])
-            return Reading(len(words), unknown, " ".join([rest, *words[number + 1 :]]))
+            return replace(reading, dropped=" ".join([rest, *words[number + 1 :]]))
         room -= len(tokens)
-    return Reading(len(words), unknown, "")
+    return reading
 
 
 def read_cleaned(tokenizer: Any, captions: Sequence[str], max_length: int) -> list[Reading]:
@@ -131,6 +134,18 @@ class T5Text:
     @property
     def tokenizer(self) -> Any:
         return self.frozen.get()[1]
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer alone, for looking at captions; read anew at each call. Raises ModelNotFound."""
+
+        def load(path: str, **options: Any) -> Any:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(path, **options)
+            _check_tokenizer(tokenizer, self.frozen.config.get("vocab_size", len(tokenizer)))
+            return tokenizer
+
+        return self.frozen.part(load)
 
     def fingerprint(self, hash_file: HashFile = sha256_of) -> str:
         """Hash of what decides the embeddings: the files, the dtype, the length, and how captions are cleaned."""

@@ -80,7 +80,7 @@ class LoadReport:
 
     @property
     def inserted_temporal_attention(self) -> bool:
-        return any(".attn_temp." in key for key in self.inserted)
+        return inserts_temporal_attention(self.inserted)
 
     def __str__(self) -> str:
         wrapper = f" under {self.wrapper!r}" if self.wrapper else ""
@@ -138,6 +138,11 @@ def load_model_weights(
     )
 
 
+def inserts_temporal_attention(inserted: Sequence[str]) -> bool:
+    """Whether such keys make a video model of an image model."""
+    return any(".attn_temp." in key for key in inserted)
+
+
 def zero_temporal_attention(model: nn.Module) -> None:
     """Make the temporal branches' output zero: the video model then treats every frame as an image."""
     for name, parameter in model.named_parameters():
@@ -145,13 +150,17 @@ def zero_temporal_attention(model: nn.Module) -> None:
             nn.init.zeros_(parameter)
 
 
-def check_complete(file: WeightsFile, cfg: STDiTConfig | DiTConfig) -> None:
-    """Raise WeightsError unless `file` has what loading it into the model `cfg` needs, in shape, and nothing else."""
+def check_complete(file: WeightsFile, cfg: STDiTConfig | DiTConfig) -> list[str]:
+    """Raise WeightsError unless `file` has what loading it into the model `cfg` needs, in shape, and nothing else.
+
+    Returns the keys that loading would insert.
+    """
     with torch.device("meta"):
         model = STDiT(cfg) if isinstance(cfg, STDiTConfig) else DiT(cfg)
     where = str(file.path)
     layout = recognise(file.tensors, where)
-    _check_fit(model, layout, to_ours(layout, file.tensors, where)[0], where)
+    _check_heads(model, file, where)
+    return _check_fit(model, layout, to_ours(layout, file.tensors, where)[0], where)
 
 
 def family_of(model: STDiT | DiT) -> str:

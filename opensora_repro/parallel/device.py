@@ -40,6 +40,11 @@ def device_name(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
+def total_memory(device: torch.device) -> int:
+    """A GPU's memory in bytes."""
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
 def backend_of(device: torch.device) -> str:
     """The collectives' library for tensors on the device."""
     return "nccl" if device.type == "cuda" else "gloo"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib.util
 import logging
 import os
 import warnings
@@ -268,10 +269,20 @@ def build_engine(cfg: ParallelConfig, device: str | None = None) -> TorchEngine:
     try:
         return _colossal_engine(cfg.plugin)(cfg, device)
     except ModuleNotFoundError as error:
-        raise EngineError(
-            f'parallel.engine = "colossalai": the package {str(error.name).split(".")[0]} is not installed: '
-            'pip install colossalai, or set parallel.engine=torch (plugin "ddp")'
-        ) from None
+        raise _not_installed(str(error.name).split(".")[0]) from None
+
+
+def check_installed(cfg: ParallelConfig) -> None:
+    """Raise EngineError where the package of `parallel.engine` is absent; nothing is imported."""
+    if cfg.engine != "torch" and importlib.util.find_spec("colossalai") is None:
+        raise _not_installed("colossalai")
+
+
+def _not_installed(package: str) -> EngineError:
+    return EngineError(
+        f'parallel.engine = "colossalai": the package {package} is not installed: '
+        'pip install colossalai, or set parallel.engine=torch (plugin "ddp")'
+    )
 
 
 def _colossal_engine(plugin: str) -> type[TorchEngine]:

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from os.path import expanduser
 from typing import TYPE_CHECKING
 
 from opensora_repro.config import Config, ConfigError, load_config
@@ -53,7 +54,7 @@ def _parse(stage: Stage, description: str | None, argv: Sequence[str] | None) ->
         description=description,
         epilog="The same command again resumes the run in run.dir; init.weights counts at its first start alone.",
     )
-    parser.add_argument("config", metavar="CONFIG.toml")
+    parser.add_argument("config", type=expanduser, metavar="CONFIG.toml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the config")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and the estimates, then stop")
     parser.add_argument(
@@ -78,7 +79,8 @@ def _dry_run(cfg: Config, stage: Stage, gpu: str | None) -> int:
     from opensora_repro.training.planning.gpus import find_gpu
 
     for line in dry_run(cfg, stage, None if gpu is None else find_gpu(gpu)):
-        print(line)
+        if os.environ.get("RANK", "0") == "0":  # one process of torchrun's tells it, all look
+            print(line, flush=True)
     return 0
 
 

@@ -3,83 +3,96 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from opensora_repro.config import Config, ParallelConfig, dump_toml
-from opensora_repro.data.manifest import read_manifest
-from opensora_repro.models.weight_files import open_weights
-from opensora_repro.models.weights import check_complete
+from opensora_repro.models.weight_files import find_weights
+from opensora_repro.parallel.device import choose_device
 from opensora_repro.parallel.mesh import Mesh
 from opensora_repro.training.checkpoint import list_checkpoints
 from opensora_repro.training.ema import horizon_warning
-from opensora_repro.training.init import find_start, global_batch_size
-from opensora_repro.training.needs import encodes_after_start
+from opensora_repro.training.init import Start, find_start, global_batch_size
 from opensora_repro.training.optim import check_processes
 from opensora_repro.training.planning.budget import step_flops
 from opensora_repro.training.planning.encoders import frozen_sizes
 from opensora_repro.training.planning.flops import forward_products
 from opensora_repro.training.planning.gpus import Gpu
-from opensora_repro.training.planning.memory import step_memory
 from opensora_repro.training.planning.parameters import count_parameters
 from opensora_repro.training.planning.report import besides, memory_parts, operations, size, verdict
 from opensora_repro.training.planning.sizes import latent_shape, token_grid
+from opensora_repro.training.preflight import find_manifest, needed_memory, preflight, weights_to_come
 from opensora_repro.training.stage import Stage
 
 
-def dry_run(cfg: Config, stage: Stage, gpu: Gpu | None = None) -> list[str]:
-    """Lines to print; with `gpu`, also whether the run fits into such a one.
+def dry_run(cfg: Config, stage: Stage, gpu: Gpu | None = None) -> Iterator[str]:
+    """Lines to print, as they are found out. Raises what the run itself would, at the latest when all else is told.
 
-    Raises what the run itself would for a wrong config, manifest or folder.
+    With `gpu`, the plan is for a machine with such GPUs, and as many of them as one sample needs unless torchrun says
+    more; what this machine is and lacks does not matter then.
     """
-    mesh = planned_mesh(cfg.parallel)
+    mesh = planned_mesh(cfg.parallel, elsewhere=gpu is not None)
     check_processes(cfg.optim, mesh.world_size)
-    lines = [*dump_toml(cfg).splitlines(), ""]
+    yield from dump_toml(cfg).splitlines()
+    yield ""
+    told: list[str] = []
+    start = find_start(cfg, mesh.data_size, report=told.append)
+    frame = find_manifest(cfg.data.manifest)
+    yield from (f"# warning: {line}" for line in told)
+    for name, text in _plan(cfg, stage, mesh, gpu, start, None if frame is None else len(frame)):
+        yield f"# {name + ':':<14}{text}"
+    device = None if gpu is not None else choose_device(None, int(os.environ.get("LOCAL_RANK", "0")))
+    for line in preflight(cfg, stage, mesh, device, frame, resumes=start.resumes, dry=True):
+        yield f"# {line}"
 
-    def add(name: str, text: str) -> None:
-        lines.append(f"# {name + ':':<14}{text}")
 
-    start = find_start(cfg, mesh.data_size, report=lambda line: add("warning", line))
-    rows = len(read_manifest(cfg.data.manifest))
+def _plan(
+    cfg: Config, stage: Stage, mesh: Mesh, gpu: Gpu | None, start: Start, rows: int | None
+) -> Iterator[tuple[str, str]]:
+    """What follows from the config alone, by name."""
     samples = global_batch_size(cfg, mesh.data_size)
     shape = latent_shape(cfg)
     grid = token_grid(cfg.model, shape)
-
-    add("stage", f"{stage.name}, {stage.title}")
+    yield "stage", f"{stage.name}, {stage.title}"
     parameters = count_parameters(cfg.model)
-    add("model", f"{parameters:,} parameters" + (", temporal attention" if cfg.model.temporal_attention else ""))
-    add("latents", "x".join(map(str, shape)) + f" -> {grid.tokens:,} tokens a sample, {grid.tokens * samples:,} a step")
-    add("processes", f"{mesh.world_size} = {mesh.data_size} data x {mesh.sp_size} sequence x {mesh.tp_size} tensor")
+    yield "model", f"{parameters:,} parameters" + (", temporal attention" if cfg.model.temporal_attention else "")
+    sizes = "x".join(map(str, shape))
+    yield "latents", f"{sizes} -> {grid.tokens:,} tokens a sample, {grid.tokens * samples:,} a step"
+    yield "processes", f"{mesh.world_size} = {mesh.data_size} data x {mesh.sp_size} sequence x {mesh.tp_size} tensor"
     batch = f"{cfg.train.batch_size} x {cfg.train.accumulation} micro-batches x {mesh.data_size} data ranks"
-    frozen = frozen_sizes(cfg)
-    flops, again, encoding = step_flops(cfg, forward_products(cfg.model, grid), frozen, samples)
-    add("step", f"{samples} samples ({batch}): {operations(flops)} in the transformer")
-    add("besides", besides(encoding, again))
-    add("data", f"{rows:,} rows; {cfg.train.steps} steps are {cfg.train.steps * samples / rows:.3g} epochs")
-    memory = step_memory(cfg, grid, parameters, frozen, mesh, encodes=encodes_after_start(cfg))
-    add("memory", f"about {size(memory.peak)} a process on a GPU: {memory_parts(memory)}")
+    flops, again, encoding = step_flops(cfg, forward_products(cfg.model, grid), frozen_sizes(cfg), samples)
+    yield "step", f"{samples} samples ({batch}): {operations(flops)} in the transformer"
+    yield "besides", besides(encoding, again)
+    if rows is not None:
+        yield "data", f"{rows:,} rows; {cfg.train.steps} steps are {cfg.train.steps * samples / rows:.3g} epochs"
     if gpu is not None:
-        add("card", verdict(memory, gpu))
-    add("start", _start(cfg, start.checkpoint))
+        memory = needed_memory(cfg, mesh, "cuda")
+        yield "memory", f"about {size(memory.peak)} a process on a GPU: {memory_parts(memory)}"
+        yield "card", verdict(memory, gpu)
+    yield "start", _start(cfg, start.checkpoint)
     found = list_checkpoints(Path(cfg.run.dir))
-    add("checkpoints", ", ".join(folder.name for folder in found) or "none yet")
+    yield "checkpoints", ", ".join(folder.name for folder in found) or "none yet"
     warning = horizon_warning(cfg.ema.decay, cfg.train.steps)
     if warning:
-        add("warning", warning)
-    return lines
+        yield "warning", warning
 
 
-def planned_mesh(parallel: ParallelConfig) -> Mesh:
-    """Of torchrun's processes; without torchrun, of as many as one sample needs. Raises EngineError."""
+def planned_mesh(parallel: ParallelConfig, *, elsewhere: bool) -> Mesh:
+    """Of torchrun's processes; without torchrun, of this one, `elsewhere` of as many as one sample needs.
+
+    Raises EngineError.
+    """
     tp_size, sp_size = parallel.tp_size, parallel.sp_size
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", tp_size * sp_size))
+    usual = tp_size * sp_size if elsewhere else 1
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", usual))
     return Mesh(rank, world_size, tp_size, sp_size)
 
 
 def _start(cfg: Config, checkpoint: Path | None) -> str:
     if checkpoint is not None:
         return f"resumes {checkpoint}"
-    if cfg.init.weights:
-        file = open_weights(cfg.init.weights)
-        check_complete(file, cfg.model)
-        return f"from the weights {file.path}"
-    return "from weights drawn at random"
+    if not cfg.init.weights:
+        return "from weights drawn at random"
+    return (
+        f"from the weights {cfg.init.weights if weights_to_come(cfg.init.weights) else find_weights(cfg.init.weights)}"
+    )

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +129,28 @@ def build_model(cfg: Config, device: torch.device, *, load_init: bool) -> tuple[
     model.activation_checkpointing = cfg.train.activation_checkpointing
     model.offload_activations = cfg.train.offload_activations
     return model.to(device).train(), report
+
+
+def check_folder(key: str, folder: str) -> None:
+    """Raise ConfigError where nothing could be written into the folder, which need not be there; leave no trace."""
+    there = Path(folder).absolute()
+    try:
+        while not _is_there(there):
+            there = there.parent
+        with tempfile.TemporaryDirectory(prefix=".probe-", dir=there):
+            pass  # only trying tells: permissions, read-only mounts and odd file systems have a say
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"{key} = {folder}: cannot be used ({reason})") from None
+
+
+def _is_there(path: Path) -> bool:
+    """Whether something has the name, be it a link to nowhere. Raises OSError where it cannot be looked at."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 # Open handles of run folders that this process holds.

@@ -40,8 +40,9 @@ from opensora_repro.training.init import (
 )
 from opensora_repro.training.loop import Trainer
 from opensora_repro.training.metrics import RunLog
-from opensora_repro.training.needs import encodes_after_start, encodes_always
+from opensora_repro.training.needs import encodes_after_start, encodes_always, validates
 from opensora_repro.training.optim import build_optimizer, check_processes
+from opensora_repro.training.preflight import preflight
 from opensora_repro.training.quarantine import Quarantine
 from opensora_repro.training.save import CheckpointWriter
 from opensora_repro.training.signals import StopSignals
@@ -84,6 +85,12 @@ def _train(cfg: Config, stage: Stage, engine: Engine, say: Say) -> Outcome:
     _check_data(cfg, start, frame)
     if start.state.step >= cfg.train.steps:
         return Outcome(start.state.step, True, start.checkpoint)
+
+    def look() -> None:
+        for line in preflight(cfg, stage, engine.mesh, engine.device, frame, resumes=start.resumes):
+            say(line)
+
+    engine.peers.on_first(look)
     return _Run(cfg, stage, engine, start, frame, say).train()
 
 
@@ -112,8 +119,8 @@ class _Run:
         self.kernels = choose(cfg.train.kernels, engine.device.type)
         self.dataset = ClipDataset(frame, cfg.data, cfg.run.seed)
         self.rows = CacheRows(frame) if cfg.data.cache else None
-        validates = bool(cfg.data.val_manifest) and cfg.validation.every > 0
-        self.held_out = ClipDataset(cfg.data.val_manifest, cfg.data, cfg.run.seed, augment=False) if validates else None
+        val_manifest = cfg.data.val_manifest if validates(cfg) else None
+        self.held_out = ClipDataset(val_manifest, cfg.data, cfg.run.seed, augment=False) if val_manifest else None
         self.encoder = open_encoder(cfg, engine.device)
         check_fit(cfg, self.encoder.vae, self.encoder.text)
         self.model, self.report = build_model(cfg, engine.device, load_init=not start.resumes)

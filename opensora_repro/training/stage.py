@@ -25,3 +25,4 @@ class Stage:
     # After the initial weights are loaded, at a run's first start alone; returns lines to print, raises on a fault.
     # Takes the model, the config, what was loaded (None: nothing) and the autoencoder's stride in pixels.
     check_start: Callable[[STDiT, Config, LoadReport | None, int], Sequence[str]] = no_start_check
+    takes_image_models: bool = True  # whether `init.weights` may be an image model's

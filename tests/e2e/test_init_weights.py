@@ -211,6 +211,9 @@ def test_incompatible_files_stop_before_anything_is_read_or_written(
 ) -> None:
     make, message = INCOMPATIBLE[name]
     path = make(tmp_path)
+    assert train(stage2_video, world, tmp_path / "run", path, "--dry-run", data__manifest=no_clips) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(path) in line and message in line
     assert train(stage2_video, world, tmp_path / "run", path, data__manifest=no_clips) == 2
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()

@@ -180,24 +180,117 @@ def test_dry_run_of_the_full_size_builds_nothing(
     changes = {
         "model__hidden_size": 1152, "model__depth": 28, "model__num_heads": 16, "model__caption_channels": 4096,
         "model__model_max_length": 120, "data__num_frames": 16, "data__height": 256, "data__width": 256,
-        "vae__path": "stabilityai/sd-vae-ft-ema", "model__in_channels": 4,
+        "vae__path": "stabilityai/sd-vae-ft-ema", "text__path": "DeepFloyd/t5-v1_1-xxl", "model__in_channels": 4,
     }  # fmt: skip
-    assert train(stage2_video, world, tmp_path / "run", "clips", "--dry-run", **changes) == 0
+    assert train(stage2_video, world, tmp_path / "run", "clips", "--dry-run", "--gpu", "H100", **changes) == 0
     out = capsys.readouterr().out
     assert "hidden_size = 1152" in out
     assert "759,620,768 parameters" in out
     assert "4,096 tokens a sample" in out
     assert "from weights drawn at random" in out
+    # The plan is for another machine: what is absent from this one is told, and is no mistake
+    assert "# not on this machine: vae.path=stabilityai/sd-vae-ft-ema: neither a folder here nor" in out
     assert not (tmp_path / "run").exists()
+
+
+# Preflight: the same lines and the same mistakes, in a dry run and in the run
+
+
+def test_a_start_tells_what_a_dry_run_does(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes: dict[str, Any] = {"data__height": 64, "data__frame_interval": 4, "train__steps": 1}
+    changes |= {"data__val_manifest": str(world.manifest("val")), "validation__every": 1, "validation__max_samples": 2}
+    changes |= {"data__manifest": str(uneven_manifest(world, tmp_path)), "data__max_bad_fraction": 0.5}
+    assert train(stage2_video, world, tmp_path / "run", "clips", "--dry-run", **changes) == 0
+    planned = capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+    assert train(stage2_video, world, tmp_path / "run", "clips", **changes) == 0
+    out = capsys.readouterr().out
+    for line in (
+        f"clips of {tmp_path / 'clips.parquet'}: 7",
+        "     usable         5   71.4%",
+        f"    missing         1   14.3%  no file, or an empty one; first {str(tmp_path / 'gone.mp4')!r}",
+        "  too short         1   14.3%  fewer than 4 frames",
+        "   squeezed         5   71.4%  shorter than the window of 13 frames, so that motion is faster",
+        "   enlarged         5   71.4%  smaller than 64x32: by 2 (median), 2 at most",
+        "        fps 8 to 24, mostly 8",
+        f"held-out clips of {world.manifest('val')}: 2",
+        "warning: captions: median length 24 tokens; 100 % are cut, longer than the 8 that the model reads",
+        "warning: captions: 9 % of the words are unknown to this tokenizer",
+    ):
+        assert line in out.splitlines() and f"# {line}" in planned.splitlines(), line
+    for words in ("warning: 29% of the clips", "data_tools.split --short-side 64", "data_tools.split --fps 8"):
+        assert words in out and words in planned
+    assert "a process, this machine has" in out and "a process, this machine has" in planned
+
+
+def uneven_manifest(world: World, folder: Path) -> Path:
+    """The clips' manifest with a clip that is not there, one too short, one faster, one with a strange caption."""
+    frame = pd.read_parquet(world.manifest("clips"))
+    frame["path"] = [str(world.root / path) for path in frame["path"]]
+    frame.loc[0, "path"] = "gone.mp4"
+    frame.loc[1, "num_frames"] = 3
+    frame.loc[2, "fps"] = 24.0
+    frame.loc[3, "caption"] = "ein rötliches Quadrat: größer"
+    frame.to_parquet(folder / "clips.parquet")
+    return folder / "clips.parquet"
+
+
+def test_what_an_earlier_stage_has_to_make(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No mistake of a dry run; a run that is started all the same says which it lacks."""
+    coming: dict[str, Any] = {
+        "init__weights": str(tmp_path / "stage1"),
+        "data__manifest": str(tmp_path / "clips.parquet"),
+        "data__val_manifest": str(tmp_path / "val.csv"),
+        "validation__every": 1,
+    }
+    assert train(stage2_video, world, tmp_path / "run", "clips", "--dry-run", **coming) == 0
+    out = capsys.readouterr().out
+    for key, value in list(coming.items())[:3]:
+        assert f"# not yet there: {key.replace('__', '.')} = {value}, which an earlier stage has to make" in out
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.toml").touch()
+    begun = {**coming, "init__weights": str(tmp_path / "begun")}
+    assert train(stage2_video, world, tmp_path / "run", "clips", "--dry-run", **begun) == 0
+    assert f"not yet there: init.weights = {tmp_path / 'begun'}" in capsys.readouterr().out
+    for key, value in (
+        ("data__manifest", "clips.txt"),
+        ("data__manifest", "a folder"),
+        ("init__weights", "a folder"),
+        ("init__weights", "STDiT.pth"),  # no stage makes such a file
+        ("init__weights", "PixArt-alpha/PixArt-XL-2-256x256/transformer"),  # which is fetched
+    ):
+        (tmp_path / "a folder").mkdir(exist_ok=True)
+        wrong = refused(
+            stage2_video,
+            world,
+            capsys,
+            "clips",
+            dry=True,
+            **{**coming, key: value if "/" in value else str(tmp_path / value)},
+        )
+        assert value in wrong
+    assert "clips.parquet: no such file" in refused(stage2_video, world, capsys, "clips", **coming)
+    only = {"init__weights": coming["init__weights"]}
+    assert "stage1: no such weights" in refused(stage2_video, world, capsys, "clips", **only)
+    held_out = {key: coming[key] for key in ("data__val_manifest", "validation__every")}
+    assert "val.csv: no such file" in refused(stage2_video, world, capsys, "clips", **held_out)
 
 
 # Wrong input: one clear line, exit code 2, and no run folder
 
 
-def refused(stage: Any, world: World, capsys: pytest.CaptureFixture[str], data: str = "images", **changes: Any) -> str:
+def refused(
+    stage: Any,
+    world: World,
+    capsys: pytest.CaptureFixture[str],
+    data: str = "images",
+    *,
+    dry: bool = False,
+    **changes: Any,
+) -> str:
     run_dir = world.root / "refused"
     capsys.readouterr()
-    assert train(stage, world, run_dir, data, **changes) == 2
+    assert train(stage, world, run_dir, data, *["--dry-run"] * dry, **changes) == 2, changes
     captured = capsys.readouterr()
     lines = [line for line in captured.err.splitlines() if "Loading weights" not in line and line.strip()]
     assert len(lines) == 1, captured.err
@@ -235,7 +328,6 @@ def test_wrong_settings(world: World, image_run: Path, capsys: pytest.CaptureFix
         (stage2_video, "clips", {"model__temporal_attention": False}, "model.temporal_attention = false"),
         (stage3_hq, "clips", {}, "init.weights is not set"),
         (stage3_hq, "clips", {"init__weights": str(image_run)}, "is an image model"),
-        (stage2_video, "clips", {"init__weights": str(world.root / "nowhere")}, "no such weights"),
         (stage2_video, "clips", {"init__weights": str(image_run), "model__depth": 3}, "model.depth=2"),
         (stage1_image, "images", {"data__manifest": ""}, "data.manifest is not set"),
         (stage1_image, "images", {"run__dir": ""}, "run.dir is not set"),
@@ -244,14 +336,36 @@ def test_wrong_settings(world: World, image_run: Path, capsys: pytest.CaptureFix
         (stage1_image, "images", {"train__kernels": "triton"}, 'train.kernels = "triton" cannot run here'),
         (stage1_image, "images", {"vae__path": str(world.root / "no-vae")}, "vae.path="),
         (stage1_image, "images", {"text__path": str(world.vae)}, "text.path="),
-        (stage1_image, "images", {"data__height": 33}, "multiples of"),
+        (stage1_image, "images", {"data__height": 33}, "8, the autoencoder's stride"),
         (stage1_image, "images", {"model__caption_channels": 7}, "model.caption_channels = 7"),
         (stage1_image, "images", {"validation__every": 5}, "but data.val_manifest is not"),
         (stage1_image, "images", {"sample__every": 5}, "but sample.prompts is empty"),
         (stage1_image, "images", {"parallel__plugin": "zero2"}, "parallel.plugin"),
+        (stage2_video, "clips", {"parallel__sp_size": 2}, "1 processes are not divisible by"),
+        (stage1_image, "images", {"run__dir": str(world.root / "empty.toml")}, "empty.toml: cannot be used"),
+        (stage1_image, "images", {"run__dir": str(world.root / "empty.toml" / "run")}, "cannot be used (Not a dir"),
+        (stage1_image, "images", {"data__cache": str(world.root / "empty.toml"), "data__draws": 1}, "data.cache = "),
+        (stage1_image, "images", {"text__path": "nobody/has-this"}, "nor in the hub's cache"),
+        (stage1_image, "images", {"model__hidden_size": 65536, "model__depth": 500}, "this machine has"),
+        (stage2_video, "clips", {"data__num_frames": 13}, "none of the 7 clips can be used: 7 clips have fewer than"),
+        (stage2_video, "clips", {"data__num_frames": 13, "data__manifest": wrong_paths(world)}, "7 files are missing"),
+        (
+            stage2_video,
+            "clips",
+            {"data__val_manifest": wrong_paths(world), "validation__every": 1},
+            "wrong_paths.parquet: none of the 7 clips",
+        ),
     ]
-    for stage, data, changes, message in expected:
-        assert message in refused(stage, world, capsys, data, **changes)
+    for dry in (True, False):
+        for stage, data, changes, message in expected:
+            assert message in refused(stage, world, capsys, data, dry=dry, **changes)
+
+
+def wrong_paths(world: World) -> str:
+    frame = pd.read_parquet(world.manifest("clips"))
+    path = world.root / "wrong_paths.parquet"
+    frame.assign(path=[f"elsewhere/{path}" for path in frame["path"]]).to_parquet(path)
+    return str(path)
 
 
 def test_a_run_folder_with_other_settings(world: World, image_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,12 @@ class Gpu:
     @property
     def usable_bytes(self) -> float:
         """What is left for tensors."""
-        return (1 - RESERVED_SHARE) * self.memory_gib * GIB - RESERVED_BYTES
+        return usable_bytes(self.memory_gib * GIB)
+
+
+def usable_bytes(total: float) -> float:
+    """What is left for tensors of a GPU's memory."""
+    return (1 - RESERVED_SHARE) * total - RESERVED_BYTES
 
 
 GPUS = (
