@@ -30,7 +30,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         command.set_defaults(run=run)
         return command
 
-    source = "a weights file, a checkpoint, a run, a folder of Open-Sora's training or of diffusers"
+    source = "a weights file, a checkpoint, a run, a folder of Open-Sora's training or of diffusers, or a fetched NAME"
     add("list", run_list, "show the published weights that can be fetched, with size and licence")
     inspect = add("inspect", run_inspect, "say whose weights these are, the model they make, and how to use them")
     fetch = add("fetch", run_fetch, "fetch published weights into the hub's cache, resuming, and verify them")
@@ -116,6 +116,7 @@ def run_inspect(args: argparse.Namespace) -> int:
     facts = {
         "file": file.path,
         "layout": f"{found.layout.title} ({file.container}{wrapper})",
+        **({"names": ", ".join(file.notes)} if file.notes else {}),
         "tensors": f"{len(weights)}, {num_elements(weights):,} elements, {dtype_name(weights)}",
         "tables": ", ".join(f"{key} {list(value.shape)}" for key, value in tables.items()) or "none",
         "made at": f"{found.trained}" if str(found.trained) else "not told by the file",
@@ -142,8 +143,8 @@ def _wishes(args: argparse.Namespace, found: Published) -> str:
 def run_verify(args: argparse.Namespace) -> int:
     from opensora_repro.models.catalog import load_catalog, sha256_of
     from opensora_repro.models.layouts import to_ours
-    from opensora_repro.models.weight_files import release
-    from opensora_repro.models.weights import check_complete
+    from opensora_repro.models.weight_files import check_recorded, release
+    from opensora_repro.models.weights import all_finite, check_complete
 
     file, found = open_source(args)
     check_complete(file, found.model)
@@ -152,7 +153,7 @@ def run_verify(args: argparse.Namespace) -> int:
     with progress("reading") as on_bytes:
         done = 0
         for key, value in weights.items():
-            if not bool(value.isfinite().all()):
+            if not all_finite(value):
                 bad.append(key)
             done += value.nbytes
             on_bytes(done)
@@ -169,6 +170,7 @@ def run_verify(args: argparse.Namespace) -> int:
     for path in file.files:
         with progress(f"sha256 of {path.name}") as on_bytes:
             digest = sha256_of(path, on_bytes)
+        check_recorded(path, digest)
         print(f"{digest}  {path}" + (f"  ({known[digest]})" if digest in known else ""))
         if expected.get(path.name, "") not in ("", digest):
             print(f"note: the published {path.name} has another sha256, {expected[path.name]}")

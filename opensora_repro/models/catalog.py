@@ -72,9 +72,42 @@ def find_entry(name: str) -> Entry:
     entries = {entry.name: entry for entry in load_catalog()}
     if name in entries:
         return entries[name]
-    lower = {known.lower(): known for known in entries}
-    close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.0)
-    raise CatalogError(f"{name}: not in the catalog of published weights; the closest name is {lower[close[0]]}")
+    raise CatalogError(f"{name}: not in the catalog of published weights; the closest name is {_closest(name, 0.0)}")
+
+
+def find_cached(name: str) -> Path:
+    """Where the hub's cache has the entry of that name: its file, or its folder. Nothing is fetched.
+
+    Raises CatalogError for a name that the catalog lacks, and for one that is not fetched yet, with the command.
+    """
+    try:
+        entries = {entry.name: entry for entry in load_catalog()}
+    except CatalogError:  # an installation without the catalog
+        entries = {}
+    if name not in entries:
+        close = _closest(name, 0.8) if entries else ""
+        hint = f"; the catalog of published weights has {close}" if close else ""
+        raise CatalogError(f"{name}: no such weights file, checkpoint or run{hint}")
+    entry = entries[name]
+    if entry.url:
+        raise CatalogError(_how_to_download(entry))
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    paths = [try_to_load_from_cache(entry.repository, file.path) for file in entry.files]
+    found = [Path(path) for path in paths if isinstance(path, str)]
+    if len(found) < len(paths):
+        raise CatalogError(
+            f"{name}: not in the hub's cache {constants.HF_HUB_CACHE}: run `python -m stages.weights fetch {name}` "
+            "once where there is a connection"
+        )
+    return _place(entry, found)
+
+
+def _closest(name: str, cutoff: float) -> str:
+    """The catalog's most similar name; empty where none is as similar as `cutoff` (0 to 1)."""
+    lower = {entry.name.lower(): entry.name for entry in load_catalog()}
+    close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=cutoff)
+    return lower[close[0]] if close else ""
 
 
 def fetch(entry: Entry, *, progress: Progress | None = None) -> Path:
@@ -85,16 +118,25 @@ def fetch(entry: Entry, *, progress: Progress | None = None) -> Path:
     `progress` is told how many bytes have been verified. Raises CatalogError.
     """
     if entry.url:
-        raise CatalogError(f"{entry.name} is not on the hub: get it with `curl -L -C - -O {entry.url}`, give its path")
+        raise CatalogError(_how_to_download(entry))
     paths = []
     for file in entry.files:
         path = _download(entry, file)
         _verify(entry, file, path, progress)
         paths.append(path)
+    return _place(entry, paths)
+
+
+def _how_to_download(entry: Entry) -> str:
+    return f"{entry.name} is not on the hub: get it with `curl -L -C - -O {entry.url}`, give its path"
+
+
+def _place(entry: Entry, paths: list[Path]) -> Path:
+    """What to hand on: the only file, or the folder of all. Raises CatalogError where they are of several revisions."""
     if not entry.folder:
         return paths[0]
     folders = {path.parent for path in paths}
-    if len(folders) > 1:  # the repository changed in between
+    if len(folders) > 1:  # the repository changed between fetching them
         raise CatalogError(f"{entry.name}: the files are of different revisions of {entry.repository}; fetch again")
     return folders.pop()
 

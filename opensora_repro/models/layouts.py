@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from opensora_repro.models.diffusers_layout import dit_from_diffusers, pixart_from_diffusers
+from opensora_repro.models.unwrap import NULL_CAPTION, TABLES
 from opensora_repro.models.weight_files import WeightsError
 
 KERNEL = "x_embedder.proj.weight"
-NULL_CAPTION = "y_embedder.y_embedding"
-TABLES = ("pos_embed", "pos_embed_spatial", "pos_embed_temporal", "temp_embed")
 
 
 @dataclass(frozen=True)
@@ -212,6 +211,8 @@ def _scale(table: Tensor, width: int) -> float | None:
         return None
     slow = round(half * math.log(64, 10000))  # turns once in some 400 positions: neither wraps nor drowns in rounding
     angle = math.atan2(float(table[1, slow]), float(table[1, half + slow]))
+    if not math.isfinite(angle):
+        return None
     position = Fraction(angle * 10000 ** (slow / half)).limit_denominator(64)
     return float(1 / position) if position > 0 else None
 

@@ -12,7 +12,7 @@ import pickle
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from opensora_repro.models.catalog import CatalogError, find_cached, sha256_of
 from opensora_repro.models.diffusers_layout import diffusers_kind, dit_facts, pixart_facts
+from opensora_repro.models.inert import inert_containers
+from opensora_repro.models.unwrap import NULL_CAPTION, NameClash, strip_names, take_out
 
-# Keys under which training scripts keep the weights, averaged ones first: PixArt; Latte; PixArt; Latte and others.
-EMA_WRAPPERS = ("state_dict_ema", "ema")
-WRAPPERS = ("state_dict", "model")
 # In this order in a folder; the averaged ones only when they are wanted.
 EMA_FILES = ("ema.safetensors", "ema.pt")
 MODEL_FILES = (
@@ -39,8 +39,13 @@ MODEL_FILES = (
     "model/model.safetensors.index.json",
     "model/pytorch_model.bin",
 )
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")  # of a folder's only weights file, whatever its name
+NO_WEIGHTS = ("optimizer", "scheduler", "null_caption")  # how files begin that lie beside weights
+CONFIG_FILE, STATE_FILE = "config.toml", "state.json"  # beside the weights in our checkpoints
 FACTS_KEY = "opensora_repro.model"  # of a safetensors file's metadata: fields of the model's config, as JSON
 NULL_CAPTION_FILE = "null_caption.safetensors"  # beside a diffusers model, which has no place for it
+# Within the names of low-rank adapters as PEFT, diffusers, kohya's scripts and LyCORIS write them
+LORA = re.compile(r"(^|[._])(lora|hada|lokr)[._]")
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
@@ -54,10 +59,12 @@ class WeightsFile:
 
     path: Path
     container: str  # "safetensors", "torch", "torch (legacy)", "3 shards, torch"
-    wrapper: str  # the key that held the weights; empty: none
+    wrapper: str  # the keys that held the weights, as "module.state_dict"; empty: none
     tensors: dict[str, Tensor]
     facts: dict[str, Any] = field(default_factory=dict)  # what it says of the model, named as our configs' fields
     files: tuple[Path, ...] = ()  # all that were opened
+    notes: tuple[str, ...] = ()  # what was taken off the names or left out, in words
+    config: Path | None = None  # the config.toml that tells their model
 
     @property
     def mapped(self) -> bool:
@@ -65,15 +72,14 @@ class WeightsFile:
 
 
 def open_weights(path: str | Path, *, ema: bool = True) -> WeightsFile:
-    """Open a file, checkpoint, run, Open-Sora training folder or diffusers folder. Raises WeightsError.
+    """Open a file, a folder that holds one, a checkpoint, run, Open-Sora training folder, diffusers folder, or a name
+    of the catalog. Raises WeightsError.
 
     `ema` prefers averaged weights where both are there.
     """
     found = find_weights(path, ema=ema)
-    if found.name.endswith(".index.json"):
-        weights = _open_shards(found)
-    else:
-        weights = _open_file(found, ema)
+    weights = _open_shards(found, ema) if found.name.endswith(".index.json") else _open_file(found, ema)
+    weights = replace(strip_wrappers(weights, ema=ema), config=_own_config(Path(path), found))
     if found.name == "ema.pt":  # the average leaves the null caption out: it is never trained
         weights.tensors.update(_null_caption_of_model(found.parent, weights.tensors))
     if found.name.startswith("diffusion_pytorch_model"):
@@ -81,15 +87,52 @@ def open_weights(path: str | Path, *, ema: bool = True) -> WeightsFile:
         if beside.is_file():
             weights.tensors.update(_open_file(beside, ema).tensors)
         weights.facts.update(_diffusers_facts(found.parent))
-    stray = next((key for key, value in weights.tensors.items() if not isinstance(value, Tensor)), None)
-    if stray is not None or not weights.tensors:
-        found_there = "nothing" if stray is None else f"{stray!r}"
-        raise WeightsError(f"{found}: expected tensors by name, found {found_there}")
+    check_tensors(weights)
     return weights
 
 
+def check_tensors(weights: WeightsFile) -> None:
+    """Raise WeightsError unless there are a model's tensors by name and nothing else."""
+    lora = next((key for key in weights.tensors if LORA.search(key)), None)
+    if lora is not None:
+        raise WeightsError(
+            f"{weights.path}: this is a LoRA (low-rank changes to a model's weights, first {lora}), not the weights of "
+            "a model: merge it into its model with the program that made it, or give the model's own weights"
+        )
+    stray = next((key for key, value in weights.tensors.items() if not isinstance(value, Tensor)), None)
+    if stray is not None or not weights.tensors:
+        found_there = "nothing" if stray is None else f"{stray!r}"
+        raise WeightsError(f"{weights.path}: expected tensors by name, found {found_there}")
+
+
+def strip_wrappers(weights: WeightsFile, *, ema: bool) -> WeightsFile:
+    """With the model's own names. Raises WeightsError where two tensors would have one."""
+    try:
+        tensors, notes = strip_names(weights.tensors, ema=ema)
+    except NameClash as error:
+        raise WeightsError(f"{weights.path}: {error}") from None
+    return replace(weights, tensors=tensors, notes=tuple(notes))
+
+
+def check_recorded(file: Path, found: str | None = None) -> None:
+    """Raise WeightsError for a file of one of our checkpoints that is no longer what was written.
+
+    `found` is its sha256, where it is known already.
+    """
+    try:
+        recorded = json.loads((file.parent / STATE_FILE).read_text(encoding="utf-8"))["sha256"][file.name]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # not one of ours
+    if (found or sha256_of(file)) != recorded:
+        raise WeightsError(
+            f"{file}: damaged or changed since it was written (its sha256 is not the one that {STATE_FILE} records): "
+            "restore it or take another checkpoint; away from its checkpoint a file is taken as it is"
+        )
+
+
 def find_weights(path: str | Path, *, ema: bool = True) -> Path:
-    """The weights file or shard index that `path` means: itself, a checkpoint's, or that of a run's newest checkpoint.
+    """The weights file or shard index that `path` means: itself, a folder's, a checkpoint's, or that of a run's newest
+    checkpoint; a name of the catalog, which no file here has, means what the hub's cache holds of it.
 
     Raises WeightsError.
     """
@@ -97,28 +140,51 @@ def find_weights(path: str | Path, *, ema: bool = True) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise WeightsError(f"{path}: no such weights file, checkpoint or run")
+        try:
+            return find_weights(find_cached(str(path)), ema=ema)
+        except CatalogError as error:
+            raise WeightsError(str(error)) from None
     for folder in (*_newest_steps(path), path, path / "transformer"):
         for name in (*EMA_FILES, *MODEL_FILES) if ema else MODEL_FILES:
             if (folder / name).is_file():
                 return folder / name
+    others = sorted(file for file in path.iterdir() if _may_be_weights(file))
+    if len(others) == 1:
+        return others[0]
+    if others:
+        names = ", ".join(file.name for file in others[:4]) + (", ..." if len(others) > 4 else "")
+        raise WeightsError(f"{path}: {len(others)} weights files in this folder ({names}): name one of them")
+    if (path / CONFIG_FILE).is_file():
+        raise WeightsError(f"{path}: no checkpoint in this run yet (looked for checkpoints/step-*)")
     raise WeightsError(
         f"{path}: no weights in this folder: expected a run with checkpoints/step-*/model.safetensors, a checkpoint, "
-        "an Open-Sora folder epoch*-global_step*, or a diffusers model"
+        "an Open-Sora folder epoch*-global_step*, a diffusers model, or one file of weights"
     )
 
 
+def _may_be_weights(file: Path) -> bool:
+    return file.suffix in SUFFIXES and not file.name.startswith((".", *NO_WEIGHTS)) and file.is_file()
+
+
+def _own_config(asked: Path, found: Path) -> Path | None:
+    """The config.toml beside the weights, where they go by our names or a folder was given: else it may be anything."""
+    config = found.parent / CONFIG_FILE
+    ours = found.name in ("ema.safetensors", "model.safetensors") or asked.is_dir()
+    return config if ours and config.is_file() else None
+
+
 def _newest_steps(run: Path) -> list[Path]:
-    """A run's newest whole checkpoint: ours, or Open-Sora's; none in other folders."""
-    ours = [step for step in run.glob("checkpoints/step-*") if (step / "model.safetensors").is_file()]
+    """The newest whole checkpoint of a run, or of its folder of checkpoints: ours, or Open-Sora's; else none."""
+    steps = [*run.glob("checkpoints/step-*"), *run.glob("step-*")]
+    ours = [step for step in steps if (step / "model.safetensors").is_file()]
     if ours:
         return [max(ours, key=lambda step: int(step.name.removeprefix("step-")))]
-    steps = {
+    theirs = {
         (int(match[1]), int(match[2])): folder
         for folder in run.iterdir()
         if (match := re.fullmatch(r"epoch(\d+)-global_step(\d+)", folder.name)) and folder.is_dir()
     }
-    return [steps[max(steps)]] if steps else []
+    return [theirs[max(theirs)]] if theirs else []
 
 
 def release(tensor: Tensor) -> None:
@@ -145,6 +211,7 @@ def _advise(tensor: Tensor, advice: str) -> None:
 
 
 def _open_file(path: Path, ema: bool) -> WeightsFile:
+    """With the names that the file has."""
     kind = _sniff(path)
     try:
         if kind == "safetensors":
@@ -155,23 +222,12 @@ def _open_file(path: Path, ema: bool) -> WeightsFile:
         content, kind = _load_pickle(path, kind)
     except pickle.UnpicklingError as error:
         raise WeightsError(_refusal(path, error)) from None
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged pickle makes torch stumble over anything
         raise WeightsError(f"{path}: damaged or cut off, cannot be read ({_one_line(error)}): fetch it again") from None
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path}: holds a {type(content).__name__}, expected tensors by name")
-    for key in (*EMA_WRAPPERS, *WRAPPERS) if ema else (*WRAPPERS, *EMA_WRAPPERS):
-        inner = content.get(key)
-        if isinstance(inner, Mapping) and inner:
-            return WeightsFile(path, kind, key, _without_prefix(inner), files=(path,))
-    return WeightsFile(path, kind, "", _without_prefix(content), files=(path,))
-
-
-def _without_prefix(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Names as the model has them: data-parallel and compiled modules put a word before all of theirs."""
-    for prefix in ("module.", "_orig_mod."):
-        if tensors and all(str(key).startswith(prefix) for key in tensors):
-            return {key.removeprefix(prefix): value for key, value in tensors.items()}
-    return dict(tensors)
+    tensors, holders = take_out(content, ema=ema)
+    return WeightsFile(path, kind, ".".join(holders), tensors, files=(path,))
 
 
 def _sniff(path: Path) -> str:
@@ -202,29 +258,34 @@ def _what_else(head: bytes) -> str:
 
 
 def _load_pickle(path: Path, kind: str) -> tuple[Any, str]:
-    if kind == "torch":
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True), kind
-    return torch.load(path, map_location="cpu", weights_only=True), kind
+    with inert_containers():
+        if kind == "torch":
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True), kind
+        return torch.load(path, map_location="cpu", weights_only=True), kind
 
 
 def _refusal(path: Path, error: Exception) -> str:
     """Torch's words name what the pickle asks for; where they name nothing, the file is damaged."""
-    asked = re.search(r"(?:GLOBAL|global|function|class)[\s'`]+([\w.]+\.[\w.]+)", str(error))
+    asked = re.search(r"(?:GLOBAL|function|class)[\s'`]+([\w.]+)", str(error))
     if asked is None:
-        return f"{path}: damaged, or holds more than tensors and plain containers ({_one_line(error)})"
-    return f"{path}: refused: this pickle asks for {asked[1]}, expected only tensors and plain containers"
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].partition("Check the documentation")[0]
+        return f"{path}: damaged, or holds more than tensors and plain containers ({_one_line(ValueError(reason))})"
+    return (
+        f"{path}: refused: this pickle asks for {asked[1]}, expected only tensors and plain containers; if you trust "
+        "whoever made it, load it with the code that made it and save its tensors alone (safetensors.torch.save_file)"
+    )
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:160] or type(error).__name__
 
 
-def _open_shards(index: Path) -> WeightsFile:
+def _open_shards(index: Path, ema: bool) -> WeightsFile:
     tensors: dict[str, Tensor] = {}
     kinds = set()
     shards = list(_shard_names(index))
     for name in shards:
-        shard = _open_file(index.parent / name, ema=False)
+        shard = _open_file(index.parent / name, ema)
         tensors |= shard.tensors
         kinds.add(shard.container)
     kind = f"{len(shards)} shards, {' and '.join(sorted(kinds))}"
@@ -246,11 +307,10 @@ def _shard_names(index: Path) -> Iterator[str]:
 
 
 def _null_caption_of_model(folder: Path, average: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    key = "y_embedder.y_embedding"
-    if key in average:
+    if NULL_CAPTION in average:
         return {}
     try:
-        return {key: open_weights(folder, ema=False).tensors[key]}
+        return {NULL_CAPTION: open_weights(folder, ema=False).tensors[NULL_CAPTION]}
     except (WeightsError, KeyError):
         return {}  # told as missing when the weights are checked against the model
 

@@ -40,9 +40,12 @@ from opensora_repro.models.stdit import STDiT
 from opensora_repro.models.weight_files import (
     WeightsError,
     WeightsFile,
+    check_recorded,
+    check_tensors,
     find_weights,
     open_weights,
     release,
+    strip_wrappers,
     use_large_pages,
 )
 
@@ -65,7 +68,8 @@ class LoadReport:
     source: str
     layout: str  # whose layout it is, in words
     container: str
-    wrapper: str  # the key that held the weights; empty: none
+    wrapper: str  # the keys that held the weights, as "module.state_dict"; empty: none
+    notes: tuple[str, ...]  # what was taken off the names or left out, in words
     loaded: tuple[str, ...]
     inserted: tuple[str, ...]  # temporal attention or null caption that the file does not have; both start at zero
     dropped: tuple[str, ...]  # position tables, which follow from the config
@@ -88,6 +92,7 @@ class LoadReport:
             f"{self.source}: {self.layout} weights{wrapper}, {len(self.loaded)} tensors loaded "
             f"({self.num_parameters:,} elements, {self.dtype})"
         ]
+        parts += self.notes
         temporal = sum(".attn_temp." in key for key in self.inserted)
         if temporal:
             parts.append(f"temporal attention inserted at zero ({temporal} tensors)")
@@ -107,14 +112,14 @@ def load_model_weights(
 ) -> LoadReport:
     """Copy weights into `model`; PixArt weights in an STDiT insert the temporal attention at zero.
 
-    `source` is a state dict, a weights file of any published layout, a checkpoint, a folder of Open-Sora's training or
-    of diffusers, or a run, whose newest checkpoint is taken. `ema` prefers averaged weights. A model on the meta device
-    comes to the CPU without an initialisation that would be overwritten; what the file lacks is then drawn from torch's
-    seed. Raises WeightsError, the model unchanged.
+    `source` is a state dict, or whatever `open_weights` opens. `ema` prefers averaged weights. A model on the meta
+    device comes to the CPU without an initialisation that would be overwritten; what the file lacks is then drawn from
+    torch's seed. Raises WeightsError, also for tensors that are not finite and for a checkpoint's file that is no
+    longer what was written; the model is unchanged then (one on the meta device: of no use).
     """
     if isinstance(source, Mapping):
-        file = WeightsFile(Path("state dict"), "memory", "", dict(source))
-        _check_tensors(file)
+        file = strip_wrappers(WeightsFile(Path("state dict"), "memory", "", dict(source)), ema=ema)
+        check_tensors(file)
     else:
         file = source if isinstance(source, WeightsFile) else open_weights(source, ema=ema)
     where = str(file.path)
@@ -122,12 +127,16 @@ def load_model_weights(
     weights, tables = to_ours(layout, file.tensors, where)
     _check_heads(model, file, where)
     inserted = _check_fit(model, layout, weights, where)
-    _fill(model, weights, inserted, from_map=file.mapped and file.container != "memory")
+    for path in file.files:
+        check_recorded(path)
+    if not _fill(model, weights, inserted, from_map=file.mapped and file.container != "memory"):
+        raise _not_finite(file)
     return LoadReport(
         source=where,
         layout=layout.title,
         container=file.container,
         wrapper=file.wrapper,
+        notes=file.notes,
         loaded=tuple(weights),
         inserted=tuple(inserted),
         dropped=tuple(tables),
@@ -172,39 +181,53 @@ def family_of(model: STDiT | DiT) -> str:
     return "pixart-ms" if model.cfg.size_conditioning else "pixart"
 
 
-def _check_tensors(file: WeightsFile) -> None:
-    stray = next((key for key, value in file.tensors.items() if not isinstance(value, Tensor)), None)
-    if stray is not None or not file.tensors:
-        raise WeightsError(
-            f"{file.path}: expected tensors by name, found {'nothing' if stray is None else repr(stray)}"
-        )
+def all_finite(tensor: Tensor) -> bool:
+    """Whether there is neither NaN nor infinity in it. A finite sum tells at a fraction of the price."""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
-def _fill(model: STDiT | DiT, weights: Mapping[str, Tensor], inserted: list[str], *, from_map: bool) -> None:
-    """Copy tensor by tensor, so that few of them are in memory twice, and give what the file lacks its first value."""
+def _not_finite(file: WeightsFile) -> WeightsError:
+    """Names the first such tensor as the file does."""
+    bad = [key for key, value in file.tensors.items() if not all_finite(value)]
+    more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+    return WeightsError(
+        f"{file.path}: {bad[0] if bad else 'a tensor'}{more} holds values that are not finite (NaN or infinite): "
+        "nothing can be made of them; take weights from before they were"
+    )
+
+
+def _fill(model: STDiT | DiT, weights: Mapping[str, Tensor], inserted: list[str], *, from_map: bool) -> bool:
+    """Copy tensor by tensor, so that few of them are in memory twice, and give what the file lacks its first value.
+
+    False where some are not finite; a model that has weights already keeps them then.
+    """
     fresh = next(model.parameters()).is_meta
     if fresh:
         model.to_empty(device="cpu")
         for value in model.state_dict().values():
             use_large_pages(value)
+    elif not all(map(all_finite, weights.values())):
+        return False
     own = model.state_dict()
 
     @torch.no_grad()
-    def copy(key: str) -> None:
+    def copy(key: str) -> bool:
         own[key].copy_(weights[key])
         if from_map:
             release(weights[key])
+        return not fresh or all_finite(own[key])  # just written, so that looking at it costs little
 
     @torch.no_grad()
-    def start(key: str) -> None:
+    def start(key: str) -> bool:
         """As in a new model whose temporal attention is silent; the same whatever else is drawn before or beside."""
         if not key.endswith(".attn_temp.qkv.weight"):
             own[key].zero_()
         elif fresh:
             draw_xavier_uniform(own[key], (torch.initial_seed(), names.index(key)))
+        return True
 
     names = list(own)
-    _side_by_side([partial(copy if key in weights else start, key) for key in names])
+    return all(_side_by_side([partial(copy if key in weights else start, key) for key in names]))
 
 
 def draw_xavier_uniform(weight: Tensor, seed: Sequence[int]) -> None:
@@ -216,13 +239,12 @@ def draw_xavier_uniform(weight: Tensor, seed: Sequence[int]) -> None:
         torch.mul(torch.from_numpy(bits)[: len(part)], bound / 2**31, out=part)
 
 
-def _side_by_side(jobs: Sequence[Callable[[], None]]) -> None:
+def _side_by_side(jobs: Sequence[Callable[[], bool]]) -> list[bool]:
     """Run jobs on as many threads as torch uses, each of one thread: copying and drawing would wait for each other."""
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for done in [pool.submit(job) for job in jobs]:
-                done.result()
+            return [done.result() for done in [pool.submit(job) for job in jobs]]
     finally:
         torch.set_num_threads(threads)
 

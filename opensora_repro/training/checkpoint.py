@@ -64,7 +64,11 @@ def checkpoints_folder(run_dir: Path) -> Path:
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoint folders (not verified), oldest first."""
-    folder = checkpoints_folder(run_dir)
+    return list_steps(checkpoints_folder(run_dir))
+
+
+def list_steps(folder: Path) -> list[Path]:
+    """As `list_checkpoints`, of a run's folder of checkpoints."""
     found = [path for path in folder.glob("step-*") if _STEP_NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=step_of)
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 from opensora_repro.config import Config, load_recorded
-
-CONFIG_FILE = "config.toml"
+from opensora_repro.models.weight_files import CONFIG_FILE, find_weights
 
 
 def axes(cfg: Config, stride: int) -> dict[str, tuple[int, float]]:
@@ -44,7 +42,6 @@ def _shown(count: int, distance: float) -> str:
 
 
 def source_config(weights: str) -> Config | None:
-    """The config of the run that `init.weights` (a run, a checkpoint or its file) belongs to, if there is one."""
-    path = Path(weights)
-    folder = path if path.is_dir() else path.parent
-    return load_recorded(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else None
+    """The config of the run that `init.weights` belongs to, if there is one. Raises WeightsError, ConfigError."""
+    config = find_weights(weights).parent / CONFIG_FILE
+    return load_recorded(config) if config.is_file() else None

@@ -62,9 +62,8 @@ def describe(file: WeightsFile, *, num_heads: int | None = None, family: str | N
     layout = recognise(file.tensors, where)
     weights, tables = to_ours(layout, file.tensors, where)
     trained = trained_at(tables)
-    own = file.path.parent / "config.toml"
-    if file.path.name in ("ema.safetensors", "model.safetensors") and own.is_file():  # one of our checkpoints
-        config = load_recorded(own)
+    if file.config is not None:
+        config = load_recorded(file.config)
         return Published(layout, layout.family, config.model, trained, config)
     family = _family(layout, file, tables, family)
     model = (_dit if family in ("dit", "latte") else _stdit)(weights, file, trained, family, num_heads)

@@ -13,14 +13,12 @@ from opensora_repro.models.dit import DiT
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.models.text import ClassLabels, ConditionEncoder, load_clip_text
 from opensora_repro.models.vae import FrameVAE, load_vae
-from opensora_repro.models.weight_files import WeightsFile, open_weights
+from opensora_repro.models.weight_files import CONFIG_FILE, STATE_FILE, WeightsFile, open_weights
 from opensora_repro.models.weights import LoadReport, load_model_weights
-from opensora_repro.training.checkpoint import CONFIG_FILE, STATE_FILE, list_checkpoints
+from opensora_repro.training.checkpoint import list_checkpoints, list_steps
 from opensora_repro.training.encode import frozen_dtype, open_encoder
 from opensora_repro.training.init import take_null_caption
 from opensora_repro.training.published import describe
-
-OWN_FILES = (STATE_FILE, CONFIG_FILE)  # what our checkpoints have besides tensors
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,10 @@ class Source:
 
 
 def find_source(path: Path, *, ema: bool = True, num_heads: int | None = None, family: str | None = None) -> Source:
-    """Look at a run (its newest checkpoint), a checkpoint, or published weights. Raises ConfigError, WeightsError."""
+    """Look at a run (its newest checkpoint), a checkpoint, or published weights. Raises ConfigError, WeightsError.
+
+    A name of the catalog, which no file here has, means what the hub's cache holds of it.
+    """
     checkpoint = _own_checkpoint(path)
     if checkpoint is not None:
         config = load_recorded(checkpoint / CONFIG_FILE)
@@ -47,17 +48,15 @@ def find_source(path: Path, *, ema: bool = True, num_heads: int | None = None, f
 
 def _own_checkpoint(path: Path) -> Path | None:
     """The folder itself if it is one of our checkpoints, or a run's newest; None for anything else."""
-    if not path.exists():
-        raise ConfigError(f"{path}: no such run, checkpoint or weights file")
     if not path.is_dir():
         return None
-    found = list_checkpoints(path)
-    if found or ((path / "model.safetensors").is_file() and any((path / name).is_file() for name in OWN_FILES)):
+    found = list_checkpoints(path) or list_steps(path)
+    if found or (path / STATE_FILE).is_file():
         checkpoint = found[-1] if found else path
         if not (checkpoint / CONFIG_FILE).is_file():
             raise ConfigError(f"{checkpoint}: {CONFIG_FILE} is missing; this is not a whole checkpoint")
         return checkpoint
-    if not any(path.iterdir()) or (path / CONFIG_FILE).is_file():
+    if not any(path.iterdir()):
         raise ConfigError(f"{path}: no checkpoint in this run yet (looked for checkpoints/step-*)")
     return None
 
