@@ -201,7 +201,7 @@ def sample_all(plan: Plan) -> None:
         prompts = folder / "prompts.txt"
         prompts.write_text("\n".join(m.caption for m in chosen) + "\n")
         run("stages.sample", str(plan.root / "stage3"), "--prompts", str(prompts), "--out", str(folder),
-            "--seed", str(SAMPLE_SEED))  # fmt: skip
+            "--seed", str(SAMPLE_SEED), "--overwrite")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,13 +7,13 @@ the first prompt's.
 from __future__ import annotations
 
 import argparse
-import json
+import errno
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,19 +23,23 @@ from opensora_repro.data.files import user_path
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
+    from opensora_repro.models.text import ConditionEncoder
     from opensora_repro.parallel.engine import TorchEngine
+    from opensora_repro.training.sample_folder import SampleFolder
     from opensora_repro.training.source import Source
 
-USER_MISTAKE = 2
+USER_MISTAKE, FAILURE = 2, 1
 INTERRUPTED = 130
 NUM_TRAIN_STEPS = 1000  # IDDPM samplers keep some of these
+CUT_SHOWN = 10  # prompts whose unread words are told
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m stages.sample", description=__doc__)
     add = parser.add_argument
-    source = "folder of a run (its newest checkpoint), a checkpoint, or published weights (file or folder)"
+    source = "folder of a run (its newest checkpoint), a checkpoint, or published weights (file, folder, fetched NAME)"
     add("source", metavar="RUN_OR_CHECKPOINT", type=user_path, help=source)
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
@@ -43,9 +47,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     prompts.add_argument("--prompts", type=user_path, metavar="FILE", help=lines)
     labels = "class number, for models conditioned on a class; may be given several times"
     prompts.add_argument("--label", action="append", metavar="N", help=labels)
-    add("--out", type=user_path, required=True, metavar="DIR", help="where the files go")
+    add("--out", type=user_path, required=True, metavar="DIR", help="where the files go; samples of these settings stay")
+    add("--overwrite", action="store_true", help="replace the samples that are in DIR, whatever their settings")
     add("--seed", type=int, default=0, metavar="N", help="sample i's noise depends on (seed, i) alone (%(default)s)")
-    add("--batch-size", type=int, default=8, metavar="N", help="prompts at once; changes no result (%(default)s)")
+    add(
+        "--batch-size",
+        type=int,
+        default=8,
+        metavar="N",
+        help="prompts at once; changes results by rounding alone (%(default)s)",
+    )
     add("--device", help="such as cuda, cuda:1 or cpu (a GPU where there is one)")
     add("--gif", action="store_true", help="also write 0000.gif, ...")
     add("--no-ema", action="store_true", help="use the trained weights, not their moving average")
@@ -53,7 +64,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--family", choices=("dit", "latte"), help="whose the weights are, where they cannot tell")
     sharing = "processes of torchrun that share a video's frames; groups of them share out the prompts (%(default)s)"
     add("--sp-size", type=int, default=1, metavar="N", help=sharing)
-    add("--dry-run", action="store_true", help="print what would be done and stop")
+    add("--dry-run", action="store_true", help="check everything but the weights' values, print the plan and stop")
     add = parser.add_argument_group("by default as in the checkpoint's config, or its release's").add_argument
     add("--steps", type=int, metavar="N", help="denoising steps (sample.steps)")
     add("--guidance", type=float, metavar="X", help="classifier-free guidance; 1 is none (sample.guidance)")
@@ -72,23 +83,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
         if not args.source.exists():  # seen without importing torch
-            raise ConfigError(f"{args.source}: no such run, checkpoint or weights file")
+            args.source = published(args.source)
         if args.out.exists() and not args.out.is_dir():
             raise ConfigError(f"--out {args.out}: this is a file, expected a folder")
         prompts = given_prompts(args)
         source = resolve_source(args)
         check_prompts_fit(source, prompts, labels=args.label is not None)
-        if args.dry_run:
-            return print_plan(args, source, prompts)
         return sample(args, source, prompts)
     except KeyboardInterrupt:
-        print(f"interrupted; what is finished is in {args.out}", file=sys.stderr)
+        print(f"interrupted; what is finished is in {args.out}, the same command goes on", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, OSError) as error:
         if not is_user_mistake(error):
             raise
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return fail(args, f"{args.out}: the disk is full")
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return USER_MISTAKE
+    except RuntimeError as error:
+        if type(error).__name__ == "NotFinite":  # of training/generate.py, which is not imported here; nor is torch
+            return fail(args, str(error))
+        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+            reason = str(error).splitlines()[0]
+            return fail(args, f"{reason} Lower --batch-size, --num-frames, --height or --width")
+        raise
+
+
+def fail(args: argparse.Namespace, reason: str) -> int:
+    print(f"error: {reason}; what is finished is in {args.out}", file=sys.stderr)
+    return FAILURE
+
+
+def published(name: Path) -> Path:
+    """What the hub's cache holds of the catalog's weights of that name. Raises ConfigError."""
+    from opensora_repro.models.catalog import CatalogError, find_cached, similar_name
+
+    try:
+        found = find_cached(str(name))
+    except CatalogError as error:
+        raise ConfigError(str(error)) from None
+    if found is None:
+        raise ConfigError(f"{name}: no such run, checkpoint or weights file{similar_name(str(name))}")
+    return found
 
 
 def is_user_mistake(error: Exception) -> bool:
@@ -195,10 +231,13 @@ def conditioned_on_class(source: Source) -> bool:
 
 def settings(args: argparse.Namespace, source: Source) -> dict[str, Any]:
     """What decides the samples besides the prompts."""
+    from opensora_repro.training.source import weights_sha256
+
     cfg = source.config
     return {
         "checkpoint": str(source.path),
         "weights": "model" if args.no_ema else "ema",
+        "weights_sha256": weights_sha256(source),
         "seed": args.seed,
         "num_frames": cfg.data.num_frames,
         "height": cfg.data.height,
@@ -210,34 +249,112 @@ def settings(args: argparse.Namespace, source: Source) -> dict[str, Any]:
         "vae": cfg.vae.path,
         "text": "class numbers" if conditioned_on_class(source) else cfg.text.path,
         "dtype": cfg.train.dtype,
+        "model": asdict(source.model),
+        "diffusion": asdict(cfg.diffusion),
     }
 
 
-def print_plan(args: argparse.Namespace, source: Source, prompts: list[str]) -> int:
+def sample(args: argparse.Namespace, source: Source, prompts: list[str]) -> int:
+    """Look at all that can be seen without reading weights; then sample what is not there yet."""
+    from opensora_repro.models.weights import check_complete
+    from opensora_repro.parallel.mesh import Mesh
+    from opensora_repro.training.sample_folder import SampleFolder
+    from opensora_repro.training.source import check_memory, open_frozen
+
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    # The run checks this, too; a dry run may be asked without torchrun what its processes would do.
+    Mesh(rank, args.sp_size if args.dry_run and world_size == 1 else world_size, sp_size=args.sp_size)
+    device = pick_device(args, world_size)
+    check_complete(source.weights, source.model)
+    vae, conditions = open_frozen(source, device)
+    folder = SampleFolder(args.out, settings(args, source), prompts, gif=args.gif)
+    todo = open_prompts(args, folder)
+    memory = ""
+    if todo:
+        batch_size = min(args.batch_size, len(todo))
+        neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        memory = check_memory(
+            source, vae, conditions, device, batch_size=batch_size, sp_size=args.sp_size, processes=neighbours
+        )
+    if args.dry_run:
+        print_plan(args, source, folder, len(todo), memory)
+    if rank == 0:
+        for line in unread_words(conditions, prompts):
+            print(f"warning: {line}", file=sys.stderr)
+    if args.dry_run:
+        return 0
+    if not todo:
+        if rank == 0:
+            print(f"all {len(prompts)} were in {args.out} already")
+        return 0
+    return sample_all(args, source, folder, device)
+
+
+def open_prompts(args: argparse.Namespace, folder: SampleFolder) -> list[int]:
+    """Numbers of the prompts to sample. Raises ConfigError where samples of others are in the way."""
+    finished = set() if args.overwrite else set(folder.finished())
+    return [i for i in range(len(folder.prompts)) if i not in finished]
+
+
+def print_plan(args: argparse.Namespace, source: Source, folder: SampleFolder, num_todo: int, memory: str) -> None:
     from opensora_repro.training.source import empty_model
 
     parameters = sum(p.numel() for p in empty_model(source).parameters())
-    plan = {**settings(args, source), "parameters": f"{parameters:,}", "prompts": len(prompts)}
-    for key, value in {**plan, "batch_size": args.batch_size, "out": args.out}.items():
-        print(f"{key:>12}  {value}")
-    return 0
+    plan = {key: value for key, value in folder.settings.items() if not isinstance(value, dict)}
+    plan |= {"parameters": f"{parameters:,}", "prompts": len(folder.prompts), "to do": num_todo}
+    for key, value in {**plan, "batch_size": args.batch_size, "memory": memory or "none", "out": args.out}.items():
+        print(f"{key:>14}  {value}")
 
 
-def sample(args: argparse.Namespace, source: Source, prompts: list[str]) -> int:
-    engine = start_engine(args)
+def unread_words(conditions: ConditionEncoder, prompts: list[str]) -> Iterator[str]:
+    """What of the prompts the model does not read."""
+    from opensora_repro.models.text import ClassLabels
+
+    if isinstance(conditions, ClassLabels):
+        return
+    readings = conditions.read(prompts)
+    cut = [(number, reading.dropped) for number, reading in enumerate(readings) if reading.dropped]
+    for number, dropped in cut[:CUT_SHOWN]:
+        shown = dropped if len(dropped) <= 200 else f"{dropped[:200]}..."
+        yield f"prompt {number} is longer than the model's {conditions.max_length} tokens, it does not read {shown!r}"
+    if len(cut) > CUT_SHOWN:
+        yield f"{len(cut) - CUT_SHOWN} more prompts are cut like this"
+    unknown = sum(reading.unknown for reading in readings)
+    if unknown:
+        share = unknown / sum(reading.words for reading in readings)
+        yield f"{share:.0%} of the prompts' words are unknown to this tokenizer"
+
+
+def sample_all(args: argparse.Namespace, source: Source, folder: SampleFolder, device: torch.device) -> int:
+    engine = start_engine(args, device)
     with closing(engine), engine.watchdog.reporting(args.out / "logs"):
-        samples = sample_share(args, source, prompts, engine)
-        everyone = [entry for part in engine.peers.gather(samples) for entry in part]
+        todo = engine.peers.on_first(lambda: begin(args, folder))
+        written = sample_share(args, source, folder, todo, engine)
+        everyone = [index for part in engine.peers.gather(written) for index in part]
         if engine.is_main:
-            write_json(args.out / "samples.json", {**settings(args, source), "samples": sorted_by_file(everyone)})
-            print(f"{len(everyone)} written to {args.out} (samples.json has the prompts)")
+            folder.write(set(range(len(folder.prompts))) - set(todo) | set(everyone))
+            there = len(folder.prompts) - len(todo)
+            more = f", {there} were there already" if there else ""
+            print(f"{len(everyone)} written to {args.out}{more} (samples.json has the prompts)")
     return 0
+
+
+def begin(args: argparse.Namespace, folder: SampleFolder) -> list[int]:
+    """Numbers of the prompts to sample, once the folder says whose samples it is for."""
+    todo = open_prompts(args, folder)
+    if args.overwrite:
+        folder.clear()
+    folder.write(set(range(len(folder.prompts))) - set(todo))
+    return todo
 
 
 def sample_share(
-    args: argparse.Namespace, source: Source, prompts: list[str], engine: TorchEngine
-) -> list[dict[str, Any]]:
-    """Sample this process's share of the prompts; return what it wrote, which a lone process also keeps up to date."""
+    args: argparse.Namespace, source: Source, folder: SampleFolder, todo: list[int], engine: TorchEngine
+) -> list[int]:
+    """Sample this process's share of the prompts; return the numbers of what it wrote.
+
+    A lone process keeps the folder's record up to date meanwhile.
+    """
     import torch
 
     from opensora_repro.kernels.choice import choose
@@ -250,7 +367,8 @@ def sample_share(
     model, vae, conditions, report = load_models(source, device)
     if engine.is_main:
         print(report)
-    samples: list[dict[str, Any]] = []
+    before = set(range(len(folder.prompts))) - set(todo)
+    written: list[int] = []
     with (
         closing(ProgressBar("sampling", shown=engine.is_main)) as bar,
         torch.autocast(device.type, torch.bfloat16, enabled=cfg.train.dtype == "bf16"),
@@ -260,70 +378,67 @@ def sample_share(
             vae,
             conditions,
             cfg,
-            prompts,
+            folder.prompts,
             seed=args.seed,
             batch_size=args.batch_size,
             progress=bar,
             forward=engine.spread(model),
             share=(mesh.data_rank, mesh.data_size),
+            only=todo,
         ):
             if mesh.member:
                 continue  # the group's first process writes
-            name = write_files(args.out, index, video, fps=cfg.sample.fps, gif=args.gif)
-            samples.append({"file": name, "prompt": prompts[index]})
+            write_files(args.out, folder.files(index), video, fps=cfg.sample.fps)
+            written.append(index)
             if mesh.world_size == 1:
-                write_json(args.out / "samples.json", {**settings(args, source), "samples": samples})
-    return samples
+                folder.write(before | set(written))
+    return written
 
 
-def sorted_by_file(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return sorted(samples, key=lambda entry: (len(entry["file"]), entry["file"]))
-
-
-def start_engine(args: argparse.Namespace) -> TorchEngine:
-    """This process among those that torchrun started. Raises ConfigError, EngineError."""
+def pick_device(args: argparse.Namespace, world_size: int) -> torch.device:
+    """The device that this process samples on, and that it is CUDA's from here on. Raises ConfigError, EngineError."""
     import torch
 
+    from opensora_repro.parallel.device import choose_device, default_kind
+
+    wish = args.device
+    if world_size > 1 and wish not in (None, "cpu", "cuda"):
+        raise ConfigError(f"--device {wish}: several processes take cpu or cuda, each its own GPU")
+    try:
+        kind = torch.device(wish or default_kind())
+        if kind.type == "cuda" and default_kind() != "cuda":
+            raise RuntimeError("no usable GPU was found")
+        device = choose_device(str(kind), int(os.environ.get("LOCAL_RANK", "0")))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {wish}: cannot be used ({str(error).splitlines()[0]})") from None
+    return device
+
+
+def start_engine(args: argparse.Namespace, device: torch.device) -> TorchEngine:
+    """This process among those that torchrun started. Raises EngineError."""
     from opensora_repro.config import ParallelConfig
-    from opensora_repro.parallel.device import default_kind
     from opensora_repro.parallel.engine import TorchEngine
     from opensora_repro.training.allocator import keep_freed_memory
     from opensora_repro.training.cli import limit_threads
 
     limit_threads()
-    wish = args.device
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and wish not in (None, "cpu", "cuda"):
-        raise ConfigError(f"--device {wish}: several processes take cpu or cuda, each its own GPU")
-    try:
-        device = torch.device(wish or default_kind())
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {wish}: cannot be used ({str(error).splitlines()[0]})") from None
     if device.type == "cpu":
         keep_freed_memory()
     return TorchEngine(ParallelConfig(sp_size=args.sp_size), str(device))
 
 
-def write_files(out: Path, index: int, video: np.ndarray, *, fps: int, gif: bool) -> str:
-    """Write one sample, named by its number alone; return the file's name."""
+def write_files(out: Path, names: list[str], video: np.ndarray, *, fps: int) -> None:
+    """Write one sample's frames [T, H, W, 3] under each of its names."""
     from opensora_repro.data.write import write_gif, write_png, write_video
 
-    if len(video) == 1:
-        name = f"{index:04d}.png"
-        write_png(out / name, video[0])
-        return name
-    name = f"{index:04d}.mp4"
-    write_video(out / name, video, fps)
-    if gif:
-        write_gif(out / f"{index:04d}.gif", video, fps)
-    return name
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    from opensora_repro.data.write import replacing
-
-    with replacing(path) as part:
-        part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    for name in reversed(names):  # its own file last: once that is there, all are
+        if name.endswith(".png"):
+            write_png(out / name, video[0])
+        elif name.endswith(".gif"):
+            write_gif(out / name, video, fps)
+        else:
+            write_video(out / name, video, fps)
 
 
 if __name__ == "__main__":

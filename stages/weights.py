@@ -141,9 +141,9 @@ def _wishes(args: argparse.Namespace, found: Published) -> str:
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    from opensora_repro.models.catalog import load_catalog, sha256_of
+    from opensora_repro.models.catalog import load_catalog
     from opensora_repro.models.layouts import to_ours
-    from opensora_repro.models.weight_files import check_recorded, release
+    from opensora_repro.models.weight_files import recorded_sha256, release
     from opensora_repro.models.weights import all_finite, check_complete
 
     file, found = open_source(args)
@@ -169,8 +169,7 @@ def run_verify(args: argparse.Namespace) -> int:
     expected = {entry.name: entry.files[0].sha256 for entry in load_catalog() if not entry.folder}
     for path in file.files:
         with progress(f"sha256 of {path.name}") as on_bytes:
-            digest = sha256_of(path, on_bytes)
-        check_recorded(path, digest)
+            digest = recorded_sha256(path, on_bytes)
         print(f"{digest}  {path}" + (f"  ({known[digest]})" if digest in known else ""))
         if expected.get(path.name, "") not in ("", digest):
             print(f"note: the published {path.name} has another sha256, {expected[path.name]}")

@@ -25,7 +25,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class InitConfig:
-    weights: str = ""  # weights to start from (a file, a checkpoint or a run); resuming needs no key
+    weights: str = ""  # weights to start from (a file, a checkpoint, a run or a fetched name); resuming needs no key
 
 
 @dataclass(frozen=True)

@@ -69,26 +69,21 @@ def load_catalog() -> list[Entry]:
 
 def find_entry(name: str) -> Entry:
     """Return the catalog's entry. Raises CatalogError, which names the closest one."""
-    entries = {entry.name: entry for entry in load_catalog()}
-    if name in entries:
-        return entries[name]
+    for entry in load_catalog():
+        if entry.name == name:
+            return entry
     raise CatalogError(f"{name}: not in the catalog of published weights; the closest name is {_closest(name, 0.0)}")
 
 
-def find_cached(name: str) -> Path:
-    """Where the hub's cache has the entry of that name: its file, or its folder. Nothing is fetched.
+def find_cached(name: str) -> Path | None:
+    """Where the hub's cache has the entry of that name, a file or a folder; None for a name that the catalog lacks.
 
-    Raises CatalogError for a name that the catalog lacks, and for one that is not fetched yet, with the command.
+    Nothing is fetched. Raises CatalogError, with the command that fetches it, where it is not there.
     """
     try:
-        entries = {entry.name: entry for entry in load_catalog()}
-    except CatalogError:  # an installation without the catalog
-        entries = {}
-    if name not in entries:
-        close = _closest(name, 0.8) if entries else ""
-        hint = f"; the catalog of published weights has {close}" if close else ""
-        raise CatalogError(f"{name}: no such weights file, checkpoint or run{hint}")
-    entry = entries[name]
+        entry = find_entry(name)
+    except CatalogError:
+        return None
     if entry.url:
         raise CatalogError(_how_to_download(entry))
     from huggingface_hub import constants, try_to_load_from_cache
@@ -101,6 +96,15 @@ def find_cached(name: str) -> Path:
             "once where there is a connection"
         )
     return _place(entry, found)
+
+
+def similar_name(name: str) -> str:
+    """For the end of a line on a name that nothing has: the catalog's, if one is nearly alike."""
+    try:
+        close = _closest(name, 0.8)
+    except CatalogError:  # an installation without the catalog
+        close = ""
+    return f"; the catalog of published weights has {close}" if close else ""
 
 
 def _closest(name: str, cutoff: float) -> str:

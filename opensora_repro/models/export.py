@@ -27,7 +27,8 @@ from opensora_repro.models.diffusers_layout import (
     pixart_to_diffusers,
 )
 from opensora_repro.models.layers import spatial_positions, temporal_positions
-from opensora_repro.models.layouts import KERNEL, NULL_CAPTION
+from opensora_repro.models.layouts import KERNEL
+from opensora_repro.models.unwrap import NULL_CAPTION
 from opensora_repro.models.weight_files import FACTS_KEY, NULL_CAPTION_FILE, WeightsError
 
 FORMATS = ("opensora", "pixart", "diffusers", "safetensors")

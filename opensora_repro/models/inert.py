@@ -50,6 +50,9 @@ def _default_dict(*factory: Any) -> OrderedDict[Any, Any]:
 class _Inert:
     """Keeps what it was made of."""
 
+    content: tuple[Any, ...]
+    state: Any
+
     def __new__(cls, *content: Any) -> _Inert:
         self = super().__new__(cls)
         self.content, self.state = content, None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from opensora_repro.kernels.transfer import to_device
 from opensora_repro.models.catalog import sha256_of
-from opensora_repro.models.pretrained import FrozenModel, HashFile, check_complete, load_frozen
+from opensora_repro.models.pretrained import FrozenModel, HashFile, ModelNotFound, check_complete
 
 if TYPE_CHECKING:
     from opensora_repro.config import TextConfig
@@ -23,6 +23,7 @@ KIND = "transformers T5 encoder with its tokenizer"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # as transformers looks for them
 TOKENIZER = ("tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 CLIP_KIND = "transformers CLIP text model with its tokenizer"
+CLIP_LENGTH, CLIP_CHANNELS = 77, 512  # where a config leaves them out, as transformers takes it
 MAX_CHARACTERS = 4096  # far beyond what the encoder reads; bounds the work that a hostile caption can cause
 CLEANING = 1  # part of the fingerprint: count up when `clean_caption` changes, so that no cache mixes old and new text
 
@@ -172,8 +173,9 @@ class T5Text:
         return torch.cat(batches), host_mask.bool()
 
     def read(self, captions: Sequence[str]) -> list[Reading]:
-        """What of each caption, once cleaned, the model reads. Raises ModelNotFound."""
-        return read_cleaned(self.tokenizer, captions, self.max_length)
+        """What of each caption, once cleaned, the model reads; its weights are not needed. Raises ModelNotFound."""
+        tokenizer = self.tokenizer if self.frozen.loaded else self.load_tokenizer()
+        return read_cleaned(tokenizer, captions, self.max_length)
 
     def _tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return int64 token ids and mask, both [B, L]; long captions are cut, keeping the end token."""
@@ -240,15 +242,29 @@ class ClipText:
     Captions go to the tokenizer as they are: Open-Sora cleans them for T5 alone.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.max_length = int(model.config.max_position_embeddings)  # 77 in the published models
-        self.channels = int(model.config.hidden_size)
+    def __init__(self, frozen: FrozenModel[tuple[Any, Any]]) -> None:
+        """`frozen` gives the model and its tokenizer at the first encoding. Raises ModelNotFound for another model."""
+        kind = frozen.config.get("model_type")
+        if kind not in ("clip", "clip_text_model"):
+            raise ModelNotFound(f"{frozen.where}: cannot be loaded as a {frozen.kind} (its model_type is {kind!r})")
+        self.frozen = frozen
+        config = frozen.config.get("text_config") or frozen.config  # of the whole CLIP, or of its text half alone
+        self.max_length = int(config.get("max_position_embeddings", CLIP_LENGTH))
+        self.channels = int(config.get("hidden_size", CLIP_CHANNELS))
+
+    @property
+    def model(self) -> Any:
+        """The CLIPTextModel. Raises ModelNotFound."""
+        return self.frozen.get()[0]
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.frozen.get()[1]
 
     def read(self, captions: Sequence[str]) -> list[Reading]:
-        """What of each caption the model reads."""
-        return read_texts(self.tokenizer, captions, self.max_length)
+        """What of each caption the model reads; its weights are not needed. Raises ModelNotFound."""
+        tokenizer = self.tokenizer if self.frozen.loaded else self.frozen.part(_tokenizer)
+        return read_texts(tokenizer, captions, self.max_length)
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, None]:
@@ -273,17 +289,31 @@ def load_clip_text(cfg: TextConfig, device: torch.device | str, dtype: torch.dty
 
     Open-Sora conditioned DiT and Latte on openai/clip-vit-base-patch32.
     """
-    from transformers import AutoTokenizer, CLIPTextModel
+    text = open_clip_text(cfg, device, dtype)
+    text.frozen.get()
+    return text
+
+
+def open_clip_text(cfg: TextConfig, device: torch.device | str, dtype: torch.dtype) -> ClipText:
+    """As `load_clip_text`, but read when first needed. Raises ModelNotFound for what can be seen without."""
 
     def load(path: str, **options: Any) -> tuple[Any, Any]:
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        from transformers import CLIPTextModel
+
+        tokenizer = _tokenizer(path, **options)
         model, info = CLIPTextModel.from_pretrained(path, torch_dtype=dtype, output_loading_info=True, **options)
         check_complete(info)
         _check_tokenizer(tokenizer, model.config.vocab_size)
-        return model, tokenizer
+        return model.to(device).eval().requires_grad_(False), tokenizer
 
-    model, tokenizer = load_frozen(load, cfg.path, key="text.path", kind=CLIP_KIND)
-    return ClipText(model.to(device).eval().requires_grad_(False), tokenizer)
+    files = (*TOKENIZER, "vocab.json", "merges.txt")
+    return ClipText(FrozenModel(load, cfg.path, key="text.path", kind=CLIP_KIND, weights=WEIGHTS, tokenizer=files))
+
+
+def _tokenizer(path: str, **options: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path, **options)
 
 
 class ClassLabels:

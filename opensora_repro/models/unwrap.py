@@ -15,7 +15,7 @@ BUFFERS = (NULL_CAPTION, *TABLES)  # not trained, so that an average of paramete
 EMA_HOLDERS = ("state_dict_ema", "ema", "ema_model", "model_ema", "ema_state_dict")
 HOLDERS = ("state_dict", "model", "module", "model_state_dict")
 # Words that wrapping modules put into names. Those of the first line stand anywhere and are no model's own: compiled,
-# FSDP (also as of old), checkpointed and Lightning's; the others come first alone: data parallel, a trainer's, averages.
+# FSDP (also as of old), checkpointed, Lightning's. The others come first alone: data parallel, a trainer's, averages.
 INNER = ("_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_forward_module")
 OUTER = ("module", "model", "online_model")
 EMA_OUTER = ("ema_model", "model_ema", "ema")

@@ -6,6 +6,7 @@ Tensors are mapped, not read: a file costs memory only as its tensors are copied
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import mmap
 import pickle
@@ -17,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from opensora_repro.models.catalog import CatalogError, find_cached, sha256_of
+from opensora_repro.models.catalog import CatalogError, Progress, find_cached, sha256_of, similar_name
 from opensora_repro.models.diffusers_layout import diffusers_kind, dit_facts, pixart_facts
 from opensora_repro.models.inert import inert_containers
 from opensora_repro.models.unwrap import NULL_CAPTION, NameClash, strip_names, take_out
@@ -114,20 +115,29 @@ def strip_wrappers(weights: WeightsFile, *, ema: bool) -> WeightsFile:
     return replace(weights, tensors=tensors, notes=tuple(notes))
 
 
-def check_recorded(file: Path, found: str | None = None) -> None:
-    """Raise WeightsError for a file of one of our checkpoints that is no longer what was written.
+def recorded_sha256(file: Path, progress: Progress | None = None) -> str:
+    """The file's sha256. Raises WeightsError for one of our checkpoints' that is no longer what was written.
 
-    `found` is its sha256, where it is known already.
+    `progress` is told how many bytes have been read.
     """
+    status = file.stat()
+    found = _sha256(file, status.st_size, status.st_mtime_ns, progress)
     try:
         recorded = json.loads((file.parent / STATE_FILE).read_text(encoding="utf-8"))["sha256"][file.name]
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # not one of ours
-    if (found or sha256_of(file)) != recorded:
+    except (OSError, ValueError, KeyError, TypeError):  # not one of ours
+        return found
+    if found != recorded:
         raise WeightsError(
             f"{file}: damaged or changed since it was written (its sha256 is not the one that {STATE_FILE} records): "
             "restore it or take another checkpoint; away from its checkpoint a file is taken as it is"
         )
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256(file: Path, size: int, changed: int, progress: Progress | None) -> str:
+    """Read once a process, as long as the file stays what it is."""
+    return sha256_of(file, progress)
 
 
 def find_weights(path: str | Path, *, ema: bool = True) -> Path:
@@ -140,10 +150,7 @@ def find_weights(path: str | Path, *, ema: bool = True) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        try:
-            return find_weights(find_cached(str(path)), ema=ema)
-        except CatalogError as error:
-            raise WeightsError(str(error)) from None
+        return find_weights(_cached(str(path)), ema=ema)
     for folder in (*_newest_steps(path), path, path / "transformer"):
         for name in (*EMA_FILES, *MODEL_FILES) if ema else MODEL_FILES:
             if (folder / name).is_file():
@@ -160,6 +167,16 @@ def find_weights(path: str | Path, *, ema: bool = True) -> Path:
         f"{path}: no weights in this folder: expected a run with checkpoints/step-*/model.safetensors, a checkpoint, "
         "an Open-Sora folder epoch*-global_step*, a diffusers model, or one file of weights"
     )
+
+
+def _cached(name: str) -> Path:
+    try:
+        found = find_cached(name)
+    except CatalogError as error:
+        raise WeightsError(str(error)) from None
+    if found is None:
+        raise WeightsError(f"{name}: no such weights file, checkpoint or run{similar_name(name)}")
+    return found
 
 
 def _may_be_weights(file: Path) -> bool:

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from opensora_repro.models.config import DiTConfig, STDiTConfig
 from opensora_repro.models.dit import DiT
 from opensora_repro.models.layouts import (
-    NULL_CAPTION,
     TEMPORAL_KEYS,
     Layout,
     Trained,
@@ -37,13 +36,15 @@ from opensora_repro.models.layouts import (
     trained_at,
 )
 from opensora_repro.models.stdit import STDiT
+from opensora_repro.models.unwrap import NULL_CAPTION
 from opensora_repro.models.weight_files import (
+    STATE_FILE,
     WeightsError,
     WeightsFile,
-    check_recorded,
     check_tensors,
     find_weights,
     open_weights,
+    recorded_sha256,
     release,
     strip_wrappers,
     use_large_pages,
@@ -128,7 +129,8 @@ def load_model_weights(
     _check_heads(model, file, where)
     inserted = _check_fit(model, layout, weights, where)
     for path in file.files:
-        check_recorded(path)
+        if (path.parent / STATE_FILE).is_file():
+            recorded_sha256(path)
     if not _fill(model, weights, inserted, from_map=file.mapped and file.container != "memory"):
         raise _not_finite(file)
     return LoadReport(

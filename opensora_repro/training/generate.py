@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from opensora_repro.models.dit import DiT
     from opensora_repro.models.vae import FrameVAE
 
+
+class NotFinite(RuntimeError):
+    """A sample came out as no picture; the message is one line meant for the user."""
+
+
 Progress = Callable[[int, int], None]  # (denoising steps done, in all), over all batches
 
 
@@ -73,19 +78,24 @@ def generate(
     progress: Progress | None = None,
     forward: Callable[..., Tensor] | None = None,
     share: tuple[int, int] = (0, 1),
+    only: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (index, video) for every prompt in turn; video is uint8 [num_frames, height, width, 3].
 
+    `only` are the numbers of the prompts to sample; None: all.
+
     Size, sampler, its steps and guidance are those of `cfg.data` and `cfg.sample`; of the model, its own config says.
-    Sample i's noise is keyed by (seed, i) alone, so neither the batch size nor the other prompts change it. The model
-    runs in evaluation mode, under the caller's autocast; `forward` calls it where it is spread over processes. `share`
-    (r, n) leaves all but every n-th batch of prompts, from the r-th on, to others. Raises ConfigError for models or a
-    size that do not fit.
+    Sample i's noise is keyed by (seed, i) alone, so the batch size and the other prompts change it by rounding at most.
+    The model runs in evaluation mode, under the caller's autocast; `forward` calls it where it is spread over
+    processes. `share` (r, n) leaves all but every n-th batch of prompts, from the r-th on, to others. Raises
+    ConfigError for models or a size that do not fit, NotFinite where the model or the autoencoder gives no finite
+    values.
     """
     check_fit(cfg, vae, encoder, model.cfg)
     data, wish, stride = cfg.data, cfg.sample, vae.spatial_stride
     shape = (vae.latent_channels, data.num_frames, data.height // stride, data.width // stride)
-    batches = [range(i, min(i + batch_size, len(prompts))) for i in range(0, len(prompts), batch_size)]
+    todo = range(len(prompts)) if only is None else only
+    batches = [todo[i : i + batch_size] for i in range(0, len(todo), batch_size)]
     batches = batches[share[0] :: share[1]]
     device = next(model.parameters()).device
     through: Through = StepGraphs() if captures(model, forward, device.type, wish.steps) else nullcontext
@@ -109,7 +119,17 @@ def generate(
                 through=through,
             )
         for i, latent in zip(indices, latents, strict=True):
+            if not latent.isfinite().all():
+                raise NotFinite(f"sample {i}: the model's latents are not finite{_advice(cfg)}")
             yield i, decode(vae, latent)
+
+
+def _advice(cfg: Config) -> str:
+    """What to try, as far as it was not tried."""
+    remedies = ["fp32 (--dtype fp32)"] if cfg.train.dtype == "bf16" else []
+    remedies += ["less guidance"] if cfg.sample.guidance > 1 else []
+    remedies += ["more steps"] if cfg.diffusion.objective == "flow" or cfg.sample.sampler == "dpm" else []
+    return f" after {cfg.sample.steps} steps; try {', '.join([*remedies, 'an earlier checkpoint'])}"
 
 
 def _text_preparation(model: STDiT | DiT, forward: Callable[..., Tensor] | None) -> PrepareText | None:
@@ -138,8 +158,13 @@ def _counted(progress: Progress | None, batches_done: int, num_batches: int) -> 
 
 @torch.no_grad()
 def decode(vae: FrameVAE, latent: Tensor) -> np.ndarray:
-    """One sample alone, so that its neighbours never change it: latents [C, T, h, w] -> uint8 [T, H, W, 3]."""
+    """One sample alone, so that its neighbours never change it: latents [C, T, h, w] -> uint8 [T, H, W, 3].
+
+    Raises NotFinite.
+    """
     video = vae.decode(rearrange(latent, "c t h w -> 1 c t h w"))[0]  # [3, T, H, W] in [-1, 1]
+    if not video.isfinite().all():
+        raise NotFinite("the autoencoder made pixels that are not finite of finite latents: are its weights whole?")
     pixels = ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     frames: np.ndarray = rearrange(pixels, "c t h w -> t h w c").cpu().numpy()
     return frames

@@ -23,6 +23,7 @@ from opensora_repro.training.encode import Encoder
 from opensora_repro.training.errors import TrainingError
 from opensora_repro.training.feed import Feed
 from opensora_repro.training.forward import ModelRunner
+from opensora_repro.training.generate import NotFinite
 from opensora_repro.training.grids import sample_prompts, write_samples
 from opensora_repro.training.metrics import Progress, RunLog
 from opensora_repro.training.optim import learning_rate
@@ -266,7 +267,11 @@ class Trainer:
         self.log.validate(line)
 
     def _sample(self) -> None:
-        videos = sample_prompts(self.cfg, self.model, self.engine.eval_forward, self.encoder)
+        try:
+            videos = sample_prompts(self.cfg, self.model, self.engine.eval_forward, self.encoder)
+        except NotFinite as error:
+            self.progress.say(f"warning: no samples of step {self.state.step}: {error}")
+            return
         if self.engine.is_main:
             folder, grid = write_samples(self.cfg, videos, self.state.step)
             self.log.image("samples", grid, self.state.step)

@@ -13,7 +13,6 @@ from opensora_repro.models.config import DiTConfig, STDiTConfig
 from opensora_repro.models.layouts import (
     HEADS_BY_WIDTH,
     KERNEL,
-    NULL_CAPTION,
     Layout,
     Trained,
     dit_facts,
@@ -23,6 +22,7 @@ from opensora_repro.models.layouts import (
     trained_at,
 )
 from opensora_repro.models.stdit import PIXELS_A_LATENT
+from opensora_repro.models.unwrap import NULL_CAPTION
 from opensora_repro.models.weight_files import WeightsError, WeightsFile
 
 DEFAULT_SIZE, DEFAULT_FRAMES = 256, 16  # where a file has no position table to tell

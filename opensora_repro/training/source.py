@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,13 +12,18 @@ from opensora_repro.config import Config, ConfigError, load_recorded
 from opensora_repro.models.config import DiTConfig, STDiTConfig
 from opensora_repro.models.dit import DiT
 from opensora_repro.models.stdit import STDiT
-from opensora_repro.models.text import ClassLabels, ConditionEncoder, load_clip_text
-from opensora_repro.models.vae import FrameVAE, load_vae
-from opensora_repro.models.weight_files import CONFIG_FILE, STATE_FILE, WeightsFile, open_weights
+from opensora_repro.models.text import ClassLabels, ConditionEncoder, T5Text, open_clip_text, open_text_encoder
+from opensora_repro.models.vae import FrameVAE, open_vae
+from opensora_repro.models.weight_files import CONFIG_FILE, STATE_FILE, WeightsFile, open_weights, recorded_sha256
 from opensora_repro.models.weights import LoadReport, load_model_weights
+from opensora_repro.parallel.device import total_memory
 from opensora_repro.training.checkpoint import list_checkpoints, list_steps
-from opensora_repro.training.encode import frozen_dtype, open_encoder
+from opensora_repro.training.encode import frozen_dtype
+from opensora_repro.training.generate import check_fit
 from opensora_repro.training.init import take_null_caption
+from opensora_repro.training.machine import host_memory
+from opensora_repro.training.planning.report import size
+from opensora_repro.training.planning.sampling import sampling_memory
 from opensora_repro.training.published import describe
 
 
@@ -26,7 +32,7 @@ class Source:
     """Weights, the model that they make, and the defaults of their run or release."""
 
     path: Path
-    weights: Path | WeightsFile
+    weights: WeightsFile
     model: STDiTConfig | DiTConfig
     config: Config
 
@@ -38,9 +44,10 @@ def find_source(path: Path, *, ema: bool = True, num_heads: int | None = None, f
     """
     checkpoint = _own_checkpoint(path)
     if checkpoint is not None:
+        recorded_sha256(checkpoint / CONFIG_FILE)
         config = load_recorded(checkpoint / CONFIG_FILE)
         name = "ema.safetensors" if ema else "model.safetensors"
-        return Source(checkpoint, checkpoint / name, config.model, config)
+        return Source(checkpoint, open_weights(checkpoint / name), config.model, config)
     file = open_weights(path, ema=ema)
     found = describe(file, num_heads=num_heads, family=family)
     return Source(path, file, found.model, found.config)
@@ -61,27 +68,92 @@ def _own_checkpoint(path: Path) -> Path | None:
     return None
 
 
+def weights_sha256(source: Source) -> str:
+    """Of the files that are read, wherever they lie. Raises WeightsError for a checkpoint's that has changed."""
+    digests = [recorded_sha256(file) for file in source.weights.files]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
 def empty_model(source: Source) -> STDiT | DiT:
     """The model without weights, on the meta device."""
     with torch.device("meta"):
         return STDiT(source.model) if isinstance(source.model, STDiTConfig) else DiT(source.model)
 
 
-def load_models(source: Source, device: torch.device) -> tuple[STDiT | DiT, FrameVAE, ConditionEncoder, LoadReport]:
-    """The model in float32, its autoencoder, and what makes a condition of prompts: T5, CLIP, or class numbers.
+def open_frozen(source: Source, device: torch.device) -> tuple[FrameVAE, ConditionEncoder]:
+    """The autoencoder, and what makes a condition of prompts: T5, CLIP, or class numbers; their weights are not read.
 
-    Raises WeightsError, ModelNotFound.
+    Raises ModelNotFound, and ConfigError where they or the samples' size do not fit the model.
     """
+    cfg, model = source.config, source.model
+    dtype = frozen_dtype(cfg, device)
+    vae = open_vae(cfg.vae, device, dtype)
+    conditions: ConditionEncoder
+    if isinstance(model, STDiTConfig):
+        conditions = open_text_encoder(cfg.text, model.model_max_length, device, dtype)
+    elif model.condition == "text":
+        conditions = open_clip_text(cfg.text, device, dtype)
+    else:
+        conditions = ClassLabels(model.num_classes)
+    check_fit(cfg, vae, conditions, model)
+    return vae, conditions
+
+
+def check_memory(
+    source: Source,
+    vae: FrameVAE,
+    conditions: ConditionEncoder,
+    device: torch.device,
+    *,
+    batch_size: int,
+    sp_size: int = 1,
+    processes: int = 1,
+) -> str:
+    """A line on what a process needs and this machine has; `processes` share its memory where they are on CPUs.
+
+    Raises ConfigError where it does not have that much at all.
+    """
+    cfg = replace(source.config, vae=replace(source.config.vae, path=str(vae.frozen.folder)))
+    if isinstance(conditions, T5Text):
+        cfg = replace(cfg, text=replace(cfg.text, path=str(conditions.frozen.folder)))
+    need = sampling_memory(
+        cfg,
+        source.model,
+        sum(parameter.numel() for parameter in empty_model(source).parameters()),
+        batch_size=batch_size,
+        device_type=device.type,
+        reads_t5=isinstance(conditions, T5Text),
+        sp_size=sp_size,
+    )
+    if device.type == "cuda":
+        total, free, place, peak = total_memory(device), total_memory(device), "this GPU", need.peak
+    else:
+        host = host_memory()
+        total, free, place, peak = host.total + host.swap, host.free, "this machine", processes * need.peak
+    parts = f"weights {size(need.weights)}, autoencoder and text encoder {size(need.frozen)}, "
+    parts += f"denoising {size(need.denoising)} or decoding {size(need.decoding)}"
+    if peak > total:
+        data = cfg.data
+        raise ConfigError(
+            f"{batch_size} samples at once of {data.num_frames} frames of {data.height}x{data.width} need about "
+            f"{size(peak)} ({parts}), {place} has {size(total)}: lower --batch-size, --num-frames, --height or --width"
+        )
+    warning = "" if peak <= free else f", and only {size(free)} are free now"
+    return f"about {size(peak)} of {place}'s {size(total)}{warning} ({parts})"
+
+
+def load_models(source: Source, device: torch.device) -> tuple[STDiT | DiT, FrameVAE, ConditionEncoder, LoadReport]:
+    """The model in float32, and what `open_frozen` gives, all weights read.
+
+    Raises WeightsError, ModelNotFound, ConfigError.
+    """
+    vae, conditions = open_frozen(source, device)
     model = empty_model(source)
     report = load_model_weights(model, source.weights)
     model = model.eval().to(device)
-    if isinstance(model, STDiT):
-        encoder = open_encoder(replace(source.config, model=model.cfg), device).load()
-        if report.lacks_null_caption:
-            take_null_caption(model, encoder.text)
-        return model, encoder.vae, encoder.text, report
-    dtype = frozen_dtype(source.config, device)
-    vae = load_vae(source.config.vae, device, dtype)
-    if model.cfg.condition == "text":
-        return model, vae, load_clip_text(source.config.text, device, dtype), report
-    return model, vae, ClassLabels(model.cfg.num_classes), report
+    vae.frozen.get()
+    if not isinstance(conditions, ClassLabels):
+        conditions.frozen.get()
+    if isinstance(model, STDiT) and isinstance(conditions, T5Text) and report.lacks_null_caption:
+        take_null_caption(model, conditions)
+    return model, vae, conditions, report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 from collections.abc import Callable
@@ -12,9 +13,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from opensora_repro.config import TextConfig
+from opensora_repro.config import Config, TextConfig, dump_toml
 from opensora_repro.models.text import load_text_encoder
 from stages import stage1_image, stage2_video, stage3_hq
 from tests.published_files import IMAGE, VIDEO, make_model, publish
@@ -188,6 +189,20 @@ def other_heads(folder: Path) -> Path:
     return publish(folder, "diffusers-pixart", num_heads=6)
 
 
+def not_finite(folder: Path) -> Path:
+    path = publish(folder, "stdit.pth")
+    content = torch.load(path, weights_only=True)
+    content["blocks.1.mlp.fc2.bias"][3] = float("inf")
+    torch.save(content, path)
+    return path
+
+
+def a_lora(folder: Path) -> Path:
+    path = folder / "lora.safetensors"
+    save_file({f"blocks.0.attn.qkv.lora_{side}.weight": torch.zeros(4, 4) for side in "AB"}, path)
+    return path
+
+
 # what is wrong -> the file, and what the line says
 INCOMPATIBLE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "width": (lambda folder: publish(folder, "pixart.pth", hidden_size=64), "model.hidden_size=64"),
@@ -202,6 +217,8 @@ INCOMPATIBLE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a missing tensor": (lambda folder: without(folder, "blocks.1.mlp.fc2.bias"), "(first blocks.1.mlp.fc2.bias)"),
     "cut off": (cut_off, "damaged or cut off"),
     "absent": (lambda folder: folder / "nowhere.pth", "no such weights file"),
+    "not finite": (not_finite, "blocks.1.mlp.fc2.bias holds values that are not finite"),
+    "a LoRA": (a_lora, "this is a LoRA"),
 }
 
 
@@ -219,6 +236,58 @@ def test_incompatible_files_stop_before_anything_is_read_or_written(
     (line,) = captured.err.splitlines()
     assert line.startswith("error: ") and str(path) in line and message in line
     assert captured.out == "" and not (tmp_path / "run").exists()
+
+
+def test_a_name_of_the_catalog(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found in the hub's cache, or one line with the command that fetches it."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    name = "PixArt-XL-2-256x256.pth"
+    for flags in ([], ["--dry-run"]):
+        assert train(stage2_video, world, tmp_path / "run", name, *flags) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(
+            f"error: {name}: not in the hub's cache {tmp_path / 'hub'}: run `python -m stages.weights "
+        )
+        assert f"fetch {name}`" in line and not (tmp_path / "run").exists()
+
+    repository = tmp_path / "hub" / "models--PixArt-alpha--PixArt-alpha"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    path = publish(repository / "snapshots" / ("0" * 40), "pixart.pth").rename(
+        repository / "snapshots" / ("0" * 40) / name
+    )
+    assert train(stage2_video, world, tmp_path / "run", name, "--dry-run") == 0
+    assert f"from the weights {path}" in capsys.readouterr().out
+    assert train(stage2_video, world, tmp_path / "run", name) == 0
+    assert weights_report(tmp_path / "run")["files"] == {str(path): sha256(path)}
+    assert train(stage2_video, world, tmp_path / "other", "PixArt-XL-2-256.pth") == 2
+    assert "no such weights file, checkpoint or run; the catalog of published weights has PixArt-XL-2-256x256.pth" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("wrap", ["dit_args", "prefix", "checkpoints", "folder"])
+def test_weights_as_training_leaves_them(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], wrap: str
+) -> None:
+    """A dry run takes them and says which file it is."""
+    path = asked = publish(tmp_path / "given", "stdit.pth")
+    weights = torch.load(path, weights_only=True)
+    if wrap == "dit_args":
+        torch.save({"model": weights, "ema": weights, "opt": {}, "args": argparse.Namespace(lr=1e-4)}, path)
+    elif wrap == "prefix":
+        torch.save({"module": {f"model._orig_mod.{key}": value for key, value in weights.items()}}, path)
+    elif wrap == "folder":
+        asked = path.parent
+        (asked / "config.toml").write_text(dump_toml(Config(model=VIDEO)))
+    else:
+        asked, step = tmp_path / "run0" / "checkpoints", publish(tmp_path, "checkpoint")
+        asked.mkdir(parents=True)
+        path = step.rename(asked / "step-00000003") / "ema.safetensors"
+    assert train(stage2_video, world, tmp_path / "run", asked, "--dry-run") == 0
+    assert f"from the weights {path}" in capsys.readouterr().out
 
 
 def test_a_dry_run_finds_what_does_not_fit(

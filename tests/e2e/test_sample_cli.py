@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -15,7 +16,9 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from stages.sample import main
 from tests.sample_home import PROMPTS, check_mistake, decode, generate_samples, sample
@@ -131,8 +134,9 @@ def test_interrupted_work_leaves_whole_files(home: Path, tmp_path: Path) -> None
 
 
 def broken_run(home: Path, folder: Path, *, weights: bytes | None = None, config: str | None = None) -> Path:
-    """A copy of the flow run's checkpoint with something wrong."""
+    """The flow run's weights and config with something wrong, and no word of what they were."""
     shutil.copytree(home / "flow" / "checkpoints" / "step-00000020", folder)
+    (folder / "state.json").unlink()
     if weights is not None:
         (folder / "ema.safetensors").write_bytes(weights)
     if config is not None:
@@ -164,15 +168,25 @@ MISTAKES = {
     "no prompts file": (["{home}/flow", "--prompts", "{home}/none.txt"], "none.txt: cannot be read"),
     "not text": (["{home}/flow", "--prompts", "{home}/flow/checkpoints/step-00000020/ema.safetensors"], "not UTF-8"),
     "no vae": (["{home}/flow", "--prompt", "x", "--vae", "{home}/no-vae"], "vae.path={home}/no-vae: no such folder"),
+    "too large": (
+        ["{home}/flow", "--prompt", "x", "--num-frames", "4000000", "--height", "4096"],
+        "1 samples at once of 4000000 frames of 4096x48 need about",
+    ),
     "no text": (["{home}/flow", "--prompt", "x", "--text", "{home}/vae"], "text.path={home}/vae"),
     "device": (["{home}/flow", "--prompt", "x", "--device", "abacus"], "--device abacus: cannot be used"),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_are_one_line(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_mistakes_are_one_line_before_weights_are_read(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """... and a dry run says the same."""
+    monkeypatch.setattr("opensora_repro.training.source.load_models", None)
     args, message = MISTAKES[name]
-    check_mistake([arg.format(home=home) for arg in args], message.format(home=home), tmp_path, capsys)
+    arguments = [arg.format(home=home) for arg in args]
+    check_mistake(arguments, message.format(home=home), tmp_path, capsys)
+    check_mistake([*arguments, "--dry-run"], message.format(home=home), tmp_path, capsys)
 
 
 @pytest.mark.parametrize("text", ["", "\n\n# nothing\n"])
@@ -190,6 +204,143 @@ def test_weights_of_another_size(home: Path, tmp_path: Path, capsys: pytest.Capt
 def test_damaged_weights(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = broken_run(home, tmp_path / "run", weights=b"half a file")
     check_mistake([str(run), "--prompt", "x"], "ema.safetensors: is neither a torch nor", tmp_path, capsys)
+
+
+@pytest.mark.parametrize("name", ["ema.safetensors", "config.toml"])
+def test_a_checkpoint_that_is_not_what_was_written(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(home / "flow" / "checkpoints" / "step-00000020", run / "checkpoints" / "step-00000020")
+    path = run / "checkpoints" / "step-00000020" / name
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1  # a digit of a weight, of a number
+    path.write_bytes(content)
+    for more in ([], ["--dry-run"]):
+        args = [str(run), "--prompt", "x", *more]
+        check_mistake(args, f"{name}: damaged or changed since it was written", tmp_path, capsys)
+    if name == "ema.safetensors":  # what is not read does not matter
+        sample(run, tmp_path / "out", "--no-ema", prompts=PROMPTS[:1])
+
+
+def test_weights_that_are_not_finite(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = broken_run(home, tmp_path / "run")
+    weights = load_file(run / "ema.safetensors")
+    weights["blocks.1.attn.qkv.weight"][3, 4] = float("nan")
+    save_file(weights, run / "ema.safetensors")
+    assert main([str(run), "--prompt", "x", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 2
+    assert "blocks.1.attn.qkv.weight holds values that are not finite" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/*.mp4"))
+
+
+def test_latents_that_are_not_finite_make_no_video(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Finite weights whose products overflow."""
+    run = broken_run(home, tmp_path / "run")
+    weights = load_file(run / "ema.safetensors")
+    weights["final_layer.linear.weight"].fill_(3e38)
+    save_file(weights, run / "ema.safetensors")
+    assert main([str(run), "--prompt", "x", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: sample 0: the model's latents are not finite after 3 steps; try less guidance, ")
+    assert "fp32" not in line  # which it is
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["samples.json"]
+
+
+def test_an_autoencoder_that_overflows_makes_no_video(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(home / "vae", tmp_path / "vae")
+    path = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["decoder.conv_out.bias"].fill_(float("nan"))
+    save_file(weights, path, {"format": "pt"})
+    args = ["--prompt", "x", "--out", str(tmp_path / "out"), "--device", "cpu", "--vae", str(tmp_path / "vae")]
+    assert main([str(home / "flow"), *args]) == 1
+    assert "the autoencoder made pixels that are not finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "out: the disk is full; what is finished is in "),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to\nmore"), "out of memory. Tried to Lower --batch-size, "),
+    ],
+)
+def test_a_failure_of_the_machine_keeps_what_is_finished(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    error: Exception, line: str,
+) -> None:  # fmt: skip
+    from opensora_repro.data import write
+
+    def full(path: Path, *frames: object) -> None:
+        if path.name == "0001.mp4":
+            raise error
+        write_video(path, *frames)  # type: ignore[arg-type]
+
+    write_video = write.write_video
+    monkeypatch.setattr(write, "write_video", full)
+    args = ["--prompt", "x", "--prompt", "y", "--out", str(tmp_path / "out"), "--device", "cpu", "--batch-size", "1"]
+    assert main([str(home / "flow"), *args]) == 1
+    assert line in capsys.readouterr().err.strip().splitlines()[-1]
+    assert len(decode(tmp_path / "out" / "0000.mp4")) == 6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Going on
+
+
+def test_the_same_command_goes_on_and_another_refuses(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    videos = sample(home / "flow", tmp_path)
+    record = (tmp_path / "samples.json").read_bytes()
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.mp4")}
+    (tmp_path / "0001.mp4").unlink()
+    again = sample(home / "flow" / "checkpoints", tmp_path, "--batch-size", "1")
+    assert "1 written to" in capsys.readouterr().out
+    assert all(np.abs(a - b).mean() < 0.5 for a, b in zip(videos, again, strict=True))
+    assert [path.name for path, at in written.items() if path.stat().st_mtime_ns != at] == ["0001.mp4"]
+    assert (tmp_path / "samples.json").read_bytes() == record
+
+    with monkeypatch.context() as nothing_loads:
+        nothing_loads.setattr("opensora_repro.training.source.load_models", None)
+        sample(home / "flow", tmp_path)
+        assert f"all 3 were in {tmp_path} already" in capsys.readouterr().out
+        sample(home / "flow", tmp_path, "--dry-run")
+        assert "to do  0" in capsys.readouterr().out
+        others = {"--seed": "7", "--steps": "2", "--guidance": "3", "--num-frames": "5", "--fps": "9", "--width": "16"}
+        arguments = [str(home / "flow"), "--prompt", PROMPTS[0], "--out", str(tmp_path), "--device", "cpu"]
+        for more in ([], ["--dry-run"]):
+            for option, value in others.items():
+                assert main([*arguments, "--seed", "3", option, value, *more]) == 2
+                line = capsys.readouterr().err.strip()
+                name = option.removeprefix("--").replace("-", "_")
+                assert f"holds samples of other settings: {name} = " in line and "\n" not in line
+        assert main([*arguments, "--seed", "3", "--no-ema"]) == 2
+    assert (tmp_path / "samples.json").read_bytes() == record
+
+    (other,) = sample(home / "flow", tmp_path, "--overwrite", "--steps", "2", prompts=PROMPTS[1:2])
+    assert np.abs(other - videos[0]).max() > 8
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0000.mp4", "samples.json"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words
+
+
+def test_words_that_are_not_read_are_told(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long = "a red circle moving left and a blue square moving up and a zebra"
+    for more in (["--dry-run"], []):
+        out = tmp_path / f"out{len(more)}"
+        args = ["--prompt", "a red circle", "--prompt", long, "--out", str(out), "--device", "cpu", *more]
+        assert main([str(home / "flow"), *args]) == 0
+        cut, unknown = (line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: "))
+        assert "prompt 1 is longer than the model's 12 tokens, it does not read '" in cut and cut.endswith("zebra'")
+        assert "of the prompts' words are unknown to this tokenizer" in unknown
+    sample(home / "flow", tmp_path / "short", prompts=["a red circle"])
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_an_unknown_key_in_the_config(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

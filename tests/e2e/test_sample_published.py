@@ -137,8 +137,9 @@ def test_dry_run_of_published_weights(
     home: Path, published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     condition, frames, (sampler, steps, guidance) = RELEASES[name]
-    heads = ["--num-heads", "4"] if "." in name else []
-    assert main([str(published / name), *condition, "--out", str(tmp_path / "out"), "--dry-run", *heads]) == 0
+    options = ["--vae", str(home / "vae"), "--text", str(home / "text"), "--device", "cpu", "--dry-run"]
+    options += ["--num-heads", "4"] if "." in name else []
+    assert main([str(published / name), *condition, "--out", str(tmp_path / "out"), *options]) == 0
     shown = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
     assert shown["checkpoint"] == str(published / name) and shown["prompts"] == "1"
     assert (shown["num_frames"], shown["height"], shown["width"]) == (str(frames), "64", "64")

@@ -169,12 +169,34 @@ def test_what_is_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "resnet.pth")
     assert "these are not PixArt, STDiT, DiT or Latte" in refused(capsys, command, tmp_path / "resnet.pth", *more)
     assert "none.pth: no such weights file, checkpoint or run" in refused(capsys, command, tmp_path / "none.pth", *more)
-    assert "no weights in this folder" in refused(capsys, command, tmp_path, *more)
+    several = refused(capsys, command, tmp_path, *more)
+    assert "2 weights files in this folder (resnet.pth, text.pth): name one of them" in several
+    (tmp_path / "empty").mkdir()
+    assert "no weights in this folder" in refused(capsys, command, tmp_path / "empty", *more)
     assert not (tmp_path / "out").exists()
+
+
+def test_inspect_says_what_was_taken_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = publish(tmp_path, "stdit.pth")
+    weights = torch.load(path, weights_only=True)
+    torch.save({"module": {f"module._orig_mod.{key}": value for key, value in weights.items()}}, path)
+    assert run("inspect", path, *WITH_HEADS) == 0
+    out = capsys.readouterr().out
+    assert "layout  Open-Sora STDiT (torch, under 'module')" in out
+    assert "names  module. and _orig_mod. taken off the names" in out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # verify
+
+
+def test_verify_compares_a_checkpoint_with_what_was_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = publish(tmp_path, "checkpoint")
+    digest = hashlib.sha256((folder / "ema.safetensors").read_bytes()).hexdigest()
+    (folder / "state.json").write_text(json.dumps({"sha256": {"ema.safetensors": digest}}))
+    assert run("verify", folder) == 0
+    (folder / "state.json").write_text(json.dumps({"sha256": {"ema.safetensors": digest[::-1]}}))
+    assert "damaged or changed since it was written" in refused(capsys, "verify", folder)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -23,9 +23,11 @@ from opensora_repro.models.catalog import (
     Entry,
     File,
     fetch,
+    find_cached,
     find_entry,
     load_catalog,
     sha256_of,
+    similar_name,
 )
 
 REPO = Path(__file__).resolve().parents[2]
@@ -75,6 +77,42 @@ def test_the_estimates_agree_with_the_published_key_lists(golden_dir: Path) -> N
 def test_an_unknown_name_gets_the_closest_one() -> None:
     with pytest.raises(CatalogError, match=r"^opensora-v1-hq-16x512: not in .* is OpenSora-v1-HQ-16x512x512\.pth$"):
         find_entry("opensora-v1-hq-16x512")
+
+
+def cache(hub_cache: Path, repository: str, *names: str) -> Path:
+    """The hub's cache with these (empty) files of a repository, as huggingface_hub lays it out; their folder."""
+    folder = hub_cache / f"models--{repository.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(COMMIT)
+    for name in names:
+        path = folder / "snapshots" / COMMIT / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return folder / "snapshots" / COMMIT
+
+
+def test_what_was_fetched_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    files = cache(tmp_path, "PixArt-alpha/PixArt-alpha", "PixArt-XL-2-256x256.pth")
+    assert find_cached("PixArt-XL-2-256x256.pth") == files / "PixArt-XL-2-256x256.pth"
+    names = ("transformer/config.json", "transformer/diffusion_pytorch_model.safetensors")
+    files = cache(tmp_path, "PixArt-alpha/PixArt-XL-2-512x512", *names)
+    assert find_cached("PixArt-alpha/PixArt-XL-2-512x512/transformer") == files / "transformer"
+    cache(tmp_path, "PixArt-alpha/PixArt-XL-2-256x256", names[0])  # half of it
+    for name in ("PixArt-XL-2-512x512.pth", "PixArt-alpha/PixArt-XL-2-256x256/transformer"):
+        with pytest.raises(
+            CatalogError, match=f"^{name}: not in the hub's cache {tmp_path}: run `python -m stages"
+        ) as e:
+            find_cached(name)
+        assert f"`python -m stages.weights fetch {name}`" in str(e.value)
+    with pytest.raises(CatalogError, match=r"curl -L -C - -O https://dl\.fbaipublicfiles\.com"):
+        find_cached("DiT-XL-2-256x256.pt")
+    assert find_cached("runs/stage1") is None
+
+
+def test_a_name_that_is_nearly_one_of_the_catalog() -> None:
+    assert similar_name("pixart-xl2-512x512.pth") == "; the catalog of published weights has PixArt-XL-2-512x512.pth"
+    assert similar_name("runs/stage1") == similar_name("weights.pth") == ""
 
 
 def test_a_file_outside_the_hub_gets_a_command() -> None:

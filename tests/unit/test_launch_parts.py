@@ -167,3 +167,21 @@ def test_verdict_after_anothers_failure(watchdog: Watchdog) -> None:
         watchdog._failure, watchdog._failure_seen = Failure(1, "because", grace), watchdog._exchanged
         assert watchdog._verdict(watchdog._exchanged + 1) == (None if grace else "because")
         assert watchdog._verdict(watchdog._exchanged + GRACE + 1) == "because"
+
+
+@pytest.mark.parametrize(("wish", "local_rank"), [(None, 1), ("cuda", 1), ("cuda:1", 0)])
+def test_sampling_sets_its_gpu_before_it_touches_one(
+    monkeypatch: pytest.MonkeyPatch, wish: str | None, local_rank: int
+) -> None:
+    """Else every process of a machine would leave a context on the first GPU."""
+    from stages import sample
+
+    done: list[object] = []
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append(("set", device)))
+    monkeypatch.setattr(torch, "empty", lambda *_, device: done.append(("use", device)))
+    args = sample.parse(["run", "--prompt", "x", "--out", "out", *(["--device", wish] if wish else [])])
+    assert sample.pick_device(args, 1 if wish == "cuda:1" else 2) == torch.device("cuda", 1)
+    assert done == [("set", torch.device("cuda", 1)), ("use", torch.device("cuda", 1))]

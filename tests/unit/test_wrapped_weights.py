@@ -235,7 +235,11 @@ class Easy(dict):  # type: ignore[type-arg]
 
 @pytest.mark.parametrize(
     ("base", "module", "name"),
-    [(Container, "omegaconf.dictconfig", "DictConfig"), (Easy, "easydict", "EasyDict"), (Easy, "yacs.config", "CfgNode")],
+    [
+        (Container, "omegaconf.dictconfig", "DictConfig"),
+        (Easy, "easydict", "EasyDict"),
+        (Easy, "yacs.config", "CfgNode"),
+    ],
 )
 def test_containers_of_packages_that_are_not_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: type, module: str, name: str
@@ -260,7 +264,9 @@ class Learner:
 def test_other_classes_are_named_with_what_to_do(tmp_path: Path) -> None:
     torch.save({"state_dict": image_layout(make_model(IMAGE)), "learner": Learner()}, tmp_path / "w.pth")
     message = check_error(tmp_path / "w.pth", "refused: this pickle asks for", cfg=IMAGE)
-    assert "test_wrapped_weights.Learner" in message and "save its tensors alone (safetensors.torch.save_file)" in message
+    assert (
+        "test_wrapped_weights.Learner" in message and "save its tensors alone (safetensors.torch.save_file)" in message
+    )
 
 
 class Hidden:

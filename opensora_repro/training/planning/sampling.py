@@ -1,0 +1,67 @@
+"""Memory of sampling, for one process: from the sizes of the models and of what is asked of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from opensora_repro.config import Config
+from opensora_repro.models.config import DiTConfig, STDiTConfig
+from opensora_repro.training.planning.encoders import frozen_sizes
+from opensora_repro.training.planning.memory import FLOAT, HALF
+from opensora_repro.training.planning.parameters import mlp_width
+from opensora_repro.training.planning.sizes import latent_shape, token_grid
+
+LATENTS_ALIVE = 6  # noise, the last ones, both halves' outputs, their mixture, a sampler's memory; all float32
+PIXELS_ALIVE = 3  # float32 videos: the decoded parts, joined, clamped
+
+
+@dataclass(frozen=True)
+class SamplingMemory:
+    """Bytes. Denoising and decoding take turns."""
+
+    weights: float  # of the model, float32
+    frozen: float  # weights of autoencoder and text encoder
+    denoising: float
+    decoding: float
+
+    @property
+    def peak(self) -> float:
+        return self.weights + self.frozen + max(self.denoising, self.decoding)
+
+
+def sampling_memory(
+    cfg: Config,
+    model: STDiTConfig | DiTConfig,
+    parameters: int,
+    *,
+    batch_size: int,
+    device_type: str,
+    reads_t5: bool,
+    sp_size: int = 1,
+) -> SamplingMemory:
+    """`cfg` has the samples' size and the frozen models' folders, `parameters` are the model's.
+
+    At the widest moment of a block, its MLP, there are alive: the residual stream and its norm in float32, the branch's
+    input, and two tensors of the MLP's width. Raises ConfigError where the size is no multiple of the autoencoder's
+    stride.
+    """
+    half = cfg.train.dtype == "bf16"
+    shape = latent_shape(cfg)
+    grid = token_grid(model, shape)
+    rows = batch_size * (1 if cfg.sample.guidance == 1 else 2)  # classifier-free guidance: both halves at once
+    tokens = rows * -(-grid.frames // sp_size) * grid.places
+    values = tokens * (model.hidden_size + 2 * mlp_width(model))
+    streams = 2 * FLOAT * tokens * model.hidden_size
+    latents = LATENTS_ALIVE * FLOAT * rows * math.prod(shape)
+    copies = HALF * parameters if half else 0  # autocast's
+    denoising = streams + (HALF if half else FLOAT) * values + latents + copies
+
+    sizes = frozen_sizes(cfg)
+    size = HALF if half and device_type == "cuda" else FLOAT
+    text = sizes.text_parameters if reads_t5 and not (cfg.text.offload and device_type == "cuda") else 0
+    pixels = 3 * cfg.data.num_frames * cfg.data.height * cfg.data.width
+    decoding = size * sizes.decoding_values + PIXELS_ALIVE * FLOAT * pixels + FLOAT * batch_size * math.prod(shape)
+    return SamplingMemory(
+        FLOAT * parameters, float(size * (sizes.vae_parameters + text)), float(denoising), float(decoding)
+    )
