@@ -47,7 +47,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     prompts.add_argument("--prompts", type=user_path, metavar="FILE", help=lines)
     labels = "class number, for models conditioned on a class; may be given several times"
     prompts.add_argument("--label", action="append", metavar="N", help=labels)
-    add("--out", type=user_path, required=True, metavar="DIR", help="where the files go; samples of these settings stay")
+    add(
+        "--out", type=user_path, required=True, metavar="DIR", help="where the files go; samples of these settings stay"
+    )
     add("--overwrite", action="store_true", help="replace the samples that are in DIR, whatever their settings")
     add("--seed", type=int, default=0, metavar="N", help="sample i's noise depends on (seed, i) alone (%(default)s)")
     add(
