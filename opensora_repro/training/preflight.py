@@ -108,7 +108,8 @@ def weights_to_come(path: str) -> bool:
     """Whether this may be a run that an earlier stage has to make, or has begun, without a checkpoint so far."""
     run = Path(path)
     if not is_to_come(path):
-        return (run / CONFIG_FILE).is_file() and not (run / "checkpoints").exists()
+        begun = (run / CONFIG_FILE).is_file() and not (run / "checkpoints").exists()
+        return begun and not any(file.suffix in WEIGHTS_SUFFIXES for file in run.iterdir())
     return not (is_published(path) or (run.suffix in WEIGHTS_SUFFIXES and "checkpoints" not in run.parts))
 
 

@@ -217,7 +217,6 @@ INCOMPATIBLE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a missing tensor": (lambda folder: without(folder, "blocks.1.mlp.fc2.bias"), "(first blocks.1.mlp.fc2.bias)"),
     "cut off": (cut_off, "damaged or cut off"),
     "absent": (lambda folder: folder / "nowhere.pth", "no such weights file"),
-    "not finite": (not_finite, "blocks.1.mlp.fc2.bias holds values that are not finite"),
     "a LoRA": (a_lora, "this is a LoRA"),
 }
 
@@ -236,6 +235,16 @@ def test_incompatible_files_stop_before_anything_is_read_or_written(
     (line,) = captured.err.splitlines()
     assert line.startswith("error: ") and str(path) in line and message in line
     assert captured.out == "" and not (tmp_path / "run").exists()
+
+
+def test_weights_that_are_not_finite_are_named(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = not_finite(tmp_path)
+    assert train(stage2_video, world, tmp_path / "run", path) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(path) in line and "blocks.1.mlp.fc2.bias holds values that are not finite" in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_name_of_the_catalog(
