@@ -59,7 +59,7 @@ class LatentCache:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is held back as one shard: beside its name, synced, then renamed."""
+        """Write what is held back as one shard: beside its name, synced, then renamed. Raises OSError with the name."""
         from safetensors.torch import save
 
         if not self._pending:
@@ -68,11 +68,15 @@ class LatentCache:
         digest = hashlib.blake2b("\n".join(sorted(tensors)).encode(), digest_size=12).hexdigest()
         path = self.folder / f"shard-{digest}.safetensors"
         unfinished = beside(path)
-        with open(unfinished, "wb") as file:
-            file.write(save(tensors, metadata={"fingerprint": self.fingerprint}))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        try:
+            with open(unfinished, "wb") as file:
+                file.write(save(tensors, metadata={"fingerprint": self.fingerprint}))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
+        except OSError as error:
+            unfinished.unlink(missing_ok=True)  # a full disk's last bytes
+            raise OSError(error.errno, error.strerror, str(path)) from error
         self._where.update(dict.fromkeys(self._pending, path))
         self._scanned.add(path)
         self._pending.clear()

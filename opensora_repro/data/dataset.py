@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -142,14 +142,55 @@ class _Batches(Dataset[ClipBatch]):
         return ClipBatch((self.dataset.load(epoch, index, shape) for epoch, index in pairs), shape)
 
 
+class LoaderDied(RuntimeError):
+    """A worker process has ended before its time; the message is one line meant for the user."""
+
+
 class _Loader(DataLoader[ClipBatch]):
     def __iter__(self) -> Any:
         """Start the workers with the job's signals blocked: one that comes before they are set up waits."""
         before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
+        main = threading.current_thread() is threading.main_thread()
+        on_child = signal.getsignal(signal.SIGCHLD)
         try:
-            return super().__iter__()
+            batches = super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            if main and self.num_workers:
+                # torch's handler would raise a worker's death wherever the program is, be it between two weights'
+                # steps; waiting for the next batch finds it as well, some seconds later.
+                signal.signal(signal.SIGCHLD, on_child)
+        return _telling(batches) if self.num_workers else batches
+
+
+def _telling(batches: Any) -> Iterator[ClipBatch]:
+    """Raises LoaderDied for a worker that was killed or has no memory."""
+    workers = list(batches._workers)
+    try:
+        yield from batches
+    except (RuntimeError, MemoryError, OSError) as error:
+        ends = {worker.pid: worker.exitcode for worker in workers if worker.exitcode}
+        if not ends and not isinstance(error, MemoryError):
+            raise
+        raise LoaderDied(_end_of_loader(ends, len(workers))) from error
+
+
+def _end_of_loader(ends: dict[int, int], num_workers: int) -> str:
+    """One line: who has ended, how, and what may help."""
+    how = ", ".join(f"pid {pid}: {_signal_name(code)}" for pid, code in sorted(ends.items())) or "no memory left"
+    if -signal.SIGBUS in ends.values():
+        return (
+            f"a loader process died ({how}): shared memory is used up; enlarge /dev/shm (docker: --shm-size), or lower "
+            f"data.num_workers = {num_workers} (0 needs none)"
+        )
+    return (
+        f"a loader process died ({how}): most often the machine's memory is used up; lower "
+        f"data.num_workers = {num_workers}, or leave more memory free"
+    )
+
+
+def _signal_name(code: int) -> str:
+    return signal.Signals(-code).name if -code in set(signal.Signals) else f"exit code {code}"
 
 
 def build_loader(

@@ -60,6 +60,16 @@ class BatchSampler:
         return int(epoch_permutation(self.num_samples, self.seed, epoch)[place])
 
 
+def drawn(num_samples: int, seed: int, first: int, count: int) -> np.ndarray:
+    """Indices of the samples at positions [first, first + count) of the epochs laid end to end, int64 [count]."""
+    parts = [np.empty(0, dtype=np.int64)]
+    while count > 0:
+        epoch, place = divmod(first, num_samples)
+        parts.append(epoch_permutation(num_samples, seed, epoch)[place : place + count])
+        first, count = first + len(parts[-1]), count - len(parts[-1])
+    return np.concatenate(parts)
+
+
 class SharedBatches:
     """The part of each batch that one of the processes reads which work on the same samples: every `size`-th sample."""
 

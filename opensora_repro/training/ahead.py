@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from safetensors import SafetensorError
 
 from opensora_repro.data.dataset import BadSample, Clip
 from opensora_repro.data.sampler import interleave
@@ -14,6 +15,7 @@ from opensora_repro.parallel.device import SideStream
 from opensora_repro.parallel.peers import Peers
 from opensora_repro.training.batch import Batch, BatchBuilder, Encoded
 from opensora_repro.training.encode import Encoder
+from opensora_repro.training.errors import TrainingError
 from opensora_repro.training.feed import Sample
 
 
@@ -24,6 +26,7 @@ class Ready:
     batch: Batch
     bad_samples: list[BadSample]  # those that this process has read
     num_bad: int  # of all processes that work on this micro-batch
+    lost: bool = False  # one of them could not read on
 
 
 class Assembler:
@@ -33,14 +36,23 @@ class Assembler:
         """`members`: the processes that work on the same samples; each has read and encodes a share."""
         self.encoder, self.builder, self.members = encoder, builder, members
 
-    def assemble(self, samples: list[Sample]) -> Ready:
-        """Collective among `members`."""
+    def assemble(self, samples: list[Sample] | None) -> Ready:
+        """Collective among `members`; None where this process cannot read on."""
+        if samples is None:
+            self.members.gather(None)
+            return self._lost()
         bad = [sample for _, sample in samples if isinstance(sample, BadSample)]
         own = [(epoch, self._encoded(sample)) for epoch, sample in samples]
-        everyone = interleave(self.members.gather(own))
+        parts = self.members.gather(own)
+        if None in parts:
+            return self._lost()
+        everyone = interleave(parts)
         good = [(epoch, encoded) for epoch, encoded in everyone if encoded is not None]
         batch = self.builder.build(good) if good else self.builder.stand_in()
         return Ready(batch, bad, len(everyone) - len(good))
+
+    def _lost(self) -> Ready:
+        return Ready(self.builder.stand_in(), [], 0, lost=True)
 
     def _encoded(self, sample: Clip | Encoded | BadSample) -> Encoded | None:
         if isinstance(sample, BadSample):
@@ -59,21 +71,38 @@ class ReadyBatches:
         self._samples, self._assembler = samples, assembler
         self._side = SideStream(device) if overlap else None
         self._fetched: list[Sample] | None = None
+        self._over = False
         self._ready: Ready | None = None
+        self.error: Exception | None = None  # why nothing more can be read
         self.seconds_waited = 0.0  # for samples to be read
 
     def prepare(self) -> None:
-        """Called once the device has work: fetch the next micro-batch, and assemble it where that overlaps."""
+        """Called once the device has work: fetch the next micro-batch, and assemble it where that overlaps.
+
+        Where it cannot be read, `error` says why, and all that follows is stand-ins, with which the others can end
+        their step.
+        """
         started = time.perf_counter()
-        self._fetched = next(self._samples, None)
+        self._fetched = self._next()
         self.seconds_waited += time.perf_counter() - started
-        if self._side is not None and self._fetched is not None:
+        if self._side is not None and not self._over:
             with self._side.entered():
                 self._ready = self._assembler.assemble(self._fetched)
 
+    def _next(self) -> list[Sample] | None:
+        if self.error is not None:
+            return None
+        try:
+            fetched = next(self._samples, None)
+        except (TrainingError, OSError, SafetensorError) as error:
+            self.error = error
+            return None
+        self._over = fetched is None
+        return fetched
+
     def take(self) -> Ready:
         """The micro-batch that the last `prepare` was for."""
-        assert self._fetched is not None
+        assert not self._over
         if self._side is None:
             return self._assembler.assemble(self._fetched)
         assert self._ready is not None

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from opensora_repro.parallel.engine import Engine
 from opensora_repro.training.ema import Ema
+from opensora_repro.training.errors import TrainingError
 
 SCHEMA_VERSION = 1
 MODEL_FILE, EMA_FILE, OPTIMIZER_FILE = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
@@ -39,6 +40,10 @@ _STEP_NAME = re.compile(r"step-(\d{8,})")
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be written, read or trusted; the message is one line meant for the user."""
+
+
+class UnwritableCheckpoint(CheckpointError, TrainingError):
+    """The machine's fault, not the user's."""
 
 
 class SchemaError(CheckpointError):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from opensora_repro.config import Config
 from opensora_repro.data.cache import LatentCache
-from opensora_repro.data.dataset import BadSample, Clip, ClipDataset, build_loader
+from opensora_repro.data.dataset import BadSample, Clip, ClipDataset, LoaderDied, build_loader
 from opensora_repro.data.sampler import SampleBatch
 from opensora_repro.data.transforms import to_tensor
 from opensora_repro.kernels.transfer import to_device
@@ -22,6 +22,7 @@ from opensora_repro.models.text import T5Text, open_text_encoder
 from opensora_repro.models.vae import FrameVAE, open_vae
 from opensora_repro.parallel.device import read_here, return_memory
 from opensora_repro.training.batch import Encoded
+from opensora_repro.training.errors import TrainingError
 from opensora_repro.training.feed import CacheRows
 from opensora_repro.training.hashes import HashMemo
 
@@ -127,10 +128,12 @@ def fill_cache(
     num_workers: int,
     set_aside: Callable[[BadSample], None],
     stopped: Callable[[], bool],
+    attempted: Callable[[int], None] = lambda index: None,
 ) -> None:
     """Encode what the cache lacks of every sample's draws; what a killed fill wrote is kept.
 
-    `share` is (rank, world size): each process fills its rows. Ends early once `stopped()`.
+    `share` is (rank, world size): each process fills its rows. `attempted` is told each row's index, with every draw.
+    Ends early once `stopped()`. Raises OSError where the cache cannot be written, TrainingError without its loaders.
     """
     from tqdm import tqdm
 
@@ -146,18 +149,23 @@ def fill_cache(
     with tqdm(
         total=len(todo), desc="encoding", unit="clip", mininterval=interval, dynamic_ncols=True, disable=share[0] > 0
     ) as bar:
-        for done, (draw, index, sample) in enumerate(_load(dataset, todo, num_workers), start=1):
-            if isinstance(sample, BadSample):
-                set_aside(sample)
-            else:
-                encoded = encoder.encode(sample)
-                entry = {"moments": encoded.moments, "text": encoded.text, "mask": encoded.mask}
-                cache.put((rows.names[index], draw), entry)
-            if done % FLUSH_EVERY == 0:
-                cache.flush()
-            bar.update(1)
-            if stopped():
-                break
+        try:
+            for done, (draw, index, sample) in enumerate(_load(dataset, todo, num_workers), start=1):
+                attempted(index)
+                if isinstance(sample, BadSample):
+                    set_aside(sample)
+                else:
+                    encoded = encoder.encode(sample)
+                    entry = {"moments": encoded.moments, "text": encoded.text, "mask": encoded.mask}
+                    cache.put((rows.names[index], draw), entry)
+                if done % FLUSH_EVERY == 0:
+                    cache.flush()
+                bar.update(1)
+                if stopped():
+                    break
+        except TrainingError:
+            cache.flush()
+            raise
     cache.flush()
 
 
@@ -181,5 +189,8 @@ def _load(
     dataset: ClipDataset, pairs: list[tuple[int, int]], num_workers: int
 ) -> Iterator[tuple[int, int, Clip | BadSample]]:
     loader = build_loader(dataset, _Listed(pairs), 0, len(pairs), num_workers)
-    for (draw, index), (sample,) in zip(pairs, loader, strict=True):
-        yield draw, index, sample
+    try:
+        for (draw, index), (sample,) in zip(pairs, loader, strict=True):
+            yield draw, index, sample
+    except LoaderDied as error:
+        raise TrainingError(str(error)) from error

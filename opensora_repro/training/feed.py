@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from opensora_repro.data.cache import LatentCache
-from opensora_repro.data.dataset import BadSample, Clip, ClipDataset, build_loader
+from opensora_repro.data.dataset import BadSample, Clip, ClipDataset, LoaderDied, build_loader
 from opensora_repro.data.sampler import SharedBatches
 from opensora_repro.training.batch import Encoded
+from opensora_repro.training.errors import TrainingError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,7 +23,7 @@ HELD_BYTES = 1 << 30  # cached samples kept in memory
 
 class Feed(Protocol):
     def batches(self, first: int, count: int) -> Iterator[list[Sample]]:
-        """Micro-batches first .. first + count - 1 of this rank, in order."""
+        """Micro-batches first .. first + count - 1 of this rank, in order. Raises TrainingError, OSError."""
         ...
 
 
@@ -35,9 +36,12 @@ class ClipFeed:
 
     def batches(self, first: int, count: int) -> Iterator[list[Sample]]:
         loader = build_loader(self.dataset, self.sampler, first, count, self.num_workers, pinned=self.pinned)
-        for number, clips in enumerate(loader, start=first):
-            epochs = [epoch for epoch, _ in self.sampler.batch(number)]
-            yield list(zip(epochs, clips, strict=True))
+        try:
+            for number, clips in enumerate(loader, start=first):
+                epochs = [epoch for epoch, _ in self.sampler.batch(number)]
+                yield list(zip(epochs, clips, strict=True))
+        except LoaderDied as error:
+            raise TrainingError(str(error)) from error
 
 
 class CacheFeed:

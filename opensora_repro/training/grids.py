@@ -27,20 +27,25 @@ def write_samples(cfg: Config, videos: Sequence[np.ndarray], step: int) -> tuple
     """Write the videos of `sample.prompts`; return the folder and the grid, uint8 [H, W, 3].
 
     Files: 0000.mp4 (0000.png for one frame), ... in the prompts' order, and grid.png. The folder appears whole.
+    Raises OSError.
     """
     final = Path(cfg.run.dir) / "samples" / f"step-{step:08d}"
     beside = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    for index, video in enumerate(videos):
-        if len(video) == 1:
-            write_png(beside / f"{index:04d}.png", video[0])
-        else:
-            write_video(beside / f"{index:04d}.mp4", video, cfg.sample.fps)
     grid = tile(videos)
-    write_png(beside / "grid.png", grid)
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(beside, final)
+    try:
+        beside.mkdir(parents=True)
+        for index, video in enumerate(videos):
+            if len(video) == 1:
+                write_png(beside / f"{index:04d}.png", video[0])
+            else:
+                write_video(beside / f"{index:04d}.mp4", video, cfg.sample.fps)
+        write_png(beside / "grid.png", grid)
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(beside, final)
+    except OSError as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise OSError(error.errno, error.strerror, str(final)) from error
     return final, grid
 
 

@@ -11,16 +11,18 @@ import torch
 
 from opensora_repro.config import Config
 from opensora_repro.data.dataset import BadSample
+from opensora_repro.data.manifest import DataError
+from opensora_repro.data.sampler import drawn
 from opensora_repro.diffusion.objective import Objective
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.parallel.device import HostValues
 from opensora_repro.parallel.engine import Engine
 from opensora_repro.training.ahead import Assembler, ReadyBatches
 from opensora_repro.training.batch import BatchBuilder
-from opensora_repro.training.checkpoint import TrainState
+from opensora_repro.training.checkpoint import TrainState, UnwritableCheckpoint, list_checkpoints
 from opensora_repro.training.ema import Ema
 from opensora_repro.training.encode import Encoder
-from opensora_repro.training.errors import TrainingError
+from opensora_repro.training.errors import TrainingError, cannot_write, is_out_of_memory, out_of_memory
 from opensora_repro.training.feed import Feed
 from opensora_repro.training.forward import ModelRunner
 from opensora_repro.training.generate import NotFinite
@@ -33,6 +35,8 @@ from opensora_repro.training.signals import StopSignals
 from opensora_repro.training.validate import Validator
 from opensora_repro.training.verdict import Findings, StepTotals, judge
 
+MAX_EMPTY_STEPS = 8  # in a row: nothing is learned, and more of the same is to be expected
+
 
 @dataclass
 class GivenStep:
@@ -40,11 +44,16 @@ class GivenStep:
 
     number: int
     lr: float
+    position: int  # of its first sample, in the sampler's order
     seconds: float = 0.0
     seconds_waited: float = 0.0  # for samples
     ids: list[str] = field(default_factory=list)
     bad_samples: list[BadSample] = field(default_factory=list)
     findings: HostValues | None = None  # once all of the step has been given
+
+
+class BadWeights(TrainingError):
+    """The weights are no longer worth saving."""
 
 
 @dataclass
@@ -78,34 +87,119 @@ class Trainer:
         self._saved_step = self.state.step
         self._given: GivenStep | None = None
         self._stopping = False
+        self._empty_steps = 0  # in a row
+        self._moving = False  # whether weights may be between two steps
 
     def run(self, title: str) -> None:
-        """Raises TrainingError after `train.max_bad_steps` non-finite steps in a row, DataError with too many bad
-        samples."""
+        """Raises what ended the training early, after the trained steps were saved.
+
+        TrainingError: `train.max_bad_steps` non-finite steps in a row, a file that cannot be written, a loader that
+        died, no memory. DataError: too many bad samples. Both also where no step was trained at all.
+        """
         steps, state = self.cfg.train.steps, self.state
         first = state.step * self.cfg.train.accumulation
         samples = self.feed.batches(first, (steps - state.step) * self.cfg.train.accumulation)
         assembler = Assembler(self.encoder, self.builder, self.engine.members)
         self._batches = ReadyBatches(samples, assembler, self.engine.device, overlap=self.cfg.train.overlap)
         with Progress(title, done=state.step, total=steps, enabled=self.engine.is_main) as self.progress:
-            self._settle_exchange()
-            if state.step:
-                self._evaluate(resuming=True)
-            self._batches.prepare()
-            while state.step < steps and not self._stopping:
-                self._step()
-                if self._stopping and state.step < steps:
-                    break  # what is due at this step is made up for when the run is resumed
-                self._evaluate()
-                if state.step % self.cfg.checkpoint.every == 0:
-                    self._save()
-            self._save()
-        with self.engine.watchdog.paused():
-            self.writer.wait()
+            try:
+                self._train()
+            except Exception as error:
+                rescued = self._rescued(error)
+                if rescued is error:
+                    raise
+                raise rescued from error
+            finally:
+                self._await_writer()
 
     def close(self) -> None:
         self.log.close()
         self.quarantine.close()
+
+    def _train(self) -> None:
+        steps, state = self.cfg.train.steps, self.state
+        self._settle_exchange()
+        if state.step:
+            self._evaluate(resuming=True)
+        self._batches.prepare()
+        while state.step < steps and not self._stopping:
+            self._step()
+            if self._stopping:
+                self._await_device()  # it may have to be taken back
+            if self._stopping and state.step < steps:
+                break  # what is due at this step is made up for when the run is resumed
+            self._evaluate()
+            if state.step % self.cfg.checkpoint.every == 0:
+                self._save()
+        self._save()
+        with self.engine.watchdog.paused():
+            self.writer.wait()
+        self.log.close()
+        self.engine.peers.agree(self._own_error())
+        if state.step == steps and not self._trained:
+            raise self._nothing_trained()
+
+    # How it ends early
+
+    def _own_error(self) -> Exception | None:
+        """Why this process cannot go on, though the others could: all stop together."""
+        error = self._batches.error or self.log.error or self.quarantine.error
+        if isinstance(error, OSError):
+            return TrainingError(f"cannot read {error.filename}: {error.strerror}")
+        if error is None or isinstance(error, TrainingError):
+            return error
+        return TrainingError(f"a shard of the cache cannot be read: {error}")
+
+    @property
+    def _trained(self) -> bool:
+        return self.ema.updates > 0
+
+    def _nothing_trained(self) -> Exception:
+        if self.state.samples_seen:
+            return TrainingError(f"no step was trained: none was finite. {self._advice()}")
+        return DataError(f"no step was trained: not one of {self._samples()} could be read; {self.quarantine.latest()}")
+
+    def _samples(self) -> str:
+        return f"the {self.quarantine.num_seen} samples seen"
+
+    def _rescued(self, error: Exception) -> Exception:
+        """What to raise for the error, with what was saved in its line."""
+        if isinstance(error, BadWeights):
+            return error
+        if isinstance(error, UnwritableCheckpoint):
+            return UnwritableCheckpoint(f"{error}; {self._newest()}")
+        if isinstance(error, DataError | TrainingError):  # of all processes alike
+            return type(error)(f"{error}; {self._saved_now()}")
+        alone = self.engine.mesh.world_size == 1 and not self._moving
+        saved = self._saved_now() if alone else "nothing was saved since the last checkpoint"
+        if is_out_of_memory(error):
+            return TrainingError(f"{out_of_memory(error)}; {saved}")
+        if isinstance(error, OSError):
+            return TrainingError(f"{cannot_write(error)}; {saved}")
+        return error
+
+    def _saved_now(self) -> str:
+        """Save the trained steps, and say so."""
+        try:
+            self.engine.zero_grad()
+            self._save()
+            with self.engine.watchdog.paused():
+                self.writer.wait()
+        except Exception as error:
+            return f"step {self.state.step} could not be saved: {error}"
+        return self._newest()
+
+    def _newest(self) -> str:
+        newest = list_checkpoints(self.writer.run_dir)[-1:]
+        return f"saved: {newest[0]}" if newest else "no trained step was saved"
+
+    def _await_writer(self) -> None:
+        """What was begun is written to its end, whatever ends the run; its own error comes second."""
+        try:
+            with self.engine.watchdog.paused():
+                self.writer.wait()
+        except UnwritableCheckpoint as error:
+            self.progress.say(f"warning: {error}")
 
     def _settle_exchange(self) -> None:
         """DDP orders its gradients anew after a process's first backward, and sums in that order from then on.
@@ -125,7 +219,8 @@ class Trainer:
         """Give the device a global batch to train on; meanwhile see what has become of the step before."""
         started, waited = time.perf_counter(), self._batches.seconds_waited
         cfg, state = self.cfg, self.state
-        given = GivenStep(state.step + 1, learning_rate(cfg.optim, state.step, cfg.train.steps))
+        rate = learning_rate(cfg.optim, state.step, cfg.train.steps)
+        given = GivenStep(state.step + 1, rate, state.position)
         totals = StepTotals(torch.zeros((), dtype=torch.float64, device=self.engine.device))
         for number in range(cfg.train.accumulation):
             self._micro_batch(given, totals, last=number == cfg.train.accumulation - 1)
@@ -133,14 +228,16 @@ class Trainer:
         verdict = judge(
             self.engine,
             totals,
-            stopping=self.stop.requested(),
+            stopping=self.stop.requested() or self._own_error() is not None,
             global_batch_size=state.global_batch_size,
             clip_norm=cfg.optim.clip_norm,
         )
         given.findings = HostValues(verdict.findings)
         self._settle()  # the weights are still those that the step before has left
         if not cfg.optim.in_backward:
+            self._moving = True
             self.engine.step(given.lr, verdict.factor, verdict.skip)
+        self._moving = False
         self.engine.zero_grad()
         state.step += 1
         state.position += state.global_batch_size
@@ -156,6 +253,7 @@ class Trainer:
         ready = self._batches.take()
         batch = ready.batch
         if self.cfg.optim.in_backward and batch.ids:
+            self._moving = True
             self.engine.step_in_backward(given.lr, self.state.global_batch_size / len(batch.ids))
         with self.engine.accumulating(last=last):
             model_fn = self.train_runner.conditioned(batch.text, batch.mask, batch.drop_text)
@@ -165,6 +263,7 @@ class Trainer:
         totals.loss += losses.detach().double().sum() * batch.weight
         totals.samples += len(batch.ids)
         totals.bad += ready.num_bad
+        totals.lost |= ready.lost
         totals.tokens += batch.num_tokens
         given.ids += batch.ids
         given.bad_samples += ready.bad_samples
@@ -186,6 +285,12 @@ class Trainer:
             return
         found = Findings.of(given.findings.read())
         self._stopping = found.stopping
+        if found.lost:  # as if it had not begun
+            self.state.step -= 1
+            self.state.position -= self.state.global_batch_size
+            return
+        count = self.state.global_batch_size
+        self.quarantine.saw(drawn(self.quarantine.num_samples, self.cfg.run.seed, given.position, count))
         if found.bad:
             self._record_bad_samples(given)
         if found.stepped:
@@ -206,6 +311,17 @@ class Trainer:
         self.progress.step(line)
         if not found.finite:
             self._record_bad_step(given, found)
+        self._check_samples(found)
+
+    def _check_samples(self, found: Findings) -> None:
+        """Raise DataError, in all processes alike, where too few samples can be read to go on."""
+        self.quarantine.check()
+        self._empty_steps = 0 if found.samples else self._empty_steps + 1
+        if self._empty_steps == MAX_EMPTY_STEPS:
+            raise DataError(
+                f"{MAX_EMPTY_STEPS} steps in a row without a sample that could be read, up to step {self.state.step} "
+                f"({len(self.quarantine)} of {self._samples()} are bad); {self.quarantine.latest()}"
+            )
 
     def _record_bad_samples(self, given: GivenStep) -> None:
         for sample in (sample for samples in self.engine.peers.gather(given.bad_samples) for sample in samples):
@@ -218,15 +334,40 @@ class Trainer:
         self.log.bad_step({"step": step, "loss": loss, "grad_norm": norm, "sample_ids": ids})
         self.progress.say(f"step {step} skipped: loss {loss}, gradient norm {norm} (non-finite)")
         if self.state.bad_steps >= limit:
-            raise TrainingError(
+            raise BadWeights(
                 f"{limit} non-finite steps in a row (train.max_bad_steps), up to step {step}: the samples are in "
-                f'{self.log.bad_steps.path}; a lower optim.lr or train.dtype="fp32" may help, in a new run.dir'
+                f"{self.log.bad_steps.path}. {self._advice()}"
             )
 
+    def _advice(self) -> str:
+        """What may help against steps that are not finite. Collective."""
+        optim, run_dir = self.cfg.optim, self.cfg.run.dir
+        if not self._weights_are_finite():
+            return (
+                f"The weights themselves are no longer finite, so every later step would be skipped: start a new run.dir "
+                f"with a lower optim.lr, from weights of before (init.weights; checkpoints so far: "
+                f"{', '.join(path.name for path in list_checkpoints(self.writer.run_dir)) or 'none'} in {run_dir})"
+            )
+        remedies = ["a lower optim.lr"]
+        if not optim.clip_norm and not optim.in_backward:
+            remedies.append("optim.clip_norm=1")
+        if self.cfg.train.dtype != "fp32":
+            remedies.append('train.dtype="fp32"')
+        return f"{' or '.join(remedies)} may help, in a new run.dir; or these samples are at fault"
+
+    def _weights_are_finite(self) -> bool:
+        """Of all processes. Collective."""
+        bad = torch.zeros((), dtype=torch.float64, device=self.engine.device)
+        for value in self.engine.masters.values():
+            bad += (~value.detach().isfinite()).sum().to(bad)
+        return self.engine.sum(bad).item() == 0
+
     def _save(self) -> None:
-        if self._saved_step == self.state.step:
-            return
         self._await_device()
+        if self._saved_step == self.state.step or not self._trained:
+            return
+        if not self._weights_are_finite():
+            raise BadWeights(f"step {self.state.step} is not saved. {self._advice()}")
         self.state.ema_updates = self.ema.updates
         with self.engine.watchdog.paused():
             self.writer.save(self.state, self.ema)
@@ -245,11 +386,13 @@ class Trainer:
         if not (validate or sample):
             return
         self._await_device()
+        if self.state.step != step:
+            return  # it was lost
         with self.ema.applied(), self.engine.watchdog.paused():
             if validate:
                 self._validate()
             if sample:
-                self.engine.on_first_model(self._sample)
+                self.engine.on_first_model(self._sample)  # every process gets its error
 
     def _due(self, every: int) -> bool:
         return every > 0 and (self.state.step % every == 0 or self.state.step == self.cfg.train.steps)
@@ -273,6 +416,9 @@ class Trainer:
             self.progress.say(f"warning: no samples of step {self.state.step}: {error}")
             return
         if self.engine.is_main:
-            folder, grid = write_samples(self.cfg, videos, self.state.step)
+            try:
+                folder, grid = write_samples(self.cfg, videos, self.state.step)
+            except OSError as error:
+                raise TrainingError(cannot_write(error)) from error
             self.log.image("samples", grid, self.state.step)
             self.progress.say(f"samples of step {self.state.step}: {folder / 'grid.png'}")

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
+
+from opensora_repro.training.errors import TrainingError, cannot_write
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -22,17 +27,26 @@ BAD_STEPS_FILE, QUARANTINE_FILE = "bad_steps.jsonl", "quarantine.jsonl"
 class JsonLines:
     """An append-only file of JSON objects, created by its first line.
 
-    Every line goes to the operating system at once, so that a killed process loses none.
+    Every line goes to the operating system at once, so that a killed process loses none. Where the file cannot be
+    written, `error` says so from then on, and nothing more is written: whoever trains saves first.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file: IO[str] | None = None
+        self.error: TrainingError | None = None
+        self._file: IO[bytes] | None = None
 
     def write(self, line: Mapping[str, Any]) -> None:
-        if self._file is None:
-            self._file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed by close())
-        self._file.write(json.dumps({key: _finite(value) for key, value in line.items()}) + "\n")
+        if self.error is not None:
+            return
+        text = json.dumps({key: _finite(value) for key, value in line.items()}) + "\n"
+        try:
+            if self._file is None:
+                self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by close())
+            if self._file.write(text.encode()) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self.error = TrainingError(cannot_write(error, self.path))
 
     def read(self) -> list[dict[str, Any]]:
         return list(_whole_lines(self.path))
@@ -48,7 +62,8 @@ class JsonLines:
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # every line has been written
+                self._file.close()
             self._file = None
 
 
@@ -77,8 +92,7 @@ class RunLog:
         self.metrics = JsonLines(run_dir / METRICS_FILE)
         self.validation = JsonLines(run_dir / VALIDATION_FILE)
         self.bad_steps = JsonLines(run_dir / BAD_STEPS_FILE)
-        self._events_folder, self._resumed_step = run_dir / "tensorboard", resumed_step
-        self._events_file: SummaryWriter | None = None
+        self._events = Events(run_dir / "tensorboard", resumed_step)
         if enabled:
             for file in (self.metrics, self.validation, self.bad_steps):
                 file.truncate_after(resumed_step)
@@ -88,20 +102,19 @@ class RunLog:
         if not self.enabled:
             return
         self.metrics.write(line)
-        for name in ("loss", "grad_norm", "lr"):
-            if line[name] is not None:
-                self._events.add_scalar(f"train/{name}", line[name], line["step"])
-        self._events.add_scalar("speed/samples_per_second", line["samples"] / line["seconds"], line["step"])
-        self._events.add_scalar("speed/data_wait_share", line["data_seconds"] / line["seconds"], line["step"])
+        values = {f"train/{name}": line[name] for name in ("loss", "grad_norm", "lr")}
+        values["speed/samples_per_second"] = line["samples"] / line["seconds"]
+        values["speed/data_wait_share"] = line["data_seconds"] / line["seconds"]
+        self._events.add(values, line["step"])
 
     def validate(self, line: Mapping[str, Any]) -> None:
         """One validation: step, loss, losses (by timestep), timesteps, samples."""
         if not self.enabled:
             return
         self.validation.write(line)
-        self._events.add_scalar("validation/loss", line["loss"], line["step"])
-        for timestep, loss in zip(line["timesteps"], line["losses"], strict=True):
-            self._events.add_scalar(f"validation/loss_at_{timestep:g}", loss, line["step"])
+        losses = zip(line["timesteps"], line["losses"], strict=True)
+        values = {f"validation/loss_at_{timestep:g}": loss for timestep, loss in losses}
+        self._events.add({"validation/loss": line["loss"], **values}, line["step"])
 
     def bad_step(self, line: Mapping[str, Any]) -> None:
         """One skipped step: step, loss, grad_norm, sample_ids."""
@@ -111,25 +124,74 @@ class RunLog:
     def image(self, name: str, picture: Any, step: int) -> None:
         """A picture [H, W, 3] uint8 among the events."""
         if self.enabled:
-            self._events.add_image(name, picture, step, dataformats="HWC")
-
-    def close(self) -> None:
-        for file in (self.metrics, self.validation, self.bad_steps):
-            file.close()
-        if self._events_file is not None:
-            self._events_file.close()
+            self._events.add_image(name, picture, step)
 
     @property
-    def _events(self) -> SummaryWriter:
-        if self._events_file is None:
-            from torch.utils.tensorboard import SummaryWriter
+    def error(self) -> TrainingError | None:
+        """What could not be written first; None where all was."""
+        files = (self.metrics, self.validation, self.bad_steps, self._events)
+        return next((file.error for file in files if file.error is not None), None)
 
-            # Events of steps that a killed process had gone beyond the checkpoint are hidden.
-            purge_step = self._resumed_step + 1
-            self._events_file = SummaryWriter(
-                str(self._events_folder), purge_step=purge_step, max_queue=1000, flush_secs=20
-            )
-        return self._events_file
+    def close(self) -> None:
+        for file in (self.metrics, self.validation, self.bad_steps, self._events):
+            file.close()
+
+
+class Events:
+    """TensorBoard events, created by the first of them. `error` as in JsonLines."""
+
+    def __init__(self, folder: Path, resumed_step: int) -> None:
+        self.folder, self.resumed_step = folder, resumed_step
+        self.error: TrainingError | None = None
+        self._file: SummaryWriter | None = None
+        self._hook_before = threading.excepthook
+
+    def add(self, values: Mapping[str, float | None], step: int) -> None:
+        """Curves' points by name; None leaves a gap."""
+        with self._writing() as file:
+            for name, value in values.items():
+                if file is not None and value is not None:
+                    file.add_scalar(name, value, step)
+
+    def add_image(self, name: str, picture: Any, step: int) -> None:
+        with self._writing() as file:
+            if file is not None:
+                file.add_image(name, picture, step, dataformats="HWC")
+
+    def close(self) -> None:
+        if self._file is not None:
+            try:
+                self._file.close()
+            except OSError as error:
+                self._failed(error)
+            self._file = None
+            threading.excepthook = self._hook_before
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[SummaryWriter | None]:
+        """The open file; None once it could not be written."""
+        try:
+            if self._file is None and self.error is None:
+                self._file = self._open()
+            yield self._file if self.error is None else None
+        except OSError as error:  # of its thread as well, which writes now and then
+            self._failed(error)
+
+    def _failed(self, error: OSError) -> None:
+        self.error = self.error or TrainingError(cannot_write(error, error.filename or self.folder))
+
+    def _open(self) -> SummaryWriter:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # Events of steps that a killed process had gone beyond the checkpoint are hidden.
+        file = SummaryWriter(str(self.folder), purge_step=self.resumed_step + 1, max_queue=1000, flush_secs=20)
+        threading.excepthook = self._on_thread_error
+        return file
+
+    def _on_thread_error(self, args: threading.ExceptHookArgs) -> None:
+        """The events' thread hands what stopped it to whoever writes next: no need for a traceback beside."""
+        if type(args.thread).__name__ != "_AsyncWriterThread":
+            self._hook_before(args)
 
 
 class Progress:

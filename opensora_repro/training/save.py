@@ -31,8 +31,8 @@ from opensora_repro.training.checkpoint import (
     OPTIMIZER_FILE,
     SCHEMA_VERSION,
     STATE_FILE,
-    CheckpointError,
     TrainState,
+    UnwritableCheckpoint,
     checkpoints_folder,
     file_sha256,
     optimizer_pieces,
@@ -64,7 +64,7 @@ class CheckpointWriter:
         self._error: Exception | None = None
 
     def save(self, state: TrainState, ema: Ema) -> None:
-        """Write the checkpoint of `state.step`, or begin to; raises CheckpointError, also the one before's."""
+        """Write the checkpoint of `state.step`, or begin to; raises UnwritableCheckpoint, also the one before's."""
         self.wait()
         snapshot = take_snapshot(self.engine, ema, state, copy=self.background)
         if not self.background:
@@ -74,7 +74,7 @@ class CheckpointWriter:
         self._thread.start()
 
     def wait(self) -> None:
-        """Until what was begun is written. Raises CheckpointError where it could not be."""
+        """Until what was begun is written. Raises UnwritableCheckpoint where it could not be."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -107,7 +107,7 @@ class CheckpointWriter:
                 if peers.rank == 0:
                     _finish(beside, final, snapshot.state, self.config_toml, every)
                     prune(self.run_dir, snapshot.state.step, self.keep)
-        except CheckpointError:
+        except UnwritableCheckpoint:
             if peers.rank == 0:
                 shutil.rmtree(beside, ignore_errors=True)
             raise
@@ -121,7 +121,7 @@ def _together(peers: Peers, final: Path) -> Iterator[None]:
         yield
     except OSError as found:
         where = f" (process {peers.rank} on {socket.gethostname()}: all need one file system)" if peers.rank else ""
-        error = CheckpointError(f"cannot write checkpoint {final}: {' '.join(str(found).split())}{where}")
+        error = UnwritableCheckpoint(f"cannot write checkpoint {final}: {' '.join(str(found).split())}{where}")
     peers.agree(error)
 
 

@@ -21,6 +21,7 @@ class StepTotals:
     samples: int = 0
     bad: int = 0
     tokens: int = 0
+    lost: bool = False  # a process could not read on: what it should have added is not in the sums
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,14 @@ class Findings:
     samples: int  # good ones, of all processes, as are the bad ones and the tokens
     bad: int
     tokens: int
-    stopping: bool  # a process was asked to stop
+    stopping: bool  # a process was asked to stop, or has to
+    lost: bool = False  # a process's samples are not in it: the step does not count
 
     @staticmethod
     def of(values: Sequence[float]) -> Findings:
         """From what `judge` has found."""
-        loss, norm, samples, bad, tokens, stopping = values
-        return Findings(loss, norm, int(samples), int(bad), int(tokens), bool(stopping))
+        loss, norm, samples, bad, tokens, stopping, lost = values
+        return Findings(loss, norm, int(samples), int(bad), int(tokens), bool(stopping), bool(lost))
 
     @property
     def finite(self) -> bool:
@@ -47,7 +49,7 @@ class Findings:
     @property
     def stepped(self) -> bool:
         """Whether the weights have moved."""
-        return self.finite and self.samples > 0
+        return self.finite and self.samples > 0 and not self.lost
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ class Verdict:
     """How the optimizer takes the step, and what the host may learn of it; all on the device."""
 
     factor: Tensor  # float32 []: multiplies the gradients
-    skip: Tensor  # float32 []: 1 where the step is not finite or has no good sample, else 0
-    findings: Tensor  # float64 [6], in the order of Findings
+    skip: Tensor  # float32 []: 1 where the step is not finite, has no good sample, or is lost; else 0
+    findings: Tensor  # float64 [7], in the order of Findings
 
 
 def judge(engine: Engine, totals: StepTotals, *, stopping: bool, global_batch_size: int, clip_norm: float) -> Verdict:
@@ -64,14 +66,14 @@ def judge(engine: Engine, totals: StepTotals, *, stopping: bool, global_batch_si
 
     `clip_norm` 0: the norm is not clipped.
     """
-    counts = torch.tensor([totals.samples, totals.bad, totals.tokens, stopping], dtype=torch.float64)
+    counts = torch.tensor([totals.samples, totals.bad, totals.tokens, stopping, totals.lost], dtype=torch.float64)
     sums = torch.cat([totals.loss[None], to_device(counts, engine.device)])
     sums /= engine.mesh.model_size  # as many ranks have counted the same samples
     sums = engine.sum(torch.cat([sums, engine.squared_gradients()[None]]))
-    loss, samples, bad, tokens, stops, square = sums.unbind()
+    loss, samples, bad, tokens, stops, lost, square = sums.unbind()
     good = samples.clamp(min=1)
     share = global_batch_size / good
     loss, norm = loss / good, square.sqrt() * share
     factor = share * (clip_norm / norm).clamp(max=1) if clip_norm else share
-    skip = ~(loss.isfinite() & norm.isfinite() & (samples > 0))
-    return Verdict(factor.float(), skip.float(), torch.stack([loss, norm, samples, bad, tokens, stops]))
+    skip = ~(loss.isfinite() & norm.isfinite() & (samples > 0) & (lost == 0))
+    return Verdict(factor.float(), skip.float(), torch.stack([loss, norm, samples, bad, tokens, stops, lost]))
