@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_repro.config import Config, ConfigError
+from opensora_repro.config.prompts import check_prompts
 from opensora_repro.data.files import user_path
 
 if TYPE_CHECKING:
@@ -160,13 +161,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def checked_prompts(prompts: list[str], source: str) -> list[str]:
-    for number, prompt in enumerate(prompts, start=1):
-        if not prompt.strip():
-            raise ConfigError(f"{source}: prompt {number} is empty")
-        try:
-            prompt.encode("utf-8")
-        except UnicodeEncodeError:
-            raise ConfigError(f"{source}: prompt {number} is not valid Unicode text") from None
+    check_prompts(prompts, source)
     return prompts
 
 
@@ -259,14 +254,14 @@ def settings(args: argparse.Namespace, source: Source) -> dict[str, Any]:
 def sample(args: argparse.Namespace, source: Source, prompts: list[str]) -> int:
     """Look at all that can be seen without reading weights; then sample what is not there yet."""
     from opensora_repro.models.weights import check_complete
-    from opensora_repro.parallel.mesh import Mesh
+    from opensora_repro.parallel.mesh import Mesh, launched_as
     from opensora_repro.training.sample_folder import SampleFolder
     from opensora_repro.training.source import check_memory, open_frozen
 
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world_size, local_rank = launched_as()
     # The run checks this, too; a dry run may be asked without torchrun what its processes would do.
     Mesh(rank, args.sp_size if args.dry_run and world_size == 1 else world_size, sp_size=args.sp_size)
-    device = pick_device(args, world_size)
+    device = pick_device(args, world_size, local_rank)
     check_complete(source.weights, source.model)
     vae, conditions = open_frozen(source, device)
     folder = SampleFolder(args.out, settings(args, source), prompts, gif=args.gif)
@@ -397,7 +392,7 @@ def sample_share(
     return written
 
 
-def pick_device(args: argparse.Namespace, world_size: int) -> torch.device:
+def pick_device(args: argparse.Namespace, world_size: int, local_rank: int) -> torch.device:
     """The device that this process samples on, and that it is CUDA's from here on. Raises ConfigError, EngineError."""
     import torch
 
@@ -410,7 +405,7 @@ def pick_device(args: argparse.Namespace, world_size: int) -> torch.device:
         kind = torch.device(wish or default_kind())
         if kind.type == "cuda" and default_kind() != "cuda":
             raise RuntimeError("no usable GPU was found")
-        device = choose_device(str(kind), int(os.environ.get("LOCAL_RANK", "0")))
+        device = choose_device(str(kind), local_rank)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {wish}: cannot be used ({str(error).splitlines()[0]})") from None

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opensora_repro.config.prompts import is_blank
 from opensora_repro.data.files import writing
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ def _check_numbers(path: Path, frame: pd.DataFrame) -> None:
 
 
 def is_missing(value: object) -> bool:
-    """True for None, NaN, empty or blank text, and the word "nan" that a NaN leaves in a CSV."""
+    """True for None, NaN, text of which nothing can be seen, and the word "nan" that a NaN leaves in a CSV."""
     if isinstance(value, str):
-        return value.strip().lower() in ("", "nan")
+        return is_blank(value) or value.strip().lower() == "nan"
     return value is None or str(value) in ("nan", "<NA>", "NaT")

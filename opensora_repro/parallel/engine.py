@@ -14,7 +14,6 @@ import contextlib
 import datetime
 import importlib.util
 import logging
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -29,7 +28,7 @@ from opensora_repro.config import ParallelConfig
 from opensora_repro.parallel.device import choose_device
 from opensora_repro.parallel.errors import EngineError
 from opensora_repro.parallel.in_backward import StepInBackward
-from opensora_repro.parallel.mesh import Mesh
+from opensora_repro.parallel.mesh import Mesh, launched_as
 from opensora_repro.parallel.peers import Peers, Result
 from opensora_repro.parallel.preflight import launch
 from opensora_repro.parallel.sequence import FrameParallel, apply_sequence_parallelism
@@ -99,9 +98,9 @@ class TorchEngine:
     def __init__(self, cfg: ParallelConfig | None = None, device: str | None = None) -> None:
         """`device`: as torch calls it; None takes a GPU where there is one."""
         self.cfg = cfg or ParallelConfig()
-        rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        rank, world_size, local_rank = launched_as()
         self.mesh = Mesh(rank, world_size, self.cfg.tp_size, self.cfg.sp_size)
-        self.device = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+        self.device = choose_device(device, local_rank)
         self.watchdog = launch(rank, world_size, self.device, self.cfg.timeout)
         self.peers, self.savers = self._peers(), self._peers()
         self.members = Peers(self._own_group(self.mesh.model_groups(), "gloo", PATIENCE))

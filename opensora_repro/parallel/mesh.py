@@ -6,9 +6,34 @@ parallelism talks most, so its ranks are the closest.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from opensora_repro.parallel.errors import EngineError
+
+
+def launched_as(world_size: int = 1) -> tuple[int, int, int]:
+    """RANK, WORLD_SIZE (by default `world_size`) and LOCAL_RANK as torchrun sets them. Raises EngineError."""
+    size = _number("WORLD_SIZE", world_size)
+    if size < 1:
+        raise EngineError(f"WORLD_SIZE={size}: expected at least 1")
+    if size > 1 and "WORLD_SIZE" in os.environ and "RANK" not in os.environ:
+        raise EngineError(f"WORLD_SIZE={size}, but RANK is not set: start the processes with torchrun, or unset both")
+    rank = _number("RANK", 0)
+    if not 0 <= rank < size:
+        raise EngineError(f"RANK={rank}: expected 0 to {size - 1}, one less than WORLD_SIZE; torchrun sets both")
+    local_rank = _number("LOCAL_RANK", 0)
+    if local_rank < 0:
+        raise EngineError(f"LOCAL_RANK={local_rank}: expected 0 or more")
+    return rank, size, local_rank
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise EngineError(f"{name}={text!r} in the environment: expected a whole number, as torchrun sets it") from None
 
 
 @dataclass(frozen=True)

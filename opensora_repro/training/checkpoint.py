@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ class TrainState:
     ema_updates: int = 0
     global_batch_size: int = 0  # samples a step over all ranks and micro-batches
     data_fingerprint: str = ""  # of the samples' ids, which the sampler's order depends on
+    identity: dict[str, Any] = field(default_factory=dict)  # of manifest and frozen models, see identity.py
 
 
 def checkpoints_folder(run_dir: Path) -> Path:

@@ -13,21 +13,21 @@ from os.path import expanduser
 from typing import TYPE_CHECKING
 
 from opensora_repro.config import Config, ConfigError, load_config
-from opensora_repro.training.errors import TrainingError
+from opensora_repro.config.prompts import check_prompts
+from opensora_repro.training.errors import TrainingError, cannot_write, is_out_of_memory, out_of_memory
 from opensora_repro.training.stage import Stage
 
 if TYPE_CHECKING:
     from opensora_repro.training.run import Outcome
 
-USER_MISTAKE, FAILURE = 2, 1
-_LESS_MEMORY = (
-    "Lower train.batch_size and raise train.accumulation by as much (the run stays the same), "
-    'or set train.activation_checkpointing = "full"; configs/profiles has recipes by a card\'s memory'
-)
+USER_MISTAKE, FAILURE, INTERRUPTED = 2, 1, 128 + signal.SIGINT
 
 
 def run_stage(stage: Stage, description: str | None, argv: Sequence[str] | None = None) -> int:
-    """Return the exit code: 0 done or saved after SIGTERM, 130 saved after Ctrl-C, 2 a user's mistake, 1 a failure."""
+    """Return the exit code: 0 done or saved after SIGTERM, 130 after Ctrl-C, 2 a user's mistake, 1 a failure.
+
+    143: SIGTERM came before there was a step to save.
+    """
     arguments = _parse(stage, description, argv)
     try:
         if arguments.gpu is not None and not arguments.dry_run:
@@ -36,16 +36,22 @@ def run_stage(stage: Stage, description: str | None, argv: Sequence[str] | None 
         _require(cfg)
         stage.check(cfg)
         return _dry_run(cfg, stage, arguments.gpu) if arguments.dry_run else _train(cfg, stage)
+    except KeyboardInterrupt:  # before training, or a second one within it
+        return _fail("interrupted; what was saved before is kept, and the same command goes on from it", INTERRUPTED)
+    except TrainingError as error:
+        return _fail(error, FAILURE)
     except ValueError as error:
         if not _is_user_mistake(error):
             raise
         return _fail(error, USER_MISTAKE)
-    except TrainingError as error:
-        return _fail(error, FAILURE)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
-        return _fail(f"{str(error).splitlines()[0]} {_LESS_MEMORY}", FAILURE)
+        return _fail(out_of_memory(error), FAILURE)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _fail(cannot_write(error), FAILURE)
 
 
 def _parse(stage: Stage, description: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -72,6 +78,7 @@ def _require(cfg: Config) -> None:
         raise ConfigError("validation.every is set, but data.val_manifest is not: name the held-out clips' manifest")
     if cfg.sample.every and not cfg.sample.prompts:
         raise ConfigError("sample.every is set, but sample.prompts is empty: give the captions to sample")
+    check_prompts(cfg.sample.prompts, "sample.prompts")
 
 
 def _dry_run(cfg: Config, stage: Stage, gpu: str | None) -> int:
@@ -96,20 +103,24 @@ def _train(cfg: Config, stage: Stage) -> int:
     from opensora_repro.training.run import train
 
     outcome = train(cfg, stage, say=lambda line: print(line, flush=True))
-    if int(os.environ.get("RANK", "0")) == 0:
+    if os.environ.get("RANK", "0") == "0":
         _report(cfg, stage, outcome, time.monotonic() - started)
-    return 128 + signal.SIGINT if outcome.signal == signal.SIGINT and not outcome.finished else 0
+    if outcome.finished or (outcome.signal != signal.SIGINT and outcome.checkpoint is not None):
+        return 0
+    return 128 + (outcome.signal or signal.SIGTERM)
 
 
 def _report(cfg: Config, stage: Stage, outcome: Outcome, seconds: float) -> None:
     if not outcome.finished:
-        print(f"{stage.name}: stopped after step {outcome.step} of {cfg.train.steps}; saved: {outcome.checkpoint}")
+        saved = f"saved: {outcome.checkpoint}" if outcome.checkpoint else "no step was trained, so none was saved"
+        print(f"{stage.name}: stopped after step {outcome.step} of {cfg.train.steps}; {saved}")
         print("the same command resumes it")
         return
     print(f"{stage.name}: {outcome.step} steps done, {seconds:.0f} s in this call; weights: {outcome.checkpoint}")
     prompt = (cfg.sample.prompts or ("your text",))[0]
     run_dir, out, text = map(shlex.quote, (cfg.run.dir, f"{cfg.run.dir}/out", prompt))
-    print(f"sample it: python -m stages.sample {run_dir} --prompt {text} --out {out} --seed 0")
+    option = f"--prompt={text}" if prompt.startswith("-") else f"--prompt {text}"
+    print(f"sample it: python -m stages.sample {run_dir} {option} --out {out} --seed 0")
 
 
 def limit_threads() -> None:
@@ -148,7 +159,7 @@ def _is_user_mistake(error: ValueError) -> bool:
 
 
 def _fail(error: Exception | str, code: int) -> int:
-    rank = int(os.environ.get("RANK", "0"))
-    where = f" (process {rank})" if rank else ""
+    rank = os.environ.get("RANK", "0")
+    where = f" (process {rank})" if rank.isdecimal() and int(rank) else ""
     print(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return code

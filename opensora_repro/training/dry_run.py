@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from opensora_repro.config import Config, ParallelConfig, dump_toml
 from opensora_repro.models.weight_files import find_weights
 from opensora_repro.parallel.device import choose_device
-from opensora_repro.parallel.mesh import Mesh
+from opensora_repro.parallel.mesh import Mesh, launched_as
 from opensora_repro.training.checkpoint import list_checkpoints
 from opensora_repro.training.ema import horizon_warning
+from opensora_repro.training.identity import check_manifest
 from opensora_repro.training.init import Start, find_start, global_batch_size
 from opensora_repro.training.optim import check_processes
 from opensora_repro.training.planning.budget import step_flops
@@ -38,10 +38,12 @@ def dry_run(cfg: Config, stage: Stage, gpu: Gpu | None = None) -> Iterator[str]:
     told: list[str] = []
     start = find_start(cfg, mesh.data_size, report=told.append)
     frame = find_manifest(cfg.data.manifest)
+    if frame is not None:
+        check_manifest(cfg, start, frame, say=lambda line: told.append(line.removeprefix("warning: ")))
     yield from (f"# warning: {line}" for line in told)
     for name, text in _plan(cfg, stage, mesh, gpu, start, None if frame is None else len(frame)):
         yield f"# {name + ':':<14}{text}"
-    device = None if gpu is not None else choose_device(None, int(os.environ.get("LOCAL_RANK", "0")))
+    device = None if gpu is not None else choose_device(None, launched_as()[2])
     for line in preflight(cfg, stage, mesh, device, frame, resumes=start.resumes, dry=True):
         yield f"# {line}"
 
@@ -83,8 +85,7 @@ def planned_mesh(parallel: ParallelConfig, *, elsewhere: bool) -> Mesh:
     Raises EngineError.
     """
     tp_size, sp_size = parallel.tp_size, parallel.sp_size
-    usual = tp_size * sp_size if elsewhere else 1
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", usual))
+    rank, world_size, _ = launched_as(tp_size * sp_size if elsewhere else 1)
     return Mesh(rank, world_size, tp_size, sp_size)
 
 

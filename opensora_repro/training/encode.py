@@ -27,6 +27,7 @@ from opensora_repro.training.feed import CacheRows
 from opensora_repro.training.hashes import HashMemo
 
 TEXT_MEMORY = 256 << 20  # bytes of caption embeddings kept, so that a caption met again is not encoded again
+FROZEN_HASHES = "frozen-files.json"  # in a cache's folder: the frozen models' digests
 FLUSH_EVERY = 256  # samples between the cache's writes: what a killed fill loses at most
 
 
@@ -105,7 +106,7 @@ def cache_fingerprint(cfg: Config, encoder: Encoder) -> str:
 
     The frozen models enter by their files' digests, which `data.cache` remembers.
     """
-    hash_file = HashMemo(Path(cfg.data.cache) / "frozen-files.json")
+    hash_file = HashMemo(Path(cfg.data.cache) / FROZEN_HASHES)
     keys = ("num_frames", "frame_interval", "height", "width", "flip", "draws")
     content = {
         "vae": encoder.vae.fingerprint(hash_file),

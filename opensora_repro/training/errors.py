@@ -18,7 +18,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether Python, or torch on a GPU or a CPU, had no memory left; torch's errors are known by name and words."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in ("DefaultCPUAllocator", "bad_alloc"))
+    words = ("DefaultCPUAllocator", "bad_alloc")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def out_of_memory(error: BaseException) -> str:

@@ -34,6 +34,9 @@ WEIGHTS_FILE = "weights.json"
 FREE_SECTIONS = ("checkpoint", "validation", "sample", "parallel")
 FREE_KEYS = (
     "run.dir",
+    "data.manifest",  # these three are compared by what they hold, see identity.py
+    "vae.path",
+    "text.path",
     "data.val_manifest",
     "data.num_workers",
     "data.cache",
@@ -93,7 +96,25 @@ def find_start(cfg: Config, data_size: int, report: Callable[[str], None] = prin
             f"{run_dir} holds a run with other settings: {shown}. Restore them to resume it, or set another run.dir "
             f"for a new run (with init.weights={run_dir} it starts from this run's weights)"
         )
+    _check_steps(cfg, load_recorded(checkpoint / CONFIG_FILE).train.steps, state.step)
     return Start(checkpoint, state)
+
+
+def _check_steps(cfg: Config, recorded: int, done: int) -> None:
+    """`train.steps` may change, but not undo what has been done. Raises ConfigError."""
+    steps, decay, run_dir = cfg.train.steps, cfg.optim.decay_steps, cfg.run.dir
+    if steps < done:
+        raise ConfigError(
+            f"train.steps = {steps}: {run_dir} has made {done} steps already; set train.steps={done} or more, "
+            "or sample what is there"
+        )
+    first_decayed = max(1, recorded - decay + 1)
+    if steps > recorded and decay and done >= first_decayed:
+        raise ConfigError(
+            f"train.steps = {steps}: the learning rate of {run_dir} has been falling since step {first_decayed}, "
+            f"to end at train.steps={recorded} (optim.decay_steps = {decay}), and would jump up again; resume with "
+            f"train.steps={recorded}, or set another run.dir with init.weights={run_dir} to train on from its weights"
+        )
 
 
 def changed_settings(recorded: Config, wanted: Config) -> list[str]:

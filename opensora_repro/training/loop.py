@@ -341,12 +341,11 @@ class Trainer:
 
     def _advice(self) -> str:
         """What may help against steps that are not finite. Collective."""
-        optim, run_dir = self.cfg.optim, self.cfg.run.dir
+        optim = self.cfg.optim
         if not self._weights_are_finite():
             return (
-                f"The weights themselves are no longer finite, so every later step would be skipped: start a new run.dir "
-                f"with a lower optim.lr, from weights of before (init.weights; checkpoints so far: "
-                f"{', '.join(path.name for path in list_checkpoints(self.writer.run_dir)) or 'none'} in {run_dir})"
+                "The weights themselves are no longer finite, and no later step can mend them: go back to earlier ones "
+                f"({self._newest()}), with a lower optim.lr in a new run.dir"
             )
         remedies = ["a lower optim.lr"]
         if not optim.clip_norm and not optim.in_backward:

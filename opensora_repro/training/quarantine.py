@@ -52,10 +52,15 @@ class Quarantine:
     def check(self) -> None:
         """Raise DataError where more of the samples seen are bad than `max_fraction`."""
         if self.is_too_much(len(self._bad), self.num_seen):
-            raise DataError(
-                f"{len(self._bad)} of {self.num_seen} {self._kind} seen cannot be read, more than "
-                f"data.max_bad_fraction = {self._max_fraction} allows; {self.latest()}"
-            )
+            limit = f"more than data.max_bad_fraction = {self._max_fraction} allows"
+            raise DataError(f"{self._share()} cannot be read, {limit}; {self.latest()}")
+
+    def summary(self) -> str:
+        """One line on the bad ones so far."""
+        return f"{self._share()} cannot be read and are set aside; {self.latest()}"
+
+    def _share(self) -> str:
+        return f"{len(self._bad)} of {self.num_seen} {self._kind}"
 
     def is_too_much(self, num_bad: int, num_seen: int) -> bool:
         return num_seen >= min(JUDGED_FROM, self.num_samples) and num_bad / num_seen > self._max_fraction

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from opensora_repro.config import Config, ConfigError, dump_toml
+from opensora_repro.config import Config, dump_toml
 from opensora_repro.data.cache import LatentCache
-from opensora_repro.data.dataset import BadSample, ClipDataset
+from opensora_repro.data.dataset import ClipDataset
 from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.sampler import BatchSampler, SharedBatches
 from opensora_repro.diffusion.objective import build_objective
@@ -23,12 +23,13 @@ from opensora_repro.training.compile import apply_compile, compiles
 from opensora_repro.training.ema import Ema, horizon_warning
 from opensora_repro.training.encode import (
     cache_fingerprint,
-    fill_cache,
     open_encoder,
     skipped_models,
 )
 from opensora_repro.training.feed import CacheFeed, CacheRows, ClipFeed, Feed, ids_fingerprint
+from opensora_repro.training.fill import fill_together
 from opensora_repro.training.generate import check_fit
+from opensora_repro.training.identity import check_manifest, frozen_identity
 from opensora_repro.training.init import (
     Start,
     build_model,
@@ -47,7 +48,7 @@ from opensora_repro.training.quarantine import Quarantine
 from opensora_repro.training.save import CheckpointWriter
 from opensora_repro.training.signals import StopSignals
 from opensora_repro.training.stage import Stage
-from opensora_repro.training.validate import Validator
+from opensora_repro.training.validate import Validator, chosen_samples
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,7 +83,7 @@ def _train(cfg: Config, stage: Stage, engine: Engine, say: Say) -> Outcome:
     start = engine.peers.on_first(lambda: find_start(cfg, engine.mesh.data_size, say))
     frame = read_manifest(cfg.data.manifest)
     check_same(engine.watchdog, "data", {"data.manifest": ids_fingerprint(frame["id"].tolist())})
-    _check_data(cfg, start, frame)
+    check_manifest(cfg, start, frame, say)
     if start.state.step >= cfg.train.steps:
         return Outcome(start.state.step, True, start.checkpoint)
 
@@ -98,18 +99,6 @@ def _silent(line: str) -> None:
     pass
 
 
-def _check_data(cfg: Config, start: Start, frame: pd.DataFrame) -> None:
-    """The sampler's order follows from the ids: a manifest that has changed is another run."""
-    found = ids_fingerprint(frame["id"].tolist())
-    if start.state.data_fingerprint not in ("", found):
-        raise ConfigError(
-            f"data.manifest = {cfg.data.manifest} has changed since {cfg.run.dir} began "
-            f"({start.state.data_fingerprint} then, {found} now): restore it to resume, "
-            f"or set another run.dir and init.weights={cfg.run.dir}"
-        )
-    start.state.data_fingerprint = found
-
-
 class _Run:
     """One process's part of a run, in the order in which mistakes are cheapest to find."""
 
@@ -123,6 +112,7 @@ class _Run:
         self.held_out = ClipDataset(val_manifest, cfg.data, cfg.run.seed, augment=False) if val_manifest else None
         self.encoder = open_encoder(cfg, engine.device)
         check_fit(cfg, self.encoder.vae, self.encoder.text)
+        start.state.identity |= engine.peers.on_first(lambda: frozen_identity(cfg, start, self.encoder))
         self.model, self.report = build_model(cfg, engine.device, load_init=not start.resumes)
         self.compiles = compiles(cfg, engine.device.type)
         if self.compiles:
@@ -185,8 +175,9 @@ class _Run:
         ema = Ema(engine, cfg.ema.decay, offload=cfg.optim.offload)
         if self.start.checkpoint is not None:
             load_checkpoint(self.start.checkpoint, state, engine, ema)
+        # Held-out samples first: what is wrong with them is not found after all others have been encoded.
+        validator = self._build_validator(stop) if self.held_out else None
         feed = self._build_feed(quarantine, stop)
-        validator = Validator(cfg, self.held_out, self.encoder, self.objective, engine) if self.held_out else None
         self._leave_encoder()
         return Trainer(
             cfg=cfg,
@@ -235,6 +226,29 @@ class _Run:
             device=self.engine.device,
         )
 
+    def _build_validator(self, stop: StopSignals) -> Validator:
+        assert self.held_out is not None
+        cfg, engine = self.cfg, self.engine
+        chosen = chosen_samples(self.held_out.ids, cfg.validation.max_samples)
+        with contextlib.closing(
+            Quarantine(
+                self.run_dir,
+                num_samples=len(chosen),
+                max_fraction=cfg.data.max_bad_fraction,
+                writes=engine.is_main,
+                kind="held-out samples",
+            )
+        ) as quarantine:
+            validator = Validator(
+                cfg, self.held_out, chosen, self.encoder, self.objective, engine, quarantine, stopped=stop.requested
+            )
+            self._tell_bad(quarantine)
+            return validator
+
+    def _tell_bad(self, quarantine: Quarantine) -> None:
+        if len(quarantine):
+            self.say(f"{self.stage.name}: {quarantine.summary()}")
+
     def _build_feed(self, quarantine: Quarantine, stop: StopSignals) -> Feed:
         cfg, engine, mesh = self.cfg, self.engine, self.engine.mesh
         whole = BatchSampler(
@@ -245,25 +259,17 @@ class _Run:
             pinned = engine.device.type == "cuda"
             return ClipFeed(self.dataset, sampler, cfg.data.num_workers, pinned=pinned)
         cache = LatentCache(cfg.data.cache, engine.peers.on_first(lambda: cache_fingerprint(cfg, self.encoder)))
-        bad: list[BadSample] = []
-
-        def set_aside(sample: BadSample) -> None:
-            bad.append(sample)
-            quarantine.add(sample)
-
-        fill_cache(
+        fill_together(
             self.dataset,
             self.rows,
-            (mesh.rank, mesh.world_size),
             self.encoder,
             cache,
+            engine,
+            quarantine,
             num_workers=cfg.data.num_workers,
-            set_aside=set_aside,
             stopped=stop.requested,
         )
-        everywhere = engine.peers.gather(bad)  # also waits until every process has filled its share
-        for sample in (sample for samples in everywhere for sample in samples):
-            quarantine.add(sample)
+        self._tell_bad(quarantine)
         return CacheFeed(cache, sampler, self.rows, cfg.data.draws)
 
     def _leave_encoder(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -14,7 +14,9 @@ from opensora_repro.diffusion.objective import Objective
 from opensora_repro.parallel.engine import Engine
 from opensora_repro.training.batch import Encoded
 from opensora_repro.training.encode import Encoder, load_listed
+from opensora_repro.training.errors import TrainingError
 from opensora_repro.training.forward import ModelRunner
+from opensora_repro.training.quarantine import Quarantine
 
 
 def chosen_samples(ids: Sequence[str], max_samples: int) -> list[int]:
@@ -26,18 +28,49 @@ def chosen_samples(ids: Sequence[str], max_samples: int) -> list[int]:
 class Validator:
     """Keeps this data rank's share of the held-out samples, encoded once, in memory."""
 
-    def __init__(self, cfg: Config, dataset: ClipDataset, encoder: Encoder, objective: Objective, engine: Engine):
-        """Raises DataError for a held-out sample that cannot be read."""
+    def __init__(
+        self,
+        cfg: Config,
+        dataset: ClipDataset,
+        chosen: Sequence[int],
+        encoder: Encoder,
+        objective: Objective,
+        engine: Engine,
+        quarantine: Quarantine,
+        *,
+        stopped: Callable[[], bool] = lambda: False,
+    ):
+        """`chosen`: indices of `dataset`. What cannot be read of them goes to `quarantine`, which counts these alone.
+
+        Collective. Once `stopped()`, no more are read: nothing will be validated. Raises DataError, in all processes
+        alike, where too many cannot be read, TrainingError where a process cannot go on.
+        """
         self.cfg, self.encoder, self.objective, self.engine = cfg, encoder, objective, engine
         self.timesteps = objective.fixed_timesteps(cfg.validation.timesteps)
-        chosen = chosen_samples(dataset.ids, cfg.validation.max_samples)
-        self.num_samples = len(chosen)
-        own = chosen[engine.mesh.data_rank :: engine.mesh.data_size]
         self.samples: list[Encoded] = []
-        for sample in load_listed(dataset, own, cfg.data.num_workers):
-            if isinstance(sample, BadSample):
-                raise DataError(f"held-out sample {sample.id!r} ({sample.path}) cannot be read: {sample.reason}")
-            self.samples.append(encoder.encode(sample))
+        bad: list[BadSample] = []
+        error = None
+        try:
+            own = list(chosen[engine.mesh.data_rank :: engine.mesh.data_size])
+            for sample in load_listed(dataset, own, cfg.data.num_workers):
+                if isinstance(sample, BadSample):
+                    bad.append(sample)
+                else:
+                    self.samples.append(encoder.encode(sample))
+                if stopped():
+                    break
+        except TrainingError as found:
+            error = found
+        engine.peers.agree(error)
+        everywhere = engine.peers.gather(bad)
+        for sample in (sample for samples in everywhere for sample in samples):
+            quarantine.add(sample)
+        engine.peers.agree(quarantine.error)
+        self.num_samples = len(chosen) - len(quarantine)
+        quarantine.saw(range(len(chosen)))
+        quarantine.check()
+        if not self.num_samples:
+            raise DataError(f"data.val_manifest: no held-out sample can be read; {quarantine.latest()}")
 
     @torch.no_grad()
     def losses(self, model: ModelRunner) -> list[float]:

@@ -1,0 +1,138 @@
+"""What a run was trained with, by content: resuming asks what manifest and frozen models hold, not where they lie.
+
+The record is part of a checkpoint's `state.json`. Files are told apart by their sha256; one that still lies where it
+was, with the same size and time of change, is not read again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opensora_repro.config import Config, ConfigError, load_recorded
+from opensora_repro.models.catalog import sha256_of
+from opensora_repro.models.pretrained import FrozenModel, HashFile, ModelNotFound
+from opensora_repro.training.checkpoint import CONFIG_FILE
+from opensora_repro.training.encode import FROZEN_HASHES, Encoder, open_encoder
+from opensora_repro.training.feed import ids_fingerprint
+from opensora_repro.training.hashes import HashMemo
+from opensora_repro.training.init import Start
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Say = Callable[[str], None]
+# What may change under the same ids: what it is in the record, and what a message calls it.
+TOLD_COLUMNS = {"caption": "captions", "num_frames": "lengths (num_frames)"}
+
+
+def check_manifest(cfg: Config, start: Start, frame: pd.DataFrame, say: Say) -> None:
+    """Raise ConfigError where the ids are not those that the run began with: the order of samples follows from them.
+
+    Other captions or lengths under the same ids are told. The state takes up what is there now.
+    """
+    found = ids_fingerprint(frame["id"].tolist())
+    if start.state.data_fingerprint not in ("", found):
+        raise ConfigError(
+            f"data.manifest = {cfg.data.manifest} has changed since {cfg.run.dir} began "
+            f"({start.state.data_fingerprint} then, {found} now): restore it to resume, "
+            f"or set another run.dir and init.weights={cfg.run.dir}"
+        )
+    start.state.data_fingerprint = found
+    columns = {name: _digest(frame[name].tolist()) for name in TOLD_COLUMNS}
+    recorded = start.state.identity.get("data.manifest", {})
+    for name, now in columns.items():
+        then = recorded.get(name, now)
+        if then != now:
+            say(
+                f"warning: data.manifest = {cfg.data.manifest}: other {TOLD_COLUMNS[name]} under the same ids than "
+                f"{cfg.run.dir} was trained with up to step {start.state.step} (digest {then} then, {now} now); "
+                "the run goes on with the new ones"
+            )
+    start.state.identity["data.manifest"] = columns
+
+
+def _digest(values: Sequence[Any]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for text in map(str, values):
+        digest.update(f"{len(text)}:{text}".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def frozen_identity(cfg: Config, start: Start, encoder: Encoder) -> dict[str, dict[str, Any]]:
+    """What the autoencoder's and the text encoder's files hold now, by the key that names the model.
+
+    Raises ConfigError where that is not what the run began with.
+    """
+    hash_file: HashFile = HashMemo(Path(cfg.data.cache) / FROZEN_HASHES) if cfg.data.cache else sha256_of
+    recorded = start.state.identity
+    found = {
+        key: _file_facts(model, recorded.get(key, {}), hash_file) for key, model in _frozen_models(encoder).items()
+    }
+    if start.checkpoint is not None:
+        before = {key: recorded[key] for key in found if key in recorded}
+        if len(before) < len(found):
+            before = _facts_of_older(cfg, start.checkpoint, encoder, hash_file) | before
+        for key, facts in before.items():
+            _check_same(cfg, key, facts, found[key])
+    return found
+
+
+def _frozen_models(encoder: Encoder) -> dict[str, FrozenModel[Any]]:
+    return {"vae.path": encoder.vae.frozen, "text.path": encoder.text.frozen}
+
+
+def _file_facts(model: FrozenModel[Any], recorded: dict[str, Any], hash_file: HashFile) -> dict[str, Any]:
+    """Path, size in bytes, time of change in ns and sha256 of each file, by its name."""
+    facts = {}
+    for file in model.files:
+        path = file.resolve()
+        stat = path.stat()
+        known = {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        before = recorded.get(file.name, {})
+        same = all(before.get(name) == value for name, value in known.items())
+        facts[file.name] = {**known, "sha256": before["sha256"] if same else hash_file(file)}
+    return facts
+
+
+def _facts_of_older(cfg: Config, checkpoint: Path, encoder: Encoder, hash_file: HashFile) -> dict[str, dict[str, Any]]:
+    """For a checkpoint of a release that recorded none: what lies where its config says, unless that is the same place.
+
+    Raises ConfigError where nothing is there any more.
+    """
+    recorded = load_recorded(checkpoint / CONFIG_FILE)
+    if (recorded.vae.path, recorded.text.path) == (cfg.vae.path, cfg.text.path):
+        return {}
+    try:
+        there = open_encoder(replace(cfg, vae=recorded.vae, text=recorded.text), encoder.device)
+    except ModelNotFound as error:
+        raise ConfigError(
+            f"{cfg.run.dir} does not record what its frozen models hold, and they are not where they were to compare: "
+            f"{error}. Put them back to resume, or set another run.dir and init.weights={cfg.run.dir}"
+        ) from None
+    return {key: _file_facts(model, {}, hash_file) for key, model in _frozen_models(there).items()}
+
+
+def _check_same(cfg: Config, key: str, then: dict[str, Any], now: dict[str, Any]) -> None:
+    differing = [name for name in sorted(then.keys() | now.keys()) if _hash(then, name) != _hash(now, name)]
+    if differing:
+        name = differing[0]
+        more = f"; and {len(differing) - 1} more files" if differing[1:] else ""
+        raise ConfigError(
+            f"{key} is another model than {cfg.run.dir} began with: {name} is {_shown(then, name)} there, "
+            f"{_shown(now, name)} here{more}. Restore it to resume, or set another run.dir and "
+            f"init.weights={cfg.run.dir}"
+        )
+
+
+def _hash(facts: dict[str, Any], name: str) -> str | None:
+    return facts[name]["sha256"] if name in facts else None
+
+
+def _shown(facts: dict[str, Any], name: str) -> str:
+    if name not in facts:
+        return "absent"
+    return f"{facts[name]['path']} (sha256 {facts[name]['sha256'][:12]})"
