@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -39,12 +38,12 @@ class JsonLines:
     def write(self, line: Mapping[str, Any]) -> None:
         if self.error is not None:
             return
-        text = json.dumps({key: _finite(value) for key, value in line.items()}) + "\n"
+        text = (json.dumps({key: _finite(value) for key, value in line.items()}) + "\n").encode()
         try:
             if self._file is None:
                 self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by close())
-            if self._file.write(text.encode()) < len(text):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            while text:  # a disk that fills up takes a part first
+                text = text[self._file.write(text) :]
         except OSError as error:
             self.error = TrainingError(cannot_write(error, self.path))
 
@@ -170,9 +169,12 @@ class Events:
     @contextlib.contextmanager
     def _writing(self) -> Iterator[SummaryWriter | None]:
         """The open file; None once it could not be written."""
-        try:
-            if self._file is None and self.error is None:
+        if self._file is None and self.error is None:
+            try:
                 self._file = self._open()
+            except OSError as error:
+                self._failed(error)
+        try:
             yield self._file if self.error is None else None
         except OSError as error:  # of its thread as well, which writes now and then
             self._failed(error)
