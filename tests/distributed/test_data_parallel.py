@@ -113,6 +113,44 @@ def test_bad_samples_on_one_rank(world: World, tmp_path: Path) -> None:
     np.testing.assert_allclose(kept[0], kept[1], rtol=1e-5)
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_nothing_readable_ends_all_alike(world: World, tmp_path: Path, cached: bool) -> None:
+    frame = pd.read_parquet(world.manifest("clips"))
+    frame["path"] = [f"{tmp_path}/moved/{row}.mp4" for row in range(len(frame))]
+    frame.to_parquet(tmp_path / "clips.parquet")
+    changes: dict[str, Any] = {"data__manifest": str(tmp_path / "clips.parquet"), "train__batch_size": 1}
+    if cached:
+        changes |= {"data__draws": 1, "data__cache": str(tmp_path / "cache")}
+    commands = start_processes(STAGE, arguments(world, tmp_path / "run", **changes), 2, tmp_path / "log")
+    assert [command.wait() for command in commands] == [2, 2]
+    for command in commands:
+        (message,) = [line for line in command.err.splitlines() if line.startswith("error")]
+        assert "7 of 7 samples cannot be read" in message
+        assert "Traceback" not in command.err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_killed_loader_of_one_rank_stops_both_after_a_save(world: World, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    changes: dict[str, Any] = {"train__batch_size": 1, "data__num_workers": 1, "checkpoint__every": 100_000}
+    endless = arguments(world, run_dir, **changes, train__steps=100_000)
+    commands = start_processes(STAGE, endless, 2, tmp_path / "log")
+    wait_for_step(run_dir, 2, commands[0])
+    (worker,) = Path(f"/proc/{commands[1].pid}/task/{commands[1].pid}/children").read_text().split()
+    os.kill(int(worker), signal.SIGKILL)
+    assert [command.wait() for command in commands] == [1, 1]
+    for command in commands:
+        (message,) = [line for line in command.err.splitlines() if line.startswith("error")]
+        assert "data.num_workers = 1" in message
+        assert "saved: " in message
+    done = len(metrics(run_dir))
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == [f"step-{done:08d}"]
+    final: dict[str, Any] = {"train__batch_size": 2, "train__steps": done + 2}
+    succeed(STAGE, arguments(world, run_dir, **final), tmp_path / "log" / "resumed")
+    succeed(STAGE, arguments(world, tmp_path / "whole", **final), tmp_path / "log" / "whole")
+    assert_same_run(run_dir, tmp_path / "whole")
+
+
 def test_a_mistake_is_told_once_and_ends_both(world: World, tmp_path: Path) -> None:
     commands = start_processes(
         STAGE, arguments(world, tmp_path / "run", data__manifest=str(tmp_path / "no.parquet")), 2, tmp_path

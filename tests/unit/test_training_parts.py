@@ -18,6 +18,7 @@ import torch
 from opensora_repro.config import Config, ConfigError, OptimConfig, dump_toml
 from opensora_repro.data.dataset import BadSample
 from opensora_repro.data.manifest import DataError
+from opensora_repro.data.sampler import BatchSampler, drawn
 from opensora_repro.kernels.adamw import FusedAdamW
 from opensora_repro.models.config import STDiTConfig
 from opensora_repro.models.stdit import STDiT
@@ -101,10 +102,21 @@ def test_the_verdict_on_a_step(loss: float, gradient: float, samples: int, clip_
     assert found.stopping
     assert found.finite == (math.isfinite(loss) and math.isfinite(gradient))
     assert found.stepped == (found.finite and samples > 0)
+    assert not found.lost
     assert verdict.skip.item() == float(not found.stepped)
     if found.stepped:
         clip = clip_norm / norm if clip_norm and norm > clip_norm else 1.0
         assert verdict.factor.item() == pytest.approx(8 / good * clip)
+
+
+def test_a_lost_step_is_skipped() -> None:
+    model = torch.nn.Linear(2, 2, bias=False)
+    engine = prepared(model, torch.optim.AdamW(model.parameters(), fused=True))
+    model.weight.grad = torch.ones(2, 2)
+    totals = StepTotals(torch.tensor(3.0, dtype=torch.float64), 4, 0, 100, lost=True)
+    verdict = judge(engine, totals, stopping=False, global_batch_size=4, clip_norm=1.0)
+    found = Findings.of(verdict.findings.tolist())
+    assert found.lost and not found.stepped and verdict.skip.item() == 1
 
 
 @pytest.mark.parametrize("kind", ["torch's fused", "ours", "torch's plain"])
@@ -174,12 +186,46 @@ def test_quarantine_records_once_and_stops_above_the_fraction(tmp_path: Path) ->
     assert quarantine.add(bad("a")) is True
     assert quarantine.add(bad("a")) is False
     assert quarantine.add(bad("b")) is True
+    quarantine.saw(range(20))
+    quarantine.check()
+    quarantine.add(bad("c"))
     with pytest.raises(DataError, match=r"3 of 20 samples cannot be read.*max_bad_fraction = 0.1.*'c'.*ends early"):
-        quarantine.add(bad("c"))
+        quarantine.check()
     quarantine.close()
     lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == ["a", "b", "c"]
     assert lines[0] == {"id": "a", "path": "a.mp4", "reason": "ends early"}
+
+
+def test_the_share_counts_samples_seen_from_twenty_on(tmp_path: Path) -> None:
+    quarantine = Quarantine(tmp_path, num_samples=100_000, max_fraction=0.1)
+    for name in "abc":
+        quarantine.add(bad(name))
+    quarantine.saw(range(19))
+    quarantine.saw(range(19))  # again, in another epoch
+    quarantine.check()
+    quarantine.saw([99_999])
+    with pytest.raises(DataError, match="3 of 20 samples"):
+        quarantine.check()
+    quarantine.saw(range(30))
+    quarantine.check()  # 3 of 31
+    few = Quarantine(tmp_path, num_samples=3, max_fraction=0.5)
+    few.add(bad("a"))
+    few.add(bad("b"))
+    few.saw([0, 1])
+    few.check()
+    few.saw([2])
+    with pytest.raises(DataError, match="2 of 3"):
+        few.check()
+
+
+def test_the_samples_of_a_step_are_those_that_the_ranks_draw() -> None:
+    for step in (0, 3, 7):
+        ranks = [BatchSampler(5, 2, 42, rank=rank, world_size=2).batch(step) for rank in range(2)]
+        expected = [index for batch in ranks for _, index in batch]
+        assert drawn(5, 42, 4 * step, 4).tolist() == expected
+    assert sorted(drawn(3, 1, 2, 7).tolist()[1:4]) == [0, 1, 2]
+    assert drawn(3, 1, 2, 0).tolist() == []
 
 
 def test_quarantine_of_an_earlier_start_is_not_written_twice(tmp_path: Path) -> None:
@@ -232,6 +278,32 @@ def test_refuses_other_settings_by_name(tmp_path: Path, key: str, value: Any, sh
     assert shown in message
     assert "run.dir" in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("steps", "decay", "done", "wanted", "shown"),
+    [
+        (10, 0, 10, 99, None),
+        (10, 3, 7, 99, None),
+        (10, 3, 8, 99, "has been falling since step 8, to end at train.steps=10"),
+        (10, 3, 10, 11, "has been falling since step 8"),
+        (10, 3, 9, 10, None),
+        (10, 30, 1, 11, "has been falling since step 1,"),
+        (10, 0, 6, 5, "has made 6 steps already; set train.steps=6 or more"),
+        (10, 3, 6, 6, None),
+    ],
+)
+def test_steps_that_would_undo_what_was_done(
+    tmp_path: Path, steps: int, decay: int, done: int, wanted: int, shown: str | None
+) -> None:
+    cfg = changed(Config(model=TINY), run__dir=str(tmp_path), train__steps=steps, optim__decay_steps=decay)
+    write_checkpoint(tmp_path, STDiT(TINY), dump_toml(cfg), TrainState(step=done, global_batch_size=8))
+    cfg = changed(cfg, train__steps=wanted)
+    if shown is None:
+        assert find_start(cfg, 1).state.step == done
+        return
+    with pytest.raises(ConfigError, match=f"train.steps = {wanted}: .*{shown}"):
+        find_start(cfg, 1)
 
 
 def test_every_setting_is_compared_or_explicitly_free() -> None:
