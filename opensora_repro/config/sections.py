@@ -40,7 +40,7 @@ class DataConfig:
     num_workers: int = 2
     draws: int = 0  # 0: new window, crop and flip every epoch; k: cycle through k fixed draws a sample
     cache: str = ""  # folder for encoded latents and text (needs draws > 0); empty: encode every step
-    max_bad_fraction: float = 0.1  # stop when more of the samples than this cannot be read
+    max_bad_fraction: float = 0.1  # stop when more of the samples seen than this cannot be read
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from opensora_repro.data.files import beside, remove_leftovers
+from opensora_repro.data.files import beside, naming, remove_leftovers
 
 if TYPE_CHECKING:
     import torch
@@ -69,14 +69,15 @@ class LatentCache:
         path = self.folder / f"shard-{digest}.safetensors"
         unfinished = beside(path)
         try:
-            with open(unfinished, "wb") as file:
-                file.write(save(tensors, metadata={"fingerprint": self.fingerprint}))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, path)
-        except OSError as error:
+            with naming(path):
+                with open(unfinished, "wb") as file:
+                    file.write(save(tensors, metadata={"fingerprint": self.fingerprint}))
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(unfinished, path)
+        except OSError:
             unfinished.unlink(missing_ok=True)  # a full disk's last bytes
-            raise OSError(error.errno, error.strerror, str(path)) from error
+            raise
         self._where.update(dict.fromkeys(self._pending, path))
         self._scanned.add(path)
         self._pending.clear()

@@ -24,6 +24,15 @@ def beside(path: Path) -> Path:
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError of the block names this file: those of writing know none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+@contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
     """Yield a file that is `path` at the end of the block, whole or not at all; an equal one is left untouched."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -49,8 +49,6 @@ def run_stage(stage: Stage, description: str | None, argv: Sequence[str] | None 
             raise
         return _fail(out_of_memory(error), FAILURE)
     except OSError as error:
-        if error.filename is None:
-            raise
         return _fail(cannot_write(error), FAILURE)
 
 

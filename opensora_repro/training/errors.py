@@ -34,4 +34,4 @@ def out_of_memory(error: BaseException) -> str:
 
 def cannot_write(error: OSError, path: object = None) -> str:
     """One line: which file, and why; `path` where the error does not know it."""
-    return f"cannot write {path or error.filename}: {error.strerror or error}"
+    return f"cannot write {path or error.filename or 'a file'}: {error.strerror or error}"

@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from opensora_repro.config import Config
+from opensora_repro.data.files import naming
 from opensora_repro.data.write import write_png, write_video
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.training.encode import Encoder
@@ -34,18 +35,19 @@ def write_samples(cfg: Config, videos: Sequence[np.ndarray], step: int) -> tuple
     shutil.rmtree(beside, ignore_errors=True)
     grid = tile(videos)
     try:
-        beside.mkdir(parents=True)
-        for index, video in enumerate(videos):
-            if len(video) == 1:
-                write_png(beside / f"{index:04d}.png", video[0])
-            else:
-                write_video(beside / f"{index:04d}.mp4", video, cfg.sample.fps)
-        write_png(beside / "grid.png", grid)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(beside, final)
-    except OSError as error:
+        with naming(final):
+            beside.mkdir(parents=True)
+            for index, video in enumerate(videos):
+                if len(video) == 1:
+                    write_png(beside / f"{index:04d}.png", video[0])
+                else:
+                    write_video(beside / f"{index:04d}.mp4", video, cfg.sample.fps)
+            write_png(beside / "grid.png", grid)
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(beside, final)
+    except OSError:
         shutil.rmtree(beside, ignore_errors=True)
-        raise OSError(error.errno, error.strerror, str(final)) from error
+        raise
     return final, grid
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from opensora_repro.config import Config, ConfigError, config_dict, load_recorded
+from opensora_repro.data.files import naming
 from opensora_repro.models.catalog import sha256_of
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.models.weights import LoadReport, load_model_weights
@@ -242,5 +243,6 @@ def write_weights_report(run_dir: Path, report: LoadReport) -> None:
 
 def _write_text(path: Path, text: str) -> None:
     beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    with naming(path):
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)

@@ -186,7 +186,7 @@ class Trainer:
             with self.engine.watchdog.paused():
                 self.writer.wait()
         except Exception as error:
-            return f"step {self.state.step} could not be saved: {error}"
+            return f"step {self.state.step} could not be saved: {error}; {self._newest()}"
         return self._newest()
 
     def _newest(self) -> str:

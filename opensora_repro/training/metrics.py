@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
+from opensora_repro.data.files import naming
 from opensora_repro.training.errors import TrainingError, cannot_write
 
 if TYPE_CHECKING:
@@ -56,8 +57,9 @@ class JsonLines:
             return
         kept = [line for line in _whole_lines(self.path) if line["step"] <= step]
         beside = self.path.with_name(f".{self.path.name}.tmp")
-        beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(beside, self.path)
+        with naming(self.path):
+            beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            os.replace(beside, self.path)
 
     def close(self) -> None:
         if self._file is not None:
