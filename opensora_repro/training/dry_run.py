@@ -44,7 +44,7 @@ def dry_run(cfg: Config, stage: Stage, gpu: Gpu | None = None) -> Iterator[str]:
     for name, text in _plan(cfg, stage, mesh, gpu, start, None if frame is None else len(frame)):
         yield f"# {name + ':':<14}{text}"
     device = None if gpu is not None else choose_device(None, launched_as()[2])
-    for line in preflight(cfg, stage, mesh, device, frame, resumes=start.resumes, dry=True):
+    for line in preflight(cfg, stage, mesh, device, frame, start, dry=True):
         yield f"# {line}"
 
 

@@ -7,6 +7,7 @@ was, with the same size and time of change, is not read again.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -94,8 +95,14 @@ def _file_facts(model: FrozenModel[Any], recorded: dict[str, Any], hash_file: Ha
         known = {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         before = recorded.get(file.name, {})
         same = all(before.get(name) == value for name, value in known.items())
-        facts[file.name] = {**known, "sha256": before["sha256"] if same else hash_file(file)}
+        facts[file.name] = {**known, "sha256": before["sha256"] if same else _sha256(path, hash_file)}
     return facts
+
+
+def _sha256(path: Path, hash_file: HashFile) -> str:
+    """The hub's cache names large files by their sha256: tens of gigabytes need not be read for it."""
+    named = path.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", path.name)
+    return path.name if named else hash_file(path)
 
 
 def _facts_of_older(cfg: Config, checkpoint: Path, encoder: Encoder, hash_file: HashFile) -> dict[str, dict[str, Any]]:

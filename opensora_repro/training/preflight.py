@@ -27,7 +27,8 @@ from opensora_repro.parallel.mesh import Mesh
 from opensora_repro.training.checkpoint import CONFIG_FILE
 from opensora_repro.training.encode import open_encoder
 from opensora_repro.training.generate import check_fit
-from opensora_repro.training.init import check_folder
+from opensora_repro.training.identity import frozen_identity
+from opensora_repro.training.init import Start, check_folder
 from opensora_repro.training.machine import host_memory
 from opensora_repro.training.needs import encodes_after_start, validates
 from opensora_repro.training.planning.encoders import frozen_sizes
@@ -53,14 +54,15 @@ def preflight(
     mesh: Mesh,
     device: torch.device | None,
     frame: pd.DataFrame | None,
+    start: Start,
     *,
-    resumes: bool,
     dry: bool = False,
 ) -> Iterator[str]:
     """Lines for people, as they are found out. Raises, in one line, whatever would stop the run before its first step.
 
     `frame` is the training manifest, None where it is still to come. With `dry`, the manifests and `init.weights` may
-    be absent: an earlier stage may have to make them yet. `device` None: the run is planned for another machine, of
+    be absent: an earlier stage may have to make them yet. The start's state takes up what the frozen models hold.
+    `device` None: the run is planned for another machine, of
     which no device, memory or frozen models are here to be looked at.
     """
     check_folder("run.dir", cfg.run.dir)
@@ -69,7 +71,7 @@ def preflight(
     if device is not None:
         check_installed(cfg.parallel)
         choose(cfg.train.kernels, device.type)
-    if cfg.init.weights and not resumes:
+    if cfg.init.weights and not start.resumes:
         if dry and weights_to_come(cfg.init.weights):
             yield to_come("init.weights", cfg.init.weights)
         else:
@@ -78,6 +80,8 @@ def preflight(
     try:
         encoder = open_encoder(cfg, device or torch.device("cpu"))
         check_fit(cfg, encoder.vae, encoder.text)
+        if start.resumes or not dry:
+            start.state.identity |= frozen_identity(cfg, start, encoder)
     except ModelNotFound as error:
         if device is not None:
             raise

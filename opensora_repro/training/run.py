@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from opensora_repro.config import Config, dump_toml
 from opensora_repro.data.cache import LatentCache
@@ -29,7 +29,7 @@ from opensora_repro.training.encode import (
 from opensora_repro.training.feed import CacheFeed, CacheRows, ClipFeed, Feed, ids_fingerprint
 from opensora_repro.training.fill import fill_together
 from opensora_repro.training.generate import check_fit
-from opensora_repro.training.identity import check_manifest, frozen_identity
+from opensora_repro.training.identity import check_manifest
 from opensora_repro.training.init import (
     Start,
     build_model,
@@ -87,11 +87,12 @@ def _train(cfg: Config, stage: Stage, engine: Engine, say: Say) -> Outcome:
     if start.state.step >= cfg.train.steps:
         return Outcome(start.state.step, True, start.checkpoint)
 
-    def look() -> None:
-        for line in preflight(cfg, stage, engine.mesh, engine.device, frame, resumes=start.resumes):
+    def look() -> dict[str, Any]:
+        for line in preflight(cfg, stage, engine.mesh, engine.device, frame, start):
             say(line)
+        return start.state.identity
 
-    engine.peers.on_first(look)
+    start.state.identity = engine.peers.on_first(look)
     return _Run(cfg, stage, engine, start, frame, say).train()
 
 
@@ -112,7 +113,6 @@ class _Run:
         self.held_out = ClipDataset(val_manifest, cfg.data, cfg.run.seed, augment=False) if val_manifest else None
         self.encoder = open_encoder(cfg, engine.device)
         check_fit(cfg, self.encoder.vae, self.encoder.text)
-        start.state.identity |= engine.peers.on_first(lambda: frozen_identity(cfg, start, self.encoder))
         self.model, self.report = build_model(cfg, engine.device, load_init=not start.resumes)
         self.compiles = compiles(cfg, engine.device.type)
         if self.compiles:

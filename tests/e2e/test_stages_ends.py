@@ -62,13 +62,15 @@ def saved(run_dir: Path) -> list[int]:
 
 
 def with_bad(world: World, folder: Path, bad: list[int], name: str = "clips", copies: int = 1) -> str:
-    """The manifest with `copies` of every row, and nothing where the rows `bad` point."""
+    """The manifest with `copies` of every row, and no video in the files to which the rows `bad` point."""
     frame = pd.read_parquet(world.manifest(name))
     frame["path"] = [str(world.root / path) for path in frame["path"]]
     frame = pd.concat([frame.assign(id=[f"{i}/{copy}" for i in frame["id"]]) for copy in range(copies)])
     frame = frame.reset_index(drop=True)
+    (folder / "moved").mkdir(exist_ok=True)
     for row in bad:
         frame.loc[row, "path"] = str(folder / "moved" / f"{row}.mp4")
+        (folder / "moved" / f"{row}.mp4").write_bytes(b"no video")
     path = folder / f"{name}-bad.parquet"
     frame.to_parquet(path)
     return str(path)
@@ -78,7 +80,9 @@ def with_bad(world: World, folder: Path, bad: list[int], name: str = "clips", co
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_wrong_paths_stop_the_run_and_leave_no_weights(world: World, tmp_path: Path, cached: bool, ends: Any) -> None:
+def test_files_that_are_no_videos_stop_the_run_and_leave_no_weights(
+    world: World, tmp_path: Path, cached: bool, ends: Any
+) -> None:
     changes: dict[str, Any] = {"data__manifest": with_bad(world, tmp_path, list(range(7))), "train__steps": 30}
     if cached:
         changes |= {"data__draws": 1, "data__cache": str(tmp_path / "cache")}
@@ -91,8 +95,14 @@ def test_wrong_paths_stop_the_run_and_leave_no_weights(world: World, tmp_path: P
 @pytest.mark.parametrize("cached", [False, True])
 def test_windows_longer_than_every_clip(world: World, tmp_path: Path, cached: bool, ends: Any) -> None:
     cache = {"data__draws": 2, "data__cache": str(tmp_path / "cache")} if cached else {}
-    assert "the clip has 12 frames, the sample needs 91" in ends(DATA, data__num_frames=91, **cache)
+    frame = pd.read_parquet(world.manifest("clips"))
+    frame["path"] = [str(world.root / path) for path in frame["path"]]
+    frame["num_frames"] = 91  # a manifest that says more than there is passes the look at it
+    frame.to_parquet(tmp_path / "long.parquet")
+    manifest = str(tmp_path / "long.parquet")
+    assert "7 of 7 samples cannot be read" in ends(DATA, data__num_frames=91, data__manifest=manifest, **cache)
     assert saved(tmp_path / "run") == []
+    assert "the longest has 12: lower data.num_frames" in ends(DATA, data__num_frames=91, **cache)
 
 
 def test_eight_steps_without_a_sample(world: World, tmp_path: Path, ends: Any) -> None:
