@@ -3,9 +3,11 @@
 Captions come from files, models and servers of others. The flags:
 
     empty      nothing is left after cleaning
+    thoughts   a model that reasons aloud was stopped before it answered
     refusal    who should describe the clip speaks of itself instead: declines, or tells that it sees nothing
     loop       the same words again and again, as a model that cannot stop writes them
     truncated  it was cut: at the writer's limit of tokens, or at MAX_CHARACTERS
+    opener     it begins with words about the video ("The video shows"), not with what is seen
 """
 
 from __future__ import annotations
@@ -15,24 +17,40 @@ import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 
+from opensora_repro.data.caption.unwrap import answer_turn, is_about_video, without_courtesies, without_thoughts
+
 MAX_CHARACTERS = 4000  # several times what a text encoder reads
-EMPTY, REFUSAL, LOOP, TRUNCATED = "empty", "refusal", "loop", "truncated"
-REJECTED = {EMPTY: "the caption is empty", REFUSAL: "looks like a refusal"}  # what is no caption at all
+EMPTY, THOUGHTS, REFUSAL, LOOP, TRUNCATED = "empty", "thoughts", "refusal", "loop", "truncated"
+OPENER = "opener"
+REJECTED = {  # what is no caption at all
+    EMPTY: "the caption is empty",
+    THOUGHTS: "a model's thoughts without an answer (a higher --max-tokens lets it finish)",
+    REFUSAL: "looks like a refusal",
+}
 
 
 @dataclass(frozen=True)
 class Caption:
-    """A clean caption, its flag ("" for none), and the reason for which the clip is without one."""
+    """A clean caption, its flag ("" for none), and the reason for which the clip is without one.
+
+    `unwrapped`: thoughts, marks of a chat or courtesies were around it.
+    """
 
     text: str = ""
     flag: str = ""
     reason: str = ""
+    unwrapped: bool = False
 
 
 def judged(text: str, *, cut: bool = False) -> Caption:
-    """Return a text cleaned and flagged; `cut`: its writer was stopped before it had finished."""
-    caption, shortened = clean(text)
-    return Caption(caption, flag_of(caption, cut=cut or shortened))
+    """Return a text unwrapped, cleaned and flagged; `cut`: its writer was stopped before it had finished."""
+    answer = without_thoughts(text)
+    if answer is None:
+        return Caption(clean(text)[0], THOUGHTS)
+    bare = without_courtesies(answer_turn(answer))
+    caption, shortened = clean(bare)
+    flag = flag_of(caption, cut=cut or shortened) or (OPENER if is_about_video(caption) else "")
+    return Caption(caption, flag, unwrapped=bare.strip() != text.strip())
 
 
 def clean(text: str) -> tuple[str, bool]:
