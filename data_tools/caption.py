@@ -17,8 +17,9 @@ family, a folder or a name in the hub's cache; nothing is downloaded. An endpoin
 what the endpoint itself wrote; the short one stays in `caption_original`.
 
 DIR receives `manifest.parquet` with `caption` and `caption_flag`, `rejects.parquet` (clips without a caption, with the
-reason) and a record of everything written, so that a second run asks only for what is new. Flags: empty, refusal (both
-rejected), loop (repeats itself), truncated (was cut at --max-tokens).
+reason) and a record of everything written, so that a second run asks only for what is new. Thoughts, chat markers and
+courtesies around a caption are cut. Flags: empty, thoughts, refusal (these are rejected), loop (repeats itself),
+truncated (was cut at --max-tokens), opener (begins "The video shows").
 """
 
 from __future__ import annotations
@@ -179,6 +180,8 @@ def caption(args: argparse.Namespace) -> int:
     write_manifest(clips.assign(**columns)[good].reset_index(drop=True), out / "manifest.parquet")
     flags = Counter(found.flag for found, kept in zip(captions, good, strict=True) if kept and found.flag)
     flagged = "".join(f", {count} flagged {flag}" for flag, count in sorted(flags.items()))
+    if unwrapped := sum(found.unwrapped for found in captions):
+        flagged += f", {unwrapped} freed of thoughts, chat markers or courtesies"
     print(f"{sum(good)} of {len(clips)} clips captioned{flagged}, {len(clips) - sum(good)} rejected: {out}")
     if not any(good):
         source = args.sidecar or args.model or args.endpoint

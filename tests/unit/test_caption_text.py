@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from opensora_repro.data.caption.text import MAX_CHARACTERS, clean, ends_sentence, flag_of, judged
+from opensora_repro.data.caption.text import MAX_CHARACTERS, REJECTED, Caption, clean, ends_sentence, flag_of, judged
 
 REFUSALS = [
     "I'm sorry, I can't assist with that.",
@@ -117,3 +117,96 @@ def test_cleaning() -> None:
     assert cut and len(long) <= MAX_CHARACTERS and long.endswith("word")
     assert judged("a b c d e f g h i j k l m n o p q r s t u v w x y z " * 1 + "x" * 9000).flag == "truncated"
     assert len(clean("\u200b" * 10**6 + "a")[0]) == 0
+
+
+DOG = "A dog runs across a lawn."
+WRAPPED = [
+    "<think>A cat?</think> {}",
+    "the prompt opened it\n</think>\n\n{}",
+    "<think>one</think> a cat <THINK>two</THINK>{}",
+    "<thinking>\nx</thinking>\n<answer>{}</answer>",
+    "<reasoning>x</reasoning>{}",
+    "&lt;think&gt;x&lt;/think&gt; {}",
+    "◁think▷x◁/think▷{}",
+    "[THINK]x[/THINK]{}",
+    "<seed:think>x</seed:think>{}",
+    "<|begin_of_thought|>x<|end_of_thought|><|begin_of_solution|>{}<|end_of_solution|>",
+    "<|channel|>analysis<|message|>We see<|end|><|start|>assistant<|channel|>final<|message|>{}<|return|>",
+    "analysisWe see a cat.assistantfinal{}",
+    "<|channel>thought\nx<channel|>{}",
+    "{}<|im_end|>\n<|im_start|>user\nMore?<|im_end|>\n<|im_start|>assistant\nA cat.",
+    "<|im_start|>system\nYou see.<|im_end|>\n<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n{}",
+    "<|assistant|>\n{}</s>",
+    "assistant: {}",
+    "assistant\n\n{}<|eot_id|>",
+    "[INST] Describe. [/INST] {}</s>",
+    "USER: <video>\nDescribe. ASSISTANT: {}",
+    "User: what?\nAssistant: {}\nUser: more?",
+    "<start_of_turn>model\n{}<end_of_turn>",
+    "<|start_header_id|>assistant<|end_header_id|>\n\n{}",
+    "### Instruction:\nDescribe.\n### Response:\n{}",
+    "<｜Assistant｜>{}<｜end▁of▁sentence｜>",
+    "<|begin_of_box|>{}<|end_of_box|>",
+    "Sure! {}",
+    "Sure! Here is a description of the video:\n\n{}",
+    'Certainly, here’s a caption: "{}"',
+    "Of course! I'd be happy to help. Here's a one-paragraph description: {}",
+    "Here is a description of the clip. {}",
+    "Here are the details of what happens in the clip: {}",
+    "The following is a summary of the frames you gave me:\n{}",
+    "**Caption:** {}",
+    "### Video Description\n\n{}",
+    "Natürlich! Hier ist eine Beschreibung des Videos: {}",
+    "Bien sûr ! Voici une description de la vidéo : {}",
+    "¡Claro! Aquí tienes una descripción del video: {}",
+    "Конечно! Вот описание видео: {}",
+    "好的，以下是视频的描述：{}",
+    "{} I hope this helps!",
+    "{}\n\nLet me know if you need anything else!",
+]
+
+
+def test_what_is_around_a_caption_is_cut() -> None:
+    for wrapped in WRAPPED:
+        assert judged(wrapped.format(DOG)) == Caption(DOG, unwrapped=True), wrapped
+
+
+def test_captions_that_begin_alike_stay_whole() -> None:
+    for caption in (
+        "Sure-footed goats climb a cliff.",
+        "Sure enough, the dog returns.",
+        "Sure! brand soap on a shelf.",
+        "Certainly the largest crowd of the year fills a square.",
+        "Okay sign made with two fingers.",
+        "Here is where the river bends: a narrow pass.",
+        "Here is where a description ends.",
+        "Here comes a train: people wave.",
+        "This is a caption contest.",
+        "This is a busy street.",
+        "Caption contest poster on a wall.",
+        "Description boards stand along a path.",
+        "Assistant coach shouts at players.",
+        "User interface of a phone.",
+        "Human: a mannequin in a shop window.",
+        "Model: a woman walks along a runway.",
+        "The thinking statue: a man sits.",
+        "A sign of the <think tank> over a door.",
+        "Analysis of a chess game on a screen.",
+        "Let me know, says a sign. A dog runs.",
+        'A man says "Sure!" and laughs.',
+    ):
+        assert judged(caption) == Caption(caption)
+
+
+def test_thoughts_without_an_end_are_no_caption() -> None:
+    for text in ("<think>A dog", "◁think▷A dog", "<|channel|>analysis<|message|>A dog", "analysisWe see a dog",
+                 "[THINK]A dog", "<think>a</think><think>A dog"):  # fmt: skip
+        assert judged(text, cut=True).flag == "thoughts" and "thoughts" in REJECTED
+    assert judged("Sure! Here is a description of the video:").flag == "empty"
+
+
+def test_words_about_the_video_are_flagged() -> None:
+    for text in ("The video shows a dog.", "In this clip, a dog runs.", "这段视频展示了一只狗。"):
+        assert judged(text) == Caption(text, "opener")
+    for text in ("The video game has a dog.", "A video shows a dog.", "The video shop is closed."):
+        assert judged(text) == Caption(text)

@@ -10,7 +10,6 @@ import ipaddress
 import json
 import os
 import random
-import re
 import sys
 import threading
 import time
@@ -28,7 +27,6 @@ STOPS = frozenset((401, 402, 404))  # no other question will fare better (403 ma
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between tries, doubled each time; a server may ask for more
 LONGEST_ASKED_WAIT = 3600.0  # seconds that a server may ask for
 LARGEST_ANSWER = 1 << 22  # bytes
-_THOUGHTS = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)  # of models that reason aloud
 
 
 class NoAnswer(Exception):
@@ -212,8 +210,10 @@ def _answer_in(body: bytes) -> Answer:
             text = "".join(part.get("text", "") for part in text)
         if not isinstance(text, str):
             raise TypeError("content is no text")
+        if not text and (message.get("reasoning_content") or message.get("reasoning")):
+            text = "<think>"  # which a server tells apart itself: the limit of tokens came before the answer
         counts = (int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens"))
-        return Answer(_THOUGHTS.sub("", text), choice.get("finish_reason") == "length", *counts)
+        return Answer(text, choice.get("finish_reason") == "length", *counts)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise _TryAgain(f"the answer is no chat completion ({type(error).__name__})", None) from None
 
