@@ -10,8 +10,9 @@ in with a spreadsheet, a row a clip, which is then the sidecar. A sidecar is joi
 .txt or .json files with a clip's id, its file's name or its source's name each; or a list (CSV, Parquet, JSON, JSON
 lines) of `id, caption`; of `path, caption` or `source, caption`, where a source's caption goes to all its clips; of
 `source, caption` with `start_frame, end_frame` or `start_time, end_time`; or as WebVid, Panda-70M, Open-Sora-Plan and
-HD-VG-130M have it. A clip gets the caption whose span holds its middle. MODEL is of the BLIP-2, LLaVA or Qwen-VL
-family, a folder or a name in the hub's cache; nothing is downloaded. An endpoint is any API of chat completions.
+HD-VG-130M have it. A clip gets the caption whose span holds its middle. MODEL is a folder, or a name in the hub's cache
+(nothing is downloaded), of a BLIP-2, Gemma 3, InternVL, LLaVA (1.5, NeXT, NeXT-Video, OneVision), Qwen2-VL, Qwen2.5-VL,
+Qwen3-VL, Qwen3.5, SmolVLM or Video-LLaVA. An endpoint is any API of chat completions.
 
 --rewrite makes short captions detailed with the endpoint: those of --sidecar or --model, else the manifest's own, else
 what the endpoint itself wrote; the short one stays in `caption_original`.
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from opensora_repro.data.caption.chat import Endpoint
     from opensora_repro.models.captioner import Captioner
 
-METHOD = 1  # raise when the same clip would be shown, or asked about, otherwise
+METHOD, REWRITE_METHOD = 2, 1  # raise when the same clip would be shown, or asked about, otherwise
 SHORT_SIDE, JPEG_QUALITY = 448, 90  # of the frames that are shown; smaller ones stay as they are
 ENDPOINT_FRAMES = 8
 INSTRUCTION = (
@@ -214,6 +215,17 @@ def reason_of(found: Caption, keep_flagged: bool) -> str:
     return f"{REJECTED[found.flag]}: {found.text[:100]}" if found.text else REJECTED[found.flag]
 
 
+def with_times(instruction: str, row: Record, frames: Sequence[int]) -> str:
+    """Return the instruction, and before it when a clip's frames are, which a row of pictures does not show."""
+    fps = float(row["fps"])
+    if len(frames) < 2 or not fps > 0:
+        return instruction
+    times = ", ".join(f"{frame / fps:.2f}" for frame in frames)
+    return (
+        f"The frames are at {times} seconds of a clip of {row['num_frames'] / fps:.2f} seconds. {instruction}".strip()
+    )
+
+
 def judge(record: Record) -> Caption:
     """Return what became of a clip: a text, or the error in its place."""
     return Caption(reason=record["error"]) if "error" in record else judged(record["text"], cut=record["cut"])
@@ -242,8 +254,8 @@ def from_model(rows: Sequence[Record], args: argparse.Namespace, folder: Path, r
     items: dict[str, Record] = {}
     keys = []
     for row in rows:
-        item = {name: row[name] for name in ("path", "num_frames", "height", "width")}
-        keys.append(digest([sampled_digest(Path(row["path"])), item["num_frames"], *how]))
+        item = {name: row[name] for name in ("path", "num_frames", "fps", "height", "width")}
+        keys.append(digest([sampled_digest(Path(row["path"])), item["num_frames"], item["fps"], *how]))
         items[keys[-1]] = item
     found = run_batches(
         describe, items, folder, size=args.batch_size, options=options, runner=runner, label="captioning"
@@ -259,7 +271,7 @@ def model_options(args: argparse.Namespace, runner: Runner) -> tuple[list[Any], 
     from opensora_repro.models.pretrained import ModelNotFound
 
     try:
-        shown, usual = family_of(args.model, key="--model")
+        family = family_of(args.model, key="--model")
         files = captioner_fingerprint(args.model, key="--model", hash_file=sampled_digest)
     except ModelNotFound as error:
         raise DataError(str(error)) from error
@@ -267,11 +279,11 @@ def model_options(args: argparse.Namespace, runner: Runner) -> tuple[list[Any], 
         torch.empty(1, device=args.device if runner.kind == "local" else "cpu")
     except Exception as error:  # of torch's many classes
         raise DataError(f"--device {args.device}: {' '.join(str(error).split())[:200]}") from None
-    frames = args.frames or usual
-    if shown == ONE_IMAGE and frames != 1:
+    frames = args.frames or family.frames
+    if family.shown == ONE_IMAGE and frames != 1:
         raise DataError(f"--frames {frames}: this model looks at one picture")
     # What a model for one picture goes on from is best no text: its answer is the caption.
-    instruction = args.instruction if args.instruction is not None else "" if shown == ONE_IMAGE else INSTRUCTION
+    instruction = args.instruction if args.instruction is not None else "" if family.shown == ONE_IMAGE else INSTRUCTION
     written = {"instruction": instruction, "max_tokens": args.max_tokens, "frames": frames, "dtype": args.dtype}
     return [METHOD, files, written], {**written, "model": args.model, "device": args.device}
 
@@ -286,19 +298,25 @@ def loaded(model: str, device: str, dtype: str) -> Captioner:
 
 def describe(args: Record) -> Record:
     """Job: for every clip of a batch the model's text, or why there is none."""
+    from opensora_repro.data.clip_frames import middles_of
     from opensora_repro.data.video import DecodeError
+    from opensora_repro.models.captioner import Clip
 
     captioner = loaded(args["model"], args["device"], args["dtype"])
     results: dict[str, Record] = {}
-    pictures: dict[str, Any] = {}
+    clips: dict[str, Clip] = {}
     for item in args["items"]:
+        numbers = middles_of(item["num_frames"], args["frames"])
+        tells = captioner.family.times
+        asked = args["instruction"] if tells else with_times(args["instruction"], item, numbers)
         try:
-            pictures[item["key"]] = shown_frames(item, args["frames"])
+            frames = shown_frames(item, args["frames"])
+            clips[item["key"]] = Clip(frames, numbers, item["num_frames"], item["fps"], asked)
         except DecodeError as error:
             results[item["key"]] = {"error": str(error)}
-    if pictures:
-        texts = captioner.caption(list(pictures.values()), args["instruction"], args["max_tokens"])
-        for key, (text, ended) in zip(pictures, texts, strict=True):
+    if clips:
+        texts = captioner.caption(list(clips.values()), args["max_tokens"])
+        for key, (text, ended) in zip(clips, texts, strict=True):
             results[key] = {"text": text, "cut": ended and not ends_sentence(text)}
     return {"clips": results}
 
@@ -344,7 +362,7 @@ def about_clip(row: Record, instruction: str, frames: int) -> list[Record]:
 
 def rewritten(captions: Sequence[Caption], args: argparse.Namespace, endpoint: Endpoint) -> list[Caption]:
     """Return the captions made detailed; what is no caption, and is not sent, as it is."""
-    how = [METHOD, endpoint.model, REWRITE, args.max_tokens]
+    how = [REWRITE_METHOD, endpoint.model, REWRITE, args.max_tokens]
     keys = [digest([found.text, *how]) if found.text and not found.reason else None for found in captions]
     keys = [None if found.flag in REJECTED else key for key, found in zip(keys, captions, strict=True)]
     wanted = {key: partial(about_text, found.text) for key, found in zip(keys, captions, strict=True) if key}
