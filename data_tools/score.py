@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_repro.data.jobs.batches import run_batches
+from opensora_repro.data.jobs.gpus import check_device
 from opensora_repro.data.jobs.keys import digest, sampled_digest
 from opensora_repro.data.jobs.run import Job, Runner, add_runner_options, run_jobs, runner_of
 from opensora_repro.data.manifest import DataError
@@ -109,7 +110,9 @@ def score(args: argparse.Namespace) -> int:
     contents = [sampled_digest(Path(path)) for path in clips["path"]]
     records = measure_all(clips, contents, names, out / "scores", runner)
     if args.clip:
-        models = embed_all(clips, contents, records, args, out / "models", replace(runner, workers=args.model_workers))
+        gpu = check_device(args.device, args.model_workers, over_ray=runner.kind == "ray")
+        runner = replace(runner, workers=args.model_workers, gpu=gpu)
+        models = embed_all(clips, contents, records, args, out / "models", runner)
         records = [{**record, **model} for record, model in zip(records, models, strict=True)]
     reasons: list[str] = [record.get("error", "") for record in records]
     good = [not reason for reason in reasons]

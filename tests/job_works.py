@@ -35,6 +35,16 @@ def squares(args: dict[str, Any]) -> Any:
     return {"clips": {item["key"]: {"square": item["n"] ** 2} for item in args["items"]}}
 
 
+def surroundings(args: dict[str, Any]) -> Any:
+    """Return what a worker's libraries found in its environment; leave PID-GPU, and do what `how` says."""
+    import cv2
+    import torch
+
+    Path(args["pids"], f"{os.getpid()}-{os.environ['CUDA_VISIBLE_DEVICES']}").touch()
+    misbehave({"n": 0, "how": args["how"]})
+    return {"gpu": os.environ["CUDA_VISIBLE_DEVICES"], "cv2": cv2.getNumThreads(), "torch": torch.get_num_threads()}
+
+
 def misbehave(args: dict[str, Any]) -> Any:
     """Do what `how` says."""
     how = args.get("how")

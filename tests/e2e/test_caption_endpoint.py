@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import random
 import signal
@@ -72,6 +74,7 @@ def shade(question: dict[str, Any], _number: int = 0) -> Any:
     return completion(f"shade {brightness(question)} of grey")
 
 
+SOME = ["--endpoint", "http://localhost:9/v1", "--endpoint-model", "m"]
 EXPECTED = {f"c{i}": f"shade {i} of grey" for i in range(1, COUNT + 1)}
 
 
@@ -191,7 +194,9 @@ def test_flags(shaded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
             "c3": "looks like a refusal: I can't assist with that.",
             "c4": "the caption is empty",
         }
-        assert "3 of 6 clips captioned, 1 flagged loop, 1 flagged truncated, 3 rejected" in capsys.readouterr().out
+        told = capsys.readouterr().out
+        assert "3 of 6 clips captioned, 1 flagged loop, 1 flagged truncated, 3 rejected" in told
+        assert "1 captions had thoughts, chat markers or courtesies around them" in told
         assert caption.main(options(server, shaded, tmp_path / "out", "--keep-flagged")) == 0
         assert len(server.questions) == COUNT
     table = read_table(tmp_path / "out" / "manifest.parquet").set_index("id")
@@ -206,6 +211,87 @@ def test_another_word_for_the_limit(shaded: Path, tmp_path: Path) -> None:
     with chat_server(answer) as server:
         assert caption.main(options(server, shaded, tmp_path / "out", "--concurrency", "1")) == 0
         assert len(server.questions) == COUNT + 1 and server.questions[-1]["max_completion_tokens"] == 256
+
+
+def test_options_reach_the_server_and_decide_what_is_asked_again(shaded: Path, tmp_path: Path) -> None:
+    body = {"top_k": 20, "chat_template_kwargs": {"enable_thinking": False}}
+    more = ["--temperature", "0.2", "--seed", "7", "--extra-body", json.dumps(body), "--frames", "2"]
+    with chat_server(shade) as server:
+        assert caption.main(options(server, shaded, tmp_path / "out", *more)) == 0
+        assert captions_in(tmp_path / "out") == EXPECTED
+        sent = {name: value for name, value in server.questions[0].items() if name not in ("model", "messages")}
+        assert sent == {"max_tokens": 256, "temperature": 0.2, "seed": 7, **body}
+        texts = [question["messages"][0]["content"][0]["text"] for question in server.questions]
+        told = "The frames are at 0.38, 1.12 seconds of a clip of 1.50 seconds. "
+        assert sum(text.startswith(told) for text in texts) == 2 and sum("seconds" in text for text in texts) == 2
+        assert caption.main(options(server, shaded, tmp_path / "out", *more)) == 0
+        assert len(server.questions) == COUNT
+        for number, other in enumerate((["--temperature", "0.3"], ["--seed", "8"], ["--extra-body", "{}"]), start=2):
+            assert caption.main(options(server, shaded, tmp_path / "out", *more, *other)) == 0
+            assert len(server.questions) == number * COUNT
+
+
+def test_a_server_sees_the_clips_themselves(shaded: Path, tmp_path: Path) -> None:
+    def answer(question: dict[str, Any], _number: int) -> Any:
+        parts = [part for part in question["messages"][0]["content"] if part["type"] == "video_url"]
+        if not parts:
+            return shade(question)
+        head, data = parts[0]["video_url"]["url"].split(",")
+        assert head == "data:video/mp4;base64"
+        content = base64.b64decode(data)
+        return completion(f"shade {1 + (content == (shaded.parent / '2.mp4').read_bytes())} of grey")
+
+    with chat_server(answer) as server:
+        assert caption.main(options(server, shaded, tmp_path / "out", "--send", "video")) == 0
+        assert captions_in(tmp_path / "out") == EXPECTED
+
+
+@pytest.mark.parametrize(
+    "words", ["Unknown part type: video_url", "At most 0 video(s) may be provided in one prompt.",
+              "This model does not support videos"]
+)  # fmt: skip
+def test_a_server_that_takes_no_videos(
+    shaded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str
+) -> None:
+    def answer(question: dict[str, Any], _number: int) -> Any:
+        return error(400, words) if "video_url" in json.dumps(question) else shade(question)
+
+    with chat_server(answer) as server:
+        more = ("--send", "video", "--concurrency", "1")
+        assert caption.main(options(server, shaded, tmp_path / "out", *more)) == 2
+        assert len(server.questions) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ") and words in last and "--send frames sends pictures" in last
+
+
+def test_a_video_that_a_server_cannot_read_costs_one_clip(shaded: Path, tmp_path: Path) -> None:
+    def answer(question: dict[str, Any], _number: int) -> Any:
+        return error(400, "broken file") if "video_url" in json.dumps(question) else shade(question)
+
+    with chat_server(answer) as server:
+        assert caption.main(options(server, shaded, tmp_path / "out", "--send", "video")) == 0
+    assert list(reasons_in(tmp_path / "out")) == ["c1", "c2"]
+    assert reasons_in(tmp_path / "out")["c1"].startswith("400 broken file (does this server's model take videos?")
+
+
+def test_a_server_that_is_not_there(shaded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is told before INPUT is looked at; where all answers are there, nobody needs it."""
+    with chat_server(shade) as server:
+        assert caption.main(options(server, shaded, tmp_path / "out")) == 0
+    assert caption.main(options(server, shaded, tmp_path / "out")) == 0
+    capsys.readouterr()
+    assert caption.main(options(server, tmp_path / "nothing", tmp_path / "new")) == 2
+    told = capsys.readouterr().err
+    assert "no connection (Connection refused): is the server running" in told and told.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+    assert caption.main(options(server, shaded, tmp_path / "out", "--seed", "1")) == 2
+    assert "Connection refused" in capsys.readouterr().err
+
+
+def test_thoughts_that_a_server_tells_apart(shaded: Path, tmp_path: Path) -> None:
+    with chat_server(lambda *_: completion(None, "length", reasoning_content="A dog? A cat?")) as server:
+        assert caption.main(options(server, shaded, tmp_path / "out")) == 2
+    assert all("thoughts without an answer" in reason for reason in reasons_in(tmp_path / "out").values())
 
 
 # ---- ending early
@@ -335,6 +421,13 @@ def test_where_the_key_goes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         (["--sidecar", "a.csv", "--concurrency", "0"], "--concurrency 0"),
         (["--sidecar", "a.csv", "--timeout", "nan"], "--timeout nan"),
         (["--sidecar", "a.csv", "--price-in", "-1"], "--price-in -1"),
+        (["--sidecar", "a.csv", "--seed", "1"], "--seed: only with --endpoint"),
+        ([*SOME, "--temperature", "nan"], "--temperature nan: expected 0 or more"),
+        ([*SOME, "--send", "video", "--frames", "3"], "--frames: the server chooses them"),
+        ([*SOME, "--extra-body", "{"], "--extra-body: no JSON"),
+        ([*SOME, "--extra-body", '{"a": NaN}'], "--extra-body: no JSON: NaN"),
+        ([*SOME, "--extra-body", "[1]"], "--extra-body: expected a JSON object"),
+        ([*SOME, "--extra-body", '{"seed": 1}'], "--extra-body: seed is not among what it can set"),
         (["--sidecar", "nowhere"], "nowhere: no such file or folder"),
     ],
 )

@@ -100,8 +100,8 @@ def test_times_reach_the_models_that_know_them(models: Models) -> None:
     captioner = load_captioner(models["qwen2_5_vl"])
     assert captioner.inputs(clips)["second_per_grid_ts"].tolist() == pytest.approx([2.5 / 3 * 2, 10 / 3 * 2])
     # pairs of frames, the third with itself
-    told = {"qwen3_vl": (("0 . 8", "2 . 1"), ("3 . 3", "8 . 3")), "qwen3_vl_moe": (("0 . 8", "2 . 1"), ("3 . 3", "8 . 3")),
-            "qwen3_5": (("0.8", "2.1"), ("3.3", "8.3"))}  # fmt: skip
+    spaced = ("0 . 8", "2 . 1"), ("3 . 3", "8 . 3")
+    told = {"qwen3_vl": spaced, "qwen3_vl_moe": spaced, "qwen3_5": (("0.8", "2.1"), ("3.3", "8.3"))}
     for family, expected in told.items():
         captioner = load_captioner(models[family])
         for ids, times in zip(captioner.inputs(clips)["input_ids"], expected, strict=True):

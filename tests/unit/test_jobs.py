@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 
 from opensora_repro.data.files import beside
-from opensora_repro.data.jobs import cluster
+from opensora_repro.data.jobs import cluster, gpus
 from opensora_repro.data.jobs.run import Job, Runner, add_runner_options, run_jobs, runner_of
+from opensora_repro.data.jobs.workers import Task, num_cores, run_here
 from opensora_repro.data.manifest import DataError
 from opensora_repro.data.progress import progress
+from tests import job_works
 from tests.job_works import misbehave, square
 
 TWO = Runner("local", 2)
@@ -167,6 +169,62 @@ def test_ray_gives_the_same(tmp_path: Path) -> None:
     names = [{p.name: p.read_bytes() for p in (tmp_path / side).iterdir()} for side in ("here", "there")]
     assert names[0] == names[1]
     assert soon(lambda: not any(alive(int(p.stem)) for p in (tmp_path / "pids").iterdir()))
+
+
+def test_each_worker_has_a_gpu_and_few_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that takes the place of another takes its GPU, too."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    (tmp_path / "pids").mkdir()
+    told = {"pids": str(tmp_path / "pids")}
+    hows = [None, "exit", None, "SIGSEGV", None]
+    tasks = [Task(str(n), {"n": n, "how": how, **told}, None) for n, how in enumerate(hows)]
+    done = [step for step in run_here("tests.job_works:surroundings", tasks, 2, ["5", "GPU-1"]) if step]
+    found = [json.loads(outcome.text) for _, outcome in done]
+    seen = [told for told in found if "gpu" in told]
+    assert len(seen) == 3 and len(found) == 5
+    assert {told["gpu"] for told in seen} <= {"5", "GPU-1"}
+    assert {told["cv2"] for told in seen} == {1} and {told["torch"] for told in seen} == {max(1, num_cores() // 2)}
+    pairs = {path.name.split("-", 1)[0]: path.name.split("-", 1)[1] for path in (tmp_path / "pids").iterdir()}
+    assert sorted(set(pairs.values())) == ["5", "GPU-1"] and len(pairs) == 4  # two were replaced
+
+
+def test_which_gpus_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpus.visible_gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-7")
+    assert gpus.visible_gpus() == ["3", "GPU-7"]
+    assert gpus.check_device("cuda", 2, over_ray=False) and gpus.check_device("cuda", 9, over_ray=True)
+    assert not gpus.check_device("cuda:1", 9, over_ray=False) and not gpus.check_device("cpu", 9, over_ray=False)
+    for device, over_ray, message in (
+        ("cuda", False, "--model-workers 3: more than the 2 GPUs here"),
+        ("cuda:2", False, "--device cuda:2: 2 GPUs can be used here"),
+        ("cuda:0", True, "--device cuda:0: over Ray each worker gets a GPU of its own"),
+        ("nowhere", False, "--device nowhere: "),
+    ):
+        with pytest.raises(DataError, match=message):
+            gpus.check_device(device, 3, over_ray=over_ray)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(DataError, match="--device cuda: no GPU can be used here"):
+        gpus.check_device("cuda", 1, over_ray=False)
+
+
+@pytest.mark.exhaustive
+def test_ray_keeps_to_its_workers_and_gives_each_a_gpu(tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray")
+    (tmp_path / "pids").mkdir()
+    ray.init(address="local", num_cpus=4, num_gpus=3, include_dashboard=False, log_to_driver=False)
+    try:
+        told = {"pids": str(tmp_path / "pids"), "how": None}
+        jobs = [Job(str(n), "", {"n": n, **told}) for n in range(8)]
+        found = run(job_works.surroundings, jobs, tmp_path / "records", Runner("ray", 2, gpu=True))
+        assert len({told["gpu"] for told in found.values()}) == 2 and {told["cv2"] for told in found.values()} == {1}
+        assert len(list((tmp_path / "pids").iterdir())) == 2  # of four cores
+        run(job_works.surroundings, jobs[:1], tmp_path / "one", Runner("ray", 0, gpu=True))
+    finally:
+        ray.shutdown()
 
 
 def options(*given: str) -> argparse.Namespace:

@@ -67,7 +67,7 @@ def ask_all(
     """Return {"text", "cut", "tokens_in", "tokens_out"} or {"error": reason} for every question, by its key.
 
     An answer that `folder` has is not asked for again; a failure is tried again by the next run. Prints the cost, also
-    when the run ends early. Raises DataError where the endpoint answers nobody.
+    when the run ends early. Raises DataError where no server is, or the endpoint answers nobody.
     """
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
@@ -75,6 +75,8 @@ def ask_all(
     bill = Bill(prices, list(results.values()))
     todo = {question.key: question for question in questions if question.key not in results}
     total = len(results) + len(todo)
+    if todo:
+        endpoint.knock()
     crew = _Crew(list(todo.values()), folder, endpoint, concurrency)
     missed = 0
     try:

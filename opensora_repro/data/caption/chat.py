@@ -9,7 +9,10 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import queue
 import random
+import re
+import socket
 import sys
 import threading
 import time
@@ -24,9 +27,18 @@ from opensora_repro.data.manifest import DataError
 
 AGAIN = frozenset((408, 409, 425, 429))  # and 5xx: statuses of which the next try may be rid
 STOPS = frozenset((401, 402, 404))  # no other question will fare better (403 may be about one picture)
+WRONG = frozenset((400, 415, 422, 500, 501))  # what a server says to a question that it does not understand
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between tries, doubled each time; a server may ask for more
 LONGEST_ASKED_WAIT = 3600.0  # seconds that a server may ask for
 LARGEST_ANSWER = 1 << 22  # bytes
+KNOCK = 4.5  # seconds in which a server has to take a connection
+# Words of servers whose model takes no videos: no other question will fare better.
+_NO_VIDEOS = re.compile(
+    r"video_url|unknown part type|(?:unsupported|invalid|unknown) content|at most 0 video|not a multimodal|"
+    r"(?:not|n't) (?:support|accept|take)\w* (?:\w+ )?videos?\b|"
+    r"videos? (?:\w+ )?(?:is|are|was|were) not (?:supported|enabled|allowed|accepted)",
+    re.IGNORECASE,
+)
 
 
 class NoAnswer(Exception):
@@ -54,9 +66,19 @@ class Answer:
 class Endpoint:
     """A chat-completions API, its model and how patient we are; used by many threads."""
 
-    def __init__(self, url: str, model: str, *, key_env: str, max_tokens: int, timeout: float, retries: int) -> None:
-        """`timeout` in seconds, for a whole answer. Raises DataError."""
-        self.url, self.model, self.key_env = full_url(url), model, key_env
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        key_env: str,
+        max_tokens: int,
+        timeout: float,
+        retries: int,
+        fields: dict[str, Any] | None = None,
+    ) -> None:
+        """`timeout` in seconds, for a whole answer; `fields`: more of every question's body. Raises DataError."""
+        self.url, self.model, self.key_env, self.fields = full_url(url), model, key_env, fields or {}
         self.max_tokens, self.timeout, self.retries = max_tokens, timeout, retries
         self._key = os.environ.get(key_env, "").strip()
         if not self._key.isascii() or not self._key.isprintable():
@@ -68,6 +90,30 @@ class Endpoint:
         self._local = threading.local()
         self._stop = threading.Event()
         self._not_before = 0.0  # when the server wants to be asked again, by anybody
+
+    def knock(self) -> None:
+        """Raise DataError, within five seconds, where nothing takes a connection."""
+        from requests.utils import get_environ_proxies
+
+        parts, outcome = urlsplit(self.url), queue.SimpleQueue[str]()
+        if parts.scheme == "https" and get_environ_proxies(self.url):
+            return  # only the proxy could be asked
+
+        def connect() -> None:
+            port = parts.port or (443 if parts.scheme == "https" else 80)
+            try:
+                socket.create_connection((parts.hostname or "", port), timeout=KNOCK).close()
+                outcome.put("")
+            except OSError as error:
+                outcome.put(_connection_reason(error))
+
+        threading.Thread(target=connect, daemon=True).start()  # looking up a name knows no limit of time
+        try:
+            reason = outcome.get(timeout=KNOCK)
+        except queue.Empty:
+            reason = f"no connection in {KNOCK:g} s"
+        if reason:
+            raise DataError(f"--endpoint {self.url}: {reason}: is the server running, and this its address?")
 
     def start(self) -> None:
         """Answer questions (again)."""
@@ -99,11 +145,13 @@ class Endpoint:
 
     def _ask_once(self, messages: Sequence[dict[str, Any]]) -> Answer:
         limit = self._limit
-        status, wait, body = self._post({"model": self.model, "messages": list(messages), limit: self.max_tokens})
+        question = {"model": self.model, "messages": list(messages), limit: self.max_tokens, **self.fields}
+        status, wait, body = self._post(question)
         if status == 200:
             return _answer_in(body)
         reason = f"{status} {self._message(body)}".strip()
-        if status in AGAIN or status >= 500:
+        refused = status >= 500 and _sends_video(messages) and _NO_VIDEOS.search(reason)
+        if (status in AGAIN or status >= 500) and not refused:
             raise _TryAgain(reason, wait)
         if status == 401:
             have = "was refused" if self._key else "is not set, or was not sent"
@@ -114,6 +162,11 @@ class Endpoint:
         if status == 400 and limit == "max_tokens" and b"max_completion_tokens" in body:
             self._limit = "max_completion_tokens"
             raise _TryAgain(reason, 0.0)
+        if status in WRONG and _sends_video(messages):
+            hint = "does this server's model take videos? --send frames sends pictures"
+            if _NO_VIDEOS.search(reason):
+                raise DataError(f"{self.url}: {reason}; {hint}")
+            reason = f"{reason} ({hint})"
         raise NoAnswer(reason, unreachable=False)
 
     def _post(self, question: dict[str, Any]) -> tuple[int, float | None, bytes]:
@@ -197,6 +250,11 @@ def may_send_key(url: str) -> bool:
     except ValueError:
         here = parts.hostname == "localhost"
     return parts.scheme == "https" or here
+
+
+def _sends_video(messages: Sequence[dict[str, Any]]) -> bool:
+    parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
+    return any(part["type"] == "video_url" for part in parts)
 
 
 def _answer_in(body: bytes) -> Answer:

@@ -66,7 +66,7 @@ _INLINE = re.compile(r"<[|｜][^|｜<>\n]{1,40}[|｜]>|</?(?:answer|caption|resp
 
 
 def answer_turn(text: str) -> str:
-    """Return the first turn of a chat that is no question, without the marks: what a model writes after it is another."""
+    """Return the first turn of a chat that is no question, without the marks; models may go on with another."""
     text = _ONE_LINE.sub("", text, count=1)
     asked, at = False, 0
     for mark in [*_TURN.finditer(text), None]:
@@ -87,7 +87,8 @@ _COURTESY = re.compile(
     r"natürlich|gerne?|klar|selbstverständlich|sicher|bien sûr|certainement|d'accord|avec plaisir|"
     r"claro(?: que sí)?|por supuesto|desde luego|certo|certamente|claro que sim|com certeza|конечно|"
     r"好的|当然(?:可以)?|没问题|もちろん(?:です)?|承知しました|물론(?:입니다|이죠)?)"
-    r"\s?(?:[!.]+(?:\s+(?!(?-i:[a-z]))|$)|[:,，。！：、]+\s*|\n+)",  # "Sure! brand soap" is none: a sentence begins large
+    # A sentence ends where the next begins with a capital: "Sure! brand soap" is a name.
+    r"\s?(?:[!.]+(?:\s+(?!(?-i:[a-z]))|$)|[:,，。！：、]+\s*|\n+)",
     re.IGNORECASE,
 )
 _WORK = (
@@ -101,8 +102,9 @@ _ANNOUNCED = re.compile(
     r"(?:here(?: is|['’]s| are)|below (?:is|are)|the following is|this is|i have written|"
     r"hier (?:ist|sind|kommt)|voici|ci-dessous|aquí (?:está|tienes?|va)|a continuación|aqui está|segue|ecco|вот)"
     rf"(?! (?:where|when|how|why)\b)[^.!?:\n]{{0,60}}?\b{_WORK}(?:s|en)?"
-    rf"(?:(?:\s+{_OF}\b[^.!?:\n]{{0,100}})?(?:\s?[:：]\s*|\s*\n+\s*)|(?:\s+{_OF} {_THE_CLIP}[^.!?:\n]{{0,60}})?[.](?:\s+|$))"
-    r"|here(?:['’]s| is) what (?:happens|i see|is happening|can be seen|the (?:video|clip) shows)[^.!?:\n]{0,60}[:：]\s*"
+    rf"(?:(?:\s+{_OF}\b[^.!?:\n]{{0,100}})?(?:\s?[:：]\s*|\s*\n+\s*)"
+    rf"|(?:\s+{_OF} {_THE_CLIP}[^.!?:\n]{{0,60}})?[.](?:\s+|$))"
+    r"|here(?:['’]s| is) what (?:happens|is happening|i see|can be seen|the \w+ shows)[^.!?:\n]{0,60}[:：]\s*"
     r"|(?:以下是|下面是|这是)[^。：:\n]{0,40}(?:描述|说明|字幕|概述|总结)[^。：:\n]{0,20}[：:。\n]\s*"
     r"|以下は[^。：:\n]{0,40}(?:説明|キャプション|描写)[^。：:\n]{0,20}[：:。\n]\s*",
     re.IGNORECASE,
@@ -138,9 +140,9 @@ def without_courtesies(text: str) -> str:
 
 # Not cut, for it is part of a sentence, but no words about what is seen either.
 _ABOUT = re.compile(
-    r"(?:in|throughout|based on) (?:the|this|these|that) (?:short )?(?:video|clip|footage|frames|image|images)\b[^.]{0,30},"
-    r"|(?:the|this|these) (?:short |given |provided )?(?:video|clip|footage|frames?|images?|sequence)(?: clip| frames)? "
-    r"(?:shows?|depicts?|features?|captures?|displays?|presents?|portrays?|illustrates?|begins? with|opens? with|is of)\b"
+    r"(?:in|throughout|based on) (?:the|this|these|that) (?:short )?(?:video|clip|footage|frames|images?)\b[^.]{0,30},"
+    r"|(?:the|this|these) (?:short |given |provided )?(?:video|clip|footage|frames?|images?|sequence)(?: clip)? (?:"
+    r"shows?|depicts?|features?|captures?|displays?|presents?|portrays?|illustrates?|begins? with|opens? with|is of)\b"
     r"|(?:das|dieses) video zeigt|(?:la|cette) vidéo montre|(?:el|este) v[ií]deo muestra|o vídeo mostra|"
     r"(?:这|该)?(?:段|个)?(?:视频|画面|短片)(?:中)?(?:展示|显示|呈现|描绘)了?|この(?:動画|映像)(?:で)?は",
     re.IGNORECASE,

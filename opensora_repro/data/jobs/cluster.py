@@ -1,13 +1,12 @@
-"""The same tasks over a Ray cluster: each Ray process hands them to a worker of its own, so results are the same."""
+"""The same tasks over a Ray cluster: each Ray actor hands them to a worker of its own, so results are the same."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from itertools import islice
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from opensora_repro.data.jobs.workers import Done, Steps, Task, Worker, num_cores, one_reason, wait
+from opensora_repro.data.jobs.workers import Done, Steps, Task, Worker, num_cores, one_reason, surroundings, wait
 from opensora_repro.data.manifest import DataError
 
 
@@ -21,33 +20,61 @@ def import_ray() -> Any:
     return ray
 
 
-def run_over_ray(work: str, tasks: Iterable[Task], workers: int, address: str | None) -> Steps:
-    """Like `run_here`; `workers` is 0 for all of the cluster's cores. Raises DataError if no cluster answers.
+def run_over_ray(work: str, tasks: Sequence[Task], workers: int, address: str | None, gpu: bool = False) -> Steps:
+    """Like `run_here`; `workers` is 0 for all that the cluster has room for. Raises DataError if no cluster answers.
 
-    Twice as many tasks as cores are under way, so that no node waits for its next one. Every node needs this package
-    and the inputs under the same path.
+    Never more than `workers` tasks are under way, each in an actor that holds a core, and with `gpu` a GPU, for the
+    whole run: a model is loaded once. Every node needs this package and the inputs under the same path.
     """
     ray = import_ray()
     mine = not ray.is_initialized()
     if mine:
         _connect(ray, workers, address)
-    remote = ray.remote(num_cpus=1, max_retries=3)(_ray_task)  # retries are for nodes that are lost
-    limit = 2 * (workers or max(1, int(ray.cluster_resources().get("CPU", 1))))
-    queue, pending = iter(tasks), dict[Any, str]()
+    crew: list[Any] = []
     try:
-        while True:
-            for task in islice(queue, limit - len(pending)):
-                pending[remote.remote(work, task.args, task.seconds)] = task.key
-            if not pending:
-                return
-            ready, _ = ray.wait(list(pending), num_returns=1, timeout=1.0)
-            if not ready:
-                yield None
-            for ref in ready:
-                yield pending.pop(ref), _fetch(ray, ref)
+        room = _room(ray, gpu)
+        # An actor and its task are started again, three times, where their node is lost.
+        actor = ray.remote(num_cpus=1, num_gpus=int(gpu), max_restarts=-1, max_task_retries=3)(_RayWorker)
+        crew += [actor.remote(work) for _ in range(min(workers or room, len(tasks)))]
+        yield from _hand_out(ray, crew, iter(tasks))
     finally:
+        for member in crew:
+            ray.kill(member)
         if mine:
             ray.shutdown()
+
+
+def _room(ray: Any, gpu: bool) -> int:
+    """Return how many actors the cluster has room for. Raises DataError for none."""
+    resources = ray.cluster_resources()
+    room = max(1, int(resources.get("CPU", 1)))
+    if not gpu:
+        return room
+    if not (gpus := int(resources.get("GPU", 0))):
+        raise DataError("--runner ray: this cluster has no GPU, as --device cuda asks for")
+    return min(room, gpus)
+
+
+def _hand_out(ray: Any, crew: list[Any], queue: Iterator[Task]) -> Steps:
+    """Give a task to each actor that is there and idle; one that the cluster has no room for yet gets none."""
+    pending: dict[Any, tuple[Any, str | None]] = {member.ready.remote(): (member, None) for member in crew}
+    busy, more = 0, True
+    while busy or more:
+        ready, _ = ray.wait(list(pending), num_returns=1, timeout=1.0)
+        if not ready:
+            yield None
+        for ref in ready:
+            member, key = pending.pop(ref)
+            if key is not None:
+                busy -= 1
+                yield key, _fetch(ray, ref)
+            elif (told := _fetch(ray, ref)).text:
+                raise RuntimeError(f"a Ray actor did not start: {told.text}")
+            task = next(queue, None)
+            more = task is not None
+            if task is not None:
+                busy += 1
+                pending[member.run.remote(task.args, task.seconds)] = member, task.key
 
 
 def _connect(ray: Any, workers: int, address: str | None) -> None:
@@ -72,21 +99,30 @@ def _fetch(ray: Any, ref: Any) -> Done:
     return Done(text, final)
 
 
-_kept: dict[str, Worker] = {}  # in a Ray process: the worker of the task before
+class _RayWorker:
+    """A Ray actor with a worker of its own, so that a crash or a hang is met as on one machine.
 
+    The worker inherits the variables by which Ray tells an actor its GPU.
+    """
 
-def _ray_task(work: str, args: dict[str, Any], seconds: float | None) -> tuple[str, bool]:
-    """Run one task in this Ray process's own worker, so that a crash or a hang is met as on one machine."""
-    worker = _kept.pop(work, None) or Worker(work, share_cores=True)
-    try:
-        worker.give(Task("", args, seconds))
-        done = None
-        while done is None:
-            if wait([worker]):
-                done = worker.take()
-    except BaseException:
-        worker.kill()
-        raise
-    if not worker.dead:
-        _kept[work] = worker
-    return done.text, done.final
+    def __init__(self, work: str) -> None:
+        self.work, self.worker = work, None
+
+    def ready(self) -> tuple[str, bool]:
+        """Answer when the actor is there."""
+        return "", True
+
+    def run(self, args: dict[str, Any], seconds: float | None) -> tuple[str, bool]:
+        """Return a task's result, and whether it is final."""
+        if self.worker is None or self.worker.dead:
+            self.worker = Worker(self.work, surroundings(threads=1))
+        try:
+            self.worker.give(Task("", args, seconds))
+            done = None
+            while done is None:
+                if wait([self.worker]):
+                    done = self.worker.take()
+        except BaseException:
+            self.worker.kill()
+            raise
+        return done.text, done.final

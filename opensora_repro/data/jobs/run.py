@@ -2,7 +2,7 @@
 
 A job's result is written to `FOLDER/KEY.json` when it is there, beside and then renamed; a job whose record exists is
 not run again. So a run that was killed at any moment goes on where it was when it is started again. Never more jobs are
-under way than `--workers` (over Ray twice as many), however many there are.
+under way than `--workers`, however many there are.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 from opensora_repro.data.files import remove_leftovers
 from opensora_repro.data.jobs.cluster import import_ray, run_over_ray
+from opensora_repro.data.jobs.gpus import visible_gpus
 from opensora_repro.data.jobs.records import finished, write_record
 from opensora_repro.data.jobs.workers import Steps, Task, Work, num_cores, run_here
 from opensora_repro.data.manifest import DataError
@@ -36,11 +37,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Runner:
-    """Where jobs run: `workers` is 0 for all the cores of the machine, or of the cluster."""
+    """Where jobs run: `workers` is 0 for all the cores of the machine, or of the cluster.
+
+    `gpu`: each worker has a GPU of its own, the only one it sees.
+    """
 
     kind: str = "local"
     workers: int = 0
     address: str | None = None
+    gpu: bool = False
 
 
 def add_runner_options(parser: argparse.ArgumentParser) -> None:
@@ -97,10 +102,10 @@ def run_jobs(
 
 
 def _start(work: Work, jobs: Iterable[Job], runner: Runner, timeout: float | None) -> Steps:
-    tasks = (Task(job.key, job.args, timeout if job.seconds is None else job.seconds) for job in jobs)
+    tasks = [Task(job.key, job.args, timeout if job.seconds is None else job.seconds) for job in jobs]
     if runner.kind == "ray":
-        return run_over_ray(_name_of(work), tasks, runner.workers, runner.address)
-    return run_here(_name_of(work), tasks, runner.workers or num_cores())
+        return run_over_ray(_name_of(work), tasks, runner.workers, runner.address, runner.gpu)
+    return run_here(_name_of(work), tasks, runner.workers or num_cores(), visible_gpus() if runner.gpu else ())
 
 
 def _name_of(work: Work) -> str:

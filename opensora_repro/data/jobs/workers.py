@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -54,15 +54,17 @@ class Done:
 Steps = Generator[tuple[str, Done] | None, None, None]
 
 
-def run_here(work: str, tasks: Iterable[Task], workers: int) -> Steps:
+def run_here(work: str, tasks: Iterable[Task], workers: int, gpus: Sequence[str] = ()) -> Steps:
     """Yield each task's key and what became of it, in the order they end; None about every second while none does.
 
-    `work` is "module:function". Closing the generator kills the workers.
+    `work` is "module:function"; each worker sees its own of the `gpus`, if there are any. Closing the generator kills
+    the workers.
     """
     queue, pool = iter(tasks), list[Worker]()
+    threads = max(1, num_cores() // workers) if workers > 1 else None
     try:
-        for task in islice(queue, workers):
-            pool.append(Worker(work, share_cores=workers > 1))
+        for number, task in enumerate(islice(queue, workers)):
+            pool.append(Worker(work, surroundings(threads, gpus[number] if gpus else None)))
             pool[-1].give(task)
         while pool:
             ready = wait(pool)
@@ -79,12 +81,23 @@ def run_here(work: str, tasks: Iterable[Task], workers: int) -> Steps:
                     pool.remove(worker)
                 if following is not None:
                     if worker.dead:
-                        worker = Worker(work, share_cores=workers > 1)
+                        worker = Worker(work, worker.environment)
                         pool.append(worker)
                     worker.give(following)
     finally:
         for worker in pool:
             worker.kill()
+
+
+def surroundings(threads: int | None, gpu: str | None = None) -> dict[str, str]:
+    """Return the environment variables of a worker, which its libraries read when they load.
+
+    Otherwise they start a thread a core, in every worker; OpenCV gains nothing by that on single frames.
+    """
+    told = {"OPENCV_FOR_THREADS_NUM": "1"}
+    if threads is not None:
+        told["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
+    return told | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {})
 
 
 def wait(pool: list[Worker]) -> list[Worker]:
@@ -95,15 +108,15 @@ def wait(pool: list[Worker]) -> list[Worker]:
 
 
 class Worker:
-    """A process that answers one task after another."""
+    """A process that answers one task after another, with some more variables in its environment."""
 
-    def __init__(self, work: str, *, share_cores: bool) -> None:
-        self.work, self.dead, self.started = work, False, False
+    def __init__(self, work: str, environment: dict[str, str]) -> None:
+        self.work, self.environment, self.dead, self.started = work, environment, False, False
         self.task: Task
         self.deadline = float("inf")
         context = multiprocessing.get_context("spawn")  # forking a process that has threads is a gamble
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, work, share_cores), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, work, environment), daemon=True)
         with _no_interrupt():
             self.process.start()
         theirs.close()  # now only the worker holds it, so that its end is heard here
@@ -184,13 +197,12 @@ def _no_interrupt() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _serve(pipe: Any, name: str, share_cores: bool) -> None:
+def _serve(pipe: Any, name: str, environment: dict[str, str]) -> None:
     """Be a worker: answer tasks until the pipe closes."""
     if hasattr(os, "setsid"):
         os.setsid()  # away from the terminal's Ctrl-C, and killed together with whatever `work` starts
     _die_with_parent()
-    if share_cores:  # libraries that are loaded from here on start a thread a core otherwise, in every worker
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.update(environment)  # before `work` imports what reads it
     try:
         module, function = name.split(":")
         work = getattr(importlib.import_module(module), function)
