@@ -4,9 +4,11 @@
 
 TABLE (CSV or Parquet) has a column url, and may have id, caption, sha256 or md5, and start_time and end_time (seconds).
 Files come to DIR/files, named after the id, or after `source` where the row describes a part of a video; a URL that
-several rows name is fetched once. Only http and https are followed. A file that was interrupted goes on where it was,
-if the server can do that and still has the same one. A download that fails for good (404, too large, a wrong checksum)
-is remembered; one that may succeed another time is tried --retries times, and again by the next run.
+several rows name is fetched once. Only http and https are followed, and with --allow-private to this machine and to
+private networks. What is no video or picture by its first bytes is refused, whatever the server calls it. A file that
+was interrupted goes on where it was, if the server can do that and still has the same one. A download that fails for
+good (404, too large, a wrong checksum) is remembered; one that may succeed another time is tried --retries times, and
+again by the next run.
 
 DIR/manifest.parquet has a row for each row of TABLE that got its file, with all its columns. Rows that describe a part
 of a video (start_time and end_time) are in DIR/captions.parquet instead, and the manifest has one row for their file:
@@ -70,6 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--per-host", type=int, default=2, metavar="N", help="of them from one host (%(default)s)")
     parser.add_argument("--retries", type=int, default=4, metavar="N", help="tries after the first (%(default)s)")
     parser.add_argument("--timeout", type=float, default=30.0, metavar="S", help="seconds without a byte (%(default)s)")
+    parser.add_argument("--max-time", type=float, default=7200.0, metavar="S", help="seconds for a file (%(default)g)")
+    parser.add_argument("--allow-private", action="store_true", help="fetch from this machine and private networks")
     parser.add_argument("--yt-dlp", action="store_true", help="fetch pages of video sites with your yt-dlp")
     return parser
 
@@ -79,10 +83,12 @@ def place_of(args: argparse.Namespace) -> Place:
     for name, least in (("workers", 1), ("per_host", 1), ("retries", 0)):
         if getattr(args, name) < least:
             raise DataError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {least}")
-    if not args.timeout > 0:
-        raise DataError(f"--timeout {args.timeout}: expected seconds, more than 0")
+    for name in ("timeout", "max_time"):
+        if not 0 < getattr(args, name) < threading.TIMEOUT_MAX:
+            raise DataError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected seconds, more than 0")
     total = num_bytes("--max-total", args.max_total) if args.max_total else None
-    limits = Limits(num_bytes("--max-bytes", args.max_bytes), args.timeout, args.retries)
+    largest = num_bytes("--max-bytes", args.max_bytes)
+    limits = Limits(largest, args.timeout, args.retries, args.max_time, args.allow_private)
     return Place(Path(args.out), limits, Budget(total), threading.Event(), find_yt_dlp() if args.yt_dlp else None)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-CONTENT = hashlib.shake_128(b"content").digest(600_000)
+CONTENT = b"\0\0\0\x18ftypisom" + hashlib.shake_128(b"content").digest(599_988)  # begins as an mp4 does
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 MD5 = hashlib.md5(CONTENT).hexdigest()
 CUT = 200_000  # bytes after which a connection is dropped
@@ -91,6 +91,10 @@ class Handler(BaseHTTPRequestHandler):
     def send_tonowhere(self, time: int) -> None:
         self.begin(302, Content_Length=0, Location="http://[::/")
 
+    def send_toloopback(self, time: int) -> None:
+        target = f"http://127.0.0.2:{self.server.server_port}/ranges/a.mp4"
+        self.begin(302, Content_Length=0, Location=target)
+
     def send_tohere(self, time: int) -> None:
         self.begin(302, Content_Length=0, Location="/ranges/redirected.mp4")
 
@@ -103,8 +107,29 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(CONTENT)
 
     def send_page(self, time: int) -> None:
-        self.begin(Content_Type="text/html", Content_Length=4)
-        self.wfile.write(b"<p>!")
+        """A page of an error that is called a video, and long."""
+        self.begin(Content_Type="video/mp4", Content_Length=10**6)
+        self.wfile.write(b"<!DOCTYPE html>" + b" " * 2000)
+        self.server.stop.wait(20)
+
+    def send_text(self, time: int) -> None:
+        """A video that is called text."""
+        self.begin(Content_Type="text/html", Content_Length=len(CONTENT))
+        self.wfile.write(CONTENT)
+
+    def send_drip(self, time: int) -> None:
+        """A byte now and then, without a length."""
+        self.begin(Content_Type="video/mp4")
+        for at in range(1000):
+            self.wfile.write(CONTENT[at : at + 1])
+            if self.server.stop.wait(0.05):
+                return
+
+    def send_dripline(self, time: int) -> None:
+        """The same, in the headers."""
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
+        while not self.server.stop.wait(0.05):
+            self.wfile.write(b"x")
 
     def send_stall(self, time: int) -> None:
         self.begin(Content_Type="video/mp4", Content_Length=len(CONTENT), ETag='"one"')

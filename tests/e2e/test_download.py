@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pandas as pd
 import pytest
 
 from data_tools import caption, download
+from opensora_repro.data.download import connect
 from opensora_repro.data.manifest import read_table, write_table
 from tests.file_server import CONTENT, MD5, SHA256, Server, serving
 
@@ -30,7 +32,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 def run(table: Path, rows: list[dict[str, Any]], out: Path, *options: str) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the manifest's rows and the rejects' reasons, by id."""
     write_table(pd.DataFrame(rows), table)
-    code = download.main([str(table), "--out", str(out), "--retries", "2", *options])
+    code = download.main([str(table), "--out", str(out), "--retries", "2", "--allow-private", *options])
     kept = read_table(out / "manifest.parquet").to_dict("records")
     rejects = read_table(out / "rejects.parquet").to_dict("records")
     assert code == (0 if kept else 2)
@@ -44,7 +46,7 @@ def run(table: Path, rows: list[dict[str, Any]], out: Path, *options: str) -> tu
 
 def test_every_fault_has_its_answer(server: Server, tmp_path: Path) -> None:
     kinds = ("ranges", "drop", "changed", "mixed", "noranges", "busy", "tohere", "missing", "busyforlong", "broken",
-             "tofile", "tonowhere", "huge", "endless", "page")  # fmt: skip
+             "text", "tofile", "tonowhere", "huge", "endless", "page")  # fmt: skip
     rows: list[dict[str, Any]] = [
         {"id": kind, "url": server.url(f"{kind}/a.mp4"), "caption": f"a {kind}", "likes": 3} for kind in kinds
     ]
@@ -57,7 +59,7 @@ def test_every_fault_has_its_answer(server: Server, tmp_path: Path) -> None:
     rows.append({"id": "odd", "url": server.url("ranges/c.mp4"), "sha256": "12"})
     rows.append({"id": "ranges", "url": server.url("ranges/again.mp4")})
     kept, reasons = run(tmp_path / "t.csv", rows, tmp_path / "out", "--max-bytes", "1M")
-    assert list(kept) == ["ranges", "drop", "changed", "mixed", "noranges", "busy", "tohere"]
+    assert list(kept) == ["ranges", "drop", "changed", "mixed", "noranges", "busy", "tohere", "text"]
     assert kept["drop"]["path"] == "files/drop.mp4"
     assert (kept["drop"]["caption"], kept["drop"]["likes"]) == ("a drop", 3)
     assert reasons == {
@@ -68,7 +70,7 @@ def test_every_fault_has_its_answer(server: Server, tmp_path: Path) -> None:
         "tonowhere": reasons["tonowhere"],
         "huge": "has 1,000,000,000,000 bytes, --max-bytes is 1,000,000",
         "endless": "has more than 1,000,000 bytes, the limit of --max-bytes",
-        "page": "answered with text/html, expected a video or picture",
+        "page": "is a page or other text; expected a video or picture",
         "scheme": "expected an http or https URL, got file:///etc/passwd",
         "none": "url is empty",
         "no host": "expected an http or https URL, got http:///a.mp4",
@@ -110,10 +112,49 @@ def test_a_stalled_connection_is_given_up(server: Server, tmp_path: Path) -> Non
     assert "timed out (2 tries)" in reasons["stall"]
 
 
+def test_a_file_has_its_time(server: Server, tmp_path: Path) -> None:
+    """Bytes that drip keep every limit but that; what came is kept for the next run."""
+    rows = [{"id": kind, "url": server.url(f"{kind}/a.mp4")} for kind in ("drip", "dripline", "ranges")]
+    kept, reasons = run(tmp_path / "t.csv", rows, tmp_path / "out", "--max-time", "1", "--per-host", "3")
+    assert list(kept) == ["ranges"]
+    assert set(reasons.values()) == {"took longer than --max-time, 1 seconds; the next run goes on where it was"}
+    assert not [p for p in (tmp_path / "out/records").iterdir() if "error" in p.read_text()]
+
+
+def test_private_addresses_need_an_option(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a URL, behind a name, and where a server sends us on to."""
+    found = socket.getaddrinfo
+    places = {"public.example": "127.0.0.1"}
+
+    def lookup(host: str, *more: Any, **named: Any) -> Any:
+        return found(places.get(host, host), *more, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    port = server.server_port
+    hosts = ["127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0", "2130706433", "10.1.2.3",
+             "192.168.0.1", "169.254.169.254", "[fe80::1]", "[fd00::1]", "100.64.0.1", "public.example"]  # fmt: skip
+    rows = [{"id": host, "url": f"http://{host}:{port}/ranges/a.mp4"} for host in hosts]
+    write_table(pd.DataFrame(rows), tmp_path / "t.csv")
+    assert download.main([str(tmp_path / "t.csv"), "--out", str(tmp_path / "out")]) == 2
+    rejects = read_table(tmp_path / "out/rejects.parquet").to_dict("records")
+    assert len(rejects) == len(hosts) and not server.asked
+    assert all("in this machine or a private network: --allow-private" in row["reason"] for row in rejects), rejects
+    assert not list((tmp_path / "out/records").iterdir())
+    # A name that is public when it is looked at first; a public server that sends on.
+    monkeypatch.setattr(connect, "is_public", lambda address: address != "127.0.0.2")
+    rows = [{"id": "on", "url": server.url("toloopback/a.mp4")}, {"id": "ok", "url": server.url("ranges/a.mp4")}]
+    write_table(pd.DataFrame(rows), tmp_path / "t.csv")
+    assert download.main([str(tmp_path / "t.csv"), "--out", str(tmp_path / "out")]) == 0
+    (reject,) = read_table(tmp_path / "out/rejects.parquet").to_dict("records")
+    assert reject["id"] == "on" and "127.0.0.2" in reject["reason"]
+
+
 def test_names_come_from_ids_and_stay_in_their_folder(server: Server, tmp_path: Path) -> None:
     ids = ["../../up", "/abs", "a b", "a_b", "A_B", "-dash", "é", "x" * 300, "con.mp4"]
     rows = [{"id": name, "url": server.url(f"ranges/{at}/..%2f..%2fetc.mp4")} for at, name in enumerate(ids)]
-    rows.append({"id": "other type", "url": server.url("slow/a.exe")})
+    rows.append({"id": "other name", "url": server.url("slow/a.exe")})
     server.pause = 0
     kept, reasons = run(tmp_path / "t.csv", rows, tmp_path / "out")
     assert not reasons
@@ -121,7 +162,7 @@ def test_names_come_from_ids_and_stay_in_their_folder(server: Server, tmp_path: 
     assert len({path.name.lower() for path in files}) == len(rows)
     assert {f"files/{path.name}" for path in files} == {row["path"] for row in kept.values()}
     assert kept["a_b"]["path"] == "files/a_b.mp4"
-    assert kept["other type"]["path"].endswith(".bin")
+    assert kept["other name"]["path"].endswith(".mp4")
     assert {p.name for p in tmp_path.iterdir()} == {"t.csv", "out"}
 
 
@@ -142,7 +183,8 @@ def test_killed_and_run_again_equals_a_run_in_peace(server: Server, tmp_path: Pa
     write_table(pd.DataFrame(rows), tmp_path / "t.parquet")
     out = tmp_path / "killed"
     parts = out / "parts"
-    command = [sys.executable, "-m", "data_tools.download", str(tmp_path / "t.parquet"), "--out", str(out)]
+    command = [sys.executable, "-m", "data_tools.download", str(tmp_path / "t.parquet"), "--out", str(out),
+               "--allow-private"]  # fmt: skip
     process = subprocess.Popen(command, cwd=repo_dir, stderr=subprocess.DEVNULL)
     # Records that are being written are hidden files, gone in a moment.
     while not any(p.stat().st_size > 100_000 for p in parts.glob("[!.]*") if p.suffix != ".json"):
@@ -200,9 +242,65 @@ template, url = arguments[arguments.index("--output") + 1], arguments[-1]
 assert arguments[-2] == "--"
 if "private" in url:
     sys.exit("ERROR: this video is private")
-if "large" not in url:
+if "grows" in url or "child" in url:
+    import os, subprocess, time
+    code = "import time; time.sleep(100)"
+    child = subprocess.Popen([sys.executable, "-c", code]) if "child" in url else None
+    open({log!r}, "w").write(f"{{os.getpid()}} {{child.pid if child else os.getpid()}}")
+    with open(template.replace("%(ext)s", "mp4.part").replace("%%", "%"), "wb") as file:
+        for _ in range(2000):
+            file.write(bytes(10_000 if "grows" in url else 1))
+            file.flush()
+            time.sleep(0.01)
+elif "large" not in url:
     open(template.replace("%(ext)s", "mp4").replace("%%", "%"), "wb").write(bytes.fromhex("{content}"))
 """
+
+
+def write_program(path: Path, log: Path) -> None:
+    path.parent.mkdir()
+    path.write_text(YT_DLP.format(python=sys.executable, content=b"\x01\x02".hex(), log=str(log)))
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+def alive(pid: int) -> bool:
+    stat_file = Path(f"/proc/{pid}/stat")
+    return stat_file.exists() and stat_file.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def soon(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 30
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
+
+
+def test_a_page_that_grows_too_large_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_program(tmp_path / "bin" / "yt-dlp", tmp_path / "log")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    write_table(pd.DataFrame([{"id": "a", "url": "https://youtu.be/grows"}]), tmp_path / "t.csv")
+    arguments = [str(tmp_path / "t.csv"), "--out", str(tmp_path / "out"), "--yt-dlp", "--max-bytes", "300K"]
+    assert download.main(arguments) == 2
+    (reason,) = read_table(tmp_path / "out/rejects.parquet")["reason"]
+    assert reason == "yt-dlp fetched more than --max-bytes 300,000"
+    assert soon(lambda: not any(alive(int(pid)) for pid in (tmp_path / "log").read_text().split()))
+    assert not list((tmp_path / "out/pages").iterdir())
+
+
+@pytest.mark.parametrize("how", ["time", signal.SIGKILL, signal.SIGTERM])
+def test_yt_dlp_and_what_it_started_end_with_the_tool(tmp_path: Path, repo_dir: Path, how: Any) -> None:
+    log = tmp_path / "log"
+    write_program(tmp_path / "bin" / "yt-dlp", log)
+    write_table(pd.DataFrame([{"id": "a", "url": "https://youtu.be/child"}]), tmp_path / "t.csv")
+    command = [sys.executable, "-m", "data_tools.download", str(tmp_path / "t.csv"), "--out", str(tmp_path / "out"),
+               "--yt-dlp", *(["--max-time", "1"] if how == "time" else [])]  # fmt: skip
+    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    with subprocess.Popen(command, cwd=repo_dir, env={**os.environ, "PATH": path}, stderr=subprocess.PIPE) as process:
+        assert soon(lambda: log.exists() and len(log.read_text().split()) == 2)
+        if how != "time":
+            process.send_signal(how)
+        process.communicate(timeout=60)
+    assert soon(lambda: not any(alive(int(pid)) for pid in log.read_text().split()))
 
 
 def test_pages_of_video_sites_are_left_to_yt_dlp(
@@ -220,9 +318,7 @@ def test_pages_of_video_sites_are_left_to_yt_dlp(
     reason = read_table(tmp_path / "100% out/rejects.parquet")["reason"][0]
     assert reason == "a page of www.youtube.com: --yt-dlp fetches it, where yt-dlp is installed"
     program = tmp_path / "bin" / "yt-dlp"
-    program.parent.mkdir()
-    program.write_text(YT_DLP.format(python=sys.executable, content=b"\x01\x02".hex()))
-    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    write_program(program, tmp_path / "log")
     assert download.main([*arguments, "--yt-dlp"]) == 0
     kept = read_table(tmp_path / "100% out/manifest.parquet")
     assert kept["path"].tolist() == ["files/good.mp4", "files/short.mp4"]
@@ -240,6 +336,7 @@ def test_pages_of_video_sites_are_left_to_yt_dlp(
         (["--max-bytes", "lots"], "--max-bytes lots: expected bytes, such as 500M or 2G"),
         (["--workers", "0"], "--workers 0: expected at least 1"),
         (["--timeout", "nan"], "--timeout nan: expected seconds"),
+        (["--max-time", "0"], "--max-time 0.0: expected seconds"),
         ([], "column url missing (has id, link)"),
     ],
 )

@@ -6,10 +6,15 @@ import email.utils
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 
+from opensora_repro.data.download.connect import is_public
 from opensora_repro.data.download.fetch import Budget, Failed, Refused, checked_url, retry_after
+from opensora_repro.data.download.kinds import kind_of, seems
 from opensora_repro.data.download.turns import Turns, in_threads
 from opensora_repro.data.download.video_pages import is_video_page
 from opensora_repro.data.files import safe_name
@@ -67,6 +72,80 @@ def test_what_is_no_web_address_is_refused(url: str) -> None:
 
 def test_a_line_break_cannot_add_a_header() -> None:
     assert "\n" not in checked_url("http://h/a\r\nX-Evil: 1")
+
+
+def packets(size: int, offset: int, count: int = 6) -> bytes:
+    packet = bytes(offset) + b"\x47" + bytes(range(1, 255))[: size - 1 - offset]
+    return (packet.ljust(size, b"\xff")) * count
+
+
+@pytest.mark.parametrize(
+    ("head", "kind"),
+    [
+        (b"\0\0\0\x20ftypisom\0\0\2\0", ".mp4"),
+        (b"\0\0\0\x14ftypqt  ", ".mov"),
+        (b"\0\0\0\x08wide\0\0\0\0mdat", ".mov"),
+        (b"\0\0\0\x20ftypavif", ""),
+        (b"\0\0\0\x20ftypM4A ", ""),
+        (b"\x1aE\xdf\xa3\x9fB\x86\x81\1B\x82\x84webm", ".webm"),
+        (b"\x1aE\xdf\xa3\xa3B\x86\x81\1B\x82\x88matroska", ".mkv"),
+        (b"RIFF\0\0\1\0AVI LIST", ".avi"),
+        (b"RIFF\0\0\1\0WAVEfmt ", ""),
+        (b"RIFF\0\0\1\0WEBPVP8 ", ".webp"),
+        (packets(188, 0), ".ts"),
+        (packets(192, 4), ".ts"),
+        (packets(204, 0), ".ts"),
+        (packets(188, 0, 8)[100:], ".ts"),  # a part of a broadcast
+        (packets(188, 0, 2), ""),
+        (b"G" * 2000, ""),
+        (b"FLV\1\5", ".flv"),
+        (b"\0\0\1\xba\x44", ".mpg"),
+        (b"OggS\0\2", ".ogv"),
+        (bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c00"), ".wmv"),
+        (b"\xff\xd8\xff\xe0", ".jpg"),
+        (b"\x89PNG\r\n\x1a\n", ".png"),
+        (b"BM\x36\0\0\0\0\0\0\0\x36", ".bmp"),
+        (b"<!DOCTYPE html><html>", ""),
+        (b'\n {"error": "gone"}', ""),
+        (b"#EXTM3U\n", ""),
+        (b"%!PS-Adobe", ""),
+        (b"PK\3\4", ""),
+        (b"", ""),
+    ],
+)
+def test_kinds_by_the_first_bytes(head: bytes, kind: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(head)
+    assert kind_of(tmp_path / "file") == kind
+
+
+def test_real_files_have_their_kind(tmp_path: Path) -> None:
+    for suffix in (".mp4", ".mov", ".mkv", ".webm", ".avi", ".ts", ".flv", ".mpg", ".ogv", ".wmv"):
+        path = tmp_path / f"a{suffix}"
+        codec = {".webm": "libvpx", ".ogv": "libtheora", ".wmv": "wmv2", ".flv": "flv"}.get(suffix, "mpeg4")
+        with av.open(str(path), "w", format={".ogv": "ogg"}.get(suffix)) as container:
+            stream = container.add_stream("mpeg2video" if suffix == ".mpg" else codec, rate=25)
+            stream.width = stream.height = 64
+            stream.pix_fmt = "yuv420p"
+            for number in range(6):
+                picture = np.full((64, 64, 3), 40 * number, dtype=np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode())
+        assert kind_of(path) == suffix
+
+
+def test_what_a_refused_file_seems(tmp_path: Path) -> None:
+    for head, words in ((b"<p>", "a page"), (b"#EXTM3U", "a playlist"), (b"gone", "text"), (b"\0\1", "neither video")):
+        (tmp_path / "file").write_bytes(head)
+        assert seems(tmp_path / "file").startswith(words)
+
+
+def test_public_addresses() -> None:
+    for address in ("8.8.8.8", "2606:4700::1111", "64:ff9b::808:808", "::ffff:8.8.8.8"):
+        assert is_public(address), address
+    for address in ("127.1.2.3", "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0",
+                    "224.0.0.1", "255.255.255.255", "::1", "::", "fe80::1%eth0", "fc00::1", "::ffff:10.0.0.1",
+                    "64:ff9b::7f00:1", "2002:7f00:1::", "ff02::1"):  # fmt: skip
+        assert not is_public(address), address
 
 
 def test_retry_after_is_seconds_or_a_date() -> None:

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+from opensora_repro.data.download.connect import Forbidden, Line
+from opensora_repro.data.download.kinds import HEAD, kind_of, seems
 from opensora_repro.data.files import one_line
 from opensora_repro.data.jobs.records import write_record
 from opensora_repro.data.jobs.workers import DISK_TROUBLE
@@ -60,11 +62,13 @@ class _Again(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes of a file, seconds without a byte, and tries after the first."""
+    """Bytes of a file, seconds without a byte, tries after the first, seconds of all tries; where files may lie."""
 
     max_bytes: int
     timeout: float
     retries: int
+    max_time: float
+    allow_private: bool
 
 
 class Budget:
@@ -89,35 +93,42 @@ class Budget:
             self.held[key] = size
 
 
-@dataclass(frozen=True)
-class Fetched:
-    """What a server told of a file that is whole now."""
-
-    content_type: str
-    resumed: bool
-
-
-def fetch(url: str, part: Path, limits: Limits, hold: Callable[[int], None], stop: threading.Event) -> Fetched:
-    """Download `url` to the file `part`, going on from what it holds. Raises Refused or Failed.
+def fetch(url: str, part: Path, limits: Limits, hold: Callable[[int], None], stop: threading.Event) -> bool:
+    """Download `url` to the file `part`, going on from what it holds; return whether it did. Raises Refused or Failed.
 
     `hold` is told the file's size, or what there is of it as it grows, and may raise.
     """
     address, tries, resumed = checked_url(url), 0, False
+    deadline = time.monotonic() + limits.max_time
     while True:
         before = _size(part)
         resumed |= before > 0
         try:
-            return Fetched(_attempt(address, part, limits, hold, stop), resumed)
-        except _Again as error:
+            with Line(deadline, allow_private=limits.allow_private) as line:
+                _attempt(address, part, limits, hold, stop, line)
+            return resumed
+        except Forbidden as error:
+            raise Failed(str(error)) from error
+        except (_Again, Refused) as error:
+            if line.expired:  # whatever was made of the end
+                raise _too_slow(limits) from error
+            if isinstance(error, Refused):
+                raise
             tries = 1 if _size(part) - before >= PROGRESS else tries + 1
             if tries > limits.retries:
                 raise Failed(f"{error} ({tries} tries)") from error
             wait = FIRST_WAIT * 2 ** (tries - 1) if error.wait is None else error.wait
             if wait > LONGEST_WAIT:
                 raise Failed(f"{error} (the server asks to wait {wait:.0f} seconds)") from error
+            if time.monotonic() + wait > deadline:
+                raise _too_slow(limits) from error
             stop.wait(wait)
         if stop.is_set():
             raise Failed("interrupted")
+
+
+def _too_slow(limits: Limits) -> Failed:
+    return Failed(f"took longer than --max-time, {limits.max_time:g} seconds; the next run goes on where it was")
 
 
 def checked_url(url: str) -> str:
@@ -143,14 +154,19 @@ def drop(part: Path) -> None:
     _about(part).unlink(missing_ok=True)
 
 
-def _attempt(url: str, part: Path, limits: Limits, hold: Callable[[int], None], stop: threading.Event) -> str:
+def _attempt(
+    url: str, part: Path, limits: Limits, hold: Callable[[int], None], stop: threading.Event, line: Line
+) -> None:
     headers = {"User-Agent": "opensora-repro", "Accept": "*/*", "Accept-Encoding": "identity"}
     start, validator = _size(part), _validator(part)
     if start and validator:
         headers |= {"Range": f"bytes={start}-", "If-Range": validator}
     try:
-        with _opener().open(urllib.request.Request(url, headers=headers), timeout=limits.timeout) as response:
-            return _receive(response, part, start if "Range" in headers else 0, limits, hold, stop)
+        request = urllib.request.Request(url, headers=headers)
+        with line.opener(_Redirects()).open(request, timeout=limits.timeout) as response:
+            _receive(response, part, start if "Range" in headers else 0, limits, hold, stop)
+        if line.expired:  # without a length, an end looks like any other
+            raise _too_slow(limits)
     except urllib.error.HTTPError as error:
         error.close()
         _raise_status(error, part)
@@ -194,14 +210,11 @@ def retry_after(value: str | None) -> float | None:
 
 def _receive(
     response: Any, part: Path, asked: int, limits: Limits, hold: Callable[[int], None], stop: threading.Event
-) -> str:
-    """Write a response's body from where it starts; return its type. Raises _Again if it ends early."""
+) -> None:
+    """Write a response's body from where it starts. Raises _Again if it ends early."""
     start, expected = _extent(response, part, asked)
-    kind = response.headers.get_content_type() if "Content-Type" in response.headers else ""
     if response.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise Refused(f"answered in an encoding that was not asked for: {response.headers['Content-Encoding']}")
-    if kind.startswith("text/"):
-        raise Refused(f"answered with {one_line(kind)}, expected a video or picture")
     if expected is not None and expected > limits.max_bytes:
         raise TooLarge(f"has {expected:,} bytes, --max-bytes is {limits.max_bytes:,}")
     hold(max(start, expected or 0))  # all of it at once: two that do not both fit shall not both fail half-way
@@ -214,7 +227,6 @@ def _receive(
         raise _Again(f"the connection ended after {got:,} of {expected:,} bytes")
     if not got:
         raise Refused("the file is empty")
-    return kind
 
 
 def _extent(response: Any, part: Path, asked: int) -> tuple[int, int | None]:
@@ -241,7 +253,7 @@ def _copy(
     hold: Callable[[int], None],
     stop: threading.Event,
 ) -> int:
-    got, began = start, time.monotonic()
+    got, began, known = start, time.monotonic(), False
     while data := response.read1(BLOCK):
         got += len(data)
         if got > limits.max_bytes:
@@ -249,12 +261,22 @@ def _copy(
         if got > expected:
             hold(got)
         file.write(data)
+        if not known and got >= HEAD:
+            file.flush()
+            known = bool(checked_kind(Path(file.name)))
         passed = time.monotonic() - began
         if passed > PATIENCE and (got - start) / passed < SLOWEST:
             raise _Again(f"slower than {SLOWEST:.0f} bytes a second")
         if stop.is_set():
             raise Failed("interrupted")
     return got
+
+
+def checked_kind(path: Path) -> str:
+    """Return the extension that a file's first bytes ask for. Raises Refused for no video and no picture."""
+    if kind := kind_of(path):
+        return kind
+    raise Refused(f"is {seems(path)}; expected a video or picture")
 
 
 def _about(part: Path) -> Path:
@@ -295,19 +317,3 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return super().http_error_302(req, fp, code, msg, headers)
 
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
-
-
-def _opener() -> urllib.request.OpenerDirector:
-    """Return an opener that knows http and https, and no files or other schemes."""
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler,
-        urllib.request.UnknownHandler,
-        urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler,
-        urllib.request.HTTPDefaultErrorHandler,
-        urllib.request.HTTPErrorProcessor,
-        _Redirects,
-    ):
-        opener.add_handler(handler())
-    return opener

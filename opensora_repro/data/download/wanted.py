@@ -9,31 +9,26 @@ import shutil
 import threading
 import urllib.parse
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from opensora_repro.data.download.fetch import (
     Budget,
     Failed,
-    Fetched,
     Limits,
     OverBudget,
     Refused,
     TooLarge,
+    checked_kind,
     drop,
     fetch,
 )
+from opensora_repro.data.download.kinds import kind_of
 from opensora_repro.data.download.turns import Turns, in_threads
 from opensora_repro.data.download.video_pages import fetch_page, is_video_page
-from opensora_repro.data.inputs import VIDEO_SUFFIXES
 from opensora_repro.data.jobs.records import read_record, write_record
 from opensora_repro.data.outcome import Row
 from opensora_repro.data.progress import progress
-
-SUFFIXES = {
-    "video/mp4": ".mp4", "video/webm": ".webm", "video/quicktime": ".mov", "video/x-matroska": ".mkv",
-    "video/x-msvideo": ".avi", "video/mpeg": ".mpg", "video/mp2t": ".ts", "image/jpeg": ".jpg", "image/png": ".png",
-    "image/webp": ".webp", "image/bmp": ".bmp",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -124,23 +119,23 @@ def fetch_file(file: Wanted, part: Path, place: Place) -> Row:
     """Download to `part`, check and rename. What was continued and has a wrong checksum is fetched once more, whole."""
     if is_page(file):
         raise Failed(f"a page of {host_of(file.url)}: --yt-dlp fetches it, where yt-dlp is installed")
-    done = fetch_part(file, part, place)
-    if done.resumed and wrong_digests(file, checksums(part)):
+    resumed = fetch_part(file, part, place)
+    if resumed and wrong_digests(file, checksums(part)):
         drop(part)
-        done = fetch_part(file, part, place)
-    return keep(file, part, suffix_of(done.content_type, file.url), place)
+        fetch_part(file, part, place)
+    return keep(file, part, checked_kind(part), place)
 
 
-def fetch_part(file: Wanted, part: Path, place: Place) -> Fetched:
-    return fetch(file.url, part, place.limits, lambda size: place.budget.hold(file.key, size), place.stop)
+def fetch_part(file: Wanted, part: Path, place: Place) -> bool:
+    return fetch(file.url, part, place.limits, partial(place.budget.hold, file.key), place.stop)
 
 
 def fetch_page_of(file: Wanted, place: Place) -> Row:
     folder = place.out / "pages" / file.key
     try:
-        path = fetch_page(file.url, place.yt_dlp or "", folder, place.limits.max_bytes, place.stop)
-        place.budget.hold(file.key, path.stat().st_size)
-        return keep(file, path, suffix_of("", path.name), place)
+        hold = partial(place.budget.hold, file.key)
+        path = fetch_page(file.url, place.yt_dlp or "", folder, place.limits, hold, place.stop)
+        return keep(file, path, kind_of(path) or path.suffix, place)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -172,11 +167,3 @@ def checksums(path: Path) -> dict[str, str]:
                 digest.update(block)
         os.fsync(file.fileno())
     return {kind: digest.hexdigest() for kind, digest in digests.items()}
-
-
-def suffix_of(content_type: str, url: str) -> str:
-    """Return the extension that the server's type has, or else the URL's if it is one of a video or picture."""
-    from opensora_repro.data.video import IMAGE_SUFFIXES
-
-    suffix = Path(urllib.parse.urlsplit(url).path).suffix.lower()
-    return SUFFIXES.get(content_type) or (suffix if suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES else ".bin")
