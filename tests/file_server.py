@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 CONTENT = b"\0\0\0\x18ftypisom" + hashlib.shake_128(b"content").digest(599_988)  # begins as an mp4 does
+OTHER = CONTENT[:12] + CONTENT[:11:-1]
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 MD5 = hashlib.md5(CONTENT).hexdigest()
 CUT = 200_000  # bytes after which a connection is dropped
@@ -59,14 +60,14 @@ class Handler(BaseHTTPRequestHandler):
     def send_changed(self, time: int) -> None:
         """Another file after the first connection has ended early."""
         if time == 1:
-            self.send_ranges(time, tag='"old"', stop=CUT, content=CONTENT[::-1])
+            self.send_ranges(time, tag='"old"', stop=CUT, content=OTHER)
         else:
             self.send_ranges(time)
 
     def send_mixed(self, time: int) -> None:
         """Another file, too, but the server says that it is the same."""
         asked_for_rest = bool(self.headers.get("Range"))
-        self.send_ranges(time, stop=CUT if time == 1 else None, content=CONTENT[::-1] if time == 1 else CONTENT)
+        self.send_ranges(time, stop=CUT if time == 1 else None, content=OTHER if time == 1 else CONTENT)
         assert asked_for_rest == (time == 2)
 
     def send_noranges(self, time: int) -> None:
