@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_repro.data.files import remove_leftovers
-from opensora_repro.data.inputs import content_digests, find_inputs
-from opensora_repro.data.jobs.records import read_record
+from opensora_repro.data.inputs import Item, content_digest, find_inputs
+from opensora_repro.data.jobs.keys import file_key
+from opensora_repro.data.jobs.records import finished, read_record, write_record
 from opensora_repro.data.jobs.run import Job, Runner, add_runner_options, run_jobs, runner_of
 from opensora_repro.data.manifest import DataError
 from opensora_repro.data.outcome import LINEAGE, MANIFEST, Row, reject, run_tool, write_outcome
@@ -217,16 +218,18 @@ def encoding_of(options: Options) -> Encoding:
 def split(given: str, out: Path, options: Options, runner: Runner) -> int:
     """Split every source, then write the manifest and the rejects; returns the exit status."""
     inputs = find_inputs(given, out=out)
-    (out / "clips").mkdir(parents=True, exist_ok=True)
-    remove_leftovers(out / "clips")
+    for name in ("clips", "sources", "files"):
+        (out / name).mkdir(parents=True, exist_ok=True)
+        remove_leftovers(out / name)
     usable = [item for item in inputs.items if not item.reason]
-    digests = content_digests(item.path for item in usable)
-    sources = [Source(i.path, i.name, name_record(d, options)) for i, d in zip(usable, digests, strict=True)]
-    forget_lost_clips(out, sources)
-    jobs = [job_of(source, out, options) for source in sources]
-    records = run_jobs(split_job, jobs, out / "sources", runner=runner, label="splitting", unit="video")
+    jobs = [job_of(item, out, options) for item in usable]
+    forget_lost_clips(out, jobs)
+    found = run_jobs(split_job, jobs, out / "files", runner=runner, label="splitting", unit="video")
     remove_leftovers(out / "clips")  # again: the workers of a run that was killed just before may have died since
-    clips, rejects = collect(sources, [records[source.digest] for source in sources])
+    sources = [source_of(item, found[job.key], options) for item, job in zip(usable, jobs, strict=True)]
+    failures = [found[job.key] if "error" in found[job.key] else None for job in jobs]
+    records = [f or read_record(out / "sources", s.digest) for s, f in zip(sources, failures, strict=True)]
+    clips, rejects = collect(sources, records)
     rejects += [reject("", item.name, "split", item.reason) for item in inputs.items if item.reason]
     write_outcome(out, clips, rejects, CLIP_COLUMNS)
     total = len(inputs.items)
@@ -242,36 +245,48 @@ def name_record(content: str, options: Options) -> str:
     return f"{content}-{how.hexdigest()}"
 
 
-def forget_lost_clips(out: Path, sources: list[Source]) -> None:
-    """Take back the record of a source that lost a clip, so that it is split again.
+def forget_lost_clips(out: Path, jobs: list[Job]) -> None:
+    """Let a file whose record or clip is lost be split again."""
+    for key, found in finished([job.key for job in jobs], out / "files").items():
+        if "error" not in found and not is_whole(found["digest"], out):
+            (out / "files" / f"{key}.json").unlink()
 
-    Where a source will be split, its records under other options go too: its clips are about to be replaced.
+
+def is_whole(digest: str, out: Path) -> bool:
+    """Whether a source has its record, and all clips of it."""
+    record = read_record(out / "sources", digest)
+    return record is not None and all((out / "clips" / row["path"]).is_file() for row in record["clips"])
+
+
+def job_of(item: Item, out: Path, options: Options) -> Job:
+    """Return the job that splits a file, known without reading it: hashing its content is part of the work.
+
+    A file that hangs its decoder is given up, a slow machine is waited for.
     """
-    others: dict[str, list[Path]] = {}
-    for path in (out / "sources").glob("*.json"):
-        others.setdefault(path.stem.split("-")[0], []).append(path)
-    for digest in {source.digest for source in sources}:
-        record = read_record(out / "sources", digest) or {}
-        if not record:
-            for path in others.get(digest.split("-")[0], []):
-                path.unlink(missing_ok=True)
-        if not all((out / "clips" / row["path"]).is_file() for row in record.get("clips", [])):
-            (out / "sources" / f"{digest}.json").unlink(missing_ok=True)
+    size = item.path.stat().st_size if item.path.is_file() else 0
+    args = {"path": os.fspath(item.path.absolute()), "out": os.fspath(out.absolute()), "options": asdict(options)}
+    return Job(file_key(item.path, name_record("", options)), item.name, args, PATIENCE + size / SLOWEST)
 
 
-def job_of(source: Source, out: Path, options: Options) -> Job:
-    """Return the job that splits a source; a file that hangs its decoder is given up, a slow machine is waited for."""
-    place = {"path": os.fspath(source.path.absolute()), "name": source.name, "digest": source.digest}
-    size = source.path.stat().st_size if source.path.is_file() else 0
-    args = {"source": place, "out": os.fspath(out.absolute()), "options": asdict(options)}
-    return Job(source.digest, source.name, args, PATIENCE + size / SLOWEST)
+def source_of(item: Item, found: Record, options: Options) -> Source:
+    """Return the source that a file is; where its job failed, its content is looked at here."""
+    return Source(item.path, item.name, found.get("digest") or name_record(content_digest(item.path), options))
 
 
 def split_job(args: dict[str, Any]) -> Record:
-    """Split one source: the part that runs in a worker."""
-    place = args["source"]
-    source = Source(Path(place["path"]), place["name"], place["digest"])
-    return split_source(source, Path(args["out"]), Options(**args["options"]))
+    """Split one source, the part that runs in a worker; return the name of its record.
+
+    The record belongs to the content: a file that was moved, or has a twin, is not split again. Where one is split, its
+    records under other options go: its clips are about to be replaced.
+    """
+    path, out, options = Path(args["path"]), Path(args["out"]), Options(**args["options"])
+    content = content_digest(path)
+    source = Source(path, path.name, name_record(content, options))
+    if not is_whole(source.digest, out):
+        for other in (out / "sources").glob(f"{content}-*.json"):
+            other.unlink(missing_ok=True)
+        write_record(out / "sources", source.digest, json.dumps(split_source(source, out, options)))
+    return {"digest": source.digest}
 
 
 def split_source(source: Source, out: Path, options: Options, on_frame: Callable[[], Any] = int) -> Record:

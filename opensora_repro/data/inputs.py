@@ -9,8 +9,7 @@ import glob
 import hashlib
 import os
 import sys
-from collections.abc import Collection, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,12 +73,6 @@ def content_digest(path: Path) -> str:
     except OSError:  # why, is told when it is opened to be used
         content.update(os.fsencode(path.name))
     return content.hexdigest()
-
-
-def content_digests(paths: Iterable[Path], *, threads: int = 4) -> list[str]:
-    """Return every file's `content_digest`; reading and hashing need no Python lock."""
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(content_digest, paths))
 
 
 def _item(path: Path, name: str, row: dict[str, Any] | None = None) -> Item:

@@ -114,6 +114,32 @@ def test_split_again_does_nothing_and_new_files_are_added(footage: Path, tmp_pat
     assert read_table(out / "rejects.parquet")["reason"].tolist()[-1] == "same content as later.mp4"
 
 
+def test_sources_are_read_in_the_jobs_and_known_again_by_content(
+    footage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This process reads no source, however many there are; a moved one is not split again, but is under options."""
+
+    def unread(path: Path) -> str:
+        raise AssertionError(f"{path} is read before the jobs")
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(split, "content_digest", unread)
+    assert split.main([str(footage), "--out", str(out)]) == 0
+    records, clips = (stamps(out / name) for name in ("sources", "clips"))
+    (footage / "one, 'two'.MP4").rename(footage / "moved.mp4")
+    assert split.main([str(footage), "--out", str(out)]) == 0
+    assert (stamps(out / "sources"), stamps(out / "clips")) == (records, clips)
+    assert set(read_table(out / "manifest.parquet")["source"]) == {"moved.mp4", "sub/-dash 视频.mp4"}
+    assert split.main([str(footage), "--out", str(out), "--crf", "30"]) == 0
+    assert stamps(out / "sources").keys().isdisjoint(records)
+    changed = stamps(out / "clips")
+    assert split.main([str(footage), "--out", str(out)]) == 0
+    assert stamps(out / "sources").keys() == records.keys() and stamps(out / "clips").keys() == changed.keys()
+    assert {name: content for name, (_, content) in stamps(out / "clips").items()} == {
+        name: content for name, (_, content) in clips.items()
+    }
+
+
 def test_split_restores_a_lost_clip(footage: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert split.main([str(footage), "--out", str(out)]) == 0

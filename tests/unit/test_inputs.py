@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from opensora_repro.data.files import one_line
-from opensora_repro.data.inputs import Item, content_digest, content_digests, find_inputs
+from opensora_repro.data.inputs import Item, content_digest, find_inputs
 from opensora_repro.data.manifest import DataError, read_table
 from opensora_repro.data.outcome import MANIFEST, REJECTS, reject, with_types, write_outcome, write_rows
 
@@ -115,8 +115,7 @@ def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 def test_digests(folder: Path) -> None:
     paths = [item.path for item in find_inputs(folder, out=folder / "out").items]
-    digests = content_digests(paths)
-    assert digests == [content_digest(path) for path in paths]
+    digests = [content_digest(path) for path in paths]
     assert len(set(digests)) == len(paths)
     assert all(len(digest) == 16 for digest in digests)
 
