@@ -270,10 +270,11 @@ def job_of(item: Item, out: Path, options: Options) -> Job:
 
 def source_of(item: Item, found: Record, options: Options) -> Source:
     """Return the source that a file is; where its job failed, its content is looked at here."""
-    return Source(item.path, item.name, found.get("digest") or name_record(content_digest(item.path), options))
+    digest = str(found["digest"]) if "digest" in found else name_record(content_digest(item.path), options)
+    return Source(item.path, item.name, digest)
 
 
-def split_job(args: dict[str, Any]) -> Record:
+def split_job(args: dict[str, Any]) -> dict[str, str]:
     """Split one source, the part that runs in a worker; return the name of its record.
 
     The record belongs to the content: a file that was moved, or has a twin, is not split again. Where one is split, its

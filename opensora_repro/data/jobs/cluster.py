@@ -106,7 +106,8 @@ class _RayWorker:
     """
 
     def __init__(self, work: str) -> None:
-        self.work, self.worker = work, None
+        self.work = work
+        self.worker: Worker | None = None
 
     def ready(self) -> tuple[str, bool]:
         """Answer when the actor is there."""
@@ -116,13 +117,13 @@ class _RayWorker:
         """Return a task's result, and whether it is final."""
         if self.worker is None or self.worker.dead:
             self.worker = Worker(self.work, surroundings(threads=1))
+        worker, done = self.worker, None
         try:
-            self.worker.give(Task("", args, seconds))
-            done = None
+            worker.give(Task("", args, seconds))
             while done is None:
-                if wait([self.worker]):
-                    done = self.worker.take()
+                if wait([worker]):
+                    done = worker.take()
         except BaseException:
-            self.worker.kill()
+            worker.kill()
             raise
         return done.text, done.final
