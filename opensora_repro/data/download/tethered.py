@@ -1,11 +1,11 @@
 """Runs a program that ends when the process that wanted it does, however that ends.
 
-python tethered.py PID PROGRAM [ARGUMENT ...]: PID is this script's parent. Started in a process group of its own, it
-ends all of the group when it has another parent: its own is gone then.
+Started in a process group of its own, it ends all of the group when it has another parent: its own is gone then.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import subprocess
@@ -14,10 +14,13 @@ import time
 
 
 def main() -> int:
-    parent, command = int(sys.argv[1]), sys.argv[2:]
-    program = subprocess.Popen(command)
+    parser = argparse.ArgumentParser(prog="tethered.py", description=__doc__)
+    parser.add_argument("parent", type=int, help="this script's parent")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="the program, with its arguments")
+    args = parser.parse_args()
+    program = subprocess.Popen(args.command)
     while program.poll() is None:
-        if os.getppid() != parent:
+        if os.getppid() != args.parent:
             os.killpg(0, signal.SIGKILL)
         time.sleep(0.1)
     return program.returncode if program.returncode >= 0 else 128 - program.returncode

@@ -9,9 +9,9 @@ from opensora_repro.data.manifest import DataError
 
 def visible_gpus() -> list[str]:
     """Return the GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES takes."""
-    import torch
+    from torch.cuda import device_count  # asks the driver, and starts nothing
 
-    count = torch.cuda.device_count()
+    count = device_count()
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     return [name.strip() for name in given.split(",")][:count] if given else [str(number) for number in range(count)]
 
