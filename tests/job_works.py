@@ -38,11 +38,11 @@ def squares(args: dict[str, Any]) -> Any:
 def surroundings(args: dict[str, Any]) -> Any:
     """Return what a worker's libraries found in its environment; leave PID-GPU, and do what `how` says."""
     import cv2
-    import torch
 
     Path(args["pids"], f"{os.getpid()}-{os.environ['CUDA_VISIBLE_DEVICES']}").touch()
     misbehave({"n": 0, "how": args["how"]})
-    return {"gpu": os.environ["CUDA_VISIBLE_DEVICES"], "cv2": cv2.getNumThreads(), "torch": torch.get_num_threads()}
+    threads = {"cv2": cv2.getNumThreads(), "omp": os.environ["OMP_NUM_THREADS"]}
+    return {"gpu": os.environ["CUDA_VISIBLE_DEVICES"], **threads}
 
 
 def misbehave(args: dict[str, Any]) -> Any:

@@ -176,16 +176,16 @@ def test_each_worker_has_a_gpu_and_few_threads(tmp_path: Path, monkeypatch: pyte
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     (tmp_path / "pids").mkdir()
     told = {"pids": str(tmp_path / "pids")}
-    hows = [None, "exit", None, "SIGSEGV", None]
+    hows = ["exit", "SIGSEGV", None, None, None]
     tasks = [Task(str(n), {"n": n, "how": how, **told}, None) for n, how in enumerate(hows)]
     done = [step for step in run_here("tests.job_works:surroundings", tasks, 2, ["5", "GPU-1"]) if step]
     found = [json.loads(outcome.text) for _, outcome in done]
     seen = [told for told in found if "gpu" in told]
     assert len(seen) == 3 and len(found) == 5
     assert {told["gpu"] for told in seen} <= {"5", "GPU-1"}
-    assert {told["cv2"] for told in seen} == {1} and {told["torch"] for told in seen} == {max(1, num_cores() // 2)}
+    assert {told["cv2"] for told in seen} == {1} and {told["omp"] for told in seen} == {str(max(1, num_cores() // 2))}
     pairs = {path.name.split("-", 1)[0]: path.name.split("-", 1)[1] for path in (tmp_path / "pids").iterdir()}
-    assert sorted(set(pairs.values())) == ["5", "GPU-1"] and len(pairs) == 4  # two were replaced
+    assert sorted(set(pairs.values())) == ["5", "GPU-1"] and len(pairs) in (3, 4)  # one or both were replaced
 
 
 def test_which_gpus_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
