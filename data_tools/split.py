@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
 CLIP_COLUMNS = {**MANIFEST, **LINEAGE, "resplit": "bool"}
 USUAL: dict[str, Any] = {"min_frames": 8, "short_side": 0, "fps": ""}  # where neither they nor a config are given
-METHOD = 4  # raise when the same options would give other clips, so that finished sources are done again
+METHOD = 5  # raise when the same options would give other clips, so that finished sources are done again
 PATIENCE = 600.0  # seconds that any source may take
 SLOWEST = 20e3  # bytes of a source that a busy core splits in a second
 Record = dict[str, list[Row]]  # a finished source's "clips" and "rejects"

@@ -1,20 +1,22 @@
 """Exactly the frames that are asked for, from any file PyAV can open.
 
-Frame i is the i-th frame in presentation order, whatever the frame rate does and wherever the clock starts. A pass over
-the packets (no decoding) lists the presentation times; a read then seeks to the key frame before the first wanted frame
-and decodes forward, checking every decoded time against that list. Where packets carry no usable times, or the list and
-the decoder disagree, frames are counted from the start of the file instead.
+Frame i is the i-th frame that is shown, whatever the frame rate does and wherever the clock starts: what an edit list
+hides does not count, nor what lies before the first frame that decodes. A pass over the packets lists the presentation
+times (nothing is decoded but the head of a stream that begins between key frames); a read then seeks to the key frame
+before the first wanted frame and decodes forward, checking every decoded time against that list. Where packets carry no
+usable times, or the list and the decoder disagree, frames are counted from the start of the file instead.
 
 Frames come out as a player shows them: the display matrix (rotation, mirroring) and the pixel aspect are applied, a
-mirrored or rotated EXIF orientation of a picture too. Interlaced frames are returned woven, as stored.
+mirrored or rotated EXIF orientation of a picture too; HDR is tone-mapped (see color.py). Interlaced frames are returned
+woven, as stored.
 """
 
 from __future__ import annotations
 
 import os
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -24,11 +26,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from opensora_repro.data.color import to_rgb
+
 if TYPE_CHECKING:
     import torch
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
-ATTACHED_PICTURE = 0x400  # ffmpeg's AV_DISPOSITION_ATTACHED_PIC: cover art is not the video
+DEFAULT, ATTACHED_PICTURE = 0x1, 0x400  # ffmpeg's AV_DISPOSITION_DEFAULT, _ATTACHED_PIC: cover art is not the video
+# Seconds between two frames of an MPEG-TS from which on its clock was set anew: what ffmpeg takes for that, and where
+# segments were joined the longest time without a time stamp that the standard allows (ISO/IEC 13818-1, 2.7.4).
+CLOCK_GAP, JOINED_GAP = 10.0, 0.7
 Size = tuple[int, int]  # height, width
 
 
@@ -48,13 +55,31 @@ class VideoInfo:
 
 @dataclass(frozen=True)
 class FrameIndex:
-    """Presentation times (in time-base units, ascending) and key frames of a stream, from its packets alone."""
+    """Presentation times (in time-base units, ascending) and key frames of a stream, from its packets.
+
+    A header's count of frames is no promise: an edit list hides some, and recorders leave some out. Promised are the
+    packets that the file's own table places at some bytes, and the whole of an AVI that ends before its size.
+    """
 
     times: tuple[int, ...]  # empty where packets have no usable times
     key_times: tuple[int, ...]
     key_seeks: tuple[int, ...]  # where to seek for each key frame: its decoding time
     num_packets: int
-    promised: int  # frames the header promises, 0 if it does not say
+    promised: int  # packets that should be there, 0 if the file does not say
+    broken: tuple[int, ...] = ()  # numbers, in decoding order, of packets that have lost bytes
+    joined: bool = False  # segments of MPEG-TS one after the other: only decoding tells whether all is there
+
+    def damage(self, more_broken: Collection[int] = ()) -> str:
+        """Return what the packets show to be wrong, "" if nothing; `more_broken` as `broken`, found otherwise."""
+        if self.promised > self.num_packets:
+            return f"damaged: holds {self.num_packets} of {self.promised} frames"
+        broken = {*self.broken, *more_broken}
+        if not broken:
+            return ""
+        return (
+            f"damaged: {len(broken)} of {self.num_packets} frames are broken, the first is number {min(broken) + 1}"
+            " as stored"
+        )
 
 
 @dataclass(frozen=True)
@@ -119,12 +144,13 @@ def probe(path: str | Path) -> VideoInfo:
         return VideoInfo(1, 0.0, *_image_size(path))
     with open_video(path) as (container, stream):
         index = frame_index(path)
-        first = next(container.decode(stream), None)
+        frames = decoded_frames(container, stream)
+        first = next(frames, None)
         if first is None:
             raise DecodeError(f"{path}: no frame decodes")
         height, width = PictureConverter(path, stream, None).output_size(first)
         rate = average_rate(index.times, stream.time_base) or float(stream.average_rate or 0)
-        num_frames = len(index.times) or 1 + sum(1 for _ in container.decode(stream))
+        num_frames = len(index.times) or 1 + sum(1 for _ in frames)
         return VideoInfo(num_frames, rate, height, width)
 
 
@@ -147,9 +173,9 @@ def cover_size(height: int, width: int, size: Size) -> Size:
 
 @contextmanager
 def open_video(path: str | Path, *, threads: int = 1) -> Iterator[tuple[Any, Any]]:
-    """Open the first real video stream: yields (container, stream) and closes both; PyAV's errors become DecodeError.
+    """Open a file's video: yields (container, stream) and closes both; PyAV's errors become DecodeError.
 
-    `threads` is 1 because training decodes in many worker processes; 0 lets ffmpeg choose.
+    Of several streams it is the default one, then the largest (cover art is none). `threads` is 1 because training decodes in many worker processes; 0 lets ffmpeg choose.
     """
     import av
 
@@ -161,7 +187,7 @@ def open_video(path: str | Path, *, threads: int = 1) -> Iterator[tuple[Any, Any
             streams = [s for s in container.streams.video if not int(s.disposition) & ATTACHED_PICTURE]
             if not streams:
                 raise DecodeError(f"{path}: no video stream")
-            stream = streams[0]
+            stream = max(streams, key=_rank)
             if stream.codec_context is None:
                 raise DecodeError(f"{path}: no decoder for its video stream")
             stream.thread_type = "SLICE" if threads == 1 else "AUTO"
@@ -170,6 +196,20 @@ def open_video(path: str | Path, *, threads: int = 1) -> Iterator[tuple[Any, Any
     except av.FFmpegError as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise DecodeError(f"{path}: cannot be decoded: {reason}") from error
+
+
+def _rank(stream: Any) -> tuple[bool, bool, int]:
+    """What the video of a file has more of than its previews and other angles; of equals the first is taken."""
+    context = stream.codec_context
+    area = context.width * context.height if context else 0
+    return context is not None, bool(int(stream.disposition) & DEFAULT), area
+
+
+def decoded_frames(container: Any, stream: Any) -> Iterator[Any]:
+    """Decode from where the container stands; samples of no bytes, which show nothing new, are passed over."""
+    for packet in container.demux(stream):
+        if packet.size or packet.dts is None:  # the last one is empty: it flushes the decoder
+            yield from packet.decode()
 
 
 def frame_index(path: str | Path) -> FrameIndex:
@@ -181,18 +221,89 @@ def frame_index(path: str | Path) -> FrameIndex:
 @lru_cache(maxsize=64)
 def _index_file(path: str, _mtime_ns: int, _size: int) -> FrameIndex:
     with open_video(path) as (container, stream):
-        num_packets, times, keys = 0, [], []
-        for packet in container.demux(stream):
-            num_packets += packet.size > 0  # the last one is empty: it flushes the decoder
-            if packet.size and not packet.is_discard and _is_shown(packet, stream.codec_context.name):
-                times.append(packet.pts)
-                if packet.is_keyframe:
-                    keys.append((packet.pts, packet.pts if packet.dts is None else packet.dts))
-        promised = stream.frames
-    if None in times or len(set(times)) < len(times):
-        return FrameIndex((), (), (), num_packets, promised)
-    keys.sort()
-    return FrameIndex(tuple(sorted(times)), tuple(k for k, _ in keys), tuple(s for _, s in keys), num_packets, promised)
+        codec, in_segments = stream.codec_context.name, container.format.name == "mpegts"
+        keys_known = (
+            container.format.name != "avi" or len(stream.index_entries) > 1
+        )  # or else every frame is called one
+        packets = [_entry(packet, codec) for packet in container.demux(stream) if packet.size]
+        cut_off = container.format.name == "avi" and _is_cut_off(path)
+        promised = stream.frames if cut_off else sum(entry.size > 0 for entry in stream.index_entries)
+        time_base = stream.time_base
+    broken, joints = _lost_bytes(packets, in_segments)
+    times = _shown_times(path, packets)
+    longest = float("inf") if not in_segments else JOINED_GAP if joints else CLOCK_GAP
+    if any(float((b - a) * time_base) > longest for a, b in pairwise(times)):
+        times = []
+    keys = sorted((p.time, p.seek) for p in packets if p.key and p.shown and times and p.time >= times[0])
+    keys = keys if keys_known else keys[:1]
+    return FrameIndex(
+        tuple(times), tuple(k for k, _ in keys), tuple(s for _, s in keys), len(packets), promised, broken, joints > 0
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """What a packet tells without being decoded."""
+
+    time: int | None
+    seek: int | None
+    key: bool
+    shown: bool
+    corrupt: bool
+
+
+def _entry(packet: Any, codec: str) -> _Entry:
+    shown = not packet.is_discard and _is_shown(packet, codec)
+    seek = packet.pts if packet.dts is None else packet.dts
+    return _Entry(packet.pts, seek, packet.is_keyframe, shown, packet.is_corrupt)
+
+
+def _is_cut_off(path: str) -> bool:
+    """Whether a RIFF file ends before its own size; a chunk's header may be missing, writers differ in that."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8)[4:], "little")
+        return os.path.getsize(path) < size < 2**32 - 1
+
+
+def _lost_bytes(packets: Sequence[_Entry], in_segments: bool) -> tuple[tuple[int, ...], int]:
+    """Return the packets that have lost bytes, and how many joints of segments there are.
+
+    MPEG-TS counts its packets, and the demuxer marks a frame (for some codecs the one before) where the count jumps.
+    Where a key frame follows, another segment begins there; elsewhere something is missing.
+    """
+    corrupt = [number for number, packet in enumerate(packets) if packet.corrupt]
+    joints = [n for n in corrupt if in_segments and any(after.key for after in packets[n + 1 : n + 3])]
+    return tuple(n for n in corrupt if n not in joints), len(joints)
+
+
+def _shown_times(path: str, packets: Sequence[_Entry]) -> list[int]:
+    """Return when each frame that is shown is, ascending; empty if the packets' times cannot tell."""
+    latest = float("-inf")
+    for packet in packets:
+        if packet.shown:
+            if packet.time is None or (packet.key and packet.time <= latest):
+                return []  # frames before a key frame are shown before it, unless the clock was set back
+            latest = max(latest, packet.time)
+    times = sorted(p.time for p in packets if p.shown and p.time is not None)
+    if any(a == b for a, b in pairwise(times)):
+        return []
+    first_key = next((p.time for p in packets if p.key), None)
+    if packets and (not packets[0].key or (first_key is not None and times and times[0] < first_key)):
+        return _from_first_decoded(path, times, first_key)
+    return times
+
+
+def _from_first_decoded(path: str, times: list[int], first_key: int | None) -> list[int]:
+    """Return the times of a stream that begins between key frames, without those that need what is not there."""
+    decoded: list[int] = []
+    with suppress(DecodeError), open_video(path) as (container, stream):
+        for frame in decoded_frames(container, stream):
+            if frame.pts is None:
+                return []
+            decoded.append(frame.pts)
+            if first_key is None or frame.pts >= first_key:
+                break
+    return decoded + times[bisect_right(times, decoded[-1]) :] if decoded else times
 
 
 def _is_shown(packet: Any, codec: str) -> bool:
@@ -211,7 +322,7 @@ def _read_by_time(
         container.seek(index.key_seeks[key], stream=stream, backward=True)
     reached = False
     wanted, pictures = set(indices), []
-    for frame in container.decode(stream):
+    for frame in decoded_frames(container, stream):
         expected = index.times[position] if position < len(index.times) else None
         if not reached and frame.pts is not None and frame.pts < expected:
             continue  # the seek landed earlier, or these lead the key frame and belong to the scene before it
@@ -230,7 +341,7 @@ def _read_by_count(
     container: Any, stream: Any, indices: Sequence[int], to_picture: PictureConverter
 ) -> list[np.ndarray]:
     wanted, pictures = set(indices), []
-    for position, frame in enumerate(container.decode(stream)):
+    for position, frame in enumerate(decoded_frames(container, stream)):
         if position in wanted:
             pictures.append(to_picture(frame))
         if position == indices[-1]:
@@ -270,10 +381,7 @@ class PictureConverter:
         self.target = self.target or self.output_size(frame)
         turn = self.turn(frame)
         height, width = self.target[::-1] if turn.transpose else self.target
-        rgb = self.reformatter.reformat(
-            frame, width=width, height=height, format="rgb24", interpolation="BICUBIC", **one_scaling_thread()
-        )
-        return np.ascontiguousarray(turn.apply(rgb.to_ndarray()))
+        return np.ascontiguousarray(turn.apply(to_rgb(self.reformatter, frame, height, width)))
 
 
 def _any_metadata() -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Union
 
 import numpy as np
 
+from opensora_repro.data.color import BT709, CENTRED_CHROMA, LIMITED_RANGE, rgb_to_yuv
 from opensora_repro.data.x264 import steady_options
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 CRF = 14  # visually lossless: small saturated shapes keep their colour through 4:2:0
 GOP_SIZE = 16  # a key frame at least this often, so that a random read decodes little
-BT709, LIMITED_RANGE = 1, 1  # the codes of H.273 (primaries, transfer and matrix alike) and of ffmpeg's range
 
 Frames = Union[np.ndarray, "Tensor"]
 
@@ -29,7 +29,7 @@ def write_video(path: str | Path, frames: Frames, fps: float) -> None:
     yuv420p needs even sizes: an odd one is padded by repeating its last row or column. Raises ValueError.
     """
     import av
-    from av.video.reformatter import ColorRange, Colorspace
+    from av.video.reformatter import VideoReformatter
 
     images = _checked(frames, "frames [T, H, W, 3]", ndim=4)
     if not fps > 0:
@@ -40,22 +40,16 @@ def write_video(path: str | Path, frames: Frames, fps: float) -> None:
         av.open(str(part), "w", format="mp4", options={"movflags": "+faststart"}) as container,
     ):
         # No B-frames: times start at zero without an edit list, which simple readers overlook.
-        options = {"crf": str(CRF), "preset": "medium", "bf": "0", "g": str(GOP_SIZE), **steady_options()}
+        options = {"crf": str(CRF), "preset": "medium", "bf": "0", "g": str(GOP_SIZE), **steady_options(CENTRED_CHROMA)}
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.height, stream.width, stream.pix_fmt = images.shape[1], images.shape[2], "yuv420p"
         codec = stream.codec_context
         codec.color_primaries = codec.color_trc = codec.colorspace = BT709
         codec.color_range = LIMITED_RANGE
+        reformatter = VideoReformatter()
         for image in images:
             rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-            frame = rgb.reformat(
-                format="yuv420p",
-                dst_colorspace=Colorspace.ITU709,
-                dst_color_range=ColorRange.MPEG,
-                interpolation="AREA",  # chroma as the mean of each 2x2 square
-            )
-            frame.colorspace, frame.color_range = BT709, LIMITED_RANGE
-            container.mux(stream.encode(frame))
+            container.mux(stream.encode(rgb_to_yuv(reformatter, rgb, rgb.height, rgb.width)))
         container.mux(stream.encode(None))
 
 

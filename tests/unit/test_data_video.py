@@ -11,8 +11,10 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from av.video.reformatter import VideoReformatter
 from PIL import Image
 
+from opensora_repro.data.color import to_rgb
 from opensora_repro.data.video import DecodeError, cover_size, frame_index, probe, read_frames, read_frames_at
 
 BAD = Path(os.environ.get("OPENSORA_VIDEOS", Path(__file__).parents[3] / "shared/videos")) / "bad/expected.json"
@@ -32,7 +34,7 @@ def decode_in_order(path: Path, wanted: Sequence[int]) -> dict[int, np.ndarray]:
         container.streams.video[0].thread_type = "AUTO"
         for i, frame in enumerate(container.decode(video=0)):
             if i in wanted:
-                found[i] = frame.reformat(format="rgb24", interpolation="BICUBIC").to_ndarray()
+                found[i] = to_rgb(VideoReformatter(), frame, frame.height, frame.width)
             if len(found) == len(wanted):
                 break
     return found

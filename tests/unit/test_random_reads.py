@@ -12,7 +12,9 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.video.reformatter import VideoReformatter
 
+from opensora_repro.data.color import to_rgb
 from opensora_repro.data.video import probe, read_frames
 
 COUNT, STEP, TOTAL = 4, 3, 90
@@ -61,7 +63,7 @@ def memory() -> int:
 def reference(path: Path) -> np.ndarray:
     with av.open(str(path)) as container:
         frames = container.decode(video=0)
-        return np.stack([f.reformat(format="rgb24", interpolation="BICUBIC").to_ndarray() for f in frames])
+        return np.stack([to_rgb(VideoReformatter(), f, f.height, f.width) for f in frames])
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's account of memory")

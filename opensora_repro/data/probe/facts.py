@@ -1,9 +1,10 @@
 """What a video file is: container and stream facts, and whether it holds what it promises.
 
-Damage is looked for where it is cheap: one pass over the packets compares their number with the header's promise, asks
-the demuxer whether one was cut short, and walks the NAL units of H.264 and HEVC packets, whose lengths must add up to
-the packet. That needs no decoding and finds what truncation and overwritten bytes leave behind. A full decode finds the
-rest.
+Damage is looked for where it is cheap: one pass over the packets compares their number with what the file's own table
+places in it (the header's count means little: edit lists hide frames, recorders leave some out), asks the demuxer
+whether one was cut short, and walks the NAL units of H.264 and HEVC packets, whose lengths must add up to the packet.
+That needs no decoding and finds what truncation and overwritten bytes leave behind. A full decode finds the rest; files
+that a look at the packets cannot settle, such as joined segments of MPEG-TS, get it unasked.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from opensora_repro.data.color import UNSPECIFIED
 from opensora_repro.data.video import (
     DecodeError,
     FrameIndex,
     Orientation,
     PictureConverter,
     average_rate,
+    decoded_frames,
     frame_index,
     is_image,
     open_video,
@@ -44,6 +47,8 @@ class Facts:
     duration: float  # of the video stream, the last frame's own time included
     codec: str
     pixel_format: str
+    transfer: str  # as ffprobe names them: bt709, smpte2084 (PQ), arib-std-b67 (HLG), ..., unknown
+    primaries: str
     coded_height: int  # as stored
     coded_width: int
     rotation: int  # degrees counterclockwise that a player applies, as ffprobe tells it: 0, 90, 180, 270
@@ -56,13 +61,15 @@ def read_facts(path: str | Path, *, decode: bool = False, threads: int = 1) -> F
     if is_image(path):
         info = probe(path)
         kind = Path(path).suffix.lower().removeprefix(".")
-        return Facts(1, 0.0, info.height, info.width, True, 0.0, kind, "", info.height, info.width, 0, False, kind)
+        return Facts(
+            1, 0.0, info.height, info.width, True, 0.0, kind, "", "", "", info.height, info.width, 0, False, kind
+        )
     with open_video(path):  # tells what is wrong with the file as such
         pass
     index = frame_index(path)
     _check_packets(path, index)
     with open_video(path) as (container, stream):
-        first = next(container.decode(stream), None)
+        first = next(decoded_frames(container, stream), None)
         if first is None:
             raise DecodeError(f"{path}: no frame decodes")
         height, width = PictureConverter(path, stream, None).output_size(first)
@@ -72,13 +79,13 @@ def read_facts(path: str | Path, *, decode: bool = False, threads: int = 1) -> F
         base = Fraction(stream.time_base)
         codec, pixels, stored, turn = context.codec.canonical_name, first.format.name, first, orientation(first)
     count = len(index.times)
-    if decode or not count:
+    if decode or not count or index.joined:
         count = _count_decoded(path, index, threads)
     if count > 1 and not rate > 0:
         raise DecodeError(f"{path}: neither its packets nor its header tell a frame rate")
     return Facts(
         count, rate, height, width, is_steady(index.times, base), count / rate if rate else 0.0, codec, pixels,
-        stored.height, stored.width, rotation(turn), audio, kind,
+        *color_names(first), stored.height, stored.width, rotation(turn), audio, kind,
     )  # fmt: skip
 
 
@@ -89,6 +96,18 @@ def is_steady(times: Sequence[int], time_base: Fraction) -> bool:
     step = Fraction(times[-1] - times[0], len(times) - 1)
     slack = max(Fraction(1), step * STEADY)
     return all(abs(t - times[0] - i * step) <= slack for i, t in enumerate(times))
+
+
+def color_names(frame: Any) -> tuple[str, str]:
+    """Return a frame's transfer and primaries, as ffprobe names them."""
+    from av.video.reformatter import ColorPrimaries, ColorTrc
+
+    def name(kind: Any, code: int) -> str:
+        if code in (0, UNSPECIFIED):
+            return "unknown"
+        return kind(code).name.lower().replace("_", "-") if code in set(kind) else f"reserved-{code}"
+
+    return name(ColorTrc, frame.color_trc), name(ColorPrimaries, frame.color_primaries)
 
 
 def rotation(turn: Orientation) -> int:
@@ -102,14 +121,12 @@ def _check_packets(path: str | Path, index: FrameIndex) -> None:
     """Raise DecodeError where packets are missing or broken."""
     if not index.num_packets:
         raise DecodeError(f"{path}: no frame decodes")
-    if index.promised > index.num_packets:
-        raise DecodeError(f"{path}: damaged: holds {index.num_packets} of {index.promised} frames")
     with open_video(path) as (container, stream):
         length_size = _nal_length_size(stream)
-        broken = [i for i, p in enumerate(container.demux(stream)) if p.size and _is_broken(p, length_size)]
-    if broken:
-        what = f"{len(broken)} of {index.num_packets} frames are broken, the first is number {broken[0] + 1} as stored"
-        raise DecodeError(f"{path}: damaged: {what}")
+        packets = (packet for packet in container.demux(stream) if packet.size)
+        misfits = [i for i, packet in enumerate(packets) if length_size and _is_misfit(packet, length_size)]
+    if reason := index.damage(misfits):
+        raise DecodeError(f"{path}: {reason}")
 
 
 def _nal_length_size(stream: Any) -> int:
@@ -119,12 +136,10 @@ def _nal_length_size(stream: Any) -> int:
     return (setup[at] & 3) + 1 if at and len(setup) > at and setup[0] == 1 else 0
 
 
-def _is_broken(packet: Any, length_size: int) -> bool:
-    """Whether the demuxer found the packet cut short, or its NAL units do not add up to it."""
-    if packet.is_corrupt:
-        return True
+def _is_misfit(packet: Any, length_size: int) -> bool:
+    """Whether the packet's NAL units do not add up to it."""
     data, at = memoryview(packet), 0
-    while length_size and at < len(data):
+    while at < len(data):
         start = at + length_size
         at = start + int.from_bytes(data[at:start], "big")
         if at > len(data) or (at > start and data[start] & 0x80):  # longer than the packet; a bit that is always 0
@@ -150,7 +165,7 @@ def _count_decoded(path: str | Path, index: FrameIndex, threads: int) -> int:
 
 
 def _sound_frames(path: str | Path, container: Any, stream: Any) -> Iterator[int | None]:
-    for frame in container.decode(stream):
+    for frame in decoded_frames(container, stream):
         if frame.is_corrupt:
             raise DecodeError(f"{path}: a frame is damaged")
         yield frame.pts

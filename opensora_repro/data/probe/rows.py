@@ -16,11 +16,12 @@ from opensora_repro.data.jobs.run import Job, Runner, run_jobs
 from opensora_repro.data.manifest import DataError, is_missing, read_names
 from opensora_repro.data.outcome import MANIFEST, Row, path_from, reject, with_types, write_outcome
 
-METHOD = 1  # raise when the same file would give another row, so that finished files are probed again
+METHOD = 2  # raise when the same file would give another row, so that finished files are probed again
 COLUMNS = {
     **MANIFEST, "source": "string", "duration": "double", "constant_fps": "bool", "codec": "string",
-    "pixel_format": "string", "coded_height": "int64", "coded_width": "int64", "rotation": "int64", "audio": "bool",
-    "container": "string", "file_size": "int64", "same_as": "string",
+    "pixel_format": "string", "transfer": "string", "primaries": "string", "coded_height": "int64",
+    "coded_width": "int64", "rotation": "int64", "audio": "bool", "container": "string", "file_size": "int64",
+    "same_as": "string",
 }  # fmt: skip
 PATIENCE = 60.0  # seconds that any file may take
 READ_RATE, DECODE_RATE = 5e6, 20e3  # bytes a second that a slow disk and a slow core manage, for large files

@@ -12,7 +12,7 @@ import numpy as np
 
 from opensora_repro.data.clip_frames import grey, middles, read_runs, spread
 
-FRAMES_METHOD = 1  # raise when other frames are read, or their size changes
+FRAMES_METHOD = 2  # raise when other frames are read, or their size changes
 CODE = "code"  # what a record keeps of `duplicates`: the clip's code in hexadecimal digits, for comparing
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from opensora_repro.data.color import CENTRED_CHROMA, LEFT_CHROMA, is_hdr, is_rgb, rgb_to_yuv, yuv_to_yuv
 from opensora_repro.data.files import beside
 from opensora_repro.data.split.scenes import DRAFT, Scan, Span
 from opensora_repro.data.video import (
@@ -24,15 +25,14 @@ from opensora_repro.data.video import (
     Orientation,
     PictureConverter,
     average_rate,
+    decoded_frames,
     frame_index,
-    one_scaling_thread,
     open_video,
     orientation,
     pixel_aspect,
 )
 from opensora_repro.data.x264 import steady_options
 
-BT709, LIMITED_RANGE = 1, 1  # codes of H.273 and of ffmpeg
 GOP = 16  # frames between key frames: what a random read decodes in vain at most
 TRAINING_SIDE = 256  # pixels
 COPYABLE = frozenset(("h264", "hevc", "av1", "vp9"))  # what an mp4 may hold as it is
@@ -73,12 +73,14 @@ def cut_clips(
     `crf` is `Encoding.crf` where no `encoding` is given. Raises DecodeError.
     """
     how = encoding or Encoding(crf=crf)
+    if reason := frame_index(path).damage():
+        raise DecodeError(f"{path}: {reason}")
     waiting = [clip for clip in clips if not (how.copy and how.keeps_frames and copy_clip(path, scan, *clip, how))]
     writer: ClipWriter | None = None
     try:
         with open_video(path) as (container, stream):
             to_plain = PlainFrames(path, stream, how.short_side)
-            for position, frame in enumerate(container.decode(stream)):
+            for position, frame in enumerate(decoded_frames(container, stream)):
                 if not waiting:
                     break
                 on_frame()
@@ -91,7 +93,7 @@ def cut_clips(
                     plain = to_plain(frame)
                 if writer is None:
                     rate = float(how.fps or clip_rate(scan.times, span.start, scan.time_base))
-                    writer = ClipWriter(target, plain, time_base, rate, how)
+                    writer = ClipWriter(target, plain, time_base, rate, how, to_plain.chroma)
                     writer.add_audio(path, scan, span)
                 for time in shown[position - span.start]:
                     writer.add(plain, time)
@@ -195,7 +197,7 @@ def decoded_seconds(path: str | Path) -> list[float]:
     """Return when each frame is shown; DecodeError if not all decode."""
     with open_video(path) as (container, stream):
         stream.codec_context.options = DRAFT
-        return [float(frame.pts * frame.time_base) for frame in container.decode(stream)]
+        return [float(frame.pts * frame.time_base) for frame in decoded_frames(container, stream)]
 
 
 def read_sound(path: str | Path, start: float, end: float) -> tuple[np.ndarray, int] | None:
@@ -228,55 +230,51 @@ def read_sound(path: str | Path, start: float, end: float) -> tuple[np.ndarray, 
 
 
 class PlainFrames:
-    """Decoded frames to upright yuv420p of even size and square pixels, without a detour through RGB where possible."""
+    """Decoded frames to upright yuv420p of even size and square pixels, without a detour through RGB where possible.
+
+    All three colour tags are kept, or set where they are missing: a reduced clip must not be taken for another matrix
+    than its source. RGB and HDR (tone-mapped) become BT.709.
+    """
 
     def __init__(self, path: str | Path, stream: Any, short_side: int = 0) -> None:
         from av.video.reformatter import VideoReformatter
 
         self.plain = pixel_aspect(stream) == 1
+        self.left_chroma = stream.codec_context.name in LEFT_CHROMA
         self.short_side = short_side
         self.to_picture = PictureConverter(path, stream, None)
         self.reformatter = VideoReformatter()
-        self.size: tuple[int, int] | None = None
+        self.size: tuple[int, int] | None = None  # of the first frame as stored, (height, width)
+        self.whole = self.written = (0, 0)  # even sizes as displayed: the source's, and the clip's
+        self.chroma = ""  # for x264: where the clips' chroma lies, from the first frame on
 
     def __call__(self, frame: Any) -> Any:
+        direct = self.plain and not (is_hdr(frame) or is_rgb(frame) or frame.height % 2 or frame.width % 2)
+        direct = direct and self.to_picture.turn(frame) == Orientation()
+        if self.size is None:
+            height, width = self.to_picture.output_size(frame)
+            self.size, self.whole = (frame.height, frame.width), (height // 2 * 2, width // 2 * 2)
+            self.written = self._reduced(*self.whole)
+            untouched = direct and self.written == self.whole and frame.format.name == "yuv420p"
+            self.chroma = "" if untouched and self.left_chroma else CENTRED_CHROMA
+        changed = (frame.height, frame.width) != self.size
+        if direct and not changed:
+            return yuv_to_yuv(self.reformatter, frame, *self.written)
+        if changed or self.written != self.whole:
+            self.to_picture.target = self.written
+        return self._through_rgb(frame)
+
+    def _through_rgb(self, frame: Any) -> Any:
         import av
 
-        self.size = self.size or (frame.height, frame.width)
-        turned = self.to_picture.turn(frame) != Orientation()
-        odd = frame.height % 2 or frame.width % 2
-        if not self.plain or odd or turned or (frame.height, frame.width) != self.size:
-            picture = self.to_picture(frame)
-            height, width = picture.shape[0] // 2 * 2, picture.shape[1] // 2 * 2
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture[:height, :width]), format="rgb24")
-            return self._from_rgb(frame)
-        height, width = self._reduced(frame.height, frame.width)
-        return self.reformatter.reformat(
-            frame, width=width, height=height, format="yuv420p", interpolation="AREA", **one_scaling_thread()
-        )
+        height, width = self.written
+        picture = np.ascontiguousarray(self.to_picture(frame)[:height, :width])
+        return rgb_to_yuv(self.reformatter, av.VideoFrame.from_ndarray(picture, format="rgb24"), height, width)
 
     def _reduced(self, height: int, width: int) -> tuple[int, int]:
         """Return the written size: even, its short side at most `short_side`."""
         scale = min(1.0, self.short_side / min(height, width)) if self.short_side else 1.0
         return max(2, round(height * scale / 2) * 2), max(2, round(width * scale / 2) * 2)
-
-    def _from_rgb(self, frame: Any) -> Any:
-        """Convert to limited-range BT.709 and say so."""
-        from av.video.reformatter import ColorRange, Colorspace
-
-        height, width = self._reduced(frame.height, frame.width)
-        plain = self.reformatter.reformat(
-            frame,
-            width=width,
-            height=height,
-            format="yuv420p",
-            dst_colorspace=Colorspace.ITU709,
-            dst_color_range=ColorRange.MPEG,
-            interpolation="AREA",
-            **one_scaling_thread(),
-        )
-        plain.colorspace, plain.color_range = BT709, LIMITED_RANGE
-        return plain
 
 
 class ClipWriter:
@@ -286,14 +284,16 @@ class ClipWriter:
     the like raise OSError: they say nothing about the source.
     """
 
-    def __init__(self, target: Path, first: Any, time_base: Fraction, rate: float, how: Encoding) -> None:
+    def __init__(
+        self, target: Path, first: Any, time_base: Fraction, rate: float, how: Encoding, chroma: str = ""
+    ) -> None:
         import av
 
         self.target = target
         self.unfinished = beside(target)
         self.container = av.open(f"file:{self.unfinished}", "w", format="mp4", options={"movflags": "faststart"})
         options = {"crf": str(how.crf), "preset": how.preset, "g": str(GOP), "bf": "0", "sc_threshold": "0"}
-        options |= steady_options()
+        options |= steady_options(*[chroma] * bool(chroma))
         if how.fast_decode:
             options["tune"] = "fastdecode"
         stream = self.container.add_stream("libx264", rate=_encoder_rate(rate), options=options)
@@ -302,6 +302,7 @@ class ClipWriter:
         context.thread_count = 1
         context.time_base = self.time_base = time_base
         context.colorspace, context.color_range = first.colorspace, first.color_range
+        context.color_primaries, context.color_trc = first.color_primaries, first.color_trc
         self.stream = stream
         self.with_audio = how.audio
         self.times: list[int] = []
@@ -379,7 +380,7 @@ def fault(path: Path, seconds: Sequence[float]) -> str:
             return "frames are at other times"
         stream.codec_context.skip_frame = "NONKEY"
         stream.codec_context.options = DRAFT
-        keys = sum(not frame.is_corrupt for frame in container.decode(stream))
+        keys = sum(not frame.is_corrupt for frame in decoded_frames(container, stream))
     return "" if keys == expected else f"{keys} of {expected} key frames decode"
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from opensora_repro.data.split.cut import ClipWriter, Encoding, PlainFrames, clip_rate
 from opensora_repro.data.split.scenes import Footage, Scan, Span, Thumbnails, gaps, one_core
-from opensora_repro.data.video import open_video
+from opensora_repro.data.video import DecodeError, open_video
 
 if TYPE_CHECKING:
     from opensora_repro.data.split.shots import ShotDetector
@@ -48,10 +48,12 @@ def scan_and_cut(
     metrics = Thumbnails(options.threshold)
     with open_video(path) as (container, stream), one_core():
         footage = Footage(path, container, stream)
+        if reason := footage.index.damage():
+            raise DecodeError(f"{path}: {reason}")
         if not footage.index.times:
             return None
         plain = PlainFrames(path, stream, encoding.short_side)
-        scenes = Scenes(footage, name, options)
+        scenes = Scenes(footage, name, options, plain)
         try:
             for frame in footage:
                 metrics.add(frame)
@@ -74,8 +76,10 @@ def scan_and_cut(
 class Scenes:
     """Frames on their way into the clips of their scenes."""
 
-    def __init__(self, footage: Footage, name: Callable[[Span], Path], options: SceneOptions) -> None:
-        self.footage, self.name, self.options = footage, name, options
+    def __init__(
+        self, footage: Footage, name: Callable[[Span], Path], options: SceneOptions, plain: PlainFrames
+    ) -> None:
+        self.footage, self.name, self.options, self.plain = footage, name, options, plain
         self.waiting: deque[Any] = deque()
         self.position = 0  # of the first waiting frame
         self.begin = 0  # of the scene that is being written or comes next
@@ -108,7 +112,7 @@ class Scenes:
             time_base = self.footage.time_base
             rate = clip_rate(times, self.begin, time_base)
             unnamed = self.name(Span(self.begin, self.begin))
-            self.writer = ClipWriter(unnamed, frame, time_base, rate, self.options.encoding)
+            self.writer = ClipWriter(unnamed, frame, time_base, rate, self.options.encoding, self.plain.chroma)
         self.writer.add(frame, times[self.position] - times[self.begin])
 
     def close(self, end: int) -> None:
