@@ -153,7 +153,7 @@ def copy_clip(path: str | Path, scan: Scan, span: Span, target: Path, how: Encod
     unfinished = beside(target)
     try:
         with open_video(path) as (container, stream):
-            if stream.codec_context.name not in COPYABLE or pixel_aspect(stream) != 1:
+            if stream.codec_context.codec.canonical_name not in COPYABLE or pixel_aspect(stream) != 1:
                 return False
             if start > offset:
                 container.seek(index.key_seeks[index.key_times.index(start)], stream=stream, backward=True)
@@ -164,7 +164,7 @@ def copy_clip(path: str | Path, scan: Scan, span: Span, target: Path, how: Encod
             if sorted(p.pts for p in packets) != list(index.times[span.start : span.end]):
                 return False
             with av.open(f"file:{unfinished}", "w", format="mp4", options={"movflags": "faststart"}) as out:
-                copied = out.add_stream_from_template(stream)
+                copied = out.add_stream_from_template(stream, opaque=True)  # no encoder has the name of libdav1d
                 for packet in packets:
                     packet.pts, packet.dts = packet.pts - start, packet.dts - start
                     packet.stream = copied
@@ -240,7 +240,7 @@ class PlainFrames:
         from av.video.reformatter import VideoReformatter
 
         self.plain = pixel_aspect(stream) == 1
-        self.left_chroma = stream.codec_context.name in LEFT_CHROMA
+        self.left_chroma = stream.codec_context.codec.canonical_name in LEFT_CHROMA
         self.short_side = short_side
         self.to_picture = PictureConverter(path, stream, None)
         self.reformatter = VideoReformatter()
