@@ -97,7 +97,7 @@ def drop_samples(path: Path, dropped: Sequence[int]) -> Path:
     at = begin = int.from_bytes(content[offsets_at + 4 : offsets_at + 8], "big")
     samples = []
     for number, size in enumerate(sizes):
-        samples.append(bytes() if number in dropped else bytes(content[at : at + size]))
+        samples.append(b"" if number in dropped else bytes(content[at : at + size]))
         at += size
     content[begin : begin + len(b"".join(samples))] = b"".join(samples)
     content[sizes_at : sizes_at + 4 * count] = struct.pack(f">{count}I", *map(len, samples))

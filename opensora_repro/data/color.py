@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-BT709, UNSPECIFIED, SMPTE170M, BT2020 = 1, 2, 6, 9  # primaries and matrices; the first three, transfers as well
+BT709, SMPTE170M, BT2020 = 1, 6, 9  # primaries and matrices; the first two, transfers as well
+UNTOLD = (0, 2, 3)  # reserved and "unspecified"
 PQ, HLG = 16, 18  # the transfers of HDR (ITU-R BT.2100): SMPTE ST 2084, ARIB STD-B67
 LIMITED_RANGE, FULL_RANGE = 1, 2
 HD_LINES = 720  # untagged video with so many lines is BT.709, with fewer BT.601, as players take it
@@ -31,9 +32,32 @@ def matrix_of(frame: Any) -> int:
     """Return the matrix of a YUV frame: its tag, or what is usual for its primaries and size."""
     if frame.colorspace in SWS_MATRICES:
         return int(frame.colorspace)
-    if is_hdr(frame) or frame.color_primaries == BT2020:
+    if frame.color_trc in (PQ, HLG) or frame.color_primaries == BT2020:
         return BT2020
     return BT709 if frame.height >= HD_LINES else SMPTE170M
+
+
+def transfer_of(frame: Any) -> int:
+    """Return the transfer of a frame: its tag, or what is usual for its matrix.
+
+    Deep colour in BT.2020 that names no transfer is taken for PQ: HDR loses that tag on its way through tools that know
+    nothing of it, while who makes SDR in BT.2020 names it.
+    """
+    if frame.color_trc not in UNTOLD:
+        return int(frame.color_trc)
+    if is_rgb(frame):
+        return BT709
+    if matrix_of(frame) in (BT2020, 10):
+        return PQ if frame.format.components[0].bits >= 10 else BT709
+    return BT709 if matrix_of(frame) == BT709 else SMPTE170M
+
+
+def primaries_of(frame: Any) -> int:
+    """Return the primaries of a frame: its tag, or its matrix's."""
+    if frame.color_primaries not in UNTOLD:
+        return int(frame.color_primaries)
+    matrix = BT709 if is_rgb(frame) else matrix_of(frame)
+    return {BT709: BT709, BT2020: BT2020, 10: BT2020}.get(matrix, SMPTE170M)
 
 
 def range_of(frame: Any) -> int:
@@ -47,17 +71,12 @@ def is_rgb(frame: Any) -> bool:
 
 
 def is_hdr(frame: Any) -> bool:
-    return int(frame.color_trc) in (PQ, HLG)
+    return transfer_of(frame) in (PQ, HLG)
 
 
-def set_tags(frame: Any, like: Any) -> None:
-    """Give a limited-range frame the primaries, transfer and matrix of `like`; where it says nothing, its matrix's."""
-    matrix = matrix_of(like)
-    usual = matrix if matrix in (BT709, SMPTE170M, BT2020) else SMPTE170M
-    primaries, transfer = int(like.color_primaries), int(like.color_trc)
-    frame.colorspace, frame.color_range = matrix, LIMITED_RANGE
-    frame.color_primaries = usual if primaries in (0, UNSPECIFIED) else primaries
-    frame.color_trc = (BT709 if usual == BT2020 else usual) if transfer in (0, UNSPECIFIED) else transfer
+def keeps_color(frame: Any) -> bool:
+    """Whether `yuv_to_yuv` may write a frame; of full range, swscale would make chroma half a level too high."""
+    return not (is_rgb(frame) or is_hdr(frame) or range_of(frame) == FULL_RANGE)
 
 
 def to_rgb(reformatter: Any, frame: Any, height: int, width: int) -> np.ndarray:
@@ -76,7 +95,7 @@ def to_rgb(reformatter: Any, frame: Any, height: int, width: int) -> np.ndarray:
         frame, width=width, height=height, format="rgb48le" if hdr else "rgb24", interpolation=_bicubic(), threads=1,
         **tags,
     )  # fmt: skip
-    return tone_map(rgb.to_ndarray(), frame.color_trc, frame.color_primaries) if hdr else rgb.to_ndarray()
+    return tone_map(rgb.to_ndarray(), transfer_of(frame), primaries_of(frame)) if hdr else rgb.to_ndarray()
 
 
 def rgb_to_yuv(reformatter: Any, frame: Any, height: int, width: int) -> Any:
@@ -91,13 +110,15 @@ def rgb_to_yuv(reformatter: Any, frame: Any, height: int, width: int) -> Any:
 
 
 def yuv_to_yuv(reformatter: Any, frame: Any, height: int, width: int) -> Any:
-    """Return an SDR YUV frame as yuv420p of limited range, its own matrix kept, fully tagged."""
-    matrix = SWS_MATRICES[matrix_of(frame)]
+    """Return a frame that `keeps_color` as yuv420p, its own matrix kept, fully tagged."""
+    tags = primaries_of(frame), transfer_of(frame), matrix_of(frame)
+    matrix = SWS_MATRICES[tags[-1]]
     yuv = reformatter.reformat(
         frame, width=width, height=height, format="yuv420p", src_colorspace=matrix, dst_colorspace=matrix,
-        src_color_range=range_of(frame), dst_color_range=LIMITED_RANGE, interpolation=_area(), threads=1,
+        src_color_range=LIMITED_RANGE, dst_color_range=LIMITED_RANGE, interpolation=_area(), threads=1,
     )  # fmt: skip
-    set_tags(yuv, frame)
+    yuv.color_primaries, yuv.color_trc, yuv.colorspace = tags
+    yuv.color_range = LIMITED_RANGE
     return yuv
 
 
@@ -108,8 +129,8 @@ def tone_map(rgb: np.ndarray, transfer: int, primaries: int) -> np.ndarray:
     their share of it, so that highlights keep their hue. HLG is scene light, which BT.709's curve takes as it is: the
     display's own gamma stands for HLG's.
     """
-    light = _linear(int(transfer))[rgb]  # float32, 1 is diffuse white
-    if primaries in (BT2020, UNSPECIFIED, 0):
+    light = _linear(transfer)[rgb]  # float32, 1 is diffuse white
+    if primaries == BT2020:
         light = light @ TO_BT709.T
     brightest = light.max(axis=-1, keepdims=True)
     room = 1 - SHOULDER
@@ -121,7 +142,7 @@ def tone_map(rgb: np.ndarray, transfer: int, primaries: int) -> np.ndarray:
 
 @lru_cache(maxsize=2)
 def _linear(transfer: int) -> np.ndarray:
-    """Return the light of every 16-bit code of PQ or HLG as float32 [65536], 1 for diffuse white (BT.2100, tables 4, 5)."""
+    """Return the light of every 16-bit code of PQ or HLG as float32 [65536], 1 for diffuse white (BT.2100)."""
     signal = np.arange(65536) / 65535
     if transfer == PQ:
         m1, m2, c1, c2, c3 = 2610 / 16384, 2523 / 32, 3424 / 4096, 2413 / 128, 2392 / 128
@@ -161,7 +182,7 @@ def _with_even_sides(frame: Any) -> Any:
         rows[:, : target.width] = np.pad(pixels, sides, mode="edge")
         target.update(rows)
     padded.colorspace, padded.color_range = matrix_of(frame), range_of(frame)
-    padded.color_primaries, padded.color_trc = frame.color_primaries, frame.color_trc
+    padded.color_primaries, padded.color_trc = primaries_of(frame), transfer_of(frame)
     return padded
 
 

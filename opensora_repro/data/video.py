@@ -175,7 +175,8 @@ def cover_size(height: int, width: int, size: Size) -> Size:
 def open_video(path: str | Path, *, threads: int = 1) -> Iterator[tuple[Any, Any]]:
     """Open a file's video: yields (container, stream) and closes both; PyAV's errors become DecodeError.
 
-    Of several streams it is the default one, then the largest (cover art is none). `threads` is 1 because training decodes in many worker processes; 0 lets ffmpeg choose.
+    Of several streams it is the default one, then the largest (cover art is none). `threads` is 1 because training
+    decodes in many worker processes; 0 lets ffmpeg choose.
     """
     import av
 

@@ -116,7 +116,9 @@ KINDS: dict[str, Callable[[Path], list[int]]] = {
     "begun_late_open.ts": begun_late("libx264", 1, 12, **OPEN),
     "begun_late.mkv": begun_late("libx264", 14, 24, **OPEN),
     "begun_late_hevc.ts": begun_late("libx265", 3, 12, **{"x265-params": X265 + ":open-gop=0"}),
-    "begun_late_hevc_open.ts": begun_late("libx265", 3, 12, **{"x265-params": X265 + ":open-gop=1:bframes=3:b-adapt=0"}),
+    "begun_late_hevc_open.ts": begun_late(
+        "libx265", 3, 12, **{"x265-params": X265 + ":open-gop=1:bframes=3:b-adapt=0"}
+    ),
     "begun_late_mpeg2.ts": begun_late("mpeg2video", 5, 12, bf="2"),
 }
 

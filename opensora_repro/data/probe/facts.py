@@ -15,7 +15,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from opensora_repro.data.color import UNSPECIFIED
+from opensora_repro.data.color import primaries_of, transfer_of
 from opensora_repro.data.video import (
     DecodeError,
     FrameIndex,
@@ -47,7 +47,9 @@ class Facts:
     duration: float  # of the video stream, the last frame's own time included
     codec: str
     pixel_format: str
-    transfer: str  # as ffprobe names them: bt709, smpte2084 (PQ), arib-std-b67 (HLG), ..., unknown
+    transfer: (
+        str  # bt709, smpte2084 (PQ), arib-std-b67 (HLG), ...: its tag as ffprobe names it, or what it is taken for
+    )
     primaries: str
     coded_height: int  # as stored
     coded_width: int
@@ -99,15 +101,13 @@ def is_steady(times: Sequence[int], time_base: Fraction) -> bool:
 
 
 def color_names(frame: Any) -> tuple[str, str]:
-    """Return a frame's transfer and primaries, as ffprobe names them."""
+    """Return what a frame's transfer and primaries are read as, in ffprobe's words."""
     from av.video.reformatter import ColorPrimaries, ColorTrc
 
     def name(kind: Any, code: int) -> str:
-        if code in (0, UNSPECIFIED):
-            return "unknown"
-        return kind(code).name.lower().replace("_", "-") if code in set(kind) else f"reserved-{code}"
+        return kind(code).name.lower().replace("_", "-") if code in set(kind) else "unknown"
 
-    return name(ColorTrc, frame.color_trc), name(ColorPrimaries, frame.color_primaries)
+    return name(ColorTrc, transfer_of(frame)), name(ColorPrimaries, primaries_of(frame))
 
 
 def rotation(turn: Orientation) -> int:

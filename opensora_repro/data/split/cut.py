@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from opensora_repro.data.color import CENTRED_CHROMA, LEFT_CHROMA, is_hdr, is_rgb, rgb_to_yuv, yuv_to_yuv
+from opensora_repro.data.color import CENTRED_CHROMA, LEFT_CHROMA, keeps_color, rgb_to_yuv, yuv_to_yuv
 from opensora_repro.data.files import beside
 from opensora_repro.data.split.scenes import DRAFT, Scan, Span
 from opensora_repro.data.video import (
@@ -233,7 +233,7 @@ class PlainFrames:
     """Decoded frames to upright yuv420p of even size and square pixels, without a detour through RGB where possible.
 
     All three colour tags are kept, or set where they are missing: a reduced clip must not be taken for another matrix
-    than its source. RGB and HDR (tone-mapped) become BT.709.
+    than its source. RGB, HDR (tone-mapped) and full range become BT.709 of limited range.
     """
 
     def __init__(self, path: str | Path, stream: Any, short_side: int = 0) -> None:
@@ -249,7 +249,7 @@ class PlainFrames:
         self.chroma = ""  # for x264: where the clips' chroma lies, from the first frame on
 
     def __call__(self, frame: Any) -> Any:
-        direct = self.plain and not (is_hdr(frame) or is_rgb(frame) or frame.height % 2 or frame.width % 2)
+        direct = self.plain and keeps_color(frame) and not (frame.height % 2 or frame.width % 2)
         direct = direct and self.to_picture.turn(frame) == Orientation()
         if self.size is None:
             height, width = self.to_picture.output_size(frame)
