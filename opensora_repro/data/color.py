@@ -17,7 +17,11 @@ UNTOLD = (0, 2, 3)  # reserved and "unspecified"
 PQ, HLG = 16, 18  # the transfers of HDR (ITU-R BT.2100): SMPTE ST 2084, ARIB STD-B67
 LIMITED_RANGE, FULL_RANGE = 1, 2
 HD_LINES = 720  # untagged video with so many lines is BT.709, with fewer BT.601, as players take it
-SWS_MATRICES = {BT709: 1, 4: 4, 5: 5, SMPTE170M: 5, 7: 7, BT2020: 9, 10: 9}  # what swscale calls the matrices it knows
+BT2020_CONSTANT = 10  # the matrix of constant luminance: hardly used, and read as the usual one
+MATRICES = (BT709, 4, 5, SMPTE170M, 7, BT2020)  # that swscale knows; 5 is BT.601's, too
+ACCURATE_ROUNDING, FULL_CHROMA_OUT, FULL_CHROMA_IN = 0x40000, 0x2000, 0x4000  # swscale's flags
+BICUBIC = 0x4 | ACCURATE_ROUNDING | FULL_CHROMA_OUT
+AREA = 0x20 | ACCURATE_ROUNDING | FULL_CHROMA_IN  # means, of chroma from every pixel instead of every second
 CENTRED_CHROMA = "chromaloc=1"  # for x264: chroma as swscale makes it, the mean of four pixels (H.264, E.2.1)
 LEFT_CHROMA = frozenset(("h264", "hevc", "mpeg2video", "mpeg4"))  # codecs whose chroma lies left unless they say else
 
@@ -30,9 +34,9 @@ TO_BT709 = np.array(  # linear RGB of BT.2020's primaries to BT.709's (ITU-R BT.
 
 def matrix_of(frame: Any) -> int:
     """Return the matrix of a YUV frame: its tag, or what is usual for its primaries and size."""
-    if frame.colorspace in SWS_MATRICES:
+    if frame.colorspace in MATRICES:
         return int(frame.colorspace)
-    if frame.color_trc in (PQ, HLG) or frame.color_primaries == BT2020:
+    if frame.color_trc in (PQ, HLG) or frame.color_primaries == BT2020 or frame.colorspace == BT2020_CONSTANT:
         return BT2020
     return BT709 if frame.height >= HD_LINES else SMPTE170M
 
@@ -47,7 +51,7 @@ def transfer_of(frame: Any) -> int:
         return int(frame.color_trc)
     if is_rgb(frame):
         return BT709
-    if matrix_of(frame) in (BT2020, 10):
+    if matrix_of(frame) == BT2020:
         return PQ if frame.format.components[0].bits >= 10 else BT709
     return BT709 if matrix_of(frame) == BT709 else SMPTE170M
 
@@ -57,7 +61,7 @@ def primaries_of(frame: Any) -> int:
     if frame.color_primaries not in UNTOLD:
         return int(frame.color_primaries)
     matrix = BT709 if is_rgb(frame) else matrix_of(frame)
-    return {BT709: BT709, BT2020: BT2020, 10: BT2020}.get(matrix, SMPTE170M)
+    return matrix if matrix in (BT709, BT2020) else SMPTE170M
 
 
 def range_of(frame: Any) -> int:
@@ -74,6 +78,13 @@ def is_hdr(frame: Any) -> bool:
     return transfer_of(frame) in (PQ, HLG)
 
 
+def tag(frame: Any) -> None:
+    """Write on a frame what it is taken for: swscale goes by the tags."""
+    frame.color_primaries, frame.color_trc = primaries_of(frame), transfer_of(frame)
+    if not is_rgb(frame):
+        frame.colorspace, frame.color_range = matrix_of(frame), range_of(frame)
+
+
 def keeps_color(frame: Any) -> bool:
     """Whether `yuv_to_yuv` may write a frame; of full range, swscale would make chroma half a level too high."""
     return not (is_rgb(frame) or is_hdr(frame) or range_of(frame) == FULL_RANGE)
@@ -87,22 +98,19 @@ def to_rgb(reformatter: Any, frame: Any, height: int, width: int) -> np.ndarray:
             return to_rgb(reformatter, padded, padded.height, padded.width)[:height, :width]
         exact = to_rgb(reformatter, padded, padded.height, padded.width)[: frame.height, : frame.width]
         return _scaled(exact, height, width)
-    hdr = is_hdr(frame)
-    tags = {} if is_rgb(frame) else {
-        "src_colorspace": SWS_MATRICES[matrix_of(frame)], "src_color_range": range_of(frame)
-    }  # fmt: skip
+    tag(frame)
+    deep = "rgb48le" if is_hdr(frame) else "rgb24"
     rgb = reformatter.reformat(
-        frame, width=width, height=height, format="rgb48le" if hdr else "rgb24", interpolation=_bicubic(), threads=1,
-        **tags,
-    )  # fmt: skip
-    return tone_map(rgb.to_ndarray(), transfer_of(frame), primaries_of(frame)) if hdr else rgb.to_ndarray()
+        frame, width=width, height=height, format=deep, interpolation=BICUBIC, threads=1
+    ).to_ndarray()
+    return tone_map(rgb, frame.color_trc, frame.color_primaries) if is_hdr(frame) else rgb
 
 
 def rgb_to_yuv(reformatter: Any, frame: Any, height: int, width: int) -> Any:
     """Return an RGB frame as yuv420p in BT.709, limited range, tagged so; chroma is the mean of each 2x2 square."""
     yuv = reformatter.reformat(
         frame, width=width, height=height, format="yuv420p", dst_colorspace=BT709, dst_color_range=LIMITED_RANGE,
-        interpolation=_area(), threads=1,
+        interpolation=AREA, threads=1,
     )  # fmt: skip
     yuv.colorspace = yuv.color_primaries = yuv.color_trc = BT709
     yuv.color_range = LIMITED_RANGE
@@ -111,14 +119,18 @@ def rgb_to_yuv(reformatter: Any, frame: Any, height: int, width: int) -> Any:
 
 def yuv_to_yuv(reformatter: Any, frame: Any, height: int, width: int) -> Any:
     """Return a frame that `keeps_color` as yuv420p, its own matrix kept, fully tagged."""
-    tags = primaries_of(frame), transfer_of(frame), matrix_of(frame)
-    matrix = SWS_MATRICES[tags[-1]]
+    tag(frame)
     yuv = reformatter.reformat(
-        frame, width=width, height=height, format="yuv420p", src_colorspace=matrix, dst_colorspace=matrix,
-        src_color_range=LIMITED_RANGE, dst_color_range=LIMITED_RANGE, interpolation=_area(), threads=1,
-    )  # fmt: skip
-    yuv.color_primaries, yuv.color_trc, yuv.colorspace = tags
-    yuv.color_range = LIMITED_RANGE
+        frame,
+        width=width,
+        height=height,
+        format="yuv420p",
+        dst_color_range=LIMITED_RANGE,
+        interpolation=AREA,
+        threads=1,
+    )
+    yuv.colorspace, yuv.color_range = frame.colorspace, LIMITED_RANGE
+    yuv.color_primaries, yuv.color_trc = frame.color_primaries, frame.color_trc
     return yuv
 
 
@@ -181,8 +193,9 @@ def _with_even_sides(frame: Any) -> Any:
         rows = np.zeros((target.height, target.line_size // pixels.itemsize), sample)
         rows[:, : target.width] = np.pad(pixels, sides, mode="edge")
         target.update(rows)
-    padded.colorspace, padded.color_range = matrix_of(frame), range_of(frame)
-    padded.color_primaries, padded.color_trc = primaries_of(frame), transfer_of(frame)
+    tag(frame)  # before the padding adds a line
+    padded.colorspace, padded.color_range = frame.colorspace, frame.color_range
+    padded.color_primaries, padded.color_trc = frame.color_primaries, frame.color_trc
     return padded
 
 
@@ -190,17 +203,4 @@ def _scaled(rgb: np.ndarray, height: int, width: int) -> np.ndarray:
     import av
 
     picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
-    return picture.reformat(width=width, height=height, interpolation=_bicubic(), threads=1).to_ndarray()
-
-
-def _bicubic() -> int:
-    from av.video.reformatter import Interpolation
-
-    return Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-
-
-def _area() -> int:
-    """Averaging, of chroma as well: from every pixel, not from every second."""
-    from av.video.reformatter import Interpolation
-
-    return Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP
+    return picture.reformat(width=width, height=height, interpolation=BICUBIC, threads=1).to_ndarray()

@@ -152,17 +152,23 @@ def hlg_codes(rgb: np.ndarray) -> np.ndarray:
 
 
 def write_hlg(path: Path) -> None:
-    """What a phone writes: HEVC of 10 bits, HLG."""
-    picture = np.array(PATCHES, float).reshape(2, 4, 3).repeat(48, axis=0).repeat(40, axis=1) / 255
-    codes = (hlg_codes(picture) * 65535).round().astype(np.uint16)
+    """What a phone writes: HEVC of 10 bits, HLG; patches of 48 x 40 pixels."""
+    r, g, b = hlg_codes(np.array(PATCHES, float).reshape(2, 4, 3) / 255).transpose(2, 0, 1)
+    kr, kb = WEIGHTS[BT2020]
+    luma = kr * r + (1 - kr - kb) * g + kb * b
+    chroma = [(b - luma) / (2 * (1 - kb)), (r - luma) / (2 * (1 - kr))]
+    codes = [64 + 876 * luma, *(512 + 896 * plane for plane in chroma)]
+    yuv = av.VideoFrame(160, 96, "yuv420p10le")
+    for plane, values in zip(yuv.planes, codes, strict=True):
+        rows = np.zeros((plane.height, plane.line_size // 2), np.uint16)
+        rows[:, : plane.width] = values.round().repeat(plane.height // 2, axis=0).repeat(plane.width // 4, axis=1)
+        plane.update(rows)
     with av.open(str(path), "w") as out:
         stream = out.add_stream("libx265", rate=24, options={"crf": "12", "x265-params": "log-level=none"})
-        stream.height, stream.width, stream.pix_fmt = *picture.shape[:2], "yuv420p10le"
+        stream.height, stream.width, stream.pix_fmt = yuv.height, yuv.width, yuv.format.name
         context = stream.codec_context
         context.color_primaries, context.color_trc, context.colorspace, context.color_range = BT2020, HLG, BT2020, 1
-        frame = av.VideoFrame.from_ndarray(codes, format="rgb48le")
         for tick in range(10):
-            yuv = frame.reformat(format="yuv420p10le", dst_colorspace=BT2020, dst_color_range=1)
             yuv.pts, yuv.time_base = tick, Fraction(1, 24)
             out.mux(stream.encode(yuv))
         out.mux(stream.encode(None))
