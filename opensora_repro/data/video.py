@@ -223,19 +223,18 @@ def frame_index(path: str | Path) -> FrameIndex:
 def _index_file(path: str, _mtime_ns: int, _size: int) -> FrameIndex:
     with open_video(path) as (container, stream):
         codec, in_segments = stream.codec_context.name, container.format.name == "mpegts"
-        keys_known = (
-            container.format.name != "avi" or len(stream.index_entries) > 1
-        )  # or else every frame is called one
+        keys_known = container.format.name != "avi" or len(stream.index_entries) > 1  # without, all are called so
         packets = [_entry(packet, codec) for packet in container.demux(stream) if packet.size]
         cut_off = container.format.name == "avi" and _is_cut_off(path)
         promised = stream.frames if cut_off else sum(entry.size > 0 for entry in stream.index_entries)
         time_base = stream.time_base
     broken, joints = _lost_bytes(packets, in_segments)
     times = _shown_times(path, packets)
-    longest = float("inf") if not in_segments else JOINED_GAP if joints else CLOCK_GAP
-    if any(float((b - a) * time_base) > longest for a, b in pairwise(times)):
+    longest = (JOINED_GAP if joints else CLOCK_GAP) / time_base
+    if in_segments and any(b - a > longest for a, b in pairwise(times)):
         times = []
-    keys = sorted((p.time, p.seek) for p in packets if p.key and p.shown and times and p.time >= times[0])
+    keys = [(p.time, p.seek) for p in packets if p.key and p.shown and p.time is not None and p.seek is not None]
+    keys = sorted(key for key in keys if times and key[0] >= times[0])
     keys = keys if keys_known else keys[:1]
     return FrameIndex(
         tuple(times), tuple(k for k, _ in keys), tuple(s for _, s in keys), len(packets), promised, broken, joints > 0
