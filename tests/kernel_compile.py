@@ -39,7 +39,8 @@ def compile_launch(kernel: Any, *args: Any, grid: Any, warmup: bool, num_warps: 
     source = ASTSource(kernel, signature, constants, known)
     found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
     code = found.asm["ptx"]
-    wide = "ld.global.v4" in code and ("st.global.v4" in code or "st.global.v2" in code)
+    loads = "ld.global.v4" in code or "cp.async.cg.shared.global" in code  # which are of 16 bytes
+    wide = loads and ("st.global.v4" in code or "st.global.v2" in code)
     print(f"{kernel.__module__.rsplit('.', 1)[1]}.{kernel.__name__}", "wide" if wide else "narrow", flush=True)
 
 
@@ -60,6 +61,7 @@ def launch_all() -> None:
         ops.bias_gelu(make(torch.bfloat16, T * S, 4 * D), make(torch.float32, 4 * D)).sum().backward()
         q, k, v = ops.split_heads(make(torch.bfloat16, B, T, S, 3 * D), H, "time")
         ops.merge_heads(q + k + v, T, S, "time").sum().backward()
+        ops.time_attention(make(torch.bfloat16, B, T, S, 3 * D), H).sum().backward()
     params = [torch.empty(1 << 16)]
     ops.adamw(
         params, params, params, params, [torch.ones(())], lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
@@ -77,6 +79,9 @@ def main() -> None:
     JITFunction.run = compile_launch
     choice.interpreted = lambda: True  # the dispatcher may take the kernels for a CPU's tensors
     choice.choose("triton", "cpu")
+    from opensora_repro.kernels.fused import attention
+
+    attention.interpreted = lambda: False  # for which it would multiply in float32
     launch_all()
 
 

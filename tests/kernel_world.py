@@ -44,6 +44,55 @@ def check_many_tiles() -> Errors:
     return check_cases("fp32")
 
 
+def check_short_attention() -> Errors:
+    """Frames up to the most, and heads that are no multiple of a piece; more frames are not for the kernel."""
+    import torch
+
+    from benchmarks import kernel_cases
+    from opensora_repro.kernels import ops
+
+    cpu, found = torch.device("cpu"), {}
+    with kernel_cases.using("triton", cpu):
+        for frames, heads, size in ((1, 2, 8), (17, 1, 72), (ops.SHORT_FRAMES, 1, 40)):
+            sizes = kernel_cases.Sizes(1, frames, 2, heads * size, heads, 8)
+            case = kernel_cases.cases(sizes, "fp32", cpu)["attention over time"]
+            assert ops.attends_in_place(case.inputs[0])
+            found |= {f"{frames}: {what}": error for what, error in kernel_cases.errors(case, "fp32").items()}
+        assert not ops.attends_in_place(torch.ones(1, ops.SHORT_FRAMES + 1, 1, 8))
+        nowhere = ops.time_attention(torch.ones(1, 4, 0, 24, requires_grad=True), 1)
+        nowhere.sum().backward()
+        assert nowhere.shape == (1, 4, 0, 8)
+    return found
+
+
+def check_compiled() -> Errors:
+    """torch.compile takes the attention of short videos as it is: one program for tokens of every size."""
+    import torch
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    from benchmarks import kernel_cases
+    from opensora_repro.models.layers import Attention
+    from opensora_repro.models.recompute import run_block
+
+    backend = CompileCounterWithBackend("aot_eager")
+    layer, call = Attention(16, 2, over="time"), torch.compile(run_block, backend=backend, dynamic=True)
+    found: Errors = {}
+    for shape in ((2, 3, 4, 16), (3, 5, 4, 16)):
+        results = []
+        for kernels, run in (("eager", run_block), ("triton", call)):
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+            with kernel_cases.using(kernels, torch.device("cpu")):
+                out = run("full", layer, x)
+                results.append((out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])))
+        for i, (wanted, got) in enumerate(zip(*results, strict=True)):
+            found[f"{shape}: {i}"] = kernel_cases.rms(got - wanted) / kernel_cases.rms(wanted) / 1e-5
+    graphs = [module for graph in backend.graphs for module in graph.modules() if hasattr(module, "graph")]
+    operations = {str(node.target) for graph in graphs for node in graph.graph.nodes}
+    assert any("short_attention" in name for name in operations), operations
+    assert backend.frame_count == 1, backend.frame_count
+    return found
+
+
 def check_adamw() -> Errors:
     """Tensors of one piece and of several."""
     import torch
@@ -147,6 +196,8 @@ CHECKS: dict[str, Callable[[], Errors]] = {
     "bf16 autocast": lambda: check_cases("bf16 autocast"),
     "bf16": lambda: check_cases("bf16"),
     "fp16": lambda: check_cases("fp16"),
+    "short attention": check_short_attention,
+    "compiled": check_compiled,
     "adamw": check_adamw,
     "models fp32": lambda: check_models("fp32"),
     "models bf16": lambda: check_models("bf16"),

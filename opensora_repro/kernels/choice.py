@@ -17,6 +17,7 @@ CHOICES = ("auto", "eager", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _chosen = "auto"
+_found: dict[str, bool] = {}  # device type -> whether `choose` found that fused kernels run there
 
 
 class KernelsError(ValueError):
@@ -36,6 +37,8 @@ def choose(kernels: str, device_type: str) -> str:
         reason = missing_triton() or f"Triton needs a CUDA device, this run computes on {device_type}"
         raise KernelsError(f'train.kernels = "triton" cannot run here: {reason}; set train.kernels=auto or eager')
     _chosen = kernels
+    _found.clear()
+    _found[device_type] = found == "triton"
     return found
 
 
@@ -46,7 +49,16 @@ def chosen() -> str:
 
 def fused(x: Tensor) -> bool:
     """Whether an operation on `x` runs as a Triton kernel: not in what torch.compile is given, which fuses itself."""
-    return not torch.compiler.is_compiling() and x.dtype in DTYPES and _runs_on(x.device.type, _chosen)
+    return not torch.compiler.is_compiling() and runs(x)
+
+
+def runs(x: Tensor) -> bool:
+    """As `fused`, for kernels that torch.compile takes as they are, since it could not make such ones itself."""
+    if x.device.type not in _found:
+        if torch.compiler.is_compiling():  # it would compile the search, too
+            return False
+        _found[x.device.type] = _runs_on(x.device.type, _chosen)
+    return x.dtype in DTYPES and _found[x.device.type]
 
 
 def _runs_on(device_type: str, kernels: str) -> bool:

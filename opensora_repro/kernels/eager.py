@@ -18,6 +18,7 @@ _SPLIT = {
     "time": "b t s (h d) -> (b s) h t d",
     "space_time": "b t s (h d) -> b h (t s) d",
 }
+PROGRAMS = 65_535  # along an axis of CUDA's grid but the first, on which attention kernels lay sequences and heads out
 _MERGE = {
     "space": "(b t) h s d -> b t s (h d)",
     "time": "(b s) h t d -> b t s (h d)",
@@ -68,6 +69,24 @@ def merge_heads(out: Tensor, frames: int, places: int, over: str) -> Tensor:
     sizes = {"t": frames, "s": places}
     known = {"space": ("t",), "time": ("s",), "space_time": ("t", "s")}[over]
     return rearrange(out, _MERGE[over], **{axis: sizes[axis] for axis in known})
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, at_once: int | None = None) -> Tensor:
+    """Attention of [N, H, L, d], `at_once` sequences at a time; None: on CUDA as many as have `PROGRAMS` heads."""
+    if at_once is None:
+        at_once = max(PROGRAMS // q.shape[1], 1) if q.device.type == "cuda" else len(q)
+    if len(q) <= at_once:
+        return F.scaled_dot_product_attention(q, k, v)
+    parts = zip(*(x.split(at_once) for x in (q, k, v)), strict=True)
+    return torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
+
+
+def time_attention(qkv: Tensor, num_heads: int) -> Tensor:
+    """Frames of each place among themselves: [B, T, S, 3 * H * d] -> [B, T, S, H * d]."""
+    q, k, v = split_heads(qkv, num_heads, "time")
+    # There may be no place at all, which not every attention kernel takes.
+    out = attention(q, k, v) if q.numel() else q
+    return rearrange(out, _MERGE["time"], b=len(qkv), s=qkv.shape[2])
 
 
 def adamw(

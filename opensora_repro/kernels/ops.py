@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opensora_repro.kernels import cpu, cpu_products, eager
-from opensora_repro.kernels.choice import fused
+from opensora_repro.kernels.choice import fused, runs
 
 MAX_CHANNELS = 8192  # a row of tokens is held at once
+SHORT_FRAMES = 64  # a program of attention over time has all frames of a place
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -85,6 +86,19 @@ def merge_heads(out: Tensor, frames: int, places: int, over: str) -> Tensor:
     from opensora_repro.kernels.fused.heads import merge_heads as kernel
 
     return kernel(out, frames, places, over)
+
+
+def attends_in_place(x: Tensor) -> bool:
+    """Whether `time_attention` of tokens [B, T, S, ...] is one kernel, which reads and writes them where they are."""
+    return runs(x) and x.shape[1] <= SHORT_FRAMES
+
+
+def time_attention(qkv: Tensor, num_heads: int) -> Tensor:
+    if not attends_in_place(qkv):
+        return eager.time_attention(qkv, num_heads)
+    from opensora_repro.kernels.fused.attention import short_attention
+
+    return short_attention(qkv, num_heads)
 
 
 def adamw(params: Sequence[Tensor], *tensors: Sequence[Any], **options: Any) -> None:

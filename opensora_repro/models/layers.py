@@ -181,11 +181,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         samples, over = len(x), self.over
+        if over == "time" and ops.attends_in_place(x):
+            return self.proj(ops.time_attention(self.qkv(x), self.num_heads))
         if over == "time":  # one copy here, before the projection triples the channels; then places are frames of time
             x, over = rearrange(x, "b t s d -> (b s) 1 t d"), "space"
         # Views: attention takes any strides, so a copy in its own layout, which the fused split makes, costs more.
         q, k, v = eager.split_heads(self.qkv(x), self.num_heads, over)
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = eager.attention(q, k, v)
         out = self.proj(eager.merge_heads(out, x.shape[1], x.shape[2], over))
         return rearrange(out, "(b s) 1 t d -> b t s d", b=samples) if self.over == "time" else out
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from opensora_repro.kernels import ops
 from opensora_repro.parallel.errors import EngineError
 
 FRAMES, PLACES = 1, 2  # axes of tokens [B, T, S, D]
@@ -76,10 +77,7 @@ class SequenceParallelAttention(nn.Module):
         # Padding ends here: it is not projected, not sent, and nobody attends to it.
         qkv = self.qkv(x[:, :real])  # [B, real, S, 3 * D]
         qkv = swap(qkv, self.group, split=(PLACES, places_of), join=(FRAMES, frames_of))  # [B, T, S_own, 3 * D]
-        q, k, v = (rearrange(part, "b t s (h d) -> (b s) h t d", h=self.num_heads) for part in qkv.chunk(3, dim=-1))
-        # A rank may have no place at all, which not every attention kernel takes.
-        out = F.scaled_dot_product_attention(q, k, v) if q.numel() else q
-        out = rearrange(out, "(b s) h t d -> b t s (h d)", b=len(x), s=places_of[rank])
+        out = ops.time_attention(qkv, self.num_heads)  # [B, T, S_own, D]
         out = swap(out, self.group, split=(FRAMES, frames_of), join=(PLACES, places_of))  # [B, real, S, D]
         return F.pad(self.proj(out), (0, 0, 0, 0, 0, held - real))
 

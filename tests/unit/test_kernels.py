@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from opensora_repro.config import OptimConfig
-from opensora_repro.kernels import choice
+from opensora_repro.kernels import choice, eager
 from opensora_repro.training.checkpoint import TrainState, checkpoints_folder, load_checkpoint, verify_checkpoint
 from opensora_repro.training.ema import Ema
 from opensora_repro.training.optim import build_optimizer
@@ -60,7 +60,7 @@ def test_every_kernel_compiles_for_an_h100(tmp_path: Path) -> None:
     compiled = dict(line.split() for line in done.stdout.splitlines())
     assert compiled.keys() == {
         "norm._forward", "norm._backward", "gate._forward", "gate._backward", "gelu._forward", "gelu._backward",
-        "heads._copy", "adamw._step",
+        "heads._copy", "adamw._step", "attention._forward", "attention._backward",
     }  # fmt: skip
     assert set(compiled.values()) == {"wide"}, f"loads of single elements: {compiled}"
 
@@ -110,6 +110,20 @@ def test_triton_where_it_cannot_run_is_one_line(monkeypatch: pytest.MonkeyPatch)
             choice.choose("triton", "cuda")
     finally:
         choice.missing_triton.cache_clear()
+
+
+# Attention
+
+
+def test_attention_in_parts() -> None:
+    """As CUDA needs it, whose grids end at 65,535: outputs and gradients are those of all sequences at once."""
+    q, k, v = (torch.randn(7, 2, 5, 8, dtype=torch.float64).requires_grad_() for _ in range(3))
+    found, wanted = (eager.attention(q, k, v, at_once=count) for count in (3, None))
+    grad = torch.randn_like(wanted)
+    torch.testing.assert_close(found, wanted)
+    pairs = (torch.autograd.grad(out, (q, k, v), grad) for out in (found, wanted))
+    for one, other in zip(*pairs, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 # AdamW's state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,17 @@ def test_a_run_of_pictures_counts_pictures(capsys: pytest.CaptureFixture[str]) -
 def test_every_recipe_has_a_plan(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = planned(capsys, str(path), "--gpus", "8")
     assert found["smallest"]
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.parent.name != "demo"], ids=lambda path: path.stem)
+def test_every_recipe_fits_the_card_its_header_names(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a tenth to spare of what is usable, as it is: layout, batch, encoders beside the model."""
+    header = path.read_text(encoding="utf-8").partition("\n[")[0]
+    (name,) = set(re.findall(r"--gpu (\S+)", header))
+    gpus = re.findall(r"--gpus (\d+)", header) or ["1"]
+    fit = planned(capsys, str(path), "--gpu", name, "--gpus", *gpus)["configured"]
+    assert not fit["refused"]
+    assert fit["memory"]["peak"] < 0.9 * find_gpu(name).usable_bytes
 
 
 # Layouts

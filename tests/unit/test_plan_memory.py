@@ -13,6 +13,7 @@ import torch
 from opensora_repro.config import Config, DataConfig, OptimConfig, ParallelConfig, TrainConfig
 from opensora_repro.diffusion.objective import build_objective
 from opensora_repro.kernels import choice
+from opensora_repro.kernels.ops import SHORT_FRAMES
 from opensora_repro.models import layers
 from opensora_repro.models.config import ACTIVATION_CHECKPOINTING, STDiTConfig
 from opensora_repro.models.stdit import STDiT
@@ -262,6 +263,27 @@ def test_64_frames_of_512_pixels_on_one_card(checkpointing: str, kernels: str) -
     assert one_card(train, hidden_size=2304) > 40e9
     assert one_card(dataclasses.replace(train, offload_activations=True)) < one_card(train) - 5e9
     assert one_card(dataclasses.replace(train, activation_checkpointing="none")) > 100e9
+
+
+def test_workspace_of_temporal_attention() -> None:
+    """The float32 sums of flash attention's way back, where no kernel for short videos takes its place."""
+    cfg = STDiTConfig()
+    grid = token_grid(cfg, (4, 16, 64, 64))
+    padded = 8 * 1024 * 128 * 16 * 96 * 4  # [B * S, round128(T), heads, round32(head size)]
+
+    def found(frames: int = 16, **changes: Any) -> memory.Activations:
+        given = {"dtype": "bf16", "checkpointing": "full", "fused": False, **changes}
+        return activation_bytes(cfg, dataclasses.replace(grid, frames=frames), 8, **given)
+
+    assert padded < found().workspace < 1.02 * padded
+    assert found().backward_peak > padded + found(device="cpu").kept
+    assert found(fused=True).workspace < found().workspace / 5  # spatial attention's alone
+    assert found(fused=True).backward_peak < found().backward_peak
+    assert SHORT_FRAMES == memory.SHORT_FRAMES
+    longer = [found(frames, fused=True).workspace for frames in (SHORT_FRAMES, SHORT_FRAMES + 1)]
+    assert longer[1] > 1.9 * longer[0]
+    assert found(tp_size=2).workspace == found(sp_size=2).workspace == found().workspace / 2
+    assert found(device="cpu").workspace == found(dtype="fp32").workspace == 0
 
 
 def test_encoding_beside_the_model_takes_memory_of_its_own() -> None:

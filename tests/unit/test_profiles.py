@@ -16,7 +16,7 @@ from stages import stage2_video, stage3_hq
 
 PROFILES = Path(__file__).resolve().parents[2] / "configs" / "profiles"
 CARDS = {"16gb": "RTX-4080", "24gb": "RTX-4090", "40gb": "A100-40GB", "80gb": "H100"}
-ROOM = 0.95  # of what is usable, which already leaves out a card's own share
+ROOM = 0.9  # of what is usable, which already leaves out a card's own share
 TOO_MUCH = {  # what of a profile's means is taken away
     "16gb": ("optim.offload=false",),
     "24gb": ('train.activation_checkpointing="none"',),

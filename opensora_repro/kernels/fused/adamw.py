@@ -14,13 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from opensora_repro.kernels.fused.rows import power_of_two
+from opensora_repro.kernels.fused.rows import TYPES, power_of_two
 from opensora_repro.kernels.transfer import to_device
 
 BLOCK = 1024  # elements at once
 STEPS = 16  # blocks a program works on, at most
 ALIGNMENT = 16  # bytes, for the widest loads
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def adamw(
@@ -69,7 +68,7 @@ def adamw(
 
 def _only_type(tensors: Sequence[Tensor]) -> tl.dtype:
     (dtype,) = {x.dtype for x in tensors}
-    return _TYPES[dtype]
+    return TYPES[dtype]
 
 
 @lru_cache(maxsize=4)

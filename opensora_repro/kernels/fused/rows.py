@@ -10,8 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 TILE = 4096  # elements of a tile, if a row is not longer
 PROGRAMS = 1024  # of a backward pass, about: several for each of a GPU's multiprocessors
 

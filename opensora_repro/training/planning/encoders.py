@@ -31,16 +31,17 @@ class FrozenSizes:
     encode_flops: float  # a sample's frames
     decode_flops: float
     text_flops: float  # a caption
-    encoding_values: int  # alive at once while `vae.micro_batch_size` frames are encoded
-    decoding_values: int
+    encoding_values: int  # alive at once while a GPU encodes a micro-batch, `vae.micro_batch_size` frames at a time
+    encoding_values_alone: int  # the same of one clip after the other, as a CPU encodes
+    decoding_values: int  # a clip's frames, so many at a time
 
 
 def frozen_sizes(cfg: Config) -> FrozenSizes:
     vae = {**PUBLISHED_VAE, **read_model_config(cfg.vae.path)}
     text = {**PUBLISHED_T5, **read_model_config(cfg.text.path)}
     height, width, frames = cfg.data.height, cfg.data.width, cfg.data.num_frames
-    at_once = min(cfg.vae.micro_batch_size, frames)
-    values = at_once * height * width * vae["block_out_channels"][0]
+    values = height * width * vae["block_out_channels"][0]  # of the largest feature map of a frame
+    alone, together = (min(cfg.vae.micro_batch_size, count) for count in (frames, frames * cfg.train.batch_size))
     encoder, decoder = list(_encoder(vae)), list(_decoder(vae))
     return FrozenSizes(
         vae_parameters=sum(layer.parameters for layer in encoder + decoder),
@@ -48,8 +49,9 @@ def frozen_sizes(cfg: Config) -> FrozenSizes:
         encode_flops=2.0 * frames * sum(layer.products(height, width) for layer in encoder),
         decode_flops=2.0 * frames * sum(layer.products(height, width) for layer in decoder),
         text_flops=2.0 * t5_products(text, cfg.model.model_max_length),
-        encoding_values=MAPS_ENCODING * values,
-        decoding_values=MAPS_DECODING * values,
+        encoding_values=MAPS_ENCODING * together * values,
+        encoding_values_alone=MAPS_ENCODING * alone * values,
+        decoding_values=MAPS_DECODING * alone * values,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from opensora_repro.config import Config, ParallelConfig
@@ -27,6 +28,7 @@ from opensora_repro.training.planning.sizes import Grid
 
 FLOAT = 4  # bytes: of weights, of the residual stream, of norms
 HALF = 2
+SHORT_FRAMES = 64  # as kernels/ops.py has it, which needs torch
 VISIT, VISITING_PARTS = 2**24, 3  # moments in host memory come in such parts, see training/host_memory.py
 # Float32 tensors as large as the latents that the loss saves for its own backward pass, and how many are alive at its
 # largest moment (both counted on a CPU)
@@ -52,6 +54,7 @@ class Activations:
     forward_peak: float
     backward_peak: float  # at its begin, when hardly any gradient exists
     backward_end: float  # in the first block, where all gradients but its own and the embedders' exist, less those
+    workspace: float = 0.0  # the largest that an attention's backward pass takes for itself
 
     def peak_with(self, gradients: float, *, lasting: bool, freed: bool) -> float:
         """The largest moment, gradients included.
@@ -131,17 +134,43 @@ def activation_bytes(
         cfg,
         batch_size,
         tokens,
-        tuple(2 * seen for seen in attended(cfg, grid)),
         tp_size,
         loss_latents=LOSS_LATENTS[objective],
         compute=HALF if half else FLOAT,
         gated=HALF if half and (fused or device == "cpu") else FLOAT,
         copies=half and not half_weights,
         fused=fused,
+        attentions=tuple(_attentions(cfg, grid, batch_size, sp_size, in_place=fused)),
+        pads=half and device == "cuda",
     )
     if checkpointing == "none":
-        return _without_checkpointing(block)
-    return _with_checkpointing(block, selective=checkpointing == "selective", offload=offload)
+        found = _without_checkpointing(block)
+    else:
+        found = _with_checkpointing(block, selective=checkpointing == "selective", offload=offload)
+    return dataclasses.replace(found, workspace=max(map(block.workspace, block.attentions)))
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """Sequences of queries on this process, their length, and how many keys each query sees."""
+
+    sequences: int
+    length: int
+    seen: int
+    in_place: bool = False  # one kernel that needs no memory of its own, see kernels/fused/attention.py
+
+
+def _attentions(cfg: STDiTConfig, grid: Grid, batch_size: int, sp_size: int, *, in_place: bool) -> Iterator[_Attention]:
+    """The last one first, as the backward pass goes. `in_place`: whether short videos have a kernel of their own."""
+    frames, places = -(-grid.frames // sp_size), -(-grid.places // sp_size)
+    *own, captions = attended(cfg, grid)
+    yield _Attention(batch_size, frames * grid.places, captions)
+    if cfg.temporal_attention:
+        in_place = in_place and grid.frames <= SHORT_FRAMES
+        yield _Attention(batch_size * places, grid.frames, grid.frames, in_place)
+        yield _Attention(batch_size * frames, grid.places, grid.places)
+    else:
+        yield _Attention(batch_size, frames * grid.places, own[0])
 
 
 @dataclass(frozen=True)
@@ -151,13 +180,14 @@ class _Block:
     cfg: STDiTConfig
     batch_size: int
     tokens: int  # of the micro-batch, on this process
-    attention_products: tuple[int, ...]  # multiplications for one value of each of a block's attentions
     tp_size: int
     loss_latents: tuple[float, float]
     compute: int  # bytes of a value that matrices multiply
     gated: int  # of a branch's output, kept for its gate's gradient
     copies: bool  # autocast's bfloat16 copies of the weights
     fused: bool  # kernels
+    attentions: tuple[_Attention, ...]  # of one block, the last one first
+    pads: bool  # attention is flash attention, which pads sequences and heads in its backward pass
 
     @property
     def stream(self) -> float:
@@ -193,7 +223,7 @@ class _Block:
     def dear(self) -> float:
         """Of these, what selective checkpointing keeps, see models/recompute.py: the MLP's result, long attentions."""
         cfg = self.cfg
-        longest = sum(is_dear(products, cfg.hidden_size) for products in self.attention_products)
+        longest = sum(is_dear(2 * each.seen, cfg.hidden_size) for each in self.attentions if not each.in_place)
         log_sums = FLOAT * self.tokens * cfg.num_heads
         last = is_dear(mlp_width(cfg) // self.tp_size, cfg.hidden_size)
         return self.values(last) + longest * (self.values(1) + log_sums) / self.tp_size
@@ -202,7 +232,7 @@ class _Block:
     def _small(self) -> float:
         """Statistics of two norms, the attentions' log-sums, the caption's keys and values, modulation vectors."""
         cfg = self.cfg
-        log_sums = (3 if cfg.temporal_attention else 2) * cfg.num_heads / self.tp_size
+        log_sums = sum(not each.in_place for each in self.attentions) * cfg.num_heads / self.tp_size
         caption = self.batch_size * cfg.model_max_length * 3 * cfg.hidden_size / self.tp_size
         vectors = 8 * self.batch_size * cfg.hidden_size
         return FLOAT * (self.tokens * (4 + log_sums) + vectors) + self.compute * caption
@@ -248,11 +278,38 @@ class _Block:
     def backward_extra(self) -> float:
         """Alive besides while one block's backward pass runs, less what it has freed by then.
 
-        In the MLP: the stream's gradient, the output's, the wide tensor's; or before, at the gate: three of the stream.
+        In the MLP: the stream's gradient, the output's, the wide tensor's; or before, at the gate: three of the stream;
+        or in an attention.
         """
         freed = self.gated * self.tokens * self.cfg.hidden_size
         in_mlp = self.stream + self.values(1 + self.widening) - freed
-        return max(in_mlp, 3 * self.stream)
+        return max(in_mlp, 3 * self.stream, *self._in_attentions())
+
+    def _in_attentions(self) -> Iterator[float]:
+        """Alive besides in each attention's backward pass, less what is freed by then.
+
+        The stream's gradient, the output's, those of queries, keys and values, and a workspace.
+        """
+        stream_parts = (1 if self.fused else 2) * self.stream
+        gated = self.gated * self.tokens * self.cfg.hidden_size
+        freed = stream_parts + self.values(1 + 2 * self.widening) + gated  # of the MLP
+        for number, each in enumerate(self.attentions):
+            own = 2 if number == 0 else 4  # values that it keeps, captions' apart
+            freed += gated if number else 0
+            yield self.stream + self.values(own / self.tp_size) + self.workspace(each) - freed
+            freed += self.values(1 + own / self.tp_size)
+
+    def workspace(self, attention: _Attention) -> float:
+        """Flash attention adds the queries' gradients up in float32, and has a number a query besides.
+
+        It does so for sequences padded to 128 and heads padded to 32.
+        """
+        if not self.pads or attention.in_place:
+            return 0.0
+        cfg = self.cfg
+        queries = attention.sequences * _round_up(attention.length, 128)
+        size = _round_up(cfg.hidden_size // cfg.num_heads, 32)
+        return FLOAT * queries * cfg.num_heads / self.tp_size * (size + 1)
 
     @property
     def final_extra(self) -> float:
@@ -280,6 +337,10 @@ def _with_checkpointing(block: _Block, *, selective: bool, offload: bool) -> Act
     begin = max(kept + block.final_extra, kept - block.final + again - dear)
     end = block.ends - block.final + block.stream + again - block.last_gradients
     return Activations(kept + block.loss, max(in_forward, kept + block.loss_peak), begin, end)
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -318,9 +379,10 @@ def step_memory(
     if encodes:
         text = 0 if cfg.text.offload else frozen.text_parameters
         encoders = float(size * (frozen.vae_parameters + text))
-        encoding = float(size * (frozen.decoding_values if cfg.sample.every else frozen.encoding_values))
+        encoded = frozen.encoding_values if device == "cuda" else frozen.encoding_values_alone
+        encoding = float(size * (max(encoded, frozen.decoding_values) if cfg.sample.every else encoded))
         if cfg.train.overlap and not cfg.data.cache and device == "cuda":  # a CPU encodes between its steps
-            beside = float(size * frozen.encoding_values)
+            beside = float(size * encoded)
     # Other processes' sums, or a second micro-batch, need gradients that stay.
     lasting = mesh.world_size > 1 or cfg.train.accumulation > 1
     stepping = activations.peak_with(states.gradients, lasting=lasting, freed=cfg.optim.in_backward) + beside

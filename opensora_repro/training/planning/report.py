@@ -72,7 +72,8 @@ def _memory(cfg: Config, budget: Budget) -> list[str]:
         "encoding": memory.encoding,
     }
     notes = {
-        "activations": f"{size(memory.activations.kept)} of them between forward and backward",
+        "activations": f"{size(memory.activations.kept)} of them between forward and backward, "
+        f"{size(memory.activations.workspace)} for attention's own sums on the way back",
         "encoding": "while nothing is trained",
     }
     kind = cfg.train.activation_checkpointing
@@ -144,7 +145,9 @@ def _inference(cfg: Config, budget: Budget) -> list[str]:
 
 def verdict(memory: Memory, gpu: Gpu) -> str:
     fits = "does NOT fit" if too_much(memory, gpu) else "fits"
-    return f"{fits} into the {size(gpu.usable_bytes)} usable of a {gpu.name} ({gpu.memory_gib:g} GB)"
+    return (
+        f"{fits} into the {size(gpu.usable_bytes)} usable of a {gpu.name} ({gpu.memory_gib:g} GB); unverified on a GPU"
+    )
 
 
 def memory_parts(memory: Memory) -> str:
