@@ -64,7 +64,7 @@ def build(side: Side, sizes: Sizes) -> Callable[[int, int], Tensor]:
     import torch
 
     from opensora_repro.config import DiffusionConfig
-    from opensora_repro.diffusion.flow import count_tokens
+    from opensora_repro.diffusion.flow import count_frames, count_tokens
     from opensora_repro.diffusion.sampling import sample_latents
 
     model: Any = (build_ours if side.ours else build_plain)(sizes).model.eval()
@@ -84,6 +84,7 @@ def build(side: Side, sizes: Sizes) -> Callable[[int, int], Tensor]:
             sampler="iddpm",
             generators=[torch.Generator().manual_seed(0)],
             num_tokens=count_tokens(sizes.latents[1:], sizes.config.patch_size),
+            frames=count_frames(sizes.latents[1:], sizes.config.patch_size),
             prepare_text=model.prepare_text if side.prepared else None,
         )
 

@@ -61,7 +61,7 @@ class DiffusionConfig:
     objective: str = "iddpm"  # "iddpm" or "flow"
     logit_mean: float = 0.0  # flow: timesteps are sigmoid(normal(mean, std)) before the shift
     logit_std: float = 1.0
-    shift: float = 0.0  # flow: > 0 fixes the shift towards noise; 0: by the number of tokens
+    shift: float = 0.0  # flow: > 0 fixes the shift towards noise; 0: by the numbers of tokens and frames
 
 
 @dataclass(frozen=True)

@@ -237,7 +237,7 @@ class GaussianDiffusion:
 
     # Training
 
-    def draw_timesteps(self, generators: Sequence[torch.Generator], num_tokens: int) -> Tensor:
+    def draw_timesteps(self, generators: Sequence[torch.Generator], num_tokens: int, frames: int = 1) -> Tensor:
         """Return float32 [B] step numbers on the CPU, uniform whatever the size, one from each sample's generator."""
         draws = [torch.randint(self.num_steps, (1,), generator=g, device=g.device).cpu() for g in generators]
         return self._seen_by_model(torch.cat(draws))

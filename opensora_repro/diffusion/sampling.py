@@ -130,6 +130,7 @@ def sample_latents(
     sampler: str,
     generators: Sequence[torch.Generator],
     num_tokens: int,
+    frames: int = 1,
     progress: Progress | None = None,
     prepare_text: PrepareText | None = None,
     through: Through = nullcontext,
@@ -139,7 +140,8 @@ def sample_latents(
     `condition` is text [B, L, Ct] with its `mask` [B, L], or labels [B]; `null_condition` is a single sample's.
     `prepare_text` is the model's own, see `guided_model`; without it the model is called as in training, whatever
     stands between. The guided model is called `through` a context that ends with the sampling, alike at every step.
-    `shape` is (C, T, H, W) of one sample and `num_tokens` what the model makes of it (it sets the flow's shift).
+    `shape` is (C, T, H, W) of one sample; `num_tokens` in `frames` are what the model makes of it (they set the flow's
+    shift).
     Sample i draws from `generators[i]` alone. `sampler` chooses among IDDPM's; flow models always use Euler steps.
     """
     if steps < 1:
@@ -162,7 +164,7 @@ def sample_latents(
         noise = next_noise()
         with through(model_fn) as model_fn:
             if sampler == "euler":
-                times = build_flow(objective_cfg).sampling_times(steps, num_tokens)
+                times = build_flow(objective_cfg).sampling_times(steps, num_tokens, frames)
                 return euler_sample(model_fn, noise, times, progress)
             if sampler == "dpm":
                 return dpm_solver_sample(model_fn, noise, ContinuousSchedule(linear_betas()), steps, progress)

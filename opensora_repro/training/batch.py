@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opensora_repro.data.keyed import keyed_generator
-from opensora_repro.diffusion.flow import count_tokens
+from opensora_repro.diffusion.flow import count_frames, count_tokens
 from opensora_repro.diffusion.objective import Objective
 from opensora_repro.kernels.transfer import to_device
 from opensora_repro.models.vae import FrameVAE
@@ -81,7 +81,8 @@ class BatchBuilder:
         )
         num_tokens = count_tokens(latents.shape[1:], self.patch_size)
         noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators("noise")])
-        timesteps = self.objective.draw_timesteps(generators("timestep"), num_tokens)
+        frames = count_frames(latents.shape[1:], self.patch_size)
+        timesteps = self.objective.draw_timesteps(generators("timestep"), num_tokens, frames)
         chances = torch.cat([torch.rand(1, generator=g) for g in generators("text dropout")])
         return Batch(
             ids=[sample.id for _, sample in samples],

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from opensora_repro.config import Config, ConfigError
 from opensora_repro.data.keyed import keyed_generator
-from opensora_repro.diffusion.flow import count_tokens
+from opensora_repro.diffusion.flow import count_frames, count_tokens
 from opensora_repro.diffusion.sampling import PrepareText, Through, sample_latents
 from opensora_repro.models.config import DiTConfig, STDiTConfig
 from opensora_repro.models.stdit import STDiT
@@ -114,6 +114,7 @@ def generate(
                 sampler=wish.sampler,
                 generators=[keyed_generator(seed, 0, str(i), "sample") for i in indices],
                 num_tokens=count_tokens(shape, model.cfg.patch_size),
+                frames=count_frames(shape, model.cfg.patch_size),
                 progress=_counted(progress, done, len(batches)),
                 prepare_text=_text_preparation(model, forward),
                 through=through,

@@ -149,7 +149,7 @@ def test_videos_of_a_condition(kind: str, vae: FrameVAE, clip: ClipText) -> None
 
 
 def test_the_models_own_patches_set_the_flows_shift(vae: FrameVAE) -> None:
-    """8 tokens here; `cfg.model`, which is not the model's, would make 32 of the latents."""
+    """8 tokens in 2 frames here; `cfg.model`, which is not the model's, would make 32 of the latents."""
     model = make_model(replace(LABELS, patch_size=(1, 4, 4)))
     seen: list[float] = []
     model.register_forward_pre_hook(lambda _model, given: seen.append(given[1][0].item()))
@@ -159,7 +159,7 @@ def test_the_models_own_patches_set_the_flows_shift(vae: FrameVAE) -> None:
         sample=SampleConfig(sampler="euler", steps=4, guidance=3.0),
     )
     list(generate(model, vae, ClassLabels(10), cfg, ["3"], seed=1, batch_size=1))
-    expected = build_flow(cfg.diffusion).sampling_times(4, 8)[:-1] * 1000
+    expected = build_flow(cfg.diffusion).sampling_times(4, 8, 2)[:-1] * 1000
     assert seen == pytest.approx(expected.tolist())
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from opensora_repro.config import DiffusionConfig
 from opensora_repro.diffusion.flow import (
+    MAX_SHIFT,
     REFERENCE_TOKENS,
     RectifiedFlow,
     count_tokens,
@@ -89,6 +90,20 @@ def test_shift_follows_the_number_of_tokens_unless_fixed() -> None:
     assert RectifiedFlow(shift=3.0).shift_for(4 * REFERENCE_TOKENS) == 3
     few, many = (RectifiedFlow().draw_timesteps(generators(200), n).mean() for n in (64, 4096))
     assert many > few + 100
+
+
+def test_frames_count_less_than_pixels_and_the_shift_has_an_end() -> None:
+    flow = RectifiedFlow()
+    assert flow.shift_for(16 * 256, 16) == 2  # 16 frames of 256 pixels as one of 512
+    assert flow.shift_for(64 * 1024, 64) == pytest.approx(2 * 64**0.25)
+    assert flow.shift_for(360 * 1024, 360) == flow.shift_for(10**6) == MAX_SHIFT
+    assert RectifiedFlow(shift=16.0).shift_for(64 * 1024, 64) == 16  # a wish is kept
+    shifts = [flow.shift_for(frames * 256, frames) for frames in range(1, 200)]
+    assert shifts == sorted(shifts)
+    draws = flow.draw_timesteps(generators(5000), 64 * 1024, 64)
+    assert (draws < 500).double().mean() > 0.03  # also what is nearly clean is trained
+    ends = flow.sampling_times(50, 360 * 1024, 360)
+    assert (ends < 0.5).sum() >= 7
 
 
 def test_tokens_are_counted_with_padding() -> None:
