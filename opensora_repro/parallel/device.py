@@ -35,9 +35,14 @@ def choose_device(wish: str | None, local_rank: int) -> torch.device:
     return device
 
 
+def device_kind(device: torch.device) -> str:
+    """`cpu`, or what a GPU calls itself, such as `NVIDIA H100`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def device_name(device: torch.device) -> str:
     """`cpu`, or `cuda:0 (NVIDIA H100)`."""
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+    return f"{device} ({device_kind(device)})" if device.type == "cuda" else str(device)
 
 
 def total_memory(device: torch.device) -> int:

@@ -62,6 +62,7 @@ class TrainState:
     global_batch_size: int = 0  # samples a step over all ranks and micro-batches
     data_fingerprint: str = ""  # of the samples' ids, which the sampler's order depends on
     identity: dict[str, Any] = field(default_factory=dict)  # of manifest and frozen models, see identity.py
+    device: str = ""  # kind that the first process computed on when this was saved; the run's speed is of that kind
 
 
 def checkpoints_folder(run_dir: Path) -> Path:

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from opensora_repro.parallel.device import device_kind
 from opensora_repro.parallel.engine import Engine
 from opensora_repro.parallel.peers import Peers
 from opensora_repro.training.checkpoint import (
@@ -131,7 +132,8 @@ def take_snapshot(engine: Engine, ema: Ema, state: TrainState, *, copy: bool) ->
     sizes = [math.prod(shape) * dtype.itemsize for _, _, dtype, shape, _, _ in entries]
     owners = share_out(sizes, engine.mesh.world_size)
     files = (MODEL_FILE, EMA_FILE, OPTIMIZER_FILE)
-    snapshot = Snapshot(dataclasses.replace(state), {file: {} for file in files}, {file: {} for file in files})
+    state = dataclasses.replace(state, device=device_kind(engine.device))
+    snapshot = Snapshot(state, {file: {} for file in files}, {file: {} for file in files})
     for (file, key, dtype, shape, name, piece), owner in zip(entries, owners, strict=True):
         snapshot.layouts[file][key] = (dtype, shape)
         whole = engine.whole(name, piece) if name else piece

@@ -13,11 +13,11 @@ from opensora_repro.config import Config, ConfigError, TrainConfig, dump_toml, l
 from opensora_repro.parallel.mesh import Mesh
 from opensora_repro.training.planning.encoders import frozen_sizes
 from opensora_repro.training.planning.flops import forward_products
-from opensora_repro.training.planning.gpus import GPUS, find_gpu
+from opensora_repro.training.planning.gpus import GPUS, find_gpu, gpu_of_device
 from opensora_repro.training.planning.memory import step_memory
 from opensora_repro.training.planning.parameters import count_parameters
 from opensora_repro.training.planning.sizes import latent_shape, token_grid
-from stages.plan import main
+from stages.plan import PUBLISHED_UTILISATION, main
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RECIPES = sorted(path for path in CONFIGS.rglob("*.toml") if path.parent.name != "data")
@@ -228,6 +228,60 @@ def test_utilisation_of_a_benchmark(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert planned(capsys, LONG, "--measured", str(path))["time"]["utilisation"] == pytest.approx(0.3)
     path.write_text(json.dumps({"checks": others}))
     assert "no row with tokens_per_second and latents" in refused(capsys, LONG, "--measured", str(path))
+
+
+def test_another_kind_of_device_tells_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = load_config(LONG)
+    seconds = planned(capsys, LONG, "--gpu", "A100", "--utilisation", "0.5")["time"]["step_seconds"]
+    lines = [{"step": i, "samples": 4, "seconds": seconds} for i in range(1, 6)]
+    run = write_run(tmp_path / "run", cfg, lines)
+    source = planned(capsys, LONG, "--gpu", "A100", "--measured", str(run))["time"]["utilisation_from"]
+    assert source.startswith("on a device that is not recorded")
+    for step, device in enumerate(("NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-40GB", "cpu")):
+        folder = run / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(json.dumps({"step": step, "device": device}))
+        if step == 0:
+            assert planned(capsys, LONG, "--gpu", "A100", "--measured", str(run))["time"]["utilisation"]
+            assert "measured on NVIDIA A100-SXM4-80GB, which tells nothing of a A100-40GB" in refused(
+                capsys, LONG, "--gpu", "A100-40GB", "--measured", str(run)
+            )
+    assert "measured on NVIDIA A100-SXM4-40GB, cpu, which" in refused(
+        capsys, LONG, "--gpu", "A100", "--measured", str(run)
+    )
+    row = {"latents": [8, 4, 16, 32, 32], "tokens_per_second": 9000}
+    path = tmp_path / "bench.json"
+    for content, kind in (
+        ({"environment": {"cpu": "x"}, "rows": [row]}, "cpu"),
+        ({"gpu": None, "rows": [row]}, "cpu"),
+        ({"gpu": "NVIDIA H200", "environment": {}, "rows": [row]}, "NVIDIA H200"),
+    ):
+        path.write_text(json.dumps(content))
+        assert f"measured on {kind}, which" in refused(capsys, LONG, "--gpu", "H100", "--measured", str(path))
+    assert planned(capsys, LONG, "--gpu", "H200", "--measured", str(path))["time"]["utilisation"] < 0.2
+
+
+def test_what_gpus_call_themselves() -> None:
+    for name, expected in {
+        "NVIDIA H100 80GB HBM3": "H100", "NVIDIA H100 PCIe": "H100-PCIe", "NVIDIA H100 NVL": "H100-NVL",
+        "NVIDIA A100-PCIE-40GB": "A100-40GB", "NVIDIA A100 80GB PCIe": "A100-80GB", "NVIDIA H800": "H800",
+        "NVIDIA GeForce RTX 4090": "RTX-4090", "Tesla V100-SXM2-16GB": "V100-16GB", "Tesla T4": "T4", "NVIDIA L40": "L40",
+    }.items():  # fmt: skip
+        assert gpu_of_device(name) is find_gpu(expected)
+    for name in ("cpu", "", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA A100-SXM4-80GB MIG 3g.40gb", "NVIDIA A10G"):
+        assert gpu_of_device(name) is None
+
+
+def test_the_published_utilisation_is_the_published_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    """28 thousand tokens a second a GPU, on an H800; it and the best public one are named."""
+    cfg = load_config(CONFIGS / "stage2_16x256x256.toml")
+    grid = token_grid(cfg.model, latent_shape(cfg))
+    rate = 28_000 * forward_products(cfg.model, grid).training_flops / grid.tokens
+    assert rate / find_gpu("H800").peak("bf16") == pytest.approx(PUBLISHED_UTILISATION, rel=0.02)
+    assert main([LONG]) == 0
+    assert "33% of the peak of 1 x H100 in model FLOPs (assumed, the best that is public; Open-Sora's own runs reached 12%)" in (
+        capsys.readouterr().out
+    )
 
 
 # Mistakes: one line, exit 2

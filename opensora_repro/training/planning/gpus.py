@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 
 from opensora_repro.config import ConfigError
@@ -81,6 +82,16 @@ def find_gpu(name: str) -> Gpu:
         names = ", ".join(gpu.name for gpu in GPUS)
         raise ConfigError(f"--gpu {name!r} is not in the table; did you mean {nearest}? Known are {names}")
     return found
+
+
+def gpu_of_device(name: str) -> Gpu | None:
+    """The table's GPU that calls itself so ("NVIDIA A100-SXM4-40GB"); None for another device, a part of one too."""
+    words = set(re.split(r"[^a-z0-9]+", name.lower()))
+    if words & {"mig", "laptop", "ti", "super"}:
+        return None
+    known = [(gpu, set(gpu.name.lower().split("-"))) for gpu in GPUS]
+    found = [(len(own), gpu) for gpu, own in known if own <= words]
+    return max(found, key=lambda match: match[0])[1] if found else None
 
 
 def _plain(name: str) -> str:

@@ -14,11 +14,11 @@ from opensora_repro.training.metrics import METRICS_FILE, JsonLines
 from opensora_repro.training.planning.budget import step_flops
 from opensora_repro.training.planning.encoders import frozen_sizes
 from opensora_repro.training.planning.flops import forward_products
-from opensora_repro.training.planning.gpus import Gpu
+from opensora_repro.training.planning.gpus import Gpu, gpu_of_device
 from opensora_repro.training.planning.parameters import count_parameters
 from opensora_repro.training.planning.sizes import latent_shape, token_grid
 
-CONFIG_FILE = "config.toml"
+CONFIG_FILE, STATE_FILE = "config.toml", "state.json"
 FIRST_STEPS = 2  # left out: they start processes, kernels, caches
 
 
@@ -26,23 +26,33 @@ def measured_utilisation(path: Path, cfg: Config, gpu: Gpu) -> tuple[float, str]
     """Model FLOPs over the peak of the GPUs it was measured on, which must be of the kind `gpu`, and where it is from.
 
     `path`: a run's folder, its metrics.jsonl, or a benchmark's JSON with rows of `tokens_per_second` (on one GPU) and
-    `latents`. Raises ConfigError.
+    `latents`. Raises ConfigError, also where another kind of device is recorded: in a run's checkpoints, in a
+    benchmark's "gpu", which is null on a machine without one.
     """
     if path.is_dir():
         path = path / METRICS_FILE
     if not path.is_file():
         raise ConfigError(f"--measured {one_line(path)}: no such run or file")
-    reached = _of_run(path, gpu) if path.suffix == ".jsonl" else _of_benchmark(path, cfg, gpu)
+    devices, reached = _of_run(path, gpu) if path.suffix == ".jsonl" else _of_benchmark(path, cfg, gpu)
+    others = sorted(name for name in devices if gpu_of_device(name) != gpu)
+    if others:
+        raise ConfigError(
+            f"--measured {one_line(path)}: measured on {one_line(', '.join(others))}, which tells nothing of a "
+            f"{gpu.name}: expected a run on one, or --utilisation"
+        )
     if not 0 < reached <= 1:
         raise ConfigError(
             f"--measured {one_line(path)}: {reached:.3g} of the peak of {gpu.name}: "
             "name the GPU that it was measured on with --gpu"
         )
-    return reached, one_line(path)
+    return reached, one_line(path) if devices else f"on a device that is not recorded: {one_line(path)}"
 
 
-def _of_run(path: Path, gpu: Gpu) -> float:
-    """The median step's FLOPs a second over the peak of its processes' GPUs; encoders work, too, unless cached."""
+def _of_run(path: Path, gpu: Gpu) -> tuple[set[str], float]:
+    """Kinds of devices, and the median step's FLOPs a second over the peak of its processes' GPUs.
+
+    Encoders work, too, unless cached.
+    """
     if not (path.parent / CONFIG_FILE).is_file():
         raise ConfigError(f"--measured {one_line(path)}: the run's {CONFIG_FILE} is not beside it")
     cfg = load_recorded(path.parent / CONFIG_FILE)
@@ -59,15 +69,29 @@ def _of_run(path: Path, gpu: Gpu) -> float:
     gpus = data_ranks * cfg.parallel.tp_size * cfg.parallel.sp_size
     products = forward_products(cfg.model, token_grid(cfg.model, latent_shape(cfg)))
     useful, _, encoding = step_flops(cfg, products, frozen_sizes(cfg), samples=1)
-    return rate * (useful + encoding) / (gpus * gpu.peak(cfg.train.dtype))
+    return _run_devices(path.parent), rate * (useful + encoding) / (gpus * gpu.peak(cfg.train.dtype))
 
 
-def _of_benchmark(path: Path, cfg: Config, gpu: Gpu) -> float:
-    """The best row whose model is this config's; encoders take no part in it."""
+def _run_devices(run_dir: Path) -> set[str]:
+    """Of its checkpoints: a run may have been resumed on another machine."""
+    states = [_json(path) for path in run_dir.glob(f"checkpoints/step-*/{STATE_FILE}")]
+    devices = [state.get("device") for state in states if isinstance(state, dict)]
+    return {name for name in devices if isinstance(name, str) and name}
+
+
+def _json(path: Path) -> Any:
+    """None for a file that is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise ConfigError(f"--measured {one_line(path)}: not a JSON file") from None
+        return None
+
+
+def _of_benchmark(path: Path, cfg: Config, gpu: Gpu) -> tuple[set[str], float]:
+    """The device, and the best row whose model is this config's; encoders take no part in it."""
+    content = _json(path)
+    if content is None:
+        raise ConfigError(f"--measured {one_line(path)}: not a JSON file")
     parameters, found = count_parameters(cfg.model), []
     for row in _rows(content):
         if row.get("parameters", parameters) == parameters:
@@ -79,7 +103,14 @@ def _of_benchmark(path: Path, cfg: Config, gpu: Gpu) -> float:
             f"--measured {one_line(path)}: no row with tokens_per_second and latents "
             f"of a model of {parameters:,} parameters"
         )
-    return max(found)
+    return _benchmark_devices(content), max(found)
+
+
+def _benchmark_devices(content: Any) -> set[str]:
+    """Benchmarks tell their machine; those for a GPU name it."""
+    if not isinstance(content, dict) or not {"gpu", "environment"} & content.keys():
+        return set()
+    return {str(content.get("gpu") or "cpu")}
 
 
 def _rows(content: Any) -> Iterator[dict[str, Any]]:
