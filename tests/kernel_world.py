@@ -94,16 +94,22 @@ def check_compiled() -> Errors:
 
 
 def check_adamw() -> Errors:
-    """Tensors of one piece and of several."""
+    """Tensors of one piece and of several; an average without memory is the new weights to the bit."""
     import torch
 
     from benchmarks import kernel_cases
+    from opensora_repro.kernels import ops
     from opensora_repro.kernels.fused import adamw
 
     adamw.STEPS, adamw.BLOCK = 2, 512
     cpu = torch.device("cpu")
     with kernel_cases.using("triton", cpu):
         errors = kernel_cases.adamw_errors([(7, 3), (1500,), (1,), ()], cpu)
+        param, grad, mean, square, average = torch.randn(5, 1, 2000)
+        options: dict[str, Any] = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
+        given = ([param], [grad], [mean], [square.abs()], [torch.ones(())])
+        ops.adamw(*given, **options, averages=[average], average_weight=1.0)
+        assert torch.equal(average, param)
     return {name: error / 1e-6 for name, error in errors.items()}
 
 

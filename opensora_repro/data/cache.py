@@ -3,6 +3,9 @@
 A cache is a folder of safetensors shards under the fingerprint of everything that its values depend on. A shard's own
 header lists its entries, so there is no index that could disagree with it, and a shard gets its name only when it is
 whole: work that is killed loses the entries since the last flush and nothing else. Several processes may write.
+
+Captions are kept apart from the clips, once each and without the zeros that pad them: a tensor "moments|DRAW|CAPTION|ID"
+an entry, and "text|CAPTION" and "mask|CAPTION", CAPTION being a digest of the two.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 
 Key = tuple[str, int]  # sample id, draw
 FIELDS = ("moments", "text", "mask")
+CAPTION_FIELDS = ("text", "mask")
 SHARD_BYTES = 64 * 2**20  # entries held back before they are written on their own
 
 
@@ -34,29 +38,45 @@ class LatentCache:
         self.folder = Path(folder) / hashlib.blake2b(fingerprint.encode(), digest_size=12).hexdigest()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.shard_bytes = shard_bytes
-        self._where: dict[Key, Path] = {}
+        self._where: dict[Key, tuple[Path, str]] = {}  # an entry's shard and caption
+        self._captions: dict[str, Path] = {}
         self._scanned: set[Path] = set()
-        self._pending: dict[Key, dict[str, torch.Tensor]] = {}
+        self._pending: dict[Key, tuple[torch.Tensor, str]] = {}
+        self._pending_captions: dict[str, dict[str, torch.Tensor]] = {}
         remove_leftovers(self.folder)
         self._scan()
 
     def __len__(self) -> int:
-        return len(self._where) + len(self._pending)
+        return sum(map(self._known, {**self._where, **self._pending}))
 
     def missing(self, keys: Iterable[Key]) -> list[Key]:
         """Return the keys that have no entry yet, in order and each once; sees what other processes have flushed."""
         self._scan()
-        return [key for key in dict.fromkeys(keys) if key not in self._where and key not in self._pending]
+        return [key for key in dict.fromkeys(keys) if not self._known(key)]
+
+    def _known(self, key: Key) -> bool:
+        return key in self._pending or (key in self._where and self._where[key][1] in self._captions)
 
     def put(self, key: Key, entry: Mapping[str, torch.Tensor]) -> None:
         """Add an entry, on disk after `flush` or when many have gathered; a known key is left as it is."""
         if set(entry) != set(FIELDS):
             raise ValueError(f"a cache entry holds {', '.join(FIELDS)}, got {', '.join(sorted(entry))}")
-        if key in self._where or key in self._pending:
+        if self._known(key):
             return
-        self._pending[key] = {field: entry[field].detach().cpu().contiguous().clone() for field in FIELDS}
-        if sum(t.nbytes for held in self._pending.values() for t in held.values()) >= self.shard_bytes:
+        moments, text, mask = (entry[field].detach().cpu().contiguous() for field in FIELDS)
+        text = _without_padding(text)
+        caption = _digest(text, mask)
+        self._pending[key] = (moments.clone(), caption)
+        if caption not in self._captions and caption not in self._pending_captions:
+            self._pending_captions[caption] = {"text": text.clone(), "mask": mask.clone()}
+        if sum(tensor.nbytes for tensor in self._pending_tensors().values()) >= self.shard_bytes:
             self.flush()
+
+    def _pending_tensors(self) -> dict[str, torch.Tensor]:
+        tensors = {_name(key, caption): moments for key, (moments, caption) in self._pending.items()}
+        for caption, held in self._pending_captions.items():
+            tensors |= {f"{field}|{caption}": tensor for field, tensor in held.items()}
+        return tensors
 
     def flush(self) -> None:
         """Write what is held back as one shard: beside its name, synced, then renamed. Raises OSError with the name."""
@@ -64,7 +84,7 @@ class LatentCache:
 
         if not self._pending:
             return
-        tensors = {_name(field, key): t for key, entry in self._pending.items() for field, t in entry.items()}
+        tensors = self._pending_tensors()
         digest = hashlib.blake2b("\n".join(sorted(tensors)).encode(), digest_size=12).hexdigest()
         path = self.folder / f"shard-{digest}.safetensors"
         unfinished = beside(path)
@@ -78,22 +98,33 @@ class LatentCache:
         except OSError:
             unfinished.unlink(missing_ok=True)  # a full disk's last bytes
             raise
-        self._where.update(dict.fromkeys(self._pending, path))
+        self._where |= {key: (path, caption) for key, (_, caption) in self._pending.items()}
+        self._captions |= dict.fromkeys(self._pending_captions, path)
         self._scanned.add(path)
         self._pending.clear()
+        self._pending_captions.clear()
 
     def get(self, key: Key) -> dict[str, torch.Tensor]:
         """Return the entry's tensors; KeyError if there is none."""
         from safetensors import safe_open
 
-        if key in self._pending:
-            return {field: t.clone() for field, t in self._pending[key].items()}
-        if key not in self._where:
+        if not self._known(key):
             self._scan()
-        if key not in self._where:
+        if not self._known(key):
             raise KeyError(f"no cached entry for sample {key[0]!r}, draw {key[1]}")
-        with safe_open(self._where[key], framework="pt") as shard:
-            return {field: shard.get_tensor(_name(field, key)) for field in FIELDS}
+        if key in self._pending:
+            moments, caption = self._pending[key]
+            moments = moments.clone()
+        else:
+            path, caption = self._where[key]
+            with safe_open(path, framework="pt") as shard:
+                moments = shard.get_tensor(_name(key, caption))
+        if caption in self._pending_captions:
+            text, mask = (self._pending_captions[caption][field].clone() for field in CAPTION_FIELDS)
+        else:
+            with safe_open(self._captions[caption], framework="pt") as shard:
+                text, mask = (shard.get_tensor(f"{field}|{caption}") for field in CAPTION_FIELDS)
+        return {"moments": moments, "text": _padded(text, len(mask)), "mask": mask}
 
     def _scan(self) -> None:
         """Take in shards that have appeared since the last look."""
@@ -108,18 +139,40 @@ class LatentCache:
                 continue
             if fingerprint == self.fingerprint:
                 for name in names:
-                    field, key = _parse(name)
-                    if field == FIELDS[0]:
-                        self._where.setdefault(key, path)
+                    field, rest = name.split("|", 1)
+                    if field == "moments":
+                        draw, caption, sample_id = rest.split("|", 2)
+                        if not self._known((sample_id, int(draw))):
+                            self._where[(sample_id, int(draw))] = (path, caption)
+                    elif field == "mask":
+                        self._captions.setdefault(rest, path)
 
 
-def _name(field: str, key: Key) -> str:
-    return f"{field}|{key[1]}|{key[0]}"
+def _name(key: Key, caption: str) -> str:
+    return f"moments|{key[1]}|{caption}|{key[0]}"
 
 
-def _parse(name: str) -> tuple[str, Key]:
-    field, draw, sample_id = name.split("|", 2)
-    return field, (sample_id, int(draw))
+def _without_padding(text: torch.Tensor) -> torch.Tensor:
+    """[L, C] without the rows at its end of which every bit is zero."""
+    import torch
+
+    (there,) = text.view(torch.uint8).any(dim=1).nonzero(as_tuple=True)
+    return text[: int(there[-1]) + 1] if len(there) else text[:0]
+
+
+def _padded(text: torch.Tensor, length: int) -> torch.Tensor:
+    import torch
+
+    return torch.nn.functional.pad(text, (0, 0, 0, length - len(text)))
+
+
+def _digest(text: torch.Tensor, mask: torch.Tensor) -> str:
+    import torch
+
+    found = hashlib.blake2b(f"{text.dtype} {list(text.shape)}".encode(), digest_size=12)
+    for tensor in (mask, text):
+        found.update(tensor.view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def _read_header(path: Path) -> tuple[list[str], str]:

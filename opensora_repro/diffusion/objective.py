@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 class Objective(Protocol):
     """What a training loop needs. Timesteps are what the network sees: float32 in [0, 1000]."""
 
-    def draw_timesteps(
-        self, generators: Sequence[torch.Generator], num_tokens: int, frames: int = 1
-    ) -> Tensor: ...
+    def draw_timesteps(self, generators: Sequence[torch.Generator], num_tokens: int, frames: int = 1) -> Tensor: ...
 
     def fixed_timesteps(self, shares: Sequence[float]) -> list[float]: ...
 

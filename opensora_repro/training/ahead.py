@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from safetensors import SafetensorError
 
-from opensora_repro.data.dataset import BadSample, Clip
+from opensora_repro.data.dataset import BadSample
 from opensora_repro.data.sampler import interleave
 from opensora_repro.parallel.device import SideStream
 from opensora_repro.parallel.peers import Peers
@@ -42,7 +42,8 @@ class Assembler:
             self.members.gather(None)
             return self._lost()
         bad = [sample for _, sample in samples if isinstance(sample, BadSample)]
-        own = [(epoch, self._encoded(sample)) for epoch, sample in samples]
+        encoded = self.encoder.encoded([sample for _, sample in samples], len(samples))
+        own = [(epoch, self._good(sample)) for (epoch, _), sample in zip(samples, encoded, strict=True)]
         parts = self.members.gather(own)
         if None in parts:
             return self._lost()
@@ -54,11 +55,10 @@ class Assembler:
     def _lost(self) -> Ready:
         return Ready(self.builder.stand_in(), [], 0, lost=True)
 
-    def _encoded(self, sample: Clip | Encoded | BadSample) -> Encoded | None:
+    def _good(self, sample: Encoded | BadSample) -> Encoded | None:
         if isinstance(sample, BadSample):
             return None
-        encoded = sample if isinstance(sample, Encoded) else self.encoder.encode(sample)
-        return encoded if self.members.size == 1 else encoded.cpu()
+        return sample if self.members.size == 1 else sample.cpu()
 
 
 class ReadyBatches:

@@ -21,7 +21,7 @@ class Encoded:
 
     id: str
     moments: Tensor  # [2 * Cz, T, h, w] float32: mean and log variance of the latents
-    text: Tensor  # [L, Ct] float32
+    text: Tensor  # [L, Ct] float32 or bfloat16
     mask: Tensor  # [L] bool, in host memory
 
     def cpu(self) -> Encoded:
@@ -89,7 +89,7 @@ class BatchBuilder:
             latents=self._to_device(latents),
             noise=self._to_device(noise),
             timesteps=self._to_device(timesteps),
-            text=self._to_device(torch.stack([sample.text for _, sample in samples])),
+            text=self._to_device(torch.stack([sample.text for _, sample in samples])).float(),
             mask=torch.stack([sample.mask for _, sample in samples]),
             drop_text=self._to_device(chances < self.drop_probability),
             weight=1.0,

@@ -1,4 +1,4 @@
-"""The frozen models: a clip's latent moments and its caption's embedding, sample by sample."""
+"""The frozen models: a clip's latent moments and its caption's embedding."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import hashlib
 import json
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -32,10 +33,26 @@ FLUSH_EVERY = 256  # samples between the cache's writes: what a killed fill lose
 
 
 class Encoder:
-    """Autoencoder and text encoder, loaded when first used. A sample is encoded alone: neighbours never change it."""
+    """Autoencoder and text encoder, loaded when first used.
 
-    def __init__(self, vae: FrameVAE, text: T5Text, device: torch.device, *, half: bool) -> None:
+    Embeddings leave it as the model will read them and the cache keeps them: zero where there is no token, and rounded
+    to `text_dtype`. Encoded again or read from the cache, they are the same bit for bit.
+    """
+
+    def __init__(
+        self,
+        vae: FrameVAE,
+        text: T5Text,
+        device: torch.device,
+        *,
+        half: bool,
+        text_dtype: torch.dtype = torch.float32,
+        together: bool = False,
+    ) -> None:
+        """`together`: clips are encoded with their neighbours, which is much faster on a GPU and changes no more than
+        rounding; else each alone, and neighbours never change it by a bit."""
         self.vae, self.text, self.device, self.half = vae, text, device, half
+        self.text_dtype, self.together = text_dtype, together
         self._captions: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
         self._caption_bytes = 0
 
@@ -58,22 +75,51 @@ class Encoder:
         self._caption_bytes = 0
         return_memory(self.device)
 
+    def encoded(
+        self, samples: Iterable[Clip | Encoded | BadSample], at_once: int | None = None
+    ) -> Iterator[Encoded | BadSample]:
+        """Samples in their order, clips encoded; where clips are encoded together, those of `at_once` samples.
+
+        None: as many as the text encoder takes captions. Results lie on the frozen models' device.
+        """
+        rest = iter(samples)
+        at_once = (at_once or self.text.micro_batch_size) if self.together else 1
+        while group := list(islice(rest, at_once)):
+            done = iter(self._encode([sample for sample in group if isinstance(sample, Clip)]))
+            yield from (next(done) if isinstance(sample, Clip) else sample for sample in group)
+
     @torch.no_grad()
-    def encode(self, clip: Clip) -> Encoded:
-        """The result lies on the frozen models' device, to which the pixels travel as bytes."""
-        moments = self.vae.encode_moments(to_tensor(to_device(clip.pixels, self.device)))
-        text, mask = self.encode_caption(clip.caption)
-        return Encoded(clip.id, moments, text, mask)
+    def _encode(self, clips: Sequence[Clip]) -> list[Encoded]:
+        """Clips of one height and width; their pixels travel to the device as bytes."""
+        if not clips:
+            return []
+        videos = [to_tensor(to_device(clip.pixels, self.device)).to(self.vae.dtype) for clip in clips]
+        moments = self.vae.encode_moments(torch.cat(videos, dim=1)).split([v.shape[1] for v in videos], dim=1)
+        captions = self._encode_captions(list(dict.fromkeys(clip.caption for clip in clips)))
+        pairs = zip(clips, moments, strict=True)
+        return [Encoded(clip.id, found, *captions[clip.caption]) for clip, found in pairs]
+
+    def _encode_captions(self, captions: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+        if not self.together:
+            return {caption: self.encode_caption(caption) for caption in captions}
+        # None is remembered: with which others a caption is encoded, and so how it is rounded, must not depend on what
+        # came before, or a resumed run would differ from one that was not stopped.
+        embeddings, masks = self.text.encode(captions)
+        return {c: self._as_read(*found) for c, *found in zip(captions, embeddings, masks, strict=True)}
+
+    def _as_read(self, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        there = to_device(mask, text.device)[:, None]
+        return torch.where(there, text, 0).to(self.text_dtype), mask
 
     @torch.no_grad()
     def encode_caption(self, caption: str) -> tuple[Tensor, Tensor]:
-        """Embedding [L, Ct] and mask [L]."""
+        """Embedding [L, Ct] and mask [L] of a caption alone."""
         if caption in self._captions:
             self._captions.move_to_end(caption)
             read_here(self._captions[caption])
             return self._captions[caption]
         embeddings, masks = self.text.encode([caption])
-        found = (embeddings[0], masks[0])
+        found = self._as_read(embeddings[0], masks[0])
         self._captions[caption] = found
         self._caption_bytes += found[0].nbytes
         while self._caption_bytes > TEXT_MEMORY and len(self._captions) > 1:
@@ -86,7 +132,10 @@ def open_encoder(cfg: Config, device: torch.device) -> Encoder:
     dtype = frozen_dtype(cfg, device)
     vae = open_vae(cfg.vae, device, dtype)
     text = open_text_encoder(cfg.text, cfg.model.model_max_length, device, dtype)
-    return Encoder(vae, text, device, half=dtype == torch.bfloat16)
+    # The model rounds what it multiplies, where it trains in bfloat16: rounded before, that is the same bit for bit.
+    text_dtype = torch.bfloat16 if cfg.train.dtype == "bf16" else torch.float32
+    together = device.type != "cpu"
+    return Encoder(vae, text, device, half=dtype == torch.bfloat16, text_dtype=text_dtype, together=together)
 
 
 def skipped_models(not_loaded: Sequence[Sequence[str]]) -> str:
@@ -113,6 +162,7 @@ def cache_fingerprint(cfg: Config, encoder: Encoder) -> str:
         "text": encoder.text.fingerprint(hash_file),
         "max_length": cfg.model.model_max_length,
         "half": encoder.half,
+        "text dtype": str(encoder.text_dtype),
         "data": {key: getattr(cfg.data, key) for key in keys},
         "seed": cfg.run.seed,
     }
@@ -151,13 +201,13 @@ def fill_cache(
         total=len(todo), desc="encoding", unit="clip", mininterval=interval, dynamic_ncols=True, disable=share[0] > 0
     ) as bar:
         try:
-            for done, (draw, index, sample) in enumerate(_load(dataset, todo, num_workers), start=1):
+            samples = encoder.encoded(sample for _, _, sample in _load(dataset, todo, num_workers))
+            for done, ((draw, index), sample) in enumerate(zip(todo, samples, strict=True), start=1):
                 attempted(index)
                 if isinstance(sample, BadSample):
                     set_aside(sample)
                 else:
-                    encoded = encoder.encode(sample)
-                    entry = {"moments": encoded.moments, "text": encoded.text, "mask": encoded.mask}
+                    entry = {"moments": sample.moments, "text": sample.text, "mask": sample.mask}
                     cache.put((rows.names[index], draw), entry)
                 if done % FLUSH_EVERY == 0:
                     cache.flush()

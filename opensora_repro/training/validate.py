@@ -26,7 +26,7 @@ def chosen_samples(ids: Sequence[str], max_samples: int) -> list[int]:
 
 
 class Validator:
-    """Keeps this data rank's share of the held-out samples, encoded once, in memory."""
+    """Keeps this data rank's share of the held-out samples, encoded once, in host memory."""
 
     def __init__(
         self,
@@ -52,11 +52,11 @@ class Validator:
         error = None
         try:
             own = list(chosen[engine.mesh.data_rank :: engine.mesh.data_size])
-            for sample in load_listed(dataset, own, cfg.data.num_workers):
+            for sample in encoder.encoded(load_listed(dataset, own, cfg.data.num_workers)):
                 if isinstance(sample, BadSample):
                     bad.append(sample)
                 else:
-                    self.samples.append(encoder.encode(sample))
+                    self.samples.append(sample.cpu())
                 if stopped():
                     break
         except TrainingError as found:

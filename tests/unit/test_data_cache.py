@@ -46,6 +46,29 @@ def test_round_trip_bit_for_bit(tmp_path: Path) -> None:
     assert all(same(again.get(key), entry(key)) for key in KEYS[1:])
 
 
+def test_a_caption_is_kept_once_without_its_padding(tmp_path: Path) -> None:
+    """Four draws of two clips with one caption, of which 3 of 100 tokens exist; in shards of two processes."""
+    mask = torch.arange(100) < 3
+    text = torch.where(mask[:, None], torch.randn(100, 64), 0).bfloat16()
+    clips = {("ab"[i % 2], i): torch.randn(8, 1, 2, 2) for i in range(8)}
+    caches = [LatentCache(tmp_path, "f") for _ in range(2)]
+    for number, (key, moments) in enumerate(clips.items()):
+        cache = caches[number // 4]
+        assert cache.missing([key]) == [key]
+        cache.put(key, {"moments": moments, "text": text, "mask": mask})
+        if number == 3:
+            cache.flush()
+    caches[1].flush()
+    first, second = sorted(caches[0].folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    assert first.stat().st_size < 4 * 128 + 3 * 128 + 2000
+    assert second.stat().st_size < first.stat().st_size - 3 * 128  # the caption is in the other's
+    again = LatentCache(tmp_path, "f")
+    for key, moments in clips.items():
+        assert same(again.get(key), {"moments": moments, "text": text, "mask": mask})
+    first.unlink()
+    assert LatentCache(tmp_path, "f").missing(clips) == list(clips)  # clips without their caption are encoded again
+
+
 def test_missing_is_ordered_and_incremental(tmp_path: Path) -> None:
     first = LatentCache(tmp_path, "f")
     assert first.missing(KEYS + KEYS) == KEYS

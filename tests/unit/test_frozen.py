@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from opensora_repro.config import Config, parse_config
 from opensora_repro.data.cache import LatentCache
+from opensora_repro.data.dataset import BadSample, Clip
 from opensora_repro.models.catalog import sha256_of
 from opensora_repro.models.pretrained import ModelNotFound
 from opensora_repro.training import encode, hashes
@@ -83,6 +86,60 @@ def test_weights_are_read_at_the_first_use(folder: Path) -> None:
     assert torch.equal(encoder.encode_caption("a red square")[0], embedding)
     assert torch.equal(vae.encode_moments(torch.zeros(3, 1, 16, 16)), moments)
     assert open_encoder(config(folder), CPU).load().not_loaded() == []
+
+
+def clips(*captions: str) -> list[Clip]:
+    """Of different lengths."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(1 + i % 3, 16, 16, 3) for i in range(len(captions))]
+    pixels = [torch.randint(256, size, generator=generator, dtype=torch.uint8) for size in sizes]
+    return [
+        Clip(str(i), caption, frames, False) for i, (frames, caption) in enumerate(zip(pixels, captions, strict=True))
+    ]
+
+
+def test_a_gpu_encodes_whole_micro_batches_and_a_cpu_clip_by_clip(folder: Path) -> None:
+    """Of 9 frames 4 at a time, of 4 captions 2; a CPU takes each alone, with the same bits whoever its neighbours."""
+    cfg = config(folder, vae={"path": str(folder / "vae"), "micro_batch_size": 4})
+    encoder = open_encoder(cfg, CPU)
+    calls: list[str] = []
+    encoder.vae.vae.encoder.register_forward_pre_hook(lambda *_: calls.append("frames"))
+    encoder.text.model.register_forward_pre_hook(
+        lambda _model, _args, given: calls.append(f"{len(given['input_ids'])} captions"), with_kwargs=True
+    )
+    samples: list[Any] = clips("a red square", "", "a blue circle", "a red square", "green")
+    samples.insert(2, BadSample("x", "x.mp4", "ends early"))
+    alone = list(encoder.encoded(samples))
+    assert calls == ["frames", "1 captions"] * 3 + ["frames"] + ["frames", "1 captions"]  # one caption is known
+    (last,) = encoder.encoded(samples[-1:])
+    assert isinstance(last, Encoded) and torch.equal(last.moments, alone[-1].moments)
+
+    calls.clear()
+    encoder.together, encoder.text.micro_batch_size = True, 2
+    together = list(encoder.encoded(samples, len(samples)))
+    assert calls == ["frames"] * 3 + ["2 captions"] * 2
+    calls.clear()
+    assert [sample.id for sample in encoder.encoded(samples)] == ["0", "1", "x", "2", "3", "4"]
+    assert calls == ["frames", "2 captions", "frames", "1 captions", "frames", "2 captions"]  # two samples at a time
+    assert together[2] is alone[2] is samples[2]
+    for one, other in zip(alone, together, strict=True):
+        if isinstance(one, Encoded) and isinstance(other, Encoded):
+            assert one.id == other.id and torch.equal(one.mask, other.mask)
+            torch.testing.assert_close(one.moments, other.moments, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(one.text, other.text, rtol=2**-7, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_embeddings_leave_as_the_model_reads_them(folder: Path, dtype: str) -> None:
+    """Rounded where it trains in bfloat16, zero where there is no token."""
+    encoder = open_encoder(config(folder, train={"dtype": dtype}), CPU)
+    embeddings, masks = encoder.text.encode(["red"])
+    text, mask = encoder.encode_caption("red")
+    assert text.dtype == (torch.bfloat16 if dtype == "bf16" else torch.float32)
+    assert torch.equal(text[mask], embeddings[0][masks[0]].to(text.dtype))
+    assert not text[~mask].any() and (~mask).any()
+    other = open_encoder(config(folder, train={"dtype": "fp32" if dtype == "bf16" else "bf16"}), CPU)
+    assert cache_fingerprint(config(folder), encoder) != cache_fingerprint(config(folder), other)
 
 
 def test_what_a_run_needs() -> None:
@@ -216,8 +273,9 @@ def test_two_processes_fill_everything_between_them(tmp_path: Path, monkeypatch:
     """Also when one has written its share before the other looks at what is missing."""
 
     class Zeros:
-        def encode(self, clip: str) -> Encoded:
-            return Encoded(clip, torch.zeros(8, 1, 2, 2), torch.zeros(2, 4), torch.ones(2, dtype=torch.bool))
+        def encoded(self, clips: Iterable[str]) -> Iterator[Encoded]:
+            moments, text, mask = torch.zeros(8, 1, 2, 2), torch.zeros(2, 4), torch.ones(2, dtype=torch.bool)
+            return (Encoded(clip, moments, text, mask) for clip in clips)
 
     rows = SimpleNamespace(names=list("abcde"), keys=lambda draws: [(n, d) for n in "abcde" for d in range(draws)])
     dataset = SimpleNamespace(cfg=SimpleNamespace(draws=2))

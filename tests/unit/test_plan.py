@@ -279,8 +279,9 @@ def test_the_published_utilisation_is_the_published_speed(capsys: pytest.Capture
     rate = 28_000 * forward_products(cfg.model, grid).training_flops / grid.tokens
     assert rate / find_gpu("H800").peak("bf16") == pytest.approx(PUBLISHED_UTILISATION, rel=0.02)
     assert main([LONG]) == 0
-    assert "33% of the peak of 1 x H100 in model FLOPs (assumed, the best that is public; Open-Sora's own runs reached 12%)" in (
-        capsys.readouterr().out
+    assert (
+        "33% of the peak of 1 x H100 in model FLOPs (assumed, the best that is public; Open-Sora's own runs reached 12%)"
+        in (capsys.readouterr().out)
     )
 
 

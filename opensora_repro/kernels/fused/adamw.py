@@ -143,6 +143,8 @@ def _update(
     tl.store(param + at, p, mask=inside)
     if AVERAGED:
         a = tl.load(average + at, mask=inside, other=0.0)
-        tl.store(average + at, a + average_weight * (p - a), mask=inside)
+        # As torch's lerp: from the nearer end, so that a weight of 1 gives the new weights themselves
+        moved = tl.where(average_weight < 0.5, a + average_weight * (p - a), p - (1 - average_weight) * (p - a))
+        tl.store(average + at, moved, mask=inside)
     if COPIED:
         tl.store(copy + at, p.to(COPY), mask=inside)
