@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from opensora_repro.training.planning.budget import Question
 
 USER_MISTAKE, INTERRUPTED = 2, 130
-# Of the H800's peak, by this planner's FLOPs: Open-Sora 1.0's published 28 thousand tokens a second a GPU at 16x256x256;
-# and the best that is public of trainings of video models of this kind.
+# Of the peak, by this planner's FLOPs: Open-Sora 1.0's published 28 thousand tokens a second on an H800 at 16x256x256,
+# and the best that is public of trainings of such models.
 PUBLISHED_UTILISATION, BEST_UTILISATION = 0.12, 0.33
 
 

@@ -4,8 +4,8 @@ A cache is a folder of safetensors shards under the fingerprint of everything th
 header lists its entries, so there is no index that could disagree with it, and a shard gets its name only when it is
 whole: work that is killed loses the entries since the last flush and nothing else. Several processes may write.
 
-Captions are kept apart from the clips, once each and without the zeros that pad them: a tensor "moments|DRAW|CAPTION|ID"
-an entry, and "text|CAPTION" and "mask|CAPTION", CAPTION being a digest of the two.
+Captions are kept apart from the clips, once each and without the zeros that pad them: an entry is a tensor
+"moments|DRAW|CAPTION|ID", a caption "text|CAPTION" and "mask|CAPTION", CAPTION being a digest of the two.
 """
 
 from __future__ import annotations

@@ -50,8 +50,8 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
 class RectifiedFlow:
     """The training objective and the time grid that its sampler walks.
 
-    `shift > 0` fixes the shift; 0 takes it from the numbers of tokens and frames, see `resolution_shift`. Channels of the model's output beyond the
-    latent's own (a predicted variance) are ignored.
+    `shift > 0` fixes the shift; 0 takes it from the numbers of tokens and frames, see `resolution_shift`. Channels of
+    the model's output beyond the latent's own (a predicted variance) are ignored.
     """
 
     def __init__(self, *, logit_mean: float = 0.0, logit_std: float = 1.0, shift: float = 0.0) -> None:
