@@ -171,7 +171,7 @@ def _digest(text: torch.Tensor, mask: torch.Tensor) -> str:
 
     found = hashlib.blake2b(f"{text.dtype} {list(text.shape)}".encode(), digest_size=12)
     for tensor in (mask, text):
-        found.update(tensor.view(torch.uint8).numpy())
+        found.update(tensor.view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 

@@ -172,6 +172,8 @@ def is_plain(layer: nn.Linear) -> bool:
 class Attention(nn.Module):
     """Self-attention on [B, T, S, D] within a frame ("space"), a place ("time") or a whole video ("space_time")."""
 
+    attend = staticmethod(ops.time_attention)  # of frames of other processes, too, see parallel/sequence.py
+
     def __init__(self, hidden_size: int, num_heads: int, over: str = "space") -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -182,7 +184,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         samples, over = len(x), self.over
         if over == "time" and ops.attends_in_place(x):
-            return self.proj(ops.time_attention(self.qkv(x), self.num_heads))
+            return self.proj(self.attend(self.qkv(x), self.num_heads))
         if over == "time":  # one copy here, before the projection triples the channels; then places are frames of time
             x, over = rearrange(x, "b t s d -> (b s) 1 t d"), "space"
         # Views: attention takes any strides, so a copy in its own layout, which the fused split makes, costs more.

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from opensora_repro.kernels import ops
 from opensora_repro.parallel.errors import EngineError
 
 FRAMES, PLACES = 1, 2  # axes of tokens [B, T, S, D]
@@ -59,11 +58,13 @@ class SequenceParallelAttention(nn.Module):
     num_heads: int
 
     def __init__(self, attention: Any, group: dist.ProcessGroup, frames: Frames) -> None:
-        """`attention`: a module with `qkv`, `proj` and `num_heads`."""
+        """`attention`: a module with `qkv`, `proj`, `num_heads` and `attend`, which maps [B, T, S, 3 * D] and the heads
+        to [B, T, S, D]."""
         super().__init__()
         self.qkv = attention.qkv
         self.proj = attention.proj
         self.num_heads = attention.num_heads
+        self.attend = attention.attend
         self.group = group
         self.frames = frames
 
@@ -77,7 +78,7 @@ class SequenceParallelAttention(nn.Module):
         # Padding ends here: it is not projected, not sent, and nobody attends to it.
         qkv = self.qkv(x[:, :real])  # [B, real, S, 3 * D]
         qkv = swap(qkv, self.group, split=(PLACES, places_of), join=(FRAMES, frames_of))  # [B, T, S_own, 3 * D]
-        out = ops.time_attention(qkv, self.num_heads)  # [B, T, S_own, D]
+        out = self.attend(qkv, self.num_heads)  # [B, T, S_own, D]
         out = swap(out, self.group, split=(FRAMES, frames_of), join=(PLACES, places_of))  # [B, real, S, D]
         return F.pad(self.proj(out), (0, 0, 0, 0, 0, held - real))
 
