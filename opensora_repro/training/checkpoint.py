@@ -62,7 +62,6 @@ class TrainState:
     global_batch_size: int = 0  # samples a step over all ranks and micro-batches
     data_fingerprint: str = ""  # of the samples' ids, which the sampler's order depends on
     identity: dict[str, Any] = field(default_factory=dict)  # of manifest and frozen models, see identity.py
-    device: str = ""  # kind that the first process computed on when this was saved; the run's speed is of that kind
 
 
 def checkpoints_folder(run_dir: Path) -> Path:
@@ -105,6 +104,7 @@ def read_state(folder: Path) -> tuple[TrainState, dict[str, str]]:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version, hashes = content.pop("schema_version"), content.pop("sha256")
+        content.pop("device", None)  # for people, and for plans, see planning/measured.py
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"checkpoint {folder} is damaged: {STATE_FILE} cannot be read ({error})") from None
     if version != SCHEMA_VERSION:

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,6 +84,10 @@ class CheckpointWriter:
             error, self._error = self._error, None
             raise error
 
+    def _about(self, state: TrainState) -> dict[str, Any]:
+        """The state, and the kind of device that this process computes on."""
+        return {**dataclasses.asdict(state), "device": device_kind(self.engine.device)}
+
     def _write_behind(self, snapshot: Snapshot) -> None:
         try:
             self._write(snapshot, self.engine.savers)
@@ -106,7 +111,7 @@ class CheckpointWriter:
             every = {name: value for part in peers.gather(hashes) for name, value in part.items()}
             with _together(peers, final):
                 if peers.rank == 0:
-                    _finish(beside, final, snapshot.state, self.config_toml, every)
+                    _finish(beside, final, self._about(snapshot.state), self.config_toml, every)
                     prune(self.run_dir, snapshot.state.step, self.keep)
         except UnwritableCheckpoint:
             if peers.rank == 0:
@@ -132,8 +137,7 @@ def take_snapshot(engine: Engine, ema: Ema, state: TrainState, *, copy: bool) ->
     sizes = [math.prod(shape) * dtype.itemsize for _, _, dtype, shape, _, _ in entries]
     owners = share_out(sizes, engine.mesh.world_size)
     files = (MODEL_FILE, EMA_FILE, OPTIMIZER_FILE)
-    state = dataclasses.replace(state, device=device_kind(engine.device))
-    snapshot = Snapshot(state, {file: {} for file in files}, {file: {} for file in files})
+    snapshot = Snapshot(dataclasses.replace(state), {file: {} for file in files}, {file: {} for file in files})
     for (file, key, dtype, shape, name, piece), owner in zip(entries, owners, strict=True):
         snapshot.layouts[file][key] = (dtype, shape)
         whole = engine.whole(name, piece) if name else piece
@@ -173,11 +177,11 @@ def _create(beside: Path, files: dict[str, TensorFile]) -> None:
         file.create()
 
 
-def _finish(beside: Path, final: Path, state: TrainState, config_toml: str, hashes: dict[str, str]) -> None:
+def _finish(beside: Path, final: Path, about: dict[str, Any], config_toml: str, hashes: dict[str, str]) -> None:
     """What is not a tensor; then the name under which the checkpoint is seen."""
     write_text(beside / CONFIG_FILE, config_toml)
     hashes = {**hashes, CONFIG_FILE: file_sha256(beside / CONFIG_FILE)}
-    content = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(state), "sha256": dict(sorted(hashes.items()))}
+    content = {"schema_version": SCHEMA_VERSION, **about, "sha256": dict(sorted(hashes.items()))}
     write_text(beside / STATE_FILE, json.dumps(content, indent=2) + "\n")
     sync_folder(beside)
     remove(final)  # a damaged one of this step, which resuming passed over

@@ -57,6 +57,11 @@ class Run:
         return [*self.model.state_dict().values(), *self.ema.shadow.values()]
 
 
+def test_a_checkpoint_tells_its_device(tmp_path: Path) -> None:
+    folder = Run().save(tmp_path, 1)
+    assert json.loads((folder / "state.json").read_text(encoding="utf-8"))["device"] == "cpu"
+
+
 def test_continues_bit_for_bit(tmp_path: Path) -> None:
     whole, first, second = Run(), Run(), Run(seed=9)
     for seed in range(6):
