@@ -41,34 +41,45 @@ def _spaced(total: int, count: int) -> np.ndarray:
 
 
 class Recent:
-    """The last `size` thumbnails, by frame number."""
+    """The last thumbnails, by frame number."""
 
-    def __init__(self, size: int) -> None:
-        self.size, self.count = size, 0
-        self.pictures: deque[Picture] = deque(maxlen=size)
-        num_pixels = (HEIGHT // 2) * (WIDTH // 2)
-        # Every row twice, `size` apart, so that any stretch of frames is a slice.
-        self.rows = np.empty((2 * size, num_pixels), np.float32)
-        self.squares = np.empty(2 * size, np.float32)
+    def __init__(self) -> None:
+        self.first = self.count = 0
+        self.pictures: deque[Picture] = deque()
+        # Numbers of any stretch of frames are a slice: when there is no room left, those still needed move to the front.
+        self.origin = 0  # frame in the first row
+        self.rows = np.empty((256, (HEIGHT // 2) * (WIDTH // 2)), np.float32)
+        self.squares = np.empty(256, np.float32)
 
     def add(self, picture: Picture) -> None:
+        if self.count - self.origin == len(self.rows):
+            needed = slice(self.first - self.origin, None)
+            grown = 2 * max(128, self.count - self.first)
+            rows, squares = self.rows[needed], self.squares[needed]
+            self.rows, self.squares = np.empty((grown, rows.shape[1]), np.float32), np.empty(grown, np.float32)
+            self.rows[: len(rows)], self.squares[: len(rows)] = rows, squares
+            self.origin = self.first
         row = picture[0][::2, ::2].reshape(-1).astype(np.float32) - 128
-        for slot in (self.count % self.size, self.count % self.size + self.size):
-            self.rows[slot] = row
-            self.squares[slot] = row @ row
+        self.rows[self.count - self.origin] = row
+        self.squares[self.count - self.origin] = row @ row
         self.pictures.append(picture)
         self.count += 1
 
+    def forget(self, frame: int) -> None:
+        """Drop what is before a frame."""
+        while self.first < frame:
+            self.pictures.popleft()
+            self.first += 1
+
     def __getitem__(self, frame: int) -> Picture:
-        return self.pictures[frame - self.count + len(self.pictures)]
+        return self.pictures[frame - self.first]
 
     def mixture(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Return float32 [T]: how far frames start to end (both included) lie from the line between the two, and where.
 
         Distances are shares of that between the ends; the places on the line go from 0 to 1.
         """
-        slot = start % self.size
-        rows, squares = (a[slot : slot + end - start + 1] for a in (self.rows, self.squares))
+        rows, squares = (a[start - self.origin : end - self.origin + 1] for a in (self.rows, self.squares))
         way = rows[-1] - rows[0]
         length = max(1.0, float(way @ way))  # no frame lies near the line between two that are the same
         # einsum instead of @, which would start threads for this little

@@ -195,11 +195,12 @@ class Thumbnails:
     def add(self, frame: Any) -> None:
         from opensora_repro.data.split.likeness import thumbnail
 
+        time = frame.time
         if frame.format.name not in PLANES:
             frame = self.reformatter.reformat(
                 frame, width=256, height=144, format="yuv420p", interpolation="AREA", **one_scaling_thread()
             )
-        self.detector.add(thumbnail([_plane(plane) for plane in frame.planes]))
+        self.detector.add(thumbnail([_plane(plane) for plane in frame.planes]), time)
 
     def finish(self) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
         shots = self.detector.finish()

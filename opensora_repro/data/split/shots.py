@@ -1,56 +1,72 @@
 """Where one shot ends and the next begins, from a thumbnail of every frame.
 
 A hard cut is a frame that no motion explains from the one before it, nor the other way round, while its neighbours
-explain each other several times better. Three things that a plain frame difference takes for cuts fall away:
+explain each other several times better. What a plain frame difference takes for cuts falls away:
 
 - pans, zooms and fast action: small blocks are searched for in the other frame (block matching, as video codecs do it),
   and what remains is compared with what remains at the neighbouring frames, which are as restless;
-- flashes, and whatever else is gone again after a few frames: the pictures before and after still explain each other;
-- repeated frames (a film at 10 frames a second stored at 30): the neighbourhood is wide enough to hold real changes.
+- repeated frames (a film at 10 frames a second stored at 30): the neighbourhood is wide enough to hold real changes;
+- light that changes, whether it stays or not: what lies beside what is the same, only brighter, darker or tinted;
+- captions, windows and pictures in pictures: a rectangle changes, and nothing around it;
+- flashes, black frames, explosions, interference, what passes close by: within a second the picture before is back;
+- the end of a freeze: the picture catches up with what has moved meanwhile.
 
 A dissolve is a stretch of frames that are mixtures of the stretch's two ends, in shares that go from one end to the
-other, where neither motion nor brightness makes one end of the other. A fade is a valley of the picture's contrast.
-Memory is bounded: thumbnails are kept for some seconds, a few numbers for every frame.
+other. A fade is a valley of the picture's contrast. Neither is a cut where its ends show the same place, as after a
+zoom or a blink. Memory is bounded: thumbnails are kept for some seconds, a few numbers for every frame. All lengths are
+times, so that the same footage has the same cuts at any frame rate.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 
 from opensora_repro.data.split.likeness import Picture, Recent, changed, distance, residual
+from opensora_repro.data.split.place import inset, kept, kept_by_zoom, relit
 
 DIM = 16.0  # contrast (standard deviation, in grey levels) below which all differences, noise too, are smaller
 FLAT = 4.0  # contrast below which a picture shows nothing
-BLENDED = 2  # mixed frames that a hard cut may have
+BLENDED = 2  # mixed frames that a hard cut may have; three and more are enough to be seen as a dissolve
 CALM = 0.5  # grey levels: a smaller change is its own residual
+REPEATED = 0.1  # grey levels: a smaller change is the same frame, encoded again
 PURE = 0.25  # how far from the line between two shots their mixture may lie within a hard cut
-STRIDE = 4  # frames between two looks for a dissolve
-LONGEST = 100  # frames of a dissolve: what overlaps one after so many is left aside
+STRIDE = 0.13  # seconds between two looks for a dissolve
+LONGEST = 3.3  # seconds of a dissolve: what overlaps one after so long is left aside
+JITTER = 0.002  # seconds by which times are rounded
 Stretch = tuple[int, int]  # frames [start, end)
 
 
 @dataclass(frozen=True)
 class ShotOptions:
-    """What counts as a cut. Residuals and contrasts are in grey levels of 0 to 255, lengths in frames."""
+    """What counts as a cut. Residuals and contrasts are in grey levels of 0 to 255, lengths in seconds."""
 
     ratio: float = 1.5  # a cut's residual against its neighbours'
     floor: float = 0.75  # added to the neighbours' residual: what noise and compression do to a still picture
     least: float = 1.9  # residual below which nothing is a cut
-    window: int = 12  # neighbours on either side
-    flash: int = 5  # what is gone after so many frames is no cut
-    lasting: float = 0.4  # share of a cut's residual that must remain between the frames around it ...
+    window: float = 0.4  # neighbours on either side
+    flash: float = 0.17  # for so long the frames around a cut must stay apart ...
+    lasting: float = 0.4  # ... by this share of the cut's residual ...
     growth: float = 1.5  # ... and how much it may grow: two shots are as unlike at once as later, motion adds up
-    shortest: int = 3  # frames; a second cut within them is none
-    reaches: tuple[int, ...] = (8, 16, 28)  # frames from a dissolve's middle to its ends, tried in turn
+    shortest: float = 0.1  # a second cut within it is none
+    same: float = 0.6  # share of regions from which two pictures show one place; unlike ones reach 0.5 by chance
+    relit: float = 0.5  # share of regions from which it is the light that has changed
+    inset: float = 0.78  # share of the change that a rectangle holds, and of what is around that is kept
+    gone: float = 1.0  # what the picture before comes back from had only covered it
+    frozen: float = 0.25  # a picture that is repeated for so long was stopped ...
+    caught_up: int = 12  # ... and may then jump by so many thumbnail pixels
+    reaches: tuple[float, ...] = (0.27, 0.53, 0.93)  # from a dissolve's middle to its ends, tried in turn
     apart: float = 10.0  # mean difference of a dissolve's ends
     mixture: float = 0.35  # how far from the line between the ends frames may lie, in shares of the ends' distance
     step: float = 0.3  # a dissolve's largest step between two frames, in shares of the way
     unlike: float = 0.3  # residual between a dissolve's ends, in shares of their contrast
     dark: float = 0.15  # contrast in a fade's valley, in shares of that on either side
-    fade: int = 30  # frames in which a fade's picture comes or goes; a valley longer than that is a scene of its own
+    fade: float = 1.0  # in which a fade's picture comes or goes; a valley longer than that is a scene of its own
 
 
 @dataclass(frozen=True)
@@ -61,6 +77,15 @@ class Shots:
     transitions: tuple[tuple[int, int], ...]
 
 
+class Mixed(NamedTuple):
+    """Frames [start, end) that mix what is on either side, as one look saw them."""
+
+    start: int
+    end: int
+    part: bool  # the look did not reach beyond both ends
+    off: float  # how far from mixtures they are
+
+
 class ShotDetector:
     """Takes thumbnails in order; `finish` returns the shots.
 
@@ -69,8 +94,9 @@ class ShotDetector:
 
     def __init__(self, options: ShotOptions | None = None) -> None:
         self.options = options or ShotOptions()
-        self.lag = max(self.options.window, self.options.flash, *self.options.reaches) + 1
-        self.recent = Recent(2 * self.lag + 1)
+        self.lag = max(self.options.window, self.options.gone, *self.options.reaches)
+        self.recent = Recent()
+        self.times: list[float] = []
         self.count = self.decided = 0
         self.finished = False
         self.changes: list[float] = []  # mean difference of frames i - 1 and i, a bound of ...
@@ -81,7 +107,8 @@ class ShotDetector:
         self.gradual: list[Stretch] = []  # fades and dissolves
         self.valley: int | None = None  # where the picture went flat, while it still is
         self.valleys: list[Stretch] = []  # flat stretches that may be fades
-        self.mixed: list[Stretch] = []  # what may be dissolves, or parts of one
+        self.next_look = 0.0  # for a dissolve
+        self.mixed: list[Mixed] = []  # what may be dissolves, or parts of one
 
     @property
     def num_found(self) -> int:
@@ -95,8 +122,10 @@ class ShotDetector:
     def transitions(self) -> list[Stretch]:
         return sorted(self.blends + [t for t in self.gradual if t[1] - t[0] > 1])
 
-    def add(self, picture: Picture) -> None:
-        """Take a frame's thumbnail (see `thumbnail`)."""
+    def add(self, picture: Picture, seconds: float | None = None) -> None:
+        """Take a frame's thumbnail (see `thumbnail`) and time; a clock that stands still goes on at its last pace."""
+        last, before_last = (self.times[-1], self.times[max(-2, -self.count)]) if self.count else (-0.04, -0.08)
+        self.times.append(seconds if seconds is not None and seconds > last else last + max(last - before_last, 0.001))
         before = self.recent[self.count - 1] if self.count else picture
         change = cv2.norm(before[0], picture[0], cv2.NORM_L1) / picture[0].size
         self.changes.append(change)
@@ -105,9 +134,12 @@ class ShotDetector:
         self.recent.add(picture)
         self._follow_valley()
         self.count += 1
-        if self.count > self.lag:
-            self._decide()
+        due = bisect_right(self.times, self.times[-1] - self.lag + JITTER)
+        if due > self.decided:
+            while self.decided < due:
+                self._decide()
             self._settle()
+            self.recent.forget(self._since(self.decided, LONGEST + self.lag + 2 * self.options.fade))
 
     def finish(self) -> Shots:
         """Return the shots of all frames taken."""
@@ -121,11 +153,20 @@ class ShotDetector:
         """Return the frame that no cut or transition still to be found can lie before."""
         if self.finished:
             return self.count
-        bounds = [self.decided - max(self.options.reaches), *(start for start, _ in self.mixed)]
-        bounds += [start - self.options.fade if self._is_short(start, end) else end for start, end in self.valleys]
+        fade = self.options.fade
+        bounds = [self._since(self.decided, self.lag), *(mixed.start for mixed in self.mixed)]
+        bounds += [self._since(start, fade) if self._is_short(start, end) else end for start, end in self.valleys]
         if self.valley is not None and self._is_short(self.valley, self.count):
-            bounds.append(self.valley - self.options.fade)
-        return max(0, min(bounds))
+            bounds.append(self._since(self.valley, fade))
+        return min(bounds)
+
+    def _since(self, frame: int, seconds: float) -> int:
+        """Return the first frame at most so long before another."""
+        return bisect_left(self.times, self.times[min(frame, self.count - 1)] - seconds - JITTER) if self.count else 0
+
+    def _until(self, frame: int, seconds: float) -> int:
+        """Return the last frame at most so long after another."""
+        return bisect_right(self.times, self.times[frame] + seconds + JITTER) - 1
 
     def _residual(self, frame: int) -> float:
         known = self.residuals[frame]
@@ -136,13 +177,14 @@ class ShotDetector:
     def _decide(self) -> None:
         """Look at one more frame, with the frames around it."""
         frame, self.decided = self.decided, self.decided + 1
-        if not self.hard or frame - self.hard[-1] >= self.options.shortest:
+        if not self.hard or self.hard[-1] <= self._until(frame, -self.options.shortest):
             for blended in range(BLENDED + 1):
                 if self._is_cut(frame, blended):
                     self.hard.append(frame)
                     self.blends += [(frame - blended, frame)] * (blended > 0)
                     break
-        if frame % STRIDE == 0:
+        if self.times[frame] >= self.next_look - JITTER:
+            self.next_look = self.times[frame] + STRIDE
             for reach in self.options.reaches:
                 self._mix(frame, reach)
 
@@ -160,11 +202,11 @@ class ShotDetector:
         least, floor = o.least * dim, o.floor * dim
         if step < least or (blended and 1.25 * step < o.unlike * contrast):
             return False
-        around = self.changes[max(1, first - o.window) : first] + self.changes[frame + 1 : frame + 1 + o.window]
+        near = [*range(max(1, self._since(first, o.window)), first), *range(frame + 1, self._until(frame, o.window) + 1)]
+        around = [self.changes[i] for i in near]
         if around and step < (1 + blended) * sorted(around)[len(around) // 2]:
             return False  # most frames end here, before anything is searched
-        near = [i for n in range(1, o.window + 1) for i in (first - n, frame + n) if 0 < i < self.count]
-        near = [i for i in near if i not in self.hard[-4:]]
+        near = sorted({*near} - {*self.hard[-4:]}, key=lambda i: max(first - i, i - frame))
         if blended and not self._is_blend(first - 1, frame):
             return False
         before, after = self.recent[first - 1], self.recent[frame]
@@ -176,11 +218,34 @@ class ShotDetector:
         here = min(here, residual(after, before))
         if here < least or self._restless(near, here / o.ratio - floor):
             return False
-        steps = range(1, o.flash + 1)
-        later = [distance(before, self.recent[min(self.count - 1, frame + i)]) / here for i in steps]
-        earlier = [distance(self.recent[max(0, first - 1 - i)], after) / here for i in steps]
-        lasts = min(later + earlier) >= o.lasting
-        return lasts and bool(max(np.median(later), np.median(earlier)) <= o.growth)
+        later = [distance(before, self.recent[i]) / here for i in self._spread(frame, self._until(frame, o.flash))]
+        earlier = [distance(self.recent[i], after) / here for i in self._spread(first - 1, self._since(first - 1, o.flash))]
+        lasts = min(later + earlier) >= o.lasting and max(np.median(later), np.median(earlier)) <= o.growth
+        return bool(lasts) and self._is_elsewhere(first - 1, frame)
+
+    def _spread(self, frame: int, last: int) -> list[int]:
+        """Return up to five frames after one, or before it, evenly until the last; the frame itself if that is all."""
+        return [frame + round((last - frame) * i / 5) for i in range(1, 6)]
+
+    def _is_elsewhere(self, before: int, after: int) -> bool:
+        """Whether the pictures on either side of a jump are two shots, and not one with a new light, inset or cover."""
+        o, (one, other) = self.options, (self.recent[before], self.recent[after])
+        if relit(one, other) >= o.relit or min(inset(one[0], other[0])) >= o.inset:
+            return False
+        frozen = self._is_frozen(before, after)
+        if kept(one[0], other[0], *[o.caught_up] * frozen) >= o.same:
+            return not frozen  # otherwise it is a jump in time, with the camera where it was
+        for length in (o.gone, o.gone / 2, o.gone / 4, o.gone / 8):
+            for back in (0, length, length / 2):
+                i, j = self._since(before, back), self._until(after, length - back)
+                if kept(self.recent[i][0], self.recent[j][0]) >= o.same:
+                    return False
+        return True
+
+    def _is_frozen(self, before: int, after: int) -> bool:
+        """Whether the picture before a jump had been stopped."""
+        stopped = self._since(after, self.options.frozen)
+        return stopped > 0 and all(change < REPEATED for change in self.changes[stopped : before + 1])
 
     def _restless(self, frames: list[int], most: float) -> bool:
         """Whether two of the frames, nearest first, leave more than `most` unexplained; one alone may be a cut."""
@@ -196,11 +261,11 @@ class ShotDetector:
         off, shares = self.recent.mixture(start, end)
         return bool(off.max() <= PURE) and bool((np.diff(shares) > 0.1).all())
 
-    def _mix(self, frame: int, reach: int) -> None:
-        """Remember this frame as a dissolve's middle if the frames around it mix the stretch's two ends."""
+    def _mix(self, frame: int, reach: float) -> None:
+        """Remember what is around this frame as a dissolve if it mixes the pictures at both ends."""
         o = self.options
-        start, end = frame - reach, frame + reach
-        if start < 0 or end >= self.count or any(start < cut <= end for cut in self.hard[-8:]):
+        start, end = self._since(frame, reach), self._until(frame, reach)
+        if min(frame - start, end - frame) < 2 or any(start < cut <= end for cut in self.hard[-8:]):
             return
         contrast = min(self.contrasts[start], self.contrasts[end])
         if contrast < FLAT:
@@ -209,12 +274,14 @@ class ShotDetector:
         if cv2.norm(one[0], other[0], cv2.NORM_L1) / one[0].size < o.apart:
             return
         off, shares = self.recent.mixture(start, end)
-        worst = 3 * len(off) // 4  # the worst quarter may hold what moves
-        if np.partition(off, worst)[worst] > o.mixture or np.diff(shares).max() > o.step:
+        worst = float(np.partition(off, 3 * len(off) // 4)[3 * len(off) // 4])  # the worst quarter may hold what moves
+        if worst > o.mixture or np.diff(shares).max() > o.step:
             return
         if changed(one[0], other[0]) >= 0.5 and distance(one, other) >= o.unlike * contrast:
-            inside = np.flatnonzero((shares > 0.05) & (shares < 0.95))
-            self.mixed.append((start + int(inside[0]), start + int(inside[-1]) + 1))
+            first, last = _ramp(shares)
+            part = first < 0.5 or last > len(shares) - 1.5
+            first, last = max(1, round(first)), min(len(shares) - 1, round(last))
+            self.mixed.append(Mixed(start + first, start + max(first + 1, last), part, worst))
 
     def _follow_valley(self) -> None:
         """Note where the newest picture, frame `count`, goes flat or comes back."""
@@ -228,7 +295,7 @@ class ShotDetector:
 
     def _is_short(self, start: int, end: int) -> bool:
         """Whether a valley is a transition as a whole, and not a scene of its own."""
-        return end - start <= self.options.fade
+        return self.times[min(end, self.count - 1)] - self.times[start] <= self.options.fade + JITTER
 
     def _settle(self) -> None:
         """Turn into cuts the valleys and mixtures that no further frame can change."""
@@ -241,40 +308,75 @@ class ShotDetector:
             elif self.mixed:  # what goes into a long valley is no dissolve, whatever comes after it
                 fall = self._fall(start, end)
                 self.mixed = [m for m in self.mixed if fall is None or m[1] <= fall or m[0] >= end]
-        known = min([self.decided - max(o.reaches), *(start - o.fade for start in pending)])
-        while self.valleys and (finished or self.decided > self.valleys[0][1] + o.fade):
+        known = min([self._since(self.decided, self.lag), *(self._since(start, o.fade) for start in pending)])
+        while self.valleys and (finished or self.decided > self._until(self.valleys[0][1], o.fade)):
             fade = self._fade(*self.valleys.pop(0))
             if fade and not any(fade[0] <= cut <= fade[1] for cut in [*self.hard, *(end for _, end in self.gradual)]):
                 self.gradual.append(fade)
         while self.mixed:
-            start, end = self._first_dissolve()
-            if end > known and not finished:
+            (start, end), last = self._first_dissolve()
+            if last > known and not finished:
                 return
-            self.mixed = [m for m in self.mixed if m[0] >= end]
+            self.mixed = [m for m in self.mixed if m.start >= last]
             others = [*self.gradual, *((cut, cut + 1) for cut in self.hard)]
-            if all(end <= a or start >= b for a, b in others):
+            if all(end <= a or start >= b for a, b in others) and not self._is_same(start - 1, end, kept_by_zoom):
                 self.gradual.append((start, end))
 
-    def _first_dissolve(self) -> Stretch:
-        """Join the mixtures that overlap the first one."""
-        (first, last), *others = sorted(self.mixed)
-        for start, end in others:
-            if start < last and end - first <= LONGEST:
-                last = max(last, end)
-        return first, last
+    def _first_dissolve(self) -> tuple[Stretch, int]:
+        """Return the first dissolve, and where the last look at it ends.
+
+        Of the mixtures that overlap, the purest one that was seen as a whole tells where it is: others hold the motion
+        before and after, or a part. If none was, what they cover together is.
+        """
+        first, *others = sorted(self.mixed)
+        last, looks = first.end, [first]
+        for mixed in others:
+            if mixed.start < last and mixed.end <= self._until(first.start, LONGEST):
+                last = max(last, mixed.end)
+                looks.append(mixed)
+        best = min(looks, key=lambda mixed: (mixed.part, mixed.off))
+        return ((first.start, last) if best.part else (best.start, best.end)), last
+
+    def _is_same(self, before: int, after: int, share: Callable[[np.ndarray, np.ndarray], float] = kept) -> bool:
+        """Whether a gradual change ends where it began."""
+        one, other = self.recent[max(0, before)], self.recent[min(after, self.count - 1)]
+        return share(one[0], other[0]) >= self.options.same
 
     def _fade(self, start: int, end: int) -> Stretch | None:
         """Return a flat stretch as [start of the fall, end of the rise); the rise if it is a scene of its own."""
-        after = np.array(self.contrasts[end : end + self.options.fade])
-        fall = self._fall(start, end)
-        if fall is None or min(self.contrasts[start:end]) > self.options.dark * after.max():
+        fall, rise = self._fall(start, end), self._rise(start, end)
+        if fall is None or rise is None or self._is_same(fall - 1, rise):
             return None
-        rise = end + int(np.flatnonzero(after >= 0.95 * after.max())[0])
         return (fall, rise) if self._is_short(start, end) else (end, max(rise, end + 1))
 
     def _fall(self, start: int, end: int) -> int | None:
-        """Return the first frame that is darker on the way into a flat stretch; None if that is no valley."""
-        before = np.array(self.contrasts[max(0, start - self.options.fade) : start])
+        """Return the first frame that is darker on the way into a flat stretch; None if that is no valley.
+
+        Fades are even: they began as long before half of the contrast was left as all of it was lost after that.
+        """
+        since = self._since(start, self.options.fade)
+        before = np.array(self.contrasts[since:start])
         if min(self.contrasts[start:end]) > self.options.dark * before.max():
             return None
-        return start - len(before) + int(np.flatnonzero(before >= 0.95 * before.max())[-1]) + 1
+        half = since + int(np.flatnonzero(before >= before.max() / 2)[-1]) + 1
+        return max(since, 2 * half - start)
+
+    def _rise(self, start: int, end: int) -> int | None:
+        """Return the first frame that is as bright as later, likewise."""
+        until = self._until(end, self.options.fade)
+        after = np.array(self.contrasts[end : until + 1])
+        if min(self.contrasts[start:end]) > self.options.dark * after.max():
+            return None
+        half = end + int(np.flatnonzero(after >= after.max() / 2)[0])
+        return min(until, 2 * half - end + 1)
+
+
+def _ramp(shares: np.ndarray) -> tuple[float, float]:
+    """Return where the shares of a mixture leave 0 and reach 1.
+
+    From where they pass a quarter and three quarters: dissolves are even, and what moves before or after one shifts
+    the ends by little.
+    """
+    quarter, three_quarters = (int(np.flatnonzero(shares >= level)[0]) for level in (0.25, 0.75))
+    low, high = (i - (shares[i] - level) / max(1e-6, shares[i] - shares[i - 1]) for i, level in ((quarter, 0.25), (three_quarters, 0.75)))
+    return low - (high - low) / 2, high + (high - low) / 2

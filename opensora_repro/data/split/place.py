@@ -1,0 +1,164 @@
+"""Whether two pictures show the same place, judged region by region.
+
+A region keeps its structure where pixels, each less the region's mean, still correlate. Lamps, explosions, exposure and
+white balance change how bright a region is and how strong its contrast, never what lies beside what in it. Regions that
+tell nothing are left out: flat in both pictures, clipped to black or white in one, or part of borders that both share.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import cv2
+import numpy as np
+from numpy.lib.stride_tricks import as_strided, sliding_window_view
+
+from opensora_repro.data.split.likeness import HEIGHT, WIDTH, Picture
+
+ROWS, COLUMNS = 6, 8  # regions down and across
+ALIKE = 0.6  # correlation from which a region shows the same
+TEXTURED = 4.0  # variance, in grey levels squared, below which a region is flat
+BLACK, WHITE = 22, 235  # a flat region beyond these may hold anything, clipped
+BORDER = 6  # grey levels within which a row of a border is even, and the same in both pictures
+FEWEST = 6  # regions that tell something, below which nothing is known
+RELIT = 4.0  # grey levels by which light changes a region at least
+ZOOMS = (1.0, 1.15, 1.3, 1.5)
+
+
+def kept(one: np.ndarray, other: np.ndarray, radius: int = 4) -> float:
+    """Return the share of regions that keep their structure from one brightness thumbnail to the other.
+
+    The picture as a whole may have moved by `radius` thumbnail pixels, and each region by one more. Unlike pictures
+    reach a half by chance at most.
+    """
+    alike, known, _ = _compare(one, other, radius)
+    side = 2 * radius + 1
+    near = sliding_window_view(np.pad(alike.reshape(side, side, -1), ((1, 1), (1, 1), (0, 0))), (3, 3), (0, 1))
+    hits = (near.any((-2, -1)).reshape(known.shape) & known).sum(axis=1)
+    count = known.sum(axis=1)
+    enough = count >= max(FEWEST, count.max() / 2)
+    return float((hits / np.maximum(1, count))[enough].max(initial=0.0))
+
+
+def kept_by_zoom(one: np.ndarray, other: np.ndarray) -> float:
+    """Return `kept`, with either picture enlarged as a zoom does it, whichever fits best."""
+    pairs = [(_enlarged(one, zoom), other) for zoom in ZOOMS] + [(one, _enlarged(other, zoom)) for zoom in ZOOMS[1:]]
+    return max(kept(a, b) for a, b in pairs)
+
+
+def relit(one: Picture, other: Picture) -> float:
+    """Return the share of regions that keep their structure and whose brightness or colour changes more than that."""
+    alike, known, left = _compare(one[0], other[0], 1)
+    centre = known[len(known) // 2]
+    if centre.sum() < FEWEST:
+        return 0.0
+    change = np.abs(_levels(one) - _levels(other)).max(axis=0)
+    return float((alike.any(axis=0) & centre & (change > left) & (change > RELIT)).sum() / centre.sum())
+
+
+def inset(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
+    """Return how much of the change lies in one upright rectangle, and how much of what is around that is kept.
+
+    Captions, logos, windows and pictures in pictures change rectangles, and nothing around; what a camera sees does
+    not. Both are shares; 0 for a rectangle of more than half of the picture, which is the picture then.
+    """
+    change = np.maximum(_least_change(one, other), _least_change(other, one))
+    top, bottom, left, right = _densest(change > max(RELIT, float(change.mean())))
+    if (bottom - top) * (right - left) > change.size / 2:
+        return 0.0, 0.0
+    inside = np.zeros_like(one)
+    inside[top:bottom, left:right] = 255
+    alike, known, _ = _compare(one, other, 1)
+    around = known[len(known) // 2] & (_means(inside).ravel() == 0)
+    share = change[top:bottom, left:right].sum() / max(1, change.sum())
+    return float(share), float(alike.any(axis=0)[around].mean()) if around.any() else 0.0
+
+
+def _compare(one: np.ndarray, other: np.ndarray, radius: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return bool [shifts, regions]: where `other` is as `one` shifted, and where that tells something; and [regions].
+
+    The last are the grey levels (standard deviation) that the best shift leaves unexplained.
+    """
+    side = 2 * radius + 1
+    padded = cv2.copyMakeBorder(np.float32(one), radius, radius, radius, radius, cv2.BORDER_REPLICATE)
+    step = padded.shape[1]
+    shifted = as_strided(padded, (side, side, HEIGHT, WIDTH), (4 * step, 4, 4 * step, 4)).reshape(-1, WIDTH)
+    fixed = np.float32(other)
+    mean, fixed_mean = _means(shifted), _means(fixed)
+    variance = np.maximum(0, _means(shifted * shifted) - mean * mean)
+    fixed_variance = np.maximum(0, _means(fixed * fixed) - fixed_mean * fixed_mean)
+    together = _means((shifted.reshape(-1, HEIGHT, WIDTH) * fixed).reshape(-1, WIDTH)) - mean * fixed_mean
+    correlation = together / (np.sqrt(variance * fixed_variance) + 1)  # plus a grey level's noise
+    flat, fixed_flat = variance < TEXTURED, fixed_variance < TEXTURED
+    clipped = flat & ((mean < BLACK) | (mean > WHITE)) | fixed_flat & ((fixed_mean < BLACK) | (fixed_mean > WHITE))
+    known = ~(flat & fixed_flat) & ~clipped & (_inner(one, other) & _visible(radius))
+    known, correlation = known.reshape(side * side, -1), correlation.reshape(side * side, -1)
+    left = np.sqrt(fixed_variance.ravel() * (1 - correlation.max(axis=0).clip(0, 1) ** 2))
+    return correlation >= ALIKE, known, left
+
+
+def _means(tall: np.ndarray) -> np.ndarray:
+    """Return the regions' means [n, ROWS, COLUMNS] of n pictures, one below the other; of one [1, ROWS, COLUMNS]."""
+    height = len(tall) * ROWS // HEIGHT
+    return cv2.resize(tall, (COLUMNS, height), interpolation=cv2.INTER_AREA).reshape(-1, ROWS, COLUMNS)
+
+
+def _levels(picture: Picture) -> np.ndarray:
+    """Return the regions' mean brightness and colour differences, float32 [3, regions]."""
+    blue, red = np.split(np.float32(picture[1]), 2)
+    planes = (np.float32(picture[0]), blue, red)
+    return np.stack([cv2.resize(p, (COLUMNS, ROWS), interpolation=cv2.INTER_AREA).ravel() for p in planes])
+
+
+@lru_cache(maxsize=4)
+def _visible(radius: int) -> np.ndarray:
+    """Return bool [shifts, ROWS, COLUMNS]: the regions that are in the picture before the shift, by four fifths."""
+    side = 2 * radius + 1
+    padded = np.pad(np.ones((HEIGHT, WIDTH), np.float32), radius)
+    views = sliding_window_view(padded, (HEIGHT, WIDTH)).reshape(-1, WIDTH)
+    return (_means(views) > 0.8).reshape(side * side, ROWS, COLUMNS)
+
+
+def _inner(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return bool [ROWS, COLUMNS]: the regions without letterbox or pillarbox."""
+    inner = np.ones((HEIGHT, WIDTH), np.float32)
+    for a, b, part in ((one, other, inner), (one.T, other.T, inner.T)):
+        low, high = np.minimum(a.min(axis=1), b.min(axis=1)), np.maximum(a.max(axis=1), b.max(axis=1))
+        uneven = np.flatnonzero(high - low > BORDER)
+        part[: uneven[0] if len(uneven) else None] = 0
+        part[uneven[-1] + 1 if len(uneven) else 0 :] = 0
+    return _means(inner)[0] > 0.99
+
+
+def _enlarged(picture: np.ndarray, zoom: float) -> np.ndarray:
+    if zoom == 1:
+        return picture
+    top, left = (round(size * (1 - 1 / zoom) / 2) for size in picture.shape)
+    return cv2.resize(picture[top : HEIGHT - top, left : WIDTH - left], (WIDTH, HEIGHT))
+
+
+def _least_change(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return the difference of each pixel of `other` from the pixel of `one` there, or beside it, that is most like."""
+    padded = cv2.copyMakeBorder(one, 1, 1, 1, 1, cv2.BORDER_REPLICATE)
+    views = sliding_window_view(padded, (HEIGHT, WIDTH)).reshape(-1, HEIGHT, WIDTH)
+    return np.min([cv2.absdiff(np.ascontiguousarray(view), other) for view in views], axis=0)
+
+
+def _densest(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """Return top, bottom, left and right of the rectangle with the most marked pixels above those not marked.
+
+    Kadane's algorithm along the columns, for all pairs of rows at once.
+    """
+    sums = np.vstack([np.zeros((1, WIDTH), np.int32), np.where(mask, 1, -1).cumsum(axis=0)])
+    top, bottom = np.triu_indices(HEIGHT + 1, 1)
+    columns = sums[bottom] - sums[top]  # [pairs, WIDTH]
+    running = np.zeros(len(top), np.int64)
+    begin, best = np.zeros_like(running), np.zeros_like(running)
+    left, right = np.zeros_like(running), np.zeros_like(running)
+    for column in range(WIDTH):
+        begin[running <= 0] = column
+        running = np.maximum(running, 0) + columns[:, column]
+        better = running > best
+        best[better], left[better], right[better] = running[better], begin[better], column + 1
+    pair = int(best.argmax())
+    return int(top[pair]), int(bottom[pair]), int(left[pair]), int(right[pair])
