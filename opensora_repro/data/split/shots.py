@@ -20,7 +20,7 @@ times, so that the same footage has the same cuts at any frame rate.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -105,7 +105,8 @@ class ShotDetector:
         self.hard: list[int] = []
         self.blends: list[Stretch] = []
         self.gradual: list[Stretch] = []  # fades and dissolves
-        self.valley: int | None = None  # where the picture went flat, while it still is
+        self.valley: int | None = None  # where the picture went flat, while it still is ...
+        self.lowest = 0.0  # ... and the least contrast since
         self.valleys: list[Stretch] = []  # flat stretches that may be fades
         self.next_look = 0.0  # for a dissolve
         self.mixed: list[Mixed] = []  # what may be dissolves, or parts of one
@@ -132,8 +133,8 @@ class ShotDetector:
         self.residuals.append(change if change < CALM else None)
         self.contrasts.append(float(cv2.meanStdDev(picture[0])[1][0, 0]))
         self.recent.add(picture)
-        self._follow_valley()
         self.count += 1
+        self._follow_valley()
         due = bisect_right(self.times, self.times[-1] - self.lag + JITTER)
         if due > self.decided:
             while self.decided < due:
@@ -213,34 +214,43 @@ class ShotDetector:
         here = residual(before, after) if blended else self._residual(frame)
         if blended or len(near) < 4:  # a small motion, too, looks like a mixture, or has nothing to be compared with
             least = max(least, o.unlike * contrast)
-        if here < least or self._restless(near, here / o.ratio - floor):
+        ratio = o.ratio * (1 + blended)  # a frame's share of the way
+        if here < least or self._restless(near, here / ratio - floor):
             return False
         here = min(here, residual(after, before))
-        if here < least or self._restless(near, here / o.ratio - floor):
+        if here < least or self._restless(near, here / ratio - floor):
             return False
         later = [distance(before, self.recent[i]) / here for i in self._spread(frame, self._until(frame, o.flash))]
         earlier = [distance(self.recent[i], after) / here for i in self._spread(first - 1, self._since(first - 1, o.flash))]
         lasts = min(later + earlier) >= o.lasting and max(np.median(later), np.median(earlier)) <= o.growth
-        return bool(lasts) and self._is_elsewhere(first - 1, frame)
+        return bool(lasts) and self._is_elsewhere(first - 1, frame, here)
 
     def _spread(self, frame: int, last: int) -> list[int]:
         """Return up to five frames after one, or before it, evenly until the last; the frame itself if that is all."""
         return [frame + round((last - frame) * i / 5) for i in range(1, 6)]
 
-    def _is_elsewhere(self, before: int, after: int) -> bool:
+    def _is_elsewhere(self, before: int, after: int, here: float) -> bool:
         """Whether the pictures on either side of a jump are two shots, and not one with a new light, inset or cover."""
         o, (one, other) = self.options, (self.recent[before], self.recent[after])
         if relit(one, other) >= o.relit or min(inset(one[0], other[0])) >= o.inset:
             return False
         frozen = self._is_frozen(before, after)
-        if kept(one[0], other[0], *[o.caught_up] * frozen) >= o.same:
-            return not frozen  # otherwise it is a jump in time, with the camera where it was
-        for length in (o.gone, o.gone / 2, o.gone / 4, o.gone / 8):
+        if kept(one[0], other[0], *[o.caught_up] * frozen) < o.same:
+            return not self._is_covered(before, after)
+        # One place: a jump in time, unless the picture was stopped, or what it was comes back.
+        back = min(distance(self.recent[i], self.recent[j]) for i, j in self._around(before, after))
+        return not frozen and back >= o.lasting * here
+
+    def _is_covered(self, before: int, after: int) -> bool:
+        """Whether the same place shows again soon after what lies between two frames."""
+        pairs = self._around(before, after)
+        return any(kept(self.recent[i][0], self.recent[j][0]) >= self.options.same for i, j in pairs)
+
+    def _around(self, before: int, after: int) -> Iterator[tuple[int, int]]:
+        """Yield pairs of frames, one before and one after what lies between two, that are `gone` apart or less."""
+        for length in (self.options.gone / part for part in (1, 2, 4, 8)):
             for back in (0, length, length / 2):
-                i, j = self._since(before, back), self._until(after, length - back)
-                if kept(self.recent[i][0], self.recent[j][0]) >= o.same:
-                    return False
-        return True
+                yield self._since(before, back), self._until(after, length - back)
 
     def _is_frozen(self, before: int, after: int) -> bool:
         """Whether the picture before a jump had been stopped."""
@@ -284,13 +294,17 @@ class ShotDetector:
             self.mixed.append(Mixed(start + first, start + max(first + 1, last), part, worst))
 
     def _follow_valley(self) -> None:
-        """Note where the newest picture, frame `count`, goes flat or comes back."""
-        flat = self.contrasts[-1] < FLAT
-        if flat and self.valley is None:
-            self.valley = self.count
-        elif not flat and self.valley is not None:
+        """Note where the newest picture goes flat, but for a caption or logo that stays, or comes back."""
+        frame, contrast = self.count - 1, self.contrasts[-1]
+        if self.valley is None:
+            peak = max(self.contrasts[self._since(frame, self.options.fade) :])
+            if contrast < max(FLAT, self.options.dark * peak):
+                self.valley, self.lowest = frame, contrast
+        elif contrast < self.lowest + FLAT:
+            self.lowest = min(self.lowest, contrast)
+        else:
             if self.valley:  # a video that begins flat has nothing that could fade
-                self.valleys.append((self.valley, self.count))
+                self.valleys.append((self.valley, frame))
             self.valley = None
 
     def _is_short(self, start: int, end: int) -> bool:
@@ -319,7 +333,7 @@ class ShotDetector:
                 return
             self.mixed = [m for m in self.mixed if m.start >= last]
             others = [*self.gradual, *((cut, cut + 1) for cut in self.hard)]
-            if all(end <= a or start >= b for a, b in others) and not self._is_same(start - 1, end, kept_by_zoom):
+            if all(end <= a or start >= b for a, b in others) and not self._is_same(start - 1, end):
                 self.gradual.append((start, end))
 
     def _first_dissolve(self) -> tuple[Stretch, int]:
@@ -337,10 +351,11 @@ class ShotDetector:
         best = min(looks, key=lambda mixed: (mixed.part, mixed.off))
         return ((first.start, last) if best.part else (best.start, best.end)), last
 
-    def _is_same(self, before: int, after: int, share: Callable[[np.ndarray, np.ndarray], float] = kept) -> bool:
-        """Whether a gradual change ends where it began."""
-        one, other = self.recent[max(0, before)], self.recent[min(after, self.count - 1)]
-        return share(one[0], other[0]) >= self.options.same
+    def _is_same(self, before: int, after: int) -> bool:
+        """Whether a gradual change ends where it began, or only zooms, or is gone again."""
+        before, after = max(0, before), min(after, self.count - 1)
+        same = kept_by_zoom(self.recent[before][0], self.recent[after][0]) >= self.options.same
+        return same or self._is_covered(before, after)
 
     def _fade(self, start: int, end: int) -> Stretch | None:
         """Return a flat stretch as [start of the fall, end of the rise); the rise if it is a scene of its own."""
