@@ -297,8 +297,8 @@ class ShotDetector:
         """Note where the newest picture goes flat, but for a caption or logo that stays, or comes back."""
         frame, contrast = self.count - 1, self.contrasts[-1]
         if self.valley is None:
-            peak = max(self.contrasts[self._since(frame, self.options.fade) :])
-            if contrast < max(FLAT, self.options.dark * peak):
+            limit = max(FLAT, self.options.dark * max(self.contrasts[self._since(frame, self.options.fade) :]))
+            if contrast < limit and (not frame or self.contrasts[-2] >= limit):
                 self.valley, self.lowest = frame, contrast
         elif contrast < self.lowest + FLAT:
             self.lowest = min(self.lowest, contrast)
