@@ -8,6 +8,7 @@ tell nothing are left out: flat in both pictures, clipped to black or white in o
 from __future__ import annotations
 
 from functools import lru_cache
+from threading import get_ident
 
 import cv2
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.lib.stride_tricks import as_strided, sliding_window_view
 from opensora_repro.data.split.likeness import HEIGHT, WIDTH, Picture
 
 ROWS, COLUMNS = 6, 8  # regions down and across
+BOX = (WIDTH // COLUMNS, HEIGHT // ROWS)  # width and height of a region
 ALIKE = 0.6  # correlation from which a region shows the same
 TEXTURED = 4.0  # variance, in grey levels squared, below which a region is flat
 BLACK, WHITE = 22, 235  # a flat region beyond these may hold anything, clipped
@@ -33,8 +35,8 @@ def kept(one: np.ndarray, other: np.ndarray, radius: int = 4) -> float:
     """
     alike, known, _ = _compare(one, other, radius)
     side = 2 * radius + 1
-    near = sliding_window_view(np.pad(alike.reshape(side, side, -1), ((1, 1), (1, 1), (0, 0))), (3, 3), (0, 1))
-    hits = (near.any((-2, -1)).reshape(known.shape) & known).sum(axis=1)
+    near = cv2.dilate(alike.reshape(side, side, -1).view(np.uint8), np.ones((3, 3), np.uint8)).reshape(known.shape)
+    hits = (near.view(bool) & known).sum(axis=1)
     count = known.sum(axis=1)
     enough = count >= max(FEWEST, count.max() / 2)
     return float((hits / np.maximum(1, count))[enough].max(initial=0.0))
@@ -81,13 +83,19 @@ def _compare(one: np.ndarray, other: np.ndarray, radius: int) -> tuple[np.ndarra
     """
     side = 2 * radius + 1
     padded = cv2.copyMakeBorder(np.float32(one), radius, radius, radius, radius, cv2.BORDER_REPLICATE)
-    step = padded.shape[1]
-    shifted = as_strided(padded, (side, side, HEIGHT, WIDTH), (4 * step, 4, 4 * step, 4)).reshape(-1, WIDTH)
+    down, right = padded.strides
+    shifted = as_strided(padded, (side, side, HEIGHT, WIDTH), (down, right, down, right))
     fixed = np.float32(other)
-    mean, fixed_mean = _means(shifted), _means(fixed)
-    variance = np.maximum(0, _means(shifted * shifted) - mean * mean)
+    boxes = (cv2.boxFilter(values, -1, BOX, anchor=(0, 0)) for values in (padded, padded * padded))
+    steps = (down, right, BOX[1] * down, BOX[0] * right)
+    mean, square = (as_strided(box, (side, side, ROWS, COLUMNS), steps).reshape(-1, ROWS, COLUMNS) for box in boxes)
+    fixed_mean = _means(fixed)
+    variance = np.maximum(0, square - mean * mean)
     fixed_variance = np.maximum(0, _means(fixed * fixed) - fixed_mean * fixed_mean)
-    together = _means((shifted.reshape(-1, HEIGHT, WIDTH) * fixed).reshape(-1, WIDTH)) - mean * fixed_mean
+    products = _room(radius, get_ident())
+    np.copyto(products, shifted)
+    np.multiply(products, fixed, out=products)
+    together = _means(products.reshape(-1, WIDTH)) - mean * fixed_mean
     correlation = together / (np.sqrt(variance * fixed_variance) + 1)  # plus a grey level's noise
     flat, fixed_flat = variance < TEXTURED, fixed_variance < TEXTURED
     clipped = flat & ((mean < BLACK) | (mean > WHITE)) | fixed_flat & ((fixed_mean < BLACK) | (fixed_mean > WHITE))
@@ -95,6 +103,12 @@ def _compare(one: np.ndarray, other: np.ndarray, radius: int) -> tuple[np.ndarra
     known, correlation = known.reshape(side * side, -1), correlation.reshape(side * side, -1)
     left = np.sqrt(fixed_variance.ravel() * (1 - correlation.max(axis=0).clip(0, 1) ** 2))
     return correlation >= ALIKE, known, left
+
+
+@lru_cache(maxsize=16)
+def _room(radius: int, _thread: int) -> np.ndarray:
+    """Room for all shifted pictures, kept because getting it anew takes longer than the rest."""
+    return np.empty((2 * radius + 1, 2 * radius + 1, HEIGHT, WIDTH), np.float32)
 
 
 def _means(tall: np.ndarray) -> np.ndarray:
