@@ -232,10 +232,14 @@ class ShotDetector:
     def _is_elsewhere(self, before: int, after: int, here: float) -> bool:
         """Whether the pictures on either side of a jump are two shots, and not one with a new light, inset or cover."""
         o, (one, other) = self.options, (self.recent[before], self.recent[after])
-        if relit(one, other) >= o.relit or min(inset(one[0], other[0])) >= o.inset:
-            return False
         frozen = self._is_frozen(before, after)
-        if kept(one[0], other[0], *[o.caught_up] * frozen) < o.same:
+        same = kept(one[0], other[0], *[o.caught_up] * frozen)
+        if relit(one, other) >= o.relit:
+            return False
+        # An inset takes half of the picture at most, so about half is kept.
+        if same >= o.inset / 2 and min(inset(one[0], other[0])) >= o.inset:
+            return False
+        if same < o.same:
             return not self._is_covered(before, after)
         # One place: a jump in time, unless the picture was stopped, or what it was comes back.
         back = min(distance(self.recent[i], self.recent[j]) for i, j in self._around(before, after))
@@ -248,7 +252,7 @@ class ShotDetector:
 
     def _around(self, before: int, after: int) -> Iterator[tuple[int, int]]:
         """Yield pairs of frames, one before and one after what lies between two, that are `gone` apart or less."""
-        for length in (self.options.gone / part for part in (1, 2, 4, 8)):
+        for length in (self.options.gone, self.options.gone / 2, self.options.gone / 4):
             for back in (0, length, length / 2):
                 yield self._since(before, back), self._until(after, length - back)
 
