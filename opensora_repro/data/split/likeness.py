@@ -46,7 +46,7 @@ class Recent:
     def __init__(self) -> None:
         self.first = self.count = 0
         self.pictures: deque[Picture] = deque()
-        # Numbers of any stretch of frames are a slice: when there is no room left, those still needed move to the front.
+        # Any stretch of frames is a slice: when there is no room left, the rows still needed move to the front.
         self.origin = 0  # frame in the first row
         self.rows = np.empty((256, (HEIGHT // 2) * (WIDTH // 2)), np.float32)
         self.squares = np.empty(256, np.float32)

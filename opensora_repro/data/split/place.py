@@ -42,10 +42,10 @@ def kept(one: np.ndarray, other: np.ndarray, radius: int = 4) -> float:
     return float((hits / np.maximum(1, count))[enough].max(initial=0.0))
 
 
-def kept_by_zoom(one: np.ndarray, other: np.ndarray) -> float:
-    """Return `kept`, with either picture enlarged as a zoom does it, whichever fits best."""
+def kept_by_camera(one: np.ndarray, other: np.ndarray, radius: int = 8) -> float:
+    """Return `kept`, for a camera that had time to move, with either picture enlarged as a zoom does it."""
     pairs = [(_enlarged(one, zoom), other) for zoom in ZOOMS] + [(one, _enlarged(other, zoom)) for zoom in ZOOMS[1:]]
-    return max(kept(a, b) for a, b in pairs)
+    return max(kept(a, b, radius) for a, b in pairs)
 
 
 def relit(one: Picture, other: Picture) -> float:
@@ -62,11 +62,14 @@ def inset(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
     """Return how much of the change lies in one upright rectangle, and how much of what is around that is kept.
 
     Captions, logos, windows and pictures in pictures change rectangles, and nothing around; what a camera sees does
-    not. Both are shares; 0 for a rectangle of more than half of the picture, which is the picture then.
+    not. Both are shares; 0 where the rectangle is more than half of the picture, or has no corners, as things
+    that move have none.
     """
     change = np.maximum(_least_change(one, other), _least_change(other, one))
-    top, bottom, left, right = _densest(change > max(RELIT, float(change.mean())))
-    if (bottom - top) * (right - left) > change.size / 2:
+    marked = change > max(RELIT, float(change.mean()))
+    top, bottom, left, right = _densest(marked)
+    corners = marked[[top, top, bottom - 1, bottom - 1], [left, right - 1, left, right - 1]].sum()
+    if (bottom - top) * (right - left) > change.size / 2 or corners < 2:
         return 0.0, 0.0
     inside = np.zeros_like(one)
     inside[top:bottom, left:right] = 255

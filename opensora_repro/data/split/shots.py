@@ -28,7 +28,7 @@ import cv2
 import numpy as np
 
 from opensora_repro.data.split.likeness import Picture, Recent, changed, distance, residual
-from opensora_repro.data.split.place import inset, kept, kept_by_zoom, relit
+from opensora_repro.data.split.place import inset, kept, kept_by_camera, relit
 
 DIM = 16.0  # contrast (standard deviation, in grey levels) below which all differences, noise too, are smaller
 FLAT = 4.0  # contrast below which a picture shows nothing
@@ -77,6 +77,14 @@ class Shots:
     transitions: tuple[tuple[int, int], ...]
 
 
+class Valley(NamedTuple):
+    """Frames [start, end) in which the picture is flat."""
+
+    start: int
+    end: int
+    before: Picture  # what was there before
+
+
 class Mixed(NamedTuple):
     """Frames [start, end) that mix what is on either side, as one look saw them."""
 
@@ -107,7 +115,8 @@ class ShotDetector:
         self.gradual: list[Stretch] = []  # fades and dissolves
         self.valley: int | None = None  # where the picture went flat, while it still is ...
         self.lowest = 0.0  # ... and the least contrast since
-        self.valleys: list[Stretch] = []  # flat stretches that may be fades
+        self.valley_before: Picture | None = None  # ... what was there before it
+        self.valleys: list[Valley] = []  # flat stretches that may be fades
         self.next_look = 0.0  # for a dissolve
         self.mixed: list[Mixed] = []  # what may be dissolves, or parts of one
 
@@ -156,7 +165,7 @@ class ShotDetector:
             return self.count
         fade = self.options.fade
         bounds = [self._since(self.decided, self.lag), *(mixed.start for mixed in self.mixed)]
-        bounds += [self._since(start, fade) if self._is_short(start, end) else end for start, end in self.valleys]
+        bounds += [self._since(start, fade) if self._is_short(start, end) else end for start, end, _ in self.valleys]
         if self.valley is not None and self._is_short(self.valley, self.count):
             bounds.append(self._since(self.valley, fade))
         return min(bounds)
@@ -203,7 +212,10 @@ class ShotDetector:
         least, floor = o.least * dim, o.floor * dim
         if step < least or (blended and 1.25 * step < o.unlike * contrast):
             return False
-        near = [*range(max(1, self._since(first, o.window)), first), *range(frame + 1, self._until(frame, o.window) + 1)]
+        near = [
+            *range(max(1, self._since(first, o.window)), first),
+            *range(frame + 1, self._until(frame, o.window) + 1),
+        ]
         around = [self.changes[i] for i in near]
         if around and step < (1 + blended) * sorted(around)[len(around) // 2]:
             return False  # most frames end here, before anything is searched
@@ -214,14 +226,15 @@ class ShotDetector:
         here = residual(before, after) if blended else self._residual(frame)
         if blended or len(near) < 4:  # a small motion, too, looks like a mixture, or has nothing to be compared with
             least = max(least, o.unlike * contrast)
-        ratio = o.ratio * (1 + blended)  # a frame's share of the way
-        if here < least or self._restless(near, here / ratio - floor):
+        if here < least or self._restless(near, here / o.ratio - floor):
             return False
         here = min(here, residual(after, before))
-        if here < least or self._restless(near, here / ratio - floor):
+        if here < least or self._restless(near, here / o.ratio - floor):
             return False
         later = [distance(before, self.recent[i]) / here for i in self._spread(frame, self._until(frame, o.flash))]
-        earlier = [distance(self.recent[i], after) / here for i in self._spread(first - 1, self._since(first - 1, o.flash))]
+        earlier = [
+            distance(self.recent[i], after) / here for i in self._spread(first - 1, self._since(first - 1, o.flash))
+        ]
         lasts = min(later + earlier) >= o.lasting and max(np.median(later), np.median(earlier)) <= o.growth
         return bool(lasts) and self._is_elsewhere(first - 1, frame, here)
 
@@ -293,7 +306,8 @@ class ShotDetector:
             return
         if changed(one[0], other[0]) >= 0.5 and distance(one, other) >= o.unlike * contrast:
             first, last = _ramp(shares)
-            part = first < 0.5 or last > len(shares) - 1.5
+            margin = 0.15 * len(shares)  # within a dissolve shares go from end to end, but for what moves
+            part = bool(first < margin or last > len(shares) - 1 - margin)
             first, last = max(1, round(first)), min(len(shares) - 1, round(last))
             self.mixed.append(Mixed(start + first, start + max(first + 1, last), part, worst))
 
@@ -304,11 +318,12 @@ class ShotDetector:
             limit = max(FLAT, self.options.dark * max(self.contrasts[self._since(frame, self.options.fade) :]))
             if contrast < limit and (not frame or self.contrasts[-2] >= limit):
                 self.valley, self.lowest = frame, contrast
+                self.valley_before = self.recent[self._since(frame, self.options.fade)]
         elif contrast < self.lowest + FLAT:
             self.lowest = min(self.lowest, contrast)
         else:
-            if self.valley:  # a video that begins flat has nothing that could fade
-                self.valleys.append((self.valley, frame))
+            if self.valley and self.valley_before:  # a video that begins flat has nothing that could fade
+                self.valleys.append(Valley(self.valley, frame, self.valley_before))
             self.valley = None
 
     def _is_short(self, start: int, end: int) -> bool:
@@ -320,7 +335,7 @@ class ShotDetector:
         o, finished = self.options, self.finished
         open_valley = [(self.valley, self.count)] if self.valley else []
         pending = []
-        for start, end in self.valleys + open_valley:
+        for start, end in [valley[:2] for valley in self.valleys] + open_valley:
             if self._is_short(start, end):
                 pending.append(start)
             elif self.mixed:  # what goes into a long valley is no dissolve, whatever comes after it
@@ -328,7 +343,7 @@ class ShotDetector:
                 self.mixed = [m for m in self.mixed if fall is None or m[1] <= fall or m[0] >= end]
         known = min([self._since(self.decided, self.lag), *(self._since(start, o.fade) for start in pending)])
         while self.valleys and (finished or self.decided > self._until(self.valleys[0][1], o.fade)):
-            fade = self._fade(*self.valleys.pop(0))
+            fade = self._fade(self.valleys.pop(0))
             if fade and not any(fade[0] <= cut <= fade[1] for cut in [*self.hard, *(end for _, end in self.gradual)]):
                 self.gradual.append(fade)
         while self.mixed:
@@ -356,17 +371,20 @@ class ShotDetector:
         return ((first.start, last) if best.part else (best.start, best.end)), last
 
     def _is_same(self, before: int, after: int) -> bool:
-        """Whether a gradual change ends where it began, or only zooms, or is gone again."""
+        """Whether a gradual change ends where it began, but for the camera's motion, or is gone again."""
         before, after = max(0, before), min(after, self.count - 1)
-        same = kept_by_zoom(self.recent[before][0], self.recent[after][0]) >= self.options.same
+        same = kept_by_camera(self.recent[before][0], self.recent[after][0]) >= self.options.same
         return same or self._is_covered(before, after)
 
-    def _fade(self, start: int, end: int) -> Stretch | None:
+    def _fade(self, valley: Valley) -> Stretch | None:
         """Return a flat stretch as [start of the fall, end of the rise); the rise if it is a scene of its own."""
+        start, end, before = valley
         fall, rise = self._fall(start, end), self._rise(start, end)
-        if fall is None or rise is None or self._is_same(fall - 1, rise):
+        if fall is None or rise is None or kept(before[0], self.recent[rise][0]) >= self.options.same:
             return None
-        return (fall, rise) if self._is_short(start, end) else (end, max(rise, end + 1))
+        if self._is_short(start, end):
+            return None if self._is_same(fall - 1, rise) else (fall, rise)
+        return end, max(rise, end + 1)
 
     def _fall(self, start: int, end: int) -> int | None:
         """Return the first frame that is darker on the way into a flat stretch; None if that is no valley.
@@ -397,5 +415,8 @@ def _ramp(shares: np.ndarray) -> tuple[float, float]:
     the ends by little.
     """
     quarter, three_quarters = (int(np.flatnonzero(shares >= level)[0]) for level in (0.25, 0.75))
-    low, high = (i - (shares[i] - level) / max(1e-6, shares[i] - shares[i - 1]) for i, level in ((quarter, 0.25), (three_quarters, 0.75)))
+    low, high = (
+        i - (shares[i] - level) / max(1e-6, shares[i] - shares[i - 1])
+        for i, level in ((quarter, 0.25), (three_quarters, 0.75))
+    )
     return low - (high - low) / 2, high + (high - low) / 2

@@ -20,8 +20,7 @@ from opensora_repro.data.video import DecodeError, open_video
 if TYPE_CHECKING:
     from opensora_repro.data.split.shots import ShotDetector
 
-WAITING = 170  # frames that wait for the detector at most
-ROOM = 512 * 2**20  # bytes that they may take
+ROOM = 512 * 2**20  # bytes that frames waiting for the detector may take
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def scan_and_cut(
             for frame in footage:
                 metrics.add(frame)
                 picture = plain(frame)
-                if not footage.has_clock() or picture.width * picture.height * 3 // 2 * WAITING > ROOM:
+                if not footage.has_clock() or picture.width * picture.height * 3 // 2 * len(scenes.waiting) > ROOM:
                     scenes.discard()
                     return None
                 scenes.waiting.append(picture)
