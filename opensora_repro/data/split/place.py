@@ -65,8 +65,8 @@ def inset(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
     not. Both are shares; 0 where the rectangle is more than half of the picture, or has no corners, as things
     that move have none.
     """
-    change = np.maximum(_least_change(one, other), _least_change(other, one))
-    marked = change > max(RELIT, float(change.mean()))
+    change: np.ndarray = np.maximum(_least_change(one, other), _least_change(other, one))
+    marked: np.ndarray = change > max(RELIT, float(change.mean()))
     top, bottom, left, right = _densest(marked)
     corners = marked[[top, top, bottom - 1, bottom - 1], [left, right - 1, left, right - 1]].sum()
     if (bottom - top) * (right - left) > change.size / 2 or corners < 2:
@@ -85,10 +85,10 @@ def _compare(one: np.ndarray, other: np.ndarray, radius: int) -> tuple[np.ndarra
     The last are the grey levels (standard deviation) that the best shift leaves unexplained.
     """
     side = 2 * radius + 1
-    padded = cv2.copyMakeBorder(np.float32(one), radius, radius, radius, radius, cv2.BORDER_REPLICATE)
+    padded = cv2.copyMakeBorder(one.astype(np.float32), radius, radius, radius, radius, cv2.BORDER_REPLICATE)
     down, right = padded.strides
     shifted = as_strided(padded, (side, side, HEIGHT, WIDTH), (down, right, down, right))
-    fixed = np.float32(other)
+    fixed = other.astype(np.float32)
     boxes = (cv2.boxFilter(values, -1, BOX, anchor=(0, 0)) for values in (padded, padded * padded))
     steps = (down, right, BOX[1] * down, BOX[0] * right)
     mean, square = (as_strided(box, (side, side, ROWS, COLUMNS), steps).reshape(-1, ROWS, COLUMNS) for box in boxes)
