@@ -66,7 +66,7 @@ def inset(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
     that move have none.
     """
     change: np.ndarray = np.maximum(_least_change(one, other), _least_change(other, one))
-    marked: np.ndarray = change > max(RELIT, float(change.mean()))
+    marked = np.asarray(change > max(RELIT, float(change.mean())))
     top, bottom, left, right = _densest(marked)
     corners = marked[[top, top, bottom - 1, bottom - 1], [left, right - 1, left, right - 1]].sum()
     if (bottom - top) * (right - left) > change.size / 2 or corners < 2:
