@@ -22,7 +22,7 @@ ALIKE = 0.6  # correlation from which a region shows the same
 TEXTURED = 4.0  # variance, in grey levels squared, below which a region is flat
 BLACK, WHITE = 22, 235  # a flat region beyond these may hold anything, clipped
 BORDER = 6  # grey levels within which a row of a border is even, and the same in both pictures
-FEWEST = 6  # regions that tell something, below which nothing is known
+FEWEST = 16  # regions, a third of all, that must tell something: a shape on plain ground may be anywhere
 RELIT = 4.0  # grey levels by which light changes a region at least
 ZOOMS = (1.0, 1.15, 1.3, 1.5)
 
@@ -65,8 +65,8 @@ def inset(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
     not. Both are shares; 0 where the rectangle is more than half of the picture, or has no corners, as things
     that move have none.
     """
-    change: np.ndarray = np.maximum(_least_change(one, other), _least_change(other, one))
-    marked = np.asarray(change > max(RELIT, float(change.mean())))
+    change = np.maximum(_least_change(one, other), _least_change(other, one))
+    marked = change > max(RELIT, float(change.mean()))
     top, bottom, left, right = _densest(marked)
     corners = marked[[top, top, bottom - 1, bottom - 1], [left, right - 1, left, right - 1]].sum()
     if (bottom - top) * (right - left) > change.size / 2 or corners < 2:
@@ -76,7 +76,7 @@ def inset(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
     alike, known, _ = _compare(one, other, 1)
     around = known[len(known) // 2] & (_means(inside).ravel() == 0)
     share = change[top:bottom, left:right].sum() / max(1, change.sum())
-    return float(share), float(alike.any(axis=0)[around].mean()) if around.any() else 0.0
+    return float(share), float(np.asarray(alike.any(axis=0))[around].mean()) if around.any() else 0.0
 
 
 def _compare(one: np.ndarray, other: np.ndarray, radius: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -212,6 +212,9 @@ class ShotDetector:
         least, floor = o.least * dim, o.floor * dim
         if step < least or (blended and 1.25 * step < o.unlike * contrast):
             return False
+        beside = self.changes[first - 1 : first] + self.changes[frame + 1 : frame + 2]
+        if blended and o.ratio * max(beside, default=0) > step / (1 + blended):
+            return False  # a fade, which goes on as fast
         near = [
             *range(max(1, self._since(first, o.window)), first),
             *range(frame + 1, self._until(frame, o.window) + 1),
