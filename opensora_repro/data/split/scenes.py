@@ -17,7 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from opensora_repro.data.video import DecodeError, FrameIndex, frame_index, one_scaling_thread, open_video
+from opensora_repro.data.video import (
+    DecodeError,
+    FrameIndex,
+    decoded_frames,
+    frame_index,
+    one_scaling_thread,
+    open_video,
+)
 
 DETECTORS = ("shots", "adaptive", "content")
 # Thumbnails do not need the filter that smooths block edges, and H.264 and HEVC spend a quarter of their time on it.
@@ -94,7 +101,7 @@ class Footage:
         import av
 
         try:
-            for frame in self.container.decode(self.stream):
+            for frame in decoded_frames(self.container, self.stream):
                 if frame.is_corrupt:
                     raise DecodeError("")
                 self.times.append(frame.pts)
@@ -112,8 +119,9 @@ class Footage:
         """Return what the frames seen and their cuts make up."""
         time_base = self.time_base
         known = [t for t in self.times if t is not None]
-        if len(known) < len(self.times) or any(b <= a for a, b in pairwise(known)):
-            # no usable clock: evenly at the header's rate
+        steady = self.index.times and len(known) == len(self.times)
+        if not steady or any(b <= a for a, b in pairwise(known)):
+            # no usable clock, or one that starts anew where segments were joined: evenly at the header's rate
             known, time_base = list(range(len(self.times))), 1 / self.rate
         return Scan(tuple(t - known[0] for t in known), time_base, cuts, transitions)
 
