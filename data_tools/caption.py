@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_repro.data.caption.text import REJECTED, Caption, ends_sentence, judged
-from opensora_repro.data.jobs.gpus import check_device
+from opensora_repro.data.jobs.gpus import check_device, usual_device
 from opensora_repro.data.jobs.keys import digest, sampled_digest
 from opensora_repro.data.jobs.run import Runner, add_runner_options, runner_of
 from opensora_repro.data.manifest import DataError
@@ -107,8 +107,9 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--frames", type=int, metavar="N", help="frames of a clip (by the model; endpoints 8)")
     group.add_argument("--max-tokens", type=int, default=256, metavar="N", help="longest answer (%(default)s)")
     group = parser.add_argument_group("with --model")
-    group.add_argument("--device", default="cpu", help="cuda: a GPU a worker; cuda:0, cpu: all share it (%(default)s)")
-    group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(%(default)s)")
+    group.add_argument("--device", help="cuda: a GPU a worker; cuda:0, cpu: all share it (cuda where there is a GPU)")
+    dtypes = ("float32", "bfloat16", "float16")
+    group.add_argument("--dtype", choices=dtypes, help="(bfloat16 on a GPU, float32 on a CPU)")
     group.add_argument("--batch-size", type=int, default=8, metavar="N", help="clips a batch (%(default)s)")
     group.add_argument("--model-workers", type=int, default=1, metavar="N", help="copies of the model (%(default)s)")
     group = parser.add_argument_group("with --endpoint")
@@ -269,8 +270,11 @@ def from_model(rows: Sequence[Record], args: argparse.Namespace, folder: Path, r
     """Return every clip's caption as the model writes it."""
     from opensora_repro.data.jobs.batches import run_batches
 
+    over_ray = runner.kind == "ray"
+    args.device = args.device or usual_device(over_ray=over_ray)
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     how, options = model_options(args)
-    gpu = check_device(args.device, args.model_workers, over_ray=runner.kind == "ray")
+    gpu = check_device(args.device, args.model_workers, over_ray=over_ray)
     items: dict[str, Record] = {}
     keys = []
     for row in rows:

@@ -7,7 +7,8 @@ over the columns: comparisons, `and`, `or`, `not`, `in ('a', 'b')`, + - * /, num
 abs(x), len(text), lower(text), contains(text, "part"), startswith, endswith, missing(x), and column("name") for names
 that are no words. `duration` is there in seconds even where the manifest has no such column. A row for which a rule
 cannot tell, because a value is missing, is dropped: add `or missing(x)` to keep it. Parts joined by `and` are counted
-one by one. A percentile is taken over all rows of the manifest, whatever the other rules drop.
+one by one. A percentile is taken over all rows of the manifest, whatever the other rules drop; of fewer than 50 rows it
+drops none.
 
 DIR receives `manifest.parquet`, `rejects.parquet` (the reason is the first rule that dropped the row) and
 `filter.json`: rows dropped by each rule alone and in order. `thumbnails/` shows for each numeric threshold the clips
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from opensora_repro.data.filter.near import Nearest
     from opensora_repro.data.tables import Table
 
+PERCENTILE_ROWS = 50  # of fewer, a few per cent are a clip or none
 PERCENTILE = re.compile(r"(?P<value>.+?)\s*(?P<op>>=|<=|>|<)\s*(?P<percent>\d+(\.\d*)?|\.\d+)\s*%", re.DOTALL)
 
 
@@ -138,6 +140,11 @@ def filter_rows(given: str, out: Path, rules: list[tuple[str, str]], *, thumbnai
     if "id" not in table.schema.names:
         raise DataError(f"{manifest}: column id missing")
     compiled = [rule for kind, text in rules for rule in build_rules(kind, text, table)]
+    if table.num_rows < PERCENTILE_ROWS:
+        skipped = ", ".join(rule.text for rule in compiled if rule.percent is not None)
+        compiled = [rule for rule in compiled if rule.percent is None]
+        if skipped:
+            print(f"{table.num_rows} rows are too few for a percentile ({PERCENTILE_ROWS}): nothing drops by {skipped}")
     for rule in compiled:
         if thumbnails and rule.threshold is not None and "path" in table.schema.names:
             rule.nearest = Nearest(rule.threshold, 3 * thumbnails)  # some may be unreadable

@@ -16,6 +16,11 @@ def visible_gpus() -> list[str]:
     return [name.strip() for name in given.split(",")][:count] if given else [str(number) for number in range(count)]
 
 
+def usual_device(*, over_ray: bool) -> str:
+    """Return the device where none was given: over Ray the nodes' GPUs are not known here."""
+    return "cuda" if not over_ray and visible_gpus() else "cpu"
+
+
 def check_device(device: str, workers: int, *, over_ray: bool) -> bool:
     """Return whether `workers` copies of a model on `device` have a GPU each: "cuda" means that. Raises DataError.
 
