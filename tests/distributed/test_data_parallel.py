@@ -116,7 +116,10 @@ def test_bad_samples_on_one_rank(world: World, tmp_path: Path) -> None:
 @pytest.mark.parametrize("cached", [False, True])
 def test_nothing_readable_ends_all_alike(world: World, tmp_path: Path, cached: bool) -> None:
     frame = pd.read_parquet(world.manifest("clips"))
+    (tmp_path / "moved").mkdir()
     frame["path"] = [f"{tmp_path}/moved/{row}.mp4" for row in range(len(frame))]
+    for path in frame["path"]:
+        Path(path).write_bytes(b"no video")
     frame.to_parquet(tmp_path / "clips.parquet")
     changes: dict[str, Any] = {"data__manifest": str(tmp_path / "clips.parquet"), "train__batch_size": 1}
     if cached:

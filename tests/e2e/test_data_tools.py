@@ -195,7 +195,7 @@ def test_every_bad_file_is_listed_or_split(videos_dir: Path, tmp_path: Path) -> 
             assert "--min-frames" in reasons[path.name]
         else:
             assert frames.get(path.name) == verdict["frames"] or reasons[path.name].startswith("same content as")
-    assert reasons["trunc_mdat_half.mp4"] == "damaged: 29 of 90 frames decode"
+    assert reasons["trunc_mdat_half.mp4"] == "damaged: holds 29 of 90 frames"
     assert reasons["audio_only.mp4"] == "no video stream"
     assert reasons["no_target.mp4"] == "a link to a file that is not there"
     assert all("\n" not in reason and str(tmp_path) not in reason for reason in reasons.values())

@@ -1,7 +1,4 @@
-"""Parts of a page that is one file: it fetches nothing but videos beside it.
-
-What others wrote cannot become part of its markup.
-"""
+"""Parts of a page that is one file: it fetches nothing, and what others wrote cannot become part of its markup."""
 
 from __future__ import annotations
 
@@ -26,14 +23,15 @@ def shown(text: object, limit: int = 500) -> str:
     return escape("".join(part if JOINERS.match(part) else one_line(part) for part in JOINERS.split(plain)))
 
 
-def document(title: str, body: str, *, style: str = "", script: str = "") -> str:
+def document(title: str, body: str, *, style: str = "", script: str = "", plays_files: bool = False) -> str:
     """Return the page; `title` is text, `body` HTML.
 
-    Its policy forbids every script but `script`, and every fetch but that of videos which lie beside the page.
+    Its policy forbids every script but `script`, and every fetch; with `plays_files` but those of its videos.
     """
     code = f"<script>{script}</script>\n" if script else ""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = POLICY + (f"; script-src 'sha256-{digest}'" if script else "")
+    policy = POLICY + ("; media-src data: 'self' file:" if plays_files else "; media-src data:")
+    policy += f"; script-src 'sha256-{digest}'" if script else ""
     return PAGE.format(title=shown(title), policy=policy, style=STYLE + style, body=body, code=code)
 
 
@@ -56,10 +54,7 @@ def data_uri(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data: 'self' file:; base-uri 'none';"
-    " form-action 'none'"
-)
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
 PAGE = """<!doctype html>
 <html lang="en">

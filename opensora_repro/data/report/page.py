@@ -61,7 +61,7 @@ def page(report: Report) -> str:
     links = "".join(f'<a href="#{slug(heading)}">{shown(heading)}</a>' for heading in parts)
     header = f"<header><h1>Dataset report</h1>{_headline(report)}<nav>{links}</nav></header>"
     body = "\n".join([header, *(section(heading, content) for heading, content in parts.items())])
-    return document("Dataset report", body, style=STYLE + charts.STYLE)
+    return document("Dataset report", body, style=STYLE + charts.STYLE, plays_files=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
