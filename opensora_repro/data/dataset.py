@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing import connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -168,7 +169,9 @@ def _telling(batches: Any) -> Iterator[ClipBatch]:
     workers = list(batches._workers)
     try:
         yield from batches
-    except (RuntimeError, MemoryError, OSError) as error:
+    except (RuntimeError, MemoryError, OSError, EOFError) as error:
+        if isinstance(error, OSError | EOFError):  # a dead worker's pipes close before it can be told how it ended
+            connection.wait([worker.sentinel for worker in workers], timeout=5)
         ends = {worker.pid: worker.exitcode for worker in workers if worker.exitcode}
         if not ends and not isinstance(error, MemoryError):
             raise

@@ -113,7 +113,7 @@ def test_bad_samples_on_one_rank(world: World, tmp_path: Path) -> None:
     np.testing.assert_allclose(kept[0], kept[1], rtol=1e-5)
 
 
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("cached", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_nothing_readable_ends_all_alike(world: World, tmp_path: Path, cached: bool) -> None:
     frame = pd.read_parquet(world.manifest("clips"))
     (tmp_path / "moved").mkdir()
