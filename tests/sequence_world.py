@@ -6,7 +6,6 @@ The processes of a group are started once, from a server that has imported torch
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import time
 import traceback
@@ -30,9 +29,7 @@ from opensora_repro.parallel.sequence import (
     SequenceParallelAttention,
     apply_sequence_parallelism,
 )
-
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["tests.sequence_world", "benchmarks.everywhere"])
+from tests.processes import forked
 
 LENGTH, CHANNELS = 6, 12  # of captions
 Errors = dict[str, float]
@@ -319,7 +316,7 @@ CHECKS: dict[str, Callable[[], Errors]] = {
 def run_checks(size: int, folder: Path, seconds: float = 200) -> dict[str, Any]:
     """Run all checks on `size` processes: each check's errors, the worst of any rank, or what it raised, as a str."""
     folder.mkdir(parents=True)
-    workers = [_processes.Process(target=_work, args=(rank, size, str(folder)), daemon=True) for rank in range(size)]
+    workers = [forked.Process(target=_work, args=(rank, size, str(folder)), daemon=True) for rank in range(size)]
     for worker in workers:
         worker.start()
     end = time.monotonic() + seconds

@@ -1,7 +1,6 @@
 """A small world to train in: tiny frozen models, pictures and clips on disk, configs, and stages as real processes.
 
-The processes come from one server that has imported the heavy libraries already, so that each costs no imports; they
-are ordinary processes all the same, with their own pid to kill.
+They are forked from a server (see processes.py), and are ordinary processes all the same, with their own pid to kill.
 """
 
 from __future__ import annotations
@@ -24,18 +23,12 @@ from safetensors.numpy import load_file
 
 from opensora_repro.data.manifest import write_manifest
 from opensora_repro.data.write import write_png, write_video
+from tests.processes import forked
 
 SIZE = 32  # pixels of a picture's side
 FRAMES = 12  # of a clip on disk
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0)}
 WALL_CLOCK = ("seconds", "data_seconds")
-
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(
-    ["opensora_repro.training.run", "opensora_repro.training.plan", "opensora_repro.parallel.gemini", "diffusers",
-     "transformers",
-     "torch.utils.tensorboard", "diffusers.models.autoencoders.autoencoder_kl", "transformers.models.t5.modeling_t5"]
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -158,7 +151,7 @@ class Command:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         environment = {"OMP_NUM_THREADS": "1", **self.environment}
         target = (self.module, self.arguments, str(self.log), environment, os.getpid())
-        self.process = _processes.Process(target=_child, args=target)
+        self.process = forked.Process(target=_child, args=target)
         self.process.start()
 
     @property
