@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opensora_repro.config import ConfigError, load_config
 from opensora_repro.data.files import user_path
 
 if TYPE_CHECKING:
@@ -56,6 +57,12 @@ def parse(argv: list[str] | None) -> Plan:
 
 def main(argv: list[str] | None = None) -> int:
     plan = parse(argv)
+    try:
+        for stage in STAGES:
+            load_config(plan.configs / f"{stage}.toml", plan.overrides)  # a mistake shows before anything is filmed
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     started = time.monotonic()
     seconds: dict[str, float] = {}
     steps: list[tuple[str, str, Callable[[Plan], Any]]] = [

@@ -13,7 +13,7 @@ from opensora_repro.demo.shapes import motions
 TINY = [
     "train.steps=2", "optim.warmup_steps=0", "optim.decay_steps=0", "train.batch_size=2", "checkpoint.every=2",
     "validation.every=2", "validation.max_samples=2", "sample.every=2", "sample.steps=2",
-    'sample.prompts=["a red square moving left"]', "data.num_workers=0",
+    'sample.prompts=["a red square moving left"]', "data.num_workers=0", "data.cache=",
 ]  # fmt: skip
 
 
@@ -70,7 +70,8 @@ def test_run_again_it_trains_nothing_again(finished):
     assert (root / "stage2" / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_mistake_ends_the_demo_with_the_stages_own_exit_code(tmp_path):
+def test_a_mistake_ends_the_demo_before_anything_is_filmed(tmp_path):
     done = demo(tmp_path, "model.hiden_size=8")
     assert done.returncode == 2
     assert "hidden_size" in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
