@@ -30,8 +30,6 @@ class Models(dict[str, Path]):
         self.root = root
 
     def __missing__(self, name: str) -> Path:
-        if name == "smolvlm":
-            pytest.importorskip("num2words")
         return self.setdefault(name, getattr(tiny_captioners, f"make_tiny_{name}")(self.root / name))
 
 
