@@ -232,6 +232,7 @@ def weight_distance(found: Path, wanted: Path) -> float:
 # Gemini
 
 
+@pytest.mark.exhaustive
 def test_gemini_trains_the_run_of_one_process_to_bf16_rounding(
     world: World, runs: dict[str, Path], half: Path, tmp_path: Path
 ) -> None:

@@ -63,6 +63,7 @@ def test_every_cut_is_found_and_every_caption_on_its_clip(finished):
     assert len(images) == 3 * len(clips) and not images["caption"].str.contains("moving").any()
 
 
+@pytest.mark.exhaustive  # stages and tools that are run again have tests of their own
 def test_run_again_it_trains_nothing_again(finished):
     root, _ = finished
     before = (root / "stage2" / "metrics.jsonl").read_bytes()
