@@ -80,7 +80,7 @@ def sampling_full_size(device: torch.device, steps: int = 5) -> dict[str, Any]:
     import torch
 
     from opensora_repro.config import DiffusionConfig
-    from opensora_repro.diffusion.sampling import sample_latents
+    from opensora_repro.diffusion.samplers import sample_latents
     from opensora_repro.models.config import STDiTConfig
     from opensora_repro.models.stdit import STDiT
 

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from opensora_repro.diffusion.sampling import Through
-    from opensora_repro.training.graphs import Graph, StepGraphs
+    from opensora_repro.diffusion.samplers import Through
+    from opensora_repro.sampling.graphs import Graph, StepGraphs
 
 STEPS = 12  # of small models
 FULL_STEPS = 50
@@ -49,7 +49,7 @@ class Rerun:
 def recording(device: torch.device) -> tuple[StepGraphs, list[Graph]]:
     """Sample through the first; the second then holds the graphs that it made."""
     from opensora_repro.parallel.cuda_graph import CudaGraph
-    from opensora_repro.training.graphs import StepGraphs
+    from opensora_repro.sampling.graphs import StepGraphs
 
     made: list[Graph] = []
 
@@ -100,7 +100,7 @@ def sample_small(model: Any, batch: int, through: Through) -> Tensor:
     import torch
 
     from opensora_repro.config import DiffusionConfig
-    from opensora_repro.diffusion.sampling import sample_latents
+    from opensora_repro.diffusion.samplers import sample_latents
 
     device, prepare = next(model.parameters()).device, getattr(model, "prepare_text", None)
     condition, mask = torch.arange(batch, device=device), None
@@ -167,7 +167,7 @@ def sample_full(model: Any, frames: int, steps: int, way: str) -> tuple[Tensor, 
     import torch
 
     from opensora_repro.config import DiffusionConfig
-    from opensora_repro.diffusion.sampling import sample_latents
+    from opensora_repro.diffusion.samplers import sample_latents
 
     device = next(model.parameters()).device
     through, made = recording(device)

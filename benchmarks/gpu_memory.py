@@ -59,10 +59,10 @@ def planned_bytes(
     from opensora_repro.config import Config, OptimConfig, TrainConfig
     from opensora_repro.kernels import choice
     from opensora_repro.parallel.mesh import Mesh
-    from opensora_repro.training.planning.encoders import frozen_sizes
-    from opensora_repro.training.planning.memory import step_memory
-    from opensora_repro.training.planning.parameters import count_parameters
-    from opensora_repro.training.planning.sizes import token_grid
+    from opensora_repro.planning.encoders import frozen_sizes
+    from opensora_repro.planning.memory import step_memory
+    from opensora_repro.planning.parameters import count_parameters
+    from opensora_repro.planning.sizes import token_grid
 
     train = TrainConfig(
         batch_size=1, kernels=choice.chosen(), activation_checkpointing=checkpointing,

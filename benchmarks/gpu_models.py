@@ -137,7 +137,7 @@ def samplers(device: torch.device) -> dict[str, Any]:
     import torch
 
     from opensora_repro.config import DiffusionConfig
-    from opensora_repro.diffusion.sampling import sample_latents
+    from opensora_repro.diffusion.samplers import sample_latents
 
     model = small_model(temporal_attention=True).eval()
     _, _, text, mask = small_inputs()
@@ -162,8 +162,8 @@ def frozen_models(device: torch.device) -> dict[str, Any]:
     import torch
 
     from opensora_repro.config import TextConfig, VaeConfig
-    from opensora_repro.models.text import load_text_encoder
-    from opensora_repro.models.vae import load_vae
+    from opensora_repro.frozen.text import load_text_encoder
+    from opensora_repro.frozen.vae import load_vae
 
     vae_folder, text_folder = REPO / "checkpoints" / "demo" / "vae", REPO / "checkpoints" / "demo" / "text"
     video = torch.rand(3, 5, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1

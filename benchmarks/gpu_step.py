@@ -53,8 +53,8 @@ class Case:
     @property
     def flops(self) -> int:
         """Model FLOPs of a step, by the planner's formula."""
-        from opensora_repro.training.planning.flops import forward_products
-        from opensora_repro.training.planning.sizes import token_grid
+        from opensora_repro.planning.flops import forward_products
+        from opensora_repro.planning.sizes import token_grid
 
         return self.batch_size * forward_products(self.cfg, token_grid(self.cfg, self.latents)).training_flops
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from opensora_repro.models.config import STDiTConfig
-    from opensora_repro.training.planning.gpus import Gpu
+    from opensora_repro.planning.gpus import Gpu
 
 SQUARE = {"cpu": 2048, "cuda": 8192}  # side of the square product, by kind of device
 AT_LEAST = {"cpu": 0.1, "cuda": 0.02}  # seconds that a timed call of a product lasts
@@ -185,7 +185,7 @@ def counted_flops(work: Callable[[], object]) -> int:
 
 def data_sheet(device_name: str) -> Gpu | None:
     """The planner's entry for a GPU as the driver names it, such as "NVIDIA H100 80GB HBM3"."""
-    from opensora_repro.training.planning.gpus import GPUS
+    from opensora_repro.planning.gpus import GPUS
 
     words = device_name.lower().replace("-", " ").split()
     found = [gpu for gpu in GPUS if set(gpu.name.lower().split("-")) <= set(words)]

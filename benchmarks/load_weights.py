@@ -42,7 +42,7 @@ def run_side(side: str, path: Path) -> dict[str, float]:
     import torch
 
     from opensora_repro.models.stdit import stdit_xl_2
-    from opensora_repro.models.weights import load_model_weights
+    from opensora_repro.weights.load import load_model_weights
 
     began = time.perf_counter()
     if side == "other":

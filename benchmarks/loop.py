@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
     from opensora_repro.config import Config
     from opensora_repro.data.dataset import BadSample, Clip
+    from opensora_repro.frozen.encoder import Encoder
     from opensora_repro.models.config import STDiTConfig
     from opensora_repro.training.batch import Encoded
-    from opensora_repro.training.encode import Encoder
     from opensora_repro.training.feed import Feed, Sample
 
 PUBLISHED_VAE: dict[str, Any] = {  # Stable Diffusion's
@@ -86,9 +86,9 @@ def demo_encoder(device: torch.device, max_length: int, vae: Path | None = None)
     import torch
 
     from opensora_repro.config import TextConfig, VaeConfig
-    from opensora_repro.models.text import load_text_encoder
-    from opensora_repro.models.vae import load_vae
-    from opensora_repro.training.encode import Encoder
+    from opensora_repro.frozen.encoder import Encoder
+    from opensora_repro.frozen.text import load_text_encoder
+    from opensora_repro.frozen.vae import load_vae
 
     folder, dtype = REPO / "checkpoints" / "demo", torch.bfloat16 if device.type == "cuda" else torch.float32
     return Encoder(

@@ -20,7 +20,7 @@ class Worker:
 
     build: Callable[..., Mapping[str, Ask]]
     arguments: tuple[Any, ...]
-    keeps_memory: bool  # as our own commands do on a CPU (opensora_repro/training/allocator.py), or as torch does
+    keeps_memory: bool  # as our own commands do on a CPU (opensora_repro/process.py), or as torch does
 
 
 @contextlib.contextmanager
@@ -57,7 +57,7 @@ def _serve(connection: Any, worker: Worker, one_thread: bool) -> None:
     """Answer (what, *about) until the other end is closed."""
     import torch
 
-    from opensora_repro.training.allocator import keep_freed_memory
+    from opensora_repro.process import keep_freed_memory
 
     if one_thread:
         torch.set_num_threads(1)

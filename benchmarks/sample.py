@@ -65,7 +65,7 @@ def build(side: Side, sizes: Sizes) -> Callable[[int, int], Tensor]:
 
     from opensora_repro.config import DiffusionConfig
     from opensora_repro.diffusion.flow import count_frames, count_tokens
-    from opensora_repro.diffusion.sampling import sample_latents
+    from opensora_repro.diffusion.samplers import sample_latents
 
     model: Any = (build_ours if side.ours else build_plain)(sizes).model.eval()
     generator = torch.Generator().manual_seed(1)
@@ -130,8 +130,8 @@ def whole_sampling(asking: dict[str, Ask], prompt: int, steps: int) -> dict[str,
 
 def formula(sizes: Sizes, steps: int) -> int:
     """FLOPs of the model on the prompt's and the null caption's samples, all their tokens, at every step."""
-    from opensora_repro.training.planning.flops import forward_products
-    from opensora_repro.training.planning.sizes import token_grid
+    from opensora_repro.planning.flops import forward_products
+    from opensora_repro.planning.sizes import token_grid
 
     return 2 * steps * forward_products(sizes.config, token_grid(sizes.config, sizes.latents[1:])).forward_flops
 

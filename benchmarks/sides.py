@@ -203,8 +203,8 @@ def model_flops(name: str, sizes: Sizes) -> dict[str, dict[str, int | None]]:
     import torch
 
     from benchmarks.limits import counted_flops
-    from opensora_repro.training.planning.flops import forward_products
-    from opensora_repro.training.planning.sizes import token_grid
+    from opensora_repro.planning.flops import forward_products
+    from opensora_repro.planning.sizes import token_grid
 
     with torch.device("meta"):
         side = SIDES[name](sizes)

@@ -6,7 +6,7 @@
 On the CPU, float32: ours, the plain restatement of the published block with the same weights, and diffusers' Latte and
 PixArt at equal width, depth and tokens (benchmarks/sides.py). Ours and the plain one must give the same output and
 gradients before anything is timed. Each side is a process of its own, for how it treats memory is a part of it: ours
-keeps freed memory for the next tensors, as our commands do on a CPU (opensora_repro/training/allocator.py), the others
+keeps freed memory for the next tensors, as our commands do on a CPU (opensora_repro/process.py), the others
 do as torch does, and the plain one also runs with freed memory kept, which leaves what the models differ by. Forward
 pass and training step (noise prediction loss, backward, AdamW) are timed in turns, and between them the matrix products
 that set the limit (benchmarks/limits.py): torch's, and the same as convolutions, from which our layers have theirs on

@@ -48,7 +48,7 @@ from opensora_repro.data.probe.rows import INPUT_HELP, manifest_of
 
 if TYPE_CHECKING:
     from opensora_repro.data.caption.chat import Endpoint
-    from opensora_repro.models.captioner import Captioner
+    from opensora_repro.frozen.captioner import Captioner
 
 METHOD, REWRITE_METHOD = 2, 1  # raise when the same clip would be shown, or asked about, otherwise
 SHORT_SIDE, JPEG_QUALITY = 448, 90  # of the frames that are shown; smaller ones stay as they are
@@ -290,8 +290,8 @@ def from_model(rows: Sequence[Record], args: argparse.Namespace, folder: Path, r
 
 def model_options(args: argparse.Namespace) -> tuple[list[Any], Record]:
     """Return what decides the captions, and what the workers need. DataError if the model is not there."""
-    from opensora_repro.models.captioner import ONE_IMAGE, captioner_fingerprint, family_of
-    from opensora_repro.models.pretrained import ModelNotFound
+    from opensora_repro.frozen.captioner import ONE_IMAGE, captioner_fingerprint, family_of
+    from opensora_repro.frozen.pretrained import ModelNotFound
 
     try:
         family = family_of(args.model, key="--model")
@@ -310,7 +310,7 @@ def model_options(args: argparse.Namespace) -> tuple[list[Any], Record]:
 @lru_cache(maxsize=1)
 def loaded(model: str, device: str, dtype: str) -> Captioner:
     """Return the model; kept by each worker. Raises ModelNotFound."""
-    from opensora_repro.models.captioner import load_captioner
+    from opensora_repro.frozen.captioner import load_captioner
 
     return load_captioner(model, key="--model", device=device, dtype=dtype)
 
@@ -319,7 +319,7 @@ def describe(args: Record) -> Record:
     """Job: for every clip of a batch the model's text, or why there is none."""
     from opensora_repro.data.clip_frames import middles_of
     from opensora_repro.data.video import DecodeError
-    from opensora_repro.models.captioner import Clip
+    from opensora_repro.frozen.captioner import Clip
 
     captioner = loaded(args["model"], args["device"], args["dtype"])
     results: dict[str, Record] = {}

@@ -267,7 +267,7 @@ def first_failures(rules: list[Rule], batch: Any) -> Any:
 
 def write_report(out: Path, rules: list[Rule], rows: int, kept: int) -> None:
     """Write filter.json and print the same as a table."""
-    from opensora_repro.data.files import write_text
+    from opensora_repro.files import write_text
 
     report = {"rows": rows, "kept": kept, "dropped": rows - kept, "rules": [rule.report() for rule in rules]}
     write_text(out / "filter.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")

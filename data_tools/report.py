@@ -77,9 +77,9 @@ def run(args: argparse.Namespace) -> int:
 
 def report(inputs: Sequence[str], out: Path, clips: int, runner: Runner) -> int:
     """Write the page; returns the exit status. Raises DataError."""
-    from opensora_repro.data.files import write_text
     from opensora_repro.data.report.page import page
     from opensora_repro.data.report.stages import find_stages
+    from opensora_repro.files import write_text
 
     stages = find_stages(inputs)
     told = gather(stages, clips)

@@ -189,8 +189,8 @@ def embed_all(
 
 def model_fingerprint(clip: str, head: str | None) -> str:
     """Return a digest of the model's files; DataError if they are not there."""
-    from opensora_repro.models.clip import clip_fingerprint
-    from opensora_repro.models.pretrained import ModelNotFound
+    from opensora_repro.frozen.clip import clip_fingerprint
+    from opensora_repro.frozen.pretrained import ModelNotFound
 
     try:
         files = [clip_fingerprint(clip, key="--clip", hash_file=sampled_digest)]
@@ -207,7 +207,7 @@ def model_fingerprint(clip: str, head: str | None) -> str:
 @lru_cache(maxsize=1)
 def load_models(clip: str, head: str | None, device: str) -> tuple[Any, Any]:
     """Return the CLIP model and the aesthetic head, or None for that; kept by each worker. Raises ModelNotFound."""
-    from opensora_repro.models.clip import load_clip, load_head
+    from opensora_repro.frozen.clip import load_clip, load_head
 
     model = load_clip(clip, key="--clip", device=device)
     return model, load_head(head, model.channels, key="--aesthetic") if head else None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_repro.config import ConfigError, load_config
-from opensora_repro.data.files import user_path
+from opensora_repro.files import user_path
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,10 +11,10 @@ from os.path import expanduser
 from typing import TYPE_CHECKING
 
 from opensora_repro.config import Config, ConfigError, load_config
-from opensora_repro.data.files import user_path
+from opensora_repro.files import user_path
 
 if TYPE_CHECKING:
-    from opensora_repro.training.planning.budget import Question
+    from opensora_repro.planning.budget import Question
 
 USER_MISTAKE, INTERRUPTED = 2, 130
 # Of the peak, by this planner's FLOPs: Open-Sora 1.0's published 28 thousand tokens a second on an H800 at 16x256x256,
@@ -72,8 +72,8 @@ def is_user_mistake(error: ValueError) -> bool:
 def run(args: argparse.Namespace) -> int:
     cfg = load_config(args.config, args.overrides)
     question = ask(args, cfg)
-    from opensora_repro.training.planning.budget import make_budget
-    from opensora_repro.training.planning.report import as_json, report
+    from opensora_repro.planning.budget import make_budget
+    from opensora_repro.planning.report import as_json, report
 
     budget = make_budget(cfg, question)
     if args.json:
@@ -85,8 +85,8 @@ def run(args: argparse.Namespace) -> int:
 
 def ask(args: argparse.Namespace, cfg: Config) -> Question:
     """Check the options. Raises ConfigError."""
-    from opensora_repro.training.planning.budget import Question
-    from opensora_repro.training.planning.gpus import find_gpu
+    from opensora_repro.planning.budget import Question
+    from opensora_repro.planning.gpus import find_gpu
 
     for name in ("gpus", "clips"):
         value = getattr(args, name)
@@ -106,7 +106,7 @@ def ask(args: argparse.Namespace, cfg: Config) -> Question:
         if not 0 < utilisation <= 1:
             raise ConfigError(f"--utilisation {utilisation}: expected a share above 0, at most 1")
     elif args.measured is not None:
-        from opensora_repro.training.planning.measured import measured_utilisation
+        from opensora_repro.planning.measured import measured_utilisation
 
         utilisation, source = measured_utilisation(args.measured, cfg, gpu)
     return Question(gpu, gpus, utilisation, source, args.clips, price, strides)

@@ -20,16 +20,16 @@ from typing import TYPE_CHECKING, Any
 
 from opensora_repro.config import Config, ConfigError
 from opensora_repro.config.prompts import check_prompts
-from opensora_repro.data.files import user_path
+from opensora_repro.files import user_path
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from opensora_repro.models.text import ConditionEncoder
+    from opensora_repro.frozen.text import ConditionEncoder
     from opensora_repro.parallel.engine import TorchEngine
-    from opensora_repro.training.sample_folder import SampleFolder
-    from opensora_repro.training.source import Source
+    from opensora_repro.sampling.sample_folder import SampleFolder
+    from opensora_repro.weights.source import Source
 
 USER_MISTAKE, FAILURE = 2, 1
 INTERRUPTED = 130
@@ -119,7 +119,7 @@ def fail(args: argparse.Namespace, reason: str) -> int:
 
 def published(name: Path) -> Path:
     """What the hub's cache holds of the catalog's weights of that name. Raises ConfigError."""
-    from opensora_repro.models.catalog import CatalogError, find_cached, similar_name
+    from opensora_repro.weights.catalog import CatalogError, find_cached, similar_name
 
     try:
         found = find_cached(str(name))
@@ -133,9 +133,9 @@ def published(name: Path) -> Path:
 def is_user_mistake(error: Exception) -> bool:
     if isinstance(error, ConfigError):
         return True
-    from opensora_repro.models.pretrained import ModelNotFound
-    from opensora_repro.models.weights import WeightsError
+    from opensora_repro.frozen.pretrained import ModelNotFound
     from opensora_repro.parallel.errors import EngineError
+    from opensora_repro.weights.load import WeightsError
 
     return isinstance(error, (EngineError, ModelNotFound, WeightsError, OSError))
 
@@ -168,7 +168,7 @@ def checked_prompts(prompts: list[str], source: str) -> list[str]:
 def resolve_source(args: argparse.Namespace) -> Source:
     """The weights and their config with the command line's wishes. Raises ConfigError, WeightsError."""
     check_numbers(args)
-    from opensora_repro.training.source import find_source
+    from opensora_repro.weights.source import find_source
 
     source = find_source(args.source, ema=not args.no_ema, num_heads=args.num_heads, family=args.family)
     return replace(source, config=with_wishes(source.config, args))
@@ -209,8 +209,8 @@ def _with(section: Any, **wishes: Any) -> Any:
 
 def check_prompts_fit(source: Source, prompts: list[str], *, labels: bool) -> None:
     """Raise ConfigError for class numbers where text is wanted, and the other way round."""
+    from opensora_repro.frozen.text import ClassLabels
     from opensora_repro.models.config import DiTConfig
-    from opensora_repro.models.text import ClassLabels
 
     if conditioned_on_class(source):
         assert isinstance(source.model, DiTConfig)
@@ -228,7 +228,7 @@ def conditioned_on_class(source: Source) -> bool:
 
 def settings(args: argparse.Namespace, source: Source) -> dict[str, Any]:
     """What decides the samples besides the prompts."""
-    from opensora_repro.training.source import weights_sha256
+    from opensora_repro.weights.source import weights_sha256
 
     cfg = source.config
     return {
@@ -253,10 +253,10 @@ def settings(args: argparse.Namespace, source: Source) -> dict[str, Any]:
 
 def sample(args: argparse.Namespace, source: Source, prompts: list[str]) -> int:
     """Look at all that can be seen without reading weights; then sample what is not there yet."""
-    from opensora_repro.models.weights import check_complete
     from opensora_repro.parallel.mesh import Mesh, launched_as
-    from opensora_repro.training.sample_folder import SampleFolder
-    from opensora_repro.training.source import check_memory, open_frozen
+    from opensora_repro.sampling.sample_folder import SampleFolder
+    from opensora_repro.weights.load import check_complete
+    from opensora_repro.weights.source import check_memory, open_frozen
 
     rank, world_size, local_rank = launched_as()
     # The run checks this, too; a dry run may be asked without torchrun what its processes would do.
@@ -294,7 +294,7 @@ def open_prompts(args: argparse.Namespace, folder: SampleFolder) -> list[int]:
 
 
 def print_plan(args: argparse.Namespace, source: Source, folder: SampleFolder, num_todo: int, memory: str) -> None:
-    from opensora_repro.training.source import empty_model
+    from opensora_repro.weights.source import empty_model
 
     parameters = sum(p.numel() for p in empty_model(source).parameters())
     plan = {key: value for key, value in folder.settings.items() if not isinstance(value, dict)}
@@ -305,7 +305,7 @@ def print_plan(args: argparse.Namespace, source: Source, folder: SampleFolder, n
 
 def unread_words(conditions: ConditionEncoder, prompts: list[str]) -> Iterator[str]:
     """What of the prompts the model does not read."""
-    from opensora_repro.models.text import ClassLabels
+    from opensora_repro.frozen.text import ClassLabels
 
     if isinstance(conditions, ClassLabels):
         return
@@ -355,8 +355,8 @@ def sample_share(
     import torch
 
     from opensora_repro.kernels.choice import choose
-    from opensora_repro.training.generate import ProgressBar, generate
-    from opensora_repro.training.source import load_models
+    from opensora_repro.sampling.generate import ProgressBar, generate
+    from opensora_repro.weights.source import load_models
 
     cfg, device, mesh = source.config, engine.device, engine.mesh
     # What a run was trained with on a GPU need not run on the device that samples it.
@@ -416,7 +416,7 @@ def start_engine(args: argparse.Namespace, device: torch.device) -> TorchEngine:
     """This process among those that torchrun started. Raises EngineError."""
     from opensora_repro.config import ParallelConfig
     from opensora_repro.parallel.engine import TorchEngine
-    from opensora_repro.training.allocator import keep_freed_memory
+    from opensora_repro.process import keep_freed_memory
     from opensora_repro.training.cli import limit_threads
 
     limit_threads()

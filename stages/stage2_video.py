@@ -12,7 +12,7 @@ from opensora_repro.training.stage import Stage
 
 if TYPE_CHECKING:
     from opensora_repro.models.stdit import STDiT
-    from opensora_repro.models.weights import LoadReport
+    from opensora_repro.weights.load import LoadReport
 
 
 def check(cfg: Config) -> None:

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from opensora_repro.data.files import user_path
+from opensora_repro.files import user_path
 
 if TYPE_CHECKING:
-    from opensora_repro.models.catalog import Entry
-    from opensora_repro.models.weight_files import WeightsFile
-    from opensora_repro.training.published import Published
+    from opensora_repro.weights.catalog import Entry
+    from opensora_repro.weights.files import WeightsFile
+    from opensora_repro.weights.published import Published
 
 USER_MISTAKE, FAILURE = 2, 1
 FORMATS = ("opensora", "pixart", "diffusers", "safetensors")
@@ -64,14 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def is_user_mistake(error: Exception) -> bool:
     from opensora_repro.config import ConfigError
-    from opensora_repro.models.catalog import CatalogError
-    from opensora_repro.models.weight_files import WeightsError
+    from opensora_repro.weights.catalog import CatalogError
+    from opensora_repro.weights.files import WeightsError
 
     return isinstance(error, (ConfigError, CatalogError, WeightsError, OSError))
 
 
 def run_list(args: argparse.Namespace) -> int:
-    from opensora_repro.models.catalog import load_catalog
+    from opensora_repro.weights.catalog import load_catalog
 
     entries = load_catalog()
     width = max(len(entry.name) for entry in entries)
@@ -86,7 +86,7 @@ def _size(entry: Entry) -> str:
 
 
 def run_fetch(args: argparse.Namespace) -> int:
-    from opensora_repro.models.catalog import fetch, find_entry
+    from opensora_repro.weights.catalog import fetch, find_entry
 
     entry = find_entry(args.name)
     print(f"{entry.name}: {_size(entry)}, licence {entry.licence}")
@@ -99,15 +99,15 @@ def run_fetch(args: argparse.Namespace) -> int:
 
 
 def open_source(args: argparse.Namespace) -> tuple[WeightsFile, Published]:
-    from opensora_repro.models.weight_files import open_weights
-    from opensora_repro.training.published import describe
+    from opensora_repro.weights.files import open_weights
+    from opensora_repro.weights.published import describe
 
     file = open_weights(args.source, ema=not args.no_ema)
     return file, describe(file, num_heads=args.num_heads, family=args.family)
 
 
 def run_inspect(args: argparse.Namespace) -> int:
-    from opensora_repro.models.layouts import dtype_name, num_elements, to_ours
+    from opensora_repro.weights.layouts import dtype_name, num_elements, to_ours
 
     file, found = open_source(args)
     weights, tables = to_ours(found.layout, file.tensors, str(file.path))
@@ -141,10 +141,10 @@ def _wishes(args: argparse.Namespace, found: Published) -> str:
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    from opensora_repro.models.catalog import load_catalog
-    from opensora_repro.models.layouts import to_ours
-    from opensora_repro.models.weight_files import recorded_sha256, release
-    from opensora_repro.models.weights import all_finite, check_complete
+    from opensora_repro.weights.catalog import load_catalog
+    from opensora_repro.weights.files import recorded_sha256, release
+    from opensora_repro.weights.layouts import to_ours
+    from opensora_repro.weights.load import all_finite, check_complete
 
     file, found = open_source(args)
     check_complete(file, found.model)
@@ -178,10 +178,10 @@ def run_verify(args: argparse.Namespace) -> int:
 
 
 def run_convert(args: argparse.Namespace) -> int:
-    from opensora_repro.models.export import Grid, export
-    from opensora_repro.models.layouts import to_ours
     from opensora_repro.models.stdit import PIXELS_A_LATENT
-    from opensora_repro.models.weights import check_complete
+    from opensora_repro.weights.export import Grid, export
+    from opensora_repro.weights.layouts import to_ours
+    from opensora_repro.weights.load import check_complete
 
     file, found = open_source(args)
     check_complete(file, found.model)

@@ -186,8 +186,8 @@ def check_memory() -> Errors:
     import torch
 
     from benchmarks import kernel_cases
-    from opensora_repro.training.planning.memory import activation_bytes
-    from opensora_repro.training.planning.sizes import token_grid
+    from opensora_repro.planning.memory import activation_bytes
+    from opensora_repro.planning.sizes import token_grid
     from tests.unit.test_plan_memory import TINY, Step, kept_bytes
 
     sizes, found = (2, 3, 8, 8), {}

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from opensora_repro.config import Config, DataConfig, dump_toml
 from opensora_repro.models.config import DiTConfig, STDiTConfig
-from opensora_repro.models.diffusers_layout import (
+from opensora_repro.models.dit import DiT
+from opensora_repro.models.layers import spatial_positions, temporal_positions
+from opensora_repro.models.stdit import STDiT
+from opensora_repro.weights.diffusers_layout import (
     dit_diffusers_config,
     dit_to_diffusers,
     pixart_diffusers_config,
     pixart_to_diffusers,
 )
-from opensora_repro.models.dit import DiT
-from opensora_repro.models.layers import spatial_positions, temporal_positions
-from opensora_repro.models.stdit import STDiT
 
 HEADS = 4  # of all these models; no published model has 48 channels, so that files alone do not tell
 ROWS = 4  # tokens along each side of the frames that the position tables are for

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from opensora_repro.data.files import beside, naming, remove_leftovers
+from opensora_repro.files import beside, naming, remove_leftovers
 
 if TYPE_CHECKING:
     import torch

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from opensora_repro.data.files import one_line
 from opensora_repro.data.manifest import DataError, is_missing
+from opensora_repro.files import one_line
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 LONGEST_FIELD = 1 << 22  # characters; more are taken for a quote that is not closed

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_repro.config.prompts import is_blank
-from opensora_repro.data.files import writing
+from opensora_repro.files import writing
 
 if TYPE_CHECKING:
     import pandas as pd

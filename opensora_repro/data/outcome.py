@@ -11,9 +11,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from opensora_repro.data.files import one_line
 from opensora_repro.data.manifest import DataError, is_missing
 from opensora_repro.data.tables import table_writer
+from opensora_repro.files import one_line
 
 Row = dict[str, Any]
 MISTAKE, INTERRUPTED = 2, 130  # exit statuses

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from opensora_repro.data.csv_tables import csv_schema, stream_csv
-from opensora_repro.data.files import one_line, writing
 from opensora_repro.data.manifest import DataError, table_kind
+from opensora_repro.files import one_line, writing
 
 BATCH_ROWS = 1 << 16
 GROUP_ROWS = 1 << 17  # of a written file's row groups: what a writer holds in memory

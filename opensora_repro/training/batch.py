@@ -11,8 +11,8 @@ from torch import Tensor
 from opensora_repro.data.keyed import keyed_generator
 from opensora_repro.diffusion.flow import count_frames, count_tokens
 from opensora_repro.diffusion.objective import Objective
+from opensora_repro.frozen.vae import FrameVAE
 from opensora_repro.kernels.transfer import to_device
-from opensora_repro.models.vae import FrameVAE
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from opensora_repro.errors import TrainingError
 from opensora_repro.parallel.engine import Engine
 from opensora_repro.training.ema import Ema
-from opensora_repro.training.errors import TrainingError
 
 SCHEMA_VERSION = 1
 MODEL_FILE, EMA_FILE, OPTIMIZER_FILE = "model.safetensors", "ema.safetensors", "optimizer.safetensors"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from opensora_repro.config import Config, ConfigError, load_config
 from opensora_repro.config.prompts import check_prompts
-from opensora_repro.training.errors import TrainingError, cannot_write, is_out_of_memory, out_of_memory
+from opensora_repro.errors import TrainingError, cannot_write, is_out_of_memory, out_of_memory
 from opensora_repro.training.stage import Stage
 
 if TYPE_CHECKING:
@@ -80,8 +80,8 @@ def _require(cfg: Config) -> None:
 
 
 def _dry_run(cfg: Config, stage: Stage, gpu: str | None) -> int:
+    from opensora_repro.planning.gpus import find_gpu
     from opensora_repro.training.dry_run import dry_run
-    from opensora_repro.training.planning.gpus import find_gpu
 
     for line in dry_run(cfg, stage, None if gpu is None else find_gpu(gpu)):
         if os.environ.get("RANK", "0") == "0":  # one process of torchrun's tells it, all look
@@ -92,7 +92,7 @@ def _dry_run(cfg: Config, stage: Stage, gpu: str | None) -> int:
 def _train(cfg: Config, stage: Stage) -> int:
     started = time.monotonic()
     from opensora_repro.parallel.device import default_kind
-    from opensora_repro.training.allocator import keep_freed_memory
+    from opensora_repro.process import keep_freed_memory
 
     limit_threads()
     if default_kind() == "cpu":
@@ -147,11 +147,11 @@ def _is_user_mistake(error: ValueError) -> bool:
 
     if isinstance(error, ConfigError | DataError | DecodeError):
         return True
+    from opensora_repro.frozen.pretrained import ModelNotFound
     from opensora_repro.kernels.choice import KernelsError
-    from opensora_repro.models.pretrained import ModelNotFound
-    from opensora_repro.models.weights import WeightsError
     from opensora_repro.parallel.errors import EngineError
     from opensora_repro.training.checkpoint import CheckpointError
+    from opensora_repro.weights.load import WeightsError
 
     return isinstance(error, CheckpointError | EngineError | KernelsError | ModelNotFound | WeightsError)
 

@@ -6,23 +6,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from opensora_repro.config import Config, ParallelConfig, dump_toml
-from opensora_repro.models.weight_files import find_weights
 from opensora_repro.parallel.device import choose_device
 from opensora_repro.parallel.mesh import Mesh, launched_as
+from opensora_repro.planning.budget import step_flops
+from opensora_repro.planning.encoders import frozen_sizes
+from opensora_repro.planning.flops import forward_products
+from opensora_repro.planning.gpus import Gpu
+from opensora_repro.planning.parameters import count_parameters
+from opensora_repro.planning.report import besides, memory_parts, operations, size, verdict
+from opensora_repro.planning.sizes import latent_shape, token_grid
 from opensora_repro.training.checkpoint import list_checkpoints
 from opensora_repro.training.ema import horizon_warning
 from opensora_repro.training.identity import check_manifest
 from opensora_repro.training.init import Start, find_start, global_batch_size
 from opensora_repro.training.optim import check_processes
-from opensora_repro.training.planning.budget import step_flops
-from opensora_repro.training.planning.encoders import frozen_sizes
-from opensora_repro.training.planning.flops import forward_products
-from opensora_repro.training.planning.gpus import Gpu
-from opensora_repro.training.planning.parameters import count_parameters
-from opensora_repro.training.planning.report import besides, memory_parts, operations, size, verdict
-from opensora_repro.training.planning.sizes import latent_shape, token_grid
 from opensora_repro.training.preflight import find_manifest, needed_memory, preflight, weights_to_come
 from opensora_repro.training.stage import Stage
+from opensora_repro.weights.files import find_weights
 
 
 def dry_run(cfg: Config, stage: Stage, gpu: Gpu | None = None) -> Iterator[str]:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 from opensora_repro.data.cache import LatentCache
 from opensora_repro.data.dataset import BadSample, Clip, ClipDataset, LoaderDied, build_loader
 from opensora_repro.data.sampler import SharedBatches
+from opensora_repro.errors import TrainingError
 from opensora_repro.training.batch import Encoded
-from opensora_repro.training.errors import TrainingError
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from opensora_repro.data.cache import LatentCache
 from opensora_repro.data.dataset import BadSample, ClipDataset
+from opensora_repro.errors import TrainingError, cannot_write
+from opensora_repro.frozen.encoder import Encoder, fill_cache
 from opensora_repro.parallel.engine import Engine
-from opensora_repro.training.encode import Encoder, fill_cache
-from opensora_repro.training.errors import TrainingError, cannot_write
 from opensora_repro.training.feed import CacheRows
 from opensora_repro.training.quarantine import Quarantine
 

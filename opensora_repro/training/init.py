@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from opensora_repro.config import Config, ConfigError, config_dict, load_recorded
-from opensora_repro.data.files import naming
-from opensora_repro.models.catalog import sha256_of
+from opensora_repro.files import naming
 from opensora_repro.models.stdit import STDiT
-from opensora_repro.models.weights import LoadReport, load_model_weights
 from opensora_repro.training.checkpoint import CONFIG_FILE, TrainState, newest_checkpoint
+from opensora_repro.weights.catalog import sha256_of
+from opensora_repro.weights.load import LoadReport, load_model_weights
 
 if TYPE_CHECKING:
-    from opensora_repro.models.text import T5Text
+    from opensora_repro.frozen.text import T5Text
 
 WEIGHTS_FILE = "weights.json"
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from einops import rearrange, repeat
 
+from opensora_repro.errors import TrainingError
 from opensora_repro.models.stdit import STDiT
-from opensora_repro.training.errors import TrainingError
 
 TOLERANCE = 1e-5  # of the largest output, float32: two orders of summation apart
 

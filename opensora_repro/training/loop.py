@@ -14,19 +14,19 @@ from opensora_repro.data.dataset import BadSample
 from opensora_repro.data.manifest import DataError
 from opensora_repro.data.sampler import drawn
 from opensora_repro.diffusion.objective import Objective
+from opensora_repro.errors import TrainingError, cannot_write, is_out_of_memory, out_of_memory
+from opensora_repro.frozen.encoder import Encoder
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.parallel.device import HostValues
 from opensora_repro.parallel.engine import Engine
+from opensora_repro.sampling.generate import NotFinite
+from opensora_repro.sampling.grids import sample_prompts, write_samples
 from opensora_repro.training.ahead import Assembler, ReadyBatches
 from opensora_repro.training.batch import BatchBuilder
 from opensora_repro.training.checkpoint import TrainState, UnwritableCheckpoint, list_checkpoints
 from opensora_repro.training.ema import Ema
-from opensora_repro.training.encode import Encoder
-from opensora_repro.training.errors import TrainingError, cannot_write, is_out_of_memory, out_of_memory
 from opensora_repro.training.feed import Feed
 from opensora_repro.training.forward import ModelRunner
-from opensora_repro.training.generate import NotFinite
-from opensora_repro.training.grids import sample_prompts, write_samples
 from opensora_repro.training.metrics import Progress, RunLog
 from opensora_repro.training.optim import learning_rate
 from opensora_repro.training.quarantine import Quarantine

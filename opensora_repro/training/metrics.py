@@ -14,8 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
-from opensora_repro.data.files import naming
-from opensora_repro.training.errors import TrainingError, cannot_write
+from opensora_repro.errors import TrainingError, cannot_write
+from opensora_repro.files import naming
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -15,30 +15,30 @@ import torch
 from opensora_repro.config import Config, ConfigError
 from opensora_repro.data.manifest import kind_by_name, read_manifest
 from opensora_repro.data.preflight import SAMPLED_ROWS, keyed_sample, require_usable, survey, table, warnings
+from opensora_repro.frozen.encoder import open_encoder
+from opensora_repro.frozen.pretrained import ModelNotFound
+from opensora_repro.frozen.text import T5Text, read_cleaned
 from opensora_repro.kernels.choice import choose
-from opensora_repro.models.catalog import CatalogError, load_catalog
-from opensora_repro.models.pretrained import ModelNotFound
-from opensora_repro.models.text import T5Text, read_cleaned
-from opensora_repro.models.weight_files import open_weights
-from opensora_repro.models.weights import check_complete, inserts_temporal_attention
 from opensora_repro.parallel.device import total_memory
 from opensora_repro.parallel.engine import check_installed
 from opensora_repro.parallel.mesh import Mesh
+from opensora_repro.planning.encoders import frozen_sizes
+from opensora_repro.planning.gpus import usable_bytes
+from opensora_repro.planning.memory import Memory, step_memory
+from opensora_repro.planning.parameters import count_parameters
+from opensora_repro.planning.report import memory_parts, size
+from opensora_repro.planning.sizes import latent_shape, token_grid
+from opensora_repro.sampling.generate import check_fit
 from opensora_repro.training.checkpoint import CONFIG_FILE
-from opensora_repro.training.encode import open_encoder
-from opensora_repro.training.generate import check_fit
 from opensora_repro.training.identity import frozen_identity
 from opensora_repro.training.init import Start, check_folder
 from opensora_repro.training.machine import host_memory
 from opensora_repro.training.needs import encodes_after_start, validates
-from opensora_repro.training.planning.encoders import frozen_sizes
-from opensora_repro.training.planning.gpus import usable_bytes
-from opensora_repro.training.planning.memory import Memory, step_memory
-from opensora_repro.training.planning.parameters import count_parameters
-from opensora_repro.training.planning.report import memory_parts, size
-from opensora_repro.training.planning.sizes import latent_shape, token_grid
 from opensora_repro.training.stage import Stage
 from opensora_repro.training.validate import chosen_samples
+from opensora_repro.weights.catalog import CatalogError, load_catalog
+from opensora_repro.weights.files import open_weights
+from opensora_repro.weights.load import check_complete, inserts_temporal_attention
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -14,21 +14,21 @@ from opensora_repro.data.dataset import ClipDataset
 from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.sampler import BatchSampler, SharedBatches
 from opensora_repro.diffusion.objective import build_objective
-from opensora_repro.kernels.choice import choose
-from opensora_repro.parallel.engine import Engine, build_engine
-from opensora_repro.parallel.preflight import check_same, config_facts, weights_digest
-from opensora_repro.training.batch import BatchBuilder
-from opensora_repro.training.checkpoint import clean_leftovers, list_checkpoints, load_checkpoint, read_state
-from opensora_repro.training.compile import apply_compile, compiles
-from opensora_repro.training.ema import Ema, horizon_warning
-from opensora_repro.training.encode import (
+from opensora_repro.frozen.encoder import (
     cache_fingerprint,
     open_encoder,
     skipped_models,
 )
+from opensora_repro.kernels.choice import choose
+from opensora_repro.parallel.engine import Engine, build_engine
+from opensora_repro.parallel.preflight import check_same, config_facts, weights_digest
+from opensora_repro.sampling.generate import check_fit
+from opensora_repro.training.batch import BatchBuilder
+from opensora_repro.training.checkpoint import clean_leftovers, list_checkpoints, load_checkpoint, read_state
+from opensora_repro.training.compile import apply_compile, compiles
+from opensora_repro.training.ema import Ema, horizon_warning
 from opensora_repro.training.feed import CacheFeed, CacheRows, ClipFeed, Feed, ids_fingerprint
 from opensora_repro.training.fill import fill_together
-from opensora_repro.training.generate import check_fit
 from opensora_repro.training.identity import check_manifest
 from opensora_repro.training.init import (
     Start,

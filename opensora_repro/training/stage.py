@@ -10,7 +10,7 @@ from opensora_repro.config import Config
 
 if TYPE_CHECKING:
     from opensora_repro.models.stdit import STDiT
-    from opensora_repro.models.weights import LoadReport
+    from opensora_repro.weights.load import LoadReport
 
 
 def no_start_check(model: STDiT, cfg: Config, report: LoadReport | None, stride: int) -> Sequence[str]:

@@ -14,8 +14,8 @@ from data_tools import caption
 from opensora_repro.data.clip_frames import middles_of, read_middles
 from opensora_repro.data.manifest import read_manifest, read_table, write_manifest
 from opensora_repro.data.write import write_video
-from opensora_repro.models import captioner as captioners
-from opensora_repro.models.captioner import Captioner, Clip
+from opensora_repro.frozen import captioner as captioners
+from opensora_repro.frozen.captioner import Captioner, Clip
 from tests import tiny_captioners
 from tests.made_pictures import texture
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from opensora_repro.config import Config, TextConfig, dump_toml
-from opensora_repro.models.text import load_text_encoder
+from opensora_repro.frozen.text import load_text_encoder
 from stages import stage1_image, stage2_video, stage3_hq
 from tests.published_files import IMAGE, VIDEO, make_model, publish
 from tests.training_world import World, make_world, metrics, newest_tensors

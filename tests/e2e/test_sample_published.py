@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from opensora_repro.models.config import STDiTConfig
-from opensora_repro.models.weight_files import NULL_CAPTION_FILE
+from opensora_repro.weights.files import NULL_CAPTION_FILE
 from stages.sample import main
 from tests.published_files import PUBLISHED, publish
 from tests.sample_home import PROMPTS, check_mistake, decode
@@ -96,7 +96,7 @@ def test_without_a_null_caption_the_empty_text_is_taken(
     home: Path, published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from opensora_repro.config import TextConfig
-    from opensora_repro.models.text import load_text_encoder
+    from opensora_repro.frozen.text import load_text_encoder
 
     found = sample_published(home, published / "diffusers-pixart", tmp_path / "a", condition=TEXT)
     assert "no null caption in them: the empty text is encoded instead" in capsys.readouterr().out

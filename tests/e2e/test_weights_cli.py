@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from opensora_repro.config import Config, DiffusionConfig, dump_toml
-from opensora_repro.models.catalog import load_catalog
 from opensora_repro.models.config import DiTConfig, STDiTConfig
-from opensora_repro.models.weights import load_model_weights
-from opensora_repro.training.source import empty_model, find_source
+from opensora_repro.weights.catalog import load_catalog
+from opensora_repro.weights.load import load_model_weights
+from opensora_repro.weights.source import empty_model, find_source
 from stages.weights import main
 from tests.published_files import FRAMES, HEADS, PUBLISHED, ROWS, VIDEO, make_model, position_tables, publish
 
@@ -439,8 +439,8 @@ def test_a_write_that_fails_leaves_nothing_half_written(
         raise OSError(28, "No space left on device")
 
     path = publish(tmp_path, "pixart.pth")
-    monkeypatch.setattr("opensora_repro.models.export.torch.save", fill_disk)
-    monkeypatch.setattr("opensora_repro.models.export.save_file", fill_disk)
+    monkeypatch.setattr("opensora_repro.weights.export.torch.save", fill_disk)
+    monkeypatch.setattr("opensora_repro.weights.export.save_file", fill_disk)
     line = refused(capsys, "convert", path, "--to", to, "--out", tmp_path / "out", *WITH_HEADS)
     assert f"{tmp_path / 'out'}: cannot be written" in line and "No space left on device" in line
     assert list(tmp_path.iterdir()) == [path]

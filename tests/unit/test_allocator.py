@@ -12,7 +12,7 @@ import pytest
 FAULTS = """
 import resource, sys
 import torch
-from opensora_repro.training.allocator import keep_freed_memory
+from opensora_repro.process import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from opensora_repro.models.catalog import (
+from opensora_repro.weights.catalog import (
     SHA256,
     CatalogError,
     Entry,
@@ -129,7 +129,7 @@ def test_sha256_reports_how_far_it_is(tmp_path: Path) -> None:
 
 
 def test_the_module_is_light() -> None:
-    code = "import sys, opensora_repro.models.catalog; print({'torch', 'huggingface_hub'} & set(sys.modules))"
+    code = "import sys, opensora_repro.weights.catalog; print({'torch', 'huggingface_hub'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "set()", done.stderr
 
@@ -215,7 +215,7 @@ def hub() -> Iterator[Hub]:
 
 RUN = """
 import sys
-from opensora_repro.models.catalog import CatalogError, Entry, File, fetch
+from opensora_repro.weights.catalog import CatalogError, Entry, File, fetch
 entry = eval(sys.argv[1])
 try:
     print("PATH", fetch(entry))
@@ -337,7 +337,7 @@ def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("opensora_repro.models.catalog._reach_hub", lambda *_: None)
+    monkeypatch.setattr("opensora_repro.weights.catalog._reach_hub", lambda *_: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", full)
     with pytest.raises(CatalogError, match=r"^me/weights/w\.pth: the disk is full; .*HF_HOME.*$"):
         fetch(single())

@@ -12,13 +12,13 @@ from torch import nn
 
 from opensora_repro.config import Config, ConfigError, DataConfig, DiffusionConfig, SampleConfig, TextConfig, VaeConfig
 from opensora_repro.diffusion.objective import build_flow
+from opensora_repro.frozen.pretrained import ModelNotFound
+from opensora_repro.frozen.text import ClassLabels, ClipText, ConditionEncoder, load_clip_text
+from opensora_repro.frozen.vae import FrameVAE, load_vae
 from opensora_repro.models.config import DiTConfig, STDiTConfig
 from opensora_repro.models.dit import DiT
-from opensora_repro.models.pretrained import ModelNotFound
 from opensora_repro.models.stdit import STDiT
-from opensora_repro.models.text import ClassLabels, ClipText, ConditionEncoder, load_clip_text
-from opensora_repro.models.vae import FrameVAE, load_vae
-from opensora_repro.training.generate import generate
+from opensora_repro.sampling.generate import generate
 from tests.tiny_models import TINY_CLIP_CHANNELS as CHANNELS
 from tests.tiny_models import TINY_CLIP_LENGTH as LENGTH
 from tests.tiny_models import make_tiny_clip, make_tiny_text, make_tiny_vae

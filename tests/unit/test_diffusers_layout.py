@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from opensora_repro.models.config import DiTConfig, STDiTConfig
-from opensora_repro.models.diffusers_layout import (
+from opensora_repro.models.dit import DiT
+from opensora_repro.models.stdit import STDiT
+from opensora_repro.weights.diffusers_layout import (
     diffusers_kind,
     dit_diffusers_config,
     dit_facts,
@@ -25,8 +27,6 @@ from opensora_repro.models.diffusers_layout import (
     pixart_from_diffusers,
     pixart_to_diffusers,
 )
-from opensora_repro.models.dit import DiT
-from opensora_repro.models.stdit import STDiT
 from tests.tiny_models import make_tiny_vae
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -17,7 +17,7 @@ from opensora_repro.data.download.fetch import Budget, Failed, Refused, checked_
 from opensora_repro.data.download.kinds import kind_of, seems
 from opensora_repro.data.download.turns import Turns, in_threads
 from opensora_repro.data.download.video_pages import is_video_page
-from opensora_repro.data.files import safe_name
+from opensora_repro.files import safe_name
 
 
 def test_no_host_is_asked_by_more_than_its_share() -> None:

@@ -22,7 +22,7 @@ from opensora_repro.diffusion.flow import (
 )
 from opensora_repro.diffusion.gaussian import GaussianDiffusion
 from opensora_repro.diffusion.objective import build_objective
-from opensora_repro.diffusion.sampling import euler_sample
+from opensora_repro.diffusion.samplers import euler_sample
 
 
 def generators(count: int, first: int = 0) -> list[torch.Generator]:

@@ -16,18 +16,19 @@ import torch
 from opensora_repro.config import Config, parse_config
 from opensora_repro.data.cache import LatentCache
 from opensora_repro.data.dataset import BadSample, Clip
-from opensora_repro.models.catalog import sha256_of
-from opensora_repro.models.pretrained import ModelNotFound
-from opensora_repro.training import encode, hashes
-from opensora_repro.training.batch import Encoded
-from opensora_repro.training.encode import (
+from opensora_repro.frozen import encoder as encode
+from opensora_repro.frozen import hashes
+from opensora_repro.frozen.encoder import (
     Encoder,
     cache_fingerprint,
     open_encoder,
     skipped_models,
 )
-from opensora_repro.training.hashes import HashMemo
+from opensora_repro.frozen.hashes import HashMemo
+from opensora_repro.frozen.pretrained import ModelNotFound
+from opensora_repro.training.batch import Encoded
 from opensora_repro.training.needs import encodes_after_start, encodes_always
+from opensora_repro.weights.catalog import sha256_of
 from tests.tiny_models import TINY_LATENT_CHANNELS, TINY_STRIDE, TINY_TEXT_CHANNELS, make_tiny_text, make_tiny_vae
 
 CPU = torch.device("cpu")

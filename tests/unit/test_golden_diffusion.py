@@ -22,7 +22,7 @@ from opensora_repro.diffusion.gaussian import (
     space_timesteps,
     stride_timesteps,
 )
-from opensora_repro.diffusion.sampling import guided_model, iddpm_sample
+from opensora_repro.diffusion.samplers import guided_model, iddpm_sample
 from tests.golden import Case, build_model, load_case, relative_error
 
 MODES = {

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from opensora_repro.config import DiffusionConfig
-from opensora_repro.diffusion.sampling import guided_model, sample_latents
+from opensora_repro.diffusion.samplers import guided_model, sample_latents
 from opensora_repro.models.config import DiTConfig
 from opensora_repro.models.dit import POSITION_TABLES, DiT, dit_xl_2, latte_xl_2
 from tests.golden import (

@@ -15,7 +15,7 @@ from opensora_repro.models import layers
 from opensora_repro.models.config import ACTIVATION_CHECKPOINTING, STDiTConfig
 from opensora_repro.models.cross_attention import Captions, CrossAttention
 from opensora_repro.models.stdit import POSITION_TABLES, STDiT, STDiTBlock, pixart_xl_2, stdit_xl_2
-from opensora_repro.models.weights import load_model_weights
+from opensora_repro.weights.load import load_model_weights
 from tests.golden import (
     Case,
     build_model,

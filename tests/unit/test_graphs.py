@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from benchmarks.gpu_graphs import Rerun, recording
 from benchmarks.sides import random_weights
 from opensora_repro.config import DiffusionConfig
-from opensora_repro.diffusion.sampling import Through, sample_latents
+from opensora_repro.diffusion.samplers import Through, sample_latents
 from opensora_repro.models.config import DiTConfig, STDiTConfig
 from opensora_repro.models.dit import DiT
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.parallel.tensor import ColumnLinear
-from opensora_repro.training.graphs import MIN_STEPS, WARM_UP, StepGraphs, captures
+from opensora_repro.sampling.graphs import MIN_STEPS, WARM_UP, StepGraphs, captures
 
 CPU = torch.device("cpu")
 STDIT = STDiTConfig(hidden_size=32, depth=2, num_heads=2, caption_channels=8, model_max_length=6)

@@ -17,7 +17,7 @@ from opensora_repro.models import layers
 from opensora_repro.models.config import STDiTConfig
 from opensora_repro.models.cross_attention import Captions, CrossAttention
 from opensora_repro.models.stdit import POSITION_TABLES, STDiT
-from opensora_repro.models.weights import load_model_weights
+from opensora_repro.weights.load import load_model_weights
 from tests.live_bytes import LiveBytes
 
 TINY = STDiTConfig(hidden_size=48, depth=2, num_heads=4, caption_channels=16, model_max_length=10)

@@ -11,12 +11,12 @@ import pytest
 
 from opensora_repro.config import Config, ConfigError, TrainConfig, dump_toml, load_config
 from opensora_repro.parallel.mesh import Mesh
-from opensora_repro.training.planning.encoders import frozen_sizes
-from opensora_repro.training.planning.flops import forward_products
-from opensora_repro.training.planning.gpus import GPUS, find_gpu, gpu_of_device
-from opensora_repro.training.planning.memory import step_memory
-from opensora_repro.training.planning.parameters import count_parameters
-from opensora_repro.training.planning.sizes import latent_shape, token_grid
+from opensora_repro.planning.encoders import frozen_sizes
+from opensora_repro.planning.flops import forward_products
+from opensora_repro.planning.gpus import GPUS, find_gpu, gpu_of_device
+from opensora_repro.planning.memory import step_memory
+from opensora_repro.planning.parameters import count_parameters
+from opensora_repro.planning.sizes import latent_shape, token_grid
 from stages.plan import PUBLISHED_UTILISATION, main
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

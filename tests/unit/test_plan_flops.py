@@ -17,11 +17,11 @@ from opensora_repro.models import layers
 from opensora_repro.models.config import ACTIVATION_CHECKPOINTING, DiTConfig, STDiTConfig
 from opensora_repro.models.dit import DiT
 from opensora_repro.models.stdit import STDiT
-from opensora_repro.training.planning.budget import break_even
-from opensora_repro.training.planning.encoders import frozen_sizes
-from opensora_repro.training.planning.flops import forward_products
-from opensora_repro.training.planning.parameters import TIMESTEP_CHANNELS, count_parameters, cut_parameters
-from opensora_repro.training.planning.sizes import MAGVIT_V2_STRIDES, Grid, latent_shape, token_grid
+from opensora_repro.planning.budget import break_even
+from opensora_repro.planning.encoders import frozen_sizes
+from opensora_repro.planning.flops import forward_products
+from opensora_repro.planning.parameters import TIMESTEP_CHANNELS, count_parameters, cut_parameters
+from opensora_repro.planning.sizes import MAGVIT_V2_STRIDES, Grid, latent_shape, token_grid
 from tests.tiny_models import make_tiny_text, make_tiny_vae
 
 TINY = STDiTConfig(hidden_size=48, depth=2, num_heads=4, caption_channels=12, model_max_length=6)

@@ -19,15 +19,15 @@ from opensora_repro.models.config import ACTIVATION_CHECKPOINTING, STDiTConfig
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.parallel.mesh import Mesh
+from opensora_repro.planning import memory
+from opensora_repro.planning.encoders import frozen_sizes
+from opensora_repro.planning.memory import activation_bytes, state_bytes, step_memory
+from opensora_repro.planning.parameters import count_parameters, cut_parameters
+from opensora_repro.planning.sizes import token_grid
 from opensora_repro.training import host_memory
 from opensora_repro.training.ema import Ema
 from opensora_repro.training.forward import ModelRunner
 from opensora_repro.training.optim import build_optimizer
-from opensora_repro.training.planning import memory
-from opensora_repro.training.planning.encoders import frozen_sizes
-from opensora_repro.training.planning.memory import activation_bytes, state_bytes, step_memory
-from opensora_repro.training.planning.parameters import count_parameters, cut_parameters
-from opensora_repro.training.planning.sizes import token_grid
 from tests.live_bytes import LiveBytes
 
 CPU = torch.device("cpu")

@@ -10,8 +10,8 @@ import pytest
 
 from opensora_repro.config import load_config
 from opensora_repro.data.manifest import write_manifest
+from opensora_repro.planning.gpus import GIB, find_gpu
 from opensora_repro.training.dry_run import dry_run
-from opensora_repro.training.planning.gpus import GIB, find_gpu
 from stages import stage2_video, stage3_hq
 
 PROFILES = Path(__file__).resolve().parents[2] / "configs" / "profiles"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from opensora_repro.config import ConfigError
-from opensora_repro.training.sample_folder import SampleFolder
+from opensora_repro.sampling.sample_folder import SampleFolder
 
 SETTINGS: dict[str, Any] = {
     "checkpoint": "runs/a/checkpoints/step-00000020",

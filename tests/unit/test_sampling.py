@@ -13,7 +13,7 @@ from opensora_repro.config import DiffusionConfig
 from opensora_repro.diffusion.dpm_solver import ContinuousSchedule, dpm_solver_sample
 from opensora_repro.diffusion.flow import ModelFn
 from opensora_repro.diffusion.gaussian import GaussianDiffusion, linear_betas
-from opensora_repro.diffusion.sampling import (
+from opensora_repro.diffusion.samplers import (
     Progress,
     ddim_sample,
     draw_noise,

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from opensora_repro.config import Config, DataConfig, SampleConfig, TrainConfig
-from opensora_repro.diffusion.sampling import sample_latents
+from opensora_repro.diffusion.samplers import sample_latents
 from opensora_repro.models.config import DiTConfig, STDiTConfig
 from opensora_repro.models.dit import DiT
 from opensora_repro.models.stdit import STDiT
-from opensora_repro.training.planning.sampling import SamplingMemory, sampling_memory
+from opensora_repro.planning.sampling import SamplingMemory, sampling_memory
 from tests.live_bytes import LiveBytes
 
 STDIT = STDiTConfig(hidden_size=192, depth=2, num_heads=4, caption_channels=64, model_max_length=20)

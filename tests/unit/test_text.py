@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from opensora_repro.config import TextConfig
-from opensora_repro.models.pretrained import ModelNotFound
-from opensora_repro.models.text import MAX_CHARACTERS, T5Text, apply_offload, clean_caption, load_text_encoder
+from opensora_repro.frozen.pretrained import ModelNotFound
+from opensora_repro.frozen.text import MAX_CHARACTERS, T5Text, apply_offload, clean_caption, load_text_encoder
 from tests.tiny_models import TINY_TEXT_CHANNELS, make_tiny_text
 
 CAPTIONS = ["A red circle", "", "a", "a blue square moving left, then right"]
@@ -216,7 +216,7 @@ def test_hub_names_are_looked_up_in_the_cache_alone(folder: Path, tmp_path: Path
     script = (
         "import time, torch\n"
         "from opensora_repro.config import TextConfig\n"
-        "from opensora_repro.models.text import load_text_encoder\n"
+        "from opensora_repro.frozen.text import load_text_encoder\n"
         "print(load_text_encoder(TextConfig('owner/cached'), 20, 'cpu', torch.float32).fingerprint())\n"
         "start = time.monotonic()\n"
         "try:\n"

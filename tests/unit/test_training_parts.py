@@ -19,14 +19,13 @@ from opensora_repro.config import Config, ConfigError, OptimConfig, dump_toml
 from opensora_repro.data.dataset import BadSample
 from opensora_repro.data.manifest import DataError
 from opensora_repro.data.sampler import BatchSampler, drawn
+from opensora_repro.errors import TrainingError
 from opensora_repro.kernels.adamw import FusedAdamW
 from opensora_repro.models.config import STDiTConfig
 from opensora_repro.models.stdit import STDiT
-from opensora_repro.models.weights import zero_temporal_attention
 from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.training.checkpoint import TrainState
 from opensora_repro.training.ema import Ema
-from opensora_repro.training.errors import TrainingError
 from opensora_repro.training.feed import ids_fingerprint
 from opensora_repro.training.init import changed_settings, claimed_run_folder, find_start
 from opensora_repro.training.insertion import assert_equals_image_model
@@ -35,6 +34,7 @@ from opensora_repro.training.optim import learning_rate
 from opensora_repro.training.positions import describe_rescaling
 from opensora_repro.training.quarantine import Quarantine
 from opensora_repro.training.verdict import Findings, StepTotals, judge
+from opensora_repro.weights.load import zero_temporal_attention
 from tests.checkpoints import prepared, write_checkpoint
 
 TINY = STDiTConfig(hidden_size=32, depth=2, num_heads=4, caption_channels=12, model_max_length=6)
@@ -397,7 +397,7 @@ def test_a_temporal_branch_that_is_not_zero_is_noticed() -> None:
 
 
 def test_grid_of_videos_and_of_pictures() -> None:
-    from opensora_repro.training.grids import tile
+    from opensora_repro.sampling.grids import tile
 
     videos = [np.full((16, 10, 12, 3), value, dtype=np.uint8) for value in (50, 100)]
     grid = tile(videos)

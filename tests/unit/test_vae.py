@@ -11,9 +11,9 @@ from einops import rearrange
 from torch import Tensor
 
 from opensora_repro.config import Config, DataConfig, VaeConfig
-from opensora_repro.models.pretrained import ModelNotFound
-from opensora_repro.models.vae import SD_LATENT_SCALE, FrameVAE, load_vae
-from opensora_repro.training.planning.encoders import frozen_sizes
+from opensora_repro.frozen.pretrained import ModelNotFound
+from opensora_repro.frozen.vae import SD_LATENT_SCALE, FrameVAE, load_vae
+from opensora_repro.planning.encoders import frozen_sizes
 from tests.live_bytes import LiveBytes
 from tests.tiny_models import TINY_LATENT_CHANNELS, TINY_STRIDE, make_tiny_vae
 

@@ -14,17 +14,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from opensora_repro.models.config import DiTConfig, STDiTConfig
-from opensora_repro.models.diffusers_layout import (
+from opensora_repro.models.dit import DiT
+from opensora_repro.models.layers import spatial_positions
+from opensora_repro.models.stdit import STDiT
+from opensora_repro.weights.diffusers_layout import (
     dit_diffusers_config,
     dit_to_diffusers,
     pixart_diffusers_config,
     pixart_to_diffusers,
 )
-from opensora_repro.models.dit import DiT
-from opensora_repro.models.layers import spatial_positions
-from opensora_repro.models.stdit import STDiT
-from opensora_repro.models.weight_files import NULL_CAPTION_FILE
-from opensora_repro.models.weights import WeightsError, draw_xavier_uniform, find_weights, load_model_weights
+from opensora_repro.weights.files import NULL_CAPTION_FILE
+from opensora_repro.weights.load import WeightsError, draw_xavier_uniform, find_weights, load_model_weights
 
 TINY = STDiTConfig(hidden_size=48, depth=2, num_heads=4, caption_channels=16, model_max_length=10)
 IMAGE = replace(TINY, temporal_attention=False)

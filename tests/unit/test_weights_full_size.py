@@ -16,12 +16,12 @@ from torch import Tensor
 
 from benchmarks.load_weights import write_file
 from opensora_repro.models.dit import dit_xl_2, latte_xl_2
-from opensora_repro.models.export import Grid, position_tables
-from opensora_repro.models.layouts import recognise
 from opensora_repro.models.stdit import pixart_ms_xl_2, pixart_xl_2, stdit_xl_2
-from opensora_repro.models.weight_files import WeightsError, open_weights
-from opensora_repro.models.weights import LoadReport, check_complete, load_model_weights
-from opensora_repro.training.published import describe
+from opensora_repro.weights.export import Grid, position_tables
+from opensora_repro.weights.files import WeightsError, open_weights
+from opensora_repro.weights.layouts import recognise
+from opensora_repro.weights.load import LoadReport, check_complete, load_model_weights
+from opensora_repro.weights.published import describe
 
 # Key list, wrapper, the model it is for, its layout, and whether temporal attention must be inserted.
 FILES: dict[str, tuple[str, Callable[[], Any], str, bool]] = {

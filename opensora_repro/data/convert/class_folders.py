@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opensora_repro.data.convert.source import Refuse, Source, refusal, source_of_rows
-from opensora_repro.data.files import one_line
 from opensora_repro.data.inputs import files_below
 from opensora_repro.data.manifest import DataError
 from opensora_repro.data.outcome import Row
+from opensora_repro.files import one_line
 
 SPLITS = ("train", "val", "test", "videos", "images", "UCF-101")  # folders that hold class folders
 WORDNET_ID = re.compile(r"n\d{8}")

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from opensora_repro.data.convert.source import Refuse, Source, refusal
-from opensora_repro.data.files import one_line
 from opensora_repro.data.manifest import DataError
 from opensora_repro.data.outcome import LINEAGE, MANIFEST, schema_of
 from opensora_repro.data.tables import Table, open_table
+from opensora_repro.files import one_line
 
 # Open-Sora 1.0 writes the first three; its successors write all of them, under a header.
 OPENSORA_COLUMNS = ("path", "caption", "num_frames", "height", "width", "aspect_ratio", "fps", "resolution")

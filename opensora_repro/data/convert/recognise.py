@@ -10,9 +10,9 @@ from opensora_repro.data.convert.class_folders import SPLITS, WORDNET_ID, class_
 from opensora_repro.data.convert.clip_tables import OPENSORA_WIDTHS, first_record
 from opensora_repro.data.convert.tar_reader import TAR_SUFFIXES
 from opensora_repro.data.convert.url_tables import PANDA_COLUMNS, json_elements
-from opensora_repro.data.files import one_line
 from opensora_repro.data.inputs import VIDEO_SUFFIXES
 from opensora_repro.data.manifest import DataError, table_kind
+from opensora_repro.files import one_line
 
 FORMATS = {
     "manifest": "our manifest, or another CSV or Parquet table with a column path",

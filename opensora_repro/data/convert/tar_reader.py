@@ -19,7 +19,6 @@ from typing import IO, Any
 
 from opensora_repro.data.caption_values import texts_in
 from opensora_repro.data.convert.source import Refuse, Source, refusal, source_of_rows
-from opensora_repro.data.files import beside, one_line, safe_name
 from opensora_repro.data.ids import Seen
 from opensora_repro.data.inputs import VIDEO_SUFFIXES, Item, files_below, find_inputs
 from opensora_repro.data.jobs.keys import digest, file_key
@@ -27,6 +26,7 @@ from opensora_repro.data.jobs.run import Job, Runner, run_jobs
 from opensora_repro.data.jobs.workers import DISK_TROUBLE
 from opensora_repro.data.manifest import DataError
 from opensora_repro.data.outcome import LINEAGE, MANIFEST, Row, in_batches, with_types
+from opensora_repro.files import beside, one_line, safe_name
 
 METHOD = 2  # raise when an archive would give other rows, so that finished ones are read again
 TAR_SUFFIXES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from opensora_repro.data.convert.source import Refuse, refusal
-from opensora_repro.data.files import beside, remove_leftovers, safe_name
 from opensora_repro.data.jobs.records import read_record
 from opensora_repro.data.jobs.run import Job, Runner, run_jobs
 from opensora_repro.data.manifest import is_missing
 from opensora_repro.data.outcome import Row
 from opensora_repro.data.tables import open_table
+from opensora_repro.files import beside, remove_leftovers, safe_name
 
 METHOD = 1  # raise when the same rows would give other bytes
 

@@ -12,7 +12,7 @@ import urllib.request
 from contextlib import suppress
 from typing import Any
 
-from opensora_repro.data.files import one_line
+from opensora_repro.files import one_line
 
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 

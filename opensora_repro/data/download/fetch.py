@@ -25,9 +25,9 @@ from typing import IO, Any, NoReturn
 
 from opensora_repro.data.download.connect import Forbidden, Line
 from opensora_repro.data.download.kinds import HEAD, kind_of, seems
-from opensora_repro.data.files import one_line
 from opensora_repro.data.jobs.records import write_record
 from opensora_repro.data.jobs.workers import DISK_TROUBLE
+from opensora_repro.files import one_line
 
 SCHEMES = ("http", "https")
 AGAIN = (408, 425, 429, 500, 502, 503, 504)  # statuses that may be others next time

@@ -15,8 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from opensora_repro.data.download.fetch import Failed, Limits, TooLarge, checked_url
-from opensora_repro.data.files import one_line
 from opensora_repro.data.manifest import DataError
+from opensora_repro.files import one_line
 
 TETHER = Path(__file__).with_name("tethered.py")
 HOSTS = ("youtube.com", "youtu.be", "youtube-nocookie.com", "vimeo.com", "dailymotion.com", "bilibili.com")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from opensora_repro.data.files import beside
+from opensora_repro.files import beside
 
 
 def write_record(folder: Path, key: str, text: str) -> None:

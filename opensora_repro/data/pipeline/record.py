@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from opensora_repro.data.files import write_text
 from opensora_repro.data.inputs import content_digest
 from opensora_repro.data.report.stages import MANIFEST_FILE, REJECTS_FILE
 from opensora_repro.data.tables import EmptyTableError, open_table
+from opensora_repro.files import write_text
 
 RECORD_FILE = "done.json"
 METHOD = 1  # raise when a tool would make other tables of the same options and input: steps are then run again

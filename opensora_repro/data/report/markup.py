@@ -7,7 +7,7 @@ import hashlib
 import re
 from html import escape
 
-from opensora_repro.data.files import one_line
+from opensora_repro.files import one_line
 
 JOINERS = re.compile("([\u200c\u200d])")  # invisible, but scripts and emoji are written with them
 

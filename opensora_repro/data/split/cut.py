@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from opensora_repro.data.color import CENTRED_CHROMA, LEFT_CHROMA, keeps_color, rgb_to_yuv, yuv_to_yuv
-from opensora_repro.data.files import beside
 from opensora_repro.data.split.scenes import DRAFT, Scan, Span
 from opensora_repro.data.video import (
     DecodeError,
@@ -32,6 +31,7 @@ from opensora_repro.data.video import (
     pixel_aspect,
 )
 from opensora_repro.data.x264 import steady_options
+from opensora_repro.files import beside
 
 GOP = 16  # frames between key frames: what a random read decodes in vain at most
 TRAINING_SIDE = 256  # pixels

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from opensora_repro.config import Config
 from opensora_repro.models.config import DiTConfig, STDiTConfig
-from opensora_repro.training.planning.encoders import frozen_sizes
-from opensora_repro.training.planning.memory import FLOAT, HALF
-from opensora_repro.training.planning.parameters import mlp_width
-from opensora_repro.training.planning.sizes import latent_shape, token_grid
+from opensora_repro.planning.encoders import frozen_sizes
+from opensora_repro.planning.memory import FLOAT, HALF
+from opensora_repro.planning.parameters import mlp_width
+from opensora_repro.planning.sizes import latent_shape, token_grid
 
 LATENTS_ALIVE = 6  # noise, the last ones, both halves' outputs, their mixture, a sampler's memory; all float32
 PIXELS_ALIVE = 3  # float32 videos: the decoded parts, joined, clamped

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from opensora_repro.config import Config, DataConfig, SampleConfig, TextConfig, load_recorded
 from opensora_repro.models.config import DiTConfig, STDiTConfig
-from opensora_repro.models.layouts import (
+from opensora_repro.models.stdit import PIXELS_A_LATENT
+from opensora_repro.weights.files import WeightsError, WeightsFile
+from opensora_repro.weights.layouts import (
     HEADS_BY_WIDTH,
     KERNEL,
     Layout,
@@ -21,9 +23,7 @@ from opensora_repro.models.layouts import (
     to_ours,
     trained_at,
 )
-from opensora_repro.models.stdit import PIXELS_A_LATENT
-from opensora_repro.models.unwrap import NULL_CAPTION
-from opensora_repro.models.weight_files import WeightsError, WeightsFile
+from opensora_repro.weights.unwrap import NULL_CAPTION
 
 DEFAULT_SIZE, DEFAULT_FRAMES = 256, 16  # where a file has no position table to tell
 # Whose shapes tell the model; DiT's and Latte's classes besides

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from opensora_repro.config import Config, ConfigError, load_recorded
-from opensora_repro.data.files import one_line
+from opensora_repro.files import one_line
+from opensora_repro.planning.budget import step_flops
+from opensora_repro.planning.encoders import frozen_sizes
+from opensora_repro.planning.flops import forward_products
+from opensora_repro.planning.gpus import Gpu, gpu_of_device
+from opensora_repro.planning.parameters import count_parameters
+from opensora_repro.planning.sizes import latent_shape, token_grid
 from opensora_repro.training.metrics import METRICS_FILE, JsonLines
-from opensora_repro.training.planning.budget import step_flops
-from opensora_repro.training.planning.encoders import frozen_sizes
-from opensora_repro.training.planning.flops import forward_products
-from opensora_repro.training.planning.gpus import Gpu, gpu_of_device
-from opensora_repro.training.planning.parameters import count_parameters
-from opensora_repro.training.planning.sizes import latent_shape, token_grid
 
 CONFIG_FILE, STATE_FILE = "config.toml", "state.json"
 FIRST_STEPS = 2  # left out: they start processes, kernels, caches

@@ -14,11 +14,11 @@ from einops import rearrange
 from torch import Tensor
 
 from opensora_repro.config import Config
-from opensora_repro.data.files import naming
 from opensora_repro.data.write import write_png, write_video
+from opensora_repro.files import naming
+from opensora_repro.frozen.encoder import Encoder
 from opensora_repro.models.stdit import STDiT
-from opensora_repro.training.encode import Encoder
-from opensora_repro.training.generate import generate
+from opensora_repro.sampling.generate import generate
 
 STRIP_FRAMES = 8  # frames of a video shown side by side in the grid
 GAP = 2  # pixels between pictures

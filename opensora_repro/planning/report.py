@@ -7,10 +7,10 @@ from typing import Any
 
 from opensora_repro.config import Config
 from opensora_repro.models.config import ACTIVATION_CHECKPOINTING
-from opensora_repro.training.planning.budget import SECONDS_AN_HOUR, Budget
-from opensora_repro.training.planning.gpus import GIB, Gpu
-from opensora_repro.training.planning.layouts import too_much
-from opensora_repro.training.planning.memory import Memory
+from opensora_repro.planning.budget import SECONDS_AN_HOUR, Budget
+from opensora_repro.planning.gpus import GIB, Gpu
+from opensora_repro.planning.memory import Memory
+from opensora_repro.planning.placement import too_much
 
 DAY = 24 * SECONDS_AN_HOUR
 

@@ -10,10 +10,10 @@ from opensora_repro.config import Config, ConfigError, ParallelConfig, check_con
 from opensora_repro.models.config import ACTIVATION_CHECKPOINTING
 from opensora_repro.parallel.errors import EngineError
 from opensora_repro.parallel.mesh import Mesh
-from opensora_repro.training.planning.encoders import FrozenSizes
-from opensora_repro.training.planning.gpus import GIB, Gpu
-from opensora_repro.training.planning.memory import Memory, step_memory
-from opensora_repro.training.planning.sizes import Grid
+from opensora_repro.planning.encoders import FrozenSizes
+from opensora_repro.planning.gpus import GIB, Gpu
+from opensora_repro.planning.memory import Memory, step_memory
+from opensora_repro.planning.sizes import Grid
 
 SIZES = (1, 2, 4, 8)  # of tensor and sequence parallelism; more than a machine's GPUs would wait for the network
 

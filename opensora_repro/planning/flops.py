@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from opensora_repro.models.config import DiTConfig, STDiTConfig, is_dear
-from opensora_repro.training.planning.parameters import (
+from opensora_repro.planning.parameters import (
     TIMESTEP_CHANNELS,
     caption_weights,
     mlp_width,
@@ -18,7 +18,7 @@ from opensora_repro.training.planning.parameters import (
     timestep_weights,
     token_weights,
 )
-from opensora_repro.training.planning.sizes import Grid
+from opensora_repro.planning.sizes import Grid
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,14 @@ from opensora_repro.data.cache import LatentCache
 from opensora_repro.data.dataset import BadSample, Clip, ClipDataset, LoaderDied, build_loader
 from opensora_repro.data.sampler import SampleBatch
 from opensora_repro.data.transforms import to_tensor
+from opensora_repro.errors import TrainingError
+from opensora_repro.frozen.hashes import HashMemo
+from opensora_repro.frozen.text import T5Text, open_text_encoder
+from opensora_repro.frozen.vae import FrameVAE, open_vae
 from opensora_repro.kernels.transfer import to_device
-from opensora_repro.models.text import T5Text, open_text_encoder
-from opensora_repro.models.vae import FrameVAE, open_vae
 from opensora_repro.parallel.device import read_here, return_memory
 from opensora_repro.training.batch import Encoded
-from opensora_repro.training.errors import TrainingError
 from opensora_repro.training.feed import CacheRows
-from opensora_repro.training.hashes import HashMemo
 
 TEXT_MEMORY = 256 << 20  # bytes of caption embeddings kept, so that a caption met again is not encoded again
 FROZEN_HASHES = "frozen-files.json"  # in a cache's folder: the frozen models' digests

@@ -15,16 +15,16 @@ from dataclasses import dataclass
 from opensora_repro.config import Config, ParallelConfig
 from opensora_repro.models.config import STDiTConfig, is_dear
 from opensora_repro.parallel.mesh import Mesh
-from opensora_repro.training.planning.encoders import FrozenSizes
-from opensora_repro.training.planning.flops import attended
-from opensora_repro.training.planning.parameters import (
+from opensora_repro.planning.encoders import FrozenSizes
+from opensora_repro.planning.flops import attended
+from opensora_repro.planning.parameters import (
     block_weights,
     cut_parameters,
     input_weights,
     mlp_width,
     outside_weights,
 )
-from opensora_repro.training.planning.sizes import Grid
+from opensora_repro.planning.sizes import Grid
 
 FLOAT = 4  # bytes: of weights, of the residual stream, of norms
 HALF = 2

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opensora_repro.models.pretrained import FrozenModel, HashFile, ModelNotFound, check_complete, load_frozen
-from opensora_repro.models.text import MAX_CHARACTERS, TOKENIZER, WEIGHTS
+from opensora_repro.frozen.pretrained import FrozenModel, HashFile, ModelNotFound, check_complete, load_frozen
+from opensora_repro.frozen.text import MAX_CHARACTERS, TOKENIZER, WEIGHTS
 
 KIND = "transformers CLIP model with its tokenizer"
 HEAD_KIND = "linear head over CLIP's image embeddings"
@@ -109,7 +109,7 @@ def load_head(path: str, channels: int, *, key: str) -> AestheticHead:
 
     `channels` is the embeddings' width. Weights are taken in the order of their names.
     """
-    from opensora_repro.models.weight_files import WeightsError, open_weights
+    from opensora_repro.weights.files import WeightsError, open_weights
 
     try:
         tensors = open_weights(path, ema=False).tensors

@@ -20,16 +20,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from opensora_repro.models.config import DiTConfig, STDiTConfig
-from opensora_repro.models.diffusers_layout import (
+from opensora_repro.models.layers import spatial_positions, temporal_positions
+from opensora_repro.weights.diffusers_layout import (
     dit_diffusers_config,
     dit_to_diffusers,
     pixart_diffusers_config,
     pixart_to_diffusers,
 )
-from opensora_repro.models.layers import spatial_positions, temporal_positions
-from opensora_repro.models.layouts import KERNEL
-from opensora_repro.models.unwrap import NULL_CAPTION
-from opensora_repro.models.weight_files import FACTS_KEY, NULL_CAPTION_FILE, WeightsError
+from opensora_repro.weights.files import FACTS_KEY, NULL_CAPTION_FILE, WeightsError
+from opensora_repro.weights.layouts import KERNEL
+from opensora_repro.weights.unwrap import NULL_CAPTION
 
 FORMATS = ("opensora", "pixart", "diffusers", "safetensors")
 

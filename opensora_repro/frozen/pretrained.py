@@ -183,7 +183,7 @@ def _in_cache(name: str) -> Path | None:
 def _how_to_fetch(name: str, key: str) -> str:
     from huggingface_hub import constants
 
-    from opensora_repro.models.catalog import CatalogError, load_catalog
+    from opensora_repro.weights.catalog import CatalogError, load_catalog
 
     command = f"hf download {name}"
     with contextlib.suppress(CatalogError):  # an installation without the catalog

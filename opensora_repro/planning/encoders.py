@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from opensora_repro.config import Config
-from opensora_repro.training.planning.sizes import read_model_config
+from opensora_repro.planning.sizes import read_model_config
 
 PUBLISHED_VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4}
 PUBLISHED_T5 = {

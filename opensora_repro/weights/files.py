@@ -21,10 +21,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from opensora_repro.models.catalog import CatalogError, Progress, find_cached, sha256_of, similar_name
-from opensora_repro.models.diffusers_layout import diffusers_kind, dit_facts, pixart_facts
-from opensora_repro.models.inert import inert_containers
-from opensora_repro.models.unwrap import NULL_CAPTION, NameClash, strip_names, take_out
+from opensora_repro.weights.catalog import CatalogError, Progress, find_cached, sha256_of, similar_name
+from opensora_repro.weights.diffusers_layout import diffusers_kind, dit_facts, pixart_facts
+from opensora_repro.weights.inert import inert_containers
+from opensora_repro.weights.unwrap import NULL_CAPTION, NameClash, strip_names, take_out
 
 # In this order in a folder; the averaged ones only when they are wanted.
 EMA_FILES = ("ema.safetensors", "ema.pt")

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opensora_repro.models.diffusers_layout import dit_from_diffusers, pixart_from_diffusers
-from opensora_repro.models.unwrap import NULL_CAPTION, TABLES
-from opensora_repro.models.weight_files import WeightsError
+from opensora_repro.weights.diffusers_layout import dit_from_diffusers, pixart_from_diffusers
+from opensora_repro.weights.files import WeightsError
+from opensora_repro.weights.unwrap import NULL_CAPTION, TABLES
 
 KERNEL = "x_embedder.proj.weight"
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from opensora_repro.models.pretrained import (
+from opensora_repro.frozen.pretrained import (
     FrozenModel,
     HashFile,
     ModelNotFound,
@@ -20,7 +20,7 @@ from opensora_repro.models.pretrained import (
     find_folder,
     load_frozen,
 )
-from opensora_repro.models.text import TOKENIZER, WEIGHTS
+from opensora_repro.frozen.text import TOKENIZER, WEIGHTS
 
 KIND = "transformers vision-language model with its processor"
 ONE_IMAGE, IMAGES, VIDEO = "one image", "images", "a video"

@@ -21,7 +21,20 @@ from torch import Tensor, nn
 
 from opensora_repro.models.config import DiTConfig, STDiTConfig
 from opensora_repro.models.dit import DiT
-from opensora_repro.models.layouts import (
+from opensora_repro.models.stdit import STDiT
+from opensora_repro.weights.files import (
+    STATE_FILE,
+    WeightsError,
+    WeightsFile,
+    check_tensors,
+    find_weights,
+    open_weights,
+    recorded_sha256,
+    release,
+    strip_wrappers,
+    use_large_pages,
+)
+from opensora_repro.weights.layouts import (
     TEMPORAL_KEYS,
     Layout,
     Trained,
@@ -35,20 +48,7 @@ from opensora_repro.models.layouts import (
     to_ours,
     trained_at,
 )
-from opensora_repro.models.stdit import STDiT
-from opensora_repro.models.unwrap import NULL_CAPTION
-from opensora_repro.models.weight_files import (
-    STATE_FILE,
-    WeightsError,
-    WeightsFile,
-    check_tensors,
-    find_weights,
-    open_weights,
-    recorded_sha256,
-    release,
-    strip_wrappers,
-    use_large_pages,
-)
+from opensora_repro.weights.unwrap import NULL_CAPTION
 
 __all__ = [
     "LoadReport",

@@ -9,22 +9,22 @@ from pathlib import Path
 import torch
 
 from opensora_repro.config import Config, ConfigError, load_recorded
+from opensora_repro.frozen.encoder import frozen_dtype
+from opensora_repro.frozen.text import ClassLabels, ConditionEncoder, T5Text, open_clip_text, open_text_encoder
+from opensora_repro.frozen.vae import FrameVAE, open_vae
 from opensora_repro.models.config import DiTConfig, STDiTConfig
 from opensora_repro.models.dit import DiT
 from opensora_repro.models.stdit import STDiT
-from opensora_repro.models.text import ClassLabels, ConditionEncoder, T5Text, open_clip_text, open_text_encoder
-from opensora_repro.models.vae import FrameVAE, open_vae
-from opensora_repro.models.weight_files import CONFIG_FILE, STATE_FILE, WeightsFile, open_weights, recorded_sha256
-from opensora_repro.models.weights import LoadReport, load_model_weights
 from opensora_repro.parallel.device import total_memory
+from opensora_repro.planning.report import size
+from opensora_repro.planning.sampling import sampling_memory
+from opensora_repro.sampling.generate import check_fit
 from opensora_repro.training.checkpoint import list_checkpoints, list_steps
-from opensora_repro.training.encode import frozen_dtype
-from opensora_repro.training.generate import check_fit
 from opensora_repro.training.init import take_null_caption
 from opensora_repro.training.machine import host_memory
-from opensora_repro.training.planning.report import size
-from opensora_repro.training.planning.sampling import sampling_memory
-from opensora_repro.training.published import describe
+from opensora_repro.weights.files import CONFIG_FILE, STATE_FILE, WeightsFile, open_weights, recorded_sha256
+from opensora_repro.weights.load import LoadReport, load_model_weights
+from opensora_repro.weights.published import describe
 
 
 @dataclass(frozen=True)

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from opensora_repro.config import Config, ConfigError
 from opensora_repro.data.keyed import keyed_generator
 from opensora_repro.diffusion.flow import count_frames, count_tokens
-from opensora_repro.diffusion.sampling import PrepareText, Through, sample_latents
+from opensora_repro.diffusion.samplers import PrepareText, Through, sample_latents
+from opensora_repro.frozen.text import ClassLabels, ConditionEncoder
 from opensora_repro.models.config import DiTConfig, STDiTConfig
 from opensora_repro.models.stdit import STDiT
-from opensora_repro.models.text import ClassLabels, ConditionEncoder
 from opensora_repro.parallel.sequence import FrameParallel
-from opensora_repro.training.graphs import StepGraphs, captures
+from opensora_repro.sampling.graphs import StepGraphs, captures
 
 if TYPE_CHECKING:
+    from opensora_repro.frozen.vae import FrameVAE
     from opensora_repro.models.dit import DiT
-    from opensora_repro.models.vae import FrameVAE
 
 
 class NotFinite(RuntimeError):
