@@ -1,4 +1,4 @@
-"""Why training ends early, without importing what trains."""
+"""What went wrong, for whom: a user's mistakes and a machine's failures, without importing what makes them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ _LESS_MEMORY = (
     "Lower train.batch_size and raise train.accumulation by as much (the run stays the same), "
     'or set train.activation_checkpointing = "full"; configs/profiles has recipes by a card\'s memory'
 )
+
+
+class UserError(ValueError):
+    """What only the user can put right; the message is one line: which key, file or row, what was expected."""
+
+
+class EngineError(UserError):
+    """The processes cannot run as they were started."""
 
 
 class TrainingError(RuntimeError):

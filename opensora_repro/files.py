@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -54,6 +54,15 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode("utf-8"))
 
 
+def sync_folder(folder: Path) -> None:
+    """Let what was created, renamed or removed in a folder outlast a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete unfinished files in `folder` whose writers, processes of this machine, are gone."""
     for path in folder.glob(f".*.{socket.gethostname()}.*.tmp"):
@@ -63,6 +72,19 @@ def remove_leftovers(folder: Path) -> None:
             continue  # not our file: leave it
         if gone:
             path.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """Return the file's sha256 in hex; `progress` is called with the number of bytes read so far."""
+    digest = hashlib.sha256()
+    done = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+            done += len(chunk)
+            if progress is not None:
+                progress(done)
+    return digest.hexdigest()
 
 
 def one_line(text: object) -> str:

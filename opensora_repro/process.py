@@ -1,9 +1,12 @@
-"""How a process that computes on a CPU treats the memory of tensors that it has freed."""
+"""What a process may use of its machine: CPUs, memory, and what it keeps of the memory that it has freed."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 KEPT_BYTES = 1 << 30  # what the process may hold on to without using it; larger tensors come and go as before
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
@@ -23,3 +26,77 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError, TypeError):
         return False
     return bool(libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES) and libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES))
+
+
+def limit_threads() -> None:
+    """No more threads than this process may use CPUs: a container's share is often far below the machine's count."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    import torch
+
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), available_cpus())))
+
+
+def available_cpus() -> int:
+    """CPUs by affinity and by the control group's quota."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
+            quota, period = file.read().split()
+        return min(count, max(1, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # no control groups, or "max": no quota
+        return count
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """What this machine gives a process, in bytes: what it has, or its control group's limit where that is lower."""
+
+    total: int
+    free: int  # of that, now: what nobody uses, and caches of files
+    swap: int
+
+
+def host_memory(root: Path = Path("/")) -> HostMemory:
+    """`root`: where proc and sys are."""
+    facts = _meminfo(root / "proc/meminfo")
+    total = facts.get("MemTotal") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = facts.get("MemAvailable", total)
+    for limit, used in _group_limits(root):
+        total, free = min(total, limit), min(free, max(0, limit - used))
+    return HostMemory(total, free, facts.get("SwapTotal", 0))
+
+
+def _meminfo(path: Path) -> dict[str, int]:
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+    except OSError:  # not Linux
+        return {}
+    words = (line.replace(":", " ").split() for line in lines)
+    return {name: 1024 * int(value) for name, value, *_ in words if value.isdecimal()}
+
+
+def _group_limits(root: Path) -> Iterator[tuple[int, int]]:
+    """Limit and use of this process's control group and of those around it, where they have a limit."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, limit_file, used_file, cache = "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            base, limit_file, used_file = "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file"
+        else:
+            continue
+        inner = Path(path.lstrip("/"))
+        for folder in (root / base / part for part in (inner, *inner.parents)):
+            try:
+                limit = int((folder / limit_file).read_text())
+                used = int((folder / used_file).read_text())
+                stats = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                yield limit, used - int(stats.get(cache, 0))
+            except (OSError, ValueError):  # "max": no limit; or a group that is not shown here
+                continue

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def is_user_mistake(error: ValueError) -> bool:
-    from opensora_repro.parallel.errors import EngineError
+    from opensora_repro.errors import EngineError
 
     return isinstance(error, ConfigError | EngineError)
 

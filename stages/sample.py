@@ -133,8 +133,8 @@ def published(name: Path) -> Path:
 def is_user_mistake(error: Exception) -> bool:
     if isinstance(error, ConfigError):
         return True
+    from opensora_repro.errors import EngineError
     from opensora_repro.frozen.pretrained import ModelNotFound
-    from opensora_repro.parallel.errors import EngineError
     from opensora_repro.weights.load import WeightsError
 
     return isinstance(error, (EngineError, ModelNotFound, WeightsError, OSError))
@@ -416,8 +416,7 @@ def start_engine(args: argparse.Namespace, device: torch.device) -> TorchEngine:
     """This process among those that torchrun started. Raises EngineError."""
     from opensora_repro.config import ParallelConfig
     from opensora_repro.parallel.engine import TorchEngine
-    from opensora_repro.process import keep_freed_memory
-    from opensora_repro.training.cli import limit_threads
+    from opensora_repro.process import keep_freed_memory, limit_threads
 
     limit_threads()
     if device.type == "cpu":

@@ -21,7 +21,7 @@ DEADLINE = 3.0
 
 
 def main(arguments: list[str]) -> int:
-    from opensora_repro.parallel.errors import EngineError
+    from opensora_repro.errors import EngineError
 
     scenario, logs = arguments
     try:

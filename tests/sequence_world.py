@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import collectives
+from opensora_repro.errors import EngineError
 from opensora_repro.models.config import STDiTConfig
 from opensora_repro.models.stdit import STDiT
-from opensora_repro.parallel.errors import EngineError
 from opensora_repro.parallel.sequence import (
     FrameParallel,
     SequenceParallelAttention,

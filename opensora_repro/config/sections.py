@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from opensora_repro.errors import UserError
 from opensora_repro.models.config import STDiTConfig
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A mistake in a config file or an override; the message is one line meant for the user."""
 
 
@@ -145,3 +146,18 @@ class Config:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+
+def validates(cfg: Config) -> bool:
+    """Whether a run measures the loss of held-out samples."""
+    return cfg.validation.every > 0 and bool(cfg.data.val_manifest)
+
+
+def encodes_always(cfg: Config) -> bool:
+    """Whether a run needs the frozen models even when the cache holds every sample."""
+    return not cfg.data.cache or cfg.sample.every > 0 or validates(cfg)
+
+
+def encodes_after_start(cfg: Config) -> bool:
+    """Whether a run needs the frozen models still once it trains."""
+    return not cfg.data.cache or cfg.sample.every > 0

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_repro.config.prompts import is_blank
+from opensora_repro.errors import UserError
 from opensora_repro.files import writing
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ REQUIRED_COLUMNS = ("id", "path", "caption", "num_frames", "fps", "height", "wid
 LINEAGE_COLUMNS = ("source", "start_frame", "end_frame", "start_time", "end_time")
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A mistake in the user's data; the message is one line meant for the user."""
 
 

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from opensora_repro.data.color import to_rgb
+from opensora_repro.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +40,7 @@ CLOCK_GAP, JOINED_GAP = 10.0, 0.7
 Size = tuple[int, int]  # height, width
 
 
-class DecodeError(ValueError):
+class DecodeError(UserError):
     """A file, or a part of it, cannot be read; the message is one line with the path and the reason."""
 
 

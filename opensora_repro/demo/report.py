@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from opensora_repro.data.report.markup import data_uri, document, nothing, section
 from opensora_repro.demo.curves import loss_curve
 from opensora_repro.files import write_text
-from opensora_repro.training.metrics import METRICS_FILE, VALIDATION_FILE, JsonLines
+from opensora_repro.run_folder import METRICS_FILE, VALIDATION_FILE, JsonLines
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,8 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from opensora_repro.files import beside
-from opensora_repro.weights.catalog import sha256_of
+from opensora_repro.files import beside, sha256_of
 
 
 class HashMemo:

@@ -12,12 +12,14 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from opensora_repro.errors import UserError
+
 T = TypeVar("T")
 HashFile = Callable[[Path], str]  # a digest of a file's content
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
-class ModelNotFound(ValueError):
+class ModelNotFound(UserError):
     """A frozen model is absent or unusable; the message is one line meant for the user."""
 
 

@@ -13,6 +13,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from opensora_repro.errors import UserError
+
 CHOICES = ("auto", "eager", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -20,7 +22,7 @@ _chosen = "auto"
 _found: dict[str, bool] = {}  # device type -> whether `choose` found that fused kernels run there
 
 
-class KernelsError(ValueError):
+class KernelsError(UserError):
     """Kernels that cannot run here; one line meant for the user."""
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from opensora_repro.parallel.errors import EngineError
+from opensora_repro.errors import EngineError
 
 
 def default_kind() -> str:

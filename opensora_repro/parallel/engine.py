@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from opensora_repro.config import ParallelConfig
+from opensora_repro.errors import EngineError
 from opensora_repro.parallel.device import choose_device
-from opensora_repro.parallel.errors import EngineError
 from opensora_repro.parallel.in_backward import StepInBackward
 from opensora_repro.parallel.mesh import Mesh, launched_as
 from opensora_repro.parallel.peers import Peers, Result

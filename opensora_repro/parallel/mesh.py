@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from opensora_repro.parallel.errors import EngineError
+from opensora_repro.errors import EngineError
 
 
 def launched_as(world_size: int = 1) -> tuple[int, int, int]:

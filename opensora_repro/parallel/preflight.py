@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opensora_repro.config import Config, config_dict
+from opensora_repro.errors import EngineError
 from opensora_repro.parallel.device import backend_of, device_name
-from opensora_repro.parallel.errors import EngineError
 from opensora_repro.parallel.store import Place, Store, keeper, keeps_store, listed, open_store, part_of
 from opensora_repro.parallel.watchdog import Watchdog
 

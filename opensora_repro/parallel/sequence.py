@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from opensora_repro.parallel.errors import EngineError
+from opensora_repro.errors import EngineError
 
 FRAMES, PLACES = 1, 2  # axes of tokens [B, T, S, D]
 

@@ -14,7 +14,7 @@ from datetime import timedelta
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed import Store as Store  # type: ignore[attr-defined]
 
-from opensora_repro.parallel.errors import EngineError
+from opensora_repro.errors import EngineError
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opensora_repro.config import Config
+from opensora_repro.config.sections import encodes_after_start
 from opensora_repro.parallel.mesh import Mesh
 from opensora_repro.planning.encoders import FrozenSizes, frozen_sizes
 from opensora_repro.planning.flops import Products, forward_products
@@ -12,7 +13,6 @@ from opensora_repro.planning.gpus import Gpu
 from opensora_repro.planning.parameters import count_parameters
 from opensora_repro.planning.placement import Fit, Fitter
 from opensora_repro.planning.sizes import Strides, latent_shape, token_grid
-from opensora_repro.training.needs import encodes_after_start
 
 SECONDS_AN_HOUR = 3600
 

@@ -16,9 +16,8 @@ from opensora_repro.planning.flops import forward_products
 from opensora_repro.planning.gpus import Gpu, gpu_of_device
 from opensora_repro.planning.parameters import count_parameters
 from opensora_repro.planning.sizes import latent_shape, token_grid
-from opensora_repro.training.metrics import METRICS_FILE, JsonLines
+from opensora_repro.run_folder import CONFIG_FILE, METRICS_FILE, STATE_FILE, JsonLines
 
-CONFIG_FILE, STATE_FILE = "config.toml", "state.json"
 FIRST_STEPS = 2  # left out: they start processes, kernels, caches
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from opensora_repro.config import Config, ConfigError, ParallelConfig, check_config
+from opensora_repro.errors import EngineError
 from opensora_repro.models.config import ACTIVATION_CHECKPOINTING
-from opensora_repro.parallel.errors import EngineError
 from opensora_repro.parallel.mesh import Mesh
 from opensora_repro.planning.encoders import FrozenSizes
 from opensora_repro.planning.gpus import GIB, Gpu

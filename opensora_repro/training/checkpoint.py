@@ -14,11 +14,7 @@ processes: every rank takes its pieces from the whole tensors, so any other topo
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import os
-import re
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,17 +24,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from opensora_repro.errors import TrainingError
+from opensora_repro.errors import TrainingError, UserError
+from opensora_repro.files import sha256_of
 from opensora_repro.parallel.engine import Engine
+from opensora_repro.run_folder import EMA_FILE, MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, list_checkpoints
 from opensora_repro.training.ema import Ema
 
 SCHEMA_VERSION = 1
-MODEL_FILE, EMA_FILE, OPTIMIZER_FILE = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
-STATE_FILE, CONFIG_FILE = "state.json", "config.toml"
-_STEP_NAME = re.compile(r"step-(\d{8,})")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint cannot be written, read or trusted; the message is one line meant for the user."""
 
 
@@ -64,33 +59,12 @@ class TrainState:
     identity: dict[str, Any] = field(default_factory=dict)  # of manifest and frozen models, see identity.py
 
 
-def checkpoints_folder(run_dir: Path) -> Path:
-    return run_dir / "checkpoints"
-
-
-def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Complete checkpoint folders (not verified), oldest first."""
-    return list_steps(checkpoints_folder(run_dir))
-
-
-def list_steps(folder: Path) -> list[Path]:
-    """As `list_checkpoints`, of a run's folder of checkpoints."""
-    found = [path for path in folder.glob("step-*") if _STEP_NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=step_of)
-
-
-def clean_leftovers(run_dir: Path) -> None:
-    """Delete what a killed process left half-written or half-deleted."""
-    for path in checkpoints_folder(run_dir).glob(".step-*"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def verify_checkpoint(folder: Path) -> TrainState:
     """Read `state.json` and compare every file's sha256. Raises CheckpointError that says what is wrong."""
     state, hashes = read_state(folder)
     for name, expected in hashes.items():
         try:
-            found = file_sha256(folder / name)
+            found = sha256_of(folder / name)
         except OSError as error:
             raise CheckpointError(f"checkpoint {folder} is damaged: {name}: {error.strerror}") from None
         if found != expected:
@@ -194,47 +168,3 @@ def _load_optimizer(engine: Engine, file: Any) -> None:
         state.setdefault(index[name], {})[kind] = engine.take(name, value) if value.ndim else value
     # torch's own loading puts each tensor on the device and in the dtype that its implementation of the step wants.
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def prune(run_dir: Path, newest_step: int, keep: int) -> None:
-    older = [path for path in list_checkpoints(run_dir) if step_of(path) <= newest_step]
-    for path in older[:-keep] if keep else []:
-        remove(path)
-
-
-def remove(folder: Path) -> None:
-    """Delete a folder; its name goes first, so that a half-deleted checkpoint is never seen."""
-    if folder.exists():
-        doomed = folder.with_name(f".{folder.name.lstrip('.')}.old")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.rename(folder, doomed)
-        shutil.rmtree(doomed)
-
-
-def step_of(folder: Path) -> int:
-    match = _STEP_NAME.fullmatch(folder.name)
-    assert match is not None
-    return int(match[1])
-
-
-def write_text(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

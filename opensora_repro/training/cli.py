@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from opensora_repro.config import Config, ConfigError, load_config
 from opensora_repro.config.prompts import check_prompts
 from opensora_repro.errors import TrainingError, cannot_write, is_out_of_memory, out_of_memory
+from opensora_repro.process import limit_threads
 from opensora_repro.training.stage import Stage
 
 if TYPE_CHECKING:
@@ -121,35 +122,15 @@ def _report(cfg: Config, stage: Stage, outcome: Outcome, seconds: float) -> None
     print(f"sample it: python -m stages.sample {run_dir} {option} --out {out} --seed 0")
 
 
-def limit_threads() -> None:
-    """No more threads than this process may use CPUs: a container's share is often far below the machine's count."""
-    if "OMP_NUM_THREADS" in os.environ:
-        return
-    import torch
-
-    torch.set_num_threads(max(1, min(torch.get_num_threads(), available_cpus())))
-
-
-def available_cpus() -> int:
-    """CPUs by affinity and by the control group's quota."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
-            quota, period = file.read().split()
-        return min(count, max(1, round(int(quota) / int(period))))
-    except (OSError, ValueError):  # no control groups, or "max": no quota
-        return count
-
-
 def _is_user_mistake(error: ValueError) -> bool:
     from opensora_repro.data.manifest import DataError
     from opensora_repro.data.video import DecodeError
 
     if isinstance(error, ConfigError | DataError | DecodeError):
         return True
+    from opensora_repro.errors import EngineError
     from opensora_repro.frozen.pretrained import ModelNotFound
     from opensora_repro.kernels.choice import KernelsError
-    from opensora_repro.parallel.errors import EngineError
     from opensora_repro.training.checkpoint import CheckpointError
     from opensora_repro.weights.load import WeightsError
 

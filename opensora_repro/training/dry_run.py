@@ -15,7 +15,7 @@ from opensora_repro.planning.gpus import Gpu
 from opensora_repro.planning.parameters import count_parameters
 from opensora_repro.planning.report import besides, memory_parts, operations, size, verdict
 from opensora_repro.planning.sizes import latent_shape, token_grid
-from opensora_repro.training.checkpoint import list_checkpoints
+from opensora_repro.run_folder import list_checkpoints
 from opensora_repro.training.ema import horizon_warning
 from opensora_repro.training.identity import check_manifest
 from opensora_repro.training.init import Start, find_start, global_batch_size

@@ -6,12 +6,9 @@ The two cannot be confused: a run folder with checkpoints is always resumed, and
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,16 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from opensora_repro.config import Config, ConfigError, config_dict, load_recorded
-from opensora_repro.files import naming
+from opensora_repro.files import sha256_of, write_text
 from opensora_repro.models.stdit import STDiT
-from opensora_repro.training.checkpoint import CONFIG_FILE, TrainState, newest_checkpoint
-from opensora_repro.weights.catalog import sha256_of
+from opensora_repro.run_folder import CONFIG_FILE, WEIGHTS_FILE
+from opensora_repro.training.checkpoint import TrainState, newest_checkpoint
 from opensora_repro.weights.load import LoadReport, load_model_weights
 
 if TYPE_CHECKING:
     from opensora_repro.frozen.text import T5Text
-
-WEIGHTS_FILE = "weights.json"
 
 # What may change between a run's start and its continuation, because it changes no step already made and no later one
 # by more than rounding. Samples a step are compared as a whole, so that they can be shared out anew.
@@ -175,53 +170,6 @@ def _is_there(path: Path) -> bool:
     return True
 
 
-# Open handles of run folders that this process holds.
-_claims: set[int] = set()
-
-
-def _leave_claims_to_parent() -> None:
-    """A lock lives as long as any process has its handle: a loader that outlives a killed run must not hold it."""
-    for handle in _claims:
-        os.close(handle)
-    _claims.clear()
-
-
-os.register_at_fork(after_in_child=_leave_claims_to_parent)
-
-
-@contextlib.contextmanager
-def claimed_run_folder(run_dir: Path) -> Iterator[None]:
-    """Create the folder and hold it for the block; remove it again if empty. Raises ConfigError if it is held."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        handle = os.open(run_dir, os.O_RDONLY)
-    except OSError as error:
-        raise ConfigError(f"run.dir = {run_dir}: cannot be used ({error.strerror})") from None
-    _claims.add(handle)
-    locked = False
-    try:
-        _lock(handle, run_dir)
-        locked = True
-        yield
-    finally:
-        if handle in _claims:  # not in a process forked meanwhile
-            _claims.remove(handle)
-            os.close(handle)
-            if locked:
-                with contextlib.suppress(OSError):
-                    run_dir.rmdir()
-
-
-def _lock(handle: int, run_dir: Path) -> None:
-    try:
-        # The kernel drops the lock with the process, however it dies.
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ConfigError(f"run.dir = {run_dir}: another process is training there; wait for it or stop it") from None
-    except OSError:
-        pass  # a network file system without locks
-
-
 @torch.no_grad()
 def take_null_caption(model: STDiT, text: T5Text) -> None:
     """For weights without a null caption (diffusers'): the empty text's encoding, as their pipelines use it."""
@@ -229,20 +177,8 @@ def take_null_caption(model: STDiT, text: T5Text) -> None:
     model.y_embedder.y_embedding.copy_(encoded[0])
 
 
-def write_config(run_dir: Path, config_toml: str) -> None:
-    """RUN/config.toml, whole or not at all."""
-    _write_text(run_dir / CONFIG_FILE, config_toml)
-
-
 def write_weights_report(run_dir: Path, report: LoadReport) -> None:
     """RUN/weights.json: what the run started from, with the sha256 of every file that was read."""
     content = report.to_dict()
     content["files"] = {name: sha256_of(Path(name)) for name in report.files}
-    _write_text(run_dir / WEIGHTS_FILE, json.dumps(content, indent=1) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.tmp")
-    with naming(path):
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
+    write_text(run_dir / WEIGHTS_FILE, json.dumps(content, indent=1) + "\n")

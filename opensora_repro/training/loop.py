@@ -19,11 +19,12 @@ from opensora_repro.frozen.encoder import Encoder
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.parallel.device import HostValues
 from opensora_repro.parallel.engine import Engine
+from opensora_repro.run_folder import list_checkpoints
 from opensora_repro.sampling.generate import NotFinite
 from opensora_repro.sampling.grids import sample_prompts, write_samples
 from opensora_repro.training.ahead import Assembler, ReadyBatches
 from opensora_repro.training.batch import BatchBuilder
-from opensora_repro.training.checkpoint import TrainState, UnwritableCheckpoint, list_checkpoints
+from opensora_repro.training.checkpoint import TrainState, UnwritableCheckpoint
 from opensora_repro.training.ema import Ema
 from opensora_repro.training.feed import Feed
 from opensora_repro.training.forward import ModelRunner

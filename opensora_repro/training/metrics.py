@@ -3,86 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from opensora_repro.errors import TrainingError, cannot_write
-from opensora_repro.files import naming
+from opensora_repro.run_folder import BAD_STEPS_FILE, METRICS_FILE, VALIDATION_FILE, JsonLines
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
-
-METRICS_FILE, VALIDATION_FILE = "metrics.jsonl", "validation.jsonl"
-BAD_STEPS_FILE, QUARANTINE_FILE = "bad_steps.jsonl", "quarantine.jsonl"
-
-
-class JsonLines:
-    """An append-only file of JSON objects, created by its first line.
-
-    Every line goes to the operating system at once, so that a killed process loses none. Where the file cannot be
-    written, `error` says so from then on, and nothing more is written: whoever trains saves first.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.error: TrainingError | None = None
-        self._file: IO[bytes] | None = None
-
-    def write(self, line: Mapping[str, Any]) -> None:
-        if self.error is not None:
-            return
-        text = (json.dumps({key: _finite(value) for key, value in line.items()}) + "\n").encode()
-        try:
-            if self._file is None:
-                self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by close())
-            while text:  # a disk that fills up takes a part first
-                text = text[self._file.write(text) :]
-        except OSError as error:
-            self.error = TrainingError(cannot_write(error, self.path))
-
-    def read(self) -> list[dict[str, Any]]:
-        return list(_whole_lines(self.path))
-
-    def truncate_after(self, step: int) -> None:
-        """Drop the lines of later steps, which a resumed run writes again, and a last line cut short."""
-        if not self.path.exists():
-            return
-        kept = [line for line in _whole_lines(self.path) if line["step"] <= step]
-        beside = self.path.with_name(f".{self.path.name}.tmp")
-        with naming(self.path):
-            beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            os.replace(beside, self.path)
-
-    def close(self) -> None:
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # every line has been written
-                self._file.close()
-            self._file = None
-
-
-def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.exists():
-        return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:  # cut short by a kill
-            continue
-        if isinstance(value, dict):
-            yield value
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN or infinity."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class RunLog:

@@ -42,7 +42,8 @@ def _shown(count: int, distance: float) -> str:
 
 def source_config(weights: str) -> Config | None:
     """The config of the run that `init.weights` belongs to, if there is one. Raises WeightsError, ConfigError."""
-    from opensora_repro.weights.files import CONFIG_FILE, find_weights
+    from opensora_repro.run_folder import CONFIG_FILE
+    from opensora_repro.weights.files import find_weights
 
     config = find_weights(weights).parent / CONFIG_FILE
     return load_recorded(config) if config.is_file() else None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from opensora_repro.config import Config, ConfigError
+from opensora_repro.config.sections import encodes_after_start, validates
 from opensora_repro.data.manifest import kind_by_name, read_manifest
 from opensora_repro.data.preflight import SAMPLED_ROWS, keyed_sample, require_usable, survey, table, warnings
 from opensora_repro.frozen.encoder import open_encoder
@@ -28,12 +29,11 @@ from opensora_repro.planning.memory import Memory, step_memory
 from opensora_repro.planning.parameters import count_parameters
 from opensora_repro.planning.report import memory_parts, size
 from opensora_repro.planning.sizes import latent_shape, token_grid
+from opensora_repro.process import host_memory
+from opensora_repro.run_folder import CONFIG_FILE
 from opensora_repro.sampling.generate import check_fit
-from opensora_repro.training.checkpoint import CONFIG_FILE
 from opensora_repro.training.identity import frozen_identity
 from opensora_repro.training.init import Start, check_folder
-from opensora_repro.training.machine import host_memory
-from opensora_repro.training.needs import encodes_after_start, validates
 from opensora_repro.training.stage import Stage
 from opensora_repro.training.validate import chosen_samples
 from opensora_repro.weights.catalog import CatalogError, load_catalog

@@ -10,7 +10,7 @@ import numpy as np
 from opensora_repro.data.dataset import BadSample
 from opensora_repro.data.manifest import DataError
 from opensora_repro.errors import TrainingError
-from opensora_repro.training.metrics import QUARANTINE_FILE, JsonLines
+from opensora_repro.run_folder import QUARANTINE_FILE, JsonLines
 
 JUDGED_FROM = 20  # samples seen: the share of fewer says little, unless there are no more
 

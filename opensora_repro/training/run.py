@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_repro.config import Config, dump_toml
+from opensora_repro.config.sections import encodes_after_start, encodes_always, validates
 from opensora_repro.data.cache import LatentCache
 from opensora_repro.data.dataset import ClipDataset
 from opensora_repro.data.manifest import read_manifest
@@ -22,26 +23,18 @@ from opensora_repro.frozen.encoder import (
 from opensora_repro.kernels.choice import choose
 from opensora_repro.parallel.engine import Engine, build_engine
 from opensora_repro.parallel.preflight import check_same, config_facts, weights_digest
+from opensora_repro.run_folder import claimed_run_folder, clean_leftovers, list_checkpoints, write_config
 from opensora_repro.sampling.generate import check_fit
 from opensora_repro.training.batch import BatchBuilder
-from opensora_repro.training.checkpoint import clean_leftovers, list_checkpoints, load_checkpoint, read_state
+from opensora_repro.training.checkpoint import load_checkpoint, read_state
 from opensora_repro.training.compile import apply_compile, compiles
 from opensora_repro.training.ema import Ema, horizon_warning
 from opensora_repro.training.feed import CacheFeed, CacheRows, ClipFeed, Feed, ids_fingerprint
 from opensora_repro.training.fill import fill_together
 from opensora_repro.training.identity import check_manifest
-from opensora_repro.training.init import (
-    Start,
-    build_model,
-    claimed_run_folder,
-    find_start,
-    take_null_caption,
-    write_config,
-    write_weights_report,
-)
+from opensora_repro.training.init import Start, build_model, find_start, take_null_caption, write_weights_report
 from opensora_repro.training.loop import Trainer
 from opensora_repro.training.metrics import RunLog
-from opensora_repro.training.needs import encodes_after_start, encodes_always, validates
 from opensora_repro.training.optim import build_optimizer, check_processes
 from opensora_repro.training.preflight import preflight
 from opensora_repro.training.quarantine import Quarantine

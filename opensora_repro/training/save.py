@@ -23,26 +23,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opensora_repro.files import sha256_of, sync_folder, write_text
 from opensora_repro.parallel.device import device_kind
 from opensora_repro.parallel.engine import Engine
 from opensora_repro.parallel.peers import Peers
-from opensora_repro.training.checkpoint import (
+from opensora_repro.run_folder import (
     CONFIG_FILE,
     EMA_FILE,
     MODEL_FILE,
     OPTIMIZER_FILE,
-    SCHEMA_VERSION,
     STATE_FILE,
-    TrainState,
-    UnwritableCheckpoint,
     checkpoints_folder,
-    file_sha256,
-    optimizer_pieces,
     prune,
     remove,
-    sync_folder,
-    write_text,
 )
+from opensora_repro.training.checkpoint import SCHEMA_VERSION, TrainState, UnwritableCheckpoint, optimizer_pieces
 from opensora_repro.training.ema import Ema
 from opensora_repro.training.tensor_file import TensorFile
 
@@ -107,7 +102,7 @@ class CheckpointWriter:
                     file.write(snapshot.own[name])
             hashes: dict[str, str] = {}
             with _together(peers, final):
-                hashes = {name: file_sha256(beside / name) for name in sorted(files)[peers.rank :: peers.size]}
+                hashes = {name: sha256_of(beside / name) for name in sorted(files)[peers.rank :: peers.size]}
             every = {name: value for part in peers.gather(hashes) for name, value in part.items()}
             with _together(peers, final):
                 if peers.rank == 0:
@@ -180,7 +175,7 @@ def _create(beside: Path, files: dict[str, TensorFile]) -> None:
 def _finish(beside: Path, final: Path, about: dict[str, Any], config_toml: str, hashes: dict[str, str]) -> None:
     """What is not a tensor; then the name under which the checkpoint is seen."""
     write_text(beside / CONFIG_FILE, config_toml)
-    hashes = {**hashes, CONFIG_FILE: file_sha256(beside / CONFIG_FILE)}
+    hashes = {**hashes, CONFIG_FILE: sha256_of(beside / CONFIG_FILE)}
     content = {"schema_version": SCHEMA_VERSION, **about, "sha256": dict(sorted(hashes.items()))}
     write_text(beside / STATE_FILE, json.dumps(content, indent=2) + "\n")
     sync_folder(beside)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import difflib
 import errno
-import hashlib
 import os
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from opensora_repro.errors import UserError
+from opensora_repro.files import sha256_of
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -19,13 +21,12 @@ else:
 
 CATALOG = Path(__file__).resolve().parents[2] / "checkpoints" / "catalog.toml"  # beside the package, in the checkout
 PROBE_SECONDS = 5.0  # how long the hub may take to answer before we say that there is no connection
-CHUNK = 1 << 22
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Progress = Callable[[int], None]
 
 
-class CatalogError(ValueError):
+class CatalogError(UserError):
     """Weights that the catalog lacks, or that cannot be fetched or trusted; one line meant for the user."""
 
 
@@ -143,19 +144,6 @@ def _place(entry: Entry, paths: list[Path]) -> Path:
     if len(folders) > 1:  # the repository changed between fetching them
         raise CatalogError(f"{entry.name}: the files are of different revisions of {entry.repository}; fetch again")
     return folders.pop()
-
-
-def sha256_of(path: Path, progress: Progress | None = None) -> str:
-    """Return the file's sha256 in hex; `progress` is called with the number of bytes read so far."""
-    digest = hashlib.sha256()
-    done = 0
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-            done += len(chunk)
-            if progress is not None:
-                progress(done)
-    return digest.hexdigest()
 
 
 def _download(entry: Entry, file: File) -> Path:

@@ -21,7 +21,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from opensora_repro.weights.catalog import CatalogError, Progress, find_cached, sha256_of, similar_name
+from opensora_repro.errors import UserError
+from opensora_repro.files import sha256_of
+from opensora_repro.run_folder import CONFIG_FILE, STATE_FILE
+from opensora_repro.weights.catalog import CatalogError, Progress, find_cached, similar_name
 from opensora_repro.weights.diffusers_layout import diffusers_kind, dit_facts, pixart_facts
 from opensora_repro.weights.inert import inert_containers
 from opensora_repro.weights.unwrap import NULL_CAPTION, NameClash, strip_names, take_out
@@ -42,7 +45,6 @@ MODEL_FILES = (
 )
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")  # of a folder's only weights file, whatever its name
 NO_WEIGHTS = ("optimizer", "scheduler", "null_caption")  # how files begin that lie beside weights
-CONFIG_FILE, STATE_FILE = "config.toml", "state.json"  # beside the weights in our checkpoints
 FACTS_KEY = "opensora_repro.model"  # of a safetensors file's metadata: fields of the model's config, as JSON
 NULL_CAPTION_FILE = "null_caption.safetensors"  # beside a diffusers model, which has no place for it
 # Within the names of low-rank adapters as PEFT, diffusers, kohya's scripts and LyCORIS write them
@@ -50,7 +52,7 @@ LORA = re.compile(r"(^|[._])(lora|hada|lokr)[._]")
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError):
     """Weights that are absent, unreadable or made for another model; the message is one line meant for the user."""
 
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from opensora_repro.models.config import DiTConfig, STDiTConfig
 from opensora_repro.models.dit import DiT
 from opensora_repro.models.stdit import STDiT
+from opensora_repro.run_folder import STATE_FILE
 from opensora_repro.weights.files import (
-    STATE_FILE,
     WeightsError,
     WeightsFile,
     check_tensors,

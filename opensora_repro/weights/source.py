@@ -18,11 +18,11 @@ from opensora_repro.models.stdit import STDiT
 from opensora_repro.parallel.device import total_memory
 from opensora_repro.planning.report import size
 from opensora_repro.planning.sampling import sampling_memory
+from opensora_repro.process import host_memory
+from opensora_repro.run_folder import CONFIG_FILE, STATE_FILE, list_checkpoints, list_steps
 from opensora_repro.sampling.generate import check_fit
-from opensora_repro.training.checkpoint import list_checkpoints, list_steps
 from opensora_repro.training.init import take_null_caption
-from opensora_repro.training.machine import host_memory
-from opensora_repro.weights.files import CONFIG_FILE, STATE_FILE, WeightsFile, open_weights, recorded_sha256
+from opensora_repro.weights.files import WeightsFile, open_weights, recorded_sha256
 from opensora_repro.weights.load import LoadReport, load_model_weights
 from opensora_repro.weights.published import describe
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from opensora_repro.training.checkpoint import list_checkpoints
+from opensora_repro.run_folder import list_checkpoints
 from stages import stage1_image
 from tests.training_world import World, make_world, metrics
 

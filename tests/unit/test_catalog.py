@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from opensora_repro.files import sha256_of
 from opensora_repro.weights.catalog import (
     SHA256,
     CatalogError,
@@ -26,7 +27,6 @@ from opensora_repro.weights.catalog import (
     find_cached,
     find_entry,
     load_catalog,
-    sha256_of,
     similar_name,
 )
 

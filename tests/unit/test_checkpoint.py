@@ -11,12 +11,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from opensora_repro.config import OptimConfig
+from opensora_repro.run_folder import checkpoints_folder, clean_leftovers, list_checkpoints
 from opensora_repro.training.checkpoint import (
     CheckpointError,
     TrainState,
-    checkpoints_folder,
-    clean_leftovers,
-    list_checkpoints,
     load_checkpoint,
     newest_checkpoint,
     verify_checkpoint,

@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from opensora_repro.config import Config, parse_config
+from opensora_repro.config.sections import encodes_after_start, encodes_always
 from opensora_repro.data.cache import LatentCache
 from opensora_repro.data.dataset import BadSample, Clip
+from opensora_repro.files import sha256_of
 from opensora_repro.frozen import encoder as encode
 from opensora_repro.frozen import hashes
 from opensora_repro.frozen.encoder import (
@@ -27,8 +29,6 @@ from opensora_repro.frozen.encoder import (
 from opensora_repro.frozen.hashes import HashMemo
 from opensora_repro.frozen.pretrained import ModelNotFound
 from opensora_repro.training.batch import Encoded
-from opensora_repro.training.needs import encodes_after_start, encodes_always
-from opensora_repro.weights.catalog import sha256_of
 from tests.tiny_models import TINY_LATENT_CHANNELS, TINY_STRIDE, TINY_TEXT_CHANNELS, make_tiny_text, make_tiny_vae
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from opensora_repro.config import Config, ParallelConfig, RunConfig, config_dict
-from opensora_repro.parallel.errors import EngineError
+from opensora_repro.errors import EngineError
 from opensora_repro.parallel.preflight import (
     check_in,
     check_same,

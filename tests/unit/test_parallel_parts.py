@@ -14,11 +14,12 @@ from torch import nn
 
 from opensora_repro.config import ParallelConfig
 from opensora_repro.data.sampler import BatchSampler, SharedBatches, interleave
+from opensora_repro.errors import EngineError
 from opensora_repro.parallel.engine import build_engine
-from opensora_repro.parallel.errors import EngineError
 from opensora_repro.parallel.mesh import Mesh
 from opensora_repro.parallel.tensor import Cut
-from opensora_repro.training.checkpoint import CheckpointError, TrainState, list_checkpoints
+from opensora_repro.run_folder import list_checkpoints
+from opensora_repro.training.checkpoint import CheckpointError, TrainState
 from opensora_repro.training.ema import Ema
 from opensora_repro.training.save import CheckpointWriter, share_out
 from opensora_repro.training.tensor_file import TensorFile

@@ -15,8 +15,8 @@ from opensora_repro.config import ConfigError, DataConfig
 from opensora_repro.data import preflight
 from opensora_repro.data.manifest import DataError, read_manifest
 from opensora_repro.data.preflight import SAMPLED_ROWS, Survey, keyed_sample, require_usable, survey, table, warnings
+from opensora_repro.process import HostMemory, host_memory
 from opensora_repro.training.init import check_folder
-from opensora_repro.training.machine import HostMemory, host_memory
 
 DATA = DataConfig(num_frames=8, frame_interval=3, height=256, width=256)  # a window of 22 frames
 

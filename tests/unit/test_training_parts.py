@@ -24,12 +24,12 @@ from opensora_repro.kernels.adamw import FusedAdamW
 from opensora_repro.models.config import STDiTConfig
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.parallel.engine import TorchEngine
+from opensora_repro.run_folder import JsonLines, claimed_run_folder
 from opensora_repro.training.checkpoint import TrainState
 from opensora_repro.training.ema import Ema
 from opensora_repro.training.feed import ids_fingerprint
-from opensora_repro.training.init import changed_settings, claimed_run_folder, find_start
+from opensora_repro.training.init import changed_settings, find_start
 from opensora_repro.training.insertion import assert_equals_image_model
-from opensora_repro.training.metrics import JsonLines
 from opensora_repro.training.optim import learning_rate
 from opensora_repro.training.positions import describe_rescaling
 from opensora_repro.training.quarantine import Quarantine

@@ -1,0 +1,187 @@
+"""What lies in a run's folder, by name: its checkpoints, its lines of JSON, and the lock of who trains there."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from opensora_repro.config import ConfigError
+from opensora_repro.errors import TrainingError, cannot_write
+from opensora_repro.files import naming, write_text
+
+CONFIG_FILE, WEIGHTS_FILE = "config.toml", "weights.json"
+METRICS_FILE, VALIDATION_FILE = "metrics.jsonl", "validation.jsonl"
+BAD_STEPS_FILE, QUARANTINE_FILE = "bad_steps.jsonl", "quarantine.jsonl"
+# Of a checkpoint
+MODEL_FILE, EMA_FILE, OPTIMIZER_FILE = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
+STATE_FILE = "state.json"
+_STEP_NAME = re.compile(r"step-(\d{8,})")
+
+
+def checkpoints_folder(run_dir: Path) -> Path:
+    return run_dir / "checkpoints"
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Complete checkpoint folders (not verified), oldest first."""
+    return list_steps(checkpoints_folder(run_dir))
+
+
+def list_steps(folder: Path) -> list[Path]:
+    """As `list_checkpoints`, of a run's folder of checkpoints."""
+    found = [path for path in folder.glob("step-*") if _STEP_NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def clean_leftovers(run_dir: Path) -> None:
+    """Delete what a killed process left half-written or half-deleted."""
+    for path in checkpoints_folder(run_dir).glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def prune(run_dir: Path, newest_step: int, keep: int) -> None:
+    older = [path for path in list_checkpoints(run_dir) if step_of(path) <= newest_step]
+    for path in older[:-keep] if keep else []:
+        remove(path)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder; its name goes first, so that a half-deleted checkpoint is never seen."""
+    if folder.exists():
+        doomed = folder.with_name(f".{folder.name.lstrip('.')}.old")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed)
+
+
+def step_of(folder: Path) -> int:
+    match = _STEP_NAME.fullmatch(folder.name)
+    assert match is not None
+    return int(match[1])
+
+
+# Who trains there
+
+# Open handles of run folders that this process holds.
+_claims: set[int] = set()
+
+
+def _leave_claims_to_parent() -> None:
+    """A lock lives as long as any process has its handle: a loader that outlives a killed run must not hold it."""
+    for handle in _claims:
+        os.close(handle)
+    _claims.clear()
+
+
+os.register_at_fork(after_in_child=_leave_claims_to_parent)
+
+
+@contextlib.contextmanager
+def claimed_run_folder(run_dir: Path) -> Iterator[None]:
+    """Create the folder and hold it for the block; remove it again if empty. Raises ConfigError if it is held."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        handle = os.open(run_dir, os.O_RDONLY)
+    except OSError as error:
+        raise ConfigError(f"run.dir = {run_dir}: cannot be used ({error.strerror})") from None
+    _claims.add(handle)
+    locked = False
+    try:
+        _lock(handle, run_dir)
+        locked = True
+        yield
+    finally:
+        if handle in _claims:  # not in a process forked meanwhile
+            _claims.remove(handle)
+            os.close(handle)
+            if locked:
+                with contextlib.suppress(OSError):
+                    run_dir.rmdir()
+
+
+def _lock(handle: int, run_dir: Path) -> None:
+    try:
+        # The kernel drops the lock with the process, however it dies.
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"run.dir = {run_dir}: another process is training there; wait for it or stop it") from None
+    except OSError:
+        pass  # a network file system without locks
+
+
+def write_config(run_dir: Path, config_toml: str) -> None:
+    """RUN/config.toml, whole or not at all."""
+    with naming(run_dir / CONFIG_FILE):
+        write_text(run_dir / CONFIG_FILE, config_toml)
+
+
+# Lines of JSON
+
+
+class JsonLines:
+    """An append-only file of JSON objects, created by its first line.
+
+    Every line goes to the operating system at once, so that a killed process loses none. Where the file cannot be
+    written, `error` says so from then on, and nothing more is written: whoever trains saves first.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.error: TrainingError | None = None
+        self._file: IO[bytes] | None = None
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        if self.error is not None:
+            return
+        text = (json.dumps({key: _finite(value) for key, value in line.items()}) + "\n").encode()
+        try:
+            if self._file is None:
+                self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by close())
+            while text:  # a disk that fills up takes a part first
+                text = text[self._file.write(text) :]
+        except OSError as error:
+            self.error = TrainingError(cannot_write(error, self.path))
+
+    def read(self) -> list[dict[str, Any]]:
+        return list(_whole_lines(self.path))
+
+    def truncate_after(self, step: int) -> None:
+        """Drop the lines of later steps, which a resumed run writes again, and a last line cut short."""
+        if not self.path.exists():
+            return
+        kept = [line for line in _whole_lines(self.path) if line["step"] <= step]
+        beside = self.path.with_name(f".{self.path.name}.tmp")
+        with naming(self.path):
+            beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            os.replace(beside, self.path)
+
+    def close(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # every line has been written
+                self._file.close()
+            self._file = None
+
+
+def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:  # cut short by a kill
+            continue
+        if isinstance(value, dict):
+            yield value
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
