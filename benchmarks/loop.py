@@ -16,9 +16,8 @@ if TYPE_CHECKING:
 
     from opensora_repro.config import Config
     from opensora_repro.data.dataset import BadSample, Clip
-    from opensora_repro.frozen.encoder import Encoder
+    from opensora_repro.frozen.encoder import Encoded, Encoder
     from opensora_repro.models.config import STDiTConfig
-    from opensora_repro.training.batch import Encoded
     from opensora_repro.training.feed import Feed, Sample
 
 PUBLISHED_VAE: dict[str, Any] = {  # Stable Diffusion's
@@ -200,7 +199,7 @@ def made_up_encoding(number: int, latents: Sequence[int], text: Sequence[int]) -
     """`latents` is [C, T, h, w], `text` [L, Ct]."""
     import torch
 
-    from opensora_repro.training.batch import Encoded
+    from opensora_repro.frozen.encoder import Encoded
 
     generator = torch.Generator().manual_seed(number)
     moments = torch.randn(2 * latents[0], *latents[1:], generator=generator)

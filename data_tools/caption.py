@@ -42,9 +42,9 @@ from opensora_repro.data.caption.text import REJECTED, Caption, ends_sentence, j
 from opensora_repro.data.jobs.gpus import check_device, usual_device
 from opensora_repro.data.jobs.keys import digest, sampled_digest
 from opensora_repro.data.jobs.run import Runner, add_runner_options, runner_of
-from opensora_repro.data.manifest import DataError
 from opensora_repro.data.outcome import REJECTS, reject, run_tool, write_rows
 from opensora_repro.data.probe.rows import INPUT_HELP, manifest_of
+from opensora_repro.errors import DataError
 
 if TYPE_CHECKING:
     from opensora_repro.data.caption.chat import Endpoint

@@ -32,10 +32,10 @@ from typing import TYPE_CHECKING, Any
 from opensora_repro.data.convert.source import refusal
 from opensora_repro.data.inputs import VIDEO_SUFFIXES, Item
 from opensora_repro.data.jobs.run import Runner, add_runner_options, run_jobs, runner_of
-from opensora_repro.data.manifest import DataError
 from opensora_repro.data.outcome import in_batches, rejects_writer, rows_batch, run_tool, schema_of
 from opensora_repro.data.probe.rows import job_of, probe_file
 from opensora_repro.data.progress import progress
+from opensora_repro.errors import DataError
 from opensora_repro.files import one_line, remove_leftovers, user_path
 
 if TYPE_CHECKING:

@@ -33,8 +33,9 @@ from typing import TYPE_CHECKING
 from opensora_repro.data.download.fetch import Budget, Limits
 from opensora_repro.data.download.video_pages import find_yt_dlp
 from opensora_repro.data.download.wanted import Place, Wanted, fetch_all
-from opensora_repro.data.manifest import DataError, is_missing
+from opensora_repro.data.manifest import is_missing
 from opensora_repro.data.outcome import Row, in_batches, reject, rejects_writer, rows_batch, run_tool
+from opensora_repro.errors import DataError
 from opensora_repro.files import one_line, remove_leftovers, safe_name
 
 if TYPE_CHECKING:

@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_repro.data.jobs.run import Runner
-from opensora_repro.data.manifest import DataError
 from opensora_repro.data.outcome import run_tool
 from opensora_repro.data.probe.rows import INPUT_HELP, manifest_of
+from opensora_repro.errors import DataError
 
 if TYPE_CHECKING:
     import numpy as np

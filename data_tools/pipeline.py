@@ -28,9 +28,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from data_tools import report
-from opensora_repro.data.manifest import DataError
 from opensora_repro.data.outcome import INTERRUPTED, run_tool
 from opensora_repro.data.pipeline.config import Line, Step, load_line
+from opensora_repro.errors import DataError
 from opensora_repro.files import one_line, remove_leftovers
 
 if TYPE_CHECKING:

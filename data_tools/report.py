@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from opensora_repro.data.jobs.run import Runner, add_runner_options, runner_of
-from opensora_repro.data.manifest import DataError
 from opensora_repro.data.outcome import run_tool
 from opensora_repro.data.progress import progress
+from opensora_repro.errors import DataError
 
 if TYPE_CHECKING:
     from opensora_repro.data.report.groups import Groups

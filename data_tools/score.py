@@ -38,9 +38,9 @@ from opensora_repro.data.jobs.batches import run_batches
 from opensora_repro.data.jobs.gpus import check_device
 from opensora_repro.data.jobs.keys import digest, sampled_digest
 from opensora_repro.data.jobs.run import Job, Runner, add_runner_options, run_jobs, runner_of
-from opensora_repro.data.manifest import DataError
 from opensora_repro.data.outcome import REJECTS, run_tool, write_rows
 from opensora_repro.data.probe.rows import INPUT_HELP, manifest_of
+from opensora_repro.errors import DataError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,6 +14,10 @@ class UserError(ValueError):
     """What only the user can put right; the message is one line: which key, file or row, what was expected."""
 
 
+class DataError(UserError):
+    """A mistake in the user's data."""
+
+
 class EngineError(UserError):
     """The processes cannot run as they were started."""
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from opensora_repro.frozen.text import ConditionEncoder
     from opensora_repro.parallel.engine import TorchEngine
     from opensora_repro.sampling.sample_folder import SampleFolder
-    from opensora_repro.weights.source import Source
+    from opensora_repro.sampling.source import Source
 
 USER_MISTAKE, FAILURE = 2, 1
 INTERRUPTED = 130
@@ -168,7 +168,7 @@ def checked_prompts(prompts: list[str], source: str) -> list[str]:
 def resolve_source(args: argparse.Namespace) -> Source:
     """The weights and their config with the command line's wishes. Raises ConfigError, WeightsError."""
     check_numbers(args)
-    from opensora_repro.weights.source import find_source
+    from opensora_repro.sampling.source import find_source
 
     source = find_source(args.source, ema=not args.no_ema, num_heads=args.num_heads, family=args.family)
     return replace(source, config=with_wishes(source.config, args))
@@ -228,7 +228,7 @@ def conditioned_on_class(source: Source) -> bool:
 
 def settings(args: argparse.Namespace, source: Source) -> dict[str, Any]:
     """What decides the samples besides the prompts."""
-    from opensora_repro.weights.source import weights_sha256
+    from opensora_repro.sampling.source import weights_sha256
 
     cfg = source.config
     return {
@@ -255,8 +255,8 @@ def sample(args: argparse.Namespace, source: Source, prompts: list[str]) -> int:
     """Look at all that can be seen without reading weights; then sample what is not there yet."""
     from opensora_repro.parallel.mesh import Mesh, launched_as
     from opensora_repro.sampling.sample_folder import SampleFolder
+    from opensora_repro.sampling.source import check_memory, open_frozen
     from opensora_repro.weights.load import check_complete
-    from opensora_repro.weights.source import check_memory, open_frozen
 
     rank, world_size, local_rank = launched_as()
     # The run checks this, too; a dry run may be asked without torchrun what its processes would do.
@@ -294,7 +294,7 @@ def open_prompts(args: argparse.Namespace, folder: SampleFolder) -> list[int]:
 
 
 def print_plan(args: argparse.Namespace, source: Source, folder: SampleFolder, num_todo: int, memory: str) -> None:
-    from opensora_repro.weights.source import empty_model
+    from opensora_repro.sampling.source import empty_model
 
     parameters = sum(p.numel() for p in empty_model(source).parameters())
     plan = {key: value for key, value in folder.settings.items() if not isinstance(value, dict)}
@@ -356,7 +356,7 @@ def sample_share(
 
     from opensora_repro.kernels.choice import choose
     from opensora_repro.sampling.generate import ProgressBar, generate
-    from opensora_repro.weights.source import load_models
+    from opensora_repro.sampling.source import load_models
 
     cfg, device, mesh = source.config, engine.device, engine.mesh
     # What a run was trained with on a GPU need not run on the device that samples it.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from opensora_repro.config import dump_toml, load_config
-from opensora_repro.parallel.engine import build_engine
+from opensora_repro.parallel.build import build_engine
 from opensora_repro.training.checkpoint import load_checkpoint, newest_checkpoint
 from opensora_repro.training.ema import Ema
 from opensora_repro.training.init import build_model

@@ -9,7 +9,7 @@ import torch
 from opensora_repro.config import OptimConfig, ParallelConfig
 from opensora_repro.models.config import STDiTConfig
 from opensora_repro.models.stdit import STDiT
-from opensora_repro.parallel.engine import build_engine
+from opensora_repro.parallel.build import build_engine
 from opensora_repro.training.checkpoint import TrainState, optimizer_pieces
 from opensora_repro.training.ema import Ema
 from opensora_repro.training.optim import build_optimizer

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from opensora_repro.data.manifest import DataError
+from opensora_repro.errors import DataError
 
 NUMBER, TEXT, TRUTH, NULL = "a number", "text", "a truth value", "always missing"
 

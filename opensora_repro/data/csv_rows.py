@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from opensora_repro.data.manifest import DataError, is_missing
+from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
@@ -136,7 +136,7 @@ def _header(lines: _Lines, source: Iterator[str]) -> list[str]:
     told = re.fullmatch(r'"?sep=([,;\t])"?\s*', first)
     if told:
         first = next(source, "")
-    if is_missing(first):
+    if not first.strip():
         raise DataError(f"{lines.path}: cannot be read as csv: it is empty")
     tried = {mark: next(csv.reader([first], delimiter=mark, skipinitialspace=True)) for mark in DELIMITERS}
     most = max(tried, key=lambda mark: len(tried[mark]))

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from opensora_repro.data.csv_rows import check_csv
-from opensora_repro.data.manifest import DataError
 from opensora_repro.data.progress import progress
+from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
 
 BLOCK = 1 << 24  # bytes that are parsed at a time; no row may be longer

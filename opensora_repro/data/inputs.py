@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opensora_repro.data.manifest import DataError, is_missing, read_table
+from opensora_repro.data.manifest import is_missing, read_table
+from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
 
 VIDEO_SUFFIXES = frozenset(

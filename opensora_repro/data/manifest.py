@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_repro.config.prompts import is_blank
-from opensora_repro.errors import UserError
+from opensora_repro.errors import DataError
 from opensora_repro.files import writing
 
 if TYPE_CHECKING:
@@ -24,10 +24,6 @@ TEXT_COLUMNS = ("id", "path", "caption")
 COUNT_COLUMNS = ("num_frames", "height", "width")
 REQUIRED_COLUMNS = ("id", "path", "caption", "num_frames", "fps", "height", "width")
 LINEAGE_COLUMNS = ("source", "start_frame", "end_frame", "start_time", "end_time")
-
-
-class DataError(UserError):
-    """A mistake in the user's data; the message is one line meant for the user."""
 
 
 def read_manifest(path: str | Path, *, need_captions: bool = True) -> pd.DataFrame:

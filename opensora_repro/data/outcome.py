@@ -11,8 +11,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from opensora_repro.data.manifest import DataError, is_missing
+from opensora_repro.data.manifest import is_missing
 from opensora_repro.data.tables import table_writer
+from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
 
 Row = dict[str, Any]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opensora_repro.config import DataConfig
-from opensora_repro.data.manifest import DataError
+from opensora_repro.errors import DataError
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from opensora_repro.data.csv_tables import csv_schema, stream_csv
-from opensora_repro.data.manifest import DataError, table_kind
+from opensora_repro.data.manifest import table_kind
+from opensora_repro.errors import DataError
 from opensora_repro.files import one_line, writing
 
 BATCH_ROWS = 1 << 16

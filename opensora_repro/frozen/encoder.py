@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from opensora_repro.config import Config
-from opensora_repro.data.cache import LatentCache
-from opensora_repro.data.dataset import BadSample, Clip, ClipDataset, LoaderDied, build_loader
-from opensora_repro.data.sampler import SampleBatch
+from opensora_repro.data.dataset import BadSample, Clip
 from opensora_repro.data.transforms import to_tensor
-from opensora_repro.errors import TrainingError
-from opensora_repro.frozen.hashes import HashMemo
 from opensora_repro.frozen.text import T5Text, open_text_encoder
 from opensora_repro.frozen.vae import FrameVAE, open_vae
 from opensora_repro.kernels.transfer import to_device
 from opensora_repro.parallel.device import read_here, return_memory
-from opensora_repro.training.batch import Encoded
-from opensora_repro.training.feed import CacheRows
 
 TEXT_MEMORY = 256 << 20  # bytes of caption embeddings kept, so that a caption met again is not encoded again
-FROZEN_HASHES = "frozen-files.json"  # in a cache's folder: the frozen models' digests
-FLUSH_EVERY = 256  # samples between the cache's writes: what a killed fill loses at most
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A sample after the frozen models."""
+
+    id: str
+    moments: Tensor  # [2 * Cz, T, h, w] float32: mean and log variance of the latents
+    text: Tensor  # [L, Ct] float32 or bfloat16
+    mask: Tensor  # [L] bool, in host memory
+
+    def cpu(self) -> Encoded:
+        return Encoded(self.id, self.moments.cpu(), self.text.cpu(), self.mask.cpu())
 
 
 class Encoder:
@@ -148,100 +150,3 @@ def skipped_models(not_loaded: Sequence[Sequence[str]]) -> str:
 def frozen_dtype(cfg: Config, device: torch.device) -> torch.dtype:
     """bfloat16 on a GPU that trains in it, as the published runs did."""
     return torch.bfloat16 if device.type == "cuda" and cfg.train.dtype == "bf16" else torch.float32
-
-
-def cache_fingerprint(cfg: Config, encoder: Encoder) -> str:
-    """Digest of all that an encoded sample depends on, but for its row and its draw.
-
-    The frozen models enter by their files' digests, which `data.cache` remembers.
-    """
-    hash_file = HashMemo(Path(cfg.data.cache) / FROZEN_HASHES)
-    keys = ("num_frames", "frame_interval", "height", "width", "flip", "draws")
-    content = {
-        "vae": encoder.vae.fingerprint(hash_file),
-        "text": encoder.text.fingerprint(hash_file),
-        "max_length": cfg.model.model_max_length,
-        "half": encoder.half,
-        "text dtype": str(encoder.text_dtype),
-        "data": {key: getattr(cfg.data, key) for key in keys},
-        "seed": cfg.run.seed,
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def fill_cache(
-    dataset: ClipDataset,
-    rows: CacheRows,
-    share: tuple[int, int],
-    encoder: Encoder,
-    cache: LatentCache,
-    *,
-    num_workers: int,
-    set_aside: Callable[[BadSample], None],
-    stopped: Callable[[], bool],
-    attempted: Callable[[int], None] = lambda index: None,
-) -> None:
-    """Encode what the cache lacks of every sample's draws; what a killed fill wrote is kept.
-
-    `share` is (rank, world size): each process fills its rows. `attempted` is told each row's index, with every draw.
-    Ends early once `stopped()`. Raises OSError where the cache cannot be written, TrainingError without its loaders.
-    """
-    from tqdm import tqdm
-
-    draws = dataset.cfg.draws
-    missing = set(cache.missing(rows.keys(draws)))
-    # A share is every so many rows of all, not of those missing: others write while this one looks. A row's draws stay
-    # together, so that its caption is encoded once.
-    own = range(share[0], len(rows.names), share[1])
-    todo = [(draw, i) for i in own for draw in range(draws) if (rows.names[i], draw) in missing]
-    if not todo:
-        return
-    interval = 0.5 if sys.stderr.isatty() else 15.0
-    with tqdm(
-        total=len(todo), desc="encoding", unit="clip", mininterval=interval, dynamic_ncols=True, disable=share[0] > 0
-    ) as bar:
-        try:
-            samples = encoder.encoded(sample for _, _, sample in _load(dataset, todo, num_workers))
-            for done, ((draw, index), sample) in enumerate(zip(todo, samples, strict=True), start=1):
-                attempted(index)
-                if isinstance(sample, BadSample):
-                    set_aside(sample)
-                else:
-                    entry = {"moments": sample.moments, "text": sample.text, "mask": sample.mask}
-                    cache.put((rows.names[index], draw), entry)
-                if done % FLUSH_EVERY == 0:
-                    cache.flush()
-                bar.update(1)
-                if stopped():
-                    break
-        except TrainingError:
-            cache.flush()
-            raise
-    cache.flush()
-
-
-def load_listed(dataset: ClipDataset, indices: list[int], num_workers: int) -> Iterator[Clip | BadSample]:
-    """The samples of these indexes, in order."""
-    for _, _, sample in _load(dataset, [(0, index) for index in indices], num_workers):
-        yield sample
-
-
-class _Listed:
-    """A sampler of listed (draw, index) pairs, one a batch, for the loader."""
-
-    def __init__(self, pairs: list[tuple[int, int]]) -> None:
-        self._pairs = pairs
-
-    def batch(self, step: int) -> SampleBatch:
-        return SampleBatch([self._pairs[step]])
-
-
-def _load(
-    dataset: ClipDataset, pairs: list[tuple[int, int]], num_workers: int
-) -> Iterator[tuple[int, int, Clip | BadSample]]:
-    loader = build_loader(dataset, _Listed(pairs), 0, len(pairs), num_workers)
-    try:
-        for (draw, index), (sample,) in zip(pairs, loader, strict=True):
-            yield draw, index, sample
-    except LoaderDied as error:
-        raise TrainingError(str(error)) from error

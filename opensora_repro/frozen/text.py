@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from opensora_repro.files import sha256_of
 from opensora_repro.frozen.pretrained import FrozenModel, HashFile, ModelNotFound, check_complete
 from opensora_repro.kernels.transfer import to_device
+from opensora_repro.models.stdit import STDiT
 
 if TYPE_CHECKING:
     from opensora_repro.config import TextConfig
@@ -341,3 +342,10 @@ def _check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
         raise ValueError("its tokenizer knows no letters; are the tokenizer's files there?")
     if len(tokenizer) > vocab_size:
         raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, the model embeds {vocab_size}")
+
+
+@torch.no_grad()
+def take_null_caption(model: STDiT, text: T5Text) -> None:
+    """For weights without a null caption (diffusers'): the empty text's encoding, as their pipelines use it."""
+    encoded, _ = text.encode([""])
+    model.y_embedder.y_embedding.copy_(encoded[0])

@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import importlib.util
-import logging
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -25,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from opensora_repro.config import ParallelConfig
-from opensora_repro.errors import EngineError
 from opensora_repro.parallel.device import choose_device
 from opensora_repro.parallel.in_backward import StepInBackward
 from opensora_repro.parallel.mesh import Mesh, launched_as
@@ -259,39 +255,3 @@ class TorchEngine:
         if dist.is_initialized():
             dist.destroy_process_group()
         self.watchdog.close()
-
-
-def build_engine(cfg: ParallelConfig, device: str | None = None) -> TorchEngine:
-    """The engine that `parallel.engine` names. Raises EngineError where it cannot run here."""
-    if cfg.engine == "torch":
-        return TorchEngine(cfg, device)
-    try:
-        return _colossal_engine(cfg.plugin)(cfg, device)
-    except ModuleNotFoundError as error:
-        raise _not_installed(str(error.name).split(".")[0]) from None
-
-
-def check_installed(cfg: ParallelConfig) -> None:
-    """Raise EngineError where the package of `parallel.engine` is absent; nothing is imported."""
-    if cfg.engine != "torch" and importlib.util.find_spec("colossalai") is None:
-        raise _not_installed("colossalai")
-
-
-def _not_installed(package: str) -> EngineError:
-    return EngineError(
-        f'parallel.engine = "colossalai": the package {package} is not installed: '
-        'pip install colossalai, or set parallel.engine=torch (plugin "ddp")'
-    )
-
-
-def _colossal_engine(plugin: str) -> type[TorchEngine]:
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which ColossalAI imports, and nobody here uses
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # ColossalAI's, about packages that would serve others
-        if plugin == "gemini":
-            from opensora_repro.parallel.gemini import GeminiEngine
-
-            return GeminiEngine
-        from opensora_repro.parallel.colossal import ColossalEngine
-
-        return ColossalEngine

@@ -12,10 +12,10 @@ from safetensors import SafetensorError
 from opensora_repro.data.dataset import BadSample
 from opensora_repro.data.sampler import interleave
 from opensora_repro.errors import TrainingError
-from opensora_repro.frozen.encoder import Encoder
+from opensora_repro.frozen.encoder import Encoded, Encoder
 from opensora_repro.parallel.device import SideStream
 from opensora_repro.parallel.peers import Peers
-from opensora_repro.training.batch import Batch, BatchBuilder, Encoded
+from opensora_repro.training.batch import Batch, BatchBuilder
 from opensora_repro.training.feed import Sample
 
 

@@ -11,21 +11,9 @@ from torch import Tensor
 from opensora_repro.data.keyed import keyed_generator
 from opensora_repro.diffusion.flow import count_frames, count_tokens
 from opensora_repro.diffusion.objective import Objective
+from opensora_repro.frozen.encoder import Encoded
 from opensora_repro.frozen.vae import FrameVAE
 from opensora_repro.kernels.transfer import to_device
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A sample after the frozen models."""
-
-    id: str
-    moments: Tensor  # [2 * Cz, T, h, w] float32: mean and log variance of the latents
-    text: Tensor  # [L, Ct] float32 or bfloat16
-    mask: Tensor  # [L] bool, in host memory
-
-    def cpu(self) -> Encoded:
-        return Encoded(self.id, self.moments.cpu(), self.text.cpu(), self.mask.cpu())
 
 
 @dataclass(frozen=True)

@@ -123,8 +123,8 @@ def _report(cfg: Config, stage: Stage, outcome: Outcome, seconds: float) -> None
 
 
 def _is_user_mistake(error: ValueError) -> bool:
-    from opensora_repro.data.manifest import DataError
     from opensora_repro.data.video import DecodeError
+    from opensora_repro.errors import DataError
 
     if isinstance(error, ConfigError | DataError | DecodeError):
         return True

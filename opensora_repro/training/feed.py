@@ -11,7 +11,7 @@ from opensora_repro.data.cache import LatentCache
 from opensora_repro.data.dataset import BadSample, Clip, ClipDataset, LoaderDied, build_loader
 from opensora_repro.data.sampler import SharedBatches
 from opensora_repro.errors import TrainingError
-from opensora_repro.training.batch import Encoded
+from opensora_repro.frozen.encoder import Encoded
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from opensora_repro.config import Config, ConfigError, load_recorded
 from opensora_repro.files import sha256_of
-from opensora_repro.frozen.encoder import FROZEN_HASHES, Encoder, open_encoder
+from opensora_repro.frozen.encoder import Encoder, open_encoder
 from opensora_repro.frozen.hashes import HashMemo
 from opensora_repro.frozen.pretrained import FrozenModel, HashFile, ModelNotFound
 from opensora_repro.run_folder import CONFIG_FILE
 from opensora_repro.training.feed import ids_fingerprint
+from opensora_repro.training.fill import FROZEN_HASHES
 from opensora_repro.training.init import Start
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from opensora_repro.training.checkpoint import TrainState, newest_checkpoint
 from opensora_repro.weights.load import LoadReport, load_model_weights
 
 if TYPE_CHECKING:
-    from opensora_repro.frozen.text import T5Text
+    pass
 
 # What may change between a run's start and its continuation, because it changes no step already made and no later one
 # by more than rounding. Samples a step are compared as a whole, so that they can be shared out anew.
@@ -168,13 +168,6 @@ def _is_there(path: Path) -> bool:
     except FileNotFoundError:
         return False
     return True
-
-
-@torch.no_grad()
-def take_null_caption(model: STDiT, text: T5Text) -> None:
-    """For weights without a null caption (diffusers'): the empty text's encoding, as their pipelines use it."""
-    encoded, _ = text.encode([""])
-    model.y_embedder.y_embedding.copy_(encoded[0])
 
 
 def write_weights_report(run_dir: Path, report: LoadReport) -> None:

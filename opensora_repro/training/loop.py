@@ -11,10 +11,9 @@ import torch
 
 from opensora_repro.config import Config
 from opensora_repro.data.dataset import BadSample
-from opensora_repro.data.manifest import DataError
 from opensora_repro.data.sampler import drawn
 from opensora_repro.diffusion.objective import Objective
-from opensora_repro.errors import TrainingError, cannot_write, is_out_of_memory, out_of_memory
+from opensora_repro.errors import DataError, TrainingError, cannot_write, is_out_of_memory, out_of_memory
 from opensora_repro.frozen.encoder import Encoder
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.parallel.device import HostValues

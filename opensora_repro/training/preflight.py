@@ -20,8 +20,8 @@ from opensora_repro.frozen.encoder import open_encoder
 from opensora_repro.frozen.pretrained import ModelNotFound
 from opensora_repro.frozen.text import T5Text, read_cleaned
 from opensora_repro.kernels.choice import choose
+from opensora_repro.parallel.build import check_installed
 from opensora_repro.parallel.device import total_memory
-from opensora_repro.parallel.engine import check_installed
 from opensora_repro.parallel.mesh import Mesh
 from opensora_repro.planning.encoders import frozen_sizes
 from opensora_repro.planning.gpus import usable_bytes

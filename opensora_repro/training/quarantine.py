@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from opensora_repro.data.dataset import BadSample
-from opensora_repro.data.manifest import DataError
-from opensora_repro.errors import TrainingError
+from opensora_repro.errors import DataError, TrainingError
 from opensora_repro.run_folder import QUARANTINE_FILE, JsonLines
 
 JUDGED_FROM = 20  # samples seen: the share of fewer says little, unless there are no more

@@ -15,13 +15,11 @@ from opensora_repro.data.dataset import ClipDataset
 from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.sampler import BatchSampler, SharedBatches
 from opensora_repro.diffusion.objective import build_objective
-from opensora_repro.frozen.encoder import (
-    cache_fingerprint,
-    open_encoder,
-    skipped_models,
-)
+from opensora_repro.frozen.encoder import open_encoder, skipped_models
+from opensora_repro.frozen.text import take_null_caption
 from opensora_repro.kernels.choice import choose
-from opensora_repro.parallel.engine import Engine, build_engine
+from opensora_repro.parallel.build import build_engine
+from opensora_repro.parallel.engine import Engine
 from opensora_repro.parallel.preflight import check_same, config_facts, weights_digest
 from opensora_repro.run_folder import claimed_run_folder, clean_leftovers, list_checkpoints, write_config
 from opensora_repro.sampling.generate import check_fit
@@ -30,9 +28,9 @@ from opensora_repro.training.checkpoint import load_checkpoint, read_state
 from opensora_repro.training.compile import apply_compile, compiles
 from opensora_repro.training.ema import Ema, horizon_warning
 from opensora_repro.training.feed import CacheFeed, CacheRows, ClipFeed, Feed, ids_fingerprint
-from opensora_repro.training.fill import fill_together
+from opensora_repro.training.fill import cache_fingerprint, fill_together
 from opensora_repro.training.identity import check_manifest
-from opensora_repro.training.init import Start, build_model, find_start, take_null_caption, write_weights_report
+from opensora_repro.training.init import Start, build_model, find_start, write_weights_report
 from opensora_repro.training.loop import Trainer
 from opensora_repro.training.metrics import RunLog
 from opensora_repro.training.optim import build_optimizer, check_processes

@@ -9,12 +9,11 @@ import torch
 from opensora_repro.config import Config
 from opensora_repro.data.dataset import BadSample, ClipDataset
 from opensora_repro.data.keyed import keyed_generator, keyed_seed
-from opensora_repro.data.manifest import DataError
 from opensora_repro.diffusion.objective import Objective
-from opensora_repro.errors import TrainingError
-from opensora_repro.frozen.encoder import Encoder, load_listed
+from opensora_repro.errors import DataError, TrainingError
+from opensora_repro.frozen.encoder import Encoded, Encoder
 from opensora_repro.parallel.engine import Engine
-from opensora_repro.training.batch import Encoded
+from opensora_repro.training.fill import load_listed
 from opensora_repro.training.forward import ModelRunner
 from opensora_repro.training.quarantine import Quarantine
 

@@ -16,7 +16,7 @@ import torch
 from opensora_repro.config import OptimConfig, ParallelConfig
 from opensora_repro.models.config import STDiTConfig
 from opensora_repro.models.stdit import STDiT
-from opensora_repro.parallel.engine import build_engine
+from opensora_repro.parallel.build import build_engine
 from opensora_repro.training.optim import build_optimizer
 from tests.training_world import (
     World,

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from opensora_repro.config import Config, DiffusionConfig, dump_toml
 from opensora_repro.models.config import DiTConfig, STDiTConfig
+from opensora_repro.sampling.source import empty_model, find_source
 from opensora_repro.weights.catalog import load_catalog
 from opensora_repro.weights.load import load_model_weights
-from opensora_repro.weights.source import empty_model, find_source
 from stages.weights import main
 from tests.published_files import FRAMES, HEADS, PUBLISHED, ROWS, VIDEO, make_model, position_tables, publish
 

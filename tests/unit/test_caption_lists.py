@@ -12,7 +12,7 @@ import pytest
 
 from opensora_repro.data.caption import join
 from opensora_repro.data.caption.join import captions_of
-from opensora_repro.data.manifest import DataError
+from opensora_repro.errors import DataError
 
 
 def clip(identity: str, path: str, source: str | None = None, span: tuple[float, float] | None = None) -> dict:

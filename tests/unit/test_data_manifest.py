@@ -11,7 +11,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from opensora_repro.data.manifest import DataError, read_manifest, write_manifest
+from opensora_repro.data.manifest import read_manifest, write_manifest
+from opensora_repro.errors import DataError
 
 
 def rows(**changes: Any) -> pd.DataFrame:

@@ -5,7 +5,7 @@ import pytest
 
 from opensora_repro.data.columns import truths
 from opensora_repro.data.filter.expressions import compile_expression, split_conjunction, threshold_of
-from opensora_repro.data.manifest import DataError
+from opensora_repro.errors import DataError
 
 BATCH = pa.RecordBatch.from_pydict(
     {

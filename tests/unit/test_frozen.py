@@ -20,15 +20,10 @@ from opensora_repro.data.dataset import BadSample, Clip
 from opensora_repro.files import sha256_of
 from opensora_repro.frozen import encoder as encode
 from opensora_repro.frozen import hashes
-from opensora_repro.frozen.encoder import (
-    Encoder,
-    cache_fingerprint,
-    open_encoder,
-    skipped_models,
-)
+from opensora_repro.frozen.encoder import Encoded, Encoder, open_encoder, skipped_models
 from opensora_repro.frozen.hashes import HashMemo
 from opensora_repro.frozen.pretrained import ModelNotFound
-from opensora_repro.training.batch import Encoded
+from opensora_repro.training.fill import cache_fingerprint
 from tests.tiny_models import TINY_LATENT_CHANNELS, TINY_STRIDE, TINY_TEXT_CHANNELS, make_tiny_text, make_tiny_vae
 
 CPU = torch.device("cpu")

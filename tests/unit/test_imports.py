@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,36 +15,30 @@ import pytest
 REPO = Path(__file__).resolve().parents[2]
 OURS = ("opensora_repro", "stages", "data_tools", "benchmarks", "tests")
 
-# Longest prefix wins. A part may always import itself; `opensora_repro.config` (sections and ConfigError) is open to
-# all but the modules that must be usable without any run configuration.
-CONFIG = "opensora_repro.config"
+# From the ground up: a room uses what stands above it in this list, and its own.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("errors", "files", "process"),
+    ("kernels",),
+    ("models",),
+    ("config",),
+    ("diffusion",),
+    ("data",),
+    ("parallel",),
+    ("run_folder",),
+    ("weights",),
+    ("frozen",),
+    ("planning",),
+    ("sampling",),
+    ("training",),
+    ("demo",),
+)
 LIBRARY = "opensora_repro"
-MAY_IMPORT: dict[str, tuple[str, ...]] = {
-    "opensora_repro.config": ("opensora_repro.models.config",),
-    "opensora_repro.config.sections": ("opensora_repro.models.config",),
-    "opensora_repro.config.checks": ("opensora_repro.config.sections", "opensora_repro.models.config"),
-    "opensora_repro.config.toml": ("opensora_repro.config.sections", "opensora_repro.config.checks"),
-    "opensora_repro.kernels": (),
-    "opensora_repro.models": ("opensora_repro.kernels", CONFIG),
-    "opensora_repro.models.config": (),
-    "opensora_repro.models.layers": ("opensora_repro.models", "opensora_repro.kernels"),
-    "opensora_repro.models.cross_attention": ("opensora_repro.models", "opensora_repro.kernels"),
-    "opensora_repro.models.stdit": ("opensora_repro.models", "opensora_repro.kernels"),
-    "opensora_repro.diffusion": ("opensora_repro.kernels", CONFIG),
-    "opensora_repro.data": (CONFIG,),
-    "opensora_repro.parallel": (CONFIG,),
-    "opensora_repro.training": (
-        CONFIG,
-        "opensora_repro.models",
-        "opensora_repro.kernels",
-        "opensora_repro.diffusion",
-        "opensora_repro.data",
-        "opensora_repro.parallel",
-    ),
-    "opensora_repro.demo": (LIBRARY, "data_tools"),
+STANDS_ON = {  # of what stands outside the library
     "stages": (LIBRARY,),
     "stages.demo": (LIBRARY, "stages", "data_tools"),
-    "data_tools": (CONFIG, "opensora_repro.data", "opensora_repro.models"),
+    "data_tools": tuple(
+        f"{LIBRARY}.{room}" for room in ("errors", "files", "process", "config", "data", "weights", "frozen")
+    ),
     "benchmarks": (LIBRARY, "data_tools", "stages", "tests.golden"),
 }
 
@@ -82,9 +77,9 @@ def is_module(name: str) -> bool:
     return path.is_dir() or path.with_suffix(".py").is_file()
 
 
-def imports(path: Path) -> Iterator[tuple[int, str]]:
+def imports(path: Path, name: str = "") -> Iterator[tuple[int, str]]:
     """Line and absolute name of everything the file imports, inside functions and `if TYPE_CHECKING` too."""
-    package = module_name(path).split(".")
+    package = (name or module_name(path)).split(".")
     if path.name != "__init__.py":
         package = package[:-1]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -103,28 +98,42 @@ def inside(name: str, part: str) -> bool:
     return name == part or name.startswith(part + ".")
 
 
-def rule_for(name: str) -> tuple[str, tuple[str, ...]]:
-    parts = [part for part in MAY_IMPORT if inside(name, part)]
-    assert parts, f"{name}: a new part of the house; say in MAY_IMPORT what it may import"
-    part = max(parts, key=len)
-    return part, MAY_IMPORT[part]
+def may_import(name: str) -> tuple[str, ...]:
+    """What a module may import besides its own room."""
+    parts = name.split(".")
+    if parts[0] != LIBRARY:
+        return STANDS_ON[max((part for part in STANDS_ON if inside(name, part)), key=len)]
+    if len(parts) == 1:
+        return ()
+    number = next((i for i, rooms in enumerate(FLOORS) if parts[1] in rooms), None)
+    assert number is not None, f"{name}: a new room of the house; say in FLOORS where it stands"
+    return tuple(f"{LIBRARY}.{room}" for floor in FLOORS[:number] for room in floor)
 
 
-def test_parts_import_only_what_the_design_allows() -> None:
+def room_of(name: str) -> str:
+    parts = name.split(".")
+    return ".".join(parts[:2]) if parts[0] == LIBRARY else parts[0]
+
+
+def test_rooms_use_what_stands_above_them() -> None:
     wrong = []
     files = python_files("opensora_repro", "stages", "data_tools", "benchmarks")
     for path in files:
         name = module_name(path)
-        if path.name == "__init__.py" and not list(imports(path)):
-            continue
-        part, allowed = rule_for(name)
+        allowed = (room_of(name), *may_import(name))
         for line, imported in imports(path):
-            if imported.split(".")[0] not in OURS:
-                continue
-            if not any(inside(imported, target) for target in (part, *allowed)):
+            if imported.split(".")[0] in OURS and not any(inside(imported, target) for target in allowed):
                 wrong.append(f"{path.relative_to(REPO)}:{line} imports {imported}")
     assert len(files) > 20
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    graph = {module_name(path): {name for _, name in imports(path)} for path in python_files("opensora_repro")}
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
 
 
 def test_packages_of_data_stand_on_its_root_and_on_jobs() -> None:
@@ -145,18 +154,15 @@ def test_packages_of_data_stand_on_its_root_and_on_jobs() -> None:
 
 def test_the_walk_sees_a_forbidden_import(tmp_path: Path) -> None:
     """The rule above is only worth something if a breach of it is seen, wherever it stands in a file."""
-    assert rule_for("opensora_repro.models.stdit") == (
-        "opensora_repro.models.stdit",
-        ("opensora_repro.models", "opensora_repro.kernels"),
-    )
-    path = REPO / "opensora_repro" / "models" / "__init__.py"
-    assert module_name(path) == "opensora_repro.models"
-    tree = tmp_path / "example.py"
-    tree.write_text("def f():\n    from opensora_repro.training import checkpoint\n    import colossalai.booster\n")
-    found = [node for node in ast.walk(ast.parse(tree.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert len(found) == 2
+    tree = REPO / "opensora_repro" / "models" / "example.py"
+    code = "def f():\n    from opensora_repro.training import checkpoint\n    import colossalai.booster\n"
+    (tmp_path / "example.py").write_text(code)
+    found = [name for _, name in imports(tmp_path / "example.py", module_name(tree))]
+    assert found == ["opensora_repro.training.checkpoint", "colossalai.booster"]
+    allowed = may_import("opensora_repro.models.example")
+    assert not any(inside(found[0], target) for target in allowed)
+    assert inside("opensora_repro.kernels.ops", allowed[-1])
     assert not inside("opensora_repro.models_extra", "opensora_repro.models")
-    assert not any(inside("opensora_repro.training.checkpoint", t) for t in MAY_IMPORT["opensora_repro.models.stdit"])
 
 
 def test_cuda_is_called_by_the_device_helpers_alone() -> None:

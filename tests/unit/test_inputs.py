@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 
 from opensora_repro.data.inputs import Item, content_digest, find_inputs
-from opensora_repro.data.manifest import DataError, read_table
+from opensora_repro.data.manifest import read_table
 from opensora_repro.data.outcome import MANIFEST, REJECTS, reject, with_types, write_outcome, write_rows
+from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
 
 NAMES = ["-dash.mp4", "UPPER.MOV", "a 'b', \"c\"\nd.mp4", "sub/имя 视频.webm", "sub/x.mp4/inside.mkv"]

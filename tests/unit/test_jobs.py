@@ -18,8 +18,8 @@ import pytest
 from opensora_repro.data.jobs import cluster, gpus
 from opensora_repro.data.jobs.run import Job, Runner, add_runner_options, run_jobs, runner_of
 from opensora_repro.data.jobs.workers import Task, num_cores, run_here
-from opensora_repro.data.manifest import DataError
 from opensora_repro.data.progress import progress
+from opensora_repro.errors import DataError
 from opensora_repro.files import beside
 from tests import job_works
 from tests.job_works import misbehave, square

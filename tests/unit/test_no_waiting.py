@@ -30,11 +30,10 @@ from opensora_repro.config import (
     VaeConfig,
 )
 from opensora_repro.data.dataset import BadSample, Clip
-from opensora_repro.frozen.encoder import Encoder
+from opensora_repro.frozen.encoder import Encoded, Encoder
 from opensora_repro.frozen.text import load_text_encoder
 from opensora_repro.frozen.vae import load_vae
 from opensora_repro.models.config import STDiTConfig
-from opensora_repro.training.batch import Encoded
 from opensora_repro.training.loop import Trainer
 from tests.tiny_models import TINY_TEXT_CHANNELS, make_tiny_text, make_tiny_vae
 

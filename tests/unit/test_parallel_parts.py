@@ -15,7 +15,7 @@ from torch import nn
 from opensora_repro.config import ParallelConfig
 from opensora_repro.data.sampler import BatchSampler, SharedBatches, interleave
 from opensora_repro.errors import EngineError
-from opensora_repro.parallel.engine import build_engine
+from opensora_repro.parallel.build import build_engine
 from opensora_repro.parallel.mesh import Mesh
 from opensora_repro.parallel.tensor import Cut
 from opensora_repro.run_folder import list_checkpoints

@@ -13,8 +13,9 @@ import pytest
 
 from opensora_repro.config import ConfigError, DataConfig
 from opensora_repro.data import preflight
-from opensora_repro.data.manifest import DataError, read_manifest
+from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.preflight import SAMPLED_ROWS, Survey, keyed_sample, require_usable, survey, table, warnings
+from opensora_repro.errors import DataError
 from opensora_repro.process import HostMemory, host_memory
 from opensora_repro.training.init import check_folder
 

@@ -11,8 +11,9 @@ import pytest
 
 from opensora_repro.data import csv_tables
 from opensora_repro.data.ids import Seen
-from opensora_repro.data.manifest import DataError, read_table
+from opensora_repro.data.manifest import read_table
 from opensora_repro.data.tables import Absolute, Rebase, open_table, table_writer
+from opensora_repro.errors import DataError
 
 
 @pytest.fixture(autouse=True)

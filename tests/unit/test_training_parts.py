@@ -17,9 +17,8 @@ import torch
 
 from opensora_repro.config import Config, ConfigError, OptimConfig, dump_toml
 from opensora_repro.data.dataset import BadSample
-from opensora_repro.data.manifest import DataError
 from opensora_repro.data.sampler import BatchSampler, drawn
-from opensora_repro.errors import TrainingError
+from opensora_repro.errors import DataError, TrainingError
 from opensora_repro.kernels.adamw import FusedAdamW
 from opensora_repro.models.config import STDiTConfig
 from opensora_repro.models.stdit import STDiT

@@ -13,9 +13,9 @@ from typing import Any
 
 from opensora_repro.data.caption.chat import Answer, Endpoint, NoAnswer, Stopped
 from opensora_repro.data.jobs.records import finished, write_record
-from opensora_repro.data.manifest import DataError
 from opensora_repro.data.progress import progress
 from opensora_repro.data.video import DecodeError
+from opensora_repro.errors import DataError
 from opensora_repro.files import remove_leftovers
 
 IN_A_ROW = 3  # questions without an answer, after all their tries, that end a run

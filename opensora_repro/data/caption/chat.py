@@ -22,7 +22,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from opensora_repro.data.manifest import DataError
+from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
 
 AGAIN = frozenset((408, 409, 425, 429))  # and 5xx: statuses of which the next try may be rid

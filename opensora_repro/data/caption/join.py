@@ -13,7 +13,8 @@ from opensora_repro.data.caption.lists import FRAME, CaptionList, Entry, Row, Wa
 from opensora_repro.data.caption.names import SHOWN, Found, NameIndex
 from opensora_repro.data.caption.text import EMPTY, Caption, judged
 from opensora_repro.data.caption_values import CAPTION_KEYS, texts_in
-from opensora_repro.data.manifest import DataError, is_missing
+from opensora_repro.data.manifest import is_missing
+from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
 
 SLACK = 0.1  # share of a clip that may reach into a neighbouring span: cuts are found to within a frame or two

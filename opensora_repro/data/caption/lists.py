@@ -28,7 +28,8 @@ from typing import Any
 from opensora_repro.data.caption.names import forms_of, is_named
 from opensora_repro.data.caption_values import CAPTION_KEYS, texts_in
 from opensora_repro.data.csv_rows import as_written, csv_names, csv_rows
-from opensora_repro.data.manifest import DataError, is_missing, read_names, reading
+from opensora_repro.data.manifest import is_missing, read_names, reading
+from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
 
 CHUNK = 1 << 15  # rows

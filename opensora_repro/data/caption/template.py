@@ -11,7 +11,8 @@ from typing import Any
 
 from opensora_repro.data.caption.lists import source_of
 from opensora_repro.data.csv_rows import inert
-from opensora_repro.data.manifest import DataError, is_missing
+from opensora_repro.data.manifest import is_missing
+from opensora_repro.errors import DataError
 from opensora_repro.files import one_line, writing
 
 COLUMNS = ("id", "path", "source", "shows", "caption")

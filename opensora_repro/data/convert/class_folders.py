@@ -14,8 +14,8 @@ from pathlib import Path
 
 from opensora_repro.data.convert.source import Refuse, Source, refusal, source_of_rows
 from opensora_repro.data.inputs import files_below
-from opensora_repro.data.manifest import DataError
 from opensora_repro.data.outcome import Row
+from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
 
 SPLITS = ("train", "val", "test", "videos", "images", "UCF-101")  # folders that hold class folders

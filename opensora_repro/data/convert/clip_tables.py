@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from opensora_repro.data.convert.source import Refuse, Source, refusal
-from opensora_repro.data.manifest import DataError
 from opensora_repro.data.outcome import LINEAGE, MANIFEST, schema_of
 from opensora_repro.data.tables import Table, open_table
+from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
 
 # Open-Sora 1.0 writes the first three; its successors write all of them, under a header.

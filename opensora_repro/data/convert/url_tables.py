@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from opensora_repro.data.convert.source import Refuse, refusal
-from opensora_repro.data.manifest import DataError
 from opensora_repro.data.outcome import Row
 from opensora_repro.data.tables import open_table
+from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
 
 COLUMNS = {

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from opensora_repro.data.download.fetch import Failed, Limits, TooLarge, checked_url
-from opensora_repro.data.manifest import DataError
+from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
 
 TETHER = Path(__file__).with_name("tethered.py")

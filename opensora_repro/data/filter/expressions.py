@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from opensora_repro.data.columns import NULL, NUMBER, TEXT, TRUTH, Value, column_of, whole
-from opensora_repro.data.manifest import DataError
+from opensora_repro.errors import DataError
 
 MAX_CHARACTERS = 10_000
 FUNCTIONS = ("abs", "len", "lower", "contains", "startswith", "endswith", "missing", "column")

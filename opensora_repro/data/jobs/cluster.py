@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from opensora_repro.data.jobs.workers import Done, Steps, Task, Worker, num_cores, one_reason, surroundings, wait
-from opensora_repro.data.manifest import DataError
+from opensora_repro.errors import DataError
 
 
 def import_ray() -> Any:

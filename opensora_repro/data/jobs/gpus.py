@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from opensora_repro.data.manifest import DataError
+from opensora_repro.errors import DataError
 
 
 def visible_gpus() -> list[str]:

@@ -20,8 +20,8 @@ from opensora_repro.data.jobs.cluster import import_ray, run_over_ray
 from opensora_repro.data.jobs.gpus import visible_gpus
 from opensora_repro.data.jobs.records import finished, write_record
 from opensora_repro.data.jobs.workers import Steps, Task, Work, num_cores, run_here
-from opensora_repro.data.manifest import DataError
 from opensora_repro.data.progress import progress
+from opensora_repro.errors import DataError
 from opensora_repro.files import remove_leftovers
 
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from opensora_repro.config import ConfigError, read_toml, toml_value
 from opensora_repro.data.jobs.run import add_runner_options
-from opensora_repro.data.manifest import DataError
+from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
 
 RUN, REPORT = "run", "report"  # sections that are no stage: options of all tools that have them; of the page at the end

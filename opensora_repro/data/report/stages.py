@@ -11,10 +11,10 @@ from typing import Any
 
 from opensora_repro.data.columns import numbers
 from opensora_repro.data.inputs import TABLE_SUFFIXES
-from opensora_repro.data.manifest import DataError
 from opensora_repro.data.report.reasons import Reasons
 from opensora_repro.data.report.rows import batches, numeric
 from opensora_repro.data.tables import EmptyTableError, Table, open_table
+from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
 
 MANIFEST_FILE, REJECTS_FILE, RULES_FILE = "manifest.parquet", "rejects.parquet", "filter.json"

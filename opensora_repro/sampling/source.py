@@ -10,7 +10,14 @@ import torch
 
 from opensora_repro.config import Config, ConfigError, load_recorded
 from opensora_repro.frozen.encoder import frozen_dtype
-from opensora_repro.frozen.text import ClassLabels, ConditionEncoder, T5Text, open_clip_text, open_text_encoder
+from opensora_repro.frozen.text import (
+    ClassLabels,
+    ConditionEncoder,
+    T5Text,
+    open_clip_text,
+    open_text_encoder,
+    take_null_caption,
+)
 from opensora_repro.frozen.vae import FrameVAE, open_vae
 from opensora_repro.models.config import DiTConfig, STDiTConfig
 from opensora_repro.models.dit import DiT
@@ -21,7 +28,6 @@ from opensora_repro.planning.sampling import sampling_memory
 from opensora_repro.process import host_memory
 from opensora_repro.run_folder import CONFIG_FILE, STATE_FILE, list_checkpoints, list_steps
 from opensora_repro.sampling.generate import check_fit
-from opensora_repro.training.init import take_null_caption
 from opensora_repro.weights.files import WeightsFile, open_weights, recorded_sha256
 from opensora_repro.weights.load import LoadReport, load_model_weights
 from opensora_repro.weights.published import describe
