@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ NUM_THREADS = int(os.environ.get("OMP_NUM_THREADS") or (1 if BESIDE_OTHERS else 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would download something fails instead
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
+# A shell starts what it runs in the background with Ctrl-C ignored, and what the tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONGEST = ("e2e", "distributed")  # folders
 NO_REFERENCE = "reference data not found"
