@@ -14,13 +14,14 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opensora_repro.files import beside, naming, remove_leftovers
 
 if TYPE_CHECKING:
+    import pandas as pd
     import torch
 
 Key = tuple[str, int]  # sample id, draw
@@ -187,3 +188,29 @@ def _read_header(path: Path) -> tuple[list[str], str]:
     if path.stat().st_size != 8 + length + end:
         raise ValueError("shorter than its header says")
     return list(header), fingerprint
+
+
+class CacheRows:
+    """A manifest's rows under names that change with what they hold.
+
+    So a clip or caption that was changed is encoded again, and rows that were added leave the others' entries valid.
+    """
+
+    def __init__(self, frame: pd.DataFrame) -> None:
+        self.ids: list[str] = frame["id"].tolist()
+        self.paths: list[str] = frame["path"].tolist()
+        columns = (self.ids, self.paths, frame["caption"].tolist(), frame["num_frames"].tolist())
+        self.names = [_row_name(*row) for row in zip(*columns, strict=True)]
+
+    def keys(self, draws: int) -> Sequence[tuple[str, int]]:
+        return [(name, draw) for name in self.names for draw in range(draws)]
+
+
+def _row_name(sample_id: str, path: str, caption: str, num_frames: int) -> str:
+    try:
+        stat = os.stat(path)
+        file = f"{stat.st_size} {stat.st_mtime_ns}"
+    except OSError:
+        file = "absent"
+    digest = hashlib.blake2b("\0".join((caption, str(num_frames), file)).encode(), digest_size=8).hexdigest()
+    return f"{sample_id}#{digest}"

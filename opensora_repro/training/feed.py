@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
-from opensora_repro.data.cache import LatentCache
+from opensora_repro.data.cache import CacheRows, LatentCache
 from opensora_repro.data.dataset import BadSample, Clip, ClipDataset, LoaderDied, build_loader
 from opensora_repro.data.sampler import SharedBatches
 from opensora_repro.errors import TrainingError
 from opensora_repro.frozen.encoder import Encoded
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Sample: TypeAlias = "tuple[int, Clip | Encoded | BadSample]"  # with the epoch it is drawn in
 
@@ -73,32 +69,6 @@ class CacheFeed:
             self._held[key] = encoded
             self._held_bytes += size
         return encoded
-
-
-class CacheRows:
-    """A manifest's rows under names that change with what they hold.
-
-    So a clip or caption that was changed is encoded again, and rows that were added leave the others' entries valid.
-    """
-
-    def __init__(self, frame: pd.DataFrame) -> None:
-        self.ids: list[str] = frame["id"].tolist()
-        self.paths: list[str] = frame["path"].tolist()
-        columns = (self.ids, self.paths, frame["caption"].tolist(), frame["num_frames"].tolist())
-        self.names = [_row_name(*row) for row in zip(*columns, strict=True)]
-
-    def keys(self, draws: int) -> Sequence[tuple[str, int]]:
-        return [(name, draw) for name in self.names for draw in range(draws)]
-
-
-def _row_name(sample_id: str, path: str, caption: str, num_frames: int) -> str:
-    try:
-        stat = os.stat(path)
-        file = f"{stat.st_size} {stat.st_mtime_ns}"
-    except OSError:
-        file = "absent"
-    digest = hashlib.blake2b("\0".join((caption, str(num_frames), file)).encode(), digest_size=8).hexdigest()
-    return f"{sample_id}#{digest}"
 
 
 def ids_fingerprint(ids: Sequence[str]) -> str:

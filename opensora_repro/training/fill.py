@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from opensora_repro.config import Config
-from opensora_repro.data.cache import LatentCache
+from opensora_repro.data.cache import CacheRows, LatentCache
 from opensora_repro.data.dataset import BadSample, Clip, ClipDataset, LoaderDied, build_loader
 from opensora_repro.data.sampler import SampleBatch
 from opensora_repro.errors import TrainingError, cannot_write
 from opensora_repro.frozen.encoder import Encoder
 from opensora_repro.frozen.hashes import HashMemo
 from opensora_repro.parallel.engine import Engine
-from opensora_repro.training.feed import CacheRows
 from opensora_repro.training.quarantine import Quarantine
 
 FROZEN_HASHES = "frozen-files.json"  # in a cache's folder: the frozen models' digests

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from opensora_repro.config import Config, dump_toml
 from opensora_repro.config.sections import encodes_after_start, encodes_always, validates
-from opensora_repro.data.cache import LatentCache
+from opensora_repro.data.cache import CacheRows, LatentCache
 from opensora_repro.data.dataset import ClipDataset
 from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.sampler import BatchSampler, SharedBatches
@@ -27,7 +27,7 @@ from opensora_repro.training.batch import BatchBuilder
 from opensora_repro.training.checkpoint import load_checkpoint, read_state
 from opensora_repro.training.compile import apply_compile, compiles
 from opensora_repro.training.ema import Ema, horizon_warning
-from opensora_repro.training.feed import CacheFeed, CacheRows, ClipFeed, Feed, ids_fingerprint
+from opensora_repro.training.feed import CacheFeed, ClipFeed, Feed, ids_fingerprint
 from opensora_repro.training.fill import cache_fingerprint, fill_together
 from opensora_repro.training.identity import check_manifest
 from opensora_repro.training.init import Start, build_model, find_start, write_weights_report
