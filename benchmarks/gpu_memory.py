@@ -95,8 +95,8 @@ def same_numbers(device: torch.device) -> dict[str, Any]:
 
     from benchmarks.gpu_models import small_inputs, small_model
     from opensora_repro.config import OptimConfig
+    from opensora_repro.parallel import offload
     from opensora_repro.parallel.engine import TorchEngine
-    from opensora_repro.training import host_memory
     from opensora_repro.training.ema import Ema
     from opensora_repro.training.optim import build_optimizer
 
@@ -107,12 +107,12 @@ def same_numbers(device: torch.device) -> dict[str, Any]:
         "moments and average in host memory": (dataclasses.replace(plain, offload=True), "full", False),
         "block inputs in host memory": (plain, "full", True),
     }
-    visit, host_memory.VISIT = host_memory.VISIT, 50_000  # many parts, so that they overlap
+    chunk, offload.CHUNK = offload.CHUNK, 50_000  # many parts, so that they overlap
     results: dict[str, list[torch.Tensor]] = {}
     try:
-        for name, (optim, checkpointing, offload) in kinds.items():
+        for name, (optim, checkpointing, activations) in kinds.items():
             model = small_model(temporal_attention=True).to(device)
-            model.activation_checkpointing, model.offload_activations = checkpointing, offload
+            model.activation_checkpointing, model.offload_activations = checkpointing, activations
             engine = TorchEngine(device=str(device))
             engine.prepare(model, build_optimizer(model, optim))
             ema = Ema(engine, 0.9, offload=optim.offload)
@@ -129,7 +129,7 @@ def same_numbers(device: torch.device) -> dict[str, Any]:
             results[name] = [value.detach().cpu() for value in (*engine.masters.values(), *ema.shadow.values())]
             engine.close()
     finally:
-        host_memory.VISIT = visit
+        offload.CHUNK = chunk
     for name, values in results.items():
         assert all(torch.equal(a, b) for a, b in zip(values, results["plain"], strict=True)), name
     return {"tensors": len(results["plain"]), "equal": list(results)[1:]}

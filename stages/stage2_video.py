@@ -24,7 +24,7 @@ def check_start(model: STDiT, cfg: Config, report: LoadReport | None, stride: in
     """A video model made from an image model must still be that image model on every frame."""
     if report is None or not report.inserted_temporal_attention:
         return ()
-    from opensora_repro.training.insertion import assert_equals_image_model
+    from opensora_repro.weights.insertion import assert_equals_image_model
 
     difference = assert_equals_image_model(model)
     lines = [f"temporal attention inserted: on every frame the video model is the image model (to {difference:.1e})"]

@@ -29,7 +29,7 @@ from opensora_repro.planning.sizes import Grid
 FLOAT = 4  # bytes: of weights, of the residual stream, of norms
 HALF = 2
 SHORT_FRAMES = 64  # as kernels/ops.py has it, which needs torch
-VISIT, VISITING_PARTS = 2**24, 3  # moments in host memory come in such parts, see training/host_memory.py
+CHUNK, STREAMED_CHUNKS = 2**24, 3  # moments in host memory come in such chunks, see parallel/offload.py
 # Float32 tensors as large as the latents that the loss saves for its own backward pass, and how many are alive at its
 # largest moment (both counted on a CPU)
 IN_TRANSIT = 2  # blocks' inputs on the way to host memory, or the last ones, which stay
@@ -391,8 +391,8 @@ def step_memory(
     aside = states.weights if evaluates and not cfg.optim.offload else 0.0
     working = max(stepping, encoding + max(lasting * states.gradients, aside))
     if cfg.optim.offload:
-        parts = VISITING_PARTS if device == "cuda" else 1
+        parts = STREAMED_CHUNKS if device == "cuda" else 1
         moments = _spread(cfg.model, parameters, parallel, mesh).optimizer
-        working = max(working, states.gradients + min(moments, parts * 2 * FLOAT * VISIT))
+        working = max(working, states.gradients + min(moments, parts * 2 * FLOAT * CHUNK))
     peak = states.weights + states.optimizer + states.average + encoders + working
     return Memory(states, activations, encoders, encoding, peak)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from opensora_repro.kernels.adamw import FusedAdamW
-from opensora_repro.training.host_memory import to_host, together, visits
+from opensora_repro.parallel.offload import chunks, on_device, to_host
 
 
 class ShowsWeights(Protocol):
@@ -57,8 +57,8 @@ class Ema:
         if not self.offload:
             torch._foreach_lerp_(shadow, masters, weight)
             return
-        for targets, there in zip(together(masters), visits(together(shadow), masters), strict=True):
-            torch._foreach_lerp_(there, targets, weight)
+        for targets, moved in zip(chunks(masters), on_device(chunks(shadow), masters), strict=True):
+            torch._foreach_lerp_(moved, targets, weight)
 
     def _copy(self, value: Tensor) -> Tensor:
         return to_host(value, value.device) if self.offload else value.detach().clone()

@@ -9,7 +9,7 @@ from torch import nn
 
 from opensora_repro.config import ConfigError, OptimConfig
 from opensora_repro.kernels.adamw import FusedAdamW
-from opensora_repro.training.host_memory import HostAdamW
+from opensora_repro.parallel.offload import HostAdamW
 
 
 def build_optimizer(model: nn.Module, cfg: OptimConfig, *, fused: bool = False) -> torch.optim.AdamW:

@@ -27,6 +27,7 @@ from opensora_repro.files import sha256_of, sync_folder, write_text
 from opensora_repro.parallel.device import device_kind
 from opensora_repro.parallel.engine import Engine
 from opensora_repro.parallel.peers import Peers
+from opensora_repro.parallel.tensor_file import TensorFile
 from opensora_repro.run_folder import (
     CONFIG_FILE,
     EMA_FILE,
@@ -39,7 +40,6 @@ from opensora_repro.run_folder import (
 )
 from opensora_repro.training.checkpoint import SCHEMA_VERSION, TrainState, UnwritableCheckpoint, optimizer_pieces
 from opensora_repro.training.ema import Ema
-from opensora_repro.training.tensor_file import TensorFile
 
 
 @dataclass

@@ -13,11 +13,11 @@ from torch import Tensor
 from opensora_repro.config import ConfigError, OptimConfig
 from opensora_repro.models.config import STDiTConfig
 from opensora_repro.models.stdit import STDiT
+from opensora_repro.parallel import offload
 from opensora_repro.parallel.engine import TorchEngine
-from opensora_repro.training import host_memory
+from opensora_repro.parallel.offload import HostAdamW, chunks, on_device
 from opensora_repro.training.checkpoint import optimizer_pieces
 from opensora_repro.training.ema import Ema
-from opensora_repro.training.host_memory import HostAdamW, together, visits
 from opensora_repro.training.optim import build_optimizer, check_processes
 from tests.training_world import World, make_world, metrics, newest_hashes
 
@@ -78,9 +78,9 @@ def assert_equal(run: Run, expected: Run) -> None:
 
 
 @pytest.fixture
-def small_visits(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a tiny model's tensors come in many parts, some of several."""
-    monkeypatch.setattr(host_memory, "VISIT", 3000)
+    monkeypatch.setattr(offload, "CHUNK", 3000)
 
 
 # Within the backward pass
@@ -134,7 +134,7 @@ def test_several_processes_are_refused() -> None:
 # Host memory
 
 
-@pytest.mark.usefixtures("small_visits")
+@pytest.mark.usefixtures("small_chunks")
 def test_state_in_host_memory_is_the_plain_one() -> None:
     offload = OptimConfig(lr=1e-2, weight_decay=0.1, offload=True)
     run = trained(offload)
@@ -143,7 +143,7 @@ def test_state_in_host_memory_is_the_plain_one() -> None:
 
 
 @pytest.mark.parametrize("back", [False, True], ids=["into host memory", "out of it"])
-@pytest.mark.usefixtures("small_visits")
+@pytest.mark.usefixtures("small_chunks")
 def test_state_goes_on_on_the_other_side(back: bool) -> None:
     """As a checkpoint brings it: by the parameters' numbers."""
     offload = OptimConfig(lr=1e-2, weight_decay=0.1, offload=True)
@@ -160,18 +160,18 @@ def test_state_goes_on_on_the_other_side(back: bool) -> None:
     assert_equal(second, first)
 
 
-@pytest.mark.usefixtures("small_visits")
+@pytest.mark.usefixtures("small_chunks")
 def test_parts_hold_all_and_no_more_than_they_may() -> None:
     tensors = [torch.zeros(size) for size in (0, 10, 2980, 20, 5000, 0, 1, 2999)]
-    parts = [[tensor.numel() for tensor in part] for part in together(tensors)]
+    parts = [[tensor.numel() for tensor in part] for part in chunks(tensors)]
     assert parts == [[0, 10, 2980], [20], [5000], [0, 1, 2999]]
-    assert together([]) == []
+    assert chunks([]) == []
 
 
 def test_visitors_are_copies_that_are_taken_back() -> None:
     parts = [[torch.zeros(3), torch.ones(2)], [torch.full((2,), 2.0)]]
     homes = [tensor.data_ptr() for part in parts for tensor in part]
-    for there in visits(parts, [torch.zeros(1)]):
+    for there in on_device(parts, [torch.zeros(1)]):
         assert not {tensor.data_ptr() for tensor in there} & set(homes)
         for tensor in there:
             tensor += 1

@@ -19,12 +19,12 @@ from opensora_repro.models.config import ACTIVATION_CHECKPOINTING, STDiTConfig
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.parallel.mesh import Mesh
+from opensora_repro.parallel.offload import CHUNK
 from opensora_repro.planning import memory
 from opensora_repro.planning.encoders import frozen_sizes
 from opensora_repro.planning.memory import activation_bytes, state_bytes, step_memory
 from opensora_repro.planning.parameters import count_parameters, cut_parameters
 from opensora_repro.planning.sizes import token_grid
-from opensora_repro.training import host_memory
 from opensora_repro.training.ema import Ema
 from opensora_repro.training.forward import ModelRunner
 from opensora_repro.training.optim import build_optimizer
@@ -198,7 +198,7 @@ def test_peak_with_offloaded_activations(name: str, checkpointing: str, dtype: s
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 @pytest.mark.parametrize("name", BASIC)
 def test_peak_with_the_optimizer_in_host_memory(name: str, checkpointing: str, dtype: str) -> None:
-    assert memory.VISIT == host_memory.VISIT
+    assert memory.CHUNK == CHUNK
     cfg, sizes = case(name)
     offload = OptimConfig(offload=True)
     elsewhere = 3 * 4 * count_parameters(cfg)  # two moments and the average

@@ -28,12 +28,12 @@ from opensora_repro.training.checkpoint import TrainState
 from opensora_repro.training.ema import Ema
 from opensora_repro.training.feed import ids_fingerprint
 from opensora_repro.training.init import changed_settings, find_start
-from opensora_repro.training.insertion import assert_equals_image_model
 from opensora_repro.training.optim import learning_rate
-from opensora_repro.training.positions import describe_rescaling
 from opensora_repro.training.quarantine import Quarantine
 from opensora_repro.training.verdict import Findings, StepTotals, judge
+from opensora_repro.weights.insertion import assert_equals_image_model
 from opensora_repro.weights.load import zero_temporal_attention
+from opensora_repro.weights.positions import describe_rescaling
 from tests.checkpoints import prepared, write_checkpoint
 
 TINY = STDiTConfig(hidden_size=32, depth=2, num_heads=4, caption_channels=12, model_max_length=6)

@@ -1,6 +1,6 @@
-"""What training needs once a step alone, in host memory: Adam's moments and the weights' average.
+"""What training needs once a step alone, offloaded to host memory: Adam's moments and the weights' average.
 
-A few tensors at a time visit the device for their update, which so gives the same numbers as it would at home.
+They are streamed to the device for their update, a few tensors at a time: the numbers are the same as without.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.optim.adamw import adamw
 
 from opensora_repro.models.recompute import empty_host
 
-VISIT = 2**24  # elements of each kind that visit together, or one larger tensor's
+CHUNK = 2**24  # elements of each kind that are streamed at once, or one larger tensor's
 
 
 class HostAdamW(torch.optim.AdamW):
@@ -35,15 +35,15 @@ class HostAdamW(torch.optim.AdamW):
         assert closure is None
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
-            parts = together(params)
-            states = [[self._state(param) for param in part] for part in parts]
-            moments = [[state[kind] for kind in ("exp_avg", "exp_avg_sq") for state in part] for part in states]
-            for part, found, there in zip(parts, states, visits(moments, params), strict=True):
+            parts = chunks(params)
+            states = [[self._state(param) for param in chunk] for chunk in parts]
+            moments = [[state[kind] for kind in ("exp_avg", "exp_avg_sq") for state in chunk] for chunk in states]
+            for chunk, found, moved in zip(parts, states, on_device(moments, params), strict=True):
                 adamw(
-                    part,
-                    [param.grad for param in part if param.grad is not None],
-                    there[: len(part)],
-                    there[len(part) :],
+                    chunk,
+                    [param.grad for param in chunk if param.grad is not None],
+                    moved[: len(chunk)],
+                    moved[len(chunk) :],
                     [],
                     [state["step"] for state in found],
                     fused=True,
@@ -77,16 +77,16 @@ class HostAdamW(torch.optim.AdamW):
 
 
 def to_host(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy in host memory, pinned where `device`, which it will visit, is a GPU."""
+    """A copy in host memory, pinned where `device`, to which it will be streamed, is a GPU."""
     return empty_host(tensor, device).copy_(tensor.detach())
 
 
-def together(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Neighbours in parts of up to `VISIT` elements."""
+def chunks(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Neighbours in parts of up to `CHUNK` elements."""
     parts: list[list[Tensor]] = []
     elements = 0
     for tensor in tensors:
-        if not parts or elements + tensor.numel() > VISIT:
+        if not parts or elements + tensor.numel() > CHUNK:
             parts.append([])
             elements = 0
         parts[-1].append(tensor)
@@ -94,7 +94,7 @@ def together(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     return parts
 
 
-def visits(parts: Sequence[Sequence[Tensor]], beside: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def on_device(parts: Sequence[Sequence[Tensor]], beside: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Of each part of tensors in host memory, copies on the device of `beside`; what becomes of them is copied back.
 
     On a GPU the next part comes and the one before leaves while one is worked on, so three are there at most; when
@@ -102,7 +102,7 @@ def visits(parts: Sequence[Sequence[Tensor]], beside: Sequence[Tensor]) -> Itera
     """
     device = beside[0].device if beside else torch.device("cpu")
     if device.type == "cuda":
-        yield from _overlapping_visits(parts, device)
+        yield from _overlapping(parts, device)
         return
     for part in parts:
         there = [tensor.to(device, copy=True) for tensor in part]
@@ -111,7 +111,7 @@ def visits(parts: Sequence[Sequence[Tensor]], beside: Sequence[Tensor]) -> Itera
             host.copy_(tensor)
 
 
-def _overlapping_visits(parts: Sequence[Sequence[Tensor]], device: torch.device) -> Iterator[list[Tensor]]:
+def _overlapping(parts: Sequence[Sequence[Tensor]], device: torch.device) -> Iterator[list[Tensor]]:
     streams: Any = torch.get_device_module(device)
     main, (coming, leaving) = streams.current_stream(device), _side_streams(device)
 
@@ -123,13 +123,13 @@ def _overlapping_visits(parts: Sequence[Sequence[Tensor]], device: torch.device)
                 tensor.copy_(host, non_blocking=True)
             return there, coming.record_event()
 
-    ahead, left = begin(0) if parts else None, None
+    prefetched, left = begin(0) if parts else None, None
     for number, part in enumerate(parts):
-        assert ahead is not None
-        there, arrived = ahead
+        assert prefetched is not None
+        there, arrived = prefetched
         if left is not None:
             left.synchronize()  # else the host would run ahead and bring all parts at once
-        ahead = begin(number + 1) if number + 1 < len(parts) else None
+        prefetched = begin(number + 1) if number + 1 < len(parts) else None
         main.wait_event(arrived)
         yield there
         leaving.wait_stream(main)
