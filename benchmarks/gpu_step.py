@@ -142,7 +142,7 @@ def build_training(device: torch.device, case: Case, options: Options) -> Traini
     from opensora_repro.kernels import choice
     from opensora_repro.models.stdit import STDiT
     from opensora_repro.parallel.build import build_engine
-    from opensora_repro.training.forward import ModelRunner
+    from opensora_repro.training.model import ModelRunner
     from opensora_repro.training.optim import build_optimizer
 
     cfg, size = case.cfg, case.batch_size

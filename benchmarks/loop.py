@@ -108,14 +108,14 @@ def build_loop(
     from opensora_repro.kernels import choice
     from opensora_repro.models.stdit import STDiT
     from opensora_repro.parallel.engine import TorchEngine
-    from opensora_repro.training.batch import BatchBuilder
+    from opensora_repro.process import StopSignals
+    from opensora_repro.training.batches import BatchBuilder
     from opensora_repro.training.checkpoint import TrainState
     from opensora_repro.training.ema import Ema
     from opensora_repro.training.metrics import RunLog
     from opensora_repro.training.optim import build_optimizer
     from opensora_repro.training.quarantine import Quarantine
     from opensora_repro.training.save import CheckpointWriter
-    from opensora_repro.training.signals import StopSignals
 
     run_dir, vae = Path(cfg.run.dir), encoder.vae
     run_dir.mkdir(parents=True)

@@ -1,12 +1,16 @@
-"""What a process may use of its machine: CPUs, memory, and what it keeps of the memory that it has freed."""
+"""What a process may use of its machine: CPUs, memory, what it keeps of freed memory; and when it is asked to stop."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
 
 KEPT_BYTES = 1 << 30  # what the process may hold on to without using it; larger tensors come and go as before
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
@@ -100,3 +104,39 @@ def _group_limits(root: Path) -> Iterator[tuple[int, int]]:
                 yield limit, used - int(stats.get(cache, 0))
             except (OSError, ValueError):  # "max": no limit; or a group that is not shown here
                 continue
+
+
+# Signals
+
+STOPPING_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopSignals:
+    """SIGTERM and Ctrl-C as a request to stop soon.
+
+    Within its block the first signal sets `received`; a second one ends the process as it would have anyway.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in STOPPING_SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._restore()
+
+    def requested(self) -> bool:
+        return self.received is not None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -68,7 +69,30 @@ def step_of(folder: Path) -> int:
     return int(match[1])
 
 
-# Who trains there
+# Whether it can be written, and who trains there
+
+
+def check_folder(key: str, folder: str) -> None:
+    """Raise ConfigError where nothing could be written into the folder, which need not be there; leave no trace."""
+    there = Path(folder).absolute()
+    try:
+        while not _is_there(there):
+            there = there.parent
+        with tempfile.TemporaryDirectory(prefix=".probe-", dir=there):
+            pass  # only trying tells: permissions, read-only mounts and odd file systems have a say
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"{key} = {folder}: cannot be used ({reason})") from None
+
+
+def _is_there(path: Path) -> bool:
+    """Whether something has the name, be it a link to nowhere. Raises OSError where it cannot be looked at."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    return True
+
 
 # Open handles of run folders that this process holds.
 _claims: set[int] = set()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from opensora_repro.config import Config, ConfigError
 from opensora_repro.training.cli import run_stage
-from opensora_repro.training.stage import Stage
+from opensora_repro.training.start import Stage
 
 
 def check(cfg: Config) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from opensora_repro.config import Config, ConfigError
 from opensora_repro.training.cli import run_stage
-from opensora_repro.training.stage import Stage
+from opensora_repro.training.start import Stage
 from opensora_repro.weights.positions import describe_rescaling, source_config
 
 if TYPE_CHECKING:

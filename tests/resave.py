@@ -9,7 +9,7 @@ from opensora_repro.config import dump_toml, load_config
 from opensora_repro.parallel.build import build_engine
 from opensora_repro.training.checkpoint import load_checkpoint, newest_checkpoint
 from opensora_repro.training.ema import Ema
-from opensora_repro.training.init import build_model
+from opensora_repro.training.model import build_model
 from opensora_repro.training.optim import build_optimizer
 from opensora_repro.training.save import CheckpointWriter
 

@@ -16,7 +16,7 @@ from opensora_repro.config import Config, ConfigError, load_config
 from opensora_repro.config.prompts import check_prompts
 from opensora_repro.errors import TrainingError, cannot_write, is_out_of_memory, out_of_memory
 from opensora_repro.process import limit_threads
-from opensora_repro.training.stage import Stage
+from opensora_repro.training.start import Stage
 
 if TYPE_CHECKING:
     from opensora_repro.training.run import Outcome

@@ -18,10 +18,9 @@ from opensora_repro.planning.sizes import latent_shape, token_grid
 from opensora_repro.run_folder import list_checkpoints
 from opensora_repro.training.ema import horizon_warning
 from opensora_repro.training.identity import check_manifest
-from opensora_repro.training.init import Start, find_start, global_batch_size
 from opensora_repro.training.optim import check_processes
 from opensora_repro.training.preflight import find_manifest, needed_memory, preflight, weights_to_come
-from opensora_repro.training.stage import Stage
+from opensora_repro.training.start import Stage, Start, find_start, global_batch_size
 from opensora_repro.weights.files import find_weights
 
 

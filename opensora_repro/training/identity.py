@@ -21,7 +21,7 @@ from opensora_repro.frozen.pretrained import FrozenModel, HashFile, ModelNotFoun
 from opensora_repro.run_folder import CONFIG_FILE
 from opensora_repro.training.feed import ids_fingerprint
 from opensora_repro.training.fill import FROZEN_HASHES
-from opensora_repro.training.init import Start
+from opensora_repro.training.start import Start
 
 if TYPE_CHECKING:
     import pandas as pd

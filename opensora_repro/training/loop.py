@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from opensora_repro.config import Config
-from opensora_repro.data.dataset import BadSample
 from opensora_repro.data.sampler import drawn
 from opensora_repro.diffusion.objective import Objective
 from opensora_repro.errors import DataError, TrainingError, cannot_write, is_out_of_memory, out_of_memory
@@ -18,38 +17,23 @@ from opensora_repro.frozen.encoder import Encoder
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.parallel.device import HostValues
 from opensora_repro.parallel.engine import Engine
+from opensora_repro.process import StopSignals
 from opensora_repro.run_folder import list_checkpoints
 from opensora_repro.sampling.generate import NotFinite
 from opensora_repro.sampling.grids import sample_prompts, write_samples
-from opensora_repro.training.ahead import Assembler, ReadyBatches
-from opensora_repro.training.batch import BatchBuilder
+from opensora_repro.training.batches import BatchBuilder, Collator, Prefetcher
 from opensora_repro.training.checkpoint import TrainState, UnwritableCheckpoint
 from opensora_repro.training.ema import Ema
 from opensora_repro.training.feed import Feed
-from opensora_repro.training.forward import ModelRunner
 from opensora_repro.training.metrics import Progress, RunLog
+from opensora_repro.training.model import ModelRunner
 from opensora_repro.training.optim import learning_rate
 from opensora_repro.training.quarantine import Quarantine
 from opensora_repro.training.save import CheckpointWriter
-from opensora_repro.training.signals import StopSignals
+from opensora_repro.training.step import PendingStep, StepResult, StepTotals, decide
 from opensora_repro.training.validate import Validator
-from opensora_repro.training.verdict import Findings, StepTotals, judge
 
 MAX_EMPTY_STEPS = 8  # in a row: nothing is learned, and more of the same is to be expected
-
-
-@dataclass
-class GivenStep:
-    """A step that the device has been given, and of which the host does not know yet how it went."""
-
-    number: int
-    lr: float
-    position: int  # of its first sample, in the sampler's order
-    seconds: float = 0.0
-    seconds_waited: float = 0.0  # for samples
-    ids: list[str] = field(default_factory=list)
-    bad_samples: list[BadSample] = field(default_factory=list)
-    findings: HostValues | None = None  # once all of the step has been given
 
 
 class BadWeights(TrainingError):
@@ -61,7 +45,7 @@ class Trainer:
     """Everything a step touches. `run` trains up to `train.steps` or until it is asked to stop.
 
     The host gives the device a step while that still works on the one before. So what a step has come to, and with it
-    its lines in the logs, a wish to stop and a non-finite loss, is known one step later, or when it is waited for:
+    its lines in the logs, a request to stop and a non-finite loss, is known one step later, or when it is waited for:
     before weights are saved or used for anything else. Ranks go through all of this in the same order.
     """
 
@@ -85,7 +69,7 @@ class Trainer:
         self.train_runner = ModelRunner(self.engine.train_forward, dtype, device)
         self.eval_runner = ModelRunner(self.engine.eval_forward, dtype, device)
         self._saved_step = self.state.step
-        self._given: GivenStep | None = None
+        self._given: PendingStep | None = None
         self._stopping = False
         self._empty_steps = 0  # in a row
         self._moving = False  # whether weights may be between two steps
@@ -99,8 +83,8 @@ class Trainer:
         steps, state = self.cfg.train.steps, self.state
         first = state.step * self.cfg.train.accumulation
         samples = self.feed.batches(first, (steps - state.step) * self.cfg.train.accumulation)
-        assembler = Assembler(self.encoder, self.builder, self.engine.members)
-        self._batches = ReadyBatches(samples, assembler, self.engine.device, overlap=self.cfg.train.overlap)
+        collator = Collator(self.encoder, self.builder, self.engine.members)
+        self._batches = Prefetcher(samples, collator, self.engine.device, overlap=self.cfg.train.overlap)
         with Progress(title, done=state.step, total=steps, enabled=self.engine.is_main) as self.progress:
             try:
                 self._train()
@@ -121,7 +105,7 @@ class Trainer:
         self._settle_exchange()
         if state.step:
             self._evaluate(resuming=True)
-        self._batches.prepare()
+        self._batches.prefetch()
         while state.step < steps and not self._stopping:
             self._step()
             if self._stopping:
@@ -220,23 +204,23 @@ class Trainer:
         started, waited = time.perf_counter(), self._batches.seconds_waited
         cfg, state = self.cfg, self.state
         rate = learning_rate(cfg.optim, state.step, cfg.train.steps)
-        given = GivenStep(state.step + 1, rate, state.position)
+        given = PendingStep(state.step + 1, rate, state.position)
         totals = StepTotals(torch.zeros((), dtype=torch.float64, device=self.engine.device))
         for number in range(cfg.train.accumulation):
             self._micro_batch(given, totals, last=number == cfg.train.accumulation - 1)
-            self._batches.prepare()
-        verdict = judge(
+            self._batches.prefetch()
+        decision = decide(
             self.engine,
             totals,
             stopping=self.stop.requested() or self._own_error() is not None,
             global_batch_size=state.global_batch_size,
             clip_norm=cfg.optim.clip_norm,
         )
-        given.findings = HostValues(verdict.findings)
+        given.result = HostValues(decision.result)
         self._settle()  # the weights are still those that the step before has left
         if not cfg.optim.in_backward:
             self._moving = True
-            self.engine.step(given.lr, verdict.factor, verdict.skip)
+            self.engine.step(given.lr, decision.factor, decision.skip)
         self._moving = False
         self.engine.zero_grad()
         state.step += 1
@@ -247,7 +231,7 @@ class Trainer:
         if cfg.optim.in_backward:  # the next backward pass will move the weights that the average is due
             self._await_device()
 
-    def _micro_batch(self, given: GivenStep, totals: StepTotals, *, last: bool) -> None:
+    def _micro_batch(self, given: PendingStep, totals: StepTotals, *, last: bool) -> None:
         """Forward and backward; gradients gather as if every sample of the step were good."""
         self.engine.watchdog.progress(f"step {given.number}")
         ready = self._batches.take()
@@ -268,22 +252,22 @@ class Trainer:
         given.ids += batch.ids
         given.bad_samples += ready.bad_samples
 
-    # What a step leaves behind
+    # What becomes of a step
 
     def _await_device(self) -> None:
         """Settle the last step now; it takes as long as the host waits."""
-        if self._given is not None and self._given.findings is not None:
+        if self._given is not None and self._given.result is not None:
             started = time.perf_counter()
-            self._given.findings.read()
+            self._given.result.read()
             self._given.seconds += time.perf_counter() - started
         self._settle()
 
     def _settle(self) -> None:
         """Average, count and write down what the last step has come to. Raises as `run` does."""
         given, self._given = self._given, None
-        if given is None or given.findings is None:
+        if given is None or given.result is None:
             return
-        found = Findings.of(given.findings.read())
+        found = StepResult.of(given.result.read())
         self._stopping = found.stopping
         if found.lost:  # as if it had not begun
             self.state.step -= 1
@@ -313,7 +297,7 @@ class Trainer:
             self._record_bad_step(given, found)
         self._check_samples(found)
 
-    def _check_samples(self, found: Findings) -> None:
+    def _check_samples(self, found: StepResult) -> None:
         """Raise DataError, in all processes alike, where too few samples can be read to go on."""
         self.quarantine.check()
         self._empty_steps = 0 if found.samples else self._empty_steps + 1
@@ -323,12 +307,12 @@ class Trainer:
                 f"({len(self.quarantine)} of {self._samples()} are bad); {self.quarantine.latest()}"
             )
 
-    def _record_bad_samples(self, given: GivenStep) -> None:
+    def _record_bad_samples(self, given: PendingStep) -> None:
         for sample in (sample for samples in self.engine.peers.gather(given.bad_samples) for sample in samples):
             if self.quarantine.add(sample):
                 self.progress.say(f"sample {sample.id!r} set aside ({sample.path}): {sample.reason}")
 
-    def _record_bad_step(self, given: GivenStep, found: Findings) -> None:
+    def _record_bad_step(self, given: PendingStep, found: StepResult) -> None:
         ids = list(dict.fromkeys(name for names in self.engine.peers.gather(given.ids) for name in names))
         step, loss, norm, limit = given.number, found.loss, found.grad_norm, self.cfg.train.max_bad_steps
         self.log.bad_step({"step": step, "loss": loss, "grad_norm": norm, "sample_ids": ids})

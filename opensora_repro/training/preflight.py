@@ -30,11 +30,10 @@ from opensora_repro.planning.parameters import count_parameters
 from opensora_repro.planning.report import memory_parts, size
 from opensora_repro.planning.sizes import latent_shape, token_grid
 from opensora_repro.process import host_memory
-from opensora_repro.run_folder import CONFIG_FILE
+from opensora_repro.run_folder import CONFIG_FILE, check_folder
 from opensora_repro.sampling.generate import check_fit
 from opensora_repro.training.identity import frozen_identity
-from opensora_repro.training.init import Start, check_folder
-from opensora_repro.training.stage import Stage
+from opensora_repro.training.start import Stage, Start
 from opensora_repro.training.validate import chosen_samples
 from opensora_repro.weights.catalog import CatalogError, load_catalog
 from opensora_repro.weights.files import open_weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,30 +16,30 @@ from opensora_repro.data.dataset import ClipDataset
 from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.sampler import BatchSampler, SharedBatches
 from opensora_repro.diffusion.objective import build_objective
+from opensora_repro.files import sha256_of, write_text
 from opensora_repro.frozen.encoder import open_encoder, skipped_models
 from opensora_repro.frozen.text import take_null_caption
 from opensora_repro.kernels.choice import choose
 from opensora_repro.parallel.build import build_engine
 from opensora_repro.parallel.engine import Engine
 from opensora_repro.parallel.preflight import check_same, config_facts, weights_digest
-from opensora_repro.run_folder import claimed_run_folder, clean_leftovers, list_checkpoints, write_config
+from opensora_repro.process import StopSignals
+from opensora_repro.run_folder import WEIGHTS_FILE, claimed_run_folder, clean_leftovers, list_checkpoints, write_config
 from opensora_repro.sampling.generate import check_fit
-from opensora_repro.training.batch import BatchBuilder
+from opensora_repro.training.batches import BatchBuilder
 from opensora_repro.training.checkpoint import load_checkpoint, read_state
-from opensora_repro.training.compile import apply_compile, compiles
 from opensora_repro.training.ema import Ema, horizon_warning
 from opensora_repro.training.feed import CacheFeed, ClipFeed, Feed, ids_fingerprint
 from opensora_repro.training.fill import cache_fingerprint, fill_together
 from opensora_repro.training.identity import check_manifest
-from opensora_repro.training.init import Start, build_model, find_start, write_weights_report
 from opensora_repro.training.loop import Trainer
 from opensora_repro.training.metrics import RunLog
+from opensora_repro.training.model import apply_compile, build_model, compiles
 from opensora_repro.training.optim import build_optimizer, check_processes
 from opensora_repro.training.preflight import preflight
 from opensora_repro.training.quarantine import Quarantine
 from opensora_repro.training.save import CheckpointWriter
-from opensora_repro.training.signals import StopSignals
-from opensora_repro.training.stage import Stage
+from opensora_repro.training.start import Stage, Start, find_start
 from opensora_repro.training.validate import Validator, chosen_samples
 
 if TYPE_CHECKING:
@@ -149,7 +150,9 @@ class _Run:
         clean_leftovers(self.run_dir)
         write_config(self.run_dir, dump_toml(self.cfg))
         if self.report is not None:
-            write_weights_report(self.run_dir, self.report)
+            content = self.report.to_dict()  # with the sha256 of every file that was read
+            content["files"] = {name: sha256_of(Path(name)) for name in self.report.files}
+            write_text(self.run_dir / WEIGHTS_FILE, json.dumps(content, indent=1) + "\n")
 
     def _build_trainer(self, stop: StopSignals) -> Trainer:
         cfg, engine, state = self.cfg, self.engine, self.start.state

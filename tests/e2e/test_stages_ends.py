@@ -236,7 +236,7 @@ def test_a_killed_loader_process(world: World, tmp_path: Path) -> None:
 
 
 def test_no_memory_on_a_cpu(world: World, tmp_path: Path, ends: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from opensora_repro.training.batch import BatchBuilder
+    from opensora_repro.training.batches import BatchBuilder
 
     build = BatchBuilder.build
     calls = []

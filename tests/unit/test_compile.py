@@ -14,7 +14,7 @@ from benchmarks.sides import random_weights
 from opensora_repro.config import Config, ConfigError, ParallelConfig, TrainConfig, check_config
 from opensora_repro.models.config import ACTIVATION_CHECKPOINTING, STDiTConfig
 from opensora_repro.models.stdit import STDiT
-from opensora_repro.training.compile import apply_compile, compiles
+from opensora_repro.training.model import apply_compile, compiles
 
 SIZES = ((2, 4, 8, 8, 12), (3, 4, 8, 8, 9), (2, 5, 6, 10, 12), (4, 3, 12, 8, 5))  # samples, T, H, W, caption tokens
 TINY = STDiTConfig(hidden_size=32, depth=4, num_heads=2, caption_channels=16, model_max_length=12)

@@ -17,7 +17,7 @@ from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.preflight import SAMPLED_ROWS, Survey, keyed_sample, require_usable, survey, table, warnings
 from opensora_repro.errors import DataError
 from opensora_repro.process import HostMemory, host_memory
-from opensora_repro.training.init import check_folder
+from opensora_repro.run_folder import check_folder
 
 DATA = DataConfig(num_frames=8, frame_interval=3, height=256, width=256)  # a window of 22 frames
 

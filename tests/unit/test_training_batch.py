@@ -9,7 +9,7 @@ from opensora_repro.config import DiffusionConfig, VaeConfig
 from opensora_repro.diffusion.objective import build_objective
 from opensora_repro.frozen.encoder import Encoded
 from opensora_repro.frozen.vae import FrameVAE, load_vae
-from opensora_repro.training.batch import Batch, BatchBuilder
+from opensora_repro.training.batches import Batch, BatchBuilder
 from tests.tiny_models import TINY_LATENT_CHANNELS, make_tiny_vae
 
 

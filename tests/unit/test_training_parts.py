@@ -27,10 +27,10 @@ from opensora_repro.run_folder import JsonLines, claimed_run_folder
 from opensora_repro.training.checkpoint import TrainState
 from opensora_repro.training.ema import Ema
 from opensora_repro.training.feed import ids_fingerprint
-from opensora_repro.training.init import changed_settings, find_start
 from opensora_repro.training.optim import learning_rate
 from opensora_repro.training.quarantine import Quarantine
-from opensora_repro.training.verdict import Findings, StepTotals, judge
+from opensora_repro.training.start import changed_settings, find_start
+from opensora_repro.training.step import StepResult, StepTotals, decide
 from opensora_repro.weights.insertion import assert_equals_image_model
 from opensora_repro.weights.load import zero_temporal_attention
 from opensora_repro.weights.positions import describe_rescaling
@@ -84,15 +84,15 @@ class Summing(TorchEngine):
     [(3.0, 2.0, 3, 1.0), (3.0, 2.0, 3, 0.0), (3.0, 1e-3, 4, 1.0), (0.0, 0.0, 0, 1.0), (math.nan, 2.0, 4, 1.0),
      (3.0, math.inf, 4, 1.0), (3.0, math.nan, 4, 0.0)],
 )  # fmt: skip
-def test_the_verdict_on_a_step(loss: float, gradient: float, samples: int, clip_norm: float) -> None:
+def test_what_is_decided_of_a_step(loss: float, gradient: float, samples: int, clip_norm: float) -> None:
     """Against the same in Python's numbers; 8 samples are a global batch."""
     model = torch.nn.Linear(2, 2, bias=False)
     engine = Summing(device="cpu")
     engine.prepare(model, torch.optim.AdamW(model.parameters(), fused=True))
     model.weight.grad = torch.full((2, 2), gradient)
     totals = StepTotals(torch.tensor(loss, dtype=torch.float64), samples, 4 - samples, 100)
-    verdict = judge(engine, totals, stopping=True, global_batch_size=8, clip_norm=clip_norm)
-    found = Findings.of(verdict.findings.tolist())
+    decision = decide(engine, totals, stopping=True, global_batch_size=8, clip_norm=clip_norm)
+    found = StepResult.of(decision.result.tolist())
 
     good = max(2 * samples, 1)
     norm = math.sqrt(2 * 4 * gradient**2) * 8 / good
@@ -102,10 +102,10 @@ def test_the_verdict_on_a_step(loss: float, gradient: float, samples: int, clip_
     assert found.finite == (math.isfinite(loss) and math.isfinite(gradient))
     assert found.stepped == (found.finite and samples > 0)
     assert not found.lost
-    assert verdict.skip.item() == float(not found.stepped)
+    assert decision.skip.item() == float(not found.stepped)
     if found.stepped:
         clip = clip_norm / norm if clip_norm and norm > clip_norm else 1.0
-        assert verdict.factor.item() == pytest.approx(8 / good * clip)
+        assert decision.factor.item() == pytest.approx(8 / good * clip)
 
 
 def test_a_lost_step_is_skipped() -> None:
@@ -113,9 +113,9 @@ def test_a_lost_step_is_skipped() -> None:
     engine = prepared(model, torch.optim.AdamW(model.parameters(), fused=True))
     model.weight.grad = torch.ones(2, 2)
     totals = StepTotals(torch.tensor(3.0, dtype=torch.float64), 4, 0, 100, lost=True)
-    verdict = judge(engine, totals, stopping=False, global_batch_size=4, clip_norm=1.0)
-    found = Findings.of(verdict.findings.tolist())
-    assert found.lost and not found.stepped and verdict.skip.item() == 1
+    decision = decide(engine, totals, stopping=False, global_batch_size=4, clip_norm=1.0)
+    found = StepResult.of(decision.result.tolist())
+    assert found.lost and not found.stepped and decision.skip.item() == 1
 
 
 @pytest.mark.parametrize("kind", ["torch's fused", "ours", "torch's plain"])

@@ -1,29 +1,39 @@
-"""How a run begins: resume its own newest checkpoint, or start, from given weights or from noise.
+"""How a run begins: what its stage asks for, and whether it resumes its own newest checkpoint or starts anew.
 
 The two cannot be confused: a run folder with checkpoints is always resumed, and only with the settings it began with;
-`init.weights` counts at the very first step alone.
+`init.weights` counts at the very first step alone. Every stage's `--help` comes by here: torch is imported late.
 """
 
 from __future__ import annotations
 
-import json
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from opensora_repro.config import Config, ConfigError, config_dict, load_recorded
-from opensora_repro.files import sha256_of, write_text
-from opensora_repro.models.stdit import STDiT
-from opensora_repro.run_folder import CONFIG_FILE, WEIGHTS_FILE
-from opensora_repro.training.checkpoint import TrainState, newest_checkpoint
-from opensora_repro.weights.load import LoadReport, load_model_weights
+from opensora_repro.run_folder import CONFIG_FILE
 
 if TYPE_CHECKING:
-    pass
+    from opensora_repro.models.stdit import STDiT
+    from opensora_repro.training.checkpoint import TrainState
+    from opensora_repro.weights.load import LoadReport
+
+
+def no_start_check(model: STDiT, cfg: Config, report: LoadReport | None, stride: int) -> Sequence[str]:
+    return ()
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str  # the runner's module, "stage1_image"
+    title: str  # a few words for people
+    check: Callable[[Config], None]  # raises ConfigError
+    # After the initial weights are loaded, at a run's first start alone; returns lines to print, raises on a fault.
+    # Takes the model, the config, what was loaded (None: nothing) and the autoencoder's stride in pixels.
+    check_start: Callable[[STDiT, Config, LoadReport | None, int], Sequence[str]] = no_start_check
+    takes_image_models: bool = True  # whether `init.weights` may be an image model's
+
 
 # What may change between a run's start and its continuation, because it changes no step already made and no later one
 # by more than rounding. Samples a step are compared as a whole, so that they can be shared out anew.
@@ -73,6 +83,8 @@ def global_batch_size(cfg: Config, data_size: int) -> int:
 
 def find_start(cfg: Config, data_size: int, report: Callable[[str], None] = print) -> Start:
     """Look into `run.dir`. Raises ConfigError when it holds a run with other settings, CheckpointError when damaged."""
+    from opensora_repro.training.checkpoint import TrainState, newest_checkpoint
+
     run_dir = Path(cfg.run.dir)
     samples = global_batch_size(cfg, data_size)
     found = newest_checkpoint(run_dir, report)
@@ -127,51 +139,3 @@ def changed_settings(recorded: Config, wanted: Config) -> list[str]:
 
 def _shown(value: Any) -> str:
     return repr(value) if value != "" else "none"
-
-
-def build_model(cfg: Config, device: torch.device, *, load_init: bool) -> tuple[STDiT, LoadReport | None]:
-    """The model in float32, its initial weights from `run.seed` or, with `load_init`, from `init.weights`.
-
-    Raises WeightsError where the weights are absent or made for another model.
-    """
-    report = None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(cfg.run.seed)
-        if load_init and cfg.init.weights:
-            with torch.device("meta"):  # nothing is drawn that the file would overwrite
-                model = STDiT(cfg.model)
-            report = load_model_weights(model, cfg.init.weights)
-        else:
-            model = STDiT(cfg.model)
-    model.activation_checkpointing = cfg.train.activation_checkpointing
-    model.offload_activations = cfg.train.offload_activations
-    return model.to(device).train(), report
-
-
-def check_folder(key: str, folder: str) -> None:
-    """Raise ConfigError where nothing could be written into the folder, which need not be there; leave no trace."""
-    there = Path(folder).absolute()
-    try:
-        while not _is_there(there):
-            there = there.parent
-        with tempfile.TemporaryDirectory(prefix=".probe-", dir=there):
-            pass  # only trying tells: permissions, read-only mounts and odd file systems have a say
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise ConfigError(f"{key} = {folder}: cannot be used ({reason})") from None
-
-
-def _is_there(path: Path) -> bool:
-    """Whether something has the name, be it a link to nowhere. Raises OSError where it cannot be looked at."""
-    try:
-        path.lstat()
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def write_weights_report(run_dir: Path, report: LoadReport) -> None:
-    """RUN/weights.json: what the run started from, with the sha256 of every file that was read."""
-    content = report.to_dict()
-    content["files"] = {name: sha256_of(Path(name)) for name in report.files}
-    write_text(run_dir / WEIGHTS_FILE, json.dumps(content, indent=1) + "\n")

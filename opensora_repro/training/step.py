@@ -1,16 +1,35 @@
-"""A step's sums over all processes, and what follows from them: decided on the device, so that no step waits for it."""
+"""A step's sums over all processes, and what follows: gradient norm, clipping, whether to skip it.
+
+All is decided on the device, so that no step waits for it.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from opensora_repro.data.dataset import BadSample
 from opensora_repro.kernels.transfer import to_device
+from opensora_repro.parallel.device import HostValues
 from opensora_repro.parallel.engine import Engine
+
+
+@dataclass
+class PendingStep:
+    """A step that the device has been given, and of which the host does not know yet how it went."""
+
+    number: int
+    lr: float
+    position: int  # of its first sample, in the sampler's order
+    seconds: float = 0.0
+    seconds_waited: float = 0.0  # for samples
+    ids: list[str] = field(default_factory=list)
+    bad_samples: list[BadSample] = field(default_factory=list)
+    result: HostValues | None = None  # once all of the step has been given
 
 
 @dataclass
@@ -25,8 +44,8 @@ class StepTotals:
 
 
 @dataclass(frozen=True)
-class Findings:
-    """What the host learns of a step."""
+class StepResult:
+    """What the host learns of a step, once the device has come to its end."""
 
     loss: float  # mean over the good samples
     grad_norm: float  # of the mean loss's gradient
@@ -37,10 +56,10 @@ class Findings:
     lost: bool = False  # a process's samples are not in it: the step does not count
 
     @staticmethod
-    def of(values: Sequence[float]) -> Findings:
-        """From what `judge` has found."""
+    def of(values: Sequence[float]) -> StepResult:
+        """From what `decide` has found."""
         loss, norm, samples, bad, tokens, stopping, lost = values
-        return Findings(loss, norm, int(samples), int(bad), int(tokens), bool(stopping), bool(lost))
+        return StepResult(loss, norm, int(samples), int(bad), int(tokens), bool(stopping), bool(lost))
 
     @property
     def finite(self) -> bool:
@@ -53,15 +72,15 @@ class Findings:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Decision:
     """How the optimizer takes the step, and what the host may learn of it; all on the device."""
 
     factor: Tensor  # float32 []: multiplies the gradients
     skip: Tensor  # float32 []: 1 where the step is not finite, has no good sample, or is lost; else 0
-    findings: Tensor  # float64 [7], in the order of Findings
+    result: Tensor  # float64 [7], in the order of StepResult
 
 
-def judge(engine: Engine, totals: StepTotals, *, stopping: bool, global_batch_size: int, clip_norm: float) -> Verdict:
+def decide(engine: Engine, totals: StepTotals, *, stopping: bool, global_batch_size: int, clip_norm: float) -> Decision:
     """Collective. Gradients are of the mean over `global_batch_size` samples, as if all of them were good.
 
     `clip_norm` 0: the norm is not clipped.
@@ -76,4 +95,4 @@ def judge(engine: Engine, totals: StepTotals, *, stopping: bool, global_batch_si
     loss, norm = loss / good, square.sqrt() * share
     factor = share * (clip_norm / norm).clamp(max=1) if clip_norm else share
     skip = ~(loss.isfinite() & norm.isfinite() & (samples > 0) & (lost == 0))
-    return Verdict(factor.float(), skip.float(), torch.stack([loss, norm, samples, bad, tokens, stops, lost]))
+    return Decision(factor.float(), skip.float(), torch.stack([loss, norm, samples, bad, tokens, stops, lost]))

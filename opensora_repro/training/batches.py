@@ -1,0 +1,210 @@
+"""From samples to micro-batches: encoded where they are not, collated, and prefetched while the model trains.
+
+Every random number comes from the sample's own keyed generators.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from opensora_repro.data.dataset import BadSample
+from opensora_repro.data.keyed import keyed_generator
+from opensora_repro.data.sampler import interleave
+from opensora_repro.diffusion.flow import count_frames, count_tokens
+from opensora_repro.diffusion.objective import Objective
+from opensora_repro.errors import TrainingError
+from opensora_repro.frozen.encoder import Encoded, Encoder
+from opensora_repro.frozen.vae import FrameVAE
+from opensora_repro.kernels.transfer import to_device
+from opensora_repro.parallel.device import SideStream
+from opensora_repro.parallel.peers import Peers
+from opensora_repro.training.feed import Sample
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the model and the loss take."""
+
+    ids: list[str]
+    latents: Tensor  # [B, C, T, h, w]
+    noise: Tensor  # [B, C, T, h, w]
+    timesteps: Tensor  # [B] float32
+    text: Tensor  # [B, L, Ct]
+    mask: Tensor  # [B, L] bool, in host memory, from where the captions' lengths are read without a wait
+    drop_text: Tensor  # [B] bool
+    weight: float  # 1, or 0 for the stand-in of a micro-batch without a readable sample
+    num_tokens: int  # of all samples together
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.latents, self.noise, self.timesteps, self.text, self.mask, self.drop_text
+
+
+class BatchBuilder:
+    """Draws posterior sample, noise, timestep and text dropout, keyed by (seed, epoch, sample id)."""
+
+    def __init__(
+        self,
+        vae: FrameVAE,
+        objective: Objective,
+        *,
+        seed: int,
+        batch_size: int,
+        patch_size: Sequence[int],
+        drop_probability: float,
+        latent_shape: Sequence[int],
+        text_shape: Sequence[int],
+        device: torch.device,
+    ) -> None:
+        """`latent_shape` is [C, T, h, w], `text_shape` [L, Ct] of one sample."""
+        self.vae, self.objective, self.seed, self.batch_size = vae, objective, seed, batch_size
+        self.patch_size, self.drop_probability, self.device = patch_size, drop_probability, device
+        self.latent_shape, self.text_shape = latent_shape, text_shape
+
+    def build(self, samples: Sequence[tuple[int, Encoded]]) -> Batch:
+        """A micro-batch of (epoch, sample) pairs; at least one."""
+
+        def generators(stream: str) -> list[torch.Generator]:
+            return [keyed_generator(self.seed, epoch, sample.id, stream) for epoch, sample in samples]
+
+        latents = torch.stack(
+            [
+                self.vae.sample_latents(sample.moments, generator)
+                for (_, sample), generator in zip(samples, generators("posterior"), strict=True)
+            ]
+        )
+        num_tokens = count_tokens(latents.shape[1:], self.patch_size)
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators("noise")])
+        frames = count_frames(latents.shape[1:], self.patch_size)
+        timesteps = self.objective.draw_timesteps(generators("timestep"), num_tokens, frames)
+        chances = torch.cat([torch.rand(1, generator=g) for g in generators("text dropout")])
+        return Batch(
+            ids=[sample.id for _, sample in samples],
+            latents=self._to_device(latents),
+            noise=self._to_device(noise),
+            timesteps=self._to_device(timesteps),
+            text=self._to_device(torch.stack([sample.text for _, sample in samples])).float(),
+            mask=torch.stack([sample.mask for _, sample in samples]),
+            drop_text=self._to_device(chances < self.drop_probability),
+            weight=1.0,
+            num_tokens=num_tokens * len(samples),
+        )
+
+    def stand_in(self) -> Batch:
+        """Zeros with weight 0: a rank without a readable sample still joins the others' exchange.
+
+        As many samples as a batch has, for which memory is there and compiled blocks exist.
+        """
+        size, device = self.batch_size, self.device
+        zeros = torch.zeros(size, *self.latent_shape, device=device)
+        return Batch(
+            ids=[],
+            latents=zeros,
+            noise=zeros,
+            timesteps=torch.zeros(size, device=device),
+            text=torch.zeros(size, *self.text_shape, device=device),
+            mask=torch.ones(size, self.text_shape[0], dtype=torch.bool),
+            drop_text=torch.zeros(size, dtype=torch.bool, device=device),
+            weight=0.0,
+            num_tokens=0,
+        )
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        return to_device(tensor, self.device)
+
+
+@dataclass(frozen=True)
+class PreparedBatch:
+    """A micro-batch and what could not become part of it."""
+
+    batch: Batch
+    bad_samples: list[BadSample]  # those that this process has read
+    num_bad: int  # of all processes that work on this micro-batch
+    lost: bool = False  # one of them could not read on
+
+
+class Collator:
+    """Encodes what is not yet encoded, sets bad samples aside, draws the random numbers."""
+
+    def __init__(self, encoder: Encoder, builder: BatchBuilder, members: Peers) -> None:
+        """`members`: the processes that work on the same samples; each has read and encodes a share."""
+        self.encoder, self.builder, self.members = encoder, builder, members
+
+    def collate(self, samples: list[Sample] | None) -> PreparedBatch:
+        """Collective among `members`; None where this process cannot read on."""
+        if samples is None:
+            self.members.gather(None)
+            return self._lost()
+        bad = [sample for _, sample in samples if isinstance(sample, BadSample)]
+        encoded = self.encoder.encoded([sample for _, sample in samples], len(samples))
+        own = [(epoch, self._good(sample)) for (epoch, _), sample in zip(samples, encoded, strict=True)]
+        parts = self.members.gather(own)
+        if None in parts:
+            return self._lost()
+        everyone = interleave(parts)
+        good = [(epoch, encoded) for epoch, encoded in everyone if encoded is not None]
+        batch = self.builder.build(good) if good else self.builder.stand_in()
+        return PreparedBatch(batch, bad, len(everyone) - len(good))
+
+    def _lost(self) -> PreparedBatch:
+        return PreparedBatch(self.builder.stand_in(), [], 0, lost=True)
+
+    def _good(self, sample: Encoded | BadSample) -> Encoded | None:
+        if isinstance(sample, BadSample):
+            return None
+        return sample if self.members.size == 1 else sample.cpu()
+
+
+class Prefetcher:
+    """A run's micro-batches in order. Whether they are made ready ahead changes when things are done, not what."""
+
+    def __init__(
+        self, samples: Iterator[list[Sample]], collator: Collator, device: torch.device, *, overlap: bool
+    ) -> None:
+        """`overlap`: collate the next micro-batch on a stream of its own beside the training, not only fetch it."""
+        self._samples, self._collator = samples, collator
+        self._side = SideStream(device) if overlap else None
+        self._fetched: list[Sample] | None = None
+        self._over = False
+        self._ready: PreparedBatch | None = None
+        self.error: Exception | None = None  # why nothing more can be read
+        self.seconds_waited = 0.0  # for samples to be read
+
+    def prefetch(self) -> None:
+        """Called once the device has work: fetch the next micro-batch, and collate it where that overlaps.
+
+        Where it cannot be read, `error` says why, and all that follows is stand-ins, with which the others can end
+        their step.
+        """
+        started = time.perf_counter()
+        self._fetched = self._next()
+        self.seconds_waited += time.perf_counter() - started
+        if self._side is not None and not self._over:
+            with self._side.entered():
+                self._ready = self._collator.collate(self._fetched)
+
+    def _next(self) -> list[Sample] | None:
+        if self.error is not None:
+            return None
+        try:
+            fetched = next(self._samples, None)
+        except (TrainingError, OSError, SafetensorError) as error:
+            self.error = error
+            return None
+        self._over = fetched is None
+        return fetched
+
+    def take(self) -> PreparedBatch:
+        """The micro-batch that the last `prefetch` was for."""
+        assert not self._over
+        if self._side is None:
+            return self._collator.collate(self._fetched)
+        assert self._ready is not None
+        ready, self._ready = self._ready, None
+        self._side.hand_over(ready.batch.tensors())
+        return ready

@@ -1,0 +1,79 @@
+"""The model that is trained: built, compiled where that pays, and called under the run's autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from opensora_repro.config import Config
+from opensora_repro.kernels.choice import missing_triton
+from opensora_repro.models.stdit import STDiT
+from opensora_repro.weights.load import LoadReport, load_model_weights
+
+
+def build_model(cfg: Config, device: torch.device, *, load_init: bool) -> tuple[STDiT, LoadReport | None]:
+    """The model in float32, its initial weights from `run.seed` or, with `load_init`, from `init.weights`.
+
+    Raises WeightsError where the weights are absent or made for another model.
+    """
+    report = None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.run.seed)
+        if load_init and cfg.init.weights:
+            with torch.device("meta"):  # nothing is drawn that the file would overwrite
+                model = STDiT(cfg.model)
+            report = load_model_weights(model, cfg.init.weights)
+        else:
+            model = STDiT(cfg.model)
+    model.activation_checkpointing = cfg.train.activation_checkpointing
+    model.offload_activations = cfg.train.offload_activations
+    return model.to(device).train(), report
+
+
+def compiles(cfg: Config, device_type: str) -> bool:
+    """ "auto" does on CUDA devices where Triton imports, unless a layout alters the blocks.
+
+    On a CPU compiled blocks were as fast as the others, and each run would wait half a minute for them.
+    """
+    if cfg.train.compile != "auto":
+        return cfg.train.compile == "on"
+    parallel = cfg.parallel
+    whole = parallel.plugin != "gemini" and parallel.tp_size == parallel.sp_size == 1
+    return device_type == "cuda" and whole and not missing_triton()
+
+
+# Programs of a block that a run may need: for one sample or several, captions of one length or not, one of them empty
+# or none, each for a frame or several and either way of autocast. Beyond its limit of 8 the compiler gives up.
+MOST_PROGRAMS = 32
+
+
+def apply_compile(model: STDiT, cfg: Config) -> None:
+    """Compile the blocks. What the compiler cannot do runs as it is, with a warning, unless "on" insists."""
+    import torch._dynamo
+
+    torch._dynamo.config.suppress_errors = cfg.train.compile == "auto"
+    torch._dynamo.config.cache_size_limit = MOST_PROGRAMS
+    # Blocks are compiled one by one: there is nothing to cut where DDP's buckets end, and checkpointing cannot be cut.
+    torch._dynamo.config.optimize_ddp = False
+    model.compile_blocks()
+
+
+class ModelRunner:
+    """Calls the model, as an engine offers it, in bfloat16 autocast or float32; timesteps and losses stay float32."""
+
+    def __init__(self, forward: Callable[..., Tensor], dtype: str, device: torch.device) -> None:
+        self.forward, self.half, self.device = forward, dtype == "bf16", device
+
+    def conditioned(
+        self, text: Tensor, mask: Tensor, drop_text: Tensor | None = None
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """`(x_t [B, C, T, H, W], timestep [B]) -> [B, C_out, T, H, W]` for these captions."""
+
+        def call(x: Tensor, timestep: Tensor) -> Tensor:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+                output: Tensor = self.forward(x, timestep, text, mask, drop_text=drop_text)
+            return output
+
+        return call
