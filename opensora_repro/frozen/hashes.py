@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 from opensora_repro.files import beside, sha256_of
+from opensora_repro.frozen.pretrained import FrozenModel, HashFile
 
 
 class HashMemo:
@@ -50,3 +53,22 @@ class HashMemo:
 def _facts(file: Path) -> list[str | int]:
     stat = file.stat()
     return [stat.st_size, stat.st_mtime_ns]
+
+
+def file_facts(model: FrozenModel[Any], recorded: dict[str, Any], hash_file: HashFile) -> dict[str, Any]:
+    """Path, size in bytes, time of change in ns and sha256 of each file, by its name."""
+    facts = {}
+    for file in model.files:
+        path = file.resolve()
+        stat = path.stat()
+        known = {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        before = recorded.get(file.name, {})
+        same = all(before.get(name) == value for name, value in known.items())
+        facts[file.name] = {**known, "sha256": before["sha256"] if same else _named_sha256(path, hash_file)}
+    return facts
+
+
+def _named_sha256(path: Path, hash_file: HashFile) -> str:
+    """The hub's cache names large files by their sha256: tens of gigabytes need not be read for it."""
+    named = path.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", path.name)
+    return path.name if named else hash_file(path)

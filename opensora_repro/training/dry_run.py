@@ -10,6 +10,7 @@ from opensora_repro.parallel.device import choose_device
 from opensora_repro.parallel.mesh import Mesh, launched_as
 from opensora_repro.planning.budget import step_flops
 from opensora_repro.planning.encoders import frozen_sizes
+from opensora_repro.planning.fit import needed_memory
 from opensora_repro.planning.flops import forward_products
 from opensora_repro.planning.gpus import Gpu
 from opensora_repro.planning.parameters import count_parameters
@@ -19,9 +20,9 @@ from opensora_repro.run_folder import list_checkpoints
 from opensora_repro.training.ema import horizon_warning
 from opensora_repro.training.identity import check_manifest
 from opensora_repro.training.optim import check_processes
-from opensora_repro.training.preflight import find_manifest, needed_memory, preflight, weights_to_come
+from opensora_repro.training.preflight import find_manifest, preflight
 from opensora_repro.training.start import Stage, Start, find_start, global_batch_size
-from opensora_repro.weights.files import find_weights
+from opensora_repro.weights.files import find_weights, weights_to_come
 
 
 def dry_run(cfg: Config, stage: Stage, gpu: Gpu | None = None) -> Iterator[str]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,87 +22,6 @@ from opensora_repro.training.quarantine import Quarantine
 
 FROZEN_HASHES = "frozen-files.json"  # in a cache's folder: the frozen models' digests
 FLUSH_EVERY = 256  # samples between the cache's writes: what a killed fill loses at most
-
-
-@dataclass
-class Tried:
-    """What one process has tried since the processes last compared notes."""
-
-    indices: set[int] = field(default_factory=set)
-    bad: dict[str, BadSample] = field(default_factory=dict)
-    full: bool = False  # nothing of its share is left
-    stopped: bool = False
-
-
-def fill_together(
-    dataset: ClipDataset,
-    rows: CacheRows,
-    encoder: Encoder,
-    cache: LatentCache,
-    engine: Engine,
-    quarantine: Quarantine,
-    *,
-    num_workers: int,
-    stopped: Callable[[], bool],
-) -> None:
-    """Encode what the cache lacks; collective. Ends early where a process is `stopped()`.
-
-    A process with too many bad samples in its own share pauses, so that all judge whether there are too many in all.
-    Raises, in every process alike, DataError where there are, TrainingError where a process cannot go on.
-    """
-    missing = {name for name, _ in cache.missing(rows.keys(dataset.cfg.draws))}
-    quarantine.saw([index for index, name in enumerate(rows.names) if name not in missing])
-    while True:
-        tried, error = _fill_share(dataset, rows, encoder, cache, engine, quarantine, num_workers, stopped)
-        engine.peers.agree(error)
-        everyone: list[Tried] = engine.peers.gather(tried)
-        for other in everyone:
-            quarantine.saw(sorted(other.indices))
-            for sample in other.bad.values():
-                quarantine.add(sample)
-        engine.peers.agree(quarantine.error)
-        quarantine.check()
-        if all(other.full for other in everyone) or any(other.stopped for other in everyone):
-            return
-
-
-def _fill_share(
-    dataset: ClipDataset,
-    rows: CacheRows,
-    encoder: Encoder,
-    cache: LatentCache,
-    engine: Engine,
-    quarantine: Quarantine,
-    num_workers: int,
-    stopped: Callable[[], bool],
-) -> tuple[Tried, TrainingError | None]:
-    """Until this process's share is done, or too much of what it has tried is bad."""
-    tried = Tried()
-
-    def attempted(index: int) -> None:
-        if rows.ids[index] not in quarantine:  # bad ones are tried again in each round
-            tried.indices.add(index)
-
-    def set_aside(sample: BadSample) -> None:
-        if sample.id not in quarantine:
-            tried.bad[sample.id] = sample
-
-    def pauses() -> bool:
-        return stopped() or quarantine.is_too_much(len(tried.bad), len(tried.indices))
-
-    share = (engine.mesh.rank, engine.mesh.world_size)
-    try:
-        fill_cache(
-            dataset, rows, share, encoder, cache,
-            num_workers=num_workers, set_aside=set_aside, stopped=pauses, attempted=attempted,
-        )  # fmt: skip
-    except TrainingError as error:
-        return tried, TrainingError(f"{error}; what is encoded is in the cache, the same command goes on")
-    except OSError as error:
-        kept = "what was written before is kept, the same command goes on; or set another data.cache"
-        return tried, TrainingError(f"{cannot_write(error)}; {kept}")
-    tried.full, tried.stopped = not pauses(), stopped()
-    return tried, None
 
 
 def cache_fingerprint(cfg: Config, encoder: Encoder) -> str:
@@ -123,61 +43,115 @@ def cache_fingerprint(cfg: Config, encoder: Encoder) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def fill_cache(
-    dataset: ClipDataset,
-    rows: CacheRows,
-    share: tuple[int, int],
-    encoder: Encoder,
-    cache: LatentCache,
-    *,
-    num_workers: int,
-    set_aside: Callable[[BadSample], None],
-    stopped: Callable[[], bool],
-    attempted: Callable[[int], None] = lambda index: None,
-) -> None:
-    """Encode what the cache lacks of every sample's draws; what a killed fill wrote is kept.
+@dataclass
+class CacheFill:
+    """One process's share of the encoding: every so many rows, with all their draws."""
 
-    `share` is (rank, world size): each process fills its rows. `attempted` is told each row's index, with every draw.
-    Ends early once `stopped()`. Raises OSError where the cache cannot be written, TrainingError without its loaders.
-    """
-    from tqdm import tqdm
+    dataset: ClipDataset
+    rows: CacheRows
+    encoder: Encoder
+    cache: LatentCache
+    num_workers: int
+    rank: int = 0
+    world_size: int = 1
 
-    draws = dataset.cfg.draws
-    missing = set(cache.missing(rows.keys(draws)))
-    # A share is every so many rows of all, not of those missing: others write while this one looks. A row's draws stay
-    # together, so that its caption is encoded once.
-    own = range(share[0], len(rows.names), share[1])
-    todo = [(draw, i) for i in own for draw in range(draws) if (rows.names[i], draw) in missing]
-    if not todo:
-        return
-    interval = 0.5 if sys.stderr.isatty() else 15.0
-    with tqdm(
-        total=len(todo), desc="encoding", unit="clip", mininterval=interval, dynamic_ncols=True, disable=share[0] > 0
-    ) as bar:
+    def missing(self) -> set[tuple[str, int]]:
+        """(row's name, draw) of what the cache lacks, in any share."""
+        return set(self.cache.missing(self.rows.keys(self.dataset.cfg.draws)))
+
+    def encode(self) -> Iterator[tuple[int, BadSample | None]]:
+        """Encode what the share lacks; yields each sample's index, and what could not be read instead of the sample.
+
+        What was encoded is in the cache however the iteration ends. Raises OSError where that cannot be written,
+        TrainingError without its loaders.
+        """
+        from tqdm import tqdm
+
+        missing = self.missing()
+        # A share is of all rows, not of those missing: others write while this one looks. A row's draws stay
+        # together, so that its caption is encoded once.
+        own = range(self.rank, len(self.rows.names), self.world_size)
+        draws = range(self.dataset.cfg.draws)
+        todo = [(draw, index) for index in own for draw in draws if (self.rows.names[index], draw) in missing]
+        if not todo:
+            return
+        samples = self.encoder.encoded(_load(self.dataset, todo, self.num_workers))
+        interval = 0.5 if sys.stderr.isatty() else 15.0
+        bar = tqdm(
+            total=len(todo), desc="encoding", unit="clip", mininterval=interval, dynamic_ncols=True,
+            disable=self.rank > 0,
+        )  # fmt: skip
         try:
-            samples = encoder.encoded(sample for _, _, sample in _load(dataset, todo, num_workers))
             for done, ((draw, index), sample) in enumerate(zip(todo, samples, strict=True), start=1):
-                attempted(index)
-                if isinstance(sample, BadSample):
-                    set_aside(sample)
-                else:
+                bad = sample if isinstance(sample, BadSample) else None
+                if not isinstance(sample, BadSample):
                     entry = {"moments": sample.moments, "text": sample.text, "mask": sample.mask}
-                    cache.put((rows.names[index], draw), entry)
+                    self.cache.put((self.rows.names[index], draw), entry)
                 if done % FLUSH_EVERY == 0:
-                    cache.flush()
+                    self.cache.flush()
                 bar.update(1)
-                if stopped():
-                    break
-        except TrainingError:
-            cache.flush()
-            raise
-    cache.flush()
+                yield index, bad
+        finally:
+            bar.close()
+            self.cache.flush()
+
+
+@dataclass
+class Tried:
+    """What one process has tried since the processes last compared notes."""
+
+    indices: set[int] = field(default_factory=set)
+    bad: dict[str, BadSample] = field(default_factory=dict)
+    full: bool = False  # nothing of its share is left
+    stopped: bool = False
+
+
+def fill_cache(fill: CacheFill, engine: Engine, quarantine: Quarantine, stopped: Callable[[], bool]) -> None:
+    """Encode what the cache lacks; collective. Ends early where a process is `stopped()`.
+
+    A process with too many bad samples in its own share pauses, so that all judge whether there are too many in all.
+    Raises, in every process alike, DataError where there are, TrainingError where a process cannot go on.
+    """
+    missing = {name for name, _ in fill.missing()}
+    quarantine.saw([index for index, name in enumerate(fill.rows.names) if name not in missing])
+    while True:
+        tried, error = Tried(), None
+        try:
+            _try_share(fill, tried, quarantine, stopped)
+        except TrainingError as found:
+            error = TrainingError(f"{found}; what is encoded is in the cache, the same command goes on")
+        except OSError as found:
+            kept = "what was written before is kept, the same command goes on; or set another data.cache"
+            error = TrainingError(f"{cannot_write(found)}; {kept}")
+        engine.peers.agree(error)
+        everyone: list[Tried] = engine.peers.gather(tried)
+        for other in everyone:
+            quarantine.saw(sorted(other.indices))
+            for sample in other.bad.values():
+                quarantine.add(sample)
+        engine.peers.agree(quarantine.error)
+        quarantine.check()
+        if all(other.full for other in everyone) or any(other.stopped for other in everyone):
+            return
+
+
+def _try_share(fill: CacheFill, tried: Tried, quarantine: Quarantine, stopped: Callable[[], bool]) -> None:
+    """Until this process's share is done, or too much of what it has tried is bad."""
+    with closing(fill.encode()) as samples:
+        for index, bad in samples:
+            if fill.rows.ids[index] not in quarantine:  # bad ones are tried again in each round
+                tried.indices.add(index)
+            if bad is not None and bad.id not in quarantine:
+                tried.bad[bad.id] = bad
+            tried.stopped = stopped()
+            if tried.stopped or quarantine.is_too_much(len(tried.bad), len(tried.indices)):
+                return
+    tried.full, tried.stopped = True, stopped()
 
 
 def load_listed(dataset: ClipDataset, indices: list[int], num_workers: int) -> Iterator[Clip | BadSample]:
     """The samples of these indexes, in order."""
-    for _, _, sample in _load(dataset, [(0, index) for index in indices], num_workers):
-        yield sample
+    return _load(dataset, [(0, index) for index in indices], num_workers)
 
 
 class _Listed:
@@ -190,12 +164,9 @@ class _Listed:
         return SampleBatch([self._pairs[step]])
 
 
-def _load(
-    dataset: ClipDataset, pairs: list[tuple[int, int]], num_workers: int
-) -> Iterator[tuple[int, int, Clip | BadSample]]:
-    loader = build_loader(dataset, _Listed(pairs), 0, len(pairs), num_workers)
+def _load(dataset: ClipDataset, pairs: list[tuple[int, int]], num_workers: int) -> Iterator[Clip | BadSample]:
     try:
-        for (draw, index), (sample,) in zip(pairs, loader, strict=True):
-            yield draw, index, sample
+        for (sample,) in build_loader(dataset, _Listed(pairs), 0, len(pairs), num_workers):
+            yield sample
     except LoaderDied as error:
         raise TrainingError(str(error)) from error

@@ -7,7 +7,6 @@ was, with the same size and time of change, is not read again.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from opensora_repro.config import Config, ConfigError, load_recorded
 from opensora_repro.files import sha256_of
 from opensora_repro.frozen.encoder import Encoder, open_encoder
-from opensora_repro.frozen.hashes import HashMemo
+from opensora_repro.frozen.hashes import HashMemo, file_facts
 from opensora_repro.frozen.pretrained import FrozenModel, HashFile, ModelNotFound
 from opensora_repro.run_folder import CONFIG_FILE
 from opensora_repro.training.feed import ids_fingerprint
@@ -71,9 +70,7 @@ def frozen_identity(cfg: Config, start: Start, encoder: Encoder) -> dict[str, di
     """
     hash_file: HashFile = HashMemo(Path(cfg.data.cache) / FROZEN_HASHES) if cfg.data.cache else sha256_of
     recorded = start.state.identity
-    found = {
-        key: _file_facts(model, recorded.get(key, {}), hash_file) for key, model in _frozen_models(encoder).items()
-    }
+    found = {key: file_facts(model, recorded.get(key, {}), hash_file) for key, model in _frozen_models(encoder).items()}
     if start.checkpoint is not None:
         before = {key: recorded[key] for key in found if key in recorded}
         if len(before) < len(found):
@@ -85,25 +82,6 @@ def frozen_identity(cfg: Config, start: Start, encoder: Encoder) -> dict[str, di
 
 def _frozen_models(encoder: Encoder) -> dict[str, FrozenModel[Any]]:
     return {"vae.path": encoder.vae.frozen, "text.path": encoder.text.frozen}
-
-
-def _file_facts(model: FrozenModel[Any], recorded: dict[str, Any], hash_file: HashFile) -> dict[str, Any]:
-    """Path, size in bytes, time of change in ns and sha256 of each file, by its name."""
-    facts = {}
-    for file in model.files:
-        path = file.resolve()
-        stat = path.stat()
-        known = {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-        before = recorded.get(file.name, {})
-        same = all(before.get(name) == value for name, value in known.items())
-        facts[file.name] = {**known, "sha256": before["sha256"] if same else _sha256(path, hash_file)}
-    return facts
-
-
-def _sha256(path: Path, hash_file: HashFile) -> str:
-    """The hub's cache names large files by their sha256: tens of gigabytes need not be read for it."""
-    named = path.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", path.name)
-    return path.name if named else hash_file(path)
 
 
 def _facts_of_older(cfg: Config, checkpoint: Path, encoder: Encoder, hash_file: HashFile) -> dict[str, dict[str, Any]]:
@@ -121,7 +99,7 @@ def _facts_of_older(cfg: Config, checkpoint: Path, encoder: Encoder, hash_file: 
             f"{cfg.run.dir} does not record what its frozen models hold, and they are not where they were to compare: "
             f"{error}. Put them back to resume, or set another run.dir and init.weights={cfg.run.dir}"
         ) from None
-    return {key: _file_facts(model, {}, hash_file) for key, model in _frozen_models(there).items()}
+    return {key: file_facts(model, {}, hash_file) for key, model in _frozen_models(there).items()}
 
 
 def _check_same(cfg: Config, key: str, then: dict[str, Any], now: dict[str, Any]) -> None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import statistics
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from opensora_repro.config import Config, ConfigError
-from opensora_repro.config.sections import encodes_after_start, validates
+from opensora_repro.config.sections import validates
 from opensora_repro.data.manifest import kind_by_name, read_manifest
 from opensora_repro.data.preflight import SAMPLED_ROWS, keyed_sample, require_usable, survey, table, warnings
 from opensora_repro.frozen.encoder import open_encoder
@@ -21,28 +19,19 @@ from opensora_repro.frozen.pretrained import ModelNotFound
 from opensora_repro.frozen.text import T5Text, read_cleaned
 from opensora_repro.kernels.choice import choose
 from opensora_repro.parallel.build import check_installed
-from opensora_repro.parallel.device import total_memory
 from opensora_repro.parallel.mesh import Mesh
-from opensora_repro.planning.encoders import frozen_sizes
-from opensora_repro.planning.gpus import usable_bytes
-from opensora_repro.planning.memory import Memory, step_memory
-from opensora_repro.planning.parameters import count_parameters
-from opensora_repro.planning.report import memory_parts, size
-from opensora_repro.planning.sizes import latent_shape, token_grid
-from opensora_repro.process import host_memory
-from opensora_repro.run_folder import CONFIG_FILE, check_folder
+from opensora_repro.planning.fit import check_memory
+from opensora_repro.run_folder import check_folder
 from opensora_repro.sampling.generate import check_fit
 from opensora_repro.training.identity import frozen_identity
 from opensora_repro.training.start import Stage, Start
 from opensora_repro.training.validate import chosen_samples
-from opensora_repro.weights.catalog import CatalogError, load_catalog
-from opensora_repro.weights.files import open_weights
+from opensora_repro.weights.files import open_weights, weights_to_come
 from opensora_repro.weights.load import check_complete, inserts_temporal_attention
 
 if TYPE_CHECKING:
     import pandas as pd
 
-WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")  # files that no stage makes, but in checkpoints
 UNKNOWN_WORDS = 0.01  # share from which on a warning is due
 CUT_CAPTIONS = 0.1
 
@@ -86,7 +75,7 @@ def preflight(
             raise
         yield f"not on this machine: {error}"
     if device is not None:
-        yield from memory(cfg, mesh, device)
+        yield check_memory(cfg, mesh, device)
     if frame is None:
         yield to_come("data.manifest", cfg.data.manifest)
     else:
@@ -105,22 +94,6 @@ def preflight(
 def is_to_come(path: str) -> bool:
     """Whether nothing has the name: an earlier stage may make it. What is there, but wrong, is a mistake."""
     return not os.path.lexists(path)
-
-
-def weights_to_come(path: str) -> bool:
-    """Whether this may be a run that an earlier stage has to make, or has begun, without a checkpoint so far."""
-    run = Path(path)
-    if not is_to_come(path):
-        begun = (run / CONFIG_FILE).is_file() and not (run / "checkpoints").exists()
-        return begun and not any(file.suffix in WEIGHTS_SUFFIXES for file in run.iterdir())
-    return not (is_published(path) or (run.suffix in WEIGHTS_SUFFIXES and "checkpoints" not in run.parts))
-
-
-def is_published(name: str) -> bool:
-    """Whether this is fetched by its name, not made."""
-    with contextlib.suppress(CatalogError):  # an installation without the catalog
-        return any(entry.name == name for entry in load_catalog())
-    return False
 
 
 def find_manifest(path: str) -> pd.DataFrame | None:
@@ -176,39 +149,3 @@ def captions(cfg: Config, frame: pd.DataFrame, text: T5Text) -> Iterator[str]:
 def share(value: float) -> str:
     """Of a part above 0, which is not told to be none."""
     return f"{100 * value:.0f} %" if value > 0.01 else f"{100 * value:.2g} %"
-
-
-def memory(cfg: Config, mesh: Mesh, device: torch.device) -> Iterator[str]:
-    """What a process needs, and what this machine has. Raises ConfigError where not even the weights find room."""
-    need = needed_memory(cfg, mesh, device.type)
-    always = need.states.weights + need.states.optimizer + need.states.average
-    if device.type == "cuda":
-        processes, total, place = 1, total_memory(device), "this GPU has"
-        always += need.encoders  # host memory need not hold what is mapped from files
-        usable = usable_bytes(total)
-        room = f"{size(usable)} of its {size(total)} usable"
-    else:
-        host = host_memory()
-        told = os.environ.get("LOCAL_WORLD_SIZE", "")  # torchrun's
-        processes = int(told) if told.isdecimal() else 1
-        total, usable, place = host.total + host.swap, host.free, "this machine has"
-        room = f"{size(host.free)} of its {size(host.total)} free"
-    if processes * always > total:
-        raise ConfigError(
-            f"weights, optimizer and average take {size(processes * always)}, {place} {size(total)}: take a smaller "
-            "model or a larger machine, or spread them over GPUs (parallel.plugin=zero2)"
-        )
-    peak = processes * need.peak
-    together = f", {size(peak)} for {processes} processes" if processes > 1 else ""
-    warning = "" if peak <= usable else "warning: probably too much "
-    yield f"{warning}memory: about {size(need.peak)} a process{together}, {place} {room}: {memory_parts(need)}"
-
-
-def needed_memory(cfg: Config, mesh: Mesh, device_type: str) -> Memory:
-    """Of one process, by the formulas."""
-    if device_type == "cpu":  # where what is offloaded lies in the same memory
-        cfg = replace(cfg, optim=replace(cfg.optim, offload=False), text=replace(cfg.text, offload=False))
-    grid = token_grid(cfg.model, latent_shape(cfg))
-    parameters, frozen = count_parameters(cfg.model), frozen_sizes(cfg)
-    encodes = encodes_after_start(cfg)
-    return step_memory(cfg, grid, parameters, frozen, mesh, encodes=encodes, device=device_type)

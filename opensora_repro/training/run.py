@@ -30,7 +30,7 @@ from opensora_repro.training.batches import BatchBuilder
 from opensora_repro.training.checkpoint import load_checkpoint, read_state
 from opensora_repro.training.ema import Ema, horizon_warning
 from opensora_repro.training.feed import CacheFeed, ClipFeed, Feed, ids_fingerprint
-from opensora_repro.training.fill import cache_fingerprint, fill_together
+from opensora_repro.training.fill import CacheFill, cache_fingerprint, fill_cache
 from opensora_repro.training.identity import check_manifest
 from opensora_repro.training.loop import Trainer
 from opensora_repro.training.metrics import RunLog
@@ -93,20 +93,49 @@ def _silent(line: str) -> None:
 
 
 class _Run:
-    """One process's part of a run, in the order in which mistakes are cheapest to find."""
+    """One process's part of a run."""
 
     def __init__(self, cfg: Config, stage: Stage, engine: Engine, start: Start, frame: pd.DataFrame, say: Say) -> None:
-        self.cfg, self.stage, self.engine, self.start, self.say = cfg, stage, engine, start, say
+        self.cfg, self.stage, self.engine, self.start, self.frame, self.say = cfg, stage, engine, start, frame, say
         self.run_dir = Path(cfg.run.dir)
-        self.kernels = choose(cfg.train.kernels, engine.device.type)
-        self.dataset = ClipDataset(frame, cfg.data, cfg.run.seed)
-        self.rows = CacheRows(frame) if cfg.data.cache else None
+
+    def train(self) -> Outcome:
+        """The steps in the order in which mistakes are cheapest to find."""
+        self._open_data()
+        self._build_model()
+        self._announce()
+        with StopSignals() as self.stop, contextlib.ExitStack() as held:
+            self.engine.peers.on_first(lambda: held.enter_context(claimed_run_folder(self.run_dir)))
+            self._check_weights()
+            self._prepare_engine()
+            # Held-out samples first: what is wrong with them is not found after all others have been encoded.
+            validator = self._build_validator() if self.held_out else None
+            quarantine = held.enter_context(contextlib.closing(self._quarantine(len(self.dataset))))
+            feed = self._build_feed(quarantine)
+            self._release_encoder()  # all that is encoded before training has been
+            trainer = self._build_trainer(feed, quarantine, validator)
+            held.callback(trainer.close)
+            if not any(self.engine.peers.gather(self.stop.requested())):
+                self.engine.peers.on_first(self._write_config)  # from here on the folder is a run
+                trainer.run(self.stage.name)
+            newest = self.engine.peers.on_first(lambda: list_checkpoints(self.run_dir)[-1:])
+            step = trainer.state.step
+            return Outcome(step, step >= self.cfg.train.steps, newest[0] if newest else None, self.stop.received)
+
+    def _open_data(self) -> None:
+        cfg = self.cfg
+        self.dataset = ClipDataset(self.frame, cfg.data, cfg.run.seed)
+        self.rows = CacheRows(self.frame) if cfg.data.cache else None
         val_manifest = cfg.data.val_manifest if validates(cfg) else None
         self.held_out = ClipDataset(val_manifest, cfg.data, cfg.run.seed, augment=False) if val_manifest else None
-        self.encoder = open_encoder(cfg, engine.device)
+
+    def _build_model(self) -> None:
+        cfg, device = self.cfg, self.engine.device
+        self.kernels = choose(cfg.train.kernels, device.type)  # before the blocks are built and compiled with them
+        self.encoder = open_encoder(cfg, device)
         check_fit(cfg, self.encoder.vae, self.encoder.text)
-        self.model, self.report = build_model(cfg, engine.device, load_init=not start.resumes)
-        self.compiles = compiles(cfg, engine.device.type)
+        self.model, self.report = build_model(cfg, device, load_init=not self.start.resumes)
+        self.compiles = compiles(cfg, device.type)
         if self.compiles:
             apply_compile(self.model, cfg)
         if encodes_always(cfg):
@@ -115,80 +144,22 @@ class _Run:
             take_null_caption(self.model, self.encoder.text)
         self.objective = build_objective(cfg.diffusion)
 
-    def train(self) -> Outcome:
-        self._announce()
-        with StopSignals() as stop, contextlib.ExitStack() as held:
-            self.engine.peers.on_first(lambda: held.enter_context(claimed_run_folder(self.run_dir)))
-            trainer = self._build_trainer(stop)
-            held.callback(trainer.close)
-            if not self._agree(stop.requested()):
-                self.engine.peers.on_first(self._write_config)
-                trainer.run(self.stage.name)
-            return self._outcome(trainer.state.step, stop)
-
     def _announce(self) -> None:
-        cfg, start = self.cfg, self.start
+        cfg, start, name = self.cfg, self.start, self.stage.name
         if start.resumes:
-            self.say(f"{self.stage.name}: resuming {cfg.run.dir} after step {start.state.step} of {cfg.train.steps}")
+            self.say(f"{name}: resuming {cfg.run.dir} after step {start.state.step} of {cfg.train.steps}")
         else:
-            weights = str(self.report) if self.report else "weights drawn at random"
-            self.say(f"{self.stage.name}: starting {cfg.run.dir}; {weights}")
+            self.say(f"{name}: starting {cfg.run.dir}; {self.report or 'weights drawn at random'}")
             stride = self.encoder.vae.spatial_stride
             for line in self.stage.check_start(self.model, cfg, self.report, stride):
                 self.say(line)
         if self.compiles:
-            self.say(
-                f"{self.stage.name}: compiled blocks (train.compile = {cfg.train.compile}); the first steps wait for it"
-            )
+            self.say(f"{name}: compiled blocks (train.compile = {cfg.train.compile}); the first steps wait for it")
         if self.kernels == "triton":
-            self.say(f"{self.stage.name}: fused kernels (train.kernels = {cfg.train.kernels})")
+            self.say(f"{name}: fused kernels (train.kernels = {cfg.train.kernels})")
         warning = horizon_warning(cfg.ema.decay, cfg.train.steps)
         if warning:
             self.say(f"warning: {warning}")
-
-    def _write_config(self) -> None:
-        clean_leftovers(self.run_dir)
-        write_config(self.run_dir, dump_toml(self.cfg))
-        if self.report is not None:
-            content = self.report.to_dict()  # with the sha256 of every file that was read
-            content["files"] = {name: sha256_of(Path(name)) for name in self.report.files}
-            write_text(self.run_dir / WEIGHTS_FILE, json.dumps(content, indent=1) + "\n")
-
-    def _build_trainer(self, stop: StopSignals) -> Trainer:
-        cfg, engine, state = self.cfg, self.engine, self.start.state
-        quarantine = Quarantine(
-            self.run_dir,
-            num_samples=len(self.dataset),
-            max_fraction=cfg.data.max_bad_fraction,
-            writes=engine.is_main,
-        )
-        self._check_weights()
-        # ColossalAI's plugins and Gemini hand the optimizer weights of their own.
-        fused = self.kernels == "triton" and cfg.parallel.engine == "torch"
-        engine.prepare(self.model, build_optimizer(self.model, cfg.optim, fused=fused))
-        ema = Ema(engine, cfg.ema.decay, offload=cfg.optim.offload)
-        if self.start.checkpoint is not None:
-            load_checkpoint(self.start.checkpoint, state, engine, ema)
-        # Held-out samples first: what is wrong with them is not found after all others have been encoded.
-        validator = self._build_validator(stop) if self.held_out else None
-        feed = self._build_feed(quarantine, stop)
-        self._leave_encoder()
-        return Trainer(
-            cfg=cfg,
-            engine=engine,
-            model=self.model,
-            objective=self.objective,
-            encoder=self.encoder,
-            builder=self._build_batch_builder(),
-            ema=ema,
-            feed=feed,
-            state=state,
-            writer=self._build_writer(),
-            log=RunLog(self.run_dir, resumed_step=state.step, enabled=engine.is_main),
-            quarantine=quarantine,
-            validator=validator,
-            stop=stop,
-        )
 
     def _check_weights(self) -> None:
         """All processes must begin with the same weights. Raises EngineError."""
@@ -200,50 +171,36 @@ class _Run:
             facts = {"the model's weights": weights_digest(self.model.state_dict())}
         check_same(self.engine.watchdog, "weights", facts)
 
-    def _build_writer(self) -> CheckpointWriter:
-        cfg = self.cfg
-        keep, background = cfg.checkpoint.keep, cfg.checkpoint.background
-        return CheckpointWriter(self.run_dir, self.engine, dump_toml(cfg), keep=keep, background=background)
-
-    def _build_batch_builder(self) -> BatchBuilder:
-        cfg, vae = self.cfg, self.encoder.vae
-        height, width = cfg.data.height // vae.spatial_stride, cfg.data.width // vae.spatial_stride
-        return BatchBuilder(
-            vae,
-            self.objective,
-            seed=cfg.run.seed,
-            batch_size=cfg.train.batch_size,
-            patch_size=cfg.model.patch_size,
-            drop_probability=cfg.model.class_dropout_prob,
-            latent_shape=(vae.latent_channels, cfg.data.num_frames, height, width),
-            text_shape=(cfg.model.model_max_length, cfg.model.caption_channels),
-            device=self.engine.device,
-        )
-
-    def _build_validator(self, stop: StopSignals) -> Validator:
-        assert self.held_out is not None
+    def _prepare_engine(self) -> None:
+        """Optimizer and average; where the run resumes, the checkpoint's, which needs the engine's pieces of all."""
         cfg, engine = self.cfg, self.engine
-        chosen = chosen_samples(self.held_out.ids, cfg.validation.max_samples)
-        with contextlib.closing(
-            Quarantine(
-                self.run_dir,
-                num_samples=len(chosen),
-                max_fraction=cfg.data.max_bad_fraction,
-                writes=engine.is_main,
-                kind="held-out samples",
-            )
-        ) as quarantine:
-            validator = Validator(
-                cfg, self.held_out, chosen, self.encoder, self.objective, engine, quarantine, stopped=stop.requested
-            )
-            self._tell_bad(quarantine)
-            return validator
+        # ColossalAI's plugins and Gemini hand the optimizer weights of their own.
+        fused = self.kernels == "triton" and cfg.parallel.engine == "torch"
+        engine.prepare(self.model, build_optimizer(self.model, cfg.optim, fused=fused))
+        self.ema = Ema(engine, cfg.ema.decay, offload=cfg.optim.offload)
+        if self.start.checkpoint is not None:
+            load_checkpoint(self.start.checkpoint, self.start.state, engine, self.ema)
+
+    def _quarantine(self, num_samples: int, kind: str = "samples") -> Quarantine:
+        fraction, writes = self.cfg.data.max_bad_fraction, self.engine.is_main
+        return Quarantine(self.run_dir, num_samples=num_samples, max_fraction=fraction, writes=writes, kind=kind)
 
     def _tell_bad(self, quarantine: Quarantine) -> None:
         if len(quarantine):
             self.say(f"{self.stage.name}: {quarantine.summary()}")
 
-    def _build_feed(self, quarantine: Quarantine, stop: StopSignals) -> Feed:
+    def _build_validator(self) -> Validator:
+        assert self.held_out is not None
+        chosen = chosen_samples(self.held_out.ids, self.cfg.validation.max_samples)
+        with contextlib.closing(self._quarantine(len(chosen), "held-out samples")) as quarantine:
+            validator = Validator(
+                self.cfg, self.held_out, chosen, self.encoder, self.objective, self.engine, quarantine,
+                stopped=self.stop.requested,
+            )  # fmt: skip
+            self._tell_bad(quarantine)
+            return validator
+
+    def _build_feed(self, quarantine: Quarantine) -> Feed:
         cfg, engine, mesh = self.cfg, self.engine, self.engine.mesh
         whole = BatchSampler(
             len(self.dataset), cfg.train.batch_size, cfg.run.seed, rank=mesh.data_rank, world_size=mesh.data_size
@@ -253,30 +210,54 @@ class _Run:
             pinned = engine.device.type == "cuda"
             return ClipFeed(self.dataset, sampler, cfg.data.num_workers, pinned=pinned)
         cache = LatentCache(cfg.data.cache, engine.peers.on_first(lambda: cache_fingerprint(cfg, self.encoder)))
-        fill_together(
-            self.dataset,
-            self.rows,
-            self.encoder,
-            cache,
-            engine,
-            quarantine,
-            num_workers=cfg.data.num_workers,
-            stopped=stop.requested,
-        )
+        fill = CacheFill(self.dataset, self.rows, self.encoder, cache, cfg.data.num_workers, mesh.rank, mesh.world_size)
+        fill_cache(fill, engine, quarantine, self.stop.requested)
         self._tell_bad(quarantine)
         return CacheFeed(cache, sampler, self.rows, cfg.data.draws)
 
-    def _leave_encoder(self) -> None:
-        """All that is encoded before training has been."""
+    def _release_encoder(self) -> None:
         skipped = skipped_models(self.engine.peers.gather(self.encoder.not_loaded()))
         if skipped:
             self.say(skipped)
         if not encodes_after_start(self.cfg):
             self.encoder.release()
 
-    def _agree(self, wish: bool) -> bool:
-        return any(self.engine.peers.gather(wish))
+    def _build_trainer(self, feed: Feed, quarantine: Quarantine, validator: Validator | None) -> Trainer:
+        cfg, engine, state, vae = self.cfg, self.engine, self.start.state, self.encoder.vae
+        height, width = cfg.data.height // vae.spatial_stride, cfg.data.width // vae.spatial_stride
+        builder = BatchBuilder(
+            vae,
+            self.objective,
+            seed=cfg.run.seed,
+            batch_size=cfg.train.batch_size,
+            patch_size=cfg.model.patch_size,
+            drop_probability=cfg.model.class_dropout_prob,
+            latent_shape=(vae.latent_channels, cfg.data.num_frames, height, width),
+            text_shape=(cfg.model.model_max_length, cfg.model.caption_channels),
+            device=engine.device,
+        )
+        keep, background = cfg.checkpoint.keep, cfg.checkpoint.background
+        return Trainer(
+            cfg=cfg,
+            engine=engine,
+            model=self.model,
+            objective=self.objective,
+            encoder=self.encoder,
+            builder=builder,
+            ema=self.ema,
+            feed=feed,
+            state=state,
+            writer=CheckpointWriter(self.run_dir, engine, dump_toml(cfg), keep=keep, background=background),
+            log=RunLog(self.run_dir, resumed_step=state.step, enabled=engine.is_main),
+            quarantine=quarantine,
+            validator=validator,
+            stop=self.stop,
+        )
 
-    def _outcome(self, step: int, stop: StopSignals) -> Outcome:
-        newest = self.engine.peers.on_first(lambda: list_checkpoints(self.run_dir)[-1:])
-        return Outcome(step, step >= self.cfg.train.steps, newest[0] if newest else None, stop.received)
+    def _write_config(self) -> None:
+        clean_leftovers(self.run_dir)
+        write_config(self.run_dir, dump_toml(self.cfg))
+        if self.report is not None:
+            content = self.report.to_dict()  # with the sha256 of every file that was read
+            content["files"] = {name: sha256_of(Path(name)) for name in self.report.files}
+            write_text(self.run_dir / WEIGHTS_FILE, json.dumps(content, indent=1) + "\n")

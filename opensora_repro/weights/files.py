@@ -5,10 +5,12 @@ Tensors are mapped, not read: a file costs memory only as its tensors are copied
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import json
 import mmap
+import os
 import pickle
 import re
 import sys
@@ -24,7 +26,7 @@ from torch import Tensor
 from opensora_repro.errors import UserError
 from opensora_repro.files import sha256_of
 from opensora_repro.run_folder import CONFIG_FILE, STATE_FILE
-from opensora_repro.weights.catalog import CatalogError, Progress, find_cached, similar_name
+from opensora_repro.weights.catalog import CatalogError, Progress, find_cached, load_catalog, similar_name
 from opensora_repro.weights.diffusers_layout import diffusers_kind, dit_facts, pixart_facts
 from opensora_repro.weights.inert import inert_containers
 from opensora_repro.weights.unwrap import NULL_CAPTION, NameClash, strip_names, take_out
@@ -169,6 +171,18 @@ def find_weights(path: str | Path, *, ema: bool = True) -> Path:
         f"{path}: no weights in this folder: expected a run with checkpoints/step-*/model.safetensors, a checkpoint, "
         "an Open-Sora folder epoch*-global_step*, a diffusers model, or one file of weights"
     )
+
+
+def weights_to_come(path: str) -> bool:
+    """Whether this may be a run that an earlier stage has to make, or has begun, without a checkpoint so far."""
+    run = Path(path)
+    if os.path.lexists(path):
+        begun = (run / CONFIG_FILE).is_file() and not (run / "checkpoints").exists()
+        return begun and not any(file.suffix in SUFFIXES for file in run.iterdir())
+    with contextlib.suppress(CatalogError):  # an installation without the catalog
+        if any(entry.name == path for entry in load_catalog()):  # fetched by its name, not made
+            return False
+    return run.suffix not in SUFFIXES or "checkpoints" in run.parts  # no stage makes such files, but in checkpoints
 
 
 def _cached(name: str) -> Path:

@@ -18,11 +18,11 @@ from opensora_repro.config.sections import encodes_after_start, encodes_always
 from opensora_repro.data.cache import LatentCache
 from opensora_repro.data.dataset import BadSample, Clip
 from opensora_repro.files import sha256_of
-from opensora_repro.frozen import encoder as encode
 from opensora_repro.frozen import hashes
 from opensora_repro.frozen.encoder import Encoded, Encoder, open_encoder, skipped_models
 from opensora_repro.frozen.hashes import HashMemo
 from opensora_repro.frozen.pretrained import ModelNotFound
+from opensora_repro.training import fill
 from opensora_repro.training.fill import cache_fingerprint
 from tests.tiny_models import TINY_LATENT_CHANNELS, TINY_STRIDE, TINY_TEXT_CHANNELS, make_tiny_text, make_tiny_vae
 
@@ -275,10 +275,9 @@ def test_two_processes_fill_everything_between_them(tmp_path: Path, monkeypatch:
 
     rows = SimpleNamespace(names=list("abcde"), keys=lambda draws: [(n, d) for n in "abcde" for d in range(draws)])
     dataset = SimpleNamespace(cfg=SimpleNamespace(draws=2))
-    monkeypatch.setattr(encode, "_load", lambda dataset, pairs, workers: [(d, i, rows.names[i]) for d, i in pairs])
+    monkeypatch.setattr(fill, "_load", lambda dataset, pairs, workers: [rows.names[i] for _, i in pairs])
     caches = [LatentCache(tmp_path, "same"), LatentCache(tmp_path, "same")]
     for rank, cache in enumerate(caches):
-        encode.fill_cache(
-            dataset, rows, (rank, 2), Zeros(), cache, num_workers=0, set_aside=pytest.fail, stopped=lambda: False
-        )  # fmt: skip
+        share = fill.CacheFill(dataset, rows, Zeros(), cache, num_workers=0, rank=rank, world_size=2)
+        assert all(bad is None for _, bad in share.encode())
         assert len(cache.missing(rows.keys(2))) == (4 if rank == 0 else 0)
