@@ -142,8 +142,8 @@ def build_training(device: torch.device, case: Case, options: Options) -> Traini
     from opensora_repro.kernels import choice
     from opensora_repro.models.stdit import STDiT
     from opensora_repro.parallel.build import build_engine
-    from opensora_repro.training.model import ModelRunner
     from opensora_repro.training.optim import build_optimizer
+    from opensora_repro.training.step import ModelRunner
 
     cfg, size = case.cfg, case.batch_size
     torch.manual_seed(0)

@@ -161,7 +161,7 @@ class Collator:
 
 
 class Prefetcher:
-    """A run's micro-batches in order. Whether they are made ready ahead changes when things are done, not what."""
+    """A run's micro-batches in order. Whether they are prefetched changes when things are done, not what."""
 
     def __init__(
         self, samples: Iterator[list[Sample]], collator: Collator, device: torch.device, *, overlap: bool
@@ -172,7 +172,7 @@ class Prefetcher:
         self._fetched: list[Sample] | None = None
         self._over = False
         self._ready: PreparedBatch | None = None
-        self.error: Exception | None = None  # why nothing more can be read
+        self.error: TrainingError | None = None  # why nothing more can be read
         self.seconds_waited = 0.0  # for samples to be read
 
     def prefetch(self) -> None:
@@ -193,8 +193,12 @@ class Prefetcher:
             return None
         try:
             fetched = next(self._samples, None)
-        except (TrainingError, OSError, SafetensorError) as error:
+        except TrainingError as error:
             self.error = error
+            return None
+        except (OSError, SafetensorError) as error:
+            broken = f"cannot read {error.filename}: {error.strerror}" if isinstance(error, OSError) else ""
+            self.error = TrainingError(broken or f"a shard of the cache cannot be read: {error}")
             return None
         self._over = fetched is None
         return fetched

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from opensora_repro.config import Config
 from opensora_repro.data.sampler import drawn
@@ -21,16 +22,14 @@ from opensora_repro.process import StopSignals
 from opensora_repro.run_folder import list_checkpoints
 from opensora_repro.sampling.generate import NotFinite
 from opensora_repro.sampling.grids import sample_prompts, write_samples
-from opensora_repro.training.batches import BatchBuilder, Collator, Prefetcher
+from opensora_repro.training.batches import Batch, BatchBuilder, Collator, Prefetcher
 from opensora_repro.training.checkpoint import TrainState, UnwritableCheckpoint
 from opensora_repro.training.ema import Ema
 from opensora_repro.training.feed import Feed
 from opensora_repro.training.metrics import Progress, RunLog
-from opensora_repro.training.model import ModelRunner
-from opensora_repro.training.optim import learning_rate
 from opensora_repro.training.quarantine import Quarantine
 from opensora_repro.training.save import CheckpointWriter
-from opensora_repro.training.step import PendingStep, StepResult, StepTotals, decide
+from opensora_repro.training.step import ModelRunner, PendingStep, StepResult, StepTotals, decide, learning_rate
 from opensora_repro.training.validate import Validator
 
 MAX_EMPTY_STEPS = 8  # in a row: nothing is learned, and more of the same is to be expected
@@ -125,14 +124,9 @@ class Trainer:
 
     # How it ends early
 
-    def _own_error(self) -> Exception | None:
+    def _own_error(self) -> TrainingError | None:
         """Why this process cannot go on, though the others could: all stop together."""
-        error = self._batches.error or self.log.error or self.quarantine.error
-        if isinstance(error, OSError):
-            return TrainingError(f"cannot read {error.filename}: {error.strerror}")
-        if error is None or isinstance(error, TrainingError):
-            return error
-        return TrainingError(f"a shard of the cache cannot be read: {error}")
+        return self._batches.error or self.log.error or self.quarantine.error
 
     @property
     def _trained(self) -> bool:
@@ -192,10 +186,13 @@ class Trainer:
         """
         if self.engine.mesh.world_size > 1:
             batch = self.builder.stand_in()
-            model_fn = self.train_runner.conditioned(batch.text, batch.mask, batch.drop_text)
-            losses = self.objective.losses(model_fn, batch.latents, batch.noise, batch.timesteps)
-            self.engine.backward(losses.sum() * batch.weight)
+            self.engine.backward(self._losses(batch).sum() * batch.weight)
             self.engine.zero_grad()
+
+    def _losses(self, batch: Batch) -> Tensor:
+        """Of each sample, float32 [B]."""
+        model_fn = self.train_runner.conditioned(batch.text, batch.mask, batch.drop_text)
+        return self.objective.losses(model_fn, batch.latents, batch.noise, batch.timesteps)
 
     # One step
 
@@ -212,7 +209,7 @@ class Trainer:
         decision = decide(
             self.engine,
             totals,
-            stopping=self.stop.requested() or self._own_error() is not None,
+            stopping=self.stop.received is not None or self._own_error() is not None,
             global_batch_size=state.global_batch_size,
             clip_norm=cfg.optim.clip_norm,
         )
@@ -240,8 +237,7 @@ class Trainer:
             self._moving = True
             self.engine.step_in_backward(given.lr, self.state.global_batch_size / len(batch.ids))
         with self.engine.accumulating(last=last):
-            model_fn = self.train_runner.conditioned(batch.text, batch.mask, batch.drop_text)
-            losses = self.objective.losses(model_fn, batch.latents, batch.noise, batch.timesteps)
+            losses = self._losses(batch)
             share = batch.weight / (self.cfg.train.batch_size * self.cfg.train.accumulation)
             self.engine.backward(losses.sum() * share)
         totals.loss += losses.detach().double().sum() * batch.weight

@@ -1,4 +1,4 @@
-"""AdamW and its learning rate."""
+"""AdamW, by the config."""
 
 from __future__ import annotations
 
@@ -33,13 +33,3 @@ def check_processes(cfg: OptimConfig, world_size: int) -> None:
         raise ConfigError(
             f"optim.in_backward = true: expected false with {world_size} processes, whose gradients are averaged first"
         )
-
-
-def learning_rate(cfg: OptimConfig, step: int, num_steps: int) -> float:
-    """Rate of step 0 .. num_steps - 1: linear warm-up, constant, linear decay over the last `decay_steps`."""
-    rate = cfg.lr
-    if step < cfg.warmup_steps:
-        rate *= (step + 1) / cfg.warmup_steps
-    if num_steps - step <= cfg.decay_steps:
-        rate *= (num_steps - step) / (cfg.decay_steps + 1)
-    return rate

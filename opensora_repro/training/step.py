@@ -1,21 +1,51 @@
-"""A step's sums over all processes, and what follows: gradient norm, clipping, whether to skip it.
+"""What a step consists of: its learning rate, the model's forward, the sums over all processes, and what follows.
 
-All is decided on the device, so that no step waits for it.
+Gradient norm, clipping, and whether the step is skipped are decided on the device, so that no step waits for it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from opensora_repro.config import OptimConfig
 from opensora_repro.data.dataset import BadSample
 from opensora_repro.kernels.transfer import to_device
 from opensora_repro.parallel.device import HostValues
 from opensora_repro.parallel.engine import Engine
+
+
+def learning_rate(cfg: OptimConfig, step: int, num_steps: int) -> float:
+    """Rate of step 0 .. num_steps - 1: linear warm-up, constant, linear decay over the last `decay_steps`."""
+    rate = cfg.lr
+    if step < cfg.warmup_steps:
+        rate *= (step + 1) / cfg.warmup_steps
+    if num_steps - step <= cfg.decay_steps:
+        rate *= (num_steps - step) / (cfg.decay_steps + 1)
+    return rate
+
+
+class ModelRunner:
+    """Calls the model, as an engine offers it, in bfloat16 autocast or float32; timesteps and losses stay float32."""
+
+    def __init__(self, forward: Callable[..., Tensor], dtype: str, device: torch.device) -> None:
+        self.forward, self.half, self.device = forward, dtype == "bf16", device
+
+    def conditioned(
+        self, text: Tensor, mask: Tensor, drop_text: Tensor | None = None
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """`(x_t [B, C, T, H, W], timestep [B]) -> [B, C_out, T, H, W]` for these captions."""
+
+        def call(x: Tensor, timestep: Tensor) -> Tensor:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+                output: Tensor = self.forward(x, timestep, text, mask, drop_text=drop_text)
+            return output
+
+        return call
 
 
 @dataclass
@@ -87,7 +117,7 @@ def decide(engine: Engine, totals: StepTotals, *, stopping: bool, global_batch_s
     """
     counts = torch.tensor([totals.samples, totals.bad, totals.tokens, stopping, totals.lost], dtype=torch.float64)
     sums = torch.cat([totals.loss[None], to_device(counts, engine.device)])
-    sums /= engine.mesh.model_size  # as many ranks have counted the same samples
+    sums /= engine.members.size  # as many ranks have counted the same samples
     sums = engine.sum(torch.cat([sums, engine.squared_gradients()[None]]))
     loss, samples, bad, tokens, stops, lost, square = sums.unbind()
     good = samples.clamp(min=1)

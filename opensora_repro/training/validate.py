@@ -14,8 +14,8 @@ from opensora_repro.errors import DataError, TrainingError
 from opensora_repro.frozen.encoder import Encoded, Encoder
 from opensora_repro.parallel.engine import Engine
 from opensora_repro.training.fill import load_listed
-from opensora_repro.training.model import ModelRunner
 from opensora_repro.training.quarantine import Quarantine
+from opensora_repro.training.step import ModelRunner
 
 
 def chosen_samples(ids: Sequence[str], max_samples: int) -> list[int]:

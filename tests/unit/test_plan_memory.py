@@ -26,8 +26,8 @@ from opensora_repro.planning.memory import activation_bytes, state_bytes, step_m
 from opensora_repro.planning.parameters import count_parameters, cut_parameters
 from opensora_repro.planning.sizes import token_grid
 from opensora_repro.training.ema import Ema
-from opensora_repro.training.model import ModelRunner
 from opensora_repro.training.optim import build_optimizer
+from opensora_repro.training.step import ModelRunner
 from tests.live_bytes import LiveBytes
 
 CPU = torch.device("cpu")

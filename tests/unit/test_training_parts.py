@@ -27,10 +27,9 @@ from opensora_repro.run_folder import JsonLines, claimed_run_folder
 from opensora_repro.training.checkpoint import TrainState
 from opensora_repro.training.ema import Ema
 from opensora_repro.training.feed import ids_fingerprint
-from opensora_repro.training.optim import learning_rate
 from opensora_repro.training.quarantine import Quarantine
 from opensora_repro.training.start import changed_settings, find_start
-from opensora_repro.training.step import StepResult, StepTotals, decide
+from opensora_repro.training.step import StepResult, StepTotals, decide, learning_rate
 from opensora_repro.weights.insertion import assert_equals_image_model
 from opensora_repro.weights.load import zero_temporal_attention
 from opensora_repro.weights.positions import describe_rescaling
