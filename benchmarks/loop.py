@@ -109,7 +109,6 @@ def build_loop(
     from opensora_repro.models.stdit import STDiT
     from opensora_repro.parallel.engine import TorchEngine
     from opensora_repro.process import StopSignals
-    from opensora_repro.training.batches import BatchBuilder
     from opensora_repro.training.checkpoint import TrainState
     from opensora_repro.training.ema import Ema
     from opensora_repro.training.metrics import RunLog
@@ -117,7 +116,7 @@ def build_loop(
     from opensora_repro.training.quarantine import Quarantine
     from opensora_repro.training.save import CheckpointWriter
 
-    run_dir, vae = Path(cfg.run.dir), encoder.vae
+    run_dir = Path(cfg.run.dir)
     run_dir.mkdir(parents=True)
     engine = TorchEngine(cfg.parallel, str(device))
     torch.manual_seed(cfg.run.seed)
@@ -127,15 +126,8 @@ def build_loop(
     fused = choice.fused(model.x_embedder.proj.weight)
     engine.prepare(model, build_optimizer(model, cfg.optim, fused=fused))
     objective = build_objective(cfg.diffusion)
-    rows, columns = cfg.data.height // vae.spatial_stride, cfg.data.width // vae.spatial_stride
-    builder = BatchBuilder(
-        vae, objective, seed=cfg.run.seed, batch_size=cfg.train.batch_size, patch_size=cfg.model.patch_size,
-        drop_probability=cfg.model.class_dropout_prob,
-        latent_shape=(vae.latent_channels, cfg.data.num_frames, rows, columns),
-        text_shape=(cfg.model.model_max_length, cfg.model.caption_channels), device=engine.device,
-    )  # fmt: skip
     return kind(
-        cfg=cfg, engine=engine, model=model, objective=objective, encoder=encoder, builder=builder,
+        cfg=cfg, engine=engine, model=model, objective=objective, encoder=encoder,
         ema=Ema(engine, cfg.ema.decay), feed=feed,
         state=TrainState(global_batch_size=cfg.train.batch_size * cfg.train.accumulation),
         writer=CheckpointWriter(run_dir, engine, "[run]\n", keep=1, background=False),

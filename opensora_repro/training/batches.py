@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from opensora_repro.config import Config
 from opensora_repro.data.dataset import BadSample
 from opensora_repro.data.keyed import keyed_generator
 from opensora_repro.data.sampler import interleave
@@ -48,23 +49,18 @@ class Batch:
 class BatchBuilder:
     """Draws posterior sample, noise, timestep and text dropout, keyed by (seed, epoch, sample id)."""
 
-    def __init__(
-        self,
-        vae: FrameVAE,
-        objective: Objective,
-        *,
-        seed: int,
-        batch_size: int,
-        patch_size: Sequence[int],
-        drop_probability: float,
-        latent_shape: Sequence[int],
-        text_shape: Sequence[int],
-        device: torch.device,
-    ) -> None:
-        """`latent_shape` is [C, T, h, w], `text_shape` [L, Ct] of one sample."""
-        self.vae, self.objective, self.seed, self.batch_size = vae, objective, seed, batch_size
-        self.patch_size, self.drop_probability, self.device = patch_size, drop_probability, device
-        self.latent_shape, self.text_shape = latent_shape, text_shape
+    def __init__(self, cfg: Config, vae: FrameVAE, objective: Objective, device: torch.device) -> None:
+        self.vae, self.objective, self.device = vae, objective, device
+        self.seed, self.batch_size = cfg.run.seed, cfg.train.batch_size
+        self.patch_size, self.drop_probability = cfg.model.patch_size, cfg.model.class_dropout_prob
+        stride = vae.spatial_stride
+        self.latent_shape = (
+            vae.latent_channels,
+            cfg.data.num_frames,
+            cfg.data.height // stride,
+            cfg.data.width // stride,
+        )
+        self.text_shape = (cfg.model.model_max_length, cfg.model.caption_channels)
 
     def build(self, samples: Sequence[tuple[int, Encoded]]) -> Batch:
         """A micro-batch of (epoch, sample) pairs; at least one."""

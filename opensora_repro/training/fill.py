@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,7 +59,7 @@ class CacheFill:
         """(row's name, draw) of what the cache lacks, in any share."""
         return set(self.cache.missing(self.rows.keys(self.dataset.cfg.draws)))
 
-    def encode(self) -> Iterator[tuple[int, BadSample | None]]:
+    def encode(self) -> Generator[tuple[int, BadSample | None], None, None]:
         """Encode what the share lacks; yields each sample's index, and what could not be read instead of the sample.
 
         What was encoded is in the cache however the iteration ends. Raises OSError where that cannot be written,

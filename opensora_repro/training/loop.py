@@ -53,7 +53,6 @@ class Trainer:
     model: STDiT
     objective: Objective
     encoder: Encoder
-    builder: BatchBuilder
     ema: Ema
     feed: Feed
     state: TrainState
@@ -65,6 +64,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         dtype, device = self.cfg.train.dtype, self.engine.device
+        self.builder = BatchBuilder(self.cfg, self.encoder.vae, self.objective, device)
         self.train_runner = ModelRunner(self.engine.train_forward, dtype, device)
         self.eval_runner = ModelRunner(self.engine.eval_forward, dtype, device)
         self._saved_step = self.state.step

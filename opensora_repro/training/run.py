@@ -26,7 +26,6 @@ from opensora_repro.parallel.preflight import check_same, config_facts, weights_
 from opensora_repro.process import StopSignals
 from opensora_repro.run_folder import WEIGHTS_FILE, claimed_run_folder, clean_leftovers, list_checkpoints, write_config
 from opensora_repro.sampling.generate import check_fit
-from opensora_repro.training.batches import BatchBuilder
 from opensora_repro.training.checkpoint import load_checkpoint, read_state
 from opensora_repro.training.ema import Ema, horizon_warning
 from opensora_repro.training.feed import CacheFeed, ClipFeed, Feed, ids_fingerprint
@@ -61,7 +60,7 @@ class Outcome:
 def train(cfg: Config, stage: Stage, say: Say = print) -> Outcome:
     """Start or resume the run in `run.dir`. Raises ValueError of one line for a user's mistake, TrainingError."""
     engine = build_engine(cfg.parallel)
-    say = say if engine.is_main else _silent
+    say = say if engine.is_main else lambda line: None
     try:
         with engine.watchdog.reporting(Path(cfg.run.dir) / "logs"):
             return _train(cfg, stage, engine, say)
@@ -86,10 +85,6 @@ def _train(cfg: Config, stage: Stage, engine: Engine, say: Say) -> Outcome:
 
     start.state.identity = engine.peers.on_first(look)
     return _Run(cfg, stage, engine, start, frame, say).train()
-
-
-def _silent(line: str) -> None:
-    pass
 
 
 class _Run:
@@ -223,19 +218,7 @@ class _Run:
             self.encoder.release()
 
     def _build_trainer(self, feed: Feed, quarantine: Quarantine, validator: Validator | None) -> Trainer:
-        cfg, engine, state, vae = self.cfg, self.engine, self.start.state, self.encoder.vae
-        height, width = cfg.data.height // vae.spatial_stride, cfg.data.width // vae.spatial_stride
-        builder = BatchBuilder(
-            vae,
-            self.objective,
-            seed=cfg.run.seed,
-            batch_size=cfg.train.batch_size,
-            patch_size=cfg.model.patch_size,
-            drop_probability=cfg.model.class_dropout_prob,
-            latent_shape=(vae.latent_channels, cfg.data.num_frames, height, width),
-            text_shape=(cfg.model.model_max_length, cfg.model.caption_channels),
-            device=engine.device,
-        )
+        cfg, engine, state = self.cfg, self.engine, self.start.state
         keep, background = cfg.checkpoint.keep, cfg.checkpoint.background
         return Trainer(
             cfg=cfg,
@@ -243,7 +226,6 @@ class _Run:
             model=self.model,
             objective=self.objective,
             encoder=self.encoder,
-            builder=builder,
             ema=self.ema,
             feed=feed,
             state=state,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opensora_repro.config import DiffusionConfig, VaeConfig
+from opensora_repro.config import Config, DataConfig, DiffusionConfig, RunConfig, TrainConfig, VaeConfig
 from opensora_repro.diffusion.objective import build_objective
 from opensora_repro.frozen.encoder import Encoded
 from opensora_repro.frozen.vae import FrameVAE, load_vae
+from opensora_repro.models.config import STDiTConfig
 from opensora_repro.training.batches import Batch, BatchBuilder
 from tests.tiny_models import TINY_LATENT_CHANNELS, make_tiny_vae
 
@@ -20,17 +21,14 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> FrameVAE:
 
 
 def builder(vae: FrameVAE, seed: int = 7, drop: float = 0.3, objective: str = "flow") -> BatchBuilder:
-    return BatchBuilder(
-        vae,
-        build_objective(DiffusionConfig(objective=objective)),
-        seed=seed,
-        batch_size=2,
-        patch_size=(1, 2, 2),
-        drop_probability=drop,
-        latent_shape=(TINY_LATENT_CHANNELS, 3, 5, 4),
-        text_shape=(6, 12),
-        device=torch.device("cpu"),
+    stride = vae.spatial_stride
+    cfg = Config(
+        run=RunConfig(seed=seed),
+        data=DataConfig(num_frames=3, height=5 * stride, width=4 * stride),
+        model=STDiTConfig(model_max_length=6, caption_channels=12, class_dropout_prob=drop),
+        train=TrainConfig(batch_size=2),
     )
+    return BatchBuilder(cfg, vae, build_objective(DiffusionConfig(objective=objective)), torch.device("cpu"))
 
 
 def sample(name: str) -> Encoded:
