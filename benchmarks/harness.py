@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks.resources import others_share, processor_seconds
+from opensora_repro.files import write_text
 
 Call = TypeVar("Call", bound=Callable[[], object])
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -156,10 +157,7 @@ def environment() -> dict[str, Any]:
 def save(name: str, result: Mapping[str, Any], out: Path | None = None) -> Path:
     """Write the result beside the others, or to `out`; a half-written file is never seen."""
     path = out or RESULTS / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    write_text(path, json.dumps(result, indent=2) + "\n")
     return path
 
 

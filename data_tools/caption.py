@@ -42,9 +42,9 @@ from opensora_repro.data.caption.text import REJECTED, Caption, ends_sentence, j
 from opensora_repro.data.jobs.gpus import check_device, usual_device
 from opensora_repro.data.jobs.keys import digest, sampled_digest
 from opensora_repro.data.jobs.run import Runner, add_runner_options, runner_of
-from opensora_repro.data.outcome import REJECTS, reject, run_tool, write_rows
+from opensora_repro.data.outcome import REJECTS, reject, write_rows
 from opensora_repro.data.probe.rows import INPUT_HELP, manifest_of
-from opensora_repro.errors import DataError
+from opensora_repro.errors import DataError, run_command
 
 if TYPE_CHECKING:
     from opensora_repro.data.caption.chat import Endpoint
@@ -77,7 +77,7 @@ Record = dict[str, Any]
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
     args = build_parser().parse_args(argv)
-    return run_tool(lambda: template(args) if args.template else caption(args))
+    return run_command(lambda: template(args) if args.template else caption(args))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -289,15 +289,11 @@ def from_model(rows: Sequence[Record], args: argparse.Namespace, folder: Path, r
 
 
 def model_options(args: argparse.Namespace) -> tuple[list[Any], Record]:
-    """Return what decides the captions, and what the workers need. DataError if the model is not there."""
+    """Return what decides the captions, and what the workers need. ModelNotFound."""
     from opensora_repro.frozen.captioner import ONE_IMAGE, captioner_fingerprint, family_of
-    from opensora_repro.frozen.pretrained import ModelNotFound
 
-    try:
-        family = family_of(args.model, key="--model")
-        files = captioner_fingerprint(args.model, key="--model", hash_file=sampled_digest)
-    except ModelNotFound as error:
-        raise DataError(str(error)) from error
+    family = family_of(args.model, key="--model")
+    files = captioner_fingerprint(args.model, key="--model", hash_file=sampled_digest)
     frames = args.frames or family.frames
     if family.shown == ONE_IMAGE and frames != 1:
         raise DataError(f"--frames {frames}: this model looks at one picture")

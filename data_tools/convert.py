@@ -32,10 +32,10 @@ from typing import TYPE_CHECKING, Any
 from opensora_repro.data.convert.source import refusal
 from opensora_repro.data.inputs import VIDEO_SUFFIXES, Item
 from opensora_repro.data.jobs.run import Runner, add_runner_options, run_jobs, runner_of
-from opensora_repro.data.outcome import in_batches, rejects_writer, rows_batch, run_tool, schema_of
+from opensora_repro.data.outcome import in_batches, rejects_writer, rows_batch, schema_of
 from opensora_repro.data.probe.rows import job_of, probe_file
 from opensora_repro.data.progress import progress
-from opensora_repro.errors import DataError
+from opensora_repro.errors import DataError, run_command
 from opensora_repro.files import one_line, remove_leftovers, user_path
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Options:
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
     args = build_parser().parse_args(argv)
-    return run_tool(lambda: convert(options_of(args)))
+    return run_command(lambda: convert(options_of(args)))
 
 
 def build_parser() -> argparse.ArgumentParser:

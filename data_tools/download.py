@@ -34,8 +34,8 @@ from opensora_repro.data.download.fetch import Budget, Limits
 from opensora_repro.data.download.video_pages import find_yt_dlp
 from opensora_repro.data.download.wanted import Place, Wanted, fetch_all
 from opensora_repro.data.manifest import is_missing
-from opensora_repro.data.outcome import Row, in_batches, reject, rejects_writer, rows_batch, run_tool
-from opensora_repro.errors import DataError
+from opensora_repro.data.outcome import Row, in_batches, reject, rejects_writer, rows_batch
+from opensora_repro.errors import DataError, run_command
 from opensora_repro.files import one_line, remove_leftovers, safe_name
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ MADE = {
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
     args = build_parser().parse_args(argv)
-    return run_tool(lambda: download(args))
+    return run_command(lambda: download(args))
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -30,9 +30,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_repro.data.jobs.run import Runner
-from opensora_repro.data.outcome import run_tool
 from opensora_repro.data.probe.rows import INPUT_HELP, manifest_of
-from opensora_repro.errors import DataError
+from opensora_repro.errors import DataError, run_command
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,7 +71,7 @@ class Rule:
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
     args = build_parser().parse_args(argv)
-    return run_tool(lambda: filter_rows(args.input, Path(args.out), args.rules, thumbnails=args.thumbnails))
+    return run_command(lambda: filter_rows(args.input, Path(args.out), args.rules, thumbnails=args.thumbnails))
 
 
 def build_parser() -> argparse.ArgumentParser:

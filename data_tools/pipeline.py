@@ -28,9 +28,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from data_tools import report
-from opensora_repro.data.outcome import INTERRUPTED, run_tool
 from opensora_repro.data.pipeline.config import Line, Step, load_line
-from opensora_repro.errors import DataError
+from opensora_repro.errors import INTERRUPTED, DataError, run_command
 from opensora_repro.files import one_line, remove_leftovers
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ TOOLS = ("convert", "download", "probe", "split", "score", "filter", "caption")
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status: of the first tool that failed, if one did."""
     args = build_parser().parse_intermixed_args(argv)
-    return run_tool(lambda: pipeline(args))
+    return run_command(lambda: pipeline(args))
 
 
 def build_parser() -> argparse.ArgumentParser:

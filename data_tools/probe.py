@@ -19,14 +19,14 @@ from os.path import expanduser
 from pathlib import Path
 
 from opensora_repro.data.jobs.run import add_runner_options, runner_of
-from opensora_repro.data.outcome import run_tool
 from opensora_repro.data.probe.rows import probe_all
+from opensora_repro.errors import run_command
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
     args = build_parser().parse_args(argv)
-    return run_tool(
+    return run_command(
         lambda: probe_all(args.input, Path(args.out), runner_of(args), decode=args.decode, images=args.images)
     )
 

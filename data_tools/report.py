@@ -22,9 +22,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from opensora_repro.data.jobs.run import Runner, add_runner_options, runner_of
-from opensora_repro.data.outcome import run_tool
 from opensora_repro.data.progress import progress
-from opensora_repro.errors import DataError
+from opensora_repro.errors import DataError, run_command
 
 if TYPE_CHECKING:
     from opensora_repro.data.report.groups import Groups
@@ -45,7 +44,7 @@ NO_SCORES = ("file_size", "coded_height", "coded_width", "rotation", "duration")
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
     args = build_parser().parse_args(argv)
-    return run_tool(lambda: run(args))
+    return run_command(lambda: run(args))
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -38,9 +38,9 @@ from opensora_repro.data.jobs.batches import run_batches
 from opensora_repro.data.jobs.gpus import check_device
 from opensora_repro.data.jobs.keys import digest, sampled_digest
 from opensora_repro.data.jobs.run import Job, Runner, add_runner_options, run_jobs, runner_of
-from opensora_repro.data.outcome import REJECTS, run_tool, write_rows
+from opensora_repro.data.outcome import REJECTS, write_rows
 from opensora_repro.data.probe.rows import INPUT_HELP, manifest_of
-from opensora_repro.errors import DataError
+from opensora_repro.errors import DataError, run_command
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,7 +55,7 @@ Record = dict[str, Any]
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
     args = build_parser().parse_args(argv)
-    return run_tool(lambda: score(args))
+    return run_command(lambda: score(args))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -188,15 +188,11 @@ def embed_all(
 
 
 def model_fingerprint(clip: str, head: str | None) -> str:
-    """Return a digest of the model's files; DataError if they are not there."""
+    """Return a digest of the model's files; ModelNotFound if they are not there."""
     from opensora_repro.frozen.clip import clip_fingerprint
-    from opensora_repro.frozen.pretrained import ModelNotFound
 
-    try:
-        files = [clip_fingerprint(clip, key="--clip", hash_file=sampled_digest)]
-        load_models(clip, head, "cpu")  # says now what every worker would say
-    except ModelNotFound as error:
-        raise DataError(str(error)) from error
+    files = [clip_fingerprint(clip, key="--clip", hash_file=sampled_digest)]
+    load_models(clip, head, "cpu")  # says now what every worker would say
     if head:
         parts = sorted(Path(head).iterdir()) if Path(head).is_dir() else [Path(head)]
         files += [sampled_digest(part) for part in parts if part.is_file()]

@@ -26,8 +26,8 @@ from opensora_repro.data.inputs import Item, content_digest, find_inputs
 from opensora_repro.data.jobs.keys import file_key
 from opensora_repro.data.jobs.records import finished, read_record, write_record
 from opensora_repro.data.jobs.run import Job, Runner, add_runner_options, run_jobs, runner_of
-from opensora_repro.data.outcome import LINEAGE, MANIFEST, Row, reject, run_tool, write_outcome
-from opensora_repro.errors import DataError
+from opensora_repro.data.outcome import LINEAGE, MANIFEST, Row, reject, write_outcome
+from opensora_repro.errors import DataError, run_command
 from opensora_repro.files import remove_leftovers
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Source:
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
     args = build_parser().parse_args(argv)
-    return run_tool(lambda: split(args.input, Path(args.out), options_of(args), runner_of(args)))
+    return run_command(lambda: split(args.input, Path(args.out), options_of(args), runner_of(args)))
 
 
 def build_parser() -> argparse.ArgumentParser:

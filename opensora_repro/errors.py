@@ -1,13 +1,26 @@
-"""What went wrong, for whom: a user's mistakes and a machine's failures, without importing what makes them."""
+"""What went wrong, for whom: a user's mistakes and a machine's failures, as one line and an exit code.
+
+Nothing is imported here that makes such errors: whoever raises one derives it from these.
+"""
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import sys
+from collections.abc import Callable
 
-_LESS_MEMORY = (
+from opensora_repro.files import one_line
+
+USER_MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes
+GOES_ON = "the same command goes on from here"
+TRAIN_WITH_LESS = (
     "Lower train.batch_size and raise train.accumulation by as much (the run stays the same), "
     'or set train.activation_checkpointing = "full"; configs/profiles has recipes by a card\'s memory'
 )
+_WRONG_NAME = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+_CANNOT_GROW = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class UserError(ValueError):
@@ -23,7 +36,46 @@ class EngineError(UserError):
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message is one line meant for the user."""
+    """Training, or sampling, cannot go on; the message is one line meant for the user."""
+
+
+def run_command(run: Callable[[], int], *, kept: str = GOES_ON, less_memory: str = "") -> int:
+    """Run a stage or a dataset tool; return its exit code, having told in one line what ended it.
+
+    2: a user's mistake, or a path that is not there, is in the way or may not be used. 1: the machine failed, or
+    training did. 130: Ctrl-C. Anything else is a fault of ours, and raised. `kept` says what of the work remains where
+    it was not the user's mistake, `less_memory` how to need less.
+    """
+    try:
+        return run()
+    except KeyboardInterrupt:
+        print("; ".join(filter(None, ("interrupted", kept))), file=sys.stderr, flush=True)
+        return INTERRUPTED
+    except UserError as error:
+        return _tell(str(error), USER_MISTAKE)
+    except TrainingError as error:
+        return _tell(str(error), FAILURE)
+    except OSError as error:
+        if isinstance(error, _WRONG_NAME):
+            return _tell(_told(error), USER_MISTAKE)
+        return _tell("; ".join(filter(None, (_told(error), kept))), FAILURE)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _tell("; ".join(filter(None, (out_of_memory(error, less_memory), kept))), FAILURE)
+
+
+def _tell(message: str, code: int) -> int:
+    rank = os.environ.get("RANK", "0")
+    where = f" (process {rank})" if rank.isdecimal() and int(rank) else ""
+    print(f"error{where}: {one_line(' '.join(message.split()))}", file=sys.stderr, flush=True)
+    return code
+
+
+def _told(error: OSError) -> str:
+    if error.errno in _CANNOT_GROW:
+        return cannot_write(error)
+    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -34,14 +86,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
-def out_of_memory(error: BaseException) -> str:
+def out_of_memory(error: BaseException, less_memory: str = TRAIN_WITH_LESS) -> str:
     """One line: how much was asked of whose memory, and what needs less."""
     text = next(iter(str(error).splitlines()), "")
-    if type(error).__name__ == "OutOfMemoryError":
-        return f"{text} {_LESS_MEMORY}"
-    asked = re.search(r"allocate (\d+) bytes", text)
-    size = f" ({int(asked[1]) / 2**30:,.2f} GiB more were asked for)" if asked else ""
-    return f"out of memory: this machine has no more{size}. {_LESS_MEMORY}"
+    if type(error).__name__ != "OutOfMemoryError":
+        asked = re.search(r"allocate (\d+) bytes", text)
+        size = f" ({int(asked[1]) / 2**30:,.2f} GiB more were asked for)" if asked else ""
+        text = f"out of memory: this machine has no more{size}."
+    return f"{text} {less_memory}".rstrip(" .")
 
 
 def cannot_write(error: OSError, path: object = None) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import filecmp
 import hashlib
 import os
 import re
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,32 +23,38 @@ def user_path(text: str) -> Path:
 
 def beside(path: Path) -> Path:
     """Return a hidden name in the same folder, this process's own, to write to before renaming to `path`."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    return path.with_name(f".{path.name}.{_machine()}.{os.getpid()}-{_started('self')}.tmp")
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """An OSError of the block names this file: those of writing know none."""
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a hidden name to write a file or a folder to; it becomes `path` at the end of the block, or is deleted.
+
+    A file equal to the one that is there is left out. Errors of a write, which know no file, name `path`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = beside(path)
     try:
-        yield
+        yield unfinished
+        if not (unfinished.is_file() and path.is_file() and filecmp.cmp(unfinished, path, shallow=False)):
+            if path.is_dir():
+                remove_folder(path)
+            os.replace(unfinished, path)
     except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        if error.errno is None or not str(error.filename or unfinished).startswith(str(unfinished)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        _delete(unfinished)
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file that is `path` at the end of the block, whole or not at all; an equal one is left untouched."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = beside(path)
-    try:
-        with open(unfinished, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if not (path.is_file() and filecmp.cmp(unfinished, path, shallow=False)):
-            os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    """Yield a file that is `path` at the end of the block, whole and on the disk, or not at all; see `replacing`."""
+    with replacing(path) as unfinished, open(unfinished, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_text(path: Path, text: str) -> None:
@@ -63,15 +72,31 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def remove_folder(folder: Path) -> None:
+    """Delete a folder; its name goes first, so that half of it is never seen."""
+    if folder.exists():
+        doomed = beside(folder.with_name(f"{folder.name}.old"))
+        _delete(doomed)
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed)
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Delete unfinished files in `folder` whose writers, processes of this machine, are gone."""
-    for path in folder.glob(f".*.{socket.gethostname()}.*.tmp"):
-        try:
-            gone = not _is_running(int(path.name.split(".")[-2]))
-        except ValueError:
-            continue  # not our file: leave it
-        if gone:
-            path.unlink(missing_ok=True)
+    """Delete what is unfinished in `folder` and whose writers are gone: processes that this one would see.
+
+    Those of another machine or another container are nobody's business here, be their names and numbers the same.
+    """
+    for path in folder.glob(f".*.{_machine()}.*.tmp"):
+        writer = re.fullmatch(r"(\d+)-(\d+)", path.name.split(".")[-2])
+        if writer and not _is_running(int(writer[1]), writer[2]):
+            _delete(path)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
@@ -103,16 +128,39 @@ def safe_name(text: str) -> str:
     return f"{plain}-{hashlib.blake2b(text.encode('utf-8', 'surrogatepass'), digest_size=6).hexdigest()}"
 
 
-def _is_running(pid: int) -> bool:
+@lru_cache(maxsize=1)
+def _machine() -> str:
+    """Host, boot and the processes' numbering: one that containers do not share, though they share the others."""
+    parts = [re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())[:40]]
+    with contextlib.suppress(OSError):  # not Linux
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")[:8])
+        parts.append(re.sub(r"\D", "", os.readlink("/proc/self/ns/pid")))
+    return "-".join(parts)
+
+
+def _started(pid: int | str) -> str:
+    """When a process began, in ticks of the kernel's clock: a number that is used again is known by it. 0: not told."""
+    fields = _stat(pid)
+    return fields[19] if len(fields) > 19 else "0"
+
+
+def _stat(pid: int | str) -> list[str]:
+    """What follows the name in /proc/PID/stat: state, parent and so on; nothing where no such process is shown."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def _is_running(pid: int, started: str) -> bool:
     """False also for a process that has ended and only waits for its parent to take notice."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        return True  # somebody else's
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[:1]
-    except OSError:
-        return os.name != "posix" or not Path("/proc/self").exists()
-    return state not in (["Z"], ["X"])
+    except PermissionError:  # somebody else's
+        pass
+    if not _stat("self") or os.readlink("/proc/self") != str(os.getpid()):
+        return True  # no /proc, or one that numbers processes otherwise
+    fields = _stat(pid)
+    return bool(fields) and fields[0] not in ("Z", "X") and _started(pid) == started

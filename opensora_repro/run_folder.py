@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from opensora_repro.config import ConfigError
 from opensora_repro.errors import TrainingError, cannot_write
-from opensora_repro.files import naming, write_text
+from opensora_repro.files import remove_folder, write_text
 
 CONFIG_FILE, WEIGHTS_FILE = "config.toml", "weights.json"
 METRICS_FILE, VALIDATION_FILE = "metrics.jsonl", "validation.jsonl"
@@ -31,6 +31,10 @@ def checkpoints_folder(run_dir: Path) -> Path:
     return run_dir / "checkpoints"
 
 
+def samples_folder(run_dir: Path) -> Path:
+    return run_dir / "samples"
+
+
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoint folders (not verified), oldest first."""
     return list_steps(checkpoints_folder(run_dir))
@@ -43,24 +47,16 @@ def list_steps(folder: Path) -> list[Path]:
 
 
 def clean_leftovers(run_dir: Path) -> None:
-    """Delete what a killed process left half-written or half-deleted."""
-    for path in checkpoints_folder(run_dir).glob(".step-*"):
-        shutil.rmtree(path, ignore_errors=True)
+    """Delete what a killed process left half-written or half-deleted, on whatever machine: we have the run's lock."""
+    for folder in (checkpoints_folder(run_dir), samples_folder(run_dir)):
+        for path in folder.glob(".step-*"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def prune(run_dir: Path, newest_step: int, keep: int) -> None:
     older = [path for path in list_checkpoints(run_dir) if step_of(path) <= newest_step]
     for path in older[:-keep] if keep else []:
-        remove(path)
-
-
-def remove(folder: Path) -> None:
-    """Delete a folder; its name goes first, so that a half-deleted checkpoint is never seen."""
-    if folder.exists():
-        doomed = folder.with_name(f".{folder.name.lstrip('.')}.old")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.rename(folder, doomed)
-        shutil.rmtree(doomed)
+        remove_folder(path)
 
 
 def step_of(folder: Path) -> int:
@@ -143,8 +139,7 @@ def _lock(handle: int, run_dir: Path) -> None:
 
 def write_config(run_dir: Path, config_toml: str) -> None:
     """RUN/config.toml, whole or not at all."""
-    with naming(run_dir / CONFIG_FILE):
-        write_text(run_dir / CONFIG_FILE, config_toml)
+    write_text(run_dir / CONFIG_FILE, config_toml)
 
 
 # Lines of JSON
@@ -182,10 +177,7 @@ class JsonLines:
         if not self.path.exists():
             return
         kept = [line for line in _whole_lines(self.path) if line["step"] <= step]
-        beside = self.path.with_name(f".{self.path.name}.tmp")
-        with naming(self.path):
-            beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            os.replace(beside, self.path)
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def close(self) -> None:
         if self._file is not None:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opensora_repro.config import ConfigError, load_config
-from opensora_repro.files import user_path
+from opensora_repro.config import load_config
+from opensora_repro.errors import run_command
+from opensora_repro.files import user_path, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,12 +58,12 @@ def parse(argv: list[str] | None) -> Plan:
 
 def main(argv: list[str] | None = None) -> int:
     plan = parse(argv)
-    try:
-        for stage in STAGES:
-            load_config(plan.configs / f"{stage}.toml", plan.overrides)  # a mistake shows before anything is filmed
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_command(lambda: demo(plan))
+
+
+def demo(plan: Plan) -> int:
+    for stage in STAGES:
+        load_config(plan.configs / f"{stage}.toml", plan.overrides)  # a mistake shows before anything is filmed
     started = time.monotonic()
     seconds: dict[str, float] = {}
     steps: list[tuple[str, str, Callable[[Plan], Any]]] = [
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 
     records = measure_all(plan)
     summary: dict[str, Any] = {"adherence": table(records), "seconds": seconds, "records": records}
-    (plan.root / "adherence.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_text(plan.root / "adherence.json", json.dumps(summary, indent=1) + "\n")
     report = write_report(plan, summary)
     print_adherence(summary["adherence"])
     print(f"\ndone in {(time.monotonic() - started) / 60:.1f} minutes; open {report.resolve().as_uri()}")

@@ -11,12 +11,12 @@ from os.path import expanduser
 from typing import TYPE_CHECKING
 
 from opensora_repro.config import Config, ConfigError, load_config
+from opensora_repro.errors import run_command
 from opensora_repro.files import user_path
 
 if TYPE_CHECKING:
     from opensora_repro.planning.budget import Question
 
-USER_MISTAKE, INTERRUPTED = 2, 130
 # Of the peak, by this planner's FLOPs: Open-Sora 1.0's published 28 thousand tokens a second on an H800 at 16x256x256,
 # and the best that is public of trainings of such models.
 PUBLISHED_UTILISATION, BEST_UTILISATION = 0.12, 0.33
@@ -52,21 +52,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    try:
-        return run(args)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except ValueError as error:
-        if not is_user_mistake(error):
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return USER_MISTAKE
-
-
-def is_user_mistake(error: ValueError) -> bool:
-    from opensora_repro.errors import EngineError
-
-    return isinstance(error, ConfigError | EngineError)
+    return run_command(lambda: run(args), kept="")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,7 +7,6 @@ the first prompt's.
 from __future__ import annotations
 
 import argparse
-import errno
 import math
 import os
 import sys
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from opensora_repro.config import Config, ConfigError
 from opensora_repro.config.prompts import check_prompts
+from opensora_repro.errors import GOES_ON, run_command
 from opensora_repro.files import user_path
 
 if TYPE_CHECKING:
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from opensora_repro.sampling.sample_folder import SampleFolder
     from opensora_repro.sampling.source import Source
 
-USER_MISTAKE, FAILURE = 2, 1
-INTERRUPTED = 130
 NUM_TRAIN_STEPS = 1000  # IDDPM samplers keep some of these
 CUT_SHOWN = 10  # prompts whose unread words are told
 
@@ -84,60 +82,32 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    try:
-        if not args.source.exists():  # seen without importing torch
-            args.source = published(args.source)
-        if args.out.exists() and not args.out.is_dir():
-            raise ConfigError(f"--out {args.out}: this is a file, expected a folder")
-        prompts = given_prompts(args)
-        source = resolve_source(args)
-        check_prompts_fit(source, prompts, labels=args.label is not None)
-        return sample(args, source, prompts)
-    except KeyboardInterrupt:
-        print(f"interrupted; what is finished is in {args.out}, the same command goes on", file=sys.stderr)
-        return INTERRUPTED
-    except (ValueError, OSError) as error:
-        if not is_user_mistake(error):
-            raise
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            return fail(args, f"{args.out}: the disk is full")
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return USER_MISTAKE
-    except RuntimeError as error:
-        if type(error).__name__ == "NotFinite":  # of training/generate.py, which is not imported here; nor is torch
-            return fail(args, str(error))
-        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
-            reason = str(error).splitlines()[0]
-            return fail(args, f"{reason} Lower --batch-size, --num-frames, --height or --width")
-        raise
+    return run_command(
+        lambda: run(args),
+        kept=f"what is finished is in {args.out}; {GOES_ON}",
+        less_memory="Lower --batch-size, --num-frames, --height or --width",
+    )
 
 
-def fail(args: argparse.Namespace, reason: str) -> int:
-    print(f"error: {reason}; what is finished is in {args.out}", file=sys.stderr)
-    return FAILURE
+def run(args: argparse.Namespace) -> int:
+    if not args.source.exists():  # seen without importing torch
+        args.source = published(args.source)
+    if args.out.exists() and not args.out.is_dir():
+        raise ConfigError(f"--out {args.out}: this is a file, expected a folder")
+    prompts = given_prompts(args)
+    source = resolve_source(args)
+    check_prompts_fit(source, prompts, labels=args.label is not None)
+    return sample(args, source, prompts)
 
 
 def published(name: Path) -> Path:
-    """What the hub's cache holds of the catalog's weights of that name. Raises ConfigError."""
-    from opensora_repro.weights.catalog import CatalogError, find_cached, similar_name
+    """What the hub's cache holds of the catalog's weights of that name. Raises ConfigError, CatalogError."""
+    from opensora_repro.weights.catalog import find_cached, similar_name
 
-    try:
-        found = find_cached(str(name))
-    except CatalogError as error:
-        raise ConfigError(str(error)) from None
+    found = find_cached(str(name))
     if found is None:
         raise ConfigError(f"{name}: no such run, checkpoint or weights file{similar_name(str(name))}")
     return found
-
-
-def is_user_mistake(error: Exception) -> bool:
-    if isinstance(error, ConfigError):
-        return True
-    from opensora_repro.errors import EngineError
-    from opensora_repro.frozen.pretrained import ModelNotFound
-    from opensora_repro.weights.load import WeightsError
-
-    return isinstance(error, (EngineError, ModelNotFound, WeightsError, OSError))
 
 
 def given_prompts(args: argparse.Namespace) -> list[str]:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from opensora_repro.errors import FAILURE, GOES_ON, run_command
 from opensora_repro.files import user_path
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from opensora_repro.weights.files import WeightsFile
     from opensora_repro.weights.published import Published
 
-USER_MISTAKE, FAILURE = 2, 1
 FORMATS = ("opensora", "pixart", "diffusers", "safetensors")
 
 
@@ -49,25 +49,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    try:
-        result: int = args.run(args)
-        return result
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        if not is_user_mistake(error):
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return USER_MISTAKE
-
-
-def is_user_mistake(error: Exception) -> bool:
-    from opensora_repro.config import ConfigError
-    from opensora_repro.weights.catalog import CatalogError
-    from opensora_repro.weights.files import WeightsError
-
-    return isinstance(error, (ConfigError, CatalogError, WeightsError, OSError))
+    return run_command(lambda: args.run(args), kept=GOES_ON if args.command == "fetch" else "")
 
 
 def run_list(args: argparse.Namespace) -> int:

@@ -68,7 +68,7 @@ def misbehave(args: dict[str, Any]) -> Any:
 def main() -> None:
     sys.path.insert(0, str(REPO))
     from opensora_repro.data.jobs.run import Job, Runner, run_jobs
-    from opensora_repro.data.outcome import run_tool
+    from opensora_repro.errors import run_command
     from tests import job_works
 
     folder, count, workers = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
@@ -79,7 +79,7 @@ def main() -> None:
         run_jobs(job_works.square, jobs, folder / "records", runner=Runner("local", workers), label="squaring")
         return 0
 
-    sys.exit(run_tool(run))
+    sys.exit(run_command(run))
 
 
 if __name__ == "__main__":

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from opensora_repro.files import beside, naming, remove_leftovers
+from opensora_repro.files import remove_leftovers, writing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -88,17 +87,8 @@ class LatentCache:
         tensors = self._pending_tensors()
         digest = hashlib.blake2b("\n".join(sorted(tensors)).encode(), digest_size=12).hexdigest()
         path = self.folder / f"shard-{digest}.safetensors"
-        unfinished = beside(path)
-        try:
-            with naming(path):
-                with open(unfinished, "wb") as file:
-                    file.write(save(tensors, metadata={"fingerprint": self.fingerprint}))
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(unfinished, path)
-        except OSError:
-            unfinished.unlink(missing_ok=True)  # a full disk's last bytes
-            raise
+        with writing(path) as file:
+            file.write(save(tensors, metadata={"fingerprint": self.fingerprint}))
         self._where |= {key: (path, caption) for key, (_, caption) in self._pending.items()}
         self._captions |= dict.fromkeys(self._pending_captions, path)
         self._scanned.add(path)

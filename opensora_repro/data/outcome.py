@@ -1,10 +1,9 @@
-"""What every dataset tool leaves behind: a manifest of what came out, a list of what did not, and an exit status."""
+"""What every dataset tool leaves behind: a manifest of what came out, and a list of what did not."""
 
 from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -13,11 +12,9 @@ from typing import Any
 
 from opensora_repro.data.manifest import is_missing
 from opensora_repro.data.tables import table_writer
-from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
 
 Row = dict[str, Any]
-MISTAKE, INTERRUPTED = 2, 130  # exit statuses
 BATCH = 16384  # rows that are in memory at a time
 MANIFEST = {
     "id": "string", "path": "string", "caption": "string", "num_frames": "int64", "fps": "double",
@@ -119,15 +116,3 @@ def with_types(rows: Iterable[Row], columns: Mapping[str, str]) -> dict[str, str
 def path_from(out: Path, path: Path) -> str:
     """Return a manifest's way of naming a file: relative to the manifest's folder, with /."""
     return Path(os.path.relpath(path.absolute(), out.absolute())).as_posix()
-
-
-def run_tool(run: Callable[[], int]) -> int:
-    """Return the exit status of a tool: 2 and one line for a mistake or a full disk, 130 after Ctrl-C."""
-    try:
-        return run()
-    except (DataError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return MISTAKE
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return INTERRUPTED

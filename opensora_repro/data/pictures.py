@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from opensora_repro.errors import UserError
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -23,7 +25,7 @@ ROUNDING = 2  # levels that a profile of sRGB may be off
 Size = tuple[int, int]  # height, width
 
 
-class PictureError(ValueError):
+class PictureError(UserError):
     """A picture cannot be read; the message is the reason, without the path."""
 
 

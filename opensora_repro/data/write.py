@@ -1,10 +1,7 @@
-"""Write videos and pictures that any browser shows. Files appear whole: written beside, then renamed."""
+"""Write videos and pictures that any browser shows. Files appear whole or not at all."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
@@ -13,6 +10,7 @@ import numpy as np
 
 from opensora_repro.data.color import BT709, CENTRED_CHROMA, LIMITED_RANGE, rgb_to_yuv
 from opensora_repro.data.x264 import steady_options
+from opensora_repro.files import replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +34,7 @@ def write_video(path: str | Path, frames: Frames, fps: float) -> None:
         raise ValueError(f"a video needs a positive frame rate, got {fps}")
     images = np.pad(images, ((0, 0), (0, images.shape[1] % 2), (0, images.shape[2] % 2), (0, 0)), mode="edge")
     with (
-        replacing(path) as part,
+        replacing(Path(path)) as part,
         av.open(str(part), "w", format="mp4", options={"movflags": "+faststart"}) as container,
     ):
         # No B-frames: times start at zero without an edit list, which simple readers overlook.
@@ -58,7 +56,7 @@ def write_png(path: str | Path, image: Frames) -> None:
     from PIL import Image
 
     picture = Image.fromarray(_checked(image, "an image [H, W, 3]", ndim=3))
-    with replacing(path) as part:
+    with replacing(Path(path)) as part:
         picture.save(part, format="PNG")
 
 
@@ -68,7 +66,7 @@ def write_gif(path: str | Path, frames: Frames, fps: float) -> None:
 
     images = [Image.fromarray(image) for image in _checked(frames, "frames [T, H, W, 3]", ndim=4)]
     duration = max(20, 10 * round(100 / fps))  # ms; browsers slow anything faster than 50 frames a second down
-    with replacing(path) as part:
+    with replacing(Path(path)) as part:
         images[0].save(part, format="GIF", save_all=True, append_images=images[1:], duration=duration, loop=0)
 
 
@@ -77,16 +75,3 @@ def _checked(array: Frames, expected: str, *, ndim: int) -> np.ndarray:
     if images.dtype != np.uint8 or images.ndim != ndim or images.shape[-1] != 3 or images.size == 0:
         raise ValueError(f"expected {expected} of uint8, got {images.dtype} {list(images.shape)}")
     return images
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a name beside `path` to write to; it becomes `path` at the end, or vanishes if anything went wrong."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -8,11 +8,11 @@ noise, so that a latent which is only nearly right still decodes to a whole, cri
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from opensora_repro.files import replacing
 
 if TYPE_CHECKING:
     import torch
@@ -160,18 +160,13 @@ def set_scaling_factor(vae: AutoencoderKL, pictures: torch.Tensor) -> None:
 
 
 def save(vae: AutoencoderKL, out: Path) -> None:
-    """Write the folder in half precision beside `out`, then rename."""
+    """Write the folder in half precision."""
     import copy
 
     import torch
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
-        fresh = Path(scratch) / "vae"
-        copy.deepcopy(vae).to(torch.float16).save_pretrained(fresh, safe_serialization=True)
-        if out.exists():
-            os.replace(out, Path(scratch) / "old")
-        os.replace(fresh, out)
+    with replacing(out) as folder:
+        copy.deepcopy(vae).to(torch.float16).save_pretrained(folder, safe_serialization=True)
 
 
 def main(argv: list[str] | None = None) -> int:

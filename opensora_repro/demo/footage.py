@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
-import os
 from pathlib import Path
 
 import numpy as np
 
 from opensora_repro.demo.shapes import Scene, training_scenes
+from opensora_repro.files import replacing
 
 FPS = 24
 FRAMES_A_SCENE = 24
@@ -46,9 +46,7 @@ def scene_rows(source: str, scenes: list[Scene]) -> list[tuple[str, int, int, st
 
 
 def write_rows(path: Path, rows: list[tuple[str, int, int, str]]) -> None:
-    fresh = path.with_suffix(".csv.tmp")
-    with fresh.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as fresh, fresh.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(CAPTION_COLUMNS)
         writer.writerows(rows)
-    os.replace(fresh, path)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from opensora_repro.files import replacing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, T5EncoderModel
@@ -86,16 +86,11 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     out: Path = args.out
-    out.parent.mkdir(parents=True, exist_ok=True)
     encoder = build_encoder(seed=args.seed)
-    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
-        fresh = Path(scratch) / "text"
-        encoder.to(torch.float16).save_pretrained(fresh, safe_serialization=True)
-        build_tokenizer().save_pretrained(fresh)
-        name_tokenizer_class(fresh / "tokenizer_config.json")
-        if out.exists():
-            os.replace(out, Path(scratch) / "old")
-        os.replace(fresh, out)
+    with replacing(out) as folder:
+        encoder.to(torch.float16).save_pretrained(folder, safe_serialization=True)
+        build_tokenizer().save_pretrained(folder)
+        name_tokenizer_class(folder / "tokenizer_config.json")
     print(f"wrote {out}: {sum(p.numel() for p in encoder.parameters()):,} parameters, {len(vocabulary())} tokens")
     return 0
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
-from opensora_repro.files import beside, sha256_of
+from opensora_repro.files import sha256_of, write_text
 from opensora_repro.frozen.pretrained import FrozenModel, HashFile
 
 
@@ -40,14 +39,8 @@ class HashMemo:
         return digest
 
     def _save(self) -> None:
-        unfinished = beside(self.path)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished.write_text(json.dumps(self._known, indent=1) + "\n", encoding="utf-8")
-            os.replace(unfinished, self.path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            write_text(self.path, json.dumps(self._known, indent=1) + "\n")
 
 
 def _facts(file: Path) -> list[str | int]:

@@ -16,6 +16,7 @@ from opensora_repro.config import Config, ConfigError
 from opensora_repro.data.keyed import keyed_generator
 from opensora_repro.diffusion.flow import count_frames, count_tokens
 from opensora_repro.diffusion.samplers import PrepareText, Through, sample_latents
+from opensora_repro.errors import TrainingError
 from opensora_repro.frozen.text import ClassLabels, ConditionEncoder
 from opensora_repro.models.config import DiTConfig, STDiTConfig
 from opensora_repro.models.stdit import STDiT
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from opensora_repro.models.dit import DiT
 
 
-class NotFinite(RuntimeError):
+class NotFinite(TrainingError):
     """A sample came out as no picture; the message is one line meant for the user."""
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,9 +13,10 @@ from torch import Tensor
 
 from opensora_repro.config import Config
 from opensora_repro.data.write import write_png, write_video
-from opensora_repro.files import naming
+from opensora_repro.files import replacing
 from opensora_repro.frozen.encoder import Encoder
 from opensora_repro.models.stdit import STDiT
+from opensora_repro.run_folder import samples_folder
 from opensora_repro.sampling.generate import generate
 
 STRIP_FRAMES = 8  # frames of a video shown side by side in the grid
@@ -30,24 +29,15 @@ def write_samples(cfg: Config, videos: Sequence[np.ndarray], step: int) -> tuple
     Files: 0000.mp4 (0000.png for one frame), ... in the prompts' order, and grid.png. The folder appears whole.
     Raises OSError.
     """
-    final = Path(cfg.run.dir) / "samples" / f"step-{step:08d}"
-    beside = final.with_name(f".{final.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
+    final = samples_folder(Path(cfg.run.dir)) / f"step-{step:08d}"
     grid = tile(videos)
-    try:
-        with naming(final):
-            beside.mkdir(parents=True)
-            for index, video in enumerate(videos):
-                if len(video) == 1:
-                    write_png(beside / f"{index:04d}.png", video[0])
-                else:
-                    write_video(beside / f"{index:04d}.mp4", video, cfg.sample.fps)
-            write_png(beside / "grid.png", grid)
-            shutil.rmtree(final, ignore_errors=True)
-            os.rename(beside, final)
-    except OSError:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
+    with replacing(final) as folder:
+        for index, video in enumerate(videos):
+            if len(video) == 1:
+                write_png(folder / f"{index:04d}.png", video[0])
+            else:
+                write_video(folder / f"{index:04d}.mp4", video, cfg.sample.fps)
+        write_png(folder / "grid.png", grid)
     return final, grid
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from opensora_repro.config import ConfigError
+from opensora_repro.files import write_text
 
 RECORD = "samples.json"
 PLACES = ("checkpoint",)  # where something lay: what it was, weights_sha256 says
@@ -65,8 +66,6 @@ class SampleFolder:
 
     def write(self, finished: Iterable[int]) -> None:
         """Write the record: these prompts are done. What it has of further prompts stays."""
-        from opensora_repro.data.write import replacing
-
         try:
             before = self._record() or {}
         except ConfigError:  # what is there is to be replaced
@@ -75,8 +74,7 @@ class SampleFolder:
         samples = [{"file": self.files(i)[0], "prompt": self.prompts[i]} for i in sorted(finished)] + kept
         prompts = self.prompts + before.get("prompts", [])[len(self.prompts) :]
         content = {**self.settings, "prompts": prompts, "samples": samples}
-        with replacing(self.path / RECORD) as part:
-            part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(self.path / RECORD, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
     def _names(self) -> set[str]:
         return {self.files(i)[0] for i in range(len(self.prompts))}

@@ -6,7 +6,6 @@ import argparse
 import os
 import shlex
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from os.path import expanduser
@@ -14,14 +13,12 @@ from typing import TYPE_CHECKING
 
 from opensora_repro.config import Config, ConfigError, load_config
 from opensora_repro.config.prompts import check_prompts
-from opensora_repro.errors import TrainingError, cannot_write, is_out_of_memory, out_of_memory
+from opensora_repro.errors import TRAIN_WITH_LESS, run_command
 from opensora_repro.process import limit_threads
 from opensora_repro.training.start import Stage
 
 if TYPE_CHECKING:
     from opensora_repro.training.run import Outcome
-
-USER_MISTAKE, FAILURE, INTERRUPTED = 2, 1, 128 + signal.SIGINT
 
 
 def run_stage(stage: Stage, description: str | None, argv: Sequence[str] | None = None) -> int:
@@ -30,27 +27,16 @@ def run_stage(stage: Stage, description: str | None, argv: Sequence[str] | None 
     143: SIGTERM came before there was a step to save.
     """
     arguments = _parse(stage, description, argv)
-    try:
-        if arguments.gpu is not None and not arguments.dry_run:
-            raise ConfigError("--gpu asks what --dry-run estimates: give both, or neither")
-        cfg = load_config(arguments.config, arguments.overrides)
-        _require(cfg)
-        stage.check(cfg)
-        return _dry_run(cfg, stage, arguments.gpu) if arguments.dry_run else _train(cfg, stage)
-    except KeyboardInterrupt:  # before training, or a second one within it
-        return _fail("interrupted; what was saved before is kept, and the same command goes on from it", INTERRUPTED)
-    except TrainingError as error:
-        return _fail(error, FAILURE)
-    except ValueError as error:
-        if not _is_user_mistake(error):
-            raise
-        return _fail(error, USER_MISTAKE)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return _fail(out_of_memory(error), FAILURE)
-    except OSError as error:
-        return _fail(cannot_write(error), FAILURE)
+    return run_command(lambda: _run(stage, arguments), less_memory=TRAIN_WITH_LESS)
+
+
+def _run(stage: Stage, arguments: argparse.Namespace) -> int:
+    if arguments.gpu is not None and not arguments.dry_run:
+        raise ConfigError("--gpu asks what --dry-run estimates: give both, or neither")
+    cfg = load_config(arguments.config, arguments.overrides)
+    _require(cfg)
+    stage.check(cfg)
+    return _dry_run(cfg, stage, arguments.gpu) if arguments.dry_run else _train(cfg, stage)
 
 
 def _parse(stage: Stage, description: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -120,25 +106,3 @@ def _report(cfg: Config, stage: Stage, outcome: Outcome, seconds: float) -> None
     run_dir, out, text = map(shlex.quote, (cfg.run.dir, f"{cfg.run.dir}/out", prompt))
     option = f"--prompt={text}" if prompt.startswith("-") else f"--prompt {text}"
     print(f"sample it: python -m stages.sample {run_dir} {option} --out {out} --seed 0")
-
-
-def _is_user_mistake(error: ValueError) -> bool:
-    from opensora_repro.data.video import DecodeError
-    from opensora_repro.errors import DataError
-
-    if isinstance(error, ConfigError | DataError | DecodeError):
-        return True
-    from opensora_repro.errors import EngineError
-    from opensora_repro.frozen.pretrained import ModelNotFound
-    from opensora_repro.kernels.choice import KernelsError
-    from opensora_repro.training.checkpoint import CheckpointError
-    from opensora_repro.weights.load import WeightsError
-
-    return isinstance(error, CheckpointError | EngineError | KernelsError | ModelNotFound | WeightsError)
-
-
-def _fail(error: Exception | str, code: int) -> int:
-    rank = os.environ.get("RANK", "0")
-    where = f" (process {rank})" if rank.isdecimal() and int(rank) else ""
-    print(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    return code

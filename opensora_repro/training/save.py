@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opensora_repro.files import sha256_of, sync_folder, write_text
+from opensora_repro.files import beside, remove_folder, sha256_of, sync_folder, write_text
 from opensora_repro.parallel.device import device_kind
 from opensora_repro.parallel.engine import Engine
 from opensora_repro.parallel.peers import Peers
@@ -36,7 +36,6 @@ from opensora_repro.run_folder import (
     STATE_FILE,
     checkpoints_folder,
     prune,
-    remove,
 )
 from opensora_repro.training.checkpoint import SCHEMA_VERSION, TrainState, UnwritableCheckpoint, optimizer_pieces
 from opensora_repro.training.ema import Ema
@@ -91,26 +90,26 @@ class CheckpointWriter:
 
     def _write(self, snapshot: Snapshot, peers: Peers) -> None:
         final = checkpoints_folder(self.run_dir) / f"step-{snapshot.state.step:08d}"
-        beside = final.with_name(f".{final.name}.tmp")
-        files = {name: TensorFile(beside / name, layout) for name, layout in snapshot.layouts.items()}
+        unfinished = final.with_name(peers.gather(beside(final).name)[0])  # one folder for all processes
+        files = {name: TensorFile(unfinished / name, layout) for name, layout in snapshot.layouts.items()}
         try:
             with _together(peers, final):
                 if peers.rank == 0:
-                    _create(beside, files)
+                    _create(unfinished, files)
             with _together(peers, final):
                 for name, file in files.items():
                     file.write(snapshot.own[name])
             hashes: dict[str, str] = {}
             with _together(peers, final):
-                hashes = {name: sha256_of(beside / name) for name in sorted(files)[peers.rank :: peers.size]}
+                hashes = {name: sha256_of(unfinished / name) for name in sorted(files)[peers.rank :: peers.size]}
             every = {name: value for part in peers.gather(hashes) for name, value in part.items()}
             with _together(peers, final):
                 if peers.rank == 0:
-                    _finish(beside, final, self._about(snapshot.state), self.config_toml, every)
+                    _finish(unfinished, final, self._about(snapshot.state), self.config_toml, every)
                     prune(self.run_dir, snapshot.state.step, self.keep)
         except UnwritableCheckpoint:
             if peers.rank == 0:
-                shutil.rmtree(beside, ignore_errors=True)
+                shutil.rmtree(unfinished, ignore_errors=True)
             raise
 
 
@@ -164,21 +163,20 @@ def share_out(sizes: Sequence[int], count: int) -> list[int]:
     return owners
 
 
-def _create(beside: Path, files: dict[str, TensorFile]) -> None:
-    beside.parent.mkdir(parents=True, exist_ok=True)
-    remove(beside)
-    beside.mkdir()
+def _create(unfinished: Path, files: dict[str, TensorFile]) -> None:
+    shutil.rmtree(unfinished, ignore_errors=True)  # of an attempt that failed, where it could not be deleted then
+    unfinished.mkdir(parents=True)
     for file in files.values():
         file.create()
 
 
-def _finish(beside: Path, final: Path, about: dict[str, Any], config_toml: str, hashes: dict[str, str]) -> None:
+def _finish(unfinished: Path, final: Path, about: dict[str, Any], config_toml: str, hashes: dict[str, str]) -> None:
     """What is not a tensor; then the name under which the checkpoint is seen."""
-    write_text(beside / CONFIG_FILE, config_toml)
-    hashes = {**hashes, CONFIG_FILE: sha256_of(beside / CONFIG_FILE)}
+    write_text(unfinished / CONFIG_FILE, config_toml)
+    hashes = {**hashes, CONFIG_FILE: sha256_of(unfinished / CONFIG_FILE)}
     content = {"schema_version": SCHEMA_VERSION, **about, "sha256": dict(sorted(hashes.items()))}
-    write_text(beside / STATE_FILE, json.dumps(content, indent=2) + "\n")
-    sync_folder(beside)
-    remove(final)  # a damaged one of this step, which resuming passed over
-    os.rename(beside, final)
+    write_text(unfinished / STATE_FILE, json.dumps(content, indent=2) + "\n")
+    sync_folder(unfinished)
+    remove_folder(final)  # a damaged one of this step, which resuming passed over
+    os.rename(unfinished, final)
     sync_folder(final.parent)

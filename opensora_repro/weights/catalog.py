@@ -120,7 +120,7 @@ def fetch(entry: Entry, *, progress: Progress | None = None) -> Path:
 
     When a connection drops, the newest huggingface_hub goes on where it broke while this call lasts, older releases at
     the next call. HF_HOME, HF_ENDPOINT (a mirror), HF_HUB_OFFLINE and HF_TOKEN mean what they mean to huggingface_hub.
-    `progress` is told how many bytes have been verified. Raises CatalogError.
+    `progress` is told how many bytes have been verified. Raises CatalogError; OSError for a full disk.
     """
     if entry.url:
         raise CatalogError(_how_to_download(entry))
@@ -157,8 +157,8 @@ def _download(entry: Entry, file: File) -> Path:
         text = " ".join(str(error).split()) or type(error).__name__
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text:
             reason = f"the disk is full; free some space, or let HF_HOME name a larger disk than {constants.HF_HOME}'s"
-        else:
-            reason = f"fetching it failed ({text[:200]}); fetch again"
+            raise OSError(errno.ENOSPC, reason, f"{entry.repository}/{file.path}") from error
+        reason = f"fetching it failed ({text[:200]}); fetch again"
         raise CatalogError(f"{entry.repository}/{file.path}: {reason}") from error
 
 

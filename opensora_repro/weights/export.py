@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from opensora_repro.files import replacing
 from opensora_repro.models.config import DiTConfig, STDiTConfig
 from opensora_repro.models.layers import spatial_positions, temporal_positions
 from opensora_repro.weights.diffusers_layout import (
@@ -46,30 +45,27 @@ class Grid:
 def export(weights: Mapping[str, Tensor], model: STDiTConfig | DiTConfig, grid: Grid, to: str, out: Path) -> None:
     """Write `weights` (our keys) as `to`, one of FORMATS: a file, or for diffusers a folder, that must not exist yet.
 
-    Raises WeightsError where the layout has no place for the model, and when the disk has none.
+    Raises WeightsError where the layout has no place for the model, OSError when the disk has none.
     """
     if out.exists():
         raise WeightsError(f"{out}: exists already; move it away, or name another --out")
     _check_place(model, to)
     if isinstance(model, STDiTConfig) and NULL_CAPTION not in weights and to != "diffusers":
         raise WeightsError(f"--to {to}: it needs a null caption, and these weights (diffusers') have none")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        if to == "safetensors":
-            size = {"sample_size": _sample_size(model, grid), "sample_frames": grid.frames}
-            save_file(_contiguous(weights), beside, {"format": "pt", FACTS_KEY: json.dumps(asdict(model) | size)})
-        elif to == "diffusers":
-            _write_diffusers(weights, model, grid, beside)
-        elif to == "pixart":
-            torch.save({"state_dict": _image_layout(weights, model, grid)}, beside)
-        else:
-            torch.save({**weights, **position_tables(model, grid)}, beside)
-        os.replace(beside, out)
+        with replacing(out) as unfinished:
+            if to == "safetensors":
+                size = {"sample_size": _sample_size(model, grid), "sample_frames": grid.frames}
+                facts = {"format": "pt", FACTS_KEY: json.dumps(asdict(model) | size)}
+                save_file(_contiguous(weights), unfinished, facts)
+            elif to == "diffusers":
+                _write_diffusers(weights, model, grid, unfinished)
+            elif to == "pixart":
+                torch.save({"state_dict": _image_layout(weights, model, grid)}, unfinished)
+            else:
+                torch.save({**weights, **position_tables(model, grid)}, unfinished)
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk: torch, safetensors and Python differ
-        raise WeightsError(f"{out}: cannot be written ({' '.join(str(error).split())[:200]})") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True) if beside.is_dir() else beside.unlink(missing_ok=True)
+        raise OSError(f"{out}: cannot be written ({' '.join(str(error).split())[:200]})") from error
 
 
 def position_tables(model: STDiTConfig | DiTConfig, grid: Grid) -> dict[str, Tensor]:

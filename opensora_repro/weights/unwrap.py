@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from opensora_repro.errors import UserError
+
 NULL_CAPTION = "y_embedder.y_embedding"
 TABLES = ("pos_embed", "pos_embed_spatial", "pos_embed_temporal", "temp_embed")
 BUFFERS = (NULL_CAPTION, *TABLES)  # not trained, so that an average of parameters leaves them out
@@ -22,7 +24,7 @@ EMA_OUTER = ("ema_model", "model_ema", "ema")
 COUNTERS = ("initted", "step", "n_averaged", "num_updates", "decay")  # that averaging modules keep beside the weights
 
 
-class NameClash(ValueError):
+class NameClash(UserError):
     """Two tensors of one copy of the weights would have one name; the message is one line."""
 
 

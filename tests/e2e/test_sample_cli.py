@@ -264,7 +264,10 @@ def test_an_autoencoder_that_overflows_makes_no_video(
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), "out: the disk is full; what is finished is in "),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "cannot write a file: No space left on device; what is finished is in ",
+        ),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to\nmore"), "out of memory. Tried to Lower --batch-size, "),
     ],
 )

@@ -441,7 +441,7 @@ def test_a_write_that_fails_leaves_nothing_half_written(
     path = publish(tmp_path, "pixart.pth")
     monkeypatch.setattr("opensora_repro.weights.export.torch.save", fill_disk)
     monkeypatch.setattr("opensora_repro.weights.export.save_file", fill_disk)
-    line = refused(capsys, "convert", path, "--to", to, "--out", tmp_path / "out", *WITH_HEADS)
+    line = refused(capsys, "convert", path, "--to", to, "--out", tmp_path / "out", *WITH_HEADS, code=1)
     assert f"{tmp_path / 'out'}: cannot be written" in line and "No space left on device" in line
     assert list(tmp_path.iterdir()) == [path]
 
@@ -453,7 +453,7 @@ def test_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str], to: str
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        line = refused(capsys, "convert", path, "--to", to, "--out", out, *WITH_HEADS)
+        line = refused(capsys, "convert", path, "--to", to, "--out", out, *WITH_HEADS, code=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert line.startswith(f"error: {out}: cannot be written (")

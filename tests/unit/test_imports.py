@@ -17,7 +17,8 @@ OURS = ("opensora_repro", "stages", "data_tools", "benchmarks", "tests")
 
 # From the ground up: a room uses what stands above it in this list, and its own.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "files", "process"),
+    ("files", "process"),
+    ("errors",),
     ("kernels",),
     ("models",),
     ("config",),

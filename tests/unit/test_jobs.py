@@ -20,7 +20,6 @@ from opensora_repro.data.jobs.run import Job, Runner, add_runner_options, run_jo
 from opensora_repro.data.jobs.workers import Task, num_cores, run_here
 from opensora_repro.data.progress import progress
 from opensora_repro.errors import DataError
-from opensora_repro.files import beside
 from tests import job_works
 from tests.job_works import misbehave, square
 
@@ -141,18 +140,6 @@ def test_a_stopped_run_leaves_nobody_and_goes_on(tmp_path: Path, how: signal.Sig
     assert all(ran.count(n) <= 2 for n in range(COUNT))
     assert len(ran) <= COUNT + 3  # what was under way, and one that was just handed over
     assert sorted(p.name for p in tmp_path.rglob(".*")) == []
-
-
-def test_leftovers_of_killed_writers_are_removed(tmp_path: Path) -> None:
-    child = subprocess.Popen(["true"])
-    host, own = beside(tmp_path / "x").name.split(".")[2:4]
-    gone, ours = tmp_path / f".x.json.{host}.{child.pid}.tmp", tmp_path / f".x.json.{host}.{own}.tmp"
-    time.sleep(0.2)  # it has ended, and we have not asked how
-    for path in (gone, ours):
-        path.touch()
-    run(square, [], tmp_path)
-    assert [p.exists() for p in (gone, ours)] == [False, True]
-    child.wait()
 
 
 def test_ray_gives_the_same(tmp_path: Path) -> None:

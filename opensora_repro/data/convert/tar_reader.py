@@ -26,7 +26,7 @@ from opensora_repro.data.jobs.run import Job, Runner, run_jobs
 from opensora_repro.data.jobs.workers import DISK_TROUBLE
 from opensora_repro.data.outcome import LINEAGE, MANIFEST, Row, in_batches, with_types
 from opensora_repro.errors import DataError
-from opensora_repro.files import beside, one_line, safe_name
+from opensora_repro.files import one_line, replacing, safe_name
 
 METHOD = 2  # raise when an archive would give other rows, so that finished ones are read again
 TAR_SUFFIXES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
@@ -94,14 +94,12 @@ def delete_rejected(items: list[Item], out: Path, limits: Limits, rejects: list[
     for path in [Path(job.args["rows"]) for job in jobs]:
         if not path.is_file() or not any(entry.get("row", {}).get("path") in reasons for entry in _entries(path)):
             continue
-        unfinished = beside(path)
-        with open(unfinished, "w", encoding="utf-8") as file:
+        with replacing(path) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
             for entry in _entries(path):
                 if reason := reasons.get(entry.get("row", {}).get("path")):
                     (out / entry["row"]["path"]).unlink(missing_ok=True)
                     entry = {"reject": reason, "archives": _archives(jobs)}
                 file.write(json.dumps(entry) + "\n")
-        os.replace(unfinished, path)
 
 
 def _archives(jobs: list[Job]) -> str:
@@ -157,16 +155,12 @@ def read_tar(args: dict[str, Any]) -> dict[str, int]:
     folder = out / args["folder"]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    unfinished, count = beside(target), 0
-    try:
-        with open(unfinished, "w", encoding="utf-8") as file:
-            file.write(json.dumps({"key": args["key"]}) + "\n")
-            for entry in _samples(args["tar"], args["name"], folder, args["folder"], Limits(*args["limits"])):
-                file.write(json.dumps(entry) + "\n")
-                count += 1
-        os.replace(unfinished, target)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    count = 0
+    with replacing(target) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
+        file.write(json.dumps({"key": args["key"]}) + "\n")
+        for entry in _samples(args["tar"], args["name"], folder, args["folder"], Limits(*args["limits"])):
+            file.write(json.dumps(entry) + "\n")
+            count += 1
     return {"entries": count}
 
 
@@ -272,14 +266,8 @@ def _take(
 
 
 def _write(data: IO[bytes], path: Path) -> Path:
-    unfinished = beside(path)
-    try:
-        with open(unfinished, "wb") as file:
-            while block := data.read(1 << 20):
-                file.write(block)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(path) as unfinished, open(unfinished, "wb") as file:
+        shutil.copyfileobj(data, file, 1 << 20)
     return path
 
 

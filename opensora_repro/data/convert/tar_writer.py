@@ -22,7 +22,7 @@ from opensora_repro.data.jobs.run import Job, Runner, run_jobs
 from opensora_repro.data.manifest import is_missing
 from opensora_repro.data.outcome import Row
 from opensora_repro.data.tables import open_table
-from opensora_repro.files import beside, remove_leftovers, safe_name
+from opensora_repro.files import remove_leftovers, safe_name, writing
 
 METHOD = 1  # raise when the same rows would give other bytes
 
@@ -90,20 +90,13 @@ def _stamp(path: Path) -> list[int]:
 def write_shard(args: dict[str, Any]) -> dict[str, Any]:
     """Write one archive: the part that runs in a worker. Returns how many samples it has, and the rejects."""
     table, tar = Path(args["table"]), Path(args["tar"])
-    unfinished, samples, rejects = beside(tar), 0, list[Row]()
-    try:
-        with open(unfinished, "wb") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
-                for row in _rows(table, args["start"], args["count"]):
-                    reason = _add(archive, table.parent / row["path"], row)
-                    if reason:
-                        rejects.append(refusal(row["id"], reason, row["path"]))
-                    samples += not reason
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, tar)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    samples, rejects = 0, list[Row]()
+    with writing(tar) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for row in _rows(table, args["start"], args["count"]):
+            reason = _add(archive, table.parent / row["path"], row)
+            if reason:
+                rejects.append(refusal(row["id"], reason, row["path"]))
+            samples += not reason
     return {"samples": samples, "rejects": rejects, "stamp": _stamp(tar)}
 
 

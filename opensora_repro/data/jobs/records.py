@@ -8,15 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from opensora_repro.files import beside
+from opensora_repro.files import replacing
 
 
 def write_record(folder: Path, key: str, text: str) -> None:
     """Write a job's record, whole or not at all."""
-    path = folder / f"{key}.json"
-    unfinished = beside(path)
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    with replacing(folder / f"{key}.json") as unfinished:  # nothing waits for the disk
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def read_record(folder: Path, key: str) -> Any:
