@@ -51,10 +51,10 @@ def run_command(run: Callable[[], int], *, kept: str = GOES_ON, less_memory: str
     except KeyboardInterrupt:
         print("; ".join(filter(None, ("interrupted", kept))), file=sys.stderr, flush=True)
         return INTERRUPTED
+    except TrainingError as error:  # first: a checkpoint that cannot be written is both
+        return _tell(str(error), FAILURE)
     except UserError as error:
         return _tell(str(error), USER_MISTAKE)
-    except TrainingError as error:
-        return _tell(str(error), FAILURE)
     except OSError as error:
         if isinstance(error, _WRONG_NAME):
             return _tell(_told(error), USER_MISTAKE)
