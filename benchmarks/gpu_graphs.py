@@ -116,7 +116,7 @@ def sample_small(model: Any, batch: int, through: Through) -> Tensor:
 
 
 def unrecordable(device: torch.device) -> dict[str, Any]:
-    """A call that waits for the GPU spoils its recording: it is called on, and later recordings are sound."""
+    """A call that waits for the GPU spoils its recording: it is called on, and nothing is recorded from then on."""
     import torch
 
     if device.type != "cuda":
@@ -136,9 +136,8 @@ def unrecordable(device: torch.device) -> dict[str, Any]:
             for step in range(6):
                 x, timestep = torch.randn(2, 64, device=device), torch.full((2,), float(step), device=device)
                 assert torch.equal(call(x, timestep), model_fn(x, timestep)), f"{model_fn.__name__}, step {step}"
-        assert through.usable == (model_fn is sound), model_fn.__name__
-        torch.cuda.empty_cache()  # raises where the allocator was left in the recording
-    return {"sound afterwards": True}
+        assert not through.usable, model_fn.__name__
+    return {"goes on": True}
 
 
 def full_size(device: torch.device, steps: int = FULL_STEPS) -> dict[str, Any]:

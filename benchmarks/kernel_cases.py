@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 EPS = 1e-6
-OVER = ("space", "time", "space_time")
 # Types of the residual stream, of what branches add to it, and of autocast: float32 training, bf16 training as it is
 # done here, and a model whose weights are all of one short type.
 TYPES = {
@@ -98,13 +96,7 @@ def cases(sizes: Sizes, types: str, device: torch.device) -> dict[str, Case]:
     def attend(k: Any, qkv: Tensor) -> Any:
         return k.time_attention(qkv, H)
 
-    def split(k: Any, qkv: Tensor, over: str) -> Any:
-        return tuple(part.contiguous() for part in k.split_heads(qkv, H, over))
-
-    def merge(k: Any, out: Tensor, over: str) -> Any:
-        return k.merge_heads(out, T, S, over).contiguous()
-
-    found = {
+    return {
         "norm, modulate": Case(norm, [x, shift, scale], _first, autocast),
         "norm, modulate; part of the frames": Case(norm, [some, shift, scale], _first, autocast),
         "gate, residual": Case(gated, [x, gate, y], _third, passed=1),
@@ -116,18 +108,9 @@ def cases(sizes: Sizes, types: str, device: torch.device) -> dict[str, Case]:
         "attention over time": Case(attend, [make(branch, B, T, S, 3 * D)], _first, roundings=2),
         "GELU": Case(gelu, [make(branch, B, T * S, F), None], _first),
     }
-    for over in OVER:
-        N, L = {"space": (B * T, S), "time": (B * S, T), "space_time": (B, T * S)}[over]
-        found[f"split heads, {over}"] = Case(partial(split, over=over), [make(branch, B, T, S, 3 * D)], _nothing)
-        found[f"merge heads, {over}"] = Case(partial(merge, over=over), [make(branch, N, H, L, D // H)], _nothing)
-    return found
 
 
 # What a backward pass reads besides gradients and vectors
-
-
-def _nothing(inputs: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
-    return []
 
 
 def _first(inputs: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
@@ -194,7 +177,7 @@ def adamw_errors(shapes: Sequence[Sequence[int]], device: torch.device, *, num_s
     params = [_at_odd_address(value.to(device)) if i == 0 else value.to(device) for i, value in enumerate(masters)]
     means, squares = ([torch.zeros_like(value) for value in params] for _ in range(2))
     scale, one = torch.full((), 1 / 0.7, device=device), torch.ones((), device=device)
-    averages, copies = [value.clone() for value in params], [value.bfloat16() for value in params]
+    averages = [value.clone() for value in params]
     steps = [torch.zeros((), device=device) for _ in params]
     for number in range(num_steps):
         grads = [torch.randn(tuple(shape), generator=generator).bfloat16() for shape in shapes]
@@ -204,20 +187,18 @@ def adamw_errors(shapes: Sequence[Sequence[int]], device: torch.device, *, num_s
             steps[i] += i in chosen
         optimizer.step()
         lists: list[Sequence[Any]] = [
-            params, [grad.to(device) for grad in grads], means, squares, steps, averages, copies,
+            params, [grad.to(device) for grad in grads], means, squares, steps, averages,
         ]  # fmt: skip
-        *given, own_averages, own_copies = ([values[i] for i in chosen] for values in lists)
+        *given, own_averages = ([values[i] for i in chosen] for values in lists)
         options: dict[str, Any] = {
             "lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1, "averages": own_averages,
-            "average_weight": 0.3, "copies": own_copies,
+            "average_weight": 0.3,
         }  # fmt: skip
         ops.adamw(*given, **options, grad_scale=scale, found_inf=1 - one)
         broken = [torch.full_like(grad, torch.nan) for grad in given[1]]
         ops.adamw(given[0], broken, *given[2:], **options, grad_scale=scale * torch.nan, found_inf=one)
         for i in chosen:
             shadows[i].lerp_(wide[i].detach(), 0.3)
-    for copy, param in zip(copies, params, strict=True):
-        torch.testing.assert_close(copy.float(), param, rtol=2**-7, atol=0)
     state = [optimizer.state[parameter] for parameter in wide]
     return {
         "weights": _worst(params, wide),

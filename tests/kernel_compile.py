@@ -59,8 +59,6 @@ def launch_all() -> None:
         (total.sum() + normed.sum()).backward()
         ops.gate_residual(x, gate, y).sum().backward()
         ops.bias_gelu(make(torch.bfloat16, T * S, 4 * D), make(torch.float32, 4 * D)).sum().backward()
-        q, k, v = ops.split_heads(make(torch.bfloat16, B, T, S, 3 * D), H, "time")
-        ops.merge_heads(q + k + v, T, S, "time").sum().backward()
         ops.time_attention(make(torch.bfloat16, B, T, S, 3 * D), H).sum().backward()
     params = [torch.empty(1 << 16)]
     ops.adamw(

@@ -36,9 +36,9 @@ def check_cases(types: str) -> Errors:
 
 def check_many_tiles() -> Errors:
     """The same in tiles so small that each sample has several parts, and each part several tiles."""
-    from opensora_repro.kernels.fused import gelu, heads, rows
+    from opensora_repro.kernels.fused import gelu, rows
 
-    rows.TILE, rows.PROGRAMS, gelu.WIDEST, heads.WIDEST = 128, 4, 16, 32
+    rows.TILE, rows.PROGRAMS, gelu.WIDEST = 128, 4, 16
     tiles = rows.cut(15, 32, 2, long=True)
     assert (tiles.parts, tiles.steps) == (2, 2), tiles
     return check_cases("fp32")

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 TEXT_COLUMNS = ("id", "path", "caption")
 COUNT_COLUMNS = ("num_frames", "height", "width")
 REQUIRED_COLUMNS = ("id", "path", "caption", "num_frames", "fps", "height", "width")
-LINEAGE_COLUMNS = ("source", "start_frame", "end_frame", "start_time", "end_time")
 
 
 def read_manifest(path: str | Path, *, need_captions: bool = True) -> pd.DataFrame:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -34,42 +33,21 @@ class Prediction(NamedTuple):
     x_0: Tensor
 
 
-def linear_betas(num_steps: int = NUM_TRAIN_STEPS) -> np.ndarray:
-    """1e-4 to 0.02 over 1000 steps (Ho et al. 2020), scaled for other lengths; float64 [num_steps]."""
-    scale = 1000 / num_steps
-    return np.linspace(scale * 1e-4, scale * 0.02, num_steps, dtype=np.float64)
+def linear_betas() -> np.ndarray:
+    """1e-4 to 0.02 over the training's steps (Ho et al. 2020), float64."""
+    return np.linspace(1e-4, 0.02, NUM_TRAIN_STEPS, dtype=np.float64)
 
 
-def cosine_betas(num_steps: int = NUM_TRAIN_STEPS) -> np.ndarray:
-    """The squared-cosine schedule of Nichol & Dhariwal, betas capped at 0.999; float64 [num_steps]."""
-    signal = [math.cos((i / num_steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(num_steps + 1)]
-    return np.array([min(1 - after / now, 0.999) for now, after in pairwise(signal)])
-
-
-def space_timesteps(num_steps: int, sections: Sequence[int]) -> list[int]:
-    """Divide [0, num_steps) into equal sections and keep sections[i] evenly spaced steps of the i-th, ends included."""
-    base, extra = divmod(num_steps, len(sections))
-    kept: set[int] = set()
-    start = 0
-    for i, count in enumerate(sections):
-        size = base + (i < extra)
-        if not 1 <= count <= size:
-            raise ValueError(f"cannot keep {count} of {size} diffusion steps; choose between 1 and {size}")
-        stride = (size - 1) / (count - 1) if count > 1 else 1.0
-        position = 0.0  # a running sum and Python's rounding, so that ties fall as in the published code
-        for _ in range(count):
-            kept.add(start + round(position))
-            position += stride
-        start += size
+def space_timesteps(num_steps: int, count: int) -> list[int]:
+    """`count` evenly spaced steps of [0, num_steps), ends included. Raises ValueError."""
+    if not 1 <= count <= num_steps:
+        raise ValueError(f"cannot keep {count} of {num_steps} diffusion steps; choose between 1 and {num_steps}")
+    stride = (num_steps - 1) / (count - 1) if count > 1 else 1.0
+    kept, position = set(), 0.0  # a running sum and Python's rounding, so that ties fall as in the published code
+    for _ in range(count):
+        kept.add(round(position))
+        position += stride
     return sorted(kept)
-
-
-def stride_timesteps(num_steps: int, count: int) -> list[int]:
-    """Exactly `count` steps at an integer stride from 0 (DDIM's choice, Song et al. 2021)."""
-    for stride in range(1, num_steps):
-        if len(range(0, num_steps, stride)) == count:
-            return list(range(0, num_steps, stride))
-    raise ValueError(f"no integer stride keeps {count} of {num_steps} diffusion steps")
 
 
 def normal_kl(mean1: Tensor, log_var1: Tensor, mean2: Tensor, log_var2: Tensor) -> Tensor:
@@ -98,6 +76,13 @@ def _mean_bits(nats: Tensor) -> Tensor:
     return reduce(nats, "b c t h w -> b", "mean") / math.log(2.0)
 
 
+def respaced(alphas_cumprod: np.ndarray, kept: Sequence[int]) -> np.ndarray:
+    """The betas with which a process over some of the steps has the same signal at them."""
+    signal = alphas_cumprod[list(kept)]
+    betas: np.ndarray = 1 - signal / np.append(1.0, signal[:-1])
+    return betas
+
+
 def schedule_tables(betas: np.ndarray) -> dict[str, np.ndarray]:
     """Every per-step coefficient of the forward process and its posterior, float64 [num_steps] each."""
     alphas_cumprod = np.cumprod(1 - betas)
@@ -108,13 +93,10 @@ def schedule_tables(betas: np.ndarray) -> dict[str, np.ndarray]:
     return {
         "betas": betas,
         "log_betas": np.log(betas),
-        "log_variance_fixed_large": np.log(np.append(clipped[0], betas[1:])),
         "alphas_cumprod": alphas_cumprod,
         "alphas_cumprod_prev": previous,
-        "alphas_cumprod_next": np.append(alphas_cumprod[1:], 0.0),
         "sqrt_alphas_cumprod": np.sqrt(alphas_cumprod),
         "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - alphas_cumprod),
-        "log_one_minus_alphas_cumprod": np.log(1 - alphas_cumprod),
         "sqrt_recip_alphas_cumprod": np.sqrt(1 / alphas_cumprod),
         "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / alphas_cumprod - 1),
         "posterior_variance": posterior_variance,
@@ -127,33 +109,21 @@ def schedule_tables(betas: np.ndarray) -> dict[str, np.ndarray]:
 class GaussianDiffusion:
     """The process over a subset of the 1000 steps; all of them (the default) for training.
 
-    `loss`: "mse" (the recipe's: MSE + bound, unscaled), "rescaled_mse" (bound times steps / 1000) or "kl" (bound times
-    steps alone). `variance`: "learned_range", "fixed_large" or "fixed_small"; fixed ones train on MSE alone.
-    `predicts`: "noise" or "x_0".
+    The model tells the noise and where the log variance lies between its bounds.
     """
 
-    def __init__(
-        self,
-        kept_steps: Sequence[int] | None = None,
-        *,
-        betas: np.ndarray | None = None,
-        loss: str = "mse",
-        variance: str = "learned_range",
-        predicts: str = "noise",
-    ) -> None:
-        signal = np.cumprod(1 - (linear_betas() if betas is None else betas))
+    def __init__(self, kept_steps: Sequence[int] | None = None) -> None:
+        signal = np.cumprod(1 - linear_betas())
         self.timestep_map = list(range(len(signal)) if kept_steps is None else kept_steps)
-        kept = signal[self.timestep_map]
-        self.tables = schedule_tables(1 - kept / np.append(1.0, kept[:-1]))
+        self.tables = schedule_tables(respaced(signal, self.timestep_map))
         self.tables["timestep_map"] = np.array(self.timestep_map, dtype=np.float64)
         self.num_steps = len(self.timestep_map)
-        self.loss, self.variance, self.predicts = loss, variance, predicts
         self._on_device: dict[tuple[str, torch.device], Tensor] = {}
 
     @classmethod
     def spaced(cls, steps: int) -> GaussianDiffusion:
         """The sampling process of `steps` evenly spaced steps."""
-        return cls(space_timesteps(NUM_TRAIN_STEPS, [steps]))
+        return cls(space_timesteps(NUM_TRAIN_STEPS, steps))
 
     def _lookup(self, name: str, t: Tensor) -> Tensor:
         """A table's values at t, float32 [B]; the table stays on the device, so that a step never waits for a copy."""
@@ -171,12 +141,6 @@ class GaussianDiffusion:
 
     # The forward process
 
-    def q_mean_variance(self, x_0: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean [B, C, T, H, W], variance and log variance [B, 1, 1, 1, 1] of x_t given x_0."""
-        mean = self._at("sqrt_alphas_cumprod", t) * x_0
-        variance = self._at("sqrt_one_minus_alphas_cumprod", t) ** 2
-        return mean, variance, self._at("log_one_minus_alphas_cumprod", t)
-
     def q_sample(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Draw x_t given x_0."""
         return self._at("sqrt_alphas_cumprod", t) * x_0 + self._at("sqrt_one_minus_alphas_cumprod", t) * noise
@@ -186,54 +150,31 @@ class GaussianDiffusion:
         mean = self._at("posterior_mean_coef1", t) * x_0 + self._at("posterior_mean_coef2", t) * x_t
         return mean, self._at("posterior_variance", t), self._at("posterior_log_variance_clipped", t)
 
-    def prior_bits(self, x_0: Tensor) -> Tensor:
-        """The bound's constant term, KL of the last x_t from a standard normal: float32 [B] bits a dimension."""
-        last = torch.full((len(x_0),), self.num_steps - 1, device=x_0.device)
-        mean, _, log_variance = self.q_mean_variance(x_0, last)
-        zero = torch.zeros_like(x_0)
-        return _mean_bits(normal_kl(mean, log_variance, zero, zero))
-
     # The reverse process
 
-    def predict(self, output: Tensor, x_t: Tensor, t: Tensor, *, clip_denoised: bool = False) -> Prediction:
-        """Read a model's output [B, C or 2C, T, H, W] at x_t as the distribution of x_{t-1}."""
+    def predict(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
+        """Read a model's output [B, 2C, T, H, W] at x_t as the distribution of x_{t-1}."""
         num_channels = x_t.shape[1]
-        if self.variance == "learned_range" and output.shape[1] != 2 * num_channels:
+        if output.shape[1] != 2 * num_channels:
             raise ValueError("diffusion.objective = iddpm needs model.pred_sigma = true: a variance for every channel")
-        if self.predicts == "x_0":
-            x_0 = output[:, :num_channels]
-        else:
-            scaled_noise = self._at("sqrt_recipm1_alphas_cumprod", t) * output[:, :num_channels]
-            x_0 = self._at("sqrt_recip_alphas_cumprod", t) * x_t - scaled_noise
-        if clip_denoised:
-            x_0 = x_0.clamp(-1, 1)
+        scaled_noise = self._at("sqrt_recipm1_alphas_cumprod", t) * output[:, :num_channels]
+        x_0 = self._at("sqrt_recip_alphas_cumprod", t) * x_t - scaled_noise
         mean, _, smallest = self.q_posterior(x_0, x_t, t)
-        if self.variance == "learned_range":
-            share = (output[:, num_channels:] + 1) / 2  # -1: the posterior's variance, 1: beta
-            log_variance = share * self._at("log_betas", t) + (1 - share) * smallest
-        else:
-            large = self.variance == "fixed_large"
-            log_variance = (self._at("log_variance_fixed_large", t) if large else smallest).expand_as(x_t)
-        return Prediction(mean, log_variance, x_0)
+        share = (output[:, num_channels:] + 1) / 2  # -1: the posterior's variance, 1: beta
+        return Prediction(mean, share * self._at("log_betas", t) + (1 - share) * smallest, x_0)
 
-    def p_sample(
-        self, model_fn: ModelFn, x_t: Tensor, t: Tensor, noise: Tensor, *, clip_denoised: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def p_sample(self, model_fn: ModelFn, x_t: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """One ancestral step: x_{t-1} and the denoised x_0. Nothing is added at step 0."""
-        p = self.predict(model_fn(x_t, self._seen_by_model(t)), x_t, t, clip_denoised=clip_denoised)
+        p = self.predict(model_fn(x_t, self._seen_by_model(t)), x_t, t)
         noisy = rearrange(t > 0, "b -> b 1 1 1 1")
         return torch.where(noisy, p.mean + torch.exp(0.5 * p.log_variance) * noise, p.mean), p.x_0
 
-    def ddim_sample(
-        self, model_fn: ModelFn, x_t: Tensor, t: Tensor, noise: Tensor | None, *, eta: float = 0.0
-    ) -> tuple[Tensor, Tensor]:
-        """One DDIM step (Song et al. 2021, arXiv:2010.02502, eq. 12): x_{t-1} and x_0; `noise` may be None at eta 0."""
+    def ddim_sample(self, model_fn: ModelFn, x_t: Tensor, t: Tensor) -> Tensor:
+        """One deterministic DDIM step (Song et al. 2021, arXiv:2010.02502, eq. 12 without noise): x_{t-1}."""
         x_0 = self.predict(model_fn(x_t, self._seen_by_model(t)), x_t, t).x_0
         eps = (self._at("sqrt_recip_alphas_cumprod", t) * x_t - x_0) / self._at("sqrt_recipm1_alphas_cumprod", t)
-        signal, cleaner = self._at("alphas_cumprod", t), self._at("alphas_cumprod_prev", t)
-        sigma = eta * torch.sqrt((1 - cleaner) / (1 - signal)) * torch.sqrt(1 - signal / cleaner)
-        mean = torch.sqrt(cleaner) * x_0 + torch.sqrt(1 - cleaner - sigma**2) * eps
-        return (mean if noise is None else mean + sigma * noise), x_0  # sigma is 0 at step 0
+        cleaner = self._at("alphas_cumprod_prev", t)
+        return torch.sqrt(cleaner) * x_0 + torch.sqrt(1 - cleaner) * eps
 
     # Training
 
@@ -257,17 +198,10 @@ class GaussianDiffusion:
     def loss_terms(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """The terms whose sum is the loss, float32 [B] each, for a model's output at x_t."""
         output = output.float()
-        if self.loss == "kl":
-            return {"vb": self.bound_bits(output, x_0, x_t, t) * self.num_steps}
-        num_channels = x_0.shape[1]
-        mean_part, variance_part = output[:, :num_channels], output[:, num_channels:]
-        target = x_0 if self.predicts == "x_0" else noise
-        terms = {"mse": reduce((target - mean_part).square(), "b c t h w -> b", "mean")}
-        if self.variance == "learned_range":
-            # The bound trains the variance alone; MSE looks after the mean.
-            bound = self.bound_bits(torch.cat([mean_part.detach(), variance_part], dim=1), x_0, x_t, t)
-            terms["vb"] = bound * (self.num_steps / 1000 if self.loss == "rescaled_mse" else 1)
-        return terms
+        mean_part, variance_part = output.chunk(2, dim=1)
+        # The bound trains the variance alone; MSE looks after the mean.
+        bound = self.bound_bits(torch.cat([mean_part.detach(), variance_part], dim=1), x_0, x_t, t)
+        return {"mse": reduce((noise - mean_part).square(), "b c t h w -> b", "mean"), "vb": bound}
 
     def losses(self, model_fn: ModelFn, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The training loss of each sample: [B, C, T, H, W] twice and step numbers [B] -> float32 [B]."""

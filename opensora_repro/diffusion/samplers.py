@@ -94,13 +94,12 @@ def iddpm_sample(
     x: Tensor,
     next_noise: Callable[[], Tensor],
     *,
-    clip_denoised: bool = False,
     progress: Progress | None = None,
 ) -> Tensor:
     """Ancestral sampling over all steps of `diffusion`; x and every `next_noise()` are [B, C, T, H, W]."""
     for i in reversed(range(diffusion.num_steps)):
         t = torch.full((len(x),), i, device=x.device)
-        x, _ = diffusion.p_sample(model_fn, x, t, next_noise(), clip_denoised=clip_denoised)
+        x, _ = diffusion.p_sample(model_fn, x, t, next_noise())
         if progress is not None:
             progress(diffusion.num_steps - i, diffusion.num_steps)
     return x
@@ -111,7 +110,7 @@ def ddim_sample(
 ) -> Tensor:
     """Deterministic DDIM sampling (eta 0) over all steps of `diffusion`; x is [B, C, T, H, W]."""
     for i in reversed(range(diffusion.num_steps)):
-        x, _ = diffusion.ddim_sample(model_fn, x, torch.full((len(x),), i, device=x.device), None)
+        x = diffusion.ddim_sample(model_fn, x, torch.full((len(x),), i, device=x.device))
         if progress is not None:
             progress(diffusion.num_steps - i, diffusion.num_steps)
     return x

@@ -104,13 +104,11 @@ def adamw(
     found_inf: Tensor | None = None,
     averages: Sequence[Tensor] = (),
     average_weight: float = 0.0,
-    copies: Sequence[Tensor] = (),
 ) -> None:
     """AdamW's step in place, on float32 masters of any shape.
 
     `steps`: the number of each parameter's step, from 1, float32 []. `grad_scale` divides the gradients, which stay as
-    they are; where `found_inf` is 1, all does. `averages` move towards the new weights by `average_weight`; `copies`
-    become the new weights in their own dtype.
+    they are; where `found_inf` is 1, all does. `averages` move towards the new weights by `average_weight`.
     """
     if found_inf is not None and found_inf.item():  # the twin waits for the answer, the kernel does not
         return
@@ -123,5 +121,3 @@ def adamw(
         param.mul_(1 - lr * weight_decay).addcdiv_(mean, denominator, value=-lr / (1 - betas[0] ** step))
         if averages:
             averages[i].lerp_(param, average_weight)
-        if copies:
-            copies[i].copy_(param)

@@ -71,23 +71,6 @@ def bias_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
     return kernel(x, bias)
 
 
-def split_heads(qkv: Tensor, num_heads: int, over: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Fused: the three are contiguous."""
-    if not fused(qkv):
-        return eager.split_heads(qkv, num_heads, over)
-    from opensora_repro.kernels.fused.heads import split_heads as kernel
-
-    return kernel(qkv, num_heads, over)
-
-
-def merge_heads(out: Tensor, frames: int, places: int, over: str) -> Tensor:
-    if not fused(out):
-        return eager.merge_heads(out, frames, places, over)
-    from opensora_repro.kernels.fused.heads import merge_heads as kernel
-
-    return kernel(out, frames, places, over)
-
-
 def attends_in_place(x: Tensor) -> bool:
     """Whether `time_attention` of tokens [B, T, S, ...] is one kernel, which reads and writes them where they are."""
     return runs(x) and x.shape[1] <= SHORT_FRAMES

