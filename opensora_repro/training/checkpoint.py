@@ -51,7 +51,6 @@ class TrainState:
 
     step: int = 0  # optimizer steps done, skipped ones included
     samples_seen: int = 0  # good samples that reached the model
-    position: int = 0  # samples drawn from the sampler over all ranks: where its epochs, laid end to end, go on
     bad_steps: int = 0  # non-finite steps in a row up to now
     ema_updates: int = 0
     global_batch_size: int = 0  # samples a step over all ranks and micro-batches
@@ -79,6 +78,7 @@ def read_state(folder: Path) -> tuple[TrainState, dict[str, str]]:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version, hashes = content.pop("schema_version"), content.pop("sha256")
         content.pop("device", None)  # for people, and for plans, see planning/measured.py
+        content.pop("position", None)  # of earlier releases: step * global_batch_size
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"checkpoint {folder} is damaged: {STATE_FILE} cannot be read ({error})") from None
     if version != SCHEMA_VERSION:

@@ -201,7 +201,7 @@ class Trainer:
         started, waited = time.perf_counter(), self._batches.seconds_waited
         cfg, state = self.cfg, self.state
         rate = learning_rate(cfg.optim, state.step, cfg.train.steps)
-        given = PendingStep(state.step + 1, rate, state.position)
+        given = PendingStep(state.step + 1, rate, state.step * state.global_batch_size)
         totals = StepTotals(torch.zeros((), dtype=torch.float64, device=self.engine.device))
         for number in range(cfg.train.accumulation):
             self._micro_batch(given, totals, last=number == cfg.train.accumulation - 1)
@@ -221,7 +221,6 @@ class Trainer:
         self._moving = False
         self.engine.zero_grad()
         state.step += 1
-        state.position += state.global_batch_size
         given.seconds = time.perf_counter() - started
         given.seconds_waited = self._batches.seconds_waited - waited
         self._given = given
@@ -267,7 +266,6 @@ class Trainer:
         self._stopping = found.stopping
         if found.lost:  # as if it had not begun
             self.state.step -= 1
-            self.state.position -= self.state.global_batch_size
             return
         count = self.state.global_batch_size
         self.quarantine.saw(drawn(self.quarantine.num_samples, self.cfg.run.seed, given.position, count))
