@@ -16,7 +16,8 @@ import wcwidth
 from transformers.models.t5.modeling_t5 import T5EncoderModel
 
 import benchmarks.everywhere
-import opensora_repro.parallel.gemini
+import opensora_repro.parallel.colossal
+import opensora_repro.parallel.fsdp
 import opensora_repro.training.dry_run
 import opensora_repro.training.run
 import stages.sample

@@ -23,18 +23,25 @@ def main(arguments: list[str]) -> int:
     torch.manual_seed(0)
     model = STDiT(TINY)
     whole = sum(parameter.numel() for parameter in model.parameters())
-    engine = build_engine(ParallelConfig(engine="colossalai", plugin=plugin), "cpu")
+    engine = build_engine(ParallelConfig("torch" if plugin == "fsdp" else "colossalai", plugin), "cpu")
     try:
-        engine.prepare(model, build_optimizer(model, OptimConfig()))
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = engine.train_forward(torch.randn(1, 4, 2, 4, 4), torch.tensor([5.0]), torch.randn(1, 6, 12)).mean()
-        engine.backward(loss)
-        engine.step(1e-3, 1)
+        engine.prepare(model, build_optimizer(model, OptimConfig()), half=True)
+        initial = {name: piece.clone() for name, piece in engine.masters.items()}
+        for scale in (float("nan"), 1.0):
+            with torch.autocast("cpu", torch.bfloat16):
+                output = engine.train_forward(torch.randn(1, 4, 2, 4, 4), torch.tensor([5.0]), torch.randn(1, 6, 12))
+            engine.backward(output.mean() * scale)
+            square = engine.sum(engine.squared_gradients())
+            engine.step(1e-3, 1, 1 - square.isfinite().float())
+            if scale != 1:
+                kept = not square.isfinite() and all(initial[name].equal(engine.masters[name]) for name in initial)
+            engine.zero_grad()
         ema = Ema(engine, 0.9)
         snapshot = take_snapshot(engine, ema, TrainState(step=1), copy=True)
         moments = [piece for kind, _, piece in optimizer_pieces(engine) if kind == "exp_avg"]
         found = {
             "whole": whole,
+            "kept": kept,
             "masters": _count(engine.masters.values()),
             "average": _count(ema.shadow.values()),
             "moments": _count(moments),

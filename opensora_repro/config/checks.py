@@ -38,7 +38,7 @@ _ABOVE_ZERO = {
 _CHOICES = {
     "diffusion.objective": ("iddpm", "flow"),
     "parallel.engine": ("torch", "colossalai"),
-    "parallel.plugin": ("ddp", "zero1", "zero2", "gemini", "hybrid"),
+    "parallel.plugin": ("ddp", "fsdp", "zero1", "zero2", "hybrid"),
     "train.dtype": ("bf16", "fp32"),
     "train.kernels": ("auto", "eager", "triton"),
     "train.compile": ("auto", "on", "off"),
@@ -64,6 +64,9 @@ def check_config(config: Config) -> None:
         require(name, value(name) >= 0, "0 or more")
     for name in _names(_ABOVE_ZERO):
         require(name, value(name) > 0, "more than 0")
+    if config.parallel.plugin == "gemini":
+        expected = "parallel.engine=torch parallel.plugin=fsdp, which spreads as much and goes on with its checkpoints"
+        require("parallel.plugin", False, expected)
     for name, choices in _CHOICES.items():
         require(name, value(name) in choices, "one of " + ", ".join(choices))
     require("ema.decay", 0 <= config.ema.decay < 1, "0 or more and less than 1")
@@ -107,7 +110,7 @@ def _check_memory(config: Config, require: Any) -> None:
         expected = 'false with train.activation_checkpointing = "none" (it moves what checkpointing keeps)'
         require("train.offload_activations", not train.offload_activations, expected)
     for holds, expected in (
-        (parallel.engine == "torch", "parallel.engine = torch"),
+        ((parallel.engine, parallel.plugin) == ("torch", "ddp"), "parallel.engine = torch with plugin ddp"),
         (optim.clip_norm == 0, "optim.clip_norm = 0 (the norm is known too late)"),
         (train.accumulation == 1, "train.accumulation = 1"),
         (train.max_bad_steps == 1, "train.max_bad_steps = 1 (a non-finite step cannot be skipped)"),
@@ -120,14 +123,12 @@ def _check_parallel(config: Config, require: Any) -> None:
     """Combinations that no number of processes makes possible; the engine checks that number itself."""
     parallel, model = config.parallel, config.model
     plugin, tp_size, sp_size = parallel.plugin, parallel.tp_size, parallel.sp_size
-    require("parallel.plugin", parallel.engine != "torch" or plugin == "ddp", "ddp with parallel.engine = torch")
+    known = ("ddp", "fsdp") if parallel.engine == "torch" else ("ddp", "zero1", "zero2", "hybrid")
+    require("parallel.plugin", plugin in known, f"one of {', '.join(known)} with parallel.engine = {parallel.engine}")
     require("parallel.tp_size", tp_size == 1 or plugin == "hybrid", f"1 with parallel.plugin = {plugin} (hybrid cuts)")
-    if plugin == "gemini":
-        require("parallel.sp_size", sp_size == 1, "1 with parallel.plugin = gemini")
-        require("train.dtype", config.train.dtype == "bf16", "bf16 with parallel.plugin = gemini (its weights are)")
     if config.train.compile == "on":
-        compiles = plugin != "gemini" and tp_size == sp_size == 1
-        require("train.compile", compiles, "off or auto with plugin gemini, tp_size or sp_size (they alter the blocks)")
+        compiles = plugin != "fsdp" and tp_size == sp_size == 1
+        require("train.compile", compiles, "off or auto with plugin fsdp, tp_size or sp_size (they alter the blocks)")
     require("parallel.sp_size", sp_size == 1 or model.temporal_attention, "1 without model.temporal_attention")
     if model.num_heads % tp_size:
         raise ConfigError(f"model.num_heads: {model.num_heads} heads are not divisible by tp_size={tp_size}")

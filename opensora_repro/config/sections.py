@@ -123,8 +123,8 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    engine: str = "torch"  # "torch" (DDP) or "colossalai"
-    plugin: str = "ddp"  # of colossalai: "ddp", "zero1", "zero2", "gemini", "hybrid" (ZeRO-1 with tensor parallelism)
+    engine: str = "torch"  # "torch" or "colossalai"
+    plugin: str = "ddp"  # "ddp"; of torch "fsdp"; of colossalai "zero1", "zero2", "hybrid" (ZeRO-1, tensor parallelism)
     tp_size: int = 1  # processes that share each weight matrix, by attention heads
     sp_size: int = 1  # processes that share each sample's frames
     timeout: int = 600  # seconds without progress after which a run of several processes is ended

@@ -33,6 +33,8 @@ def load_recorded(path: str | Path) -> Config:
     train = table.get("train", {})
     if isinstance(train.get(_CHECKPOINTING), bool):
         train[_CHECKPOINTING] = _WAS_CHECKPOINTING[train[_CHECKPOINTING]]
+    if table.get("parallel", {}).get("plugin") == "gemini":  # what took its place
+        table["parallel"] |= {"engine": "torch", "plugin": "fsdp"}
     return parse_config(table, where=str(path))
 
 

@@ -6,23 +6,38 @@ import importlib.util
 import logging
 import warnings
 
+import torch
+
 from opensora_repro.config import ParallelConfig
 from opensora_repro.errors import EngineError
 from opensora_repro.parallel.engine import TorchEngine
+from opensora_repro.parallel.mesh import launched_as
+
+OLDEST_FSDP = (2, 6)  # torch
 
 
 def build_engine(cfg: ParallelConfig, device: str | None = None) -> TorchEngine:
     """The engine that `parallel.engine` names. Raises EngineError where it cannot run here."""
+    check_installed(cfg)
+    if cfg.plugin == "fsdp" and launched_as()[1] > 1:
+        from opensora_repro.parallel.fsdp import FsdpEngine
+
+        return FsdpEngine(cfg, device)
     if cfg.engine == "torch":
         return TorchEngine(cfg, device)
     try:
-        return _colossal_engine(cfg.plugin)(cfg, device)
+        return _colossal_engine()(cfg, device)
     except ModuleNotFoundError as error:
         raise _not_installed(str(error.name).split(".")[0]) from None
 
 
 def check_installed(cfg: ParallelConfig) -> None:
-    """Raise EngineError where the package of `parallel.engine` is absent; nothing is imported."""
+    """Raise EngineError where the package of `parallel.engine` is absent or too old; nothing is imported."""
+    if cfg.plugin == "fsdp" and torch.__version__ < OLDEST_FSDP:  # of which torch's own class makes sense
+        raise EngineError(
+            f'parallel.plugin = "fsdp": expected torch 2.6 or newer, found {torch.__version__}: update it, or set '
+            "parallel.engine=colossalai parallel.plugin=zero2"
+        )
     if cfg.engine != "torch" and importlib.util.find_spec("colossalai") is None:
         raise _not_installed("colossalai")
 
@@ -34,14 +49,10 @@ def _not_installed(package: str) -> EngineError:
     )
 
 
-def _colossal_engine(plugin: str) -> type[TorchEngine]:
+def _colossal_engine() -> type[TorchEngine]:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which ColossalAI imports, and nobody here uses
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # ColossalAI's, about packages that would serve others
-        if plugin == "gemini":
-            from opensora_repro.parallel.gemini import GeminiEngine
-
-            return GeminiEngine
         from opensora_repro.parallel.colossal import ColossalEngine
 
         return ColossalEngine

@@ -1,8 +1,7 @@
 """ColossalAI's Booster and plugins behind the engine: DDP, ZeRO-1 and -2, and data x sequence x tensor parallelism.
 
 Working weights are float32 in all of these plugins and bfloat16 comes from autocast, as under the torch engine: so they
-train the same run. ZeRO's master weights are this rank's slices of the flattened working weights. Gemini, whose working
-weights are bfloat16, has a module of its own.
+train the same run. ZeRO's master weights are this rank's slices of the flattened working weights.
 """
 
 from __future__ import annotations

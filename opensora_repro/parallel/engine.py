@@ -5,7 +5,8 @@ Every engine keeps float32 master weights by name. A rank holds a piece of each 
 need not know how a run is spread.
 
 The torch engine is one process, or plain data parallelism (DistributedDataParallel) when started by torchrun: gloo on
-CPUs, NCCL on GPUs. With `parallel.sp_size` the processes of a group share each sample's frames.
+CPUs, NCCL on GPUs. With `parallel.sp_size` the processes of a group share each sample's frames. FSDP, where no process
+holds all weights, is beside it in fsdp.py.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Engine(Protocol):
     @property
     def is_main(self) -> bool: ...
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None: ...
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, half: bool = False) -> None: ...
 
     def accumulating(self, *, last: bool) -> AbstractContextManager[Any]: ...
 
@@ -123,12 +124,13 @@ class TorchEngine:
 
     # Before training
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, half: bool = False) -> None:
         """Take the model and the optimizer over its trained parameters; every rank must come with the same weights.
 
+        `half`: the model will be called in bfloat16 autocast.
         Afterwards `train_forward` and `eval_forward` have the model's own call signature, whole samples in and out.
         """
-        self.model = model
+        self.model, self.half = model, half
         self.working = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self.fixed = {name: value for name, value in model.state_dict().items() if name not in self.working}
         self._whole_shapes = {name: value.shape for name, value in self.working.items()}

@@ -37,7 +37,7 @@ def compiles(cfg: Config, device_type: str) -> bool:
     if cfg.train.compile != "auto":
         return cfg.train.compile == "on"
     parallel = cfg.parallel
-    whole = parallel.plugin != "gemini" and parallel.tp_size == parallel.sp_size == 1
+    whole = parallel.plugin != "fsdp" and parallel.tp_size == parallel.sp_size == 1
     return device_type == "cuda" and whole and not missing_triton()
 
 

@@ -169,9 +169,10 @@ class _Run:
     def _prepare_engine(self) -> None:
         """Optimizer and average; where the run resumes, the checkpoint's, which needs the engine's pieces of all."""
         cfg, engine = self.cfg, self.engine
-        # ColossalAI's plugins and Gemini hand the optimizer weights of their own.
-        fused = self.kernels == "triton" and cfg.parallel.engine == "torch"
-        engine.prepare(self.model, build_optimizer(self.model, cfg.optim, fused=fused))
+        # ColossalAI's plugins and FSDP hand the optimizer weights of their own.
+        fused = self.kernels == "triton" and (cfg.parallel.engine, cfg.parallel.plugin) == ("torch", "ddp")
+        optimizer = build_optimizer(self.model, cfg.optim, fused=fused)
+        engine.prepare(self.model, optimizer, half=cfg.train.dtype == "bf16")
         self.ema = Ema(engine, cfg.ema.decay, offload=cfg.optim.offload)
         if self.start.checkpoint is not None:
             load_checkpoint(self.start.checkpoint, self.start.state, engine, self.ema)

@@ -132,7 +132,7 @@ def test_who_compiles() -> None:
     pytest.importorskip("triton")
     assert chosen("auto", "cuda") and chosen("auto", "cuda", engine="colossalai", plugin="zero1")
     assert not chosen("auto", "cpu") and not chosen("off", "cuda")
-    assert not chosen("auto", "cuda", engine="colossalai", plugin="gemini")
+    assert not chosen("auto", "cuda", plugin="fsdp")
     assert not chosen("auto", "cuda", sp_size=2)
     assert chosen("on", "cpu")
 

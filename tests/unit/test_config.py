@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from opensora_repro.config import Config, ConfigError, dump_toml, load_config, load_recorded
+from opensora_repro.config import Config, ConfigError, ParallelConfig, dump_toml, load_config, load_recorded
 
 BASE = """
 [model]
@@ -147,17 +147,28 @@ HYBRID = ("parallel.engine=colossalai", "parallel.plugin=hybrid")
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["parallel.plugin=zero2"], 'parallel.plugin = "zero2": expected ddp with parallel.engine = torch'),
+        (
+            ["parallel.plugin=zero2"],
+            'parallel.plugin = "zero2": expected one of ddp, fsdp with parallel.engine = torch',
+        ),
         (["parallel.engine=deepspeed"], "parallel.engine"),
         ([*HYBRID, "parallel.tp_size=3", "model.num_heads=16"], "16 heads are not divisible by tp_size=3"),
         (["parallel.tp_size=2"], "parallel.tp_size = 2: expected 1 with parallel.plugin = ddp"),
         ([*HYBRID, "parallel.tp_size=4", "model.mlp_ratio=1.05"], "channels are not divisible by tp_size=4"),
         (["parallel.sp_size=2", "model.temporal_attention=false"], "parallel.sp_size = 2: expected 1 without"),
         (["parallel.sp_size=8", "data.num_frames=7"], "parallel.sp_size = 8: there are only 7 latent frames"),
-        (["parallel.engine=colossalai", "parallel.plugin=gemini", "parallel.sp_size=2"], "parallel.plugin = gemini"),
         (
-            ["parallel.engine=colossalai", "parallel.plugin=gemini", "train.dtype=fp32"],
-            'train.dtype = "fp32": expected bf16 with parallel.plugin = gemini',
+            ["parallel.engine=colossalai", "parallel.plugin=gemini"],
+            'parallel.plugin = "gemini": expected parallel.engine=torch parallel.plugin=fsdp',
+        ),
+        (
+            ["parallel.engine=colossalai", "parallel.plugin=fsdp"],
+            "one of ddp, zero1, zero2, hybrid with",
+        ),
+        (["parallel.plugin=fsdp", "train.compile=on"], "expected off or auto with plugin fsdp"),
+        (
+            ["parallel.plugin=fsdp", "optim.in_backward=true"],
+            "optim.in_backward = true: expected false, or parallel.engine = torch with plugin ddp",
         ),
     ],
 )
@@ -167,10 +178,17 @@ def test_impossible_layouts_stop_with_the_arithmetic(tmp_path: Path, overrides: 
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("plugin", ["ddp", "zero1", "zero2", "gemini", "hybrid"])
-def test_every_plugin_of_the_design_is_known(tmp_path: Path, plugin: str) -> None:
-    config = load(tmp_path, BASE, "parallel.engine=colossalai", f"parallel.plugin={plugin}")
+@pytest.mark.parametrize(
+    ("engine", "plugin"), [("torch", "fsdp"), *(("colossalai", name) for name in ("ddp", "zero1", "zero2", "hybrid"))]
+)
+def test_every_plugin_of_the_design_is_known(tmp_path: Path, engine: str, plugin: str) -> None:
+    config = load(tmp_path, BASE, f"parallel.engine={engine}", f"parallel.plugin={plugin}")
     assert config.parallel.plugin == plugin
+
+
+def test_a_run_that_gemini_has_begun_goes_on_with_fsdp(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('[parallel]\nengine = "colossalai"\nplugin = "gemini"\n')
+    assert load_recorded(tmp_path / "config.toml").parallel == ParallelConfig("torch", "fsdp")
 
 
 def test_dump_round_trip(tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ def test_only_the_colossal_engines_import_colossalai() -> None:
         for _, imported in imports(path)
         if inside(imported, "colossalai")
     }
-    assert found == {f"opensora_repro.parallel.{name}" for name in ("colossal", "cpu", "gemini")}
+    assert found == {f"opensora_repro.parallel.{name}" for name in ("colossal", "cpu")}
 
 
 def test_triton_is_imported_by_the_fused_kernels_alone_and_they_by_need() -> None:
