@@ -80,7 +80,6 @@ CHECKS: dict[str, tuple[Callable[[Any], dict[str, Any]], tuple[str, ...]]] = {
     "training, optimizer not fused": (lambda device: training(device, fused_optimizer=False), ()),
     "training, zero2": (lambda device: training(device, plugin="zero2"), ("colossalai",)),
     "training, hybrid": (lambda device: training(device, plugin="hybrid"), ("colossalai",)),
-    "training, gemini": (lambda device: training(device, plugin="gemini"), ("colossalai",)),
     "graphs, what cannot be recorded": (unrecordable, ()),  # last: nothing is recorded after it
 }
 

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from opensora_repro.parallel.engine import TorchEngine
 
@@ -42,6 +42,10 @@ class FsdpEngine(TorchEngine):
         for part in _parts(twin):
             fully_shard(part, mesh=mesh, mp_policy=policy)
         self.wrapped = fully_shard(_Root(twin), mesh=mesh)
+        for part in self.wrapped.modules():
+            if isinstance(part, FSDPModule):  # whose first use lays uneven shares elsewhere (in early releases)
+                part.unshard()
+                part.reshard()
         self._shards: dict[str, Any] = {name: value for name, value in twin.named_parameters() if name in self.working}
         self.masters = {name: _own_rows(shard) for name, shard in self._shards.items()}
         names = {id(parameter): name for name, parameter in self.working.items()}

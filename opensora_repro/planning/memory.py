@@ -95,13 +95,24 @@ def state_bytes(
 
 
 def _spread(cfg: STDiTConfig, parameters: int, parallel: ParallelConfig, mesh: Mesh) -> States:
-    if parallel.plugin == "gemini":  # bfloat16 weights, in whose place the gradients come, and float32 copies of both
-        share = parameters / mesh.world_size
-        return States((HALF + FLOAT) * share, FLOAT * share, 2 * FLOAT * share, FLOAT * share)
+    if parallel.plugin == "fsdp":
+        share = FLOAT * parameters / mesh.world_size
+        return States(share, share, 2 * share, share)
     own = parameters - cut_parameters(cfg) * (1 - 1 / mesh.tp_size)
     sharers = 1 if parallel.plugin == "ddp" else mesh.world_size // mesh.tp_size
     gradients = own / sharers if parallel.plugin == "zero2" else own
     return States(FLOAT * own, FLOAT * gradients, 2 * FLOAT * own / sharers, FLOAT * own / sharers)
+
+
+def gathered_bytes(cfg: STDiTConfig, dtype: str) -> float:
+    """What FSDP has of weights and gradients that are whole for a while.
+
+    A block that runs again in the backward pass, its largest part as that arrives, and of the part after it the
+    gradients as they are and as they are exchanged, in float32.
+    """
+    size = HALF if dtype == "bf16" else FLOAT
+    part = 2 * cfg.hidden_size * mlp_width(cfg)
+    return float(size * block_weights(cfg) + (size + size + FLOAT) * part)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -123,7 +134,7 @@ def activation_bytes(
     fused: bool = False,
     half_weights: bool = False,
 ) -> Activations:
-    """`grid` is a whole sample's. `half_weights`: the weights are bfloat16 themselves (Gemini), not cast to it.
+    """`grid` is a whole sample's. `half_weights`: the weights come in bfloat16 (FSDP), are not cast to it.
 
     `offload`: what checkpointing keeps of blocks' inputs lies elsewhere. `device` matters for one rule of autocast
     without `fused` kernels: CUDA widens what is added to the float32 stream before it is saved.
@@ -359,6 +370,7 @@ def step_memory(
 ) -> Memory:
     """Of one process. `encodes`: autoencoder and text encoder stay loaded while the model trains."""
     parallel, train = cfg.parallel, cfg.train
+    sharded = parallel.plugin == "fsdp" and mesh.world_size > 1
     states = state_bytes(cfg.model, parameters, parallel, mesh, offload=cfg.optim.offload)
     activations = activation_bytes(
         cfg.model,
@@ -372,7 +384,7 @@ def step_memory(
         sp_size=mesh.sp_size,
         device=device,
         fused=device == "cuda" and train.kernels != "eager",
-        half_weights=parallel.plugin == "gemini",
+        half_weights=sharded,
     )
     size = HALF if cfg.train.dtype == "bf16" and device == "cuda" else FLOAT
     encoders = encoding = beside = 0.0
@@ -386,9 +398,13 @@ def step_memory(
     # Other processes' sums, or a second micro-batch, need gradients that stay.
     lasting = mesh.world_size > 1 or cfg.train.accumulation > 1
     stepping = activations.peak_with(states.gradients, lasting=lasting, freed=cfg.optim.in_backward) + beside
+    if sharded:
+        stepping += gathered_bytes(cfg.model, train.dtype)
     # While averaged weights are in their place, for samples and validation, the trained ones wait beside.
     evaluates = cfg.sample.every > 0 or cfg.validation.every > 0
     aside = states.weights if evaluates and not cfg.optim.offload else 0.0
+    if sharded and evaluates:  # with whole weights
+        aside += FLOAT * parameters
     working = max(stepping, encoding + max(lasting * states.gradients, aside))
     if cfg.optim.offload:
         parts = STREAMED_CHUNKS if device == "cuda" else 1

@@ -88,8 +88,8 @@ def candidates(cfg: Config, gpus: int) -> Iterator[ParallelConfig]:
     yield ParallelConfig(timeout=timeout)
     if gpus == 1:
         return
-    for plugin in ("zero1", "zero2", "gemini"):
-        yield ParallelConfig("colossalai", plugin, timeout=timeout)
+    for engine, plugin in (("colossalai", "zero1"), ("colossalai", "zero2"), ("torch", "fsdp")):
+        yield ParallelConfig(engine, plugin, timeout=timeout)
     shares = [(tp, sp) for tp in SIZES for sp in SIZES if 1 < tp * sp <= min(gpus, SIZES[-1])]
     for tp, sp in sorted(shares, key=lambda share: (share[0] * share[1], share[0])):
         if sp == 1 or cfg.model.temporal_attention:
