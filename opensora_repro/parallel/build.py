@@ -13,7 +13,7 @@ from opensora_repro.errors import EngineError
 from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.parallel.mesh import launched_as
 
-OLDEST_FSDP = (2, 6)  # torch
+OLDEST_FSDP = "2.6"  # torch
 
 
 def build_engine(cfg: ParallelConfig, device: str | None = None) -> TorchEngine:
@@ -33,10 +33,10 @@ def build_engine(cfg: ParallelConfig, device: str | None = None) -> TorchEngine:
 
 def check_installed(cfg: ParallelConfig) -> None:
     """Raise EngineError where the package of `parallel.engine` is absent or too old; nothing is imported."""
-    if cfg.plugin == "fsdp" and torch.__version__ < OLDEST_FSDP:  # of which torch's own class makes sense
+    if cfg.plugin == "fsdp" and torch.__version__ < OLDEST_FSDP:  # which torch compares as versions
         raise EngineError(
-            f'parallel.plugin = "fsdp": expected torch 2.6 or newer, found {torch.__version__}: update it, or set '
-            "parallel.engine=colossalai parallel.plugin=zero2"
+            f'parallel.plugin = "fsdp": expected torch {OLDEST_FSDP} or newer, found {torch.__version__}: '
+            "update it, or set parallel.engine=colossalai parallel.plugin=zero2"
         )
     if cfg.engine != "torch" and importlib.util.find_spec("colossalai") is None:
         raise _not_installed("colossalai")

@@ -41,7 +41,8 @@ class FsdpEngine(TorchEngine):
         twin = self._twin()
         for part in _parts(twin):
             fully_shard(part, mesh=mesh, mp_policy=policy)
-        self.wrapped = fully_shard(_Root(twin), mesh=mesh)
+        self.wrapped = _Root(twin)
+        fully_shard(self.wrapped, mesh=mesh)
         for part in self.wrapped.modules():
             if isinstance(part, FSDPModule):  # whose first use lays uneven shares elsewhere (in early releases)
                 part.unshard()
