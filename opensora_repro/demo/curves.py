@@ -1,15 +1,31 @@
-"""Loss curves as inline SVG: no library, no script, colours from the page's style sheet."""
+"""Loss curves as a page's template draws them: points and labels in pixels."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 Points = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT = 360, 220
 LEFT, RIGHT, TOP, BOTTOM = 48, 10, 12, 30
 MAX_POINTS = 240  # of the line; more says nothing at this width
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A drawing in pixels, y downwards: its frame, its two kinds of points, and the labels with their places."""
+
+    training: list[tuple[float, float]]
+    validation: list[tuple[float, float]]
+    losses: list[tuple[float, str]]  # y and text
+    steps: list[tuple[float, str]]  # x and text
+    width: int = WIDTH
+    height: int = HEIGHT
+    left: int = LEFT
+    right: int = WIDTH - RIGHT
+    bottom: int = HEIGHT - BOTTOM
 
 
 def smoothed(points: Points, count: int = MAX_POINTS) -> list[tuple[float, float]]:
@@ -30,12 +46,12 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def loss_curve(training: Points, validation: Points) -> str:
-    """Training loss as a line over the range of single steps, validation as dots; (step, loss) in, SVG out."""
+def loss_curve(training: Points, validation: Points) -> Curve | None:
+    """Training loss as a line over the range of single steps, validation as dots; (step, loss) in, None of no step."""
     training = [point for point in training if all(map(math.isfinite, point))]
     validation = [point for point in validation if all(map(math.isfinite, point))]
     if not training:
-        return '<p class="none">no step written yet</p>'
+        return None
     line = smoothed(training)
     low_x, high_x = 0.0, max(x for x, _ in (*training, *validation))
     # The first steps of a fresh model would flatten everything after them.
@@ -45,19 +61,11 @@ def loss_curve(training: Points, validation: Points) -> str:
     def at(point: tuple[float, float]) -> tuple[float, float]:
         x = LEFT + (point[0] - low_x) / max(high_x - low_x, 1e-9) * (WIDTH - LEFT - RIGHT)
         y = HEIGHT - BOTTOM - (min(point[1], high_y) - low_y) / (high_y - low_y) * (HEIGHT - TOP - BOTTOM)
-        return x, y
+        return round(x, 1), round(y, 1)
 
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="loss by training step">']
-    for value in ticks(low_y, high_y):
-        y = at((low_x, value))[1]
-        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
-    for value in ticks(low_x, high_x):
-        x = at((value, low_y))[0]
-        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{value:g}</text>')
-    path = " ".join("{:.1f},{:.1f}".format(*at(point)) for point in line)
-    parts.append(f'<polyline class="train" points="{path}"/>')
-    for point in validation:
-        x, y = at(point)
-        parts.append(f'<circle class="val" cx="{x:.1f}" cy="{y:.1f}" r="3"/>')
-    return "".join([*parts, "</svg>"])
+    return Curve(
+        training=[at(point) for point in line],
+        validation=[at(point) for point in validation],
+        losses=[(at((low_x, value))[1], f"{value:g}") for value in ticks(low_y, high_y)],
+        steps=[(at((value, low_y))[0], f"{value:g}") for value in ticks(low_x, high_x)],
+    )

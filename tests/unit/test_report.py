@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
@@ -13,9 +15,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from markupsafe import Markup
 
 from data_tools import report
-from opensora_repro.data.report.markup import document, shown
+from opensora_repro.data.report.markup import TEMPLATES, render, shown
 from opensora_repro.data.report.reasons import Reasons, normal
 from opensora_repro.data.report.rows import spread
 from opensora_repro.data.report.stages import find_stages
@@ -179,10 +182,18 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     assert "\ufffd\ufffd<b>" in page.text and "lone surrogate" in page.text
 
 
-def test_shown() -> None:
-    assert shown("a\u200db\u202ec \ud800") == "a\u200db\\u202ec \\ud800"
+def test_a_template_shows_what_is_invisible_and_allows_its_own_script_alone(tmp_path: Path) -> None:
+    (tmp_path / "t.html").write_text("{{ text }}|{{ safe }}|{{ nil }}", encoding="utf-8")
+    page = render(tmp_path / "t.html", text="a\u200db\u202ec \ud800 <b>\n'", safe=Markup("<i>"), nil=None)
+    assert page == "a\u200db\\u202ec \\ud800 &lt;b&gt; &#39;|<i>|"
     assert shown("x" * 50, 10) == "x" * 9 + "…"
-    assert "script-src 'sha256-" in document("t", "", script="1") and "script-src" not in document("t", "")
+    child = "{% extends 'document.html' %}{% block script %}let a = '<&';{% endblock %}"
+    (tmp_path / "t.html").write_text(child, encoding="utf-8")
+    page = render(tmp_path / "t.html", title="t", plays_files=False)
+    (script,) = re.findall("<script>(.*)</script>", page, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert script == "let a = '<&';" and f"script-src 'sha256-{digest}'" in page
+    assert "script-src" not in render(TEMPLATES / "document.html", title="t", plays_files=False)
 
 
 def test_counts_through_the_line(tmp_path: Path) -> None:

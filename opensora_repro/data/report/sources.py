@@ -26,6 +26,10 @@ class Source:
     def num_lost(self) -> int:
         return sum(reason.count for reason in self.lost.values())
 
+    @property
+    def num_rows(self) -> int:
+        return self.kept + self.num_lost
+
     def lose(self, stage: str, text: str, count: int) -> None:
         """Count rows; reasons that differ in a number or a name alone become one, without these."""
         alike = f"{stage}: {normal(text)}"

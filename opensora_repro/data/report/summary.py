@@ -51,6 +51,10 @@ class Classes:
     others: int  # rows with a value that is not among `counts`
     missing: int
 
+    @property
+    def total(self) -> int:
+        return sum(count for _, count in self.counts) + self.others + self.missing
+
 
 @dataclass
 class Summary:
