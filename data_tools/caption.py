@@ -443,7 +443,7 @@ def answers(
     folder: str,
     label: str,
 ) -> dict[str, Record]:
-    from opensora_repro.data.caption.asking import Prices, Question, ask_all
+    from opensora_repro.data.caption.completions import Prices, Question, ask_all
 
     questions = [Question(key, messages) for key, messages in wanted.items()]
     prices = Prices(args.price_in, args.price_out)

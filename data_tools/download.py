@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 
 from opensora_repro.data.download.fetch import Budget, Limits
 from opensora_repro.data.download.video_pages import find_yt_dlp
-from opensora_repro.data.download.wanted import Place, Wanted, fetch_all
+from opensora_repro.data.download.downloads import Place, Wanted, fetch_all
 from opensora_repro.data.manifest import is_missing
 from opensora_repro.data.outcome import Row, in_batches, reject, rejects_writer, rows_batch
 from opensora_repro.errors import DataError, run_command

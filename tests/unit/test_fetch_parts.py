@@ -15,7 +15,7 @@ import pytest
 from opensora_repro.data.download.connect import is_public
 from opensora_repro.data.download.fetch import Budget, Failed, Refused, checked_url, retry_after
 from opensora_repro.data.download.kinds import kind_of, seems
-from opensora_repro.data.download.turns import Turns, in_threads
+from opensora_repro.data.download.host_queue import Turns, in_threads
 from opensora_repro.data.download.video_pages import is_video_page
 from opensora_repro.files import safe_name
 

@@ -24,7 +24,7 @@ from opensora_repro.data.download.fetch import (
     fetch,
 )
 from opensora_repro.data.download.kinds import kind_of
-from opensora_repro.data.download.turns import Turns, in_threads
+from opensora_repro.data.download.host_queue import Turns, in_threads
 from opensora_repro.data.download.video_pages import fetch_page, is_video_page
 from opensora_repro.data.jobs.records import read_record, write_record
 from opensora_repro.data.outcome import Row
