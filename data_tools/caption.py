@@ -159,7 +159,7 @@ def check(args: argparse.Namespace) -> None:
 
 def template(args: argparse.Namespace) -> int:
     """Write the list to fill in; returns the exit status."""
-    from opensora_repro.data.caption.template import write_template
+    from opensora_repro.data.caption.lists import write_template
     from opensora_repro.data.inputs import TABLE_SUFFIXES
     from opensora_repro.data.manifest import read_manifest
 
@@ -184,7 +184,7 @@ def caption(args: argparse.Namespace) -> int:
     runner, out = runner_of(args), Path(args.out)
     endpoint = endpoint_of(args) if args.endpoint else None
     if endpoint and not any((out / name).is_dir() for name in ANSWERS):
-        endpoint.knock()  # before any work; a run that may have all its answers needs no server
+        endpoint.check_reachable()  # before any work; a run that may have all its answers needs no server
     manifest = manifest_of(args.input, out, runner)
     clips = read_manifest(manifest, need_captions=False)
     rows: list[Record] = [{str(k): v for k, v in row.items()} for row in clips.to_dict("records")]
@@ -443,11 +443,11 @@ def answers(
     folder: str,
     label: str,
 ) -> dict[str, Record]:
-    from opensora_repro.data.caption.completions import Prices, Question, ask_all
+    from opensora_repro.data.caption.completions import Prices, Prompt, complete_all
 
-    questions = [Question(key, messages) for key, messages in wanted.items()]
+    questions = [Prompt(key, messages) for key, messages in wanted.items()]
     prices = Prices(args.price_in, args.price_out)
-    return ask_all(
+    return complete_all(
         questions, Path(args.out) / folder, endpoint, concurrency=args.concurrency, label=label, prices=prices
     )
 

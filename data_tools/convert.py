@@ -158,7 +158,7 @@ def convert(options: Options) -> int:
 
 def write_urls(options: Options) -> int:
     """Write a table for data_tools.download; returns its rows."""
-    from opensora_repro.data.convert.identity import with_ids
+    from opensora_repro.data.convert.source import with_ids
     from opensora_repro.data.convert.url_tables import COLUMNS, hdvg_rows, panda_rows
     from opensora_repro.data.ids import Seen
     from opensora_repro.data.tables import table_writer
@@ -244,7 +244,7 @@ def accepted(source: Source, options: Options, refuse: Refuse) -> Iterator[Any]:
     Files that were extracted from archives and are of no use are deleted in the end.
     """
     from opensora_repro.data.convert import tar_reader
-    from opensora_repro.data.convert.identity import with_ids
+    from opensora_repro.data.convert.source import with_ids
     from opensora_repro.data.ids import Seen
 
     seen, number, useless = Seen(), 0, list[dict[str, Any]]()

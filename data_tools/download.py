@@ -30,9 +30,9 @@ from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from opensora_repro.data.download.downloads import Download, Place, fetch_all
 from opensora_repro.data.download.fetch import Budget, Limits
 from opensora_repro.data.download.video_pages import find_yt_dlp
-from opensora_repro.data.download.downloads import Place, Wanted, fetch_all
 from opensora_repro.data.manifest import is_missing
 from opensora_repro.data.outcome import Row, in_batches, reject, rejects_writer, rows_batch
 from opensora_repro.errors import DataError, run_command
@@ -115,8 +115,7 @@ def download(args: argparse.Namespace) -> int:
         (place.out / name).mkdir(parents=True, exist_ok=True)
         remove_leftovers(place.out / name)
     with only_one(place.out):
-        wanted = list_files(table)
-        results = fetch_all(wanted, place, args.workers, args.per_host)
+        results = fetch_all(list_files(table), place, args.workers, args.per_host)
         rejects = write_tables(table, results, place.out)
     rows = table.num_rows - rejects
     size = sum(result.get("bytes", 0) for result in results.values())
@@ -171,13 +170,13 @@ def is_part(row: Row) -> bool:
     return not (is_missing(row.get("start_time")) and is_missing(row.get("end_time")))
 
 
-def list_files(table: Table) -> dict[str, Wanted]:
+def list_files(table: Table) -> dict[str, Download]:
     """Return the files of all rows, each once, with names that no two of them share."""
-    wanted: dict[str, Wanted] = {}
+    downloads: dict[str, Download] = {}
     taken: set[str] = set()
     for row in rows_of(table):
         key = "" if fault_of(row) else key_of(row)
-        if not key or key in wanted:
+        if not key or key in downloads:
             continue
         source = row.get("source")
         name = safe_name(str(source) if is_part(row) and not is_missing(source) else id_of(row))
@@ -185,8 +184,8 @@ def list_files(table: Table) -> dict[str, Wanted]:
             name = f"{name}-{key[:12]}"
         taken.add(name.lower())
         digests = tuple((kind, str(row[kind]).lower()) for kind in DIGESTS if not is_missing(row.get(kind)))
-        wanted[key] = Wanted(key, name, str(row["url"]).strip(), digests)
-    return wanted
+        downloads[key] = Download(key, name, str(row["url"]).strip(), digests)
+    return downloads
 
 
 def rows_of(table: Table) -> Iterator[Row]:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from opensora_repro.data.columns import Value
-    from opensora_repro.data.filter.near import Nearest
+    from opensora_repro.data.filter.contact_sheet import Nearest
     from opensora_repro.data.tables import Table
 
 PERCENTILE_ROWS = 50  # of fewer, a few per cent are a clip or none
@@ -130,7 +130,7 @@ def check_options(rules: list[tuple[str, str]], thumbnails: int) -> None:
 
 def filter_rows(given: str, out: Path, rules: list[tuple[str, str]], *, thumbnails: int = 0) -> int:
     """Write the kept rows, the rejects and the report; returns the exit status. `rules` are (kind, text) in order."""
-    from opensora_repro.data.filter.near import Nearest
+    from opensora_repro.data.filter.contact_sheet import Nearest
     from opensora_repro.data.tables import open_table
 
     check_options(rules, thumbnails)

@@ -169,7 +169,7 @@ def failed(line: Line, number: int, status: int) -> int:
 
 def finish(line: Line, out: Path) -> int:
     """Write manifest, rejects and page, print what came out; returns the exit status."""
-    from opensora_repro.data.pipeline.outcome import write_manifest_of, write_rejects_of
+    from opensora_repro.data.pipeline.record import write_manifest_of, write_rejects_of
 
     stages = stages_of(line, out)
     with_rows = [stage for stage in stages if stage.manifest]

@@ -103,8 +103,7 @@ def gather(stages: Sequence[Stage], clips: int) -> Report:
     from opensora_repro.data.report.rows import rows_at, spread
     from opensora_repro.data.report.sources import count_sources
     from opensora_repro.data.report.stages import count_stage
-    from opensora_repro.data.report.summary import Summary, summarize
-    from opensora_repro.data.report.words import frequent_words
+    from opensora_repro.data.report.summary import Summary, frequent_words, summarize
 
     last, before = last_of(stages), before_filter(stages)
     with progress("reading", rows_to_read(stages), "row") as advance:

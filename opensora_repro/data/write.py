@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Union
 import numpy as np
 
 from opensora_repro.data.color import BT709, CENTRED_CHROMA, LIMITED_RANGE, rgb_to_yuv
-from opensora_repro.data.x264 import steady_options
 from opensora_repro.files import replacing
 
 if TYPE_CHECKING:
@@ -75,3 +74,18 @@ def _checked(array: Frames, expected: str, *, ndim: int) -> np.ndarray:
     if images.dtype != np.uint8 or images.ndim != ndim or images.shape[-1] != 3 or images.size == 0:
         raise ValueError(f"expected {expected} of uint8, got {images.dtype} {list(images.shape)}")
     return images
+
+
+AVX512 = 256  # OpenCV's CPU_AVX512_SKX: the extensions that x264, too, wants all of
+
+
+def steady_options(*params: str) -> dict[str, str]:
+    """Return libx264's options: `params`, and those under which the same frames always give the same bytes.
+
+    With AVX-512, x264 (seen in core 165) now and then gives the bottom right macroblock another quantiser: its
+    macroblock tree is not steady there. With AVX2 it is: the bytes are those that AVX-512 mostly gives, as fast.
+    """
+    import cv2
+
+    wanted = [*params, "asm=avx2"] if cv2.checkHardwareSupport(AVX512) else params
+    return {"x264-params": ":".join(wanted)} if wanted else {}

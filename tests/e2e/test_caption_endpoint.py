@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from data_tools import caption
-from opensora_repro.data.caption import asking, chat
+from opensora_repro.data.caption import chat, completions
 from opensora_repro.data.manifest import read_manifest, read_table, write_manifest
 from opensora_repro.data.write import write_video
 from tests.chat_server import BREAK, ChatServer, brightness, chat_server, completion, error, pictures
@@ -454,5 +454,5 @@ def test_a_clip_that_cannot_be_read(shaded: Path, tmp_path: Path) -> None:
 
 
 def test_prices() -> None:
-    assert asking.Prices(2.5, 10).cost(1_000_000, 100_000) == pytest.approx(3.5)
+    assert completions.Prices(2.5, 10).cost(1_000_000, 100_000) == pytest.approx(3.5)
     assert os.environ.get("OPENAI_API_KEY") is None

@@ -14,8 +14,8 @@ import pytest
 
 from opensora_repro.data.download.connect import is_public
 from opensora_repro.data.download.fetch import Budget, Failed, Refused, checked_url, retry_after
+from opensora_repro.data.download.host_queue import HostQueue, in_threads
 from opensora_repro.data.download.kinds import kind_of, seems
-from opensora_repro.data.download.host_queue import Turns, in_threads
 from opensora_repro.data.download.video_pages import is_video_page
 from opensora_repro.files import safe_name
 
@@ -34,7 +34,7 @@ def test_no_host_is_asked_by_more_than_its_share() -> None:
         return number
 
     items = [("a", n) for n in range(40)] + [("b", n) for n in range(3)] + [("c", 0)]
-    done = [d for d in in_threads(work, Turns(((host, (host, n)) for host, n in items), 2), 8) if d is not None]
+    done = [d for d in in_threads(work, HostQueue(((host, (host, n)) for host, n in items), 2), 8) if d is not None]
     assert Counter(item for item, _ in done) == Counter(items)
     assert all(item[1] == number for item, number in done)
     assert most["a"] == 2
@@ -46,8 +46,8 @@ def test_what_work_raises_is_raised_and_no_work_is_no_trouble() -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        list(in_threads(work, Turns([("a", 1), ("a", 2)], 1), 2))
-    assert not [d for d in in_threads(work, Turns([], 1), 2) if d is not None]
+        list(in_threads(work, HostQueue([("a", 1), ("a", 2)], 1), 2))
+    assert not [d for d in in_threads(work, HostQueue([], 1), 2) if d is not None]
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,7 @@ from opensora_repro.data.report.markup import TEMPLATES, render, shown
 from opensora_repro.data.report.reasons import Reasons, normal
 from opensora_repro.data.report.rows import spread
 from opensora_repro.data.report.stages import find_stages
-from opensora_repro.data.report.summary import BINS, bin_edges, summarize
-from opensora_repro.data.report.words import frequent_words
+from opensora_repro.data.report.summary import BINS, bin_edges, frequent_words, summarize
 from opensora_repro.data.tables import BATCH_ROWS, open_table
 from opensora_repro.data.write import write_video
 

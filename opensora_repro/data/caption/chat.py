@@ -31,7 +31,7 @@ WRONG = frozenset((400, 415, 422, 500, 501))  # what a server says to a question
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between tries, doubled each time; a server may ask for more
 LONGEST_ASKED_WAIT = 3600.0  # seconds that a server may ask for
 LARGEST_ANSWER = 1 << 22  # bytes
-KNOCK = 4.5  # seconds in which a server has to take a connection
+CONNECT_TIMEOUT = 4.5  # seconds in which a server has to take a connection
 # Words of servers whose model takes no videos: no other question will fare better.
 _NO_VIDEOS = re.compile(
     r"video_url|unknown part type|(?:unsupported|invalid|unknown) content|at most 0 video|not a multimodal|"
@@ -91,7 +91,7 @@ class Endpoint:
         self._stop = threading.Event()
         self._not_before = 0.0  # when the server wants to be asked again, by anybody
 
-    def knock(self) -> None:
+    def check_reachable(self) -> None:
         """Raise DataError, within five seconds, where nothing takes a connection."""
         from requests.utils import get_environ_proxies
 
@@ -102,16 +102,16 @@ class Endpoint:
         def connect() -> None:
             port = parts.port or (443 if parts.scheme == "https" else 80)
             try:
-                socket.create_connection((parts.hostname or "", port), timeout=KNOCK).close()
+                socket.create_connection((parts.hostname or "", port), timeout=CONNECT_TIMEOUT).close()
                 outcome.put("")
             except OSError as error:
                 outcome.put(_connection_reason(error))
 
         threading.Thread(target=connect, daemon=True).start()  # looking up a name knows no limit of time
         try:
-            reason = outcome.get(timeout=KNOCK)
+            reason = outcome.get(timeout=CONNECT_TIMEOUT)
         except queue.Empty:
-            reason = f"no connection in {KNOCK:g} s"
+            reason = f"no connection in {CONNECT_TIMEOUT:g} s"
         if reason:
             raise DataError(f"--endpoint {self.url}: {reason}: is the server running, and this its address?")
 

@@ -1,4 +1,4 @@
-"""Many questions to one endpoint at a time, each answer recorded the moment it is there: nobody pays twice."""
+"""Many prompts to one endpoint at a time, each answer recorded the moment it is there: nobody pays twice."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from opensora_repro.data.video import DecodeError
 from opensora_repro.errors import DataError
 from opensora_repro.files import remove_leftovers
 
-IN_A_ROW = 3  # questions without an answer, after all their tries, that end a run
+IN_A_ROW = 3  # prompts without an answer, after all their tries, that end a run
 GRACE = 10.0  # seconds for the answers that are under way when a run ends early: they are paid for
 Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Question:
-    """`messages` makes what is sent, when it is sent; its DecodeError is the question's result."""
+class Prompt:
+    """`messages` makes what is sent, when it is sent; its DecodeError is the prompt's result."""
 
     key: str  # names its record: digest of what is asked
     messages: Callable[[], Messages]
@@ -42,7 +42,7 @@ class Prices:
         return (self.tokens_in * tokens_in + self.tokens_out * tokens_out) / 1e6
 
 
-class Bill:
+class Usage:
     """What was asked and what it cost: in this run, and before."""
 
     def __init__(self, prices: Prices, before: Sequence[dict[str, Any]]) -> None:
@@ -61,62 +61,62 @@ def _sums(records: Sequence[dict[str, Any]], prices: Prices) -> str:
     return f"{line}, cost {prices.cost(tokens_in, tokens_out):.4f}" if prices != Prices() else line
 
 
-def ask_all(
-    questions: Sequence[Question], folder: Path, endpoint: Endpoint, *, concurrency: int, label: str, prices: Prices
+def complete_all(
+    prompts: Sequence[Prompt], folder: Path, endpoint: Endpoint, *, concurrency: int, label: str, prices: Prices
 ) -> dict[str, dict[str, Any]]:
-    """Return {"text", "cut", "tokens_in", "tokens_out"} or {"error": reason} for every question, by its key.
+    """Return {"text", "cut", "tokens_in", "tokens_out"} or {"error": reason} for every prompt, by its key.
 
     An answer that `folder` has is not asked for again; a failure is tried again by the next run. Prints the cost, also
     when the run ends early. Raises DataError where no server is, or the endpoint answers nobody.
     """
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
-    results = finished([question.key for question in questions], folder)
-    bill = Bill(prices, list(results.values()))
-    todo = {question.key: question for question in questions if question.key not in results}
+    results = finished([prompt.key for prompt in prompts], folder)
+    usage = Usage(prices, list(results.values()))
+    todo = {prompt.key: prompt for prompt in prompts if prompt.key not in results}
     total = len(results) + len(todo)
     if todo:
-        endpoint.knock()
-    crew = _Crew(list(todo.values()), folder, endpoint, concurrency)
+        endpoint.check_reachable()
+    workers = _Workers(list(todo.values()), folder, endpoint, concurrency)
     missed = 0
     try:
         with progress(label, len(todo), "clip") as bar:
             while len(results) < total:
-                result = crew.next_result()
+                result = workers.next_result()
                 bar(result is not None)
                 if result is None:
                     continue
                 key, outcome = result
                 if isinstance(outcome, Answer):
                     results[key], missed = asdict(outcome), 0
-                    bill.asked.append(results[key])
+                    usage.asked.append(results[key])
                     continue
-                missed += isinstance(outcome, NoAnswer) and (outcome.unreachable or not (bill.asked or bill.before))
+                missed += isinstance(outcome, NoAnswer) and (outcome.unreachable or not (usage.asked or usage.before))
                 results[key] = {"error": str(outcome)}
                 if missed == IN_A_ROW:
                     raise DataError(f"{endpoint.url}: {outcome}, {missed} times in a row; the same command goes on")
     finally:
-        bill.asked += crew.end()
-        print(f"{label}: {bill.line()}", flush=True)
-    return {question.key: results[question.key] for question in questions}
+        usage.asked += workers.end()
+        print(f"{label}: {usage.line()}", flush=True)
+    return {prompt.key: results[prompt.key] for prompt in prompts}
 
 
-class _Crew:
-    """Threads that take one question after another; daemons, so that none keeps a run from ending."""
+class _Workers:
+    """Threads that take one prompt after another; daemons, so that none keeps a run from ending."""
 
-    def __init__(self, questions: Sequence[Question], folder: Path, endpoint: Endpoint, size: int) -> None:
+    def __init__(self, prompts: Sequence[Prompt], folder: Path, endpoint: Endpoint, size: int) -> None:
         self.folder, self.endpoint = folder, endpoint
-        self.questions: Iterator[Question] = iter(questions)
+        self.prompts: Iterator[Prompt] = iter(prompts)
         self.lock = threading.Lock()
         self.results: queue.SimpleQueue[tuple[str, Answer | Exception]] = queue.SimpleQueue()
         endpoint.start()
-        count = min(size, len(questions))
+        count = min(size, len(prompts))
         self.threads = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
         for thread in self.threads:
             thread.start()
 
     def next_result(self) -> tuple[str, Answer | NoAnswer | DecodeError] | None:
-        """Return a question's key and outcome, None when there is none for a second; raises what ends the run."""
+        """Return a prompt's key and outcome, None when there is none for a second; raises what ends the run."""
         try:
             key, outcome = self.results.get(timeout=1.0)
         except queue.Empty:
@@ -141,17 +141,17 @@ class _Crew:
     def _work(self) -> None:
         while True:
             with self.lock:
-                question = next(self.questions, None)
-            if question is None:
+                prompt = next(self.prompts, None)
+            if prompt is None:
                 return
             try:
-                answer = self.endpoint.ask(question.messages())
-                write_record(self.folder, question.key, json.dumps(asdict(answer)))
-                self.results.put((question.key, answer))
+                answer = self.endpoint.ask(prompt.messages())
+                write_record(self.folder, prompt.key, json.dumps(asdict(answer)))
+                self.results.put((prompt.key, answer))
             except (NoAnswer, DecodeError) as trouble:
-                self.results.put((question.key, trouble))
+                self.results.put((prompt.key, trouble))
             except Stopped:
                 return
             except Exception as error:  # the main thread's to raise
-                self.results.put((question.key, error))
+                self.results.put((prompt.key, error))
                 return

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
-from opensora_repro.data.caption.lists import FRAME, CaptionList, Entry, Row, Wanted, read_list, source_of
+from opensora_repro.data.caption.lists import FRAME, CaptionList, ClipKeys, Entry, Row, read_list, source_of
 from opensora_repro.data.caption.names import SHOWN, Found, NameIndex
 from opensora_repro.data.caption.text import EMPTY, Caption, judged
 from opensora_repro.data.caption_values import CAPTION_KEYS, texts_in
@@ -28,7 +28,7 @@ def captions_of(sidecar: Path, clips: Sequence[Row]) -> list[Caption]:
         return from_files(sidecar, clips)
     if not sidecar.exists():
         raise DataError(f"{one_line(sidecar)}: no such file or folder")
-    listed = read_list(sidecar, Wanted.of(clips))
+    listed = read_list(sidecar, ClipKeys.of(clips))
     if listed.first_of_several:
         print(
             f"note: {listed.first_of_several} rows have several captions; the first of each is taken", file=sys.stderr

@@ -18,7 +18,10 @@ them is somebody else's text: nothing is evaluated.
 from __future__ import annotations
 
 import ast
+import csv
+import io
 import json
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,10 +30,10 @@ from typing import Any
 
 from opensora_repro.data.caption.names import forms_of, is_named
 from opensora_repro.data.caption_values import CAPTION_KEYS, texts_in
-from opensora_repro.data.csv_rows import as_written, csv_names, csv_rows
+from opensora_repro.data.csv_rows import as_written, csv_names, csv_rows, inert
 from opensora_repro.data.manifest import is_missing, read_names, reading
 from opensora_repro.errors import DataError
-from opensora_repro.files import one_line
+from opensora_repro.files import one_line, writing
 
 CHUNK = 1 << 15  # rows
 LONGEST_LITERAL = 1 << 22  # characters of a list of spans or captions
@@ -39,6 +42,7 @@ SUFFIXES = (".csv", ".tsv", ".parquet", ".json", ".jsonl")
 IDS = ("id", "clip_id")
 FILES = ("path", "file", "filename", "file_name", "filepath", "file_path", "clip")
 VIDEOS = ("source", "video", "video_name", "video_path", "video_id", "videoid", "image")
+TEMPLATE_COLUMNS = ("id", "path", "source", "shows", "caption")
 FORMATS = "id, caption; source, caption (and a span); or those of WebVid, Panda-70M or HD-VG-130M"
 Row = dict[str, Any]
 
@@ -82,19 +86,19 @@ class CaptionList:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ClipKeys:
     """What the clips at hand are called in lists."""
 
     ids: frozenset[str]
     forms: frozenset[str]  # of the names of their files and of their sources, and of their ids
 
     @staticmethod
-    def of(clips: Iterable[Row]) -> Wanted:
+    def of(clips: Iterable[Row]) -> ClipKeys:
         ids, names = set(), set()
         for clip in clips:
             ids.add(clip["id"])
             names |= {clip["path"], source_of(clip)}
-        return Wanted(frozenset(ids), frozenset(form for name in ids | names for form in forms_of(name)))
+        return ClipKeys(frozenset(ids), frozenset(form for name in ids | names for form in forms_of(name)))
 
     def named(self, key: str) -> bool:
         return key in self.ids or is_named(key, self.forms)
@@ -106,28 +110,28 @@ def source_of(clip: Row) -> str:
     return clip["path"] if is_missing(source) else str(source)
 
 
-def read_list(path: Path, wanted: Wanted) -> CaptionList:
-    """Read what a list says of the wanted clips. Raises DataError for a list of no known format, or a wrong row."""
+def read_list(path: Path, ours: ClipKeys) -> CaptionList:
+    """Read what a list says of the known clips. Raises DataError for a list of no known format, or a wrong row."""
     kind = path.suffix.lower()
     if kind not in SUFFIXES:
         reason = f"expected a folder, or a list ({' '.join(SUFFIXES)}); save a spreadsheet as CSV UTF-8"
         raise DataError(f"{one_line(path)}: {reason}")
     if kind in (".csv", ".tsv"):
-        return _read(path, csv_names(path), lambda columns: csv_rows(path, columns), wanted)
+        return _read(path, csv_names(path), lambda columns: csv_rows(path, columns), ours)
     if kind == ".parquet":
-        return _read(path, read_names(path), lambda columns: _parquet_rows(path, columns), wanted)
+        return _read(path, read_names(path), lambda columns: _parquet_rows(path, columns), ours)
     content = _read_json(path)
     if isinstance(content, dict) and any(isinstance(v, dict) and _is_hd_vg(v) for v in content.values()):
-        return _hd_vg(path, content, wanted)
+        return _hd_vg(path, content, ours)
     rows = _objects(path, content)
     names = sorted({name for row in rows for name in row})
-    return _read(path, names, lambda columns: ([row.get(name) for name in columns] for row in rows), wanted)
+    return _read(path, names, lambda columns: ([row.get(name) for name in columns] for row in rows), ours)
 
 
 Rows = Callable[[Sequence[str]], Iterable[Sequence[Any]]]
 
 
-def _read(path: Path, names: Sequence[str], rows: Rows, wanted: Wanted) -> CaptionList:
+def _read(path: Path, names: Sequence[str], rows: Rows, ours: ClipKeys) -> CaptionList:
     """Choose the reader by the columns, whose names may be written with capitals and spaces."""
     known = {"_".join(name.casefold().replace("-", " ").split()): name for name in reversed(names)}
 
@@ -135,30 +139,30 @@ def _read(path: Path, names: Sequence[str], rows: Rows, wanted: Wanted) -> Capti
         return rows([known[name] for name in columns])
 
     if {"videoid", "name"} <= set(known) and "caption" not in known:
-        return _by_key(path, take("name", "videoid"), wanted, "source")
+        return _by_key(path, take("name", "videoid"), ours, "source")
     caption = next((name for name in (*CAPTION_KEYS, "cap") if name in known), None)
     if caption is None:
         raise DataError(f"{path}: column caption missing (has {one_line(', '.join(names)) or 'none'})")
     if {"videoid", "timestamp"} <= set(known):
-        return _panda(path, take("videoid", "timestamp", caption), wanted)
+        return _panda(path, take("videoid", "timestamp", caption), ours)
     files, videos = ([name for name in names if name in known] for names in (FILES, VIDEOS))
     if identity := next((name for name in IDS if name in known), None):
-        return _by_key(path, take(caption, identity, *files, *videos), wanted, "id", 1 + len(files))
+        return _by_key(path, take(caption, identity, *files, *videos), ours, "id", 1 + len(files))
     spans = {unit: {f"start_{unit}", f"end_{unit}"} & set(known) for unit in (FRAME, TIME)}
     if "source" in known and any(spans.values()):
         unit = next((unit for unit, columns in spans.items() if len(columns) == 2), None)
         if unit is None:
             raise DataError(f"{path}: expected the columns id, or source with both ends of a span: {FORMATS}")
-        return _by_span(path, take("source", f"start_{unit}", f"end_{unit}", caption), wanted, unit)
+        return _by_span(path, take("source", f"start_{unit}", f"end_{unit}", caption), ours, unit)
     if not files and not videos:
         raise DataError(f"{path}: expected the columns id, or source with its caption: {FORMATS}")
-    return _by_key(path, take(caption, *files, *videos), wanted, "file" if files else "source")
+    return _by_key(path, take(caption, *files, *videos), ours, "file" if files else "source")
 
 
 # ---- formats
 
 
-def _by_key(path: Path, rows: Iterable[Sequence[Any]], wanted: Wanted, keyed_by: str, of_clips: int = 0) -> CaptionList:
+def _by_key(path: Path, rows: Iterable[Sequence[Any]], ours: ClipKeys, keyed_by: str, of_clips: int = 0) -> CaptionList:
     """Read rows of a caption and keys, of which the first that is there counts.
 
     Of the first `of_clips` keys it is the first that is known here: a spreadsheet may spoil an id of digits.
@@ -169,19 +173,19 @@ def _by_key(path: Path, rows: Iterable[Sequence[Any]], wanted: Wanted, keyed_by:
         keys = [name for name in names[:of_clips] if name] or [name for name in names[of_clips:] if name][:1]
         if not keys:
             raise DataError(f"{path}: row {number}: {keyed_by} is empty")
-        if key := next((key for key in keys if wanted.named(key)), None):
+        if key := next((key for key in keys if ours.named(key)), None):
             found.add(key, Entry(number, found.text(caption, number)))
     return found
 
 
-def _by_span(path: Path, rows: Iterable[Sequence[Any]], wanted: Wanted, unit: str) -> CaptionList:
+def _by_span(path: Path, rows: Iterable[Sequence[Any]], ours: ClipKeys, unit: str) -> CaptionList:
     """Read captions of spans; one without a span is of all its source."""
     found = CaptionList(path, unit=unit, keyed_by="source")
     for number, (value, start, end, caption) in enumerate(rows, start=1):
         source = as_written(_name(path, number, value))
         if not source:
             raise DataError(f"{path}: row {number}: source is empty")
-        if not wanted.named(source):
+        if not ours.named(source):
             continue
         text = found.text(caption, number)
         if is_missing(start) and is_missing(end):
@@ -198,11 +202,11 @@ def _by_span(path: Path, rows: Iterable[Sequence[Any]], wanted: Wanted, unit: st
     return found
 
 
-def _panda(path: Path, rows: Iterable[Sequence[Any]], wanted: Wanted) -> CaptionList:
+def _panda(path: Path, rows: Iterable[Sequence[Any]], ours: ClipKeys) -> CaptionList:
     found = CaptionList(path, keyed_by="source")
     for number, (value, spans, captions) in enumerate(rows, start=1):
         video = _name(path, number, value)
-        if not wanted.named(video):
+        if not ours.named(video):
             continue
         spans, captions = _literal(spans), _literal(captions)
         if not isinstance(spans, list) or not isinstance(captions, list) or len(spans) != len(captions):
@@ -217,7 +221,7 @@ def _is_hd_vg(video: dict[str, Any]) -> bool:
     return isinstance(video.get("clip"), dict)
 
 
-def _hd_vg(path: Path, videos: dict[str, Any], wanted: Wanted) -> CaptionList:
+def _hd_vg(path: Path, videos: dict[str, Any], ours: ClipKeys) -> CaptionList:
     """Scenes by their name and by their place in the video: frames within a clip, which has a span of the video.
 
     A video's row is its number in the file; the end -1 stands for the clip's own.
@@ -230,9 +234,9 @@ def _hd_vg(path: Path, videos: dict[str, Any], wanted: Wanted) -> CaptionList:
                 for scene in clip["scene_split"]:
                     first, last = (float(frame) for frame in scene["scene_cut"])
                     entry, name = Entry(number, found.text(scene["caption"], number)), str(scene["clip_id"])
-                    if wanted.named(name):
+                    if ours.named(name):
                         found.add(name, entry)
-                    if wanted.named(video) and start is not None and end is not None:
+                    if ours.named(video) and start is not None and end is not None:
                         fps = float(clip["fps"])
                         spans = (start, end) if last < 0 else (start + first / fps, start + last / fps)
                         found.spans[video].append(Entry(number, entry.caption, *spans))
@@ -323,3 +327,42 @@ def _one_time(time: Any) -> float:
     for part in str(time).split(":"):
         seconds = seconds * 60 + float(part)
     return seconds
+
+
+def write_template(path: Path, clips: Sequence[dict[str, Any]]) -> int:
+    """Write a list to be filled in by hand, a CSV that a spreadsheet opens; returns how many captions are still empty.
+
+    The captions that there are already stand in it. Raises DataError.
+    """
+    if path.suffix.lower() != ".csv":
+        raise DataError(f"--template {one_line(path)}: expected the name of a .csv file")
+    if path.exists():
+        reason = "is there already, perhaps filled in: pass it to --sidecar, or choose another name"
+        raise DataError(f"--template {one_line(path)}: {reason}")
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(TEMPLATE_COLUMNS)
+    folder = path.absolute().parent
+    for clip in clips:
+        place = os.path.relpath(clip["path"], folder)
+        row = (clip["id"], place, source_of(clip), _shows(clip), " ".join(clip["caption"].split()))
+        writer.writerow([inert(str(value)) for value in row])
+    with writing(path) as file:
+        file.write(text.getvalue().encode("utf-8-sig", "backslashreplace"))  # without the mark Excel takes another code
+    return sum(not clip["caption"].strip() for clip in clips)
+
+
+def _shows(clip: dict[str, Any]) -> str:
+    """Return "0:01:04.0 to 0:01:09.5, 1280x720": what part of the source a clip is."""
+    size = f"{clip['width']}x{clip['height']}"
+    if clip["num_frames"] == 1:
+        return f"picture, {size}"
+    start, end = clip.get("start_time"), clip.get("end_time")
+    if is_missing(start) or is_missing(end):
+        return f"{clip['num_frames'] / (clip['fps'] or 1):.1f} seconds, {size}"
+    return f"{_clock(float(start))} to {_clock(float(end))}, {size}"  # type: ignore[arg-type]
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds, 1), 60)
+    return f"{int(minutes) // 60}:{int(minutes) % 60:02d}:{seconds:04.1f}"

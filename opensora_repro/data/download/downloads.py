@@ -23,8 +23,8 @@ from opensora_repro.data.download.fetch import (
     drop,
     fetch,
 )
+from opensora_repro.data.download.host_queue import HostQueue, in_threads
 from opensora_repro.data.download.kinds import kind_of
-from opensora_repro.data.download.host_queue import Turns, in_threads
 from opensora_repro.data.download.video_pages import fetch_page, is_video_page
 from opensora_repro.data.jobs.records import read_record, write_record
 from opensora_repro.data.outcome import Row
@@ -32,8 +32,8 @@ from opensora_repro.data.progress import progress
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """A file to be had: `name` is its name without the extension, `digests` what its content must have."""
+class Download:
+    """A planned download: `name` is its name without the extension, `digests` what its content must have."""
 
     key: str
     name: str
@@ -52,17 +52,17 @@ class Place:
     yt_dlp: str | None
 
 
-def fetch_all(wanted: dict[str, Wanted], place: Place, workers: int, per_host: int) -> dict[str, Row]:
+def fetch_all(downloads: dict[str, Download], place: Place, workers: int, per_host: int) -> dict[str, Row]:
     """Fetch what has no record; return all results by key, {"error": reason} among them."""
-    results = {key: record for key, file in wanted.items() if (record := finished(file, place)) is not None}
+    results = {key: record for key, file in downloads.items() if (record := finished(file, place)) is not None}
     for key, record in results.items():
         place.budget.count(key, record.get("bytes", 0))
-    todo = [file for file in wanted.values() if file.key not in results]
+    todo = [file for file in downloads.values() if file.key not in results]
     shutil.rmtree(place.out / "pages", ignore_errors=True)
-    turns = Turns(((host_of(file.url), file) for file in todo), per_host)
+    waiting = HostQueue(((host_of(file.url), file) for file in todo), per_host)
     try:
         with progress("downloading", len(todo), "file") as bar:
-            for done in in_threads(lambda file: fetch_one(file, place), turns, workers):
+            for done in in_threads(lambda file: fetch_one(file, place), waiting, workers):
                 if done is not None:
                     results[done[0].key] = done[1]
                 bar(done is not None)
@@ -78,7 +78,7 @@ def host_of(url: str) -> str:
         return ""
 
 
-def finished(file: Wanted, place: Place) -> Row | None:
+def finished(file: Download, place: Place) -> Row | None:
     """Return the record of a file that is there, or that cannot be had; too large is looked at anew by a new limit."""
     record = read_record(place.out / "records", file.key)
     if record is None or record.get("max_bytes", place.limits.max_bytes) != place.limits.max_bytes:
@@ -88,7 +88,7 @@ def finished(file: Wanted, place: Place) -> Row | None:
     return None if lost else record
 
 
-def fetch_one(file: Wanted, place: Place) -> Row:
+def fetch_one(file: Download, place: Place) -> Row:
     """Download one file and write its record; return it. A failure that may pass leaves none."""
     part = place.out / "parts" / file.key
     try:
@@ -108,14 +108,14 @@ def fetch_one(file: Wanted, place: Place) -> Row:
     return result
 
 
-def is_page(file: Wanted) -> bool:
+def is_page(file: Download) -> bool:
     try:
         return is_video_page(file.url)
     except ValueError:
         return False
 
 
-def fetch_file(file: Wanted, part: Path, place: Place) -> Row:
+def fetch_file(file: Download, part: Path, place: Place) -> Row:
     """Download to `part`, check and rename. What was continued and has a wrong checksum is fetched once more, whole."""
     if is_page(file):
         raise Failed(f"a page of {host_of(file.url)}: --yt-dlp fetches it, where yt-dlp is installed")
@@ -126,11 +126,11 @@ def fetch_file(file: Wanted, part: Path, place: Place) -> Row:
     return keep(file, part, checked_kind(part), place)
 
 
-def fetch_part(file: Wanted, part: Path, place: Place) -> bool:
+def fetch_part(file: Download, part: Path, place: Place) -> bool:
     return fetch(file.url, part, place.limits, partial(place.budget.hold, file.key), place.stop)
 
 
-def fetch_page_of(file: Wanted, place: Place) -> Row:
+def fetch_page_of(file: Download, place: Place) -> Row:
     folder = place.out / "pages" / file.key
     try:
         hold = partial(place.budget.hold, file.key)
@@ -140,7 +140,7 @@ def fetch_page_of(file: Wanted, place: Place) -> Row:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def keep(file: Wanted, path: Path, suffix: str, place: Place) -> Row:
+def keep(file: Download, path: Path, suffix: str, place: Place) -> Row:
     """Check a whole file's content and give it its name. Raises Refused for a wrong checksum."""
     found = checksums(path)
     if wrong := wrong_digests(file, found):
@@ -151,10 +151,10 @@ def keep(file: Wanted, path: Path, suffix: str, place: Place) -> Row:
     return result
 
 
-def wrong_digests(file: Wanted, found: dict[str, str]) -> str:
+def wrong_digests(file: Download, found: dict[str, str]) -> str:
     """Return which checksum of a file's is not as expected, "" if all are."""
     return "; ".join(
-        f"{kind} is {found[kind]}, expected {wanted}" for kind, wanted in file.digests if found[kind] != wanted
+        f"{kind} is {found[kind]}, expected {digest}" for kind, digest in file.digests if found[kind] != digest
     )
 
 

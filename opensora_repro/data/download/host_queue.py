@@ -1,4 +1,4 @@
-"""Threads that share work which mostly waits for others' servers, with few at any one server at a time."""
+"""Threads that share requests to others' servers, under a limit of concurrent requests to any one host."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-class Turns(Generic[T]):
+class HostQueue(Generic[T]):
     """Hands out items, at most `each` of one host at a time, the hosts in turn."""
 
     def __init__(self, items: Iterable[tuple[str, T]], each: int) -> None:
@@ -49,7 +49,7 @@ class Turns(Generic[T]):
             self.changed.notify()
 
 
-def in_threads(work: Callable[[T], R], turns: Turns[T], threads: int) -> Iterator[tuple[T, R] | None]:
+def in_threads(work: Callable[[T], R], waiting: HostQueue[T], threads: int) -> Iterator[tuple[T, R] | None]:
     """Yield each item with what `work` returned for it, in the order they end; None about every second while none does.
 
     What `work` raises is raised here. The threads do not keep the process from ending.
@@ -58,12 +58,12 @@ def in_threads(work: Callable[[T], R], turns: Turns[T], threads: int) -> Iterato
 
     def run() -> None:
         try:
-            while (taken := turns.take()) is not None:
+            while (taken := waiting.take()) is not None:
                 host, item = taken
                 try:
                     results.put((item, work(item)))
                 finally:
-                    turns.done(host)
+                    waiting.done(host)
         except BaseException as error:
             results.put(error)
         results.put(None)

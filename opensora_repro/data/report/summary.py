@@ -6,8 +6,9 @@ which places a histogram's bins; the second fills them with every row.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,16 @@ FEW = 12  # different numbers that are counted instead of binned
 VALUES_SHOWN, VALUES_KEPT = 10, 1000  # of a column of text; with more different ones it is left out
 UNIQUE = ("id", "path", "caption", "caption_original", "duplicate_group", "url")  # columns that are no classes
 WORDS, CHARACTERS = "caption, words", "caption, characters"
+WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
+WORDS_KEPT = 200_000  # different words; rare ones are forgotten beyond
+CAPTION_READ = 5000  # characters of a caption that are looked at
+PLAIN = frozenset(
+    re.findall(
+        r"\w+",
+        "a an and are as at be been being but by for from had has have he her his in into is it its of on or over she"
+        " so some that the their them then there these they this those through to up was were which while who with",
+    )
+)  # English words that say nothing of a caption's subject
 
 
 @dataclass
@@ -259,3 +270,13 @@ def _of_text(name: str, tally: _Tally) -> Classes | None:
     ranked = sorted(tally.counts.items(), key=lambda item: (-item[1], item[0]))
     shown = ranked[:VALUES_SHOWN]
     return Classes(name, shown, sum(count for _, count in ranked[VALUES_SHOWN:]), tally.missing)
+
+
+def frequent_words(captions: Iterable[str], count: int) -> list[tuple[str, int]]:
+    """Return the words that most captions hold, with how many do, the most frequent first."""
+    found: Counter[str] = Counter()
+    for caption in captions:
+        found.update({word.lower() for word in WORD.findall(caption[:CAPTION_READ])} - PLAIN)
+        if len(found) > WORDS_KEPT:
+            found = Counter(dict(found.most_common(WORDS_KEPT // 2)))
+    return sorted(found.items(), key=lambda item: (-item[1], item[0]))[:count]

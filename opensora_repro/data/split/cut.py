@@ -30,7 +30,7 @@ from opensora_repro.data.video import (
     orientation,
     pixel_aspect,
 )
-from opensora_repro.data.x264 import steady_options
+from opensora_repro.data.write import steady_options
 from opensora_repro.files import beside
 
 GOP = 16  # frames between key frames: what a random read decodes in vain at most
