@@ -180,10 +180,8 @@ def _with(section: Any, **wishes: Any) -> Any:
 def check_prompts_fit(source: Source, prompts: list[str], *, labels: bool) -> None:
     """Raise ConfigError for class numbers where text is wanted, and the other way round."""
     from opensora_repro.frozen.text import ClassLabels
-    from opensora_repro.models.config import DiTConfig
 
     if conditioned_on_class(source):
-        assert isinstance(source.model, DiTConfig)
         try:
             ClassLabels(source.model.num_classes).encode(prompts)
         except ValueError as error:
@@ -193,7 +191,7 @@ def check_prompts_fit(source: Source, prompts: list[str], *, labels: bool) -> No
 
 
 def conditioned_on_class(source: Source) -> bool:
-    return getattr(source.model, "condition", "text") == "label"
+    return source.model.conditioning == "class"
 
 
 def settings(args: argparse.Namespace, source: Source) -> dict[str, Any]:
@@ -264,9 +262,9 @@ def open_prompts(args: argparse.Namespace, folder: SampleFolder) -> list[int]:
 
 
 def print_plan(args: argparse.Namespace, source: Source, folder: SampleFolder, num_todo: int, memory: str) -> None:
-    from opensora_repro.sampling.source import empty_model
+    from opensora_repro.weights.families import empty_model
 
-    parameters = sum(p.numel() for p in empty_model(source).parameters())
+    parameters = sum(p.numel() for p in empty_model(source.model).parameters())
     plan = {key: value for key, value in folder.settings.items() if not isinstance(value, dict)}
     plan |= {"parameters": f"{parameters:,}", "prompts": len(folder.prompts), "to do": num_todo}
     for key, value in {**plan, "batch_size": args.batch_size, "memory": memory or "none", "out": args.out}.items():

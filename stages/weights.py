@@ -111,13 +111,13 @@ def run_inspect(args: argparse.Namespace) -> int:
         print(f"{'model.' + key:>32} = {value}")
     source = shlex.quote(str(args.source))
     print(f"sample it: python -m stages.sample {source} {_wishes(args, found)} --out OUT --seed 0")
-    if found.family in ("pixart", "stdit"):
+    if found.family.trains:
         print(f"train from it: init.weights={source}")
     return 0
 
 
 def _wishes(args: argparse.Namespace, found: Published) -> str:
-    prompt = "--label 0" if getattr(found.model, "condition", "text") == "label" else '--prompt "your text"'
+    prompt = "--label 0" if found.model.conditioning == "class" else '--prompt "your text"'
     told = {"--num-heads": args.num_heads, "--family": args.family}
     return " ".join([*(f"{name} {value}" for name, value in told.items() if value is not None), prompt])
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from opensora_repro.files import sha256_of
 from opensora_repro.frozen.pretrained import FrozenModel, HashFile, ModelNotFound, check_complete
 from opensora_repro.kernels.transfer import to_device
-from opensora_repro.models.stdit import STDiT
 
 if TYPE_CHECKING:
     from opensora_repro.config import TextConfig
+    from opensora_repro.models.config import ModelConfig
 
 KIND = "transformers T5 encoder with its tokenizer"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # as transformers looks for them
@@ -335,6 +335,17 @@ class ClassLabels:
 ConditionEncoder = T5Text | ClipText | ClassLabels
 
 
+def open_conditions(
+    cfg: TextConfig, model: ModelConfig, device: torch.device | str, dtype: torch.dtype
+) -> ConditionEncoder:
+    """What reads prompts for a model, its weights read when first needed. Raises ModelNotFound."""
+    if model.conditioning == "class":
+        return ClassLabels(model.num_classes)
+    if model.conditioning == "clip":
+        return open_clip_text(cfg, device, dtype)
+    return open_text_encoder(cfg, model.model_max_length, device, dtype)
+
+
 def _check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
     """Raise ValueError for a tokenizer that is not the model's: without files, the library makes up an empty one."""
     ids = tokenizer("a", add_special_tokens=False).input_ids
@@ -345,7 +356,7 @@ def _check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
 
 
 @torch.no_grad()
-def take_null_caption(model: STDiT, text: T5Text) -> None:
+def take_null_caption(model: nn.Module, text: T5Text) -> None:
     """For weights without a null caption (diffusers'): the empty text's encoding, as their pipelines use it."""
     encoded, _ = text.encode([""])
-    model.y_embedder.y_embedding.copy_(encoded[0])
+    model.get_buffer("y_embedder.y_embedding").copy_(encoded[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
@@ -41,9 +42,18 @@ class STDiTConfig:
     size_conditioning: bool = False  # PixArt-1024-MS: also told the picture's size and aspect ratio
     base_size: int = 0  # PixArt only: positions stretch to this many steps an axis; 0: the square root of the places
 
+    # What any code may ask of a model's config. Without a type they are no fields, so no keys of a config file.
+    conditioning = "t5"  # how prompts are read: "t5", many tokens; "clip", one pooled token; "class", a number
+    num_classes = 0
+    square = False  # whether it makes squares alone
+
     @property
     def out_channels(self) -> int:
         return self.in_channels * (2 if self.pred_sigma else 1)
+
+    def stretched_to(self, places: int) -> int | None:
+        """Steps that either axis's positions are stretched to in a frame of so many places; None: they count on."""
+        return None if self.temporal_attention else self.base_size or math.isqrt(places)
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,22 @@ class DiTConfig:
     factorised: bool = False  # even blocks attend within frames, odd ones over time; else all over all tokens
     no_temporal_pos_emb: bool = True  # DiT only: do not add a temporal table to the tokens
 
+    # As STDiTConfig has them
+    model_max_length = 1
+    space_scale = time_scale = 1.0
+    base_size = 0
+    square = True
+
+    @property
+    def conditioning(self) -> str:
+        return "class" if self.condition == "label" else "clip"
+
     @property
     def out_channels(self) -> int:
         return self.in_channels * (2 if self.pred_sigma else 1)
+
+    def stretched_to(self, places: int) -> None:
+        return None
+
+
+ModelConfig = STDiTConfig | DiTConfig

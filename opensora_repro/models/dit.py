@@ -98,7 +98,7 @@ class DiT(nn.Module):
         self.y_embedder = (
             LabelEmbedder(cfg.num_classes, dim)
             if cfg.condition == "label"
-            else CaptionEmbedder(cfg.caption_channels, dim, model_max_length=1)
+            else CaptionEmbedder(cfg.caption_channels, dim, cfg.model_max_length)
         )
         turns = ("space", "time") if cfg.factorised else ("space_time", "space_time")
         self.blocks = nn.ModuleList(DiTBlock(cfg, over=turns[i % 2]) for i in range(cfg.depth))

@@ -7,9 +7,11 @@ count it as one. Softmax, norms, activations and modulation are left out, as the
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from opensora_repro.models.config import DiTConfig, STDiTConfig, is_dear
+from opensora_repro.models.config import DiTConfig, ModelConfig, STDiTConfig, is_dear
 from opensora_repro.planning.parameters import (
     TIMESTEP_CHANNELS,
     caption_weights,
@@ -44,8 +46,8 @@ class Products:
         return 2 * {"none": 0, "selective": self.blocks - self.dear, "full": self.blocks}[checkpointing]
 
 
-def forward_products(cfg: STDiTConfig | DiTConfig, grid: Grid) -> Products:
-    return _stdit_products(cfg, grid) if isinstance(cfg, STDiTConfig) else _dit_products(cfg, grid)
+def forward_products(cfg: ModelConfig, grid: Grid) -> Products:
+    return PRODUCTS[type(cfg)](cfg, grid)
 
 
 def _stdit_products(cfg: STDiTConfig, grid: Grid) -> Products:
@@ -86,3 +88,6 @@ def _dit_products(cfg: DiTConfig, grid: Grid) -> Products:
     inputs = tokens * patch * cfg.in_channels + TIMESTEP_CHANNELS * dim + caption
     outside = inputs + dim**2 + (dim**2 if caption else 0) + tokens * patch * cfg.out_channels + 2 * dim**2
     return Products(cfg.depth * block + tokens * 2 * dim * seen, outside, inputs)
+
+
+PRODUCTS: dict[type[Any], Callable[[Any, Grid], Products]] = {STDiTConfig: _stdit_products, DiTConfig: _dit_products}

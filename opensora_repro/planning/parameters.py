@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from opensora_repro.models.config import DiTConfig, STDiTConfig
+from opensora_repro.models.config import ModelConfig, STDiTConfig
 
 TIMESTEP_CHANNELS = 256  # of the sinusoid, see models/layers.py, which needs torch
 
@@ -70,7 +70,7 @@ def caption_weights(cfg: STDiTConfig) -> int:
     return cfg.caption_channels * cfg.hidden_size + cfg.hidden_size**2
 
 
-def mlp_width(cfg: STDiTConfig | DiTConfig) -> int:
+def mlp_width(cfg: ModelConfig) -> int:
     return int(cfg.hidden_size * cfg.mlp_ratio)
 
 

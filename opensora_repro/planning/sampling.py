@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from opensora_repro.config import Config
-from opensora_repro.models.config import DiTConfig, STDiTConfig
+from opensora_repro.models.config import ModelConfig
 from opensora_repro.planning.encoders import frozen_sizes
 from opensora_repro.planning.memory import FLOAT, HALF
 from opensora_repro.planning.parameters import mlp_width
@@ -32,7 +32,7 @@ class SamplingMemory:
 
 def sampling_memory(
     cfg: Config,
-    model: STDiTConfig | DiTConfig,
+    model: ModelConfig,
     parameters: int,
     *,
     batch_size: int,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from opensora_repro.config import Config, ConfigError
-from opensora_repro.models.config import DiTConfig, STDiTConfig
+from opensora_repro.models.config import ModelConfig
 
 PUBLISHED_STRIDES = (1, 8, 8)  # of the Stable Diffusion autoencoders, which take frames one by one
 MAGVIT_V2_STRIDES = (4, 8, 8)  # arXiv:2310.05737; the first frame has a latent frame of its own
@@ -43,7 +43,7 @@ def latent_shape(cfg: Config, strides: Strides | None = None) -> tuple[int, int,
     )
 
 
-def token_grid(model: STDiTConfig | DiTConfig, shape: tuple[int, ...]) -> Grid:
+def token_grid(model: ModelConfig, shape: tuple[int, ...]) -> Grid:
     """Tokens of latents [C, T, h, w]; what does not fill a patch is padded."""
     frames, rows, columns = (-(-size // patch) for size, patch in zip(shape[1:], model.patch_size, strict=True))
     return Grid(frames, rows * columns)

@@ -18,14 +18,13 @@ from opensora_repro.diffusion.flow import count_frames, count_tokens
 from opensora_repro.diffusion.samplers import PrepareText, Through, sample_latents
 from opensora_repro.errors import TrainingError
 from opensora_repro.frozen.text import ClassLabels, ConditionEncoder
-from opensora_repro.models.config import DiTConfig, STDiTConfig
-from opensora_repro.models.stdit import STDiT
+from opensora_repro.models.config import ModelConfig
 from opensora_repro.parallel.sequence import FrameParallel
 from opensora_repro.sampling.graphs import StepGraphs, captures
 
 if TYPE_CHECKING:
     from opensora_repro.frozen.vae import FrameVAE
-    from opensora_repro.models.dit import DiT
+    from opensora_repro.weights.families import Network
 
 
 class NotFinite(TrainingError):
@@ -39,7 +38,7 @@ def check_fit(
     cfg: Config,
     vae: FrameVAE,
     encoder: ConditionEncoder,
-    model: STDiTConfig | DiTConfig | None = None,
+    model: ModelConfig | None = None,
 ) -> None:
     """Raise ConfigError unless the frozen models fit the model and the size of `cfg.data` both; None: `cfg.model`."""
     model = model or cfg.model
@@ -49,13 +48,13 @@ def check_fit(
         raise ConfigError(f"frames, height and width must be positive, got {num_frames}, {height} and {width}")
     if height % stride or width % stride:
         raise ConfigError(f"height {height} and width {width} must be multiples of {stride}, the autoencoder's stride")
-    if isinstance(model, DiTConfig) and height != width:
+    if model.square and height != width:
         raise ConfigError(f"height {height} and width {width} must be equal: DiT and Latte make squares alone")
     if model.in_channels != vae.latent_channels:
         raise ConfigError(
             f"model.in_channels = {model.in_channels}: the autoencoder {cfg.vae.path} has {vae.latent_channels}"
         )
-    if isinstance(model, DiTConfig) and model.condition == "label":
+    if model.conditioning == "class":
         if not isinstance(encoder, ClassLabels) or encoder.num_classes != model.num_classes:
             raise ConfigError(f"model.num_classes = {model.num_classes}: the prompts are not read as their numbers")
     elif isinstance(encoder, ClassLabels):
@@ -68,7 +67,7 @@ def check_fit(
 
 
 def generate(
-    model: STDiT | DiT,
+    model: Network,
     vae: FrameVAE,
     encoder: ConditionEncoder,
     cfg: Config,
@@ -134,10 +133,10 @@ def _advice(cfg: Config) -> str:
     return f" after {cfg.sample.steps} steps; try {', '.join([*remedies, 'an earlier checkpoint'])}"
 
 
-def _text_preparation(model: STDiT | DiT, forward: Callable[..., Tensor] | None) -> PrepareText | None:
+def _text_preparation(model: Network, forward: Callable[..., Tensor] | None) -> PrepareText | None:
     """The model's own, where `forward` calls the very model; a wrapper may have its weights in pieces."""
     called = forward.module if isinstance(forward, FrameParallel) else forward
-    return model.prepare_text if isinstance(model, STDiT) and called in (None, model) else None
+    return getattr(model, "prepare_text", None) if called in (None, model) else None
 
 
 @contextmanager

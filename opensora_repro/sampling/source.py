@@ -14,20 +14,18 @@ from opensora_repro.frozen.text import (
     ClassLabels,
     ConditionEncoder,
     T5Text,
-    open_clip_text,
-    open_text_encoder,
+    open_conditions,
     take_null_caption,
 )
 from opensora_repro.frozen.vae import FrameVAE, open_vae
-from opensora_repro.models.config import DiTConfig, STDiTConfig
-from opensora_repro.models.dit import DiT
-from opensora_repro.models.stdit import STDiT
+from opensora_repro.models.config import ModelConfig
 from opensora_repro.parallel.device import total_memory
 from opensora_repro.planning.report import size
 from opensora_repro.planning.sampling import sampling_memory
 from opensora_repro.process import host_memory
 from opensora_repro.run_folder import CONFIG_FILE, STATE_FILE, list_checkpoints, list_steps
 from opensora_repro.sampling.generate import check_fit
+from opensora_repro.weights.families import Network, empty_model
 from opensora_repro.weights.files import WeightsFile, open_weights, recorded_sha256
 from opensora_repro.weights.load import LoadReport, load_model_weights
 from opensora_repro.weights.published import describe
@@ -39,7 +37,7 @@ class Source:
 
     path: Path
     weights: WeightsFile
-    model: STDiTConfig | DiTConfig
+    model: ModelConfig
     config: Config
 
 
@@ -80,28 +78,16 @@ def weights_sha256(source: Source) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def empty_model(source: Source) -> STDiT | DiT:
-    """The model without weights, on the meta device."""
-    with torch.device("meta"):
-        return STDiT(source.model) if isinstance(source.model, STDiTConfig) else DiT(source.model)
-
-
 def open_frozen(source: Source, device: torch.device) -> tuple[FrameVAE, ConditionEncoder]:
     """The autoencoder, and what makes a condition of prompts: T5, CLIP, or class numbers; their weights are not read.
 
     Raises ModelNotFound, and ConfigError where they or the samples' size do not fit the model.
     """
-    cfg, model = source.config, source.model
+    cfg = source.config
     dtype = frozen_dtype(cfg, device)
     vae = open_vae(cfg.vae, device, dtype)
-    conditions: ConditionEncoder
-    if isinstance(model, STDiTConfig):
-        conditions = open_text_encoder(cfg.text, model.model_max_length, device, dtype)
-    elif model.condition == "text":
-        conditions = open_clip_text(cfg.text, device, dtype)
-    else:
-        conditions = ClassLabels(model.num_classes)
-    check_fit(cfg, vae, conditions, model)
+    conditions = open_conditions(cfg.text, source.model, device, dtype)
+    check_fit(cfg, vae, conditions, source.model)
     return vae, conditions
 
 
@@ -125,7 +111,7 @@ def check_memory(
     need = sampling_memory(
         cfg,
         source.model,
-        sum(parameter.numel() for parameter in empty_model(source).parameters()),
+        sum(parameter.numel() for parameter in empty_model(source.model).parameters()),
         batch_size=batch_size,
         device_type=device.type,
         reads_t5=isinstance(conditions, T5Text),
@@ -148,18 +134,18 @@ def check_memory(
     return f"about {size(peak)} of {place}'s {size(total)}{warning} ({parts})"
 
 
-def load_models(source: Source, device: torch.device) -> tuple[STDiT | DiT, FrameVAE, ConditionEncoder, LoadReport]:
+def load_models(source: Source, device: torch.device) -> tuple[Network, FrameVAE, ConditionEncoder, LoadReport]:
     """The model in float32, and what `open_frozen` gives, all weights read.
 
     Raises WeightsError, ModelNotFound, ConfigError.
     """
     vae, conditions = open_frozen(source, device)
-    model = empty_model(source)
+    model = empty_model(source.model)
     report = load_model_weights(model, source.weights)
     model = model.eval().to(device)
     vae.frozen.get()
     if not isinstance(conditions, ClassLabels):
         conditions.frozen.get()
-    if isinstance(model, STDiT) and isinstance(conditions, T5Text) and report.lacks_null_caption:
+    if isinstance(conditions, T5Text) and report.lacks_null_caption:
         take_null_caption(model, conditions)
     return model, vae, conditions, report

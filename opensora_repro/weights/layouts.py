@@ -1,13 +1,15 @@
-"""The published layouts of weights: recognised by their keys, brought to ours, and what may differ, as explicit lists.
+"""The layouts of published weights: brought to ours, and what their shapes and position tables tell.
 
-Ours are the published state-dict keys of Open-Sora 1.0, position tables left out: they follow from the config.
+Which layouts there are stands in families.py. Ours are the published state-dict keys of Open-Sora 1.0, position tables
+left out: they follow from the config.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -15,84 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opensora_repro.weights.diffusers_layout import dit_from_diffusers, pixart_from_diffusers
 from opensora_repro.weights.files import WeightsError
 from opensora_repro.weights.unwrap import NULL_CAPTION, TABLES
 
 KERNEL = "x_embedder.proj.weight"
+SIZE_KEY = "csize_embedder.mlp.0.weight"  # of models that are told the picture's size
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Whose file it is, and the model that its tensors make.
-
-    `family` is one of pixart, pixart-ms, stdit, dit, latte and, where keys do not tell which, dit-or-latte. `marks` are
-    keys that all files of this layout have, and `absent` keys that none has.
-    """
+    """Whose file it is: `marks` are keys that all files of this layout have, and `absent` keys that none has."""
 
     title: str
-    family: str
     marks: tuple[str, ...]
     absent: tuple[str, ...] = ()
     kernel_axes: int | None = None  # of x_embedder.proj.weight; None: any
+    lacks: tuple[str, ...] = ()  # patterns of our keys for which it has no place
     to_ours: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
-
-
-_PIXART = ("t_block.1.weight", "blocks.0.cross_attn.q_linear.weight", "blocks.0.scale_shift_table")
-_DIT = ("blocks.0.adaLN_modulation.1.weight", "final_layer.adaLN_modulation.1.weight")
-_SIZE = "csize_embedder.mlp.0.weight"
-_TEMPORAL = "blocks.0.attn_temp.qkv.weight"
-
-# The first that fits is it.
-LAYOUTS = (
-    Layout("Open-Sora STDiT", "stdit", (*_PIXART, _TEMPORAL)),
-    Layout("PixArt-alpha 1024-MS", "pixart-ms", (*_PIXART, _SIZE), kernel_axes=4),
-    Layout("Open-Sora PixArt-MS", "pixart-ms", (*_PIXART, _SIZE)),
-    Layout("PixArt-alpha", "pixart", _PIXART, kernel_axes=4),
-    Layout("Open-Sora PixArt", "pixart", _PIXART),
-    Layout("Latte", "latte", (*_DIT, "temp_embed")),
-    Layout("DiT", "dit", _DIT, ("pos_embed_temporal",), kernel_axes=4),
-    Layout("Open-Sora DiT or Latte", "dit-or-latte", _DIT),
-    Layout(
-        "diffusers PixArt 1024-MS",
-        "pixart-ms",
-        ("adaln_single.linear.weight", "adaln_single.emb.resolution_embedder.linear_1.weight"),
-        to_ours=pixart_from_diffusers,
-    ),
-    Layout("diffusers PixArt", "pixart", ("adaln_single.linear.weight",), to_ours=pixart_from_diffusers),
-    Layout(
-        "diffusers DiT",
-        "dit",
-        ("proj_out_1.weight", "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"),
-        to_ours=dit_from_diffusers,
-    ),
-)
-
-# What a file of a family may lack in a model of another, as patterns of whole keys. A pair that is not here stops.
-TEMPORAL_KEYS = r"blocks\.\d+\.attn_temp\.(qkv|proj)\.(weight|bias)"
-MAY_LACK: dict[tuple[str, str], tuple[str, ...]] = {
-    ("pixart", "pixart"): (),
-    ("pixart", "stdit"): (TEMPORAL_KEYS,),
-    ("pixart-ms", "pixart-ms"): (),
-    ("stdit", "stdit"): (),
-    ("dit", "dit"): (),
-    ("latte", "latte"): (),
-    ("dit-or-latte", "dit"): (),
-    ("dit-or-latte", "latte"): (),
-}
-# diffusers' PixArt classes have no place for the null caption: pipelines encode the empty text instead.
-DIFFUSERS_PIXART_LACKS = (re.escape(NULL_CAPTION),)
-
-
-def recognise(tensors: Mapping[str, Tensor], where: str) -> Layout:
-    """The layout by its keys. Raises WeightsError that names some of the keys of unknown weights."""
-    kernel = tensors.get(KERNEL)
-    for layout in LAYOUTS:
-        marked = all(key in tensors for key in layout.marks) and not any(key in tensors for key in layout.absent)
-        if marked and layout.kernel_axes in (None, None if kernel is None else kernel.ndim):
-            return layout
-    some = ", ".join(list(tensors)[:3])
-    raise WeightsError(f"{where}: these are not PixArt, STDiT, DiT or Latte weights (its first keys: {some})")
 
 
 def to_ours(layout: Layout, tensors: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -112,14 +53,6 @@ def to_ours(layout: Layout, tensors: Mapping[str, Tensor], where: str) -> tuple[
     return weights, tables
 
 
-def may_lack(layout: Layout, target: str) -> tuple[str, ...] | None:
-    """Patterns of keys that these weights need not have for a model of family `target`; None: they do not fit it."""
-    allowed = MAY_LACK.get((layout.family, target))
-    if allowed is None or layout.to_ours is not pixart_from_diffusers:
-        return allowed
-    return (*allowed, *DIFFUSERS_PIXART_LACKS)
-
-
 def matching(keys: Iterable[str], patterns: Iterable[str]) -> list[str]:
     whole = [re.compile(pattern) for pattern in patterns]
     return [key for key in keys if any(pattern.fullmatch(key) for pattern in whole)]
@@ -130,32 +63,41 @@ HEADS_BY_WIDTH = {384: 6, 768: 12, 1024: 16, 1152: 16}
 
 
 def stdit_facts(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """STDiTConfig fields that the shapes of PixArt or STDiT weights (our keys) tell; empty where they are others."""
-    shapes = {key: tuple(value.shape) for key, value in weights.items()}
-    try:
+    """STDiTConfig fields that the shapes of PixArt or STDiT weights (our keys) tell.
+
+    Raises ValueError for weights that are not whole, as a part of a sentence.
+    """
+    with _not_whole():
+        shapes = {key: tuple(value.shape) for key, value in weights.items()}
         facts = _common_facts(shapes)
         facts["caption_channels"] = shapes["y_embedder.y_proj.fc1.weight"][1]
         facts["temporal_attention"] = any(".attn_temp." in key for key in shapes)
-        facts["size_conditioning"] = _SIZE in shapes
+        facts["size_conditioning"] = SIZE_KEY in shapes
         if NULL_CAPTION in shapes:
             facts["model_max_length"] = shapes[NULL_CAPTION][0]
-    except (KeyError, ValueError, IndexError):
-        return {}
     return facts
 
 
 def dit_facts(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """DiTConfig fields that the shapes of DiT or Latte weights (our keys) tell; empty where they are others."""
-    shapes = {key: tuple(value.shape) for key, value in weights.items()}
-    try:
+    """DiTConfig fields that the shapes of DiT or Latte weights (our keys) tell; raises ValueError as `stdit_facts`."""
+    with _not_whole():
+        shapes = {key: tuple(value.shape) for key, value in weights.items()}
         facts = _common_facts(shapes)
-        if "y_embedder.embedding_table.weight" in shapes:
-            facts |= {"condition": "label", "num_classes": shapes["y_embedder.embedding_table.weight"][0] - 1}
-        else:
+        if "y_embedder.y_proj.fc1.weight" in shapes:
             facts |= {"condition": "text", "caption_channels": shapes[NULL_CAPTION][1]}
-    except (KeyError, ValueError, IndexError):
-        return {}
+        else:
+            facts |= {"condition": "label", "num_classes": shapes["y_embedder.embedding_table.weight"][0] - 1}
     return facts
+
+
+@contextmanager
+def _not_whole() -> Iterator[None]:
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{error.args[0]} missing") from None
+    except (ValueError, IndexError):
+        raise ValueError("tensors of shapes that no such model has") from None
 
 
 def _common_facts(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

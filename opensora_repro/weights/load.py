@@ -1,6 +1,6 @@
-"""Load weights of the PixArt, STDiT, DiT and Latte family: ours, and every published layout.
+"""Load weights of every family of models: ours, and every published layout.
 
-What a file may lack or carry too much is an explicit list (layouts.py); anything else stops with one line, so that
+What a file may lack or carry too much is an explicit list (families.py); anything else stops with one line, so that
 nobody trains from noise by accident.
 """
 
@@ -19,10 +19,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from opensora_repro.models.config import DiTConfig, STDiTConfig
-from opensora_repro.models.dit import DiT
-from opensora_repro.models.stdit import STDiT
+from opensora_repro.models.config import ModelConfig
 from opensora_repro.run_folder import STATE_FILE
+from opensora_repro.weights.families import (
+    TEMPORAL_KEYS,
+    Network,
+    empty_model,
+    families_of,
+    family_of,
+    may_lack,
+    recognise,
+)
 from opensora_repro.weights.files import (
     WeightsError,
     WeightsFile,
@@ -35,16 +42,11 @@ from opensora_repro.weights.files import (
     use_large_pages,
 )
 from opensora_repro.weights.layouts import (
-    TEMPORAL_KEYS,
     Layout,
     Trained,
-    dit_facts,
     dtype_name,
     matching,
-    may_lack,
     num_elements,
-    recognise,
-    stdit_facts,
     to_ours,
     trained_at,
 )
@@ -109,7 +111,7 @@ class LoadReport:
 
 
 def load_model_weights(
-    model: STDiT | DiT, source: str | Path | Mapping[str, Any] | WeightsFile, *, ema: bool = True
+    model: Network, source: str | Path | Mapping[str, Any] | WeightsFile, *, ema: bool = True
 ) -> LoadReport:
     """Copy weights into `model`; PixArt weights in an STDiT insert the temporal attention at zero.
 
@@ -161,26 +163,16 @@ def zero_temporal_attention(model: nn.Module) -> None:
             nn.init.zeros_(parameter)
 
 
-def check_complete(file: WeightsFile, cfg: STDiTConfig | DiTConfig) -> list[str]:
+def check_complete(file: WeightsFile, cfg: ModelConfig) -> list[str]:
     """Raise WeightsError unless `file` has what loading it into the model `cfg` needs, in shape, and nothing else.
 
     Returns the keys that loading would insert.
     """
-    with torch.device("meta"):
-        model = STDiT(cfg) if isinstance(cfg, STDiTConfig) else DiT(cfg)
+    model = empty_model(cfg)
     where = str(file.path)
     layout = recognise(file.tensors, where)
     _check_heads(model, file, where)
     return _check_fit(model, layout, to_ours(layout, file.tensors, where)[0], where)
-
-
-def family_of(model: STDiT | DiT) -> str:
-    """The model's name in layouts.MAY_LACK."""
-    if isinstance(model, DiT):
-        return "latte" if model.cfg.factorised else "dit"
-    if model.cfg.temporal_attention:
-        return "stdit"
-    return "pixart-ms" if model.cfg.size_conditioning else "pixart"
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -198,7 +190,7 @@ def _not_finite(file: WeightsFile) -> WeightsError:
     )
 
 
-def _fill(model: STDiT | DiT, weights: Mapping[str, Tensor], inserted: list[str], *, from_map: bool) -> bool:
+def _fill(model: Network, weights: Mapping[str, Tensor], inserted: list[str], *, from_map: bool) -> bool:
     """Copy tensor by tensor, so that few of them are in memory twice, and give what the file lacks its first value.
 
     False where some are not finite; a model that has weights already keeps them then.
@@ -251,7 +243,7 @@ def _side_by_side(jobs: Sequence[Callable[[], bool]]) -> list[bool]:
         torch.set_num_threads(threads)
 
 
-def _check_heads(model: STDiT | DiT, file: WeightsFile, where: str) -> None:
+def _check_heads(model: Network, file: WeightsFile, where: str) -> None:
     """Shapes do not tell the number of heads; what comes with the file may."""
     heads = file.facts.get("num_heads", model.cfg.num_heads)
     if heads != model.cfg.num_heads:
@@ -261,13 +253,14 @@ def _check_heads(model: STDiT | DiT, file: WeightsFile, where: str) -> None:
         )
 
 
-def _check_fit(model: STDiT | DiT, layout: Layout, weights: Mapping[str, Tensor], where: str) -> list[str]:
+def _check_fit(model: Network, layout: Layout, weights: Mapping[str, Tensor], where: str) -> list[str]:
     """Return the keys that the file lacks and may lack; raise WeightsError at any other difference."""
     expected = {key: value.shape for key, value in model.state_dict().items()}
     missing = [key for key in expected if key not in weights]
     extra = [key for key in weights if key not in expected]
     other = [key for key in expected if key in weights and weights[key].shape != expected[key]]
-    patterns = may_lack(layout, family_of(model))
+    family = family_of(model.cfg)
+    patterns = may_lack(layout, family)
     if patterns is not None and not extra and not other:
         whole = set(matching(expected, (TEMPORAL_KEYS,)))  # all of it or none
         allowed = set(matching(missing, patterns))
@@ -276,7 +269,7 @@ def _check_fit(model: STDiT | DiT, layout: Layout, weights: Mapping[str, Tensor]
     share = 100 * (len(expected) - len(missing) - len(other)) / len(expected)
     parts = [f"{layout.title} weights, {share:.1f} % of the model's {len(expected)} tensors found"]
     if patterns is None:
-        parts.append(f"they are a {layout.family} model's, this is a {family_of(model)}")
+        parts.append(f"they are a {' or '.join(families_of(layout))} model's, this is a {family.name}")
     if other:
         parts.append(f"{len(other)} shapes differ ({_shapes(other[0], weights[other[0]].shape, expected[other[0]])})")
     if missing:
@@ -291,12 +284,15 @@ def _shapes(key: str, there: torch.Size, here: torch.Size) -> str:
     return f"first {key}: {list(there)} there, {list(here)} in the model{transposed}"
 
 
-def _advice(model: STDiT | DiT, layout: Layout, weights: Mapping[str, Tensor]) -> str:
+def _advice(model: Network, layout: Layout, weights: Mapping[str, Tensor]) -> str:
     """Name the config keys under which the weights would fit, or say that they are another model's."""
-    ours = family_of(model)
-    if (layout.family in ("dit", "latte", "dit-or-latte")) != isinstance(model, DiT):
-        return f"; {layout.title} weights fit no {'STDiT or PixArt' if isinstance(model, STDiT) else ours} model"
-    facts = dit_facts(weights) if isinstance(model, DiT) else stdit_facts(weights)
+    family = family_of(model.cfg)
+    if all(other.network is not family.network for other in families_of(layout).values()):
+        return f"; {layout.title} weights fit no {family.name} model"
+    try:
+        facts = family.facts(weights)
+    except ValueError:
+        return ""
     changes = [f"model.{key}={_value(value)}" for key, value in facts.items() if value != getattr(model.cfg, key)]
     return f"; the weights were made with {', '.join(changes)}" if changes else ""
 
@@ -310,9 +306,9 @@ def _value(value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def _positions(model: STDiT | DiT, trained: Trained) -> str:
+def _positions(model: Network, trained: Trained) -> str:
     """What a reader of the report must know of positions: they follow from the config, not from the file."""
-    if isinstance(model, DiT):
+    if not any(field.name == "space_scale" for field in dataclasses.fields(model.cfg)):
         return "positions follow from the size of the sample"
     here = f"positions are index / {model.cfg.space_scale:.4g}"
     if trained.space_scale is None:

@@ -8,46 +8,24 @@ from typing import Any
 
 from torch import Tensor
 
-from opensora_repro.config import Config, DataConfig, SampleConfig, TextConfig, load_recorded
-from opensora_repro.models.config import DiTConfig, STDiTConfig
+from opensora_repro.config import Config, DataConfig, TextConfig, load_recorded
+from opensora_repro.models.config import ModelConfig
 from opensora_repro.models.stdit import PIXELS_A_LATENT
+from opensora_repro.weights.families import Family, families_of, family_of, recognise
 from opensora_repro.weights.files import WeightsError, WeightsFile
-from opensora_repro.weights.layouts import (
-    HEADS_BY_WIDTH,
-    KERNEL,
-    Layout,
-    Trained,
-    dit_facts,
-    recognise,
-    stdit_facts,
-    to_ours,
-    trained_at,
-)
-from opensora_repro.weights.unwrap import NULL_CAPTION
+from opensora_repro.weights.layouts import HEADS_BY_WIDTH, Layout, Trained, to_ours, trained_at
 
-DEFAULT_SIZE, DEFAULT_FRAMES = 256, 16  # where a file has no position table to tell
-# Whose shapes tell the model; DiT's and Latte's classes besides
-TELLING = (KERNEL, "blocks.0.mlp.fc1.weight", "final_layer.linear.weight")
-TEXT, CLASSES = "y_embedder.y_proj.fc1.weight", "y_embedder.embedding_table.weight"
+DEFAULT_SIZE = 256  # where a file has no position table to tell
 CLIP = "openai/clip-vit-base-patch32"  # what Open-Sora's DiT and Latte read text with
-
-# Sampler, steps and guidance that each release uses.
-SAMPLING = {
-    "pixart": SampleConfig(sampler="dpm", steps=20, guidance=4.5),
-    "pixart-ms": SampleConfig(sampler="dpm", steps=20, guidance=4.5),
-    "stdit": SampleConfig(sampler="iddpm", steps=100, guidance=7.0),
-    "dit": SampleConfig(sampler="iddpm", steps=250, guidance=4.0),
-    "latte": SampleConfig(sampler="iddpm", steps=250, guidance=7.0),
-}
 
 
 @dataclass(frozen=True)
 class Published:
-    """`config` holds all but the model where that is a DiT or Latte: `model` is what to build."""
+    """`model` is what to build; `config` has it, too, where it is of the kind that is trained."""
 
     layout: Layout
-    family: str
-    model: STDiTConfig | DiTConfig
+    family: Family
+    model: ModelConfig
     trained: Trained
     config: Config
 
@@ -64,68 +42,48 @@ def describe(file: WeightsFile, *, num_heads: int | None = None, family: str | N
     trained = trained_at(tables)
     if file.config is not None:
         config = load_recorded(file.config)
-        return Published(layout, layout.family, config.model, trained, config)
-    family = _family(layout, file, tables, family)
-    model = (_dit if family in ("dit", "latte") else _stdit)(weights, file, trained, family, num_heads)
+        return Published(layout, family_of(config.model), config.model, trained, config)
+    kind = _family(layout, file, trained, family)
+    model = _model(kind, weights, file, trained, num_heads)
     height = (trained.rows * model.patch_size[1] if trained.rows else _sample_size(file)) * PIXELS_A_LATENT
-    default = DEFAULT_FRAMES if family in ("stdit", "latte") else 1
-    frames = (trained.frames or int(file.facts.get("sample_frames", default))) * model.patch_size[0]
+    frames = (trained.frames or int(file.facts.get("sample_frames", kind.frames))) * model.patch_size[0]
     config = Config(
-        model=model if isinstance(model, STDiTConfig) else STDiTConfig(),
         data=DataConfig(num_frames=frames, height=height, width=height),
-        sample=SAMPLING[family],
-        text=TextConfig(path=CLIP) if isinstance(model, DiTConfig) else TextConfig(),
+        sample=kind.sampling,
+        text=TextConfig(path=CLIP) if model.conditioning == "clip" else TextConfig(),
     )
-    return Published(layout, family, model, trained, config)
+    if isinstance(config.model, kind.config):
+        config = replace(config, **{"model": model})
+    return Published(layout, kind, model, trained, config)
 
 
-def _family(layout: Layout, file: WeightsFile, tables: Mapping[str, Tensor], wish: str | None) -> str:
+def _family(layout: Layout, file: WeightsFile, trained: Trained, asked: str | None) -> Family:
     """Open-Sora's DiT and Latte have the same keys; of one frame they would be DiT's."""
-    if layout.family != "dit-or-latte":
-        return layout.family
+    families = families_of(layout)
+    if len(families) == 1:
+        return next(iter(families.values()))
     if "factorised" in file.facts:
-        return "latte" if file.facts["factorised"] else "dit"
-    if wish is None and (trained_at(tables).frames or 2) > 1:
+        return families["latte" if file.facts["factorised"] else "dit"]
+    if asked is None and (trained.frames or 2) > 1:
         raise WeightsError(f"{file.path}: Open-Sora's DiT and Latte have the same keys: say which with --family")
-    return wish or "dit"
+    return families[asked or "dit"]
 
 
 def _sample_size(file: WeightsFile) -> int:
     return int(file.facts.get("sample_size", DEFAULT_SIZE // PIXELS_A_LATENT))
 
 
-def _stdit(
-    weights: Mapping[str, Tensor], file: WeightsFile, trained: Trained, family: str, num_heads: int | None
-) -> STDiTConfig:
-    facts = stdit_facts(weights)
-    if not facts:
-        raise _not_whole(file, weights, (*TELLING, TEXT))
+def _model(
+    family: Family, weights: Mapping[str, Tensor], file: WeightsFile, trained: Trained, num_heads: int | None
+) -> ModelConfig:
+    try:
+        facts = family.facts(weights)
+    except ValueError as error:
+        raise WeightsError(f"{file.path}: not whole weights: {error}") from None
     facts["num_heads"] = _heads(file, facts["hidden_size"], num_heads)
-    if trained.space_scale is not None:
-        facts["space_scale"] = trained.space_scale
-    if trained.time_scale is not None and family == "stdit":
-        facts["time_scale"] = trained.time_scale
-    if family == "pixart-ms" and trained.rows:
-        facts["base_size"] = trained.rows
-    return replace(STDiTConfig(), **{**facts, **_known(STDiTConfig, file.facts)})
-
-
-def _dit(
-    weights: Mapping[str, Tensor], file: WeightsFile, trained: Trained, family: str, num_heads: int | None
-) -> DiTConfig:
-    facts = dit_facts(weights)
-    if not facts:
-        raise _not_whole(file, weights, (*TELLING, NULL_CAPTION if TEXT in weights else CLASSES))
-    facts["num_heads"] = _heads(file, facts["hidden_size"], num_heads)
-    still = trained.frames is None or trained.frames == 1
-    facts |= {"factorised": family == "latte", "no_temporal_pos_emb": family == "latte" or still}
-    return replace(DiTConfig(), **{**facts, **_known(DiTConfig, file.facts)})
-
-
-def _not_whole(file: WeightsFile, weights: Mapping[str, Tensor], telling: tuple[str, ...]) -> WeightsError:
-    missing = [key for key in telling if key not in weights]
-    what = f"{', '.join(missing)} missing" if missing else "tensors of shapes that no such model has"
-    return WeightsError(f"{file.path}: not whole weights: {what}")
+    facts |= {key: value for key, value in family.from_tables(trained).items() if value is not None}
+    model: ModelConfig = replace(family.config(), **{**facts, **_known(family.config, file.facts)})
+    return model
 
 
 def _heads(file: WeightsFile, width: int, wish: int | None) -> int:

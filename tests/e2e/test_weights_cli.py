@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from opensora_repro.config import Config, DiffusionConfig, dump_toml
 from opensora_repro.models.config import DiTConfig, STDiTConfig
-from opensora_repro.sampling.source import empty_model, find_source
+from opensora_repro.sampling.source import find_source
 from opensora_repro.weights.catalog import load_catalog
+from opensora_repro.weights.families import empty_model
 from opensora_repro.weights.load import load_model_weights
 from stages.weights import main
 from tests.published_files import FRAMES, HEADS, PUBLISHED, ROWS, VIDEO, make_model, position_tables, publish
@@ -296,7 +297,7 @@ def told(path: Path, name: str) -> dict[str, Any]:
 
 def loaded(path: Path, name: str) -> Any:
     source = find_source(path, **told(path, name))
-    model = empty_model(source)
+    model = empty_model(source.model)
     load_model_weights(model, source.weights)
     return model.eval()
 

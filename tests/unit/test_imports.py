@@ -166,6 +166,16 @@ def test_the_walk_sees_a_forbidden_import(tmp_path: Path) -> None:
     assert not inside("opensora_repro.models_extra", "opensora_repro.models")
 
 
+def test_what_tells_models_apart_stands_in_the_table_of_families() -> None:
+    found = [
+        f"{path.relative_to(REPO)}:{node.lineno}"
+        for path in python_files("opensora_repro", "stages", "data_tools")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and re.match(r"(isinstance|type)\(.*\b\w*DiT\d?(Config)?\b", ast.unparse(node))
+    ]
+    assert not found
+
+
 def test_cuda_is_called_by_the_device_helpers_alone() -> None:
     found = {
         module_name(path)

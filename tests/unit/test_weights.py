@@ -17,12 +17,15 @@ from opensora_repro.models.config import DiTConfig, STDiTConfig
 from opensora_repro.models.dit import DiT
 from opensora_repro.models.layers import spatial_positions
 from opensora_repro.models.stdit import STDiT
+from opensora_repro.planning.flops import forward_products
+from opensora_repro.planning.sizes import Grid
 from opensora_repro.weights.diffusers_layout import (
     dit_diffusers_config,
     dit_to_diffusers,
     pixart_diffusers_config,
     pixart_to_diffusers,
 )
+from opensora_repro.weights.families import FAMILIES, empty_model, family_of
 from opensora_repro.weights.files import NULL_CAPTION_FILE
 from opensora_repro.weights.load import WeightsError, draw_xavier_uniform, find_weights, load_model_weights
 
@@ -81,6 +84,32 @@ def save_checkpoint(folder: Path, model: Model, ema: Model | None = None) -> Pat
     if ema is not None:
         save_file(ema.state_dict(), folder / "ema.safetensors")
     return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Families
+
+EXAMPLES: dict[str, Config] = {
+    "stdit": TINY,
+    "pixart": IMAGE,
+    "pixart-ms": MS,
+    "dit": LABELS,
+    "latte": replace(LABELS, factorised=True),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_familys_row_is_whole(family: Any) -> None:
+    """A model of it is built, planned, described by its own weights, and takes them."""
+    cfg = EXAMPLES[family.name]
+    assert family_of(cfg) is family
+    assert forward_products(cfg, Grid(frames=2, places=4)).forward_flops > 0
+    weights = make_model(cfg).state_dict()
+    model = empty_model(cfg)
+    assert type(model) is family.network and load_model_weights(model, weights).loaded == tuple(weights)
+    told = family.facts(weights)
+    assert told and {key: getattr(cfg, key) for key in told} == told
+    assert cfg.conditioning in ("t5", "clip", "class")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -407,7 +436,7 @@ def test_weights_of_another_model_are_refused_with_the_keys_to_change() -> None:
 
 
 def test_weights_of_another_family_are_refused() -> None:
-    check_error(make_model(LABELS).state_dict(), r"DiT or Latte weights, .*fit no STDiT or PixArt model")
+    check_error(make_model(LABELS).state_dict(), r"DiT or Latte weights, .*fit no stdit model")
     check_error(make_model().state_dict(), r"Open-Sora STDiT weights, .*fit no dit model", LABELS)
     latte = image_layout(make_model(replace(LABELS, factorised=True))) | {"temp_embed": torch.zeros(1, 4, 48)}
     check_error(latte, r"100\.0 % of the model's 31 tensors found; they are a latte model's, this is a dit", LABELS)

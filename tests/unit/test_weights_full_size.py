@@ -18,8 +18,8 @@ from benchmarks.load_weights import write_file
 from opensora_repro.models.dit import dit_xl_2, latte_xl_2
 from opensora_repro.models.stdit import pixart_ms_xl_2, pixart_xl_2, stdit_xl_2
 from opensora_repro.weights.export import Grid, position_tables
+from opensora_repro.weights.families import recognise
 from opensora_repro.weights.files import WeightsError, open_weights
-from opensora_repro.weights.layouts import recognise
 from opensora_repro.weights.load import LoadReport, check_complete, load_model_weights
 from opensora_repro.weights.published import describe
 
