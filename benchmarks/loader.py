@@ -136,7 +136,7 @@ def measure_waiting(folder: Path, clip: Path) -> list[dict[str, Any]]:
     from opensora_repro.data.manifest import write_manifest
     from opensora_repro.data.sampler import BatchSampler, SharedBatches
     from opensora_repro.models.config import STDiTConfig
-    from opensora_repro.training.feed import ClipFeed
+    from opensora_repro.training.batches import ClipFeed
 
     same = {"path": str(clip), "num_frames": FRAMES, "fps": float(FPS), "height": HEIGHT, "width": WIDTH}
     captions = [{"id": f"window {i}", "caption": f"a red circle number {i}", **same} for i in range(8)]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from opensora_repro.data.dataset import BadSample, Clip
     from opensora_repro.frozen.encoder import Encoded, Encoder
     from opensora_repro.models.config import STDiTConfig
-    from opensora_repro.training.feed import Feed, Sample
+    from opensora_repro.training.batches import Feed, Sample
 
 PUBLISHED_VAE: dict[str, Any] = {  # Stable Diffusion's
     "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4, "sample_size": 256,

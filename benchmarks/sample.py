@@ -64,8 +64,8 @@ def build(side: Side, sizes: Sizes) -> Callable[[int, int], Tensor]:
     import torch
 
     from opensora_repro.config import DiffusionConfig
-    from opensora_repro.diffusion.flow import count_frames, count_tokens
     from opensora_repro.diffusion.samplers import sample_latents
+    from opensora_repro.models.layers import count_frames, count_tokens
 
     model: Any = (build_ours if side.ours else build_plain)(sizes).model.eval()
     generator = torch.Generator().manual_seed(1)

@@ -38,7 +38,7 @@ class DataConfig:
     height: int = 256
     width: int = 256
     flip: bool = True  # mirror half of the samples whose caption names no side and no writing
-    num_workers: int = 2
+    num_workers: int = 2  # processes that prefetch
     draws: int = 0  # 0: new window, crop and flip every epoch; k: cycle through k fixed draws a sample
     cache: str = ""  # folder for encoded latents and text (needs draws > 0); empty: encode every step
     max_bad_fraction: float = 0.1  # stop when more of the samples seen than this cannot be read
@@ -71,30 +71,30 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
-    warmup_steps: int = 0
-    decay_steps: int = 0  # linear decay to zero over the last n steps
-    clip_norm: float = 1.0  # 0: the gradient norm is recorded, not clipped
+    warmup_steps: int = 0  # scheduler: linear warm-up over the first n steps
+    decay_steps: int = 0  # scheduler: linear decay to zero over the last n steps
+    clip_norm: float = 1.0  # gradient clipping to this norm; 0: the norm is recorded, not clipped
     in_backward: bool = False  # update each weight as soon as its gradient is complete, and free that
-    offload: bool = False  # on a GPU: keep Adam's moments and the weights' average in host memory, stream them
+    offload: bool = False  # on a GPU: keep Adam's moments and the average (EMA) in host memory, stream them
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     steps: int = 1000
     batch_size: int = 8  # samples a process reads at once
-    accumulation: int = 1  # micro-batches a step
+    accumulation: int = 1  # gradient accumulation: micro-batches a step
     dtype: str = "bf16"  # autocast dtype: "bf16" or "fp32"; weights and optimizer stay float32
     kernels: str = "auto"  # "eager" (torch's operations), "triton" (fused ones), "auto": triton on a GPU
     compile: str = "auto"  # torch.compile of the blocks: "on", "off", "auto": on a GPU, each layer whole on a process
-    activation_checkpointing: str = "full"  # "none", "full" (blocks run again) or "selective" (but for what is dear)
+    activation_checkpointing: str = "full"  # "none", "full" (blocks run again), "selective" (but for costly products)
     offload_activations: bool = False  # on a GPU: what checkpointing keeps of a block's input waits in host memory
-    overlap: bool = True  # on a GPU: encode the next micro-batch while the model trains; takes memory for both at once
+    overlap: bool = True  # on a GPU: prefetch, encoding the next micro-batch beside the training; takes memory for both
     max_bad_steps: int = 5  # stop after this many non-finite steps in a row
 
 
 @dataclass(frozen=True)
 class EmaConfig:
-    decay: float = 0.9999  # approached from below: min(decay, (1 + n) / (10 + n)) after n updates; 0: no averaging
+    decay: float = 0.9999  # of the exponential moving average: min(decay, (1 + n) / (10 + n)) after n updates; 0: none
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class SampleConfig:
     prompts: tuple[str, ...] = ()
     sampler: str = "iddpm"  # "iddpm", "ddim", "dpm" for IDDPM models; flow models always use "euler"
     steps: int = 100
-    guidance: float = 7.0
+    guidance: float = 7.0  # classifier-free guidance scale (cfg_scale); 1: none
     fps: int = 8
 
 

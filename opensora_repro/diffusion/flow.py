@@ -24,16 +24,6 @@ MAX_SHIFT = 6.0  # one draw in 27 is then below t = 0.5; a shift of 16 leaves on
 ModelFn = Callable[[Tensor, Tensor], Tensor]  # (x_t [B, C, T, H, W], timestep [B]) -> [B, C_out, T, H, W]
 
 
-def count_tokens(shape: Sequence[int], patch_size: Sequence[int]) -> int:
-    """Tokens of a latent [C, T, H, W] under patches (t, h, w); odd sizes are padded up."""
-    return math.prod(math.ceil(size / patch) for size, patch in zip(shape[1:], patch_size, strict=True))
-
-
-def count_frames(shape: Sequence[int], patch_size: Sequence[int]) -> int:
-    """Of these tokens, how many lie one after the other in time."""
-    return math.ceil(shape[1] / patch_size[0])
-
-
 def resolution_shift(num_tokens: int, frames: int = 1) -> float:
     """sqrt(m / n) of Esser et al. (section 5.3.2): more tokens need more noise to hide the same picture.
 

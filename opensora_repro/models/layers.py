@@ -7,6 +7,7 @@ Module and parameter names follow the published state dicts.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -227,6 +228,16 @@ def unpatchify(x: Tensor, patch_size: tuple[int, int, int], rows: int) -> Tensor
     """Patches [B, T', S, pT * pH * pW * C] with channels fastest -> [B, C, T, H, W]."""
     p, q, r = patch_size
     return rearrange(x, "b t (h w) (p q r c) -> b c (t p) (h q) (w r)", h=rows, p=p, q=q, r=r)
+
+
+def count_tokens(shape: Sequence[int], patch_size: Sequence[int]) -> int:
+    """Tokens of a latent [C, T, H, W] under patches (t, h, w); odd sizes are padded up."""
+    return math.prod(math.ceil(size / patch) for size, patch in zip(shape[1:], patch_size, strict=True))
+
+
+def count_frames(shape: Sequence[int], patch_size: Sequence[int]) -> int:
+    """Of these tokens, how many lie one after the other in time."""
+    return math.ceil(shape[1] / patch_size[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

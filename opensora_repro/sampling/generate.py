@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from opensora_repro.config import Config, ConfigError
 from opensora_repro.data.keyed import keyed_generator
-from opensora_repro.diffusion.flow import count_frames, count_tokens
 from opensora_repro.diffusion.samplers import PrepareText, Through, sample_latents
 from opensora_repro.errors import TrainingError
 from opensora_repro.frozen.text import ClassLabels, ConditionEncoder
 from opensora_repro.models.config import ModelConfig
+from opensora_repro.models.layers import count_frames, count_tokens
 from opensora_repro.parallel.sequence import FrameParallel
 from opensora_repro.sampling.graphs import StepGraphs, captures
 

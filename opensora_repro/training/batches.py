@@ -1,4 +1,4 @@
-"""From samples to micro-batches: encoded where they are not, collated, and prefetched while the model trains.
+"""From samples, decoded or cached, to micro-batches: encoded, collated, and prefetched while the model trains.
 
 Every random number comes from the sample's own keyed generators.
 """
@@ -8,24 +8,83 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from opensora_repro.config import Config
-from opensora_repro.data.dataset import BadSample
+from opensora_repro.data.cache import CacheRows, LatentCache
+from opensora_repro.data.dataset import BadSample, Clip, ClipDataset, LoaderDied, build_loader
 from opensora_repro.data.keyed import keyed_generator
-from opensora_repro.data.sampler import interleave
-from opensora_repro.diffusion.flow import count_frames, count_tokens
+from opensora_repro.data.sampler import SharedBatches, interleave
 from opensora_repro.diffusion.objective import Objective
 from opensora_repro.errors import TrainingError
 from opensora_repro.frozen.encoder import Encoded, Encoder
 from opensora_repro.frozen.vae import FrameVAE
 from opensora_repro.kernels.transfer import to_device
+from opensora_repro.models.layers import count_frames, count_tokens
 from opensora_repro.parallel.device import SideStream
 from opensora_repro.parallel.peers import Peers
-from opensora_repro.training.feed import Sample
+
+Sample: TypeAlias = "tuple[int, Clip | Encoded | BadSample]"  # with the epoch it is drawn in
+
+HELD_BYTES = 1 << 30  # cached samples kept in memory
+
+
+class Feed(Protocol):
+    def batches(self, first: int, count: int) -> Iterator[list[Sample]]:
+        """Micro-batches first .. first + count - 1 of this rank, in order. Raises TrainingError, OSError."""
+        ...
+
+
+class ClipFeed:
+    """Decodes in loader processes while the model computes."""
+
+    def __init__(self, dataset: ClipDataset, sampler: SharedBatches, num_workers: int, *, pinned: bool) -> None:
+        """`pinned`: the clips will be encoded on a GPU."""
+        self.dataset, self.sampler, self.num_workers, self.pinned = dataset, sampler, num_workers, pinned
+
+    def batches(self, first: int, count: int) -> Iterator[list[Sample]]:
+        loader = build_loader(self.dataset, self.sampler, first, count, self.num_workers, pinned=self.pinned)
+        try:
+            for number, clips in enumerate(loader, start=first):
+                epochs = [epoch for epoch, _ in self.sampler.batch(number)]
+                yield list(zip(epochs, clips, strict=True))
+        except LoaderDied as error:
+            raise TrainingError(str(error)) from error
+
+
+class CacheFeed:
+    """Reads what was encoded before; the first `HELD_BYTES` met stay in memory.
+
+    A sample that is not in the cache could not be read when it was filled.
+    """
+
+    def __init__(self, cache: LatentCache, sampler: SharedBatches, rows: CacheRows, draws: int) -> None:
+        self.cache, self.sampler, self.rows, self.draws = cache, sampler, rows, draws
+        self._absent = set(cache.missing(rows.keys(draws)))
+        self._held: dict[tuple[str, int], Encoded] = {}
+        self._held_bytes = 0
+
+    def batches(self, first: int, count: int) -> Iterator[list[Sample]]:
+        for number in range(first, first + count):
+            yield [(epoch, self._get(index, epoch % self.draws)) for epoch, index in self.sampler.batch(number)]
+
+    def _get(self, index: int, draw: int) -> Encoded | BadSample:
+        key = (self.rows.names[index], draw)
+        if key in self._held:
+            return self._held[key]
+        if key in self._absent:
+            reason = "could not be read when the cache was filled"
+            return BadSample(self.rows.ids[index], self.rows.paths[index], reason)
+        encoded = Encoded(self.rows.ids[index], **self.cache.get(key))
+        size = encoded.moments.nbytes + encoded.text.nbytes + encoded.mask.nbytes
+        if self._held_bytes + size <= HELD_BYTES:
+            self._held[key] = encoded
+            self._held_bytes += size
+        return encoded
 
 
 @dataclass(frozen=True)
@@ -137,7 +196,9 @@ class Collator:
             self.members.gather(None)
             return self._lost()
         bad = [sample for _, sample in samples if isinstance(sample, BadSample)]
-        encoded = self.encoder.encoded([sample for _, sample in samples], len(samples))
+        encoded = [sample for _, sample in samples if not isinstance(sample, Clip)]
+        if len(encoded) < len(samples):
+            encoded = list(self.encoder.encoded((sample for _, sample in samples), len(samples)))
         own = [(epoch, self._good(sample)) for (epoch, _), sample in zip(samples, encoded, strict=True)]
         parts = self.members.gather(own)
         if None in parts:

@@ -18,7 +18,6 @@ from opensora_repro.frozen.encoder import Encoder, open_encoder
 from opensora_repro.frozen.hashes import HashMemo, file_facts
 from opensora_repro.frozen.pretrained import FrozenModel, HashFile, ModelNotFound
 from opensora_repro.run_folder import CONFIG_FILE
-from opensora_repro.training.feed import ids_fingerprint
 from opensora_repro.training.fill import FROZEN_HASHES
 from opensora_repro.training.start import Start
 
@@ -54,6 +53,14 @@ def check_manifest(cfg: Config, start: Start, frame: pd.DataFrame, say: Say) -> 
                 "the run goes on with the new ones"
             )
     start.state.identity["data.manifest"] = columns
+
+
+def ids_fingerprint(ids: Sequence[str]) -> str:
+    """Digest of the ids in their order, on which the order of training depends."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name in ids:
+        digest.update(f"{len(name)}:{name}".encode())
+    return f"{len(ids)} samples, ids {digest.hexdigest()}"
 
 
 def _digest(values: Sequence[Any]) -> str:

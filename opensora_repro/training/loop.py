@@ -22,10 +22,9 @@ from opensora_repro.process import StopSignals
 from opensora_repro.run_folder import list_checkpoints
 from opensora_repro.sampling.generate import NotFinite
 from opensora_repro.sampling.grids import sample_prompts, write_samples
-from opensora_repro.training.batches import Batch, BatchBuilder, Collator, Prefetcher
+from opensora_repro.training.batches import Batch, BatchBuilder, Collator, Feed, Prefetcher
 from opensora_repro.training.checkpoint import TrainState, UnwritableCheckpoint
 from opensora_repro.training.ema import Ema
-from opensora_repro.training.feed import Feed
 from opensora_repro.training.metrics import Progress, RunLog
 from opensora_repro.training.quarantine import Quarantine
 from opensora_repro.training.save import CheckpointWriter

@@ -26,11 +26,11 @@ from opensora_repro.parallel.preflight import check_same, config_facts, weights_
 from opensora_repro.process import StopSignals
 from opensora_repro.run_folder import WEIGHTS_FILE, claimed_run_folder, clean_leftovers, list_checkpoints, write_config
 from opensora_repro.sampling.generate import check_fit
+from opensora_repro.training.batches import CacheFeed, ClipFeed, Feed
 from opensora_repro.training.checkpoint import load_checkpoint, read_state
 from opensora_repro.training.ema import Ema, horizon_warning
-from opensora_repro.training.feed import CacheFeed, ClipFeed, Feed, ids_fingerprint
 from opensora_repro.training.fill import CacheFill, cache_fingerprint, fill_cache
-from opensora_repro.training.identity import check_manifest
+from opensora_repro.training.identity import check_manifest, ids_fingerprint
 from opensora_repro.training.loop import Trainer
 from opensora_repro.training.metrics import RunLog
 from opensora_repro.training.model import apply_compile, build_model, compiles

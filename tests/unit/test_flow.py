@@ -16,13 +16,13 @@ from opensora_repro.diffusion.flow import (
     MAX_SHIFT,
     REFERENCE_TOKENS,
     RectifiedFlow,
-    count_tokens,
     resolution_shift,
     shift_time,
 )
 from opensora_repro.diffusion.gaussian import GaussianDiffusion
 from opensora_repro.diffusion.objective import build_objective
 from opensora_repro.diffusion.samplers import euler_sample
+from opensora_repro.models.layers import count_tokens
 
 
 def generators(count: int, first: int = 0) -> list[torch.Generator]:

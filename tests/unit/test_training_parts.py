@@ -26,7 +26,7 @@ from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.run_folder import JsonLines, claimed_run_folder
 from opensora_repro.training.checkpoint import TrainState
 from opensora_repro.training.ema import Ema
-from opensora_repro.training.feed import ids_fingerprint
+from opensora_repro.training.identity import ids_fingerprint
 from opensora_repro.training.quarantine import Quarantine
 from opensora_repro.training.start import changed_settings, find_start
 from opensora_repro.training.step import StepResult, StepTotals, decide, learning_rate
