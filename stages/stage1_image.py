@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from opensora_repro.config import Config, ConfigError
-from opensora_repro.training.cli import run_stage
 from opensora_repro.training.start import Stage
+from stages._training import run_stage
 
 
 def check(cfg: Config) -> None:

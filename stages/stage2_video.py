@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from opensora_repro.config import Config, ConfigError
-from opensora_repro.training.cli import run_stage
 from opensora_repro.training.start import Stage
+from stages._training import run_stage
 
 if TYPE_CHECKING:
     from opensora_repro.models.stdit import STDiT

@@ -13,7 +13,7 @@ from data_tools import pipeline
 from opensora_repro.config import load_config
 from opensora_repro.config.sections import PATH_KEYS
 from opensora_repro.data.pipeline.config import load_line
-from opensora_repro.training import cli
+from stages import _training as cli
 from stages import demo, plan, sample, stage2_video, weights
 
 # What options call the paths that they take

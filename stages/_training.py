@@ -1,4 +1,4 @@
-"""The command line that all stages share: `python -m stages.NAME CONFIG.toml [section.key=value ...] [--dry-run]`."""
+"""The command line that the training stages share: `python -m stages.NAME CONFIG.toml [section.key=value ...] [--dry-run]`."""
 
 from __future__ import annotations
 
