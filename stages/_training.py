@@ -1,4 +1,4 @@
-"""The command line that the training stages share: `python -m stages.NAME CONFIG.toml [section.key=value ...] [--dry-run]`."""
+"""The training stages' command line: `python -m stages.NAME CONFIG.toml [section.key=value ...] [--dry-run]`."""
 
 from __future__ import annotations
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import html
 import re
+import statistics
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ TOKENIZER = ("tokenizer.json", "spiece.model", "tokenizer_config.json", "special
 CLIP_KIND = "transformers CLIP text model with its tokenizer"
 CLIP_LENGTH, CLIP_CHANNELS = 77, 512  # where a config leaves them out, as transformers takes it
 MAX_CHARACTERS = 4096  # far beyond what the encoder reads; bounds the work that a hostile caption can cause
+UNKNOWN_WORDS, CUT_CAPTIONS = 0.01, 0.1  # shares from which on a warning is due
 CLEANING = 1  # part of the fingerprint: count up when `clean_caption` changes, so that no cache mixes old and new text
 
 _URL = re.compile(r"\b(?:https?://|www\.)\S+")
@@ -103,6 +105,33 @@ def read_cleaned(tokenizer: Any, captions: Sequence[str], max_length: int) -> li
         replace(reading, dropped=f"{reading.dropped}{caption[MAX_CHARACTERS:]}".strip())
         for reading, caption in zip(readings, captions, strict=True)
     ]
+
+
+def survey_captions(text: T5Text, looked: Sequence[str], total: int, prompts: Sequence[str]) -> Iterator[str]:
+    """Lines for people: how many captions the model reads to their end, and knows the words of; what prompts lose.
+
+    `looked`: a sample of the `total` captions. This is where training counts them.
+    """
+    tokenizer, limit = text.load_tokenizer(), text.max_length
+    readings = read_cleaned(tokenizer, looked, limit)
+    cut = sum(bool(reading.dropped) for reading in readings) / len(readings)
+    length = statistics.median(reading.tokens for reading in readings)
+    sampled = f" ({len(looked):,} of {total:,} looked at)" if len(looked) < total else ""
+    told = "none is longer than" if not cut else f"{_share(cut)} are cut, longer than"
+    warning = "warning: " if cut > CUT_CAPTIONS else ""
+    yield f"{warning}captions{sampled}: median length {length:g} tokens; {told} the {limit} that the model reads"
+    unknown = sum(reading.unknown for reading in readings) / max(1, sum(reading.words for reading in readings))
+    if unknown:
+        warning = "warning: " if unknown > UNKNOWN_WORDS else ""
+        yield f"{warning}captions{sampled}: {_share(unknown)} of the words are unknown to this tokenizer"
+    for prompt, reading in zip(prompts, read_cleaned(tokenizer, prompts, limit), strict=True):
+        if reading.dropped:
+            yield f"warning: of the sample prompt {prompt[:40]!r}... the model does not read {reading.dropped[:200]!r}"
+
+
+def _share(value: float) -> str:
+    """Of a part above 0, which is not told to be none."""
+    return f"{100 * value:.0f} %" if value > 0.01 else f"{100 * value:.2g} %"
 
 
 class T5Text:

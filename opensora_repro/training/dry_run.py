@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from opensora_repro.config import Config, ParallelConfig, dump_toml
+from opensora_repro.config import Config, dump_toml
 from opensora_repro.parallel.device import choose_device
 from opensora_repro.parallel.mesh import Mesh, launched_as
 from opensora_repro.planning.budget import step_flops
@@ -31,7 +31,9 @@ def dry_run(cfg: Config, stage: Stage, gpu: Gpu | None = None) -> Iterator[str]:
     With `gpu`, the plan is for a machine with such GPUs, and as many of them as one sample needs unless torchrun says
     more; what this machine is and lacks does not matter then.
     """
-    mesh = planned_mesh(cfg.parallel, elsewhere=gpu is not None)
+    tp_size, sp_size = cfg.parallel.tp_size, cfg.parallel.sp_size
+    rank, world_size, _ = launched_as(tp_size * sp_size if gpu is not None else 1)
+    mesh = Mesh(rank, world_size, tp_size, sp_size)
     check_processes(cfg.optim, mesh.world_size)
     yield from dump_toml(cfg).splitlines()
     yield ""
@@ -77,16 +79,6 @@ def _plan(
     warning = horizon_warning(cfg.ema.decay, cfg.train.steps)
     if warning:
         yield "warning", warning
-
-
-def planned_mesh(parallel: ParallelConfig, *, elsewhere: bool) -> Mesh:
-    """Of torchrun's processes; without torchrun, of this one, `elsewhere` of as many as one sample needs.
-
-    Raises EngineError.
-    """
-    tp_size, sp_size = parallel.tp_size, parallel.sp_size
-    rank, world_size, _ = launched_as(tp_size * sp_size if elsewhere else 1)
-    return Mesh(rank, world_size, tp_size, sp_size)
 
 
 def _start(cfg: Config, checkpoint: Path | None) -> str:

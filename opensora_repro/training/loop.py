@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,7 +83,8 @@ class Trainer:
         samples = self.feed.batches(first, (steps - state.step) * self.cfg.train.accumulation)
         collator = Collator(self.encoder, self.builder, self.engine.members)
         self._batches = Prefetcher(samples, collator, self.engine.device, overlap=self.cfg.train.overlap)
-        with Progress(title, done=state.step, total=steps, enabled=self.engine.is_main) as self.progress:
+        self.progress = Progress(title, done=state.step, total=steps, enabled=self.engine.is_main)
+        with contextlib.closing(self.progress):
             try:
                 self._train()
             except Exception as error:
@@ -134,10 +135,8 @@ class Trainer:
     def _nothing_trained(self) -> Exception:
         if self.state.samples_seen:
             return TrainingError(f"no step was trained: none was finite. {self._advice()}")
-        return DataError(f"no step was trained: not one of {self._samples()} could be read; {self.quarantine.latest()}")
-
-    def _samples(self) -> str:
-        return f"the {self.quarantine.num_seen} samples seen"
+        seen = f"the {self.quarantine.num_seen} samples seen"
+        return DataError(f"no step was trained: not one of {seen} could be read; {self.quarantine.latest()}")
 
     def _rescued(self, error: Exception) -> Exception:
         """What to raise for the error, with what was saved in its line."""
@@ -297,7 +296,8 @@ class Trainer:
         if self._empty_steps == MAX_EMPTY_STEPS:
             raise DataError(
                 f"{MAX_EMPTY_STEPS} steps in a row without a sample that could be read, up to step {self.state.step} "
-                f"({len(self.quarantine)} of {self._samples()} are bad); {self.quarantine.latest()}"
+                f"({len(self.quarantine)} of the {self.quarantine.num_seen} samples seen are bad); "
+                f"{self.quarantine.latest()}"
             )
 
     def _record_bad_samples(self, given: PendingStep) -> None:
@@ -376,14 +376,8 @@ class Trainer:
     def _validate(self) -> None:
         assert self.validator is not None
         losses = self.validator.losses(self.eval_runner)
-        line: dict[str, Any] = {
-            "step": self.state.step,
-            "loss": sum(losses) / len(losses),
-            "losses": losses,
-            "timesteps": self.validator.timesteps,
-            "samples": self.validator.num_samples,
-        }
-        self.log.validate(line)
+        found = {"losses": losses, "timesteps": self.validator.timesteps, "samples": self.validator.num_samples}
+        self.log.validate({"step": self.state.step, "loss": sum(losses) / len(losses), **found})
 
     def _sample(self) -> None:
         try:

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from opensora_repro.errors import TrainingError, cannot_write
@@ -149,10 +148,7 @@ class Progress:
         self._loss: float | None = None
         self._samples, self._seconds, self._waited = 0, 0.0, 0.0
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def close(self) -> None:
         self._bar.close()
 
     def step(self, line: Mapping[str, Any]) -> None:

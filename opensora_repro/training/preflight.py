@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ from opensora_repro.data.manifest import kind_by_name, read_manifest
 from opensora_repro.data.preflight import SAMPLED_ROWS, keyed_sample, require_usable, survey, table, warnings
 from opensora_repro.frozen.encoder import open_encoder
 from opensora_repro.frozen.pretrained import ModelNotFound
-from opensora_repro.frozen.text import T5Text, read_cleaned
+from opensora_repro.frozen.text import survey_captions
 from opensora_repro.kernels.choice import choose
 from opensora_repro.parallel.build import check_installed
 from opensora_repro.parallel.mesh import Mesh
@@ -31,9 +30,6 @@ from opensora_repro.weights.load import check_complete, inserts_temporal_attenti
 
 if TYPE_CHECKING:
     import pandas as pd
-
-UNKNOWN_WORDS = 0.01  # share from which on a warning is due
-CUT_CAPTIONS = 0.1
 
 
 def preflight(
@@ -88,7 +84,8 @@ def preflight(
             held_out = held_out.iloc[chosen_samples(held_out["id"].tolist(), cfg.validation.max_samples)]
             yield from clips(cfg, held_out, "held-out clips of", cfg.data.val_manifest, here=device is not None)
     if frame is not None and encoder is not None:
-        yield from captions(cfg, frame, encoder.text)
+        looked = keyed_sample(frame, SAMPLED_ROWS)["caption"].tolist()
+        yield from survey_captions(encoder.text, looked, len(frame), cfg.sample.prompts)
 
 
 def is_to_come(path: str) -> bool:
@@ -124,28 +121,3 @@ def clips(cfg: Config, frame: pd.DataFrame, title: str, manifest: str, *, here: 
     yield from table(found, title)
     for line in warnings(found):
         yield f"warning: {line}"
-
-
-def captions(cfg: Config, frame: pd.DataFrame, text: T5Text) -> Iterator[str]:
-    """How many captions the model reads to their end, and knows the words of. This is where training counts them."""
-    tokenizer, limit = text.load_tokenizer(), text.max_length
-    looked = keyed_sample(frame, SAMPLED_ROWS)
-    readings = read_cleaned(tokenizer, looked["caption"].tolist(), limit)
-    cut = sum(bool(reading.dropped) for reading in readings) / len(readings)
-    length = statistics.median(reading.tokens for reading in readings)
-    sampled = f" ({len(looked):,} of {len(frame):,} looked at)" if len(looked) < len(frame) else ""
-    told = "none is longer than" if not cut else f"{share(cut)} are cut, longer than"
-    warning = "warning: " if cut > CUT_CAPTIONS else ""
-    yield f"{warning}captions{sampled}: median length {length:g} tokens; {told} the {limit} that the model reads"
-    unknown = sum(reading.unknown for reading in readings) / max(1, sum(reading.words for reading in readings))
-    if unknown:
-        warning = "warning: " if unknown > UNKNOWN_WORDS else ""
-        yield f"{warning}captions{sampled}: {share(unknown)} of the words are unknown to this tokenizer"
-    for prompt, reading in zip(cfg.sample.prompts, read_cleaned(tokenizer, cfg.sample.prompts, limit), strict=True):
-        if reading.dropped:
-            yield f"warning: of the sample prompt {prompt[:40]!r}... the model does not read {reading.dropped[:200]!r}"
-
-
-def share(value: float) -> str:
-    """Of a part above 0, which is not told to be none."""
-    return f"{100 * value:.0f} %" if value > 0.01 else f"{100 * value:.2g} %"

@@ -20,10 +20,6 @@ if TYPE_CHECKING:
     from opensora_repro.weights.load import LoadReport
 
 
-def no_start_check(model: STDiT, cfg: Config, report: LoadReport | None, stride: int) -> Sequence[str]:
-    return ()
-
-
 @dataclass(frozen=True)
 class Stage:
     name: str  # the runner's module, "stage1_image"
@@ -31,7 +27,7 @@ class Stage:
     check: Callable[[Config], None]  # raises ConfigError
     # After the initial weights are loaded, at a run's first start alone; returns lines to print, raises on a fault.
     # Takes the model, the config, what was loaded (None: nothing) and the autoencoder's stride in pixels.
-    check_start: Callable[[STDiT, Config, LoadReport | None, int], Sequence[str]] = no_start_check
+    check_start: Callable[[STDiT, Config, LoadReport | None, int], Sequence[str]] = lambda *_: ()
     takes_image_models: bool = True  # whether `init.weights` may be an image model's
 
 
