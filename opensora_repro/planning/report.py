@@ -44,14 +44,14 @@ def _work(cfg: Config, budget: Budget) -> list[str]:
         f"{work.tokens_a_sample:,} tokens; {operations(work.forward_flops)} a forward pass",
         f"a step      {work.samples_a_step:,} samples, {work.tokens_a_step:,} tokens; "
         f"{operations(work.step_flops)} forward and backward",
-        f"            besides {besides(work.encoder_flops, work.recomputed_flops)}",
+        f"            besides {encoding_and_recomputation(work.encoder_flops, work.recomputed_flops)}",
         f"the run     {cfg.train.steps:,} steps, {work.run_tokens:,} tokens, {operations(work.run_flops)}"
         + (f", {number(work.epochs)} epochs" if work.epochs is not None else ""),
         "FLOPs count a multiplication and its addition as two; papers on DiT and PixArt count them as one",
     ]
 
 
-def besides(encoder_flops: float, recomputed_flops: float) -> str:
+def encoding_and_recomputation(encoder_flops: float, recomputed_flops: float) -> str:
     """What a step takes besides the model's forward and backward."""
     parts = {"in autoencoder and text encoder": encoder_flops, "for activations computed again": recomputed_flops}
     return ", ".join(f"{operations(flops)} {what}" for what, flops in parts.items() if flops) or "nothing"
@@ -80,7 +80,7 @@ def _memory(cfg: Config, budget: Budget) -> list[str]:
     others = ", ".join(f"{size(peak)} with {name!r}" for name, peak in fit.peaks.items() if name != kind)
     lines = [f"{name:<12}{size(value):>10}  {notes.get(name, '')}".rstrip() for name, value in rows.items()]
     lines.append(f"{'at most':<12}{size(memory.peak):>10}  at one time, activation checkpointing '{kind}'; {others}")
-    lines.append(verdict(memory, budget.gpu))
+    lines.append(fits_into(memory, budget.gpu))
     return lines
 
 
@@ -143,7 +143,7 @@ def _inference(cfg: Config, budget: Budget) -> list[str]:
     return lines
 
 
-def verdict(memory: Memory, gpu: Gpu) -> str:
+def fits_into(memory: Memory, gpu: Gpu) -> str:
     fits = "does NOT fit" if too_much(memory, gpu) else "fits"
     return (
         f"{fits} into the {size(gpu.usable_bytes)} usable of a {gpu.name} ({gpu.memory_gib:g} GB); unverified on a GPU"

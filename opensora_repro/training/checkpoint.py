@@ -137,13 +137,13 @@ def load_checkpoint(folder: Path, state: TrainState, engine: Engine, ema: Ema) -
 @contextlib.contextmanager
 def _opened(path: Path, engine: Engine) -> Iterator[Any]:
     """A file of the model's weights. Raises RuntimeError unless it has the model's names and shapes."""
-    wanted = {name: engine.whole_shape(name) for name in engine.masters}
-    wanted |= {name: value.shape for name, value in engine.fixed.items()}
+    expected = {name: engine.whole_shape(name) for name in engine.masters}
+    expected |= {name: value.shape for name, value in engine.fixed.items()}
     with safe_open(path, framework="pt") as file:
         found = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        for name in sorted(found.keys() | wanted.keys()):
-            if found.get(name) != wanted.get(name):
-                there, here = (list(shapes[name]) if name in shapes else "absent" for shapes in (found, wanted))
+        for name in sorted(found.keys() | expected.keys()):
+            if found.get(name) != expected.get(name):
+                there, here = (list(shapes[name]) if name in shapes else "absent" for shapes in (found, expected))
                 raise RuntimeError(f"{name} is {there} in {path.name}, {here} in the model")
         yield file
 

@@ -14,7 +14,7 @@ from opensora_repro.planning.fit import needed_memory
 from opensora_repro.planning.flops import forward_products
 from opensora_repro.planning.gpus import Gpu
 from opensora_repro.planning.parameters import count_parameters
-from opensora_repro.planning.report import besides, memory_parts, operations, size, verdict
+from opensora_repro.planning.report import encoding_and_recomputation, fits_into, memory_parts, operations, size
 from opensora_repro.planning.sizes import latent_shape, token_grid
 from opensora_repro.run_folder import list_checkpoints
 from opensora_repro.training.ema import horizon_warning
@@ -66,13 +66,13 @@ def _plan(
     batch = f"{cfg.train.batch_size} x {cfg.train.accumulation} micro-batches x {mesh.data_size} data ranks"
     flops, again, encoding = step_flops(cfg, forward_products(cfg.model, grid), frozen_sizes(cfg), samples)
     yield "step", f"{samples} samples ({batch}): {operations(flops)} in the transformer"
-    yield "besides", besides(encoding, again)
+    yield "besides", encoding_and_recomputation(encoding, again)
     if rows is not None:
         yield "data", f"{rows:,} rows; {cfg.train.steps} steps are {cfg.train.steps * samples / rows:.3g} epochs"
     if gpu is not None:
         memory = needed_memory(cfg, mesh, "cuda")
         yield "memory", f"about {size(memory.peak)} a process on a GPU: {memory_parts(memory)}"
-        yield "card", verdict(memory, gpu)
+        yield "card", fits_into(memory, gpu)
     yield "start", _start(cfg, start.checkpoint)
     found = list_checkpoints(Path(cfg.run.dir))
     yield "checkpoints", ", ".join(folder.name for folder in found) or "none yet"

@@ -67,7 +67,7 @@ class Trainer:
         self.train_runner = ModelRunner(self.engine.train_forward, dtype, device)
         self.eval_runner = ModelRunner(self.engine.eval_forward, dtype, device)
         self._saved_step = self.state.step
-        self._given: PendingStep | None = None
+        self._pending: PendingStep | None = None
         self._stopping = False
         self._empty_steps = 0  # in a row
         self._moving = False  # whether weights may be between two steps
@@ -198,11 +198,10 @@ class Trainer:
         """Give the device a global batch to train on; meanwhile see what has become of the step before."""
         started, waited = time.perf_counter(), self._batches.seconds_waited
         cfg, state = self.cfg, self.state
-        rate = learning_rate(cfg.optim, state.step, cfg.train.steps)
-        given = PendingStep(state.step + 1, rate, state.step * state.global_batch_size)
+        pending = PendingStep(state.step + 1, learning_rate(cfg.optim, state.step, cfg.train.steps))
         totals = StepTotals(torch.zeros((), dtype=torch.float64, device=self.engine.device))
         for number in range(cfg.train.accumulation):
-            self._micro_batch(given, totals, last=number == cfg.train.accumulation - 1)
+            self._micro_batch(pending, totals, last=number == cfg.train.accumulation - 1)
             self._batches.prefetch()
         decision = decide(
             self.engine,
@@ -211,28 +210,28 @@ class Trainer:
             global_batch_size=state.global_batch_size,
             clip_norm=cfg.optim.clip_norm,
         )
-        given.result = HostValues(decision.result)
+        pending.result = HostValues(decision.result)
         self._settle()  # the weights are still those that the step before has left
         if not cfg.optim.in_backward:
             self._moving = True
-            self.engine.step(given.lr, decision.factor, decision.skip)
+            self.engine.step(pending.lr, decision.factor, decision.skip)
         self._moving = False
         self.engine.zero_grad()
         state.step += 1
-        given.seconds = time.perf_counter() - started
-        given.seconds_waited = self._batches.seconds_waited - waited
-        self._given = given
+        pending.seconds = time.perf_counter() - started
+        pending.seconds_waited = self._batches.seconds_waited - waited
+        self._pending = pending
         if cfg.optim.in_backward:  # the next backward pass will move the weights that the average is due
             self._await_device()
 
-    def _micro_batch(self, given: PendingStep, totals: StepTotals, *, last: bool) -> None:
+    def _micro_batch(self, pending: PendingStep, totals: StepTotals, *, last: bool) -> None:
         """Forward and backward; gradients gather as if every sample of the step were good."""
-        self.engine.watchdog.progress(f"step {given.number}")
+        self.engine.watchdog.progress(f"step {pending.number}")
         ready = self._batches.take()
         batch = ready.batch
         if self.cfg.optim.in_backward and batch.ids:
             self._moving = True
-            self.engine.step_in_backward(given.lr, self.state.global_batch_size / len(batch.ids))
+            self.engine.step_in_backward(pending.lr, self.state.global_batch_size / len(batch.ids))
         with self.engine.accumulating(last=last):
             losses = self._losses(batch)
             share = batch.weight / (self.cfg.train.batch_size * self.cfg.train.accumulation)
@@ -242,51 +241,52 @@ class Trainer:
         totals.bad += ready.num_bad
         totals.lost |= ready.lost
         totals.tokens += batch.num_tokens
-        given.ids += batch.ids
-        given.bad_samples += ready.bad_samples
+        pending.ids += batch.ids
+        pending.bad_samples += ready.bad_samples
 
     # What becomes of a step
 
     def _await_device(self) -> None:
         """Settle the last step now; it takes as long as the host waits."""
-        if self._given is not None and self._given.result is not None:
+        if self._pending is not None and self._pending.result is not None:
             started = time.perf_counter()
-            self._given.result.read()
-            self._given.seconds += time.perf_counter() - started
+            self._pending.result.read()
+            self._pending.seconds += time.perf_counter() - started
         self._settle()
 
     def _settle(self) -> None:
         """Average, count and write down what the last step has come to. Raises as `run` does."""
-        given, self._given = self._given, None
-        if given is None or given.result is None:
+        pending, self._pending = self._pending, None
+        if pending is None or pending.result is None:
             return
-        found = StepResult.of(given.result.read())
+        found = StepResult.of(pending.result.read())
         self._stopping = found.stopping
         if found.lost:  # as if it had not begun
             self.state.step -= 1
             return
         count = self.state.global_batch_size
-        self.quarantine.saw(drawn(self.quarantine.num_samples, self.cfg.run.seed, given.position, count))
+        first = (pending.number - 1) * count  # of its samples, in the order that they are drawn in
+        self.quarantine.saw(drawn(self.quarantine.num_samples, self.cfg.run.seed, first, count))
         if found.bad:
-            self._record_bad_samples(given)
+            self._record_bad_samples(pending)
         if found.stepped:
             self.ema.update()
         self.state.samples_seen += found.samples
         self.state.bad_steps = 0 if found.finite else self.state.bad_steps + 1
         line = {
-            "step": given.number,
+            "step": pending.number,
             "loss": found.loss if found.samples else None,
             "grad_norm": found.grad_norm if found.samples else None,
-            "lr": given.lr,
-            "seconds": round(given.seconds, 6),
-            "data_seconds": round(given.seconds_waited, 6),
+            "lr": pending.lr,
+            "seconds": round(pending.seconds, 6),
+            "data_seconds": round(pending.seconds_waited, 6),
             "samples": found.samples,
             "tokens": found.tokens,
         }
         self.log.step(line)
         self.progress.step(line)
         if not found.finite:
-            self._record_bad_step(given, found)
+            self._record_bad_step(pending, found)
         self._check_samples(found)
 
     def _check_samples(self, found: StepResult) -> None:
@@ -300,14 +300,14 @@ class Trainer:
                 f"{self.quarantine.latest()}"
             )
 
-    def _record_bad_samples(self, given: PendingStep) -> None:
-        for sample in (sample for samples in self.engine.peers.gather(given.bad_samples) for sample in samples):
+    def _record_bad_samples(self, pending: PendingStep) -> None:
+        for sample in (sample for samples in self.engine.peers.gather(pending.bad_samples) for sample in samples):
             if self.quarantine.add(sample):
                 self.progress.say(f"sample {sample.id!r} set aside ({sample.path}): {sample.reason}")
 
-    def _record_bad_step(self, given: PendingStep, found: StepResult) -> None:
-        ids = list(dict.fromkeys(name for names in self.engine.peers.gather(given.ids) for name in names))
-        step, loss, norm, limit = given.number, found.loss, found.grad_norm, self.cfg.train.max_bad_steps
+    def _record_bad_step(self, pending: PendingStep, found: StepResult) -> None:
+        ids = list(dict.fromkeys(name for names in self.engine.peers.gather(pending.ids) for name in names))
+        step, loss, norm, limit = pending.number, found.loss, found.grad_norm, self.cfg.train.max_bad_steps
         self.log.bad_step({"step": step, "loss": loss, "grad_norm": norm, "sample_ids": ids})
         self.progress.say(f"step {step} skipped: loss {loss}, gradient norm {norm} (non-finite)")
         if self.state.bad_steps >= limit:

@@ -121,9 +121,9 @@ def _check_steps(cfg: Config, recorded: int, done: int) -> None:
         )
 
 
-def changed_settings(recorded: Config, wanted: Config) -> list[str]:
+def changed_settings(recorded: Config, current: Config) -> list[str]:
     """`section.key = OLD there, NEW here` for every setting that changes the run."""
-    old, new = config_dict(recorded), config_dict(wanted)
+    old, new = config_dict(recorded), config_dict(current)
     return [
         f"{section}.{key} = {_shown(old[section][key])} there, {_shown(new[section][key])} here"
         for section in new

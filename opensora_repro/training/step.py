@@ -54,7 +54,6 @@ class PendingStep:
 
     number: int
     lr: float
-    position: int  # of its first sample, in the sampler's order
     seconds: float = 0.0
     seconds_waited: float = 0.0  # for samples
     ids: list[str] = field(default_factory=list)
