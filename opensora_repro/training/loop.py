@@ -122,60 +122,7 @@ class Trainer:
         if state.step == steps and not self._trained:
             raise self._nothing_trained()
 
-    # How it ends early
-
-    def _own_error(self) -> TrainingError | None:
-        """Why this process cannot go on, though the others could: all stop together."""
-        return self._batches.error or self.log.error or self.quarantine.error
-
-    @property
-    def _trained(self) -> bool:
-        return self.ema.updates > 0
-
-    def _nothing_trained(self) -> Exception:
-        if self.state.samples_seen:
-            return TrainingError(f"no step was trained: none was finite. {self._advice()}")
-        seen = f"the {self.quarantine.num_seen} samples seen"
-        return DataError(f"no step was trained: not one of {seen} could be read; {self.quarantine.latest()}")
-
-    def _rescued(self, error: Exception) -> Exception:
-        """What to raise for the error, with what was saved in its line."""
-        if isinstance(error, BadWeights):
-            return error
-        if isinstance(error, UnwritableCheckpoint):
-            return UnwritableCheckpoint(f"{error}; {self._newest()}")
-        if isinstance(error, DataError | TrainingError):  # of all processes alike
-            return type(error)(f"{error}; {self._saved_now()}")
-        alone = self.engine.mesh.world_size == 1 and not self._moving
-        saved = self._saved_now() if alone else "nothing was saved since the last checkpoint"
-        if is_out_of_memory(error):
-            return TrainingError(f"{out_of_memory(error)}; {saved}")
-        if isinstance(error, OSError):
-            return TrainingError(f"{cannot_write(error)}; {saved}")
-        return error
-
-    def _saved_now(self) -> str:
-        """Save the trained steps, and say so."""
-        try:
-            self.engine.zero_grad()
-            self._save()
-            with self.engine.watchdog.paused():
-                self.writer.wait()
-        except Exception as error:
-            return f"step {self.state.step} could not be saved: {error}; {self._newest()}"
-        return self._newest()
-
-    def _newest(self) -> str:
-        newest = list_checkpoints(self.writer.run_dir)[-1:]
-        return f"saved: {newest[0]}" if newest else "no trained step was saved"
-
-    def _await_writer(self) -> None:
-        """What was begun is written to its end, whatever ends the run; its own error comes second."""
-        try:
-            with self.engine.watchdog.paused():
-                self.writer.wait()
-        except UnwritableCheckpoint as error:
-            self.progress.say(f"warning: {error}")
+    # One step
 
     def _settle_exchange(self) -> None:
         """DDP orders its gradients anew after a process's first backward, and sums in that order from then on.
@@ -191,8 +138,6 @@ class Trainer:
         """Of each sample, float32 [B]."""
         model_fn = self.train_runner.conditioned(batch.text, batch.mask, batch.drop_text)
         return self.objective.losses(model_fn, batch.latents, batch.noise, batch.timesteps)
-
-    # One step
 
     def _step(self) -> None:
         """Give the device a global batch to train on; meanwhile see what has become of the step before."""
@@ -316,20 +261,7 @@ class Trainer:
                 f"{self.log.bad_steps.path}. {self._advice()}"
             )
 
-    def _advice(self) -> str:
-        """What may help against steps that are not finite. Collective."""
-        optim = self.cfg.optim
-        if not self._weights_are_finite():
-            return (
-                "The weights themselves are no longer finite, and no later step can mend them: go back to earlier ones "
-                f"({self._newest()}), with a lower optim.lr in a new run.dir"
-            )
-        remedies = ["a lower optim.lr"]
-        if not optim.clip_norm and not optim.in_backward:
-            remedies.append("optim.clip_norm=1")
-        if self.cfg.train.dtype != "fp32":
-            remedies.append('train.dtype="fp32"')
-        return f"{' or '.join(remedies)} may help, in a new run.dir; or these samples are at fault"
+    # Between two steps
 
     def _weights_are_finite(self) -> bool:
         """Of all processes. Collective."""
@@ -392,3 +324,73 @@ class Trainer:
                 raise TrainingError(cannot_write(error)) from error
             self.log.image("samples", grid, self.state.step)
             self.progress.say(f"samples of step {self.state.step}: {folder / 'grid.png'}")
+
+    # How it ends early
+
+    def _own_error(self) -> TrainingError | None:
+        """Why this process cannot go on, though the others could: all stop together."""
+        return self._batches.error or self.log.error or self.quarantine.error
+
+    @property
+    def _trained(self) -> bool:
+        return self.ema.updates > 0
+
+    def _nothing_trained(self) -> Exception:
+        if self.state.samples_seen:
+            return TrainingError(f"no step was trained: none was finite. {self._advice()}")
+        seen = f"the {self.quarantine.num_seen} samples seen"
+        return DataError(f"no step was trained: not one of {seen} could be read; {self.quarantine.latest()}")
+
+    def _rescued(self, error: Exception) -> Exception:
+        """What to raise for the error, with what was saved in its line."""
+        if isinstance(error, BadWeights):
+            return error
+        if isinstance(error, UnwritableCheckpoint):
+            return UnwritableCheckpoint(f"{error}; {self._newest()}")
+        if isinstance(error, DataError | TrainingError):  # of all processes alike
+            return type(error)(f"{error}; {self._saved_now()}")
+        alone = self.engine.mesh.world_size == 1 and not self._moving
+        saved = self._saved_now() if alone else "nothing was saved since the last checkpoint"
+        if is_out_of_memory(error):
+            return TrainingError(f"{out_of_memory(error)}; {saved}")
+        if isinstance(error, OSError):
+            return TrainingError(f"{cannot_write(error)}; {saved}")
+        return error
+
+    def _saved_now(self) -> str:
+        """Save the trained steps, and say so."""
+        try:
+            self.engine.zero_grad()
+            self._save()
+            with self.engine.watchdog.paused():
+                self.writer.wait()
+        except Exception as error:
+            return f"step {self.state.step} could not be saved: {error}; {self._newest()}"
+        return self._newest()
+
+    def _newest(self) -> str:
+        newest = list_checkpoints(self.writer.run_dir)[-1:]
+        return f"saved: {newest[0]}" if newest else "no trained step was saved"
+
+    def _await_writer(self) -> None:
+        """What was begun is written to its end, whatever ends the run; its own error comes second."""
+        try:
+            with self.engine.watchdog.paused():
+                self.writer.wait()
+        except UnwritableCheckpoint as error:
+            self.progress.say(f"warning: {error}")
+
+    def _advice(self) -> str:
+        """What may help against steps that are not finite. Collective."""
+        optim = self.cfg.optim
+        if not self._weights_are_finite():
+            return (
+                "The weights themselves are no longer finite, and no later step can mend them: go back to earlier ones "
+                f"({self._newest()}), with a lower optim.lr in a new run.dir"
+            )
+        remedies = ["a lower optim.lr"]
+        if not optim.clip_norm and not optim.in_backward:
+            remedies.append("optim.clip_norm=1")
+        if self.cfg.train.dtype != "fp32":
+            remedies.append('train.dtype="fp32"')
+        return f"{' or '.join(remedies)} may help, in a new run.dir; or these samples are at fault"
