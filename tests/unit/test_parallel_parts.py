@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from opensora_repro.config import ParallelConfig
 from opensora_repro.data.sampler import BatchSampler, SharedBatches, interleave
@@ -131,6 +132,14 @@ def test_a_failed_background_save_is_raised_at_the_next_one(tmp_path: Path) -> N
     run.writer.save(TrainState(step=3), run.ema)
     run.writer.wait()
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000003"]
+
+
+def test_fsdp_says_which_torch_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsdp = ParallelConfig(plugin="fsdp")
+    assert build_engine(fsdp, "cpu").mesh == Mesh()  # one process has nobody to share with
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.5.1"))
+    with pytest.raises(EngineError, match=r"expected torch 2.6 or newer, found 2.5.1: update it, or set"):
+        build_engine(fsdp, "cpu")
 
 
 def test_without_colossalai_the_torch_engine_works_and_the_other_says_what_is_missing(
