@@ -70,8 +70,8 @@ class FsdpEngine(TorchEngine):
     # A step
 
     def accumulating(self, *, last: bool) -> AbstractContextManager[Any]:
-        self._hide()  # every micro-batch is averaged: nobody could keep whole gradients
-        return super().accumulating(last=last)
+        self._hide()
+        return super().accumulating(last=last)  # nothing: each micro-batch is averaged, as nobody keeps whole gradients
 
     def squared_gradients(self) -> Tensor:
         return super().squared_gradients() * self.mesh.world_size  # of rows that no other rank has
