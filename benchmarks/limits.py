@@ -3,10 +3,6 @@
 The limit is the fastest of many plain products: those of the model's own layers, forward and backward, and a large
 square one, each into memory that is there already. So whichever shape this machine likes best sets the measure. A
 share of the limit is model FLOPs over seconds over the limit; work that is no matrix product is time without FLOPs.
-
-Products are torch's, which are MKL's on a CPU. Where our models have theirs from oneDNN
-(opensora_repro/kernels/cpu_products.py) the limit is one that all sides have in common, not the highest one there is:
-`convolutions` tells that.
 """
 
 from __future__ import annotations
@@ -15,7 +11,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.harness import interleaved
@@ -61,33 +56,6 @@ def matmuls(shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype, device: 
             call = _product(a, b, torch.empty_like(into))
             found[f"{m}x{k}x{n}, {name}"] = _lasting(Work(2 * m * k * n, call), device)
     return found
-
-
-def convolutions(shapes: Sequence[tuple[int, int, int]]) -> dict[str, Work]:
-    """The layers' products on a CPU in float32 as oneDNN computes them, in the same three ways."""
-    import torch
-
-    from opensora_repro.kernels import cpu_products
-
-    found: dict[str, Work] = {}
-    for m, k, n in shapes:
-        x, weight = torch.randn(m, k), torch.randn(n, k)
-        wanted = {"input": x.clone().requires_grad_(), "weight": weight.clone().requires_grad_()}
-        sides: dict[str, Callable[[], object]] = {
-            "forward": partial(cpu_products.linear, x, weight, None),
-            "gradient of the input": _gradient(cpu_products.linear(wanted["input"], weight, None), wanted["input"]),
-            "gradient of the weight": _gradient(cpu_products.linear(x, wanted["weight"], None), wanted["weight"]),
-        }
-        for name, call in sides.items():
-            found[f"{m}x{k}x{n}, {name}"] = _lasting(Work(2 * m * k * n, call), torch.device("cpu"))
-    return found
-
-
-def _gradient(product: torch.Tensor, wanted: torch.Tensor) -> Callable[[], object]:
-    import torch
-
-    grad = torch.randn_like(product)
-    return lambda: torch.autograd.grad(product, wanted, grad, retain_graph=True)
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, into: torch.Tensor) -> Callable[[], object]:
@@ -144,17 +112,13 @@ def share_of_limit(flops: float, times: Sequence[float], limit: Mapping[str, Any
 
     `share_at_best` is of the fastest call against the fastest product's: what is left where others use the machine,
     too low rather than too high, since a short product finds a quiet moment sooner than a long step.
-    `share_of_convolutions` is of the limit of `convolutions`, where that was measured.
     """
     reached = gflops(flops, statistics.median(times))
-    shares = {
+    return {
         "gflops": round(reached, 1),
         "share_of_limit": round(reached / limit["gflops"], 3),
         "share_at_best": round(gflops(flops, min(times)) / limit["best_gflops"], 3),
     }
-    if "convolutions" in limit:
-        shares["share_of_convolutions"] = round(reached / limit["convolutions"]["gflops"], 3)
-    return shares
 
 
 def measure_matmul_limit(
@@ -168,17 +132,10 @@ def measure_matmul_limit(
 
 def counted_flops(work: Callable[[], object]) -> int:
     """FLOPs that torch counts while `work` runs, attention as two matrix products; nothing runs on tensors "meta"."""
-    import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+    from torch.utils.flop_counter import FlopCounterMode
 
-    def product_with_gelu(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
-        return int(conv_flop_count(x, weight, out_shape))
-
-    # An operation of torch's compiler that its counter does not know (opensora_repro/kernels/cpu_products.py)
-    unknown = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
-    mapping = {} if unknown is None else {unknown: product_with_gelu}
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         work()
     return int(counter.get_total_flops())
 

@@ -9,11 +9,9 @@ gradients before anything is timed. Each side is a process of its own, for how i
 keeps freed memory for the next tensors, as our commands do on a CPU (opensora_repro/process.py), the others
 do as torch does, and the plain one also runs with freed memory kept, which leaves what the models differ by. Forward
 pass and training step (noise prediction loss, backward, AdamW) are timed in turns, and between them the matrix products
-that set the limit (benchmarks/limits.py): torch's, and the same as convolutions, from which our layers have theirs on
-some processors (opensora_repro/kernels/cpu_products.py). A side's share of the limit is its own FLOPs, as torch counts
-them, over its median time over the limit; Latte has an MLP more a block than ours, so compare shares with it, not
-times. Where others use the machine, threads wait for each other and wall time says little: --one-thread counts the CPU
-seconds of one.
+that set the limit (benchmarks/limits.py). A side's share of the limit is its own FLOPs, as torch counts them, over its
+median time over the limit; Latte has an MLP more a block than ours, so compare shares with it, not times. Where others
+use the machine, threads wait for each other and wall time says little: --one-thread counts the CPU seconds of one.
 
 With --gpu: STDiT-XL/2 in bfloat16 at the published sizes, fused against eager kernels (benchmarks/gpu_step.py).
 """
@@ -28,7 +26,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness import Run, add_options, clock_of, in_turns, side_by_side, table, taking_turns, timed
-from benchmarks.limits import convolutions, layer_shapes, matmul_limit, matmuls, share_of_limit
+from benchmarks.limits import layer_shapes, matmul_limit, matmuls, share_of_limit
 from benchmarks.processes import Ask, Worker, in_processes, memory_columns, seconds_of
 from benchmarks.resources import peak_memory
 from benchmarks.sides import CALLS, SIDES, Sizes, inputs, model_flops
@@ -103,8 +101,7 @@ def measure(
     difference = check_equal(SIDES["ours"](sizes).model, SIDES["plain"](sizes).model, sizes)
     shapes = layer_shapes(sizes.config, sizes.tokens)
     works = matmuls(shapes, torch.float32, torch.device("cpu"))
-    others = {f"convolution {name}": work for name, work in convolutions(shapes).items()}
-    products = {name: timed(work.call, clock_of(one_thread)) for name, work in (works | others).items()}
+    products = {name: timed(work.call, clock_of(one_thread)) for name, work in works.items()}
     flops = {name: model_flops(PROCESSES[name].model, sizes) for name in names}
     workers = {name: Worker(answers, (PROCESSES[name].model, sizes), PROCESSES[name].keeps_memory) for name in names}
     rows, limits = [], {}
@@ -112,7 +109,7 @@ def measure(
         for what, share in (("forward", 0.3), ("training step", 0.7)):
             calls = {name: seconds_of(ask, what) for name, ask in asking.items()}
             times = taking_turns(in_turns(calls, products), rounds=100, seconds=share * seconds, warmup=1)
-            limits[what] = matmul_limit(works, times) | {"convolutions": matmul_limit(others, times)}
+            limits[what] = matmul_limit(works, times)
             for other in names[1:]:
                 row = {"what": what, "other_side": other, **side_by_side(times["ours"], times[other])}
                 for key, name in (("ours", "ours"), ("other", other)):
@@ -138,8 +135,7 @@ def report(result: dict[str, Any]) -> str:
             lines.append((row["what"], "ours", "", *_line(row["ours"], result["sides"]["ours"])))
         ratio = f"{row['ratio']:.2f}x"
         lines.append((row["what"], row["other_side"], ratio, *_line(row["other"], result["sides"][row["other_side"]])))
-    shares = ("of the limit", "at best", "of convolutions'")
-    columns = ("", "side", "ours is", "ms", "GFLOP/s", *shares, "freed memory", "peak MB")
+    columns = ("", "side", "ours is", "ms", "GFLOP/s", "of the limit", "at best", "freed memory", "peak MB")
     sizes = Sizes(**result["sizes"])
     rounds = " and ".join(str(limit["rounds"]) for limit in result["matmul_limit"].values())
     title = (
@@ -147,15 +143,14 @@ def report(result: dict[str, Any]) -> str:
         f"float32, {result['threads']} thread(s), {result['clock']} (medians of {rounds})"
     )
     limits = [
-        f"limit, {what}: {limit['gflops']} GFLOP/s ({limit['product']}), at best {limit['best_gflops']}; "
-        f"of convolutions {limit['convolutions']['gflops']}"
+        f"limit, {what}: {limit['gflops']} GFLOP/s ({limit['product']}), at best {limit['best_gflops']}"
         for what, limit in result["matmul_limit"].items()
     ]
     return "\n".join([table(title, columns, lines), *limits])
 
 
 def _line(timed: dict[str, Any], about: dict[str, Any]) -> tuple[object, ...]:
-    shares = (f"{100 * timed[share]:.0f} %" for share in ("share_of_limit", "share_at_best", "share_of_convolutions"))
+    shares = (f"{100 * timed[share]:.0f} %" for share in ("share_of_limit", "share_at_best"))
     return timed["median_ms"], timed["gflops"], *shares, *memory_columns(about)
 
 

@@ -1,6 +1,6 @@
 """The memory-bound operations between a block's matrix products: each its eager twin, or one fused kernel.
 
-On a CPU some have a third way, for many tokens (cpu.py, cpu_products.py).
+On a CPU some have a third way, for many tokens (cpu.py).
 
 What the arguments mean stands at the twins in eager.py. Under autocast a fused `norm_modulate` gives the autocast dtype
 at once, to which the linear layer that reads it would round its input; the eager one leaves that to the layer.
@@ -15,25 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opensora_repro.kernels import cpu, cpu_products, eager
+from opensora_repro.kernels import cpu, eager
 from opensora_repro.kernels.choice import fused, runs
 
 MAX_CHANNELS = 8192  # a row of tokens is held at once
 SHORT_FRAMES = 64  # a program of attention over time has all frames of a place
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear`; the product is a library's in any case."""
-    return cpu_products.linear(x, weight, bias) if cpu_products.convolves(x, weight) else F.linear(x, weight, bias)
-
-
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """GELU of `linear`."""
-    if fused(x):
-        return bias_gelu(F.linear(x, weight), bias)
-    if cpu_products.fuses_gelu() and cpu_products.convolves(x, weight):
-        return cpu_products.linear_gelu(x, weight, bias)
-    return bias_gelu(linear(x, weight, bias), None)
+    """GELU of `F.linear`; the product is a library's in any case."""
+    return bias_gelu(F.linear(x, weight), bias) if fused(x) else bias_gelu(F.linear(x, weight, bias), None)
 
 
 def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 from opensora_repro.kernels.transfer import to_device
-from opensora_repro.models.layers import Linear, is_plain
+from opensora_repro.models.layers import is_plain
 
 MAX_HEAD_SIZE = 128  # beyond, not every GPU has the kernel's backward pass
 
@@ -147,9 +147,9 @@ class CrossAttention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.q_linear = Linear(hidden_size, hidden_size)
+        self.q_linear = nn.Linear(hidden_size, hidden_size)
         self.kv_linear = nn.Linear(hidden_size, 2 * hidden_size)
-        self.proj = Linear(hidden_size, hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, text: BlockText, captions: Captions | None = None) -> Tensor:
         """`text`: what `captions` take of embedded captions [B, L, D], or `prepare`'s result; no captions: all."""

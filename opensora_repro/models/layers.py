@@ -140,20 +140,13 @@ class CaptionEmbedder(nn.Module):
         return self.y_proj(text)
 
 
-class Linear(nn.Linear):
-    """Multiplies as this machine does it fastest; for layers that see every token."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight, self.bias)
-
-
 class Mlp(nn.Module):
     """Two linear layers with a tanh-approximated GELU between: [..., D_in] -> [..., D_out]."""
 
     def __init__(self, in_features: int, hidden_features: int, out_features: int) -> None:
         super().__init__()
-        self.fc1 = Linear(in_features, hidden_features)
-        self.fc2 = Linear(hidden_features, out_features)
+        self.fc1 = nn.Linear(in_features, hidden_features)
+        self.fc2 = nn.Linear(hidden_features, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         if is_plain(self.fc1):
@@ -163,7 +156,7 @@ class Mlp(nn.Module):
 
 def is_plain(layer: nn.Linear) -> bool:
     """Whether the layer is no more than its weight and bias: parallelism may have replaced it or wrapped these."""
-    return type(layer) in (Linear, nn.Linear) and type(layer.bias) is nn.Parameter
+    return type(layer) is nn.Linear and type(layer.bias) is nn.Parameter
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,8 +172,8 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.over = over
-        self.qkv = Linear(hidden_size, 3 * hidden_size)
-        self.proj = Linear(hidden_size, hidden_size)
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         samples, over = len(x), self.over

@@ -19,8 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from opensora_repro.models.config import is_dear
 
 aten = torch.ops.aten
-# Where a product's left matrix stands, and which of its axes is summed; kernels/cpu_products.py makes it a convolution
-_PRODUCTS = {aten.mm.default: (0, -1), aten.addmm.default: (1, -1), aten.convolution.default: (0, 1)}
+_PRODUCTS = {aten.mm.default: 0, aten.addmm.default: 1}  # where a product's left matrix stands
 _ATTENTION = [  # what scaled_dot_product_attention becomes on one device or another
     getattr(aten, name).default
     for name in (
@@ -49,8 +48,7 @@ def run_block(keep: str, block: nn.Module, x: Tensor, *rest: Any) -> Tensor:
 
 def _policy(width: Any, _: Any, operation: Any, *args: Any, **__: Any) -> CheckpointPolicy:
     if operation in _PRODUCTS:
-        matrix, axis = _PRODUCTS[operation]
-        dear = is_dear(args[matrix].shape[axis], width)
+        dear = is_dear(args[_PRODUCTS[operation]].shape[-1], width)
     elif operation in _ATTENTION:  # queries and keys [N, H, L, d]: products with the keys, then with the values
         dear = is_dear(2 * args[1].shape[-2], width)
     else:

@@ -87,7 +87,6 @@ def test_a_training_step_of_every_side_is_measured(
                 "gflops",
                 "share_of_limit",
                 "share_at_best",
-                "share_of_convolutions",
             }
             assert side["rounds"] >= 3
             limit = result["matmul_limit"][row["what"]]["gflops"]
