@@ -101,7 +101,7 @@ bench-all: setup
 	$(PYTHON) -m benchmarks.suite --full
 
 gpu:
-	$(GPU_PYTHON) -m benchmarks.gpu_checks
+	$(GPU_PYTHON) -m tests.gpu.checks
 
 # One file for Python 3.10 to 3.13 and every platform. requirements/overrides.txt lifts ColossalAI's own upper bounds.
 lock: setup

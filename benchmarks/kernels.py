@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness import environment, save, side_by_side, table
-from benchmarks.kernel_cases import Case, Sizes, cases, using
+from tests.gpu.kernel_cases import Case, Sizes, cases, using
 
 if TYPE_CHECKING:
     import torch

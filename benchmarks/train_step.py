@@ -13,7 +13,7 @@ that set the limit (benchmarks/limits.py). A side's share of the limit is its ow
 median time over the limit; Latte has an MLP more a block than ours, so compare shares with it, not times. Where others
 use the machine, threads wait for each other and wall time says little: --one-thread counts the CPU seconds of one.
 
-With --gpu: STDiT-XL/2 in bfloat16 at the published sizes, fused against eager kernels (benchmarks/gpu_step.py).
+With --gpu: STDiT-XL/2 in bfloat16 at the published sizes, fused against eager kernels (tests/gpu/step.py).
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def main() -> int:
     add_options(parser, "train_step")
     args = parser.parse_args()
     if args.gpu:
-        from benchmarks.gpu_step import run
+        from tests.gpu.step import run
 
         return run(args.out)
     sizes = QUICK if args.quick else FULL

@@ -24,7 +24,7 @@ def check_cases(types: str) -> Errors:
     """Every kernel against its twin in float64: a row that is no power of two, one tile."""
     import torch
 
-    from benchmarks import kernel_cases
+    from tests.gpu import kernel_cases
 
     cpu = torch.device("cpu")
     found: Errors = {}
@@ -48,8 +48,8 @@ def check_short_attention() -> Errors:
     """Frames up to the most, and heads that are no multiple of a piece; more frames are not for the kernel."""
     import torch
 
-    from benchmarks import kernel_cases
     from opensora_repro.kernels import ops
+    from tests.gpu import kernel_cases
 
     cpu, found = torch.device("cpu"), {}
     with kernel_cases.using("triton", cpu):
@@ -70,9 +70,9 @@ def check_compiled() -> Errors:
     import torch
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    from benchmarks import kernel_cases
     from opensora_repro.models.layers import Attention
     from opensora_repro.models.recompute import run_block
+    from tests.gpu import kernel_cases
 
     backend = CompileCounterWithBackend("aot_eager")
     layer, call = Attention(16, 2, over="time"), torch.compile(run_block, backend=backend, dynamic=True)
@@ -97,9 +97,9 @@ def check_adamw() -> Errors:
     """Tensors of one piece and of several; an average without memory is the new weights to the bit."""
     import torch
 
-    from benchmarks import kernel_cases
     from opensora_repro.kernels import ops
     from opensora_repro.kernels.fused import adamw
+    from tests.gpu import kernel_cases
 
     adamw.STEPS, adamw.BLOCK = 2, 512
     cpu = torch.device("cpu")
@@ -120,10 +120,10 @@ def check_models(dtype: str) -> Errors:
     """
     import torch
 
-    from benchmarks import kernel_cases
     from opensora_repro.models.config import DiTConfig, STDiTConfig
     from opensora_repro.models.dit import DiT
     from opensora_repro.models.stdit import STDiT
+    from tests.gpu import kernel_cases
 
     cpu, generator = torch.device("cpu"), torch.Generator().manual_seed(0)
     latents, timestep = torch.randn(2, 4, 2, 4, 4, generator=generator), torch.tensor([7.0, 800.0])
@@ -168,9 +168,9 @@ def check_curve() -> Errors:
     """A training run, its clipping, optimizer and averaging included."""
     import torch
 
-    from benchmarks.kernel_curve import curve, largest_gap
     from opensora_repro.kernels.fused import adamw
     from opensora_repro.models.config import STDiTConfig
+    from tests.gpu.kernel_curve import curve, largest_gap
 
     adamw.STEPS = 1
     cfg = STDiTConfig(hidden_size=24, depth=2, num_heads=2, caption_channels=8, model_max_length=3)
@@ -185,9 +185,9 @@ def check_memory() -> Errors:
 
     import torch
 
-    from benchmarks import kernel_cases
     from opensora_repro.planning.memory import activation_bytes
     from opensora_repro.planning.sizes import token_grid
+    from tests.gpu import kernel_cases
     from tests.unit.test_plan_memory import TINY, Step, kept_bytes
 
     sizes, found = (2, 3, 8, 8), {}

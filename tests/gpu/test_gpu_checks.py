@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import gpu_checks
+from tests.gpu import checks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -16,9 +16,9 @@ def _true_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-@pytest.mark.parametrize("name", gpu_checks.CHECKS)
+@pytest.mark.parametrize("name", checks.CHECKS)
 def test_check(name: str) -> None:
-    result = gpu_checks.run_check(name, torch.device("cuda", 0))
+    result = checks.run_check(name, torch.device("cuda", 0))
     if result["status"] == "skipped":
         pytest.skip(result["reason"])
     assert result["status"] == "passed", result

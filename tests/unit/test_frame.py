@@ -85,7 +85,7 @@ def test_gpu_checks_say_when_there_is_no_gpu(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu_checks", "--out", str(out)],
+        [sys.executable, "-m", "tests.gpu.checks", "--out", str(out)],
         cwd=REPO,
         env=environment,
         capture_output=True,

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu_graphs import Rerun, recording
 from benchmarks.sides import random_weights
 from opensora_repro.config import DiffusionConfig
 from opensora_repro.diffusion.samplers import Through, sample_latents
@@ -18,6 +17,7 @@ from opensora_repro.models.dit import DiT
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.parallel.tensor import ColumnLinear
 from opensora_repro.sampling.graphs import MIN_STEPS, WARM_UP, StepGraphs, captures
+from tests.gpu.graphs import Rerun, recording
 
 CPU = torch.device("cpu")
 STDIT = STDiTConfig(hidden_size=32, depth=2, num_heads=2, caption_channels=8, model_max_length=6)

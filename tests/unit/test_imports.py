@@ -40,7 +40,7 @@ STANDS_ON = {  # of what stands outside the library
     "data_tools": tuple(
         f"{LIBRARY}.{room}" for room in ("errors", "files", "process", "config", "data", "weights", "frozen")
     ),
-    "benchmarks": (LIBRARY, "data_tools", "stages", "tests.golden"),
+    "benchmarks": (LIBRARY, "data_tools", "stages", "tests.golden", "tests.gpu"),
 }
 
 COMMANDS = [

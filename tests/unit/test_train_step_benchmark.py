@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_step, harness, limits, sides, suite, train_step
+from benchmarks import harness, limits, sides, suite, train_step
+from tests.gpu import step
 
 TINY = sides.Sizes(hidden_size=48, num_heads=4, depth=2, caption_channels=12, caption_tokens=6, batch=2, frames=3,
                    rows=8, columns=8)  # fmt: skip
@@ -111,7 +112,7 @@ def test_a_case_that_fails_on_a_gpu_costs_no_other() -> None:
             raise torch.OutOfMemoryError("no memory\nleft")
         return {"case": name}
 
-    rows, failed = gpu_step.each_case(measure, ("small", "large", "middle"))
+    rows, failed = step.each_case(measure, ("small", "large", "middle"))
     assert rows == [{"case": "small"}, {"case": "middle"}]
     assert failed == {"large": "OutOfMemoryError: no memory left"}
-    assert gpu_step.report("nothing", [], failed).splitlines()[-1].split() == ["large", "failed"]
+    assert step.report("nothing", [], failed).splitlines()[-1].split() == ["large", "failed"]

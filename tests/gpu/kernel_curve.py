@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from benchmarks.kernel_cases import using
+from tests.gpu.kernel_cases import using
 
 if TYPE_CHECKING:
     import torch

@@ -26,12 +26,12 @@ def peaks(
     device: torch.device, cfg: STDiTConfig, shape: tuple[int, int, int, int], *, steps: int = 3
 ) -> dict[str, Any]:
     """Of every kind: a step's time and peak memory, and the planner's over the measured one."""
-    from benchmarks import gpu_step
+    from tests.gpu import step
 
-    case = gpu_step.Case(cfg, shape, 1)
+    case = step.Case(cfg, shape, 1)
     found: dict[str, Any] = {}
     for name, options in KINDS.items():
-        row = gpu_step.measure(device, case, steps=steps, **options)[0]
+        row = step.measure(device, case, steps=steps, **options)[0]
         peak, planned = row["peak_memory_gib"], planned_bytes(cfg, shape, **options) / 2**30
         found[name] = {
             "step_ms": row["step_ms"],
@@ -93,12 +93,12 @@ def same_numbers(device: torch.device) -> dict[str, Any]:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from benchmarks.gpu_models import small_inputs, small_model
     from opensora_repro.config import OptimConfig
     from opensora_repro.parallel import offload
     from opensora_repro.parallel.engine import TorchEngine
     from opensora_repro.training.ema import Ema
     from opensora_repro.training.optim import build_optimizer
+    from tests.gpu.models import small_inputs, small_model
 
     plain = OptimConfig(lr=1e-3, weight_decay=0.1)
     kinds = {

@@ -21,8 +21,8 @@ TOLERANCE = 3e-2  # of bf16 losses
 def loop_without_waiting(device: torch.device) -> dict[str, Any]:
     """Training steps on cached samples, with fused and eager kernels, under CUDA's ban on waiting for the device."""
     from benchmarks import loop
-    from benchmarks.kernel_cases import using
     from opensora_repro.models.config import STDiTConfig
+    from tests.gpu.kernel_cases import using
 
     model = STDiTConfig(hidden_size=144, depth=2, num_heads=4, caption_channels=loop.DEMO_CAPTION, model_max_length=12)
     encoder = loop.demo_encoder(device, model.model_max_length)
@@ -51,8 +51,8 @@ def encoders_beside(
 ) -> dict[str, Any]:
     """STDiT-XL/2 on clips that an autoencoder of Stable Diffusion's size encodes, beside the step and in turn."""
     from benchmarks import loop
-    from benchmarks.kernel_cases import using
     from opensora_repro.models.config import STDiTConfig
+    from tests.gpu.kernel_cases import using
 
     model = model or STDiTConfig(caption_channels=loop.DEMO_CAPTION, space_scale=0.5)
     clips = [loop.made_up_clip(number, frames, size) for number in range(batch_size)]  # making them takes time

@@ -1,6 +1,6 @@
 """Every check that needs an NVIDIA GPU, in one call of a few minutes.
 
-    python -m benchmarks.gpu_checks [--out FILE]
+    python -m tests.gpu.checks [--out FILE]
 
 The model on the GPU against itself on the CPU and against reference outputs, samplers, frozen encoders, and training
 steps at full size with their time and memory. Prints a line a check and writes JSON; exits 1 if a check failed, and 0
@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.comparisons import Skip
-from benchmarks.gpu_attention import captions_end_to_end, sampling_full_size
-from benchmarks.gpu_graphs import full_size, same_samples, unrecordable
-from benchmarks.gpu_kernels import kernel_bandwidth, kernel_curves, kernel_parity, kernel_repeatability
-from benchmarks.gpu_loop import encoders_beside, loop_without_waiting
-from benchmarks.gpu_memory import memory_full_size, same_numbers
-from benchmarks.gpu_models import frozen_models, golden, golden_full_size, parity, samplers
 from benchmarks.harness import environment, save
+from tests.gpu.attention import captions_end_to_end, sampling_full_size
+from tests.gpu.graphs import full_size, same_samples, unrecordable
+from tests.gpu.kernels import kernel_bandwidth, kernel_curves, kernel_parity, kernel_repeatability
+from tests.gpu.loop import encoders_beside, loop_without_waiting
+from tests.gpu.memory import memory_full_size, same_numbers
+from tests.gpu.models import frozen_models, golden, golden_full_size, parity, samplers
 
 if TYPE_CHECKING:
     import torch
@@ -37,16 +37,16 @@ FROZEN_NEED = ("diffusers", "transformers", "sentencepiece", "ftfy")
 
 def training(device: torch.device, **options: Any) -> dict[str, Any]:
     """The published 16x256x256 step: STDiT-XL/2, 8 samples a GPU, activation checkpointing."""
-    from benchmarks import gpu_step
+    from tests.gpu import step
 
-    return gpu_step.measure(device, gpu_step.CASES["16x256"], **options)[0]
+    return step.measure(device, step.CASES["16x256"], **options)[0]
 
 
 def training_case(device: torch.device, name: str) -> dict[str, Any]:
     """A published size with fused and with eager kernels; utilisation, and speed beside the published."""
-    from benchmarks import gpu_step
+    from tests.gpu import step
 
-    row = gpu_step.measure_case(device, name)
+    row = step.measure_case(device, name)
     assert row["flops"]["counted"] == row["flops"]["formula"], row["flops"]
     products = row["matmul_limit"].pop("products")
     return {**row, "slowest product": min(products.values())}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from opensora_repro.models.stdit import STDiT
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 FP32_TOLERANCE = 5e-5  # largest difference over largest value; float32 sums in another order
 BF16_TOLERANCE = 3e-2  # root mean square of the difference over that of the values
 GOLDEN_SLACK = 5  # times a case's own tolerance, which was set for one order of sums

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def kernel_parity(device: torch.device) -> dict[str, Any]:
     """Every fused kernel and its gradients against float64, in all types, at small odd sizes and at XL/2's widths."""
-    from benchmarks import kernel_cases
+    from tests.gpu import kernel_cases
 
     sizes = (kernel_cases.Sizes(2, 3, 5, 20, 2, 36), kernel_cases.Sizes(3, 7, 60, 1152, 16, 4608))
     found: dict[str, Any] = {}
@@ -35,8 +35,8 @@ def kernel_repeatability(device: torch.device) -> dict[str, Any]:
     """Sums over tokens come out the same every time, bit for bit."""
     import torch
 
-    from benchmarks import kernel_cases
     from opensora_repro.kernels import ops
+    from tests.gpu import kernel_cases
 
     cases = kernel_cases.cases(kernel_cases.Sizes(4, 16, 256, 1152, 16, 4608), "bf16 autocast", device)
     with kernel_cases.using("triton", device):
@@ -61,8 +61,8 @@ def kernel_bandwidth(device: torch.device) -> dict[str, Any]:
 
 def kernel_curves(device: torch.device, dtype: str, steps: int = 200) -> dict[str, Any]:
     """Losses with fused and with eager kernels: float32 to 1e-4, bf16 within what rounding the first weights does."""
-    from benchmarks.kernel_curve import curve, largest_gap
     from opensora_repro.models.config import STDiTConfig
+    from tests.gpu.kernel_curve import curve, largest_gap
 
     cfg = STDiTConfig(hidden_size=96, depth=2, num_heads=4, caption_channels=32, model_max_length=12)
     run: dict[str, Any] = {"dtype": dtype, "steps": steps, "batch_size": 4, "size": (4, 8, 12), "lr": 1e-4}

@@ -84,7 +84,7 @@ def same_samples(device: torch.device) -> dict[str, Any]:
 def largest_difference(model: Any, device: torch.device, kernels: str, dtype: str, what: str) -> float:
     import torch
 
-    from benchmarks.kernel_cases import using
+    from tests.gpu.kernel_cases import using
 
     through, made = recording(device)
     worst = 0.0

@@ -182,8 +182,8 @@ def measure(
     """What a step takes, and the seconds of each. Raises AssertionError where the loss does not fall on one batch."""
     import torch
 
-    from benchmarks.kernel_cases import using
     from benchmarks.resources import energy
+    from tests.gpu.kernel_cases import using
 
     on_gpu, chosen = device.type == "cuda", Options(**options)
     with using(chosen.kernels, device):
