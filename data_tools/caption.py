@@ -25,14 +25,13 @@ truncated (was cut at --max-tokens), opener (begins "The video shows").
 
 from __future__ import annotations
 
-import argparse
 import base64
 import json
 import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from os.path import expanduser
 from pathlib import Path
@@ -41,7 +40,8 @@ from typing import TYPE_CHECKING, Any
 from opensora_repro.data.caption.text import REJECTED, Caption, ends_sentence, judged
 from opensora_repro.data.jobs.gpus import check_device, usual_device
 from opensora_repro.data.jobs.keys import digest, sampled_digest
-from opensora_repro.data.jobs.run import Runner, add_runner_options, runner_of
+from opensora_repro.data.jobs.run import Runner, RunnerArguments, runner_of
+from opensora_repro.data.options import argument, option, parse, parser_of
 from opensora_repro.data.outcome import REJECTS, reject, write_rows
 from opensora_repro.data.probe.rows import INPUT_HELP, manifest_of
 from opensora_repro.errors import DataError, run_command
@@ -69,65 +69,69 @@ REWRITE = (
     "the caption, contradict none, add no other people or events, and keep its language. Answer with the paragraph "
     "alone."
 )
+ASKED, WITH_MODEL, WITH_ENDPOINT = "what a model or an endpoint is asked", "with --model", "with --endpoint"
 SOURCES = ("sidecar", "model", "endpoint")
 ANSWERS = ("captions", "rewrites")  # folders of what an endpoint has answered
 Record = dict[str, Any]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Arguments(RunnerArguments):
+    """What the command line says."""
+
+    input: str = argument(INPUT_HELP, type=expanduser)
+    out: str = option("folder for manifest.parquet and rejects.parquet", "", type=expanduser, metavar="DIR")
+    template: str = option(
+        "write a list of the clips to fill in (.csv), nothing else", "", type=expanduser, metavar="FILE"
+    )
+    sidecar: str = option("list of captions, or folder with a text file a clip", "", type=expanduser, metavar="PATH")
+    model: str = option(
+        "vision-language model: folder, or name in the hub's cache", "", type=expanduser, metavar="MODEL"
+    )
+    endpoint: str = option("chat-completions API, such as http://localhost:8000/v1", "", metavar="URL")
+    endpoint_model: str = option("the endpoint's model", "", metavar="NAME")
+    rewrite: bool = option("make short captions detailed, with the endpoint", False)
+    keep_flagged: bool = option("keep empty and refusing captions, flagged", False)
+
+    instruction: str | None = option("what to write, in place of the built-in words", None, group=ASKED, metavar="TEXT")
+    frames: int | None = option("frames of a clip (by the model; endpoints 8)", None, group=ASKED, metavar="N")
+    max_tokens: int = option("longest answer (%(default)s)", 256, group=ASKED, metavar="N")
+
+    device: str = option(
+        "cuda: a GPU a worker; cuda:0, cpu: all share it (cuda where there is a GPU)", "", group=WITH_MODEL
+    )
+    dtype: str = option(
+        "(bfloat16 on a GPU, float32 on a CPU)", "", group=WITH_MODEL, choices=("float32", "bfloat16", "float16")
+    )
+    batch_size: int = option("clips a batch (%(default)s)", 8, group=WITH_MODEL, metavar="N")
+    model_workers: int = option("copies of the model (%(default)s)", 1, group=WITH_MODEL, metavar="N")
+
+    concurrency: int = option("questions at a time (%(default)s)", 8, group=WITH_ENDPOINT, metavar="N")
+    retries: int = option("tries after the first (%(default)s)", 6, group=WITH_ENDPOINT, metavar="N")
+    timeout: float = option("seconds for an answer (%(default)g)", 180.0, group=WITH_ENDPOINT, metavar="S")
+    send: str | None = option(
+        "pictures, or the clip's file (frames)", None, group=WITH_ENDPOINT, choices=("frames", "video")
+    )
+    temperature: float | None = option("of the answers (the server's own)", None, group=WITH_ENDPOINT, metavar="T")
+    seed: int | None = option("of the answers, where the server knows seeds", None, group=WITH_ENDPOINT, metavar="N")
+    extra_body: str | None = option(
+        "more fields of each question, such as '{\"top_k\": 20}'", None, group=WITH_ENDPOINT, metavar="JSON"
+    )
+    api_key_env: str = option("variable with the API's key", "OPENAI_API_KEY", group=WITH_ENDPOINT, metavar="NAME")
+    price_in: float = option("of a million tokens sent", 0.0, group=WITH_ENDPOINT, metavar="P")
+    price_out: float = option("of a million tokens written", 0.0, group=WITH_ENDPOINT, metavar="P")
+
+
+build_parser = partial(parser_of, Arguments, "data_tools.caption", __doc__)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
-    args = build_parser().parse_args(argv)
+    args = parse(Arguments, build_parser(), argv)
     return run_command(lambda: template(args) if args.template else caption(args))
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="data_tools.caption", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("input", type=expanduser, help=INPUT_HELP)
-    parser.add_argument("--out", type=expanduser, metavar="DIR", help="folder for manifest.parquet and rejects.parquet")
-    parser.add_argument(
-        "--template",
-        type=expanduser,
-        metavar="FILE",
-        help="write a list of the clips to fill in (.csv), nothing else",
-    )
-    parser.add_argument(
-        "--sidecar", type=expanduser, metavar="PATH", help="list of captions, or folder with a text file a clip"
-    )
-    parser.add_argument(
-        "--model", type=expanduser, metavar="MODEL", help="vision-language model: folder, or name in the hub's cache"
-    )
-    parser.add_argument("--endpoint", metavar="URL", help="chat-completions API, such as http://localhost:8000/v1")
-    parser.add_argument("--endpoint-model", metavar="NAME", help="the endpoint's model")
-    parser.add_argument("--rewrite", action="store_true", help="make short captions detailed, with the endpoint")
-    parser.add_argument("--keep-flagged", action="store_true", help="keep empty and refusing captions, flagged")
-    group = parser.add_argument_group("what a model or an endpoint is asked")
-    group.add_argument("--instruction", metavar="TEXT", help="what to write, in place of the built-in words")
-    group.add_argument("--frames", type=int, metavar="N", help="frames of a clip (by the model; endpoints 8)")
-    group.add_argument("--max-tokens", type=int, default=256, metavar="N", help="longest answer (%(default)s)")
-    group = parser.add_argument_group("with --model")
-    group.add_argument("--device", help="cuda: a GPU a worker; cuda:0, cpu: all share it (cuda where there is a GPU)")
-    dtypes = ("float32", "bfloat16", "float16")
-    group.add_argument("--dtype", choices=dtypes, help="(bfloat16 on a GPU, float32 on a CPU)")
-    group.add_argument("--batch-size", type=int, default=8, metavar="N", help="clips a batch (%(default)s)")
-    group.add_argument("--model-workers", type=int, default=1, metavar="N", help="copies of the model (%(default)s)")
-    group = parser.add_argument_group("with --endpoint")
-    group.add_argument("--concurrency", type=int, default=8, metavar="N", help="questions at a time (%(default)s)")
-    group.add_argument("--retries", type=int, default=6, metavar="N", help="tries after the first (%(default)s)")
-    group.add_argument("--timeout", type=float, default=180.0, metavar="S", help="seconds for an answer (%(default)g)")
-    group.add_argument("--send", choices=("frames", "video"), help="pictures, or the clip's file (frames)")
-    group.add_argument("--temperature", type=float, metavar="T", help="of the answers (the server's own)")
-    group.add_argument("--seed", type=int, metavar="N", help="of the answers, where the server knows seeds")
-    group.add_argument("--extra-body", metavar="JSON", help="more fields of each question, such as '{\"top_k\": 20}'")
-    group.add_argument("--api-key-env", default="OPENAI_API_KEY", metavar="NAME", help="variable with the API's key")
-    group.add_argument("--price-in", type=float, default=0.0, metavar="P", help="of a million tokens sent")
-    group.add_argument("--price-out", type=float, default=0.0, metavar="P", help="of a million tokens written")
-    add_runner_options(parser)
-    return parser
-
-
-def check(args: argparse.Namespace) -> None:
+def check(args: Arguments) -> None:
     """Raise DataError for options that do not go together."""
     sources = [name for name in SOURCES if getattr(args, name)]
     if not sources:
@@ -140,15 +144,15 @@ def check(args: argparse.Namespace) -> None:
         raise DataError(f"{' and '.join(f'--{name}' for name in sources)}: give one of them")
     if bool(args.endpoint) != bool(args.endpoint_model):
         raise DataError("--endpoint and --endpoint-model: give both, the address and the model's name there")
-    for option in ("frames", "max_tokens", "batch_size", "model_workers", "concurrency"):
-        if (value := getattr(args, option)) is not None and value < 1:
-            raise DataError(f"--{option.replace('_', '-')} {value}: expected at least 1")
-    for option in ("retries", "price_in", "price_out"):
-        if not 0 <= getattr(args, option) < math.inf:
-            raise DataError(f"--{option.replace('_', '-')} {getattr(args, option)}: expected 0 or more")
-    for option in ("send", "temperature", "seed", "extra_body"):
-        if getattr(args, option) is not None and not args.endpoint:
-            raise DataError(f"--{option.replace('_', '-')}: only with --endpoint")
+    for name in ("frames", "max_tokens", "batch_size", "model_workers", "concurrency"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise DataError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    for name in ("retries", "price_in", "price_out"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise DataError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 0 or more")
+    for name in ("send", "temperature", "seed", "extra_body"):
+        if getattr(args, name) is not None and not args.endpoint:
+            raise DataError(f"--{name.replace('_', '-')}: only with --endpoint")
     if args.temperature is not None and not 0 <= args.temperature < math.inf:
         raise DataError(f"--temperature {args.temperature}: expected 0 or more")
     if args.send == "video" and args.frames:
@@ -157,7 +161,7 @@ def check(args: argparse.Namespace) -> None:
         raise DataError(f"--timeout {args.timeout}: expected a number of seconds")
 
 
-def template(args: argparse.Namespace) -> int:
+def template(args: Arguments) -> int:
     """Write the list to fill in; returns the exit status."""
     from opensora_repro.data.caption.lists import write_template
     from opensora_repro.data.inputs import TABLE_SUFFIXES
@@ -176,7 +180,7 @@ def template(args: argparse.Namespace) -> int:
     return 0
 
 
-def caption(args: argparse.Namespace) -> int:
+def caption(args: Arguments) -> int:
     """Caption all clips, then write the manifest and the rejects; returns the exit status."""
     from opensora_repro.data.manifest import read_manifest, write_manifest
 
@@ -211,9 +215,7 @@ def caption(args: argparse.Namespace) -> int:
     return 0
 
 
-def first_captions(
-    args: argparse.Namespace, rows: Sequence[Record], endpoint: Endpoint | None, runner: Runner
-) -> list[Caption]:
+def first_captions(args: Arguments, rows: Sequence[Record], endpoint: Endpoint | None, runner: Runner) -> list[Caption]:
     """Return every clip's caption before any rewriting."""
     from opensora_repro.data.caption.join import captions_of
 
@@ -266,13 +268,14 @@ def shown_frames(row: Record, parts: int) -> Any:
 # ---- a model
 
 
-def from_model(rows: Sequence[Record], args: argparse.Namespace, folder: Path, runner: Runner) -> list[Caption]:
+def from_model(rows: Sequence[Record], args: Arguments, folder: Path, runner: Runner) -> list[Caption]:
     """Return every clip's caption as the model writes it."""
     from opensora_repro.data.jobs.batches import run_batches
 
     over_ray = runner.kind == "ray"
-    args.device = args.device or usual_device(over_ray=over_ray)
-    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    device = args.device or usual_device(over_ray=over_ray)
+    dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+    args = replace(args, device=device, dtype=dtype)
     how, options = model_options(args)
     gpu = check_device(args.device, args.model_workers, over_ray=over_ray)
     items: dict[str, Record] = {}
@@ -288,7 +291,7 @@ def from_model(rows: Sequence[Record], args: argparse.Namespace, folder: Path, r
     return [judge(found[key]) for key in keys]
 
 
-def model_options(args: argparse.Namespace) -> tuple[list[Any], Record]:
+def model_options(args: Arguments) -> tuple[list[Any], Record]:
     """Return what decides the captions, and what the workers need. ModelNotFound."""
     from opensora_repro.frozen.captioner import ONE_IMAGE, captioner_fingerprint, family_of
 
@@ -339,7 +342,7 @@ def describe(args: Record) -> Record:
 # ---- an endpoint
 
 
-def endpoint_of(args: argparse.Namespace) -> Endpoint:
+def endpoint_of(args: Arguments) -> Endpoint:
     from opensora_repro.data.caption.chat import Endpoint
 
     return Endpoint(
@@ -353,7 +356,7 @@ def endpoint_of(args: argparse.Namespace) -> Endpoint:
     )
 
 
-def fields_of(args: argparse.Namespace) -> Record:
+def fields_of(args: Arguments) -> Record:
     """Return what a question has beside the model, the messages and the limit. Raises DataError."""
 
     def no_number(name: str) -> None:
@@ -371,7 +374,7 @@ def fields_of(args: argparse.Namespace) -> Record:
     return fields | {name: value for name, value in given.items() if value is not None}
 
 
-def from_endpoint(rows: Sequence[Record], args: argparse.Namespace, endpoint: Endpoint) -> list[Caption]:
+def from_endpoint(rows: Sequence[Record], args: Arguments, endpoint: Endpoint) -> list[Caption]:
     """Return every clip's caption as the endpoint writes it."""
     whole = args.send == "video"
     usual = f"This is a video clip. {DESCRIBE}" if whole else INSTRUCTION
@@ -419,7 +422,7 @@ def whole_video(path: Path) -> Record:
     return {"type": "video_url", "video_url": {"url": f"data:video/{kind};base64,{data}"}}
 
 
-def rewritten(captions: Sequence[Caption], args: argparse.Namespace, endpoint: Endpoint) -> list[Caption]:
+def rewritten(captions: Sequence[Caption], args: Arguments, endpoint: Endpoint) -> list[Caption]:
     """Return the captions made detailed; what is no caption, and is not sent, as it is."""
     how: list[Any] = [REWRITE_METHOD, endpoint.model, REWRITE, args.max_tokens]
     how += [endpoint.fields] if endpoint.fields else []  # without any, the answers of earlier runs are still right
@@ -438,7 +441,7 @@ def about_text(text: str) -> list[Record]:
 
 def answers(
     wanted: Mapping[str, Callable[[], list[Record]]],
-    args: argparse.Namespace,
+    args: Arguments,
     endpoint: Endpoint,
     folder: str,
     label: str,

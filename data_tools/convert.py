@@ -21,17 +21,18 @@ read in batches, so memory does not grow with them; what is done is not done aga
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_repro.data.convert.source import refusal
 from opensora_repro.data.inputs import VIDEO_SUFFIXES, Item
-from opensora_repro.data.jobs.run import Runner, add_runner_options, run_jobs, runner_of
+from opensora_repro.data.jobs.run import Runner, RunnerArguments, run_jobs, runner_of
+from opensora_repro.data.options import argument, option, parse, parser_of
 from opensora_repro.data.outcome import in_batches, rejects_writer, rows_batch, schema_of
 from opensora_repro.data.probe.rows import job_of, probe_file
 from opensora_repro.data.progress import progress
@@ -67,35 +68,32 @@ class Options:
     runner: Runner
 
 
+@dataclass(frozen=True, kw_only=True)
+class Arguments(RunnerArguments):
+    """What the command line says."""
+
+    input: str = argument("a table, folder, archive or pattern (put -- before a leading dash)", type=expanduser)
+    out: str = option("folder for the result and rejects.parquet", type=expanduser, metavar="DIR")
+    kind: str | None = option("format of INPUT (default: as recognised)", None, flag="--from", choices=FROM)
+    to: str = option("format to write (manifest)", "manifest", choices=(*OUTPUTS, "webdataset"))
+    classes: Path | None = option("class folders: their classes, in order", None, type=user_path, metavar="FILE")
+    listed: Path | None = option("class folders: only these files", None, flag="--list", type=user_path, metavar="FILE")
+    no_probe: bool = option("leave sizes empty that INPUT does not tell", False)
+    shard_size: int = option("clips a tar archive (%(default)s)", 1000, metavar="N")
+    max_bytes: str | None = option("tar archives: largest file in one, such as 500M (4G)", None, metavar="N")
+    max_total: str | None = option("tar archives: all that is in one, unpacked (200G)", None, metavar="N")
+
+
+build_parser = partial(parser_of, Arguments, "data_tools.convert", __doc__)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
-    args = build_parser().parse_args(argv)
+    args = parse(Arguments, build_parser(), argv)
     return run_command(lambda: convert(options_of(args)))
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="data_tools.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "input", type=expanduser, help="a table, folder, archive or pattern (put -- before a leading dash)"
-    )
-    parser.add_argument(
-        "--out", type=expanduser, required=True, metavar="DIR", help="folder for the result and rejects.parquet"
-    )
-    parser.add_argument("--from", dest="kind", choices=FROM, help="format of INPUT (default: as recognised)")
-    parser.add_argument("--to", choices=(*OUTPUTS, "webdataset"), default="manifest", help="format to write (manifest)")
-    parser.add_argument("--classes", type=user_path, metavar="FILE", help="class folders: their classes, in order")
-    parser.add_argument("--list", dest="listed", type=user_path, metavar="FILE", help="class folders: only these files")
-    parser.add_argument("--no-probe", action="store_true", help="leave sizes empty that INPUT does not tell")
-    parser.add_argument("--shard-size", type=int, default=1000, metavar="N", help="clips a tar archive (%(default)s)")
-    parser.add_argument("--max-bytes", metavar="N", help="tar archives: largest file in one, such as 500M (4G)")
-    parser.add_argument("--max-total", metavar="N", help="tar archives: all that is in one, unpacked (200G)")
-    add_runner_options(parser)
-    return parser
-
-
-def options_of(args: argparse.Namespace) -> Options:
+def options_of(args: Arguments) -> Options:
     """Check the options and recognise the format. Raises DataError."""
     from opensora_repro.data.convert.recognise import recognise
 
@@ -103,9 +101,9 @@ def options_of(args: argparse.Namespace) -> Options:
     if args.shard_size < 1:
         raise DataError(f"--shard-size {args.shard_size}: expected at least 1")
     kind = args.kind or recognise(args.input, out)
-    for option, given in (("--classes", args.classes), ("--list", args.listed)):
+    for flag, given in (("--classes", args.classes), ("--list", args.listed)):
         if given and kind not in ("ucf101", "imagenet"):
-            raise DataError(f"{option}: only for class folders, INPUT is {kind}")
+            raise DataError(f"{flag}: only for class folders, INPUT is {kind}")
     limits = limits_of(args, kind)
     if kind in WITHOUT_FILES and args.to not in URL_OUTPUTS:
         raise DataError(f"--to {args.to}: {kind} names no files yet; leave --to out, and pass urls.parquet to download")
@@ -121,15 +119,15 @@ def options_of(args: argparse.Namespace) -> Options:
     )  # fmt: skip
 
 
-def limits_of(args: argparse.Namespace, kind: str) -> Limits:
+def limits_of(args: Arguments, kind: str) -> Limits:
     """Return how much an archive may hold. Raises DataError."""
     from data_tools.download import num_bytes
     from opensora_repro.data.convert.tar_reader import Limits
 
     usual = Limits()
-    for option, given in (("--max-bytes", args.max_bytes), ("--max-total", args.max_total)):
+    for flag, given in (("--max-bytes", args.max_bytes), ("--max-total", args.max_total)):
         if given and kind != "webdataset":
-            raise DataError(f"{option}: only for tar archives, INPUT is {kind}")
+            raise DataError(f"{flag}: only for tar archives, INPUT is {kind}")
     return Limits(
         num_bytes("--max-bytes", args.max_bytes) if args.max_bytes else usual.member,
         num_bytes("--max-total", args.max_total) if args.max_total else usual.archive,

@@ -18,7 +18,6 @@ without a file are in DIR/rejects.parquet with the reason. --yt-dlp fetches from
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import re
@@ -26,6 +25,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +35,7 @@ from opensora_repro.data.download.downloads import Download, Place, fetch_all
 from opensora_repro.data.download.fetch import Budget, Limits
 from opensora_repro.data.download.video_pages import find_yt_dlp
 from opensora_repro.data.manifest import is_missing
+from opensora_repro.data.options import argument, option, parse, parser_of
 from opensora_repro.data.outcome import Row, in_batches, reject, rejects_writer, rows_batch
 from opensora_repro.errors import DataError, run_command
 from opensora_repro.files import one_line, remove_leftovers, safe_name
@@ -53,33 +55,33 @@ MADE = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What the command line says."""
+
+    table: str = argument("CSV or Parquet with a column url", type=expanduser)
+    out: str = option("folder for files/ and manifest.parquet", type=expanduser, metavar="DIR")
+    max_bytes: str = option("largest file, such as 500M (%(default)s)", "4G", metavar="N")
+    max_total: str | None = option("all files together, such as 2T (default: no limit)", None, metavar="N")
+    workers: int = option("downloads at a time (%(default)s)", 8, metavar="N")
+    per_host: int = option("of them from one host (%(default)s)", 2, metavar="N")
+    retries: int = option("tries after the first (%(default)s)", 4, metavar="N")
+    timeout: float = option("seconds without a byte (%(default)s)", 30.0, metavar="S")
+    max_time: float = option("seconds for a file (%(default)g)", 7200.0, metavar="S")
+    allow_private: bool = option("fetch from this machine and private networks", False)
+    yt_dlp: bool = option("fetch pages of video sites with your yt-dlp", False)
+
+
+build_parser = partial(parser_of, Arguments, "data_tools.download", __doc__)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
-    args = build_parser().parse_args(argv)
+    args = parse(Arguments, build_parser(), argv)
     return run_command(lambda: download(args))
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="data_tools.download", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("table", type=expanduser, help="CSV or Parquet with a column url")
-    parser.add_argument(
-        "--out", type=expanduser, required=True, metavar="DIR", help="folder for files/ and manifest.parquet"
-    )
-    parser.add_argument("--max-bytes", default="4G", metavar="N", help="largest file, such as 500M (%(default)s)")
-    parser.add_argument("--max-total", metavar="N", help="all files together, such as 2T (default: no limit)")
-    parser.add_argument("--workers", type=int, default=8, metavar="N", help="downloads at a time (%(default)s)")
-    parser.add_argument("--per-host", type=int, default=2, metavar="N", help="of them from one host (%(default)s)")
-    parser.add_argument("--retries", type=int, default=4, metavar="N", help="tries after the first (%(default)s)")
-    parser.add_argument("--timeout", type=float, default=30.0, metavar="S", help="seconds without a byte (%(default)s)")
-    parser.add_argument("--max-time", type=float, default=7200.0, metavar="S", help="seconds for a file (%(default)g)")
-    parser.add_argument("--allow-private", action="store_true", help="fetch from this machine and private networks")
-    parser.add_argument("--yt-dlp", action="store_true", help="fetch pages of video sites with your yt-dlp")
-    return parser
-
-
-def place_of(args: argparse.Namespace) -> Place:
+def place_of(args: Arguments) -> Place:
     """Check the options. Raises DataError."""
     for name, least in (("workers", 1), ("per_host", 1), ("retries", 0)):
         if getattr(args, name) < least:
@@ -102,7 +104,7 @@ def num_bytes(option: str, text: str) -> int:
     return size
 
 
-def download(args: argparse.Namespace) -> int:
+def download(args: Arguments) -> int:
     """Download what is not there yet, then write the tables; returns the exit status."""
     from opensora_repro.data.tables import open_table
 

@@ -25,11 +25,13 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_repro.data.jobs.run import Runner
+from opensora_repro.data.options import argument, option, parse, parser_of
 from opensora_repro.data.probe.rows import INPUT_HELP, manifest_of
 from opensora_repro.errors import DataError, run_command
 
@@ -68,48 +70,42 @@ class Rule:
         return {name: value for name, value in shown.items() if value is not None} | counts
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the tool; returns the exit status."""
-    args = build_parser().parse_args(argv)
-    return run_command(lambda: filter_rows(args.input, Path(args.out), args.rules, thumbnails=args.thumbnails))
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What the command line says."""
 
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="data_tools.filter", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("input", type=expanduser, help=INPUT_HELP)
-    parser.add_argument(
-        "--out", type=expanduser, required=True, metavar="DIR", help="folder for manifest.parquet and what was dropped"
-    )
-    parser.add_argument(
-        "--keep",
+    input: str = argument(INPUT_HELP, type=expanduser)
+    out: str = option("folder for manifest.parquet and what was dropped", type=expanduser, metavar="DIR")
+    keep: str = option(
+        'keep rows for which this holds, such as "motion > 0.5 and duration >= 2"; may be given again',
+        argparse.SUPPRESS,
         dest="rules",
         action="append",
-        default=[],
         type=lambda text: ("keep", text),
         metavar="RULE",
-        help='keep rows for which this holds, such as "motion > 0.5 and duration >= 2"; may be given again',
     )
-    parser.add_argument(
-        "--percentile",
+    percentile: str = option(
+        'keep rows on one side of a percentile, such as "sharpness >= 10%%"; may be given again',
+        argparse.SUPPRESS,
         dest="rules",
         action="append",
         type=lambda text: ("percentile", text),
         metavar="RULE",
-        help='keep rows on one side of a percentile, such as "sharpness >= 10%%"; may be given again',
     )
-    parser.add_argument(
-        "--thumbnails",
-        type=int,
-        default=6,
-        metavar="N",
-        help="clips to show on each side of a numeric threshold; 0: none (%(default)s)",
-    )
-    return parser
+    rules: list[tuple[str, str]] = field(default_factory=list)  # of both kinds, in the order given
+    thumbnails: int = option("clips to show on each side of a numeric threshold; 0: none (%(default)s)", 6, metavar="N")
 
 
-def check(args: argparse.Namespace) -> None:
+build_parser = partial(parser_of, Arguments, "data_tools.filter", __doc__)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the tool; returns the exit status."""
+    args = parse(Arguments, build_parser(), argv)
+    return run_command(lambda: filter_rows(args.input, Path(args.out), args.rules, thumbnails=args.thumbnails))
+
+
+def check(args: Arguments) -> None:
     """Raise DataError for options that cannot work, before any input is looked at."""
     check_options(args.rules, args.thumbnails)
 

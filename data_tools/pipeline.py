@@ -13,14 +13,14 @@ input files, a section whose options or files changed, and what follows from it.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib
 import io
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from os.path import expanduser
 from pathlib import Path
@@ -28,6 +28,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from data_tools import report
+from opensora_repro.data.options import argument, option, parse, parser_of
 from opensora_repro.data.pipeline.config import Line, Step, load_line
 from opensora_repro.errors import INTERRUPTED, DataError, run_command
 from opensora_repro.files import one_line, remove_leftovers
@@ -39,30 +40,32 @@ URLS_FILE = "urls.parquet"  # what convert makes of tables of addresses, for dow
 TOOLS = ("convert", "download", "probe", "split", "score", "filter", "caption")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What the command line says."""
+
+    config: str = argument("", type=expanduser, metavar="CONFIG.toml")
+    overrides: list[str] = argument("changes to the config", nargs="*", metavar="section.key=value")
+    out: str | None = option(
+        "folder for everything that is made, instead of the config's", None, type=expanduser, metavar="DIR"
+    )
+    dry_run: bool = option("check the config, print the commands, then stop", False)
+
+
+build_parser = partial(parser_of, Arguments, "data_tools.pipeline", __doc__)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status: of the first tool that failed, if one did."""
-    args = build_parser().parse_intermixed_args(argv)
+    args = Arguments(**vars(build_parser().parse_intermixed_args(argv)))
     return run_command(lambda: pipeline(args))
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="data_tools.pipeline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("config", type=expanduser, metavar="CONFIG.toml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the config")
-    parser.add_argument(
-        "--out", type=expanduser, metavar="DIR", help="folder for everything that is made, instead of the config's"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="check the config, print the commands, then stop")
-    return parser
-
-
-def pipeline(args: argparse.Namespace) -> int:
+def pipeline(args: Arguments) -> int:
     """Check the config, then run what is not done yet; returns the exit status. Raises DataError."""
     tools = find_tools()
-    parsers = {name: tool.build_parser() for name, tool in tools.items()}
-    line = load_line(args.config, args.overrides, parsers, report.build_parser(), out=args.out)
+    known = {name: tool.Arguments for name, tool in tools.items()}
+    line = load_line(args.config, args.overrides, known, report.Arguments, out=args.out)
     for step in line.steps:
         check_step(args.config, step, tools[step.tool])
     check_step(args.config, line.report, report)
@@ -80,7 +83,7 @@ def check_step(config: str, step: Step, tool: ModuleType) -> None:
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
-            parsed = tool.build_parser().parse_args(command_of(step, "input", Path("out")))
+            parsed = parse(tool.Arguments, tool.build_parser(), command_of(step, "input", Path("out")))
         if hasattr(tool, "check"):
             tool.check(parsed)
     except SystemExit:
@@ -201,7 +204,8 @@ def write_report(line: Line, stages: Sequence[Stage], out: Path) -> None:
     inputs = [str(stage.folder) for stage in stages]
     if not inputs:
         raise DataError(f"{one_line(out)}: no step left a table")
-    args = report.build_parser().parse_args([*line.report.options, *line.report.runner, f"--out={out}", "--", *inputs])
+    options = [*line.report.options, *line.report.runner, f"--out={out}", "--", *inputs]
+    args = parse(report.Arguments, report.build_parser(), options)
     report.report(args.inputs, out, args.clips, runner_of(args))
 
 

@@ -13,36 +13,37 @@ do not fit their packet. With it every frame is decoded. A damaged file is rejec
 
 from __future__ import annotations
 
-import argparse
 import sys
+from dataclasses import dataclass
+from functools import partial
 from os.path import expanduser
 from pathlib import Path
 
-from opensora_repro.data.jobs.run import add_runner_options, runner_of
+from opensora_repro.data.jobs.run import RunnerArguments, runner_of
+from opensora_repro.data.options import argument, option, parse, parser_of
 from opensora_repro.data.probe.rows import probe_all
 from opensora_repro.errors import run_command
 
 
+@dataclass(frozen=True, kw_only=True)
+class Arguments(RunnerArguments):
+    """What the command line says."""
+
+    input: str = argument("a video, folder, glob pattern or table (put -- before a leading dash)", type=expanduser)
+    out: str = option("folder for manifest.parquet and rejects.parquet", type=expanduser, metavar="DIR")
+    decode: bool = option("also decode every frame", False)
+    images: bool = option("take the pictures of a folder, too", False)
+
+
+build_parser = partial(parser_of, Arguments, "data_tools.probe", __doc__)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
-    args = build_parser().parse_args(argv)
+    args = parse(Arguments, build_parser(), argv)
     return run_command(
         lambda: probe_all(args.input, Path(args.out), runner_of(args), decode=args.decode, images=args.images)
     )
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="data_tools.probe", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "input", type=expanduser, help="a video, folder, glob pattern or table (put -- before a leading dash)"
-    )
-    parser.add_argument(
-        "--out", type=expanduser, required=True, metavar="DIR", help="folder for manifest.parquet and rejects.parquet"
-    )
-    parser.add_argument("--decode", action="store_true", help="also decode every frame")
-    parser.add_argument("--images", action="store_true", help="take the pictures of a folder, too")
-    add_runner_options(parser)
-    return parser
 
 
 if __name__ == "__main__":

@@ -12,16 +12,18 @@ pictures that were made, so that a second run makes only what is new.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from opensora_repro.data.jobs.run import Runner, add_runner_options, runner_of
+from opensora_repro.data.jobs.run import Runner, RunnerArguments, runner_of
+from opensora_repro.data.options import argument, option, parse, parser_of
 from opensora_repro.data.progress import progress
 from opensora_repro.errors import DataError, run_command
 
@@ -41,35 +43,34 @@ CLIP_COLUMNS = ("id", "path", "caption", "caption_flag", "num_frames", "fps", "h
 NO_SCORES = ("file_size", "coded_height", "coded_width", "rotation", "duration")  # numbers, but of the file
 
 
+@dataclass(frozen=True, kw_only=True)
+class Arguments(RunnerArguments):
+    """What the command line says."""
+
+    inputs: list[str] = argument(
+        "a tool's --out folder, or a manifest; in order", type=expanduser, nargs="+", metavar="INPUT"
+    )
+    out: str = option("folder for report.html", type=expanduser, metavar="DIR")
+    clips: int = option("clips to show; 0: no pictures (%(default)s)", CLIPS, metavar="N")
+
+
+build_parser = partial(parser_of, Arguments, "data_tools.report", __doc__)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
-    args = build_parser().parse_args(argv)
+    args = parse(Arguments, build_parser(), argv)
     return run_command(lambda: run(args))
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="data_tools.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "inputs", type=expanduser, nargs="+", metavar="INPUT", help="a tool's --out folder, or a manifest; in order"
-    )
-    parser.add_argument("--out", type=expanduser, required=True, metavar="DIR", help="folder for report.html")
-    parser.add_argument(
-        "--clips", type=int, default=CLIPS, metavar="N", help="clips to show; 0: no pictures (%(default)s)"
-    )
-    add_runner_options(parser)
-    return parser
-
-
-def check(args: argparse.Namespace) -> None:
+def check(args: Arguments) -> None:
     """Raise DataError for options that cannot work, before any input is looked at."""
     if args.clips < 0:
         raise DataError(f"--clips {args.clips}: expected 0 or more")
     runner_of(args)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Arguments) -> int:
     check(args)
     return report(args.inputs, Path(args.out), args.clips, runner_of(args))
 

@@ -23,13 +23,12 @@ that a second run measures only what is new. Nothing is downloaded: MODEL is a f
 
 from __future__ import annotations
 
-import argparse
 import base64
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +36,8 @@ from typing import TYPE_CHECKING, Any
 from opensora_repro.data.jobs.batches import run_batches
 from opensora_repro.data.jobs.gpus import check_device
 from opensora_repro.data.jobs.keys import digest, sampled_digest
-from opensora_repro.data.jobs.run import Job, Runner, add_runner_options, run_jobs, runner_of
+from opensora_repro.data.jobs.run import Job, Runner, RunnerArguments, run_jobs, runner_of
+from opensora_repro.data.options import argument, option, parse, parser_of
 from opensora_repro.data.outcome import REJECTS, write_rows
 from opensora_repro.data.probe.rows import INPUT_HELP, manifest_of
 from opensora_repro.errors import DataError, run_command
@@ -52,41 +52,40 @@ TIMEOUT = 300.0  # seconds for a clip
 Record = dict[str, Any]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Arguments(RunnerArguments):
+    """What the command line says."""
+
+    input: str = argument(INPUT_HELP, type=expanduser)
+    out: str = option("folder for manifest.parquet and the records", type=expanduser, metavar="DIR")
+    scores: str = option(f"all, or some of {', '.join(NAMES)} (all)", "all", metavar="A,B")
+    clip: str = option(
+        "CLIP model: adds text_match, and duplicates by its embeddings", "", type=expanduser, metavar="MODEL"
+    )
+    aesthetic: str = option(
+        "linear aesthetic head over that model: adds aesthetic", "", type=expanduser, metavar="HEAD"
+    )
+    device: str = option("where the model computes, such as cuda (%(default)s)", "cpu")
+    batch_size: int = option("clips a model batch (%(default)s)", 16, metavar="N")
+    model_workers: int = option("copies of the model (%(default)s)", 1, metavar="N")
+
+
+build_parser = partial(parser_of, Arguments, "data_tools.score", __doc__)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
-    args = build_parser().parse_args(argv)
+    args = parse(Arguments, build_parser(), argv)
     return run_command(lambda: score(args))
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="data_tools.score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("input", type=expanduser, help=INPUT_HELP)
-    parser.add_argument(
-        "--out", type=expanduser, required=True, metavar="DIR", help="folder for manifest.parquet and the records"
-    )
-    parser.add_argument("--scores", default="all", metavar="A,B", help=f"all, or some of {', '.join(NAMES)} (all)")
-    parser.add_argument(
-        "--clip", type=expanduser, metavar="MODEL", help="CLIP model: adds text_match, and duplicates by its embeddings"
-    )
-    parser.add_argument(
-        "--aesthetic", type=expanduser, metavar="HEAD", help="linear aesthetic head over that model: adds aesthetic"
-    )
-    parser.add_argument("--device", default="cpu", help="where the model computes, such as cuda (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="clips a model batch (%(default)s)")
-    parser.add_argument("--model-workers", type=int, default=1, metavar="N", help="copies of the model (%(default)s)")
-    add_runner_options(parser)
-    return parser
-
-
-def check(args: argparse.Namespace) -> None:
+def check(args: Arguments) -> None:
     """Raise DataError for options that cannot work, before any input is looked at."""
     names_of(args)
     runner_of(args)
 
 
-def names_of(args: argparse.Namespace) -> list[str]:
+def names_of(args: Arguments) -> list[str]:
     """Check the options; return the scores in their usual order. Raises DataError."""
     wanted = NAMES if args.scores == "all" else [name.strip() for name in args.scores.split(",")]
     for name in wanted:
@@ -94,13 +93,13 @@ def names_of(args: argparse.Namespace) -> list[str]:
             raise DataError(f"--scores {args.scores}: no score {name!r}; there are {', '.join(NAMES)}")
     if args.aesthetic and not args.clip:
         raise DataError("--aesthetic needs --clip, the model whose embeddings it was made for")
-    for option in ("batch_size", "model_workers"):
-        if getattr(args, option) < 1:
-            raise DataError(f"--{option.replace('_', '-')} {getattr(args, option)}: expected at least 1")
+    for name in ("batch_size", "model_workers"):
+        if getattr(args, name) < 1:
+            raise DataError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
     return [name for name in NAMES if name in wanted]
 
 
-def score(args: argparse.Namespace) -> int:
+def score(args: Arguments) -> int:
     """Measure all clips, then write the manifest and the rejects; returns the exit status."""
     from opensora_repro.data.manifest import read_manifest, write_manifest
 
@@ -168,7 +167,7 @@ def embed_all(
     clips: pd.DataFrame,
     contents: list[str],
     records: list[Record],
-    args: argparse.Namespace,
+    args: Arguments,
     folder: Path,
     runner: Runner,
 ) -> list[Record]:
@@ -187,7 +186,7 @@ def embed_all(
     return [known[key] if key else {} for key in keys]
 
 
-def model_fingerprint(clip: str, head: str | None) -> str:
+def model_fingerprint(clip: str, head: str) -> str:
     """Return a digest of the model's files; ModelNotFound if they are not there."""
     from opensora_repro.frozen.clip import clip_fingerprint
 
@@ -201,7 +200,7 @@ def model_fingerprint(clip: str, head: str | None) -> str:
 
 
 @lru_cache(maxsize=1)
-def load_models(clip: str, head: str | None, device: str) -> tuple[Any, Any]:
+def load_models(clip: str, head: str, device: str) -> tuple[Any, Any]:
     """Return the CLIP model and the aesthetic head, or None for that; kept by each worker. Raises ModelNotFound."""
     from opensora_repro.frozen.clip import load_clip, load_head
 

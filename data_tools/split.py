@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
+from functools import partial
 from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 from opensora_repro.data.inputs import Item, content_digest, find_inputs
 from opensora_repro.data.jobs.keys import file_key
 from opensora_repro.data.jobs.records import finished, read_record, write_record
-from opensora_repro.data.jobs.run import Job, Runner, add_runner_options, run_jobs, runner_of
+from opensora_repro.data.jobs.run import Job, Runner, RunnerArguments, run_jobs, runner_of
+from opensora_repro.data.options import argument, option, parse, parser_of
 from opensora_repro.data.outcome import LINEAGE, MANIFEST, Row, reject, write_outcome
 from opensora_repro.errors import DataError, run_command
 from opensora_repro.files import remove_leftovers
@@ -70,73 +72,6 @@ class Source:
     digest: str
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the tool; returns the exit status."""
-    args = build_parser().parse_args(argv)
-    return run_command(lambda: split(args.input, Path(args.out), options_of(args), runner_of(args)))
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="data_tools.split", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "input", type=expanduser, help="a video, folder, glob pattern or table (put -- before a leading dash)"
-    )
-    parser.add_argument(
-        "--out", type=expanduser, required=True, metavar="DIR", help="folder for clips/ and their manifest"
-    )
-    parser.add_argument(
-        "--detector",
-        choices=("shots", "adaptive", "content"),
-        default="shots",
-        help="shots: what no motion explains, dissolves and fades too; PySceneDetect's adaptive: change against the"
-        " neighbouring frames; its content: change as such (%(default)s)",
-    )
-    parser.add_argument(
-        "--threshold",
-        type=float,
-        metavar="X",
-        help="level of a cut (shots: 1.5; adaptive: by how restless the video is, 2.1 to 3.5; content: 27)",
-    )
-    parser.add_argument(
-        "--min-frames", type=int, metavar="N", help="drop shorter scenes, counted as they are written (8)"
-    )
-    parser.add_argument(
-        "--max-frames",
-        type=int,
-        default=0,
-        metavar="N",
-        help="divide longer scenes evenly and mark them `resplit` (0: never)",
-    )
-    parser.add_argument(
-        "--trim",
-        type=int,
-        metavar="N",
-        help="leave out dissolves and fades, and N frames on either side of every cut (default: leave out nothing)",
-    )
-    add_encoding_arguments(parser)
-    add_runner_options(parser)
-    return parser
-
-
-def add_encoding_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", default="veryfast", choices=PRESETS, help="x264 preset (%(default)s)")
-    parser.add_argument("--short-side", type=int, metavar="PX", help="reduce to this short side (0, usual: keep)")
-    parser.add_argument("--fps", metavar="RATE", help="frames a second, such as 24 or 30000/1001 (usual: keep)")
-    parser.add_argument("--audio", action="store_true", help="keep the sound, as AAC")
-    parser.add_argument("--copy", action="store_true", help="copy instead of encoding where cuts fall on key frames")
-    parser.add_argument(
-        "--for-training",
-        nargs="?",
-        const="",
-        type=config_path,
-        metavar="CONFIG.toml",
-        help="clips that are read fast: short side 256 unless --short-side says otherwise, quick to decode; with a"
-        " stage's config, such as configs/stage2_16x256x256.toml, clips that fit it: --min-frames, --short-side and"
-        " --fps are what its samples need, unless they are given",
-    )
-    parser.add_argument("--crf", type=int, default=18, help="x264 quality of the clips, 0 (best) to 51 (%(default)s)")
-
-
 def config_path(text: str) -> str:
     """Keep an input that stands behind --for-training from being taken for its config."""
     if text and not text.endswith(".toml"):
@@ -144,13 +79,64 @@ def config_path(text: str) -> str:
     return expanduser(text)
 
 
-def check(args: argparse.Namespace) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Arguments(RunnerArguments):
+    """What the command line says."""
+
+    input: str = argument("a video, folder, glob pattern or table (put -- before a leading dash)", type=expanduser)
+    out: str = option("folder for clips/ and their manifest", type=expanduser, metavar="DIR")
+    detector: str = option(
+        "shots: what no motion explains, dissolves and fades too; PySceneDetect's adaptive: change against the"
+        " neighbouring frames; its content: change as such (%(default)s)",
+        "shots",
+        choices=("shots", "adaptive", "content"),
+    )
+    threshold: float | None = option(
+        "level of a cut (shots: 1.5; adaptive: by how restless the video is, 2.1 to 3.5; content: 27)",
+        None,
+        metavar="X",
+    )
+    min_frames: int | None = option("drop shorter scenes, counted as they are written (8)", None, metavar="N")
+    max_frames: int = option("divide longer scenes evenly and mark them `resplit` (0: never)", 0, metavar="N")
+    trim: int | None = option(
+        "leave out dissolves and fades, and N frames on either side of every cut (default: leave out nothing)",
+        None,
+        metavar="N",
+    )
+    preset: str = option("x264 preset (%(default)s)", "veryfast", choices=PRESETS)
+    short_side: int | None = option("reduce to this short side (0, usual: keep)", None, metavar="PX")
+    fps: str | None = option("frames a second, such as 24 or 30000/1001 (usual: keep)", None, metavar="RATE")
+    audio: bool = option("keep the sound, as AAC", False)
+    copy: bool = option("copy instead of encoding where cuts fall on key frames", False)
+    for_training: str | None = option(
+        "clips that are read fast: short side 256 unless --short-side says otherwise, quick to decode; with a"
+        " stage's config, such as configs/stage2_16x256x256.toml, clips that fit it: --min-frames, --short-side and"
+        " --fps are what its samples need, unless they are given",
+        None,
+        nargs="?",
+        const="",
+        type=config_path,
+        metavar="CONFIG.toml",
+    )
+    crf: int = option("x264 quality of the clips, 0 (best) to 51 (%(default)s)", 18)
+
+
+build_parser = partial(parser_of, Arguments, "data_tools.split", __doc__)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the tool; returns the exit status."""
+    args = parse(Arguments, build_parser(), argv)
+    return run_command(lambda: split(args.input, Path(args.out), options_of(args), runner_of(args)))
+
+
+def check(args: Arguments) -> None:
     """Raise DataError for options that cannot work, before any input is looked at."""
     options_of(args)
     runner_of(args)
 
 
-def options_of(args: argparse.Namespace) -> Options:
+def options_of(args: Arguments) -> Options:
     """Fill in what was not given and check the numbers; DataError names the option."""
     given = {field.name: getattr(args, field.name) for field in fields(Options)}
     given["for_training"] = args.for_training is not None

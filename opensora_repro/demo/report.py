@@ -134,7 +134,8 @@ def _clips(path: Path) -> Clips | None:
 
     clips = read_manifest(path)
     shown: dict[str, list[dict[str, Any]]] = {}
-    for clip in clips.sort_values(["source", "start_frame"]).head(CLIPS_SHOWN).to_dict("records"):  # type: dict[Any, Any]
+    rows: Any = clips.sort_values(["source", "start_frame"]).head(CLIPS_SHOWN).to_dict("records")
+    for clip in rows:
         picture, reason = _picture(clip["path"], int(clip["num_frames"]))
         shown.setdefault(str(clip["source"]), []).append({**clip, "picture": picture, "reason": reason})
     return Clips(len(clips), clips["source"].nunique(), [(Path(source).name, own) for source, own in shown.items()])

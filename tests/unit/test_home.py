@@ -72,11 +72,10 @@ def test_a_line_of_data_tools(home: Path) -> None:
     config = home / "line.toml"
     config.write_text('input = "~/videos"\nout = "~/out"\n[caption]\nsidecar = "~/captions.csv"\n')
     tools = pipeline.find_tools()
-    parsers = {name: tool.build_parser() for name, tool in tools.items()}
-    report = pipeline.report.build_parser()
-    line = load_line(config, [], parsers, report)
+    known, report = {name: tool.Arguments for name, tool in tools.items()}, pipeline.report.Arguments
+    line = load_line(config, [], known, report)
     assert (line.input, line.out) == (f"{home}/videos", f"{home}/out")
     command = pipeline.command_of(line.steps[0], line.input, Path(line.out))
-    assert parsers["caption"].parse_args(command).sidecar == f"{home}/captions.csv"
-    line = load_line(config, ["input=~/others", "out=~/there"], parsers, report)
+    assert tools["caption"].build_parser().parse_args(command).sidecar == f"{home}/captions.csv"
+    line = load_line(config, ["input=~/others", "out=~/there"], known, report)
     assert (line.input, line.out) == (f"{home}/others", f"{home}/there")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -16,8 +15,9 @@ from typing import Any
 import pytest
 
 from opensora_repro.data.jobs import cluster, gpus
-from opensora_repro.data.jobs.run import Job, Runner, add_runner_options, run_jobs, runner_of
+from opensora_repro.data.jobs.run import Job, Runner, RunnerArguments, run_jobs, runner_of
 from opensora_repro.data.jobs.workers import Task, num_cores, run_here
+from opensora_repro.data.options import parse, parser_of
 from opensora_repro.data.progress import progress
 from opensora_repro.errors import DataError
 from tests import job_works
@@ -214,10 +214,8 @@ def test_ray_keeps_to_its_workers_and_gives_each_a_gpu(tmp_path: Path) -> None:
         ray.shutdown()
 
 
-def options(*given: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    add_runner_options(parser)
-    return parser.parse_args(given)
+def options(*given: str) -> RunnerArguments:
+    return parse(RunnerArguments, parser_of(RunnerArguments, "tool", None), given)
 
 
 def test_runner_options(monkeypatch: pytest.MonkeyPatch) -> None:

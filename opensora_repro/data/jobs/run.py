@@ -7,7 +7,6 @@ under way than `--workers`, however many there are.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -20,6 +19,7 @@ from opensora_repro.data.jobs.cluster import import_ray, run_over_ray
 from opensora_repro.data.jobs.gpus import visible_gpus
 from opensora_repro.data.jobs.records import finished, write_record
 from opensora_repro.data.jobs.workers import Steps, Task, Work, num_cores, run_here
+from opensora_repro.data.options import option
 from opensora_repro.data.progress import progress
 from opensora_repro.errors import DataError
 from opensora_repro.files import remove_leftovers
@@ -48,16 +48,22 @@ class Runner:
     gpu: bool = False
 
 
-def add_runner_options(parser: argparse.ArgumentParser) -> None:
-    """Add --workers, --runner and --address."""
-    group = parser.add_argument_group("where the work is done")
-    group.add_argument("--workers", type=int, default=0, metavar="N", help="processes at a time (default: one a core)")
-    group.add_argument("--runner", choices=("local", "ray"), default="local", help="this machine, or a Ray cluster")
-    group.add_argument("--address", metavar="A", help="Ray cluster: auto, ray://HOST:PORT; local starts one here")
+WHERE = "where the work is done"
 
 
-def runner_of(args: argparse.Namespace) -> Runner:
-    """Check the options of `add_runner_options`; DataError names the wrong one."""
+@dataclass(frozen=True, kw_only=True)
+class RunnerArguments:
+    """Options of every tool that works in processes."""
+
+    workers: int = option("processes at a time (default: one a core)", 0, group=WHERE, metavar="N")
+    runner: str = option("this machine, or a Ray cluster", "local", group=WHERE, choices=("local", "ray"))
+    address: str | None = option(
+        "Ray cluster: auto, ray://HOST:PORT; local starts one here", None, group=WHERE, metavar="A"
+    )
+
+
+def runner_of(args: RunnerArguments) -> Runner:
+    """Check where the work is to be done; DataError names the wrong option."""
     if args.workers < 0:
         raise DataError(f"--workers {args.workers}: expected a number of at least 1")
     if args.address and args.runner != "ray":

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from opensora_repro.config import ConfigError, read_toml, toml_value
-from opensora_repro.data.jobs.run import add_runner_options
+from opensora_repro.data.jobs.run import RunnerArguments
+from opensora_repro.data.options import Option, options_in
 from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
 
@@ -33,7 +34,7 @@ RUN, REPORT = "run", "report"  # sections that are no stage: options of all tool
 TOP = ("input", "out")
 AS_USUAL = ("--workers=0",)  # each tool's own default
 RUNNER = ("workers", "runner", "address")
-OWN = ("help", "out")  # options that the line sets itself
+OWN = ("out",)  # options that the line sets itself
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,15 @@ class Line:
 def load_line(
     path: str | Path,
     overrides: Sequence[str],
-    parsers: Mapping[str, argparse.ArgumentParser],
-    report: argparse.ArgumentParser,
+    tools: Mapping[str, type],
+    report: type,
     *,
     out: str | None = None,
 ) -> Line:
-    """Read a line's config; `parsers` are those of the tools by name. `overrides` are `section.key=value`.
+    """Read a line's config; `overrides` are `section.key=value`.
 
-    Raises DataError, in one line that names the section and the key, and the nearest that there is.
+    `tools` are the dataclasses of the tools' options by name, `report` that of the page. Raises DataError, in one line
+    that names the section and the key, and the nearest that there is.
     """
     try:
         table = read_toml(path)
@@ -77,7 +79,7 @@ def load_line(
     where = one_line(path)
     for name in plain:
         if name not in TOP:
-            raise DataError(f"{where}: unknown key {one_line(name)}; did you mean {nearest(name, [*TOP, *parsers])}?")
+            raise DataError(f"{where}: unknown key {one_line(name)}; did you mean {nearest(name, [*TOP, *tools])}?")
     for text in overrides:
         _override(text, plain, sections)
     if out is not None:
@@ -85,16 +87,16 @@ def load_line(
     for name in TOP:
         if not isinstance(plain.get(name), str) or not plain[name]:
             raise DataError(f"{where}: {name} = {_short(plain.get(name))}: expected a path, such as {name} = 'videos'")
-    known = {**parsers, RUN: _runner_parser(), REPORT: report}
-    tools = {name: _tool_of(where, name, known) for name in sections}
+    known = {**tools, RUN: RunnerArguments, REPORT: report}
+    tool_of = {name: _tool_of(where, name, known) for name in sections}
     run = options_of(f"{where}: [{RUN}]", sections.get(RUN, {}), known[RUN])
     steps = [
-        Step(name, tools[name], *_with_run(f"{where}: [{name}]", content, known[tools[name]], run))
+        Step(name, tool_of[name], *_with_run(f"{where}: [{name}]", content, known[tool_of[name]], run))
         for name, content in sections.items()
         if name not in (RUN, REPORT)
     ]
     if not steps:
-        raise DataError(f"{where}: no stage; expected sections such as [split], of {', '.join(parsers)}")
+        raise DataError(f"{where}: no stage; expected sections such as [split], of {', '.join(tools)}")
     here = {
         key: texts for key, texts in run.items() if key == "workers"
     }  # few pictures: no cluster is started for them
@@ -103,22 +105,22 @@ def load_line(
     return Line(source, made, tuple(steps), Step(REPORT, REPORT, *page))
 
 
-def options_of(where: str, content: Mapping[str, Any], parser: argparse.ArgumentParser) -> dict[str, tuple[str, ...]]:
+def options_of(where: str, content: Mapping[str, Any], tool: type) -> dict[str, tuple[str, ...]]:
     """Return the arguments of a section's keys, by key, in the file's order. Raises DataError."""
-    actions = {
-        option.removeprefix("--").replace("-", "_"): action
-        for action in parser._actions  # argparse has no public list of its options
-        for option in action.option_strings
-        if option.startswith("--") and action.dest not in OWN
-    }
+    options = keys_of(tool)
     found = {}
     for key, value in content.items():
-        if key not in actions:
-            guess = f"; did you mean {nearest(key, actions)}?" if actions else "; it takes none"
+        if key not in options:
+            guess = f"; did you mean {nearest(key, options)}?" if options else "; it takes none"
             raise DataError(f"{where}: unknown key {one_line(key)}{guess}")
-        option = f"--{key.replace('_', '-')}"
-        found[key] = tuple(_arguments(f"{where}: {key} = {_short(value)}", option, value, actions[key]))
+        found[key] = tuple(_arguments(f"{where}: {key} = {_short(value)}", options[key], value))
     return found
+
+
+def keys_of(tool: type) -> dict[str, Option]:
+    """Return the options of a tool that its section may have, by key."""
+    options = {one.flag.removeprefix("--").replace("-", "_"): one for one in options_in(tool) if one.flag[0] == "-"}
+    return {key: one for key, one in options.items() if key not in OWN}
 
 
 def nearest(name: str, known: Collection[str]) -> str:
@@ -126,57 +128,43 @@ def nearest(name: str, known: Collection[str]) -> str:
     return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
 
 
-def _arguments(where: str, option: str, value: Any, action: argparse.Action) -> list[str]:
+def _arguments(where: str, option: Option, value: Any) -> list[str]:
     """Return a key's value as arguments."""
-    if isinstance(action, argparse.BooleanOptionalAction) or action.nargs == 0:
-        if not isinstance(value, bool):
-            raise DataError(f"{where}: expected true or false")
-        opposite = [f"--no-{option[2:]}"] if isinstance(action, argparse.BooleanOptionalAction) else []
-        return [option] if value else opposite
-    if action.nargs == "?" and isinstance(value, bool):  # an option that may have a value
-        return [option] if value else []
-    several = isinstance(action, argparse._AppendAction) or action.nargs in ("+", "*")
-    values = value if several and isinstance(value, list) else [value]
-    texts = [_text(where, item, action) for item in values]
-    return [option, *texts] if action.nargs in ("+", "*") else [f"{option}={text}" for text in texts]
+    if option.kind is bool and not isinstance(value, bool):
+        raise DataError(f"{where}: expected true or false")
+    if isinstance(value, bool) and (option.kind is bool or option.how.get("nargs") == "?"):
+        return [option.flag] if value else []
+    several = option.how.get("action") == "append" and isinstance(value, list)
+    return [f"{option.flag}={_text(where, item, option)}" for item in (value if several else [value])]
 
 
-def _text(where: str, value: Any, action: argparse.Action) -> str:
+def _text(where: str, value: Any, option: Option) -> str:
     """Return one value as a command line has it, if the option can take it."""
     kinds: dict[Any, tuple[tuple[type, ...], str]] = {
         int: ((int,), "a whole number"),
         float: ((int, float), "a number"),
     }
-    allowed, expected = kinds.get(action.type, ((str, int, float), "text"))
+    allowed, expected = kinds.get(option.kind, ((str, int, float), "text"))
     if isinstance(value, bool) or not isinstance(value, allowed):
         raise DataError(f"{where}: expected {expected}")
-    text = str(value)
-    if action.choices is not None and text not in map(str, action.choices):
-        choices = [str(choice) for choice in action.choices]
+    text, choices = str(value), option.how.get("choices")
+    if choices is not None and text not in choices:
         raise DataError(f"{where}: expected one of {', '.join(choices)}; did you mean {nearest(text, choices)}?")
-    if callable(action.type):
-        try:
-            action.type(text)
-        except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-            raise DataError(f"{where}: {one_line(error)}") from None
+    try:
+        option.how.get("type", str)(text)
+    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+        raise DataError(f"{where}: {one_line(error)}") from None
     return text
 
 
 def _with_run(
-    where: str, content: Mapping[str, Any], parser: argparse.ArgumentParser, run: Mapping[str, tuple[str, ...]]
+    where: str, content: Mapping[str, Any], tool: type, run: Mapping[str, tuple[str, ...]]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return a section's arguments, and where the work is done: as it says, or else [run], if the tool can be told."""
-    own = options_of(where, content, parser)
-    has = {option for action in parser._actions for option in action.option_strings}
-    runner = {key: texts for key, texts in run.items() if f"--{key}" in has and texts != AS_USUAL}
+    own, keys = options_of(where, content, tool), keys_of(tool)
+    runner = {key: texts for key, texts in run.items() if key in keys and texts != AS_USUAL}
     runner |= {key: own.pop(key) for key in list(own) if key in RUNNER}
     return tuple(chain(*own.values())), tuple(chain(*runner.values()))
-
-
-def _runner_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False)
-    add_runner_options(parser)
-    return parser
 
 
 def _tool_of(where: str, section: str, known: Collection[str]) -> str:
