@@ -1,6 +1,7 @@
 """Measure the clips of a manifest: motion, sharpness, text, duplicates and more, each as a column.
 
     python -m data_tools.score INPUT --out DIR [--scores motion,sharpness] [--clip MODEL [--aesthetic HEAD]]
+                            [--embed timm/NAME]
 
 INPUT is a manifest; a folder, a file, a pattern or a table of paths is probed first. Read are at most 24 frames of a
 clip, three runs of eight in the middles of its thirds, scaled to a short side of 256. Columns, missing where a clip
@@ -16,6 +17,9 @@ cannot tell (an image has no motion):
     watermark_area   share of the picture at edges that stay while the picture around them changes
     duplicate_group  id of the best clip that looks the same;  duplicate: there is one, and this is not it
     aesthetic, text_match   with --clip: of its aesthetic head, and the cosine of caption and frames
+
+Clips look the same if their low frequencies do, or, with --embed or --clip, their embeddings (of --embed, if both are
+given; a DINOv2 tells pictures apart that are of one kind).
 
 DIR receives `manifest.parquet`, `rejects.parquet` (clips that cannot be read) and a record of every measured clip, so
 that a second run measures only what is new. Nothing is downloaded: MODEL is a folder or a name in the hub's cache.
@@ -61,6 +65,12 @@ class Arguments(RunnerArguments):
     scores: str = option(f"all, or some of {', '.join(NAMES)} (all)", "all", metavar="A,B")
     clip: str = option(
         "CLIP model: adds text_match, and duplicates by its embeddings", "", type=expanduser, metavar="MODEL"
+    )
+    embed: str = option(
+        "image encoder of timm, such as timm/vit_small_patch14_dinov2.lvd142m: duplicates by its embeddings",
+        "",
+        type=expanduser,
+        metavar="MODEL",
     )
     aesthetic: str = option(
         "linear aesthetic head over that model: adds aesthetic", "", type=expanduser, metavar="HEAD"
@@ -108,7 +118,7 @@ def score(args: Arguments) -> int:
     clips = read_manifest(manifest, need_captions=False)
     contents = [sampled_digest(Path(path)) for path in clips["path"]]
     records = measure_all(clips, contents, names, out / "scores", runner)
-    if args.clip:
+    if args.clip or args.embed:
         gpu = check_device(args.device, args.model_workers, over_ray=runner.kind == "ray")
         runner = replace(runner, workers=args.model_workers, gpu=gpu)
         models = embed_all(clips, contents, records, args, out / "models", runner)
@@ -172,7 +182,8 @@ def embed_all(
     runner: Runner,
 ) -> list[Record]:
     """Return what the model says of every clip that could be measured, and nothing of the others."""
-    how = model_fingerprint(args.clip, args.aesthetic)
+    models = {"clip": args.clip, "head": args.aesthetic, "encoder": args.embed}
+    how = model_fingerprint(**models)
     todo: dict[str, Record] = {}
     keys: list[str | None] = []
     for row, content, record in zip(clips.to_dict("records"), contents, records, strict=True):
@@ -181,17 +192,20 @@ def embed_all(
         keys.append(key)
         if key:
             todo[key] = item
-    model = {"clip": args.clip, "head": args.aesthetic, "device": args.device}
-    known = run_batches(embed, todo, folder, size=args.batch_size, options=model, runner=runner, label="CLIP")
+    options = {**models, "device": args.device}
+    known = run_batches(embed, todo, folder, size=args.batch_size, options=options, runner=runner, label="embedding")
     return [known[key] if key else {} for key in keys]
 
 
-def model_fingerprint(clip: str, head: str) -> str:
-    """Return a digest of the model's files; ModelNotFound if they are not there."""
+def model_fingerprint(clip: str, head: str, encoder: str) -> str:
+    """Return a digest of the models' files; ModelNotFound if they are not there."""
     from opensora_repro.frozen.clip import clip_fingerprint
+    from opensora_repro.frozen.image_encoder import image_encoder_fingerprint
 
-    files = [clip_fingerprint(clip, key="--clip", hash_file=sampled_digest)]
-    load_models(clip, head, "cpu")  # says now what every worker would say
+    files = [clip_fingerprint(clip, key="--clip", hash_file=sampled_digest)] if clip else []
+    if encoder:
+        files.append(image_encoder_fingerprint(encoder, key="--embed", hash_file=sampled_digest))
+    load_models(clip, head, encoder, "cpu")  # says now what every worker would say
     if head:
         parts = sorted(Path(head).iterdir()) if Path(head).is_dir() else [Path(head)]
         files += [sampled_digest(part) for part in parts if part.is_file()]
@@ -200,12 +214,20 @@ def model_fingerprint(clip: str, head: str) -> str:
 
 
 @lru_cache(maxsize=1)
-def load_models(clip: str, head: str, device: str) -> tuple[Any, Any]:
-    """Return the CLIP model and the aesthetic head, or None for that; kept by each worker. Raises ModelNotFound."""
-    from opensora_repro.frozen.clip import load_clip, load_head
+def load_models(clip: str, head: str, encoder: str, device: str) -> tuple[Any, Any, Any]:
+    """Return the CLIP model, its aesthetic head and the image encoder; kept by each worker. Raises ModelNotFound.
 
-    model = load_clip(clip, key="--clip", device=device)
-    return model, load_head(head, model.channels, key="--aesthetic") if head else None
+    What is not asked for ("") is None.
+    """
+    from opensora_repro.frozen.clip import load_clip, load_head
+    from opensora_repro.frozen.image_encoder import find_image_encoder
+
+    model = load_clip(clip, key="--clip", device=device) if clip else None
+    return (
+        model,
+        load_head(head, model.channels, key="--aesthetic") if model and head else None,
+        find_image_encoder(encoder, key="--embed", device=device).get() if encoder else None,
+    )
 
 
 def embed(args: Record) -> Record:
@@ -213,26 +235,29 @@ def embed(args: Record) -> Record:
     from opensora_repro.data.clip_frames import read_middles
     from opensora_repro.data.video import DecodeError
 
-    model, head = load_models(args["clip"], args["head"], args["device"])
     results: dict[str, Record] = {}
-    pictures, owners = [], []
+    items, pictures, owners = [], [], []
     for item in args["items"]:
         try:
             frames = read_middles(item["path"], item["num_frames"])
         except DecodeError as error:
             results[item["key"]] = {"error": reason_of(error, item["path"])}
             continue
+        owners += [len(items)] * len(frames)
         pictures += list(frames)
-        owners += [item["key"]] * len(frames)
-    of_frames = model.embed_pictures(pictures)  # [frames, D]
-    items = [item for item in args["items"] if item["key"] not in results]
-    captions = model.embed_captions([item["caption"] for item in items])
-    for item, caption in zip(items, captions, strict=True):
-        mine = of_frames[[owner == item["key"] for owner in owners]]
-        match = (mine @ caption).mean().item() if item["caption"].strip() else None
-        result = {"text_match": match, "embedding": packed(mine.mean(dim=0).numpy())}
+        items.append(item)
+    clip, head, encoder = load_models(args["clip"], args["head"], args["encoder"], args["device"])
+    of_clip = clip.embed_pictures(pictures) if clip else None  # [frames, D]
+    embeddings = encoder.embed_pictures(pictures) if encoder else of_clip
+    captions = clip.embed_captions([item["caption"] for item in items]) if clip else None
+    for number, item in enumerate(items):
+        own = [owner == number for owner in owners]
+        result = {"embedding": packed(embeddings[own].mean(dim=0).numpy())}
+        if of_clip is not None:
+            match = (of_clip[own] @ captions[number]).mean().item()
+            result["text_match"] = match if item["caption"].strip() else None
         if head:
-            result["aesthetic"] = head(mine).mean().item()
+            result["aesthetic"] = head(of_clip[own]).mean().item()
         results[item["key"]] = result
     return {"clips": results}
 

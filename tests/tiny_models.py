@@ -92,6 +92,22 @@ def make_tiny_clip(folder: Path) -> Path:
     return folder
 
 
+def make_tiny_image_encoder(folder: Path) -> Path:
+    """Write a small vision transformer of random weights, with a classifier, as timm's hub holds them."""
+    import timm
+    from timm.models import save_for_hf
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        size = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
+        model = timm.create_model("vit_tiny_patch16_224", **size)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 16, 16), "num_classes": 5}
+    save_for_hf(model, str(folder), model_args=size, safe_serialization=True)
+    return folder
+
+
 def _spelling_tokenizer():  # type: ignore[no-untyped-def]  # the class moved between transformers' releases
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from opensora_repro.frozen.image_encoder import prepared, unit
 from opensora_repro.frozen.pretrained import FrozenModel, HashFile, ModelNotFound, check_complete, load_frozen
 from opensora_repro.frozen.text import MAX_CHARACTERS, TOKENIZER, WEIGHTS
 
@@ -28,8 +29,7 @@ class Clip:
         self.image_size = int(model.config.vision_config.image_size)
         self.max_length = int(model.config.text_config.max_position_embeddings)
         self.channels = int(model.config.projection_dim)
-        shape = (1, 3, 1, 1)
-        self.mean, self.std = torch.tensor(mean).reshape(shape), torch.tensor(std).reshape(shape)
+        self.mean, self.std = mean, std
 
     @torch.no_grad()
     def embed_pictures(self, pictures: Sequence[np.ndarray]) -> Tensor:
@@ -37,9 +37,9 @@ class Clip:
         if not len(pictures):
             return torch.empty(0, self.channels)
         device = self.model.device
-        pixels = torch.cat([self._prepare(picture) for picture in pictures]).to(device)
+        pixels = torch.cat([prepared(picture, self.image_size, self.mean, self.std) for picture in pictures]).to(device)
         vision = self.model.vision_model(pixel_values=pixels).pooler_output
-        return _unit(self.model.visual_projection(vision))
+        return unit(self.model.visual_projection(vision))
 
     @torch.no_grad()
     def embed_captions(self, captions: Sequence[str]) -> Tensor:
@@ -54,18 +54,7 @@ class Clip:
             return_tensors="pt",
         ).to(self.model.device)
         text = self.model.text_model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
-        return _unit(self.model.text_projection(text.pooler_output))
-
-    def _prepare(self, picture: np.ndarray) -> Tensor:
-        """Scale the short side, cut the middle, normalise: float32 [1, 3, S, S]."""
-        size = self.image_size
-        pixels = torch.tensor(picture).permute(2, 0, 1)[None].float()  # [1, 3, H, W]
-        height, width = pixels.shape[2:]
-        scale = size / min(height, width)
-        shape = max(size, round(height * scale)), max(size, round(width * scale))
-        pixels = torch.nn.functional.interpolate(pixels, shape, mode="bicubic", antialias=True).clamp(0, 255)
-        top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
-        return (pixels[:, :, top : top + size, left : left + size] / 255 - self.mean) / self.std
+        return unit(self.model.text_projection(text.pooler_output))
 
 
 def clip_fingerprint(path: str, *, key: str, hash_file: HashFile) -> str:
@@ -132,10 +121,6 @@ def load_head(path: str, channels: int, *, key: str) -> AestheticHead:
 
 def _in_order(name: str) -> list[int]:
     return [int(part) for part in name.split(".") if part.isdecimal()]
-
-
-def _unit(vectors: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(vectors.float(), dim=-1).cpu()
 
 
 def _colours(folder: Path) -> tuple[Sequence[float], Sequence[float]]:

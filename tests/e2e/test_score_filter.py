@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,9 +20,9 @@ from benchmarks import tables
 from data_tools import filter as filter_tool
 from data_tools import score
 from opensora_repro.data.manifest import read_manifest, read_table, write_manifest
-from opensora_repro.data.write import write_video
+from opensora_repro.data.write import write_png, write_video
 from tests.made_pictures import moving
-from tests.tiny_models import make_tiny_clip
+from tests.tiny_models import make_tiny_clip, make_tiny_image_encoder
 
 FPS = 8.0
 
@@ -112,6 +113,40 @@ def test_a_model_adds_its_scores(clips: Path, clip_model: Path, tmp_path: Path) 
     assert alone["aesthetic"].tolist() == pytest.approx(table["aesthetic"].tolist(), abs=1e-4)
 
 
+def test_an_image_encoder_of_the_hub_tells_near_duplicates(tmp_path: Path) -> None:
+    """From the hub's cache alone: flat pictures of about one colour, which have no low frequencies to compare."""
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    rows = []
+    for name, image in (("flat", 0 * noise + 200), ("noise", noise), ("alike", 0 * noise + 203)):
+        write_png(tmp_path / f"{name}.png", image)
+        rows.append({"id": name, "path": str(tmp_path / f"{name}.png"), "caption": "", "num_frames": 1, "fps": 0.0,
+                     "height": 48, "width": 64})  # fmt: skip
+    manifest = tmp_path / "in.parquet"
+    write_manifest(pd.DataFrame(rows), manifest)
+    cached = tmp_path / "hub" / "models--timm--tiny"
+    make_tiny_image_encoder(cached / "snapshots" / "0123abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123abc")
+    options = [str(manifest), "--scores", "duplicates", "--workers", "1"]
+    assert score.main([*options, "--out", str(tmp_path / "plain")]) == 0
+    command = [
+        sys.executable,
+        "-m",
+        "data_tools.score",
+        *options,
+        "--embed",
+        "timm/tiny",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    subprocess.run(command, check=True, env=os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0"})
+    groups = {
+        name: read_manifest(tmp_path / name / "manifest.parquet", need_captions=False)["duplicate"].tolist()
+        for name in ("plain", "out")
+    }
+    assert groups == {"plain": [False, False, False], "out": [False, False, True]}
+
+
 def test_score_mistakes(clips: Path, clip_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_file({"weight": torch.zeros(1, 3)}, tmp_path / "wrong.safetensors")
     for options, message in (
@@ -119,6 +154,8 @@ def test_score_mistakes(clips: Path, clip_model: Path, tmp_path: Path, capsys: p
         (["--aesthetic", "x"], "--aesthetic needs --clip"),
         (["--clip", str(tmp_path / "nothing")], "--clip="),
         (["--clip", str(clip_model), "--aesthetic", str(tmp_path / "wrong.safetensors")], "not a linear head"),
+        (["--embed", str(clip_model)], "cannot be loaded as a timm model"),
+        (["--embed", "timm/unknown"], "hf download timm/unknown"),
         (["--batch-size", "0"], "--batch-size 0"),
         (["--out", str(clips.parent)], "the manifest's own folder"),
     ):
