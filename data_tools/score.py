@@ -236,7 +236,8 @@ def embed(args: Record) -> Record:
     from opensora_repro.data.video import DecodeError
 
     results: dict[str, Record] = {}
-    items, pictures, owners = [], [], []
+    items: list[Record] = []
+    pictures, owners = [], []
     for item in args["items"]:
         try:
             frames = read_middles(item["path"], item["num_frames"])
@@ -247,15 +248,14 @@ def embed(args: Record) -> Record:
         pictures += list(frames)
         items.append(item)
     clip, head, encoder = load_models(args["clip"], args["head"], args["encoder"], args["device"])
-    of_clip = clip.embed_pictures(pictures) if clip else None  # [frames, D]
-    embeddings = encoder.embed_pictures(pictures) if encoder else of_clip
-    captions = clip.embed_captions([item["caption"] for item in items]) if clip else None
-    for number, item in enumerate(items):
+    of_frames = (encoder or clip).embed_pictures(pictures)  # [frames, D]
+    of_clip = clip.embed_pictures(pictures) if clip and encoder else of_frames  # in the captions' space
+    captions = clip.embed_captions([item["caption"] for item in items]) if clip else [None] * len(items)
+    for number, (item, caption) in enumerate(zip(items, captions, strict=True)):
         own = [owner == number for owner in owners]
-        result = {"embedding": packed(embeddings[own].mean(dim=0).numpy())}
-        if of_clip is not None:
-            match = (of_clip[own] @ captions[number]).mean().item()
-            result["text_match"] = match if item["caption"].strip() else None
+        result: Record = {"embedding": packed(of_frames[own].mean(dim=0).numpy())}
+        if caption is not None:
+            result["text_match"] = (of_clip[own] @ caption).mean().item() if item["caption"].strip() else None
         if head:
             result["aesthetic"] = head(of_clip[own]).mean().item()
         results[item["key"]] = result

@@ -1,16 +1,17 @@
-"""The captions that a table's field, or a value of JSON, holds."""
+"""What fields of published datasets hold: captions, lists that are written out, times and spans."""
 
 from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from opensora_repro.data.manifest import is_missing
 
 CAPTION_KEYS = ("caption", "text", "description", "captions", "texts")  # of others, the first that is there
-LONGEST_LIST = 1 << 16  # characters of a list that is written out
+LONGEST_LIST = 1 << 16  # characters of a list of texts that is written out
+LONGEST_LITERAL = 1 << 22  # characters of a list of spans or captions
 
 
 def texts_in(value: Any) -> Iterator[str]:
@@ -56,3 +57,35 @@ def _written_list(text: str) -> list[str] | None:
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             pass
     return found if isinstance(found, list) and all(isinstance(part, str) for part in found) else None
+
+
+def written_literal(value: Any) -> list[Any] | None:
+    """Return a list, or the one that a text holds as Python writes it; None for what is none."""
+    if isinstance(value, str) and len(value) <= LONGEST_LITERAL:
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            return None
+    return value if isinstance(value, list) else None
+
+
+def span_of(times: Sequence[str | float]) -> tuple[float, float]:
+    """Return the seconds of two times such as "0:01:02.5". Raises ValueError or TypeError for what is no span."""
+    start, end = (_seconds(time) for time in times)
+    if not 0 <= start < end:
+        raise ValueError(f"from {start:g} to {end:g} seconds is no span")
+    return start, end
+
+
+def scene_span(clip: tuple[float, float], frames: Sequence[float], fps: float) -> tuple[float, float]:
+    """Return the seconds of an HD-VG-130M scene: `frames` count from the start of its clip, -1 is the clip's end."""
+    first, last = (float(frame) for frame in frames)
+    start, end = clip
+    return start + first / fps, end if last < 0 else start + last / fps
+
+
+def _seconds(time: str | float) -> float:
+    total = 0.0
+    for part in str(time).split(":"):
+        total = 60 * total + float(part)
+    return total

@@ -82,6 +82,23 @@ class FrameIndex:
             " as stored"
         )
 
+    def damage_of(self, times: Sequence[int | None]) -> str:
+        """Return what the presentation times of all decoded frames show to be wrong, "" if nothing.
+
+        Frames before the first key frame are no loss.
+        """
+        known = {time for time in times if time is not None}
+        one_a_field = len(self.times) in (2 * len(times), 2 * len(times) - 1)  # interlaced: two packets make a frame
+        lost = [time for time in self.times if known and time > min(known) and time not in known]
+        has_clock = len(known) == len(times)
+        if times and not (lost and has_clock and not one_a_field):
+            return ""
+        return self.ended_early(len(times))
+
+    def ended_early(self, decoded: int) -> str:
+        """Return what is wrong with a file of which only so many frames decode."""
+        return f"damaged: {decoded} of {max(self.promised, len(self.times), decoded)} frames decode"
+
 
 @dataclass(frozen=True)
 class Orientation:

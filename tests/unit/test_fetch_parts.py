@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from opensora_repro.data.download.connect import is_public
-from opensora_repro.data.download.fetch import Budget, Failed, Refused, checked_url, retry_after
+from opensora_repro.data.download.fetch import Budget, Failed, Refused, checked_url
 from opensora_repro.data.download.host_queue import HostQueue, in_threads
 from opensora_repro.data.download.kinds import kind_of, seems
 from opensora_repro.data.download.video_pages import is_video_page
+from opensora_repro.data.http_retries import retry_after
 from opensora_repro.files import safe_name
 
 
@@ -149,7 +150,7 @@ def test_public_addresses() -> None:
 
 
 def test_retry_after_is_seconds_or_a_date() -> None:
-    assert retry_after("7") == 7.0
+    assert retry_after("7") == 7.0 and retry_after("0.5") == 0.5
     date = retry_after(email.utils.formatdate(time.time() + 100, usegmt=True))
     assert date is not None
     assert 90 < date < 101

@@ -18,10 +18,10 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from opensora_repro.data.http_retries import TryAgain, retry_after
 from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
 
@@ -129,7 +129,7 @@ class Endpoint:
             self._wait_until(self._not_before)
             try:
                 return self._ask_once(messages)
-            except _TryAgain as trouble:
+            except TryAgain as trouble:
                 if attempt == self.retries:
                     raise NoAnswer(f"{trouble} ({attempt + 1} tries)", unreachable=True) from None
                 pause = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1.0)
@@ -152,7 +152,7 @@ class Endpoint:
         reason = f"{status} {self._message(body)}".strip()
         refused = status >= 500 and _sends_video(messages) and _NO_VIDEOS.search(reason)
         if (status in AGAIN or status >= 500) and not refused:
-            raise _TryAgain(reason, wait)
+            raise TryAgain(reason, wait)
         if status == 401:
             have = "was refused" if self._key else "is not set, or was not sent"
             raise DataError(f"{self.url}: {reason} (the key of the environment variable {self.key_env} {have})")
@@ -161,7 +161,7 @@ class Endpoint:
             raise DataError(f"{self.url}: {reason}{hint}")
         if status == 400 and limit == "max_tokens" and b"max_completion_tokens" in body:
             self._limit = "max_completion_tokens"
-            raise _TryAgain(reason, 0.0)
+            raise TryAgain(reason, 0.0)
         if status in WRONG and _sends_video(messages):
             hint = "does this server's model take videos? --send frames sends pictures"
             if _NO_VIDEOS.search(reason):
@@ -170,7 +170,7 @@ class Endpoint:
         raise NoAnswer(reason, unreachable=False)
 
     def _post(self, question: dict[str, Any]) -> tuple[int, float | None, bytes]:
-        """Return status, Retry-After in seconds and body. Raises _TryAgain for a broken connection."""
+        """Return status, Retry-After in seconds and body. Raises TryAgain for a broken connection."""
         import requests
 
         deadline = time.monotonic() + self.timeout
@@ -182,14 +182,14 @@ class Endpoint:
                 for block in response.iter_content(1 << 16):
                     body += block
                     if len(body) > LARGEST_ANSWER:
-                        raise _TryAgain("the answer is far too long", None)
+                        raise TryAgain("the answer is far too long", None)
                     if time.monotonic() > deadline:
-                        raise _TryAgain(f"no whole answer in {self.timeout:g} s", None)
-                return response.status_code, _wanted_wait(response.headers.get("Retry-After")), body
+                        raise TryAgain(f"no whole answer in {self.timeout:g} s", None)
+                return response.status_code, retry_after(response.headers.get("Retry-After")), body
         except requests.exceptions.Timeout:
-            raise _TryAgain(f"no answer in {self.timeout:g} s", None) from None
+            raise TryAgain(f"no answer in {self.timeout:g} s", None) from None
         except (requests.exceptions.RequestException, OSError) as error:
-            raise _TryAgain(_connection_reason(error), None) from None
+            raise TryAgain(_connection_reason(error), None) from None
 
     def _session(self) -> Any:
         """Return this thread's connection, which is kept between questions."""
@@ -217,12 +217,6 @@ class Endpoint:
             text = body[:300].decode("utf-8", "replace")
         text = one_line(" ".join(str(text).split()))[:300]
         return text.replace(self._key, "***") if self._key else text
-
-
-class _TryAgain(Exception):
-    def __init__(self, reason: str, wait: float | None) -> None:
-        super().__init__(reason)
-        self.wait = wait
 
 
 def full_url(url: str) -> str:
@@ -258,7 +252,7 @@ def _sends_video(messages: Sequence[dict[str, Any]]) -> bool:
 
 
 def _answer_in(body: bytes) -> Answer:
-    """Return what a reply holds. Raises _TryAgain for one that is none."""
+    """Return what a reply holds. Raises TryAgain for one that is none."""
     try:
         reply = json.loads(body)
         choice = reply["choices"][0]
@@ -273,21 +267,7 @@ def _answer_in(body: bytes) -> Answer:
         counts = (int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens"))
         return Answer(text, choice.get("finish_reason") == "length", *counts)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise _TryAgain(f"the answer is no chat completion ({type(error).__name__})", None) from None
-
-
-def _wanted_wait(header: str | None) -> float | None:
-    """Return the seconds of a Retry-After header, which may be a number or a date; None for none."""
-    if not header:
-        return None
-    try:
-        return max(0.0, float(header))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
-    except (ValueError, TypeError):
-        return None
+        raise TryAgain(f"the answer is no chat completion ({type(error).__name__})", None) from None
 
 
 def _connection_reason(error: Exception) -> str:

@@ -17,7 +17,6 @@ them is somebody else's text: nothing is evaluated.
 
 from __future__ import annotations
 
-import ast
 import csv
 import io
 import json
@@ -29,14 +28,13 @@ from pathlib import Path
 from typing import Any
 
 from opensora_repro.data.caption.names import forms_of, is_named
-from opensora_repro.data.caption_values import CAPTION_KEYS, texts_in
+from opensora_repro.data.caption_values import CAPTION_KEYS, scene_span, span_of, texts_in, written_literal
 from opensora_repro.data.csv_rows import as_written, csv_names, csv_rows, inert
 from opensora_repro.data.manifest import is_missing, read_names, reading
 from opensora_repro.errors import DataError
 from opensora_repro.files import one_line, writing
 
 CHUNK = 1 << 15  # rows
-LONGEST_LITERAL = 1 << 22  # characters of a list of spans or captions
 FRAME, TIME = "frame", "time"
 SUFFIXES = (".csv", ".tsv", ".parquet", ".json", ".jsonl")
 IDS = ("id", "clip_id")
@@ -208,11 +206,11 @@ def _panda(path: Path, rows: Iterable[Sequence[Any]], ours: ClipKeys) -> Caption
         video = _name(path, number, value)
         if not ours.named(video):
             continue
-        spans, captions = _literal(spans), _literal(captions)
-        if not isinstance(spans, list) or not isinstance(captions, list) or len(spans) != len(captions):
+        spans, captions = written_literal(spans), written_literal(captions)
+        if spans is None or captions is None or len(spans) != len(captions):
             raise DataError(f"{path}: row {number}: timestamp and caption are no lists of one length")
         for span, caption in zip(spans, captions, strict=True):
-            start, end = _seconds(path, number, span)
+            start, end = _span(path, number, span)
             found.spans[video].append(Entry(number, found.text(caption, number), start, end))
     return found
 
@@ -230,16 +228,14 @@ def _hd_vg(path: Path, videos: dict[str, Any], ours: ClipKeys) -> CaptionList:
     for number, (video, content) in enumerate(videos.items(), start=1):
         try:
             for clip in content["clip"].values():
-                start, end = _seconds(path, number, clip["span"]) if "span" in clip else (None, None)
+                span = _span(path, number, clip["span"]) if "span" in clip else None
                 for scene in clip["scene_split"]:
-                    first, last = (float(frame) for frame in scene["scene_cut"])
                     entry, name = Entry(number, found.text(scene["caption"], number)), str(scene["clip_id"])
                     if ours.named(name):
                         found.add(name, entry)
-                    if ours.named(video) and start is not None and end is not None:
-                        fps = float(clip["fps"])
-                        spans = (start, end) if last < 0 else (start + first / fps, start + last / fps)
-                        found.spans[video].append(Entry(number, entry.caption, *spans))
+                    if ours.named(video) and span is not None:
+                        times = scene_span(span, scene["scene_cut"], float(clip["fps"]))
+                        found.spans[video].append(Entry(number, entry.caption, *times))
         except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
             if isinstance(error, DataError):
                 raise
@@ -299,34 +295,12 @@ def _objects(path: Path, content: Any) -> list[Row]:
     return content
 
 
-def _literal(value: Any) -> Any:
-    """Return a list that is written as Python writes it; None for what is none."""
-    if not isinstance(value, str):
-        return value
-    if len(value) > LONGEST_LITERAL:
-        return None
+def _span(path: Path, number: int, span: Any) -> tuple[float, float]:
     try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return None
-
-
-def _seconds(path: Path, number: int, span: Any) -> tuple[float, float]:
-    """Return a span of two times, each H:M:S or seconds."""
-    try:
-        start, end = (_one_time(time) for time in span)
+        return span_of(span)
     except (TypeError, ValueError):
-        start = end = 0.0
-    if not start < end:
-        raise DataError(f"{path}: row {number}: a span is {one_line(str(span)[:80])}, expected two times, H:M:S")
-    return start, end
-
-
-def _one_time(time: Any) -> float:
-    seconds = 0.0
-    for part in str(time).split(":"):
-        seconds = seconds * 60 + float(part)
-    return seconds
+        told = one_line(str(span)[:80])
+        raise DataError(f"{path}: row {number}: a span is {told}, expected two times, H:M:S") from None
 
 
 def write_template(path: Path, clips: Sequence[dict[str, Any]]) -> int:

@@ -5,12 +5,12 @@ One row a part: id, url, caption, source (the video's own id), start_time and en
 
 from __future__ import annotations
 
-import ast
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from opensora_repro.data.caption_values import scene_span, span_of, written_literal
 from opensora_repro.data.convert.source import Refuse, refusal
 from opensora_repro.data.outcome import Row
 from opensora_repro.data.tables import open_table
@@ -42,23 +42,22 @@ def panda_rows(path: Path, refuse: Refuse) -> Iterator[Row]:
 
 
 def _panda_parts(video: str, row: Row) -> list[Row]:
-    spans, captions = _literal(row, "timestamp"), _literal(row, "caption")
-    scores = _literal(row, "matching_score") if row.get("matching_score") else [None] * len(spans)
+    spans, captions = _list(row, "timestamp"), _list(row, "caption")
+    scores = _list(row, "matching_score") if row.get("matching_score") else [None] * len(spans)
     if not video or not row["url"]:
         raise ValueError("videoID or url is empty")
     if not len(spans) == len(captions) == len(scores):
         raise ValueError(f"{len(spans)} timestamps, {len(captions)} captions, {len(scores)} scores")
     parts = []
-    for (start, end), caption, score in zip(spans, captions, scores, strict=True):
-        part = _part(video, row["url"], str(caption), seconds(start), seconds(end))
+    for span, caption, score in zip(spans, captions, scores, strict=True):
+        part = _part(video, row["url"], str(caption), *span_of(span))
         parts.append({**part, "matching_score": None if score is None else float(score)})
     return parts
 
 
-def _literal(row: Row, name: str) -> list[Any]:
-    value = row[name]
-    found = ast.literal_eval(value) if isinstance(value, str) else value
-    if not isinstance(found, list):
+def _list(row: Row, name: str) -> list[Any]:
+    found = written_literal(row[name])
+    if found is None:
         raise ValueError(f"{name}: expected a list")
     return found
 
@@ -79,30 +78,17 @@ def hdvg_rows(paths: list[Path], refuse: Refuse) -> Iterator[Row]:
 def _hdvg_scenes(name: str, clip: dict[str, Any], url: str) -> list[Row]:
     """Return a clip's scenes; their frames count from the clip's start, -1 is its end."""
     video = name.removesuffix(".mp4").rpartition(".")[0]
-    start, end = (seconds(time) for time in clip["span"])
-    rate, scenes = float(clip["fps"]), []
+    span, scenes = span_of(clip["span"]), []
     for scene in clip["scene_split"]:
-        first, last = scene["scene_cut"]
-        stop = end if last == -1 else start + last / rate
-        part = _part(video, url, str(scene["caption"]), start + first / rate, stop)
-        scenes.append({**part, "id": str(scene["clip_id"])})
+        times = span_of(scene_span(span, scene["scene_cut"], float(clip["fps"])))
+        scenes.append({**_part(video, url, str(scene["caption"]), *times), "id": str(scene["clip_id"])})
     return scenes
 
 
 def _part(video: str, url: str, caption: str, start: float, end: float) -> Row:
-    if not 0 <= start < end:
-        raise ValueError(f"from {start:g} to {end:g} seconds is no span")
     identity = f"{video}-{round(1000 * start):08d}-{round(1000 * end):08d}"
     times = {"start_time": round(start, 6), "end_time": round(end, 6)}
     return {"id": identity, "url": str(url), "caption": caption, "source": video, **times}
-
-
-def seconds(time: str | float) -> float:
-    """Return the seconds of "0:01:02.5"."""
-    total = 0.0
-    for part in str(time).split(":"):
-        total = 60 * total + float(part)
-    return total
 
 
 def json_elements(path: Path) -> Iterator[Any]:

@@ -7,7 +7,6 @@ ranges, or has another file by now, sends it from the start.
 
 from __future__ import annotations
 
-import email.utils
 import http.client
 import json
 import os
@@ -25,6 +24,7 @@ from typing import IO, Any, NoReturn
 
 from opensora_repro.data.download.connect import Forbidden, Line
 from opensora_repro.data.download.kinds import HEAD, kind_of, seems
+from opensora_repro.data.http_retries import TryAgain, retry_after
 from opensora_repro.data.jobs.records import write_record
 from opensora_repro.data.jobs.workers import DISK_TROUBLE
 from opensora_repro.files import one_line
@@ -52,12 +52,6 @@ class Failed(Exception):
 
 class OverBudget(Failed):
     """There is no room for the file beside the others."""
-
-
-class _Again(Exception):
-    def __init__(self, reason: object, wait: float | None = None) -> None:
-        super().__init__(one_line(reason))
-        self.wait = wait  # seconds that the server asks for
 
 
 @dataclass(frozen=True)
@@ -109,7 +103,7 @@ def fetch(url: str, part: Path, limits: Limits, hold: Callable[[int], None], sto
             return resumed
         except Forbidden as error:
             raise Failed(str(error)) from error
-        except (_Again, Refused) as error:
+        except (TryAgain, Refused) as error:
             if line.expired:  # whatever was made of the end
                 raise _too_slow(limits) from error
             if isinstance(error, Refused):
@@ -173,45 +167,33 @@ def _attempt(
     except urllib.error.URLError as error:
         if isinstance(error.reason, ssl.SSLCertVerificationError):
             raise Refused(f"its certificate is not valid: {error.reason.verify_message}") from error
-        raise _Again(error.reason) from error
+        raise TryAgain(one_line(error.reason)) from error
     except http.client.InvalidURL as error:
         raise Refused(f"no URL: {one_line(error)}") from error
     except http.client.HTTPException as error:
-        raise _Again(str(error) or type(error).__name__) from error
+        raise TryAgain(one_line(str(error) or type(error).__name__)) from error
     except ValueError as error:  # a server may redirect to what is no address
         raise Refused(f"redirected to no URL: {one_line(error)}") from error
     except OSError as error:
         if error.errno in DISK_TROUBLE or error.filename is not None:  # ours, not the connection's
             raise
-        raise _Again(str(error) or type(error).__name__) from error
+        raise TryAgain(one_line(str(error) or type(error).__name__)) from error
 
 
 def _raise_status(error: urllib.error.HTTPError, part: Path) -> NoReturn:
     reason = f"HTTP {error.code} {one_line(error.reason)}".strip()
     if error.code == 416:  # our part is longer than the file
         drop(part)
-        raise _Again(reason, 0.0) from error
+        raise TryAgain(reason, 0.0) from error
     if error.code in AGAIN:
-        raise _Again(reason, retry_after(error.headers.get("Retry-After"))) from error
+        raise TryAgain(reason, retry_after(error.headers.get("Retry-After"))) from error
     raise Refused(reason) from error
-
-
-def retry_after(value: str | None) -> float | None:
-    """Return the seconds that a Retry-After header asks for: a number or a date."""
-    if value is None:
-        return None
-    if re.fullmatch(r"\d{1,9}", value.strip()):
-        return float(value)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError):
-        return None
 
 
 def _receive(
     response: Any, part: Path, asked: int, limits: Limits, hold: Callable[[int], None], stop: threading.Event
 ) -> None:
-    """Write a response's body from where it starts. Raises _Again if it ends early."""
+    """Write a response's body from where it starts. Raises TryAgain if it ends early."""
     start, expected = _extent(response, part, asked)
     if response.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise Refused(f"answered in an encoding that was not asked for: {response.headers['Content-Encoding']}")
@@ -224,7 +206,7 @@ def _receive(
         file.truncate()
         got = _copy(response, file, start, expected or 0, limits, hold, stop)
     if expected is not None and got < expected:
-        raise _Again(f"the connection ended after {got:,} of {expected:,} bytes")
+        raise TryAgain(f"the connection ended after {got:,} of {expected:,} bytes")
     if not got:
         raise Refused("the file is empty")
 
@@ -237,7 +219,7 @@ def _extent(response: Any, part: Path, asked: int) -> tuple[int, int | None]:
         match = re.fullmatch(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18}|\*)", response.headers.get("Content-Range", ""))
         if not match or int(match[1]) != asked or not asked:
             drop(part)
-            raise _Again("answered with another range than asked for", 0.0)
+            raise TryAgain("answered with another range than asked for", 0.0)
         return asked, (asked + size if size is not None else None)
     if response.status != 200:
         raise Refused(f"HTTP {response.status} {one_line(response.reason)}")
@@ -266,7 +248,7 @@ def _copy(
             known = bool(checked_kind(Path(file.name)))
         passed = time.monotonic() - began
         if passed > PATIENCE and (got - start) / passed < SLOWEST:
-            raise _Again(f"slower than {SLOWEST:.0f} bytes a second")
+            raise TryAgain(f"slower than {SLOWEST:.0f} bytes a second")
         if stop.is_set():
             raise Failed("interrupted")
     return got

@@ -157,10 +157,9 @@ def _count_decoded(path: str | Path, index: FrameIndex, threads: int) -> int:
             for time in _sound_frames(path, container, stream):
                 times.append(time)
     except (DecodeError, av.FFmpegError) as error:
-        raise DecodeError(_damage(path, len(times), index)) from error
-    lost = _num_lost(times, index)
-    if lost or not times:
-        raise DecodeError(_damage(path, len(times), index))
+        raise DecodeError(f"{path}: {index.ended_early(len(times))}") from error
+    if reason := index.damage_of(times):
+        raise DecodeError(f"{path}: {reason}")
     return len(times)
 
 
@@ -169,15 +168,3 @@ def _sound_frames(path: str | Path, container: Any, stream: Any) -> Iterator[int
         if frame.is_corrupt:
             raise DecodeError(f"{path}: a frame is damaged")
         yield frame.pts
-
-
-def _num_lost(times: list[int | None], index: FrameIndex) -> int:
-    """Count frames that have packets but did not decode; those before the first key frame are no loss."""
-    known = {t for t in times if t is not None}
-    if len(known) < len(times) or not known or len(index.times) in (2 * len(times), 2 * len(times) - 1):
-        return 0  # no clock to compare; or interlaced, two packets a frame
-    return sum(t > times[0] and t not in known for t in index.times)  # type: ignore[operator]
-
-
-def _damage(path: str | Path, got: int, index: FrameIndex) -> str:
-    return f"{path}: damaged: {got} of {max(index.promised, len(index.times), got)} frames decode"

@@ -106,7 +106,7 @@ class Footage:
                 self.times.append(frame.pts)
                 yield frame
         except (DecodeError, av.FFmpegError) as error:
-            raise DecodeError(_damage(self.path, len(self.times), self.index)) from error
+            raise DecodeError(f"{self.path}: {self.index.ended_early(len(self.times))}") from error
         _check_complete(self.path, self.times, self.index)
 
     def has_clock(self) -> bool:
@@ -276,14 +276,8 @@ def _check_complete(path: str | Path, times: list[int | None], index: FrameIndex
     """Raise DecodeError if the header promises more than the file holds, or frames went missing after the first."""
     if not times:
         raise DecodeError(f"{path}: no frame decodes")
+    reason = index.damage_of(times)
     if index.promised > index.num_packets:
-        raise DecodeError(_damage(path, len(times), index))
-    decoded = set(times)
-    lost = [t for t in index.times if t not in decoded and times[0] is not None and t > times[0]]
-    one_a_field = len(index.times) in (2 * len(times), 2 * len(times) - 1)  # interlaced: two packets make a frame
-    if lost and not one_a_field and None not in decoded:
-        raise DecodeError(_damage(path, len(times), index))
-
-
-def _damage(path: str | Path, got: int, index: FrameIndex) -> str:
-    return f"{path}: damaged: {got} of {max(index.promised, len(index.times), got)} frames decode"
+        reason = index.ended_early(len(times))
+    if reason:
+        raise DecodeError(f"{path}: {reason}")
