@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -95,30 +94,3 @@ def test_gpu_checks_say_when_there_is_no_gpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.strip().splitlines()) == 1
     assert '"gpu": null' in out.read_text(encoding="utf-8")
-
-
-def test_readme_lists_every_config_key_with_its_default() -> None:
-    from opensora_repro.config import Config, config_dict
-
-    text = (REPO / "README.md").read_text(encoding="utf-8")
-    table = text.split("<!-- config reference: begin -->")[1].split("<!-- config reference: end -->")[0]
-    listed = re.findall(r"^\| `([\w.]+)` \| `(.*?)` \| (.+) \|$", table, flags=re.M)
-    expected = {f"{s}.{k}": json.dumps(v) for s, keys in config_dict(Config()).items() for k, v in keys.items()}
-    assert {name: default for name, default, _ in listed} == expected
-
-
-def test_readme_names_what_exists() -> None:
-    """Files, modules and make targets that the README tells a reader to use are there."""
-    text = (REPO / "README.md").read_text(encoding="utf-8")
-    for config in set(re.findall(r"(?:configs/)?(stage\d_[\w-]+\.toml)", text)):
-        assert (REPO / "configs" / config).is_file(), config
-    for module in set(re.findall(r"-m ((?:stages|data_tools|benchmarks)\.\w+)", text)) - {"data_tools.NAME"}:
-        assert REPO.joinpath(*module.split(".")).with_suffix(".py").is_file(), module
-    targets = set(re.findall(r"^([a-z]+):", (REPO / "Makefile").read_text(encoding="utf-8"), flags=re.M))
-    assert set(re.findall(r"`?make ([a-z]+)`?\b", text)) - {"each"} <= targets
-    for link in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (REPO / link).exists(), f"{link}: linked, but not here"
-    headings = {
-        re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-") for h in re.findall(r"^#+ (.+)$", text, re.M)
-    }
-    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= headings
