@@ -1,0 +1,258 @@
+"""The recipes of CONTRIBUTING.md, followed on a throw-away copy of the project: the files it names are enough."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.made_pictures import texture
+
+REPO = Path(__file__).resolve().parents[2]
+CODE = ("opensora_repro", "stages", "data_tools", "tests")
+
+
+class Copy:
+    """A copy of the code, to be edited as a recipe says."""
+
+    def __init__(self, root: Path, recipe: str) -> None:
+        self.root = root
+        text = (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8")
+        self.recipe = text.split(f"\n### {recipe}\n")[1].split("\n### ")[0]
+        for folder in CODE:
+            shutil.copytree(REPO / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__", "gpu"))
+
+    def add(self, path: str, text: str) -> None:
+        assert f"`{Path(path).parent}/" in self.recipe, f"{path}: the recipe does not name its folder"
+        (self.root / path).write_text(text, encoding="utf-8")
+
+    def edit(self, path: str, old: str, new: str) -> None:
+        assert f"`{path}`" in self.recipe, f"{path}: the recipe does not name it"
+        text = (self.root / path).read_text(encoding="utf-8")
+        changed, count = re.subn(old, new, text)
+        assert count == 1, f"{path}: {count} places for {old}"
+        (self.root / path).write_text(changed, encoding="utf-8")
+
+    def run(self, *command: str) -> str:
+        environment = {**os.environ, "PYTHONPATH": str(self.root), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, *command], cwd=self.root, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+
+SAMPLER = '''
+"""DDIM once more, in so many lines."""
+import torch
+from opensora_repro.diffusion.gaussian import linear_betas
+
+
+def direct_sample(model_fn, x, steps, progress=None):
+    signal = torch.from_numpy((1 - linear_betas()).cumprod()).float()
+    times = torch.linspace(len(signal) - 1, 0, steps).round().long().tolist()
+    for done, (now, after) in enumerate(zip(times, [*times[1:], None])):
+        noise = model_fn(x, torch.full((len(x),), now))[:, : x.shape[1]]
+        data = (x - (1 - signal[now]).sqrt() * noise) / signal[now].sqrt()
+        x = data if after is None else signal[after].sqrt() * data + (1 - signal[after]).sqrt() * noise
+        if progress is not None:
+            progress(done + 1, steps)
+    return x
+'''
+
+
+def test_a_sampler(tmp_path: Path) -> None:
+    copy = Copy(tmp_path, "A sampler")
+    copy.add("opensora_repro/diffusion/direct.py", SAMPLER)
+    samplers = "opensora_repro/diffusion/samplers.py"
+    copy.edit(samplers, r'IDDPM_SAMPLERS = \("iddpm"', 'IDDPM_SAMPLERS = ("direct", "iddpm"')
+    copy.edit(
+        samplers,
+        r'( +)if sampler == "dpm":\n',
+        r'\1if sampler == "direct":\n\1    from opensora_repro.diffusion.direct import direct_sample\n\n'
+        r"\1    return direct_sample(model_fn, noise, steps, progress)\n\g<0>",
+    )
+    copy.edit("opensora_repro/config/checks.py", r'("sample.sampler": \()', r'\1"direct", ')
+    copy.edit("stages/sample.py", r'("--sampler", choices=\()', r'\1"direct", ')
+    copy.edit("tests/unit/test_sampling.py", r"\nALL = \[", '\nALL = [("iddpm", "direct"), ')
+    assert "direct" in copy.run("-m", "stages.sample", "--help")
+    done = copy.run("-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib", "-k", "direct",
+                    "tests/unit/test_sampling.py")  # fmt: skip
+    assert re.search(r"\d+ passed", done)
+
+
+TOOL = '''
+"""Tell how many bytes a frame of each clip takes: python -m data_tools.weigh INPUT --out DIR"""
+import argparse
+import sys
+from pathlib import Path
+
+from opensora_repro.data.jobs.keys import file_key
+from opensora_repro.data.jobs.run import Job, add_runner_options, run_jobs, runner_of
+from opensora_repro.data.outcome import reject, run_tool, with_types, write_outcome
+from opensora_repro.data.outcome import MANIFEST, path_from
+from opensora_repro.data.probe.rows import manifest_of
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    return run_tool(lambda: weigh_all(args))
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(prog="data_tools.weigh", description=__doc__)
+    parser.add_argument("input")
+    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--kilo", action="store_true", help="in thousands")
+    add_runner_options(parser)
+    return parser
+
+
+def weigh(args):
+    return {"bytes": Path(args["path"]).stat().st_size / args["unit"]}
+
+
+def weigh_all(args):
+    from opensora_repro.data.manifest import read_manifest
+
+    out, runner = Path(args.out), runner_of(args)
+    clips = read_manifest(manifest_of(args.input, out, runner), need_captions=False).to_dict("records")
+    unit = 1000 if args.kilo else 1
+    jobs = [Job(file_key(Path(c["path"]), unit), c["id"], {"path": c["path"], "unit": unit}) for c in clips]
+    found = run_jobs(weigh, jobs, out / "weights", runner=runner, label="weighing")
+    rows, rejects = [], []
+    for clip, job in zip(clips, jobs):
+        result = found[job.key]
+        clip = {**clip, "path": path_from(out, Path(clip["path"]))}
+        if "error" in result:
+            rejects.append(reject(clip["id"], clip["path"], "weigh", result["error"]))
+        else:
+            rows.append({**clip, "bytes_a_frame": result["bytes"] / clip["num_frames"]})
+    write_outcome(out, rows, rejects, with_types(rows, MANIFEST))
+    print(f"{len(rows)} clips weighed")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+'''
+
+
+def test_a_dataset_tool(tmp_path: Path) -> None:
+    from opensora_repro.data.manifest import read_manifest
+    from opensora_repro.data.write import write_png
+
+    copy = Copy(tmp_path / "copy", "A dataset tool")
+    copy.add("data_tools/weigh.py", TOOL)
+    copy.edit("data_tools/pipeline.py", r"\nTOOLS = \(", '\nTOOLS = ("weigh", ')
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(3):
+        write_png(pictures / f"{number}.png", np.stack([texture(seed=number)] * 3, axis=-1))
+    (pictures / "damaged.png").write_bytes(b"")
+    out = tmp_path / "out"
+    line = tmp_path / "line.toml"
+    line.write_text(
+        f'input = "{pictures}"\nout = "{out}"\n[run]\nworkers = 1\n[probe]\nimages = true\n[weigh]\nkilo = true\n'
+    )
+    assert "3 clips weighed" in copy.run("-m", "data_tools.pipeline", str(line))
+    rows = read_manifest(out / "manifest.parquet", need_captions=False)
+    assert rows["bytes_a_frame"].tolist() == [os.path.getsize(path) / 1000 for path in rows["path"]]
+    assert "weighed" not in copy.run("-m", "data_tools.pipeline", str(line))
+    assert "[weigh] mega" in _refused(copy, "-m", "data_tools.pipeline", str(line), "weigh.mega=true")
+
+
+def _refused(copy: Copy, *command: str) -> str:
+    with pytest.raises(AssertionError) as refused:
+        copy.run(*command)
+    return str(refused.value)
+
+
+PLUGIN = '''
+"""Masters that lie the other way round than the weights: a piece is a tensor with its first axis reversed."""
+import torch
+from torch import nn
+from opensora_repro.parallel.engine import TorchEngine
+
+
+class ReversedEngine(TorchEngine):
+    def _wrap(self, optimizer):
+        super()._wrap(optimizer)
+        self.masters = {name: nn.Parameter(self.take(name, value.detach())) for name, value in self.working.items()}
+        master_of = {value: self.masters[name] for name, value in self.working.items()}
+        for group in optimizer.param_groups:
+            group["params"] = [master_of[value] for value in group["params"]]
+
+    def whole(self, name, piece):
+        return piece.flip(0)
+
+    take = whole
+
+    @torch.no_grad()
+    def show(self, pieces):
+        for name, piece in pieces.items():
+            self.working[name].copy_(self.whole(name, piece))
+
+    @torch.no_grad()
+    def load(self, name, whole):
+        super().load(name, whole)
+        self.working[name].copy_(whole)
+
+    def _optimizer_step(self, lr):
+        for name, value in self.working.items():
+            self.masters[name].grad = None if value.grad is None else self.take(name, value.grad)
+        super()._optimizer_step(lr)
+        self.show(self.masters)
+
+    def zero_grad(self):
+        super().zero_grad()
+        self.model.zero_grad(set_to_none=True)
+'''
+RUNS = """
+import sys
+from pathlib import Path
+from stages.stage2_video import main
+from tests.training_world import World, losses, make_world, newest_tensors
+
+world = make_world(Path(sys.argv[1]))
+here = {"parallel__engine": ENGINE, "parallel__plugin": "reversed"}
+
+
+def run(name, steps, **changes):
+    folder = world.root / name
+    given = {"train__steps": steps, "optim__eps": 1e-6, "checkpoint__every": 2, **changes}
+    assert main([str(world.root / "empty.toml"), *world.arguments(folder, "clips", **given)]) == 0
+    return newest_tensors(folder), newest_tensors(folder, "ema"), losses(folder)
+
+
+expected = run("plain", 4)
+run("begun", 2, **here)
+for found in (run("reversed", 4, **here), run("begun", 4)):
+    for ours, theirs in zip(found[:2], expected[:2]):
+        assert ours.keys() == theirs.keys()
+        assert all((ours[key] == theirs[key]).all() for key in ours)
+    assert found[2] == expected[2]
+"""
+
+
+@pytest.mark.slow
+def test_a_parallel_plugin(tmp_path: Path) -> None:
+    """Trained by it, and begun by it and ended without it, a run is the plain engine's bit for bit."""
+    copy = Copy(tmp_path / "copy", "A parallel plugin")
+    copy.add("opensora_repro/parallel/reversed.py", PLUGIN)
+    copy.edit(
+        "opensora_repro/parallel/build.py",
+        r'( +)if plugin == "gemini":\n',
+        r'\1if plugin == "reversed":\n\1    from opensora_repro.parallel.reversed import ReversedEngine\n\n'
+        r"\1    return ReversedEngine\n\g<0>",
+    )
+    copy.edit("opensora_repro/config/checks.py", r'("parallel.plugin": \()', r'\1"reversed", ')
+    copy.edit("opensora_repro/planning/memory.py", r'(parallel.plugin) == "ddp"', r'\1 in ("ddp", "reversed")')
+    (copy.root / "runs.py").write_text(RUNS.replace("ENGINE", '"colossalai"'))
+    copy.run("runs.py", str(tmp_path / "world"))
