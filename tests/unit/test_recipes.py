@@ -165,7 +165,7 @@ def test_a_dataset_tool(tmp_path: Path) -> None:
     rows = read_manifest(out / "manifest.parquet", need_captions=False)
     assert rows["bytes_a_frame"].tolist() == [os.path.getsize(path) / 1000 for path in rows["path"]]
     assert "weighed" not in copy.run("-m", "data_tools.pipeline", str(line))
-    assert "[weigh] mega" in _refused(copy, "-m", "data_tools.pipeline", str(line), "weigh.mega=true")
+    assert "[weigh]: unknown key mega" in _refused(copy, "-m", "data_tools.pipeline", str(line), "weigh.mega=true")
 
 
 def _refused(copy: Copy, *command: str) -> str:
