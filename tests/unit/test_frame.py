@@ -94,3 +94,16 @@ def test_gpu_checks_say_when_there_is_no_gpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.strip().splitlines()) == 1
     assert '"gpu": null' in out.read_text(encoding="utf-8")
+
+
+def test_one_version_and_one_script_everywhere() -> None:
+    """The citation and the changelog name the declared version; the workflow runs the CI script, the hooks `.venv`."""
+    version = re.search(r'^version = "(.+)"$', (REPO / "pyproject.toml").read_text(encoding="utf-8"), flags=re.M)
+    assert version is not None
+    assert f"\nversion: {version[1]}\n" in (REPO / "CITATION.cff").read_text(encoding="utf-8")
+    changes = (REPO / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (\S+)", changes, flags=re.M)[:2] == ["Unreleased", version[1]]
+    assert "- run: .ci/run\n" in (REPO / ".github/workflows/test.yml").read_text(encoding="utf-8")
+    hooks = (REPO / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    commands = re.findall(r"entry: \.venv/bin/python -m (\w+(?: \w+)?)", hooks)
+    assert commands == ["ruff check", "ruff format", "mypy"] and hooks.count("language: system") == 3
