@@ -27,6 +27,8 @@ class Copy:
         self.recipe = text.split(f"\n### {recipe}\n")[1].split("\n### ")[0]
         for folder in CODE:
             shutil.copytree(REPO / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__", "gpu"))
+        (root / "checkpoints").mkdir()
+        shutil.copy(REPO / "checkpoints" / "catalog.toml", root / "checkpoints")
 
     def add(self, path: str, text: str) -> None:
         assert f"`{Path(path).parent}/" in self.recipe, f"{path}: the recipe does not name its folder"
@@ -221,7 +223,7 @@ from stages.stage2_video import main
 from tests.training_world import World, losses, make_world, newest_tensors
 
 world = make_world(Path(sys.argv[1]))
-here = {"parallel__engine": ENGINE, "parallel__plugin": "reversed"}
+here = {"parallel__plugin": "reversed"}
 
 
 def run(name, steps, **changes):
@@ -248,11 +250,13 @@ def test_a_parallel_plugin(tmp_path: Path) -> None:
     copy.add("opensora_repro/parallel/reversed.py", PLUGIN)
     copy.edit(
         "opensora_repro/parallel/build.py",
-        r'( +)if plugin == "gemini":\n',
-        r'\1if plugin == "reversed":\n\1    from opensora_repro.parallel.reversed import ReversedEngine\n\n'
-        r"\1    return ReversedEngine\n\g<0>",
+        r'( +)if cfg.engine == "torch":\n',
+        r'\1if cfg.plugin == "reversed":\n\1    from opensora_repro.parallel.reversed import ReversedEngine\n\n'
+        r"\1    return ReversedEngine(cfg, device)\n\g<0>",
     )
-    copy.edit("opensora_repro/config/checks.py", r'("parallel.plugin": \()', r'\1"reversed", ')
+    checks = "opensora_repro/config/checks.py"
+    copy.edit(checks, r'("parallel.plugin": \()', r'\1"reversed", ')
+    copy.edit(checks, r'plugin (in known|== "ddp")(?=, f?")', r'plugin == "reversed" or \g<0>')
     copy.edit("opensora_repro/planning/memory.py", r'(parallel.plugin) == "ddp"', r'\1 in ("ddp", "reversed")')
-    (copy.root / "runs.py").write_text(RUNS.replace("ENGINE", '"colossalai"'))
+    (copy.root / "runs.py").write_text(RUNS)
     copy.run("runs.py", str(tmp_path / "world"))
