@@ -21,6 +21,24 @@ def user_path(text: str) -> Path:
     return Path(text).expanduser()
 
 
+def shipped(name: str) -> Path:
+    """Return where a file or folder of configs/ or checkpoints/ lies that comes with the product.
+
+    In a checkout that is beside the package, in an installation within it.
+    """
+    package = Path(__file__).resolve().parent
+    return (package if (package / "checkpoints").is_dir() else package.parent) / name
+
+
+def here_or_shipped(path: str | Path) -> Path:
+    """Return `path`; where nothing is there, what comes with the product under that name: it works in any folder."""
+    path = user_path(os.fspath(path))
+    if path.exists() or path.parts[:1] not in (("configs",), ("checkpoints",)):
+        return path
+    brought = shipped(os.fspath(path))
+    return brought if brought.exists() else path
+
+
 def beside(path: Path) -> Path:
     """Return a hidden name in the same folder, this process's own, to write to before renaming to `path`."""
     return path.with_name(f".{path.name}.{_machine()}.{os.getpid()}-{_started('self')}.tmp")

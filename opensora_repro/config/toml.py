@@ -20,6 +20,7 @@ else:
 
 from opensora_repro.config.checks import check_config
 from opensora_repro.config.sections import PATH_KEYS, Config, ConfigError
+from opensora_repro.files import here_or_shipped
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -39,9 +40,9 @@ def load_recorded(path: str | Path) -> Config:
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """Return a TOML file's content. Raises ConfigError (one line)."""
+    """Return a TOML file's content; one that comes with the product is found from any folder. Raises ConfigError."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = here_or_shipped(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError(f"config {path}: cannot be read ({reason})") from None

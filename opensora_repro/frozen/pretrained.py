@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import re
@@ -13,6 +12,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from opensora_repro.errors import UserError
+from opensora_repro.files import here_or_shipped
 
 T = TypeVar("T")
 HashFile = Callable[[Path], str]  # a digest of a file's content
@@ -108,8 +108,8 @@ def load_frozen(load: Callable[..., T], path: str, *, key: str, kind: str) -> T:
 
 
 def find_folder(path: str, *, key: str, kind: str) -> Path:
-    """The local folder itself, or the one in the hub's cache. Raises ModelNotFound."""
-    folder = Path(path).expanduser()
+    """The local folder itself, one that comes with the product, or the one in the hub's cache. Raises ModelNotFound."""
+    folder = here_or_shipped(path)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelNotFound(f"{key}={path}: no config.json in this folder, expected a {kind}")
@@ -185,12 +185,10 @@ def _in_cache(name: str) -> Path | None:
 def _how_to_fetch(name: str, key: str) -> str:
     from huggingface_hub import constants
 
-    from opensora_repro.weights.catalog import CatalogError, load_catalog
+    from opensora_repro.weights.catalog import load_catalog
 
-    command = f"hf download {name}"
-    with contextlib.suppress(CatalogError):  # an installation without the catalog
-        if any(entry.name == name for entry in load_catalog()):
-            command = f"python -m stages.weights fetch {name}"
+    listed = any(entry.name == name for entry in load_catalog())
+    command = f"python -m stages.weights fetch {name}" if listed else f"hf download {name}"
     return (
         f"{key}={name}: neither a folder here nor in the hub's cache {constants.HF_HUB_CACHE}; "
         f"run `{command}` once where there is a connection, or give a local folder"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from opensora_repro.config import Config, ConfigError
+from opensora_repro.files import here_or_shipped
 from opensora_repro.models.config import ModelConfig
 
 PUBLISHED_STRIDES = (1, 8, 8)  # of the Stable Diffusion autoencoders, which take frames one by one
@@ -61,7 +61,7 @@ def autoencoder_strides(path: str) -> Strides:
 def read_model_config(path: str) -> dict[str, Any]:
     """A local folder's config.json; nothing for a hub name or a file that cannot be read."""
     try:
-        content = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+        content = json.loads((here_or_shipped(path) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

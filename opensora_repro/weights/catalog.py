@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opensora_repro.errors import UserError
-from opensora_repro.files import sha256_of
+from opensora_repro.files import sha256_of, shipped
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-CATALOG = Path(__file__).resolve().parents[2] / "checkpoints" / "catalog.toml"  # beside the package, in the checkout
+CATALOG = shipped("checkpoints/catalog.toml")
 PROBE_SECONDS = 5.0  # how long the hub may take to answer before we say that there is no connection
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -60,11 +60,8 @@ class Entry:
 
 
 def load_catalog() -> list[Entry]:
-    """Read checkpoints/catalog.toml. Raises CatalogError where it is absent."""
-    try:
-        content = tomllib.loads(CATALOG.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CatalogError(f"{CATALOG}: no such catalog; it comes with a checkout of the repository") from error
+    """Read checkpoints/catalog.toml."""
+    content = tomllib.loads(CATALOG.read_text(encoding="utf-8"))
     return [Entry(**{**model, "files": tuple(File(**file) for file in model["files"])}) for model in content["model"]]
 
 
@@ -101,10 +98,7 @@ def find_cached(name: str) -> Path | None:
 
 def similar_name(name: str) -> str:
     """For the end of a line on a name that nothing has: the catalog's, if one is nearly alike."""
-    try:
-        close = _closest(name, 0.8)
-    except CatalogError:  # an installation without the catalog
-        close = ""
+    close = _closest(name, 0.8)
     return f"; the catalog of published weights has {close}" if close else ""
 
 

@@ -5,7 +5,6 @@ Tensors are mapped, not read: a file costs memory only as its tensors are copied
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import json
@@ -179,9 +178,8 @@ def weights_to_come(path: str) -> bool:
     if os.path.lexists(path):
         begun = (run / CONFIG_FILE).is_file() and not (run / "checkpoints").exists()
         return begun and not any(file.suffix in SUFFIXES for file in run.iterdir())
-    with contextlib.suppress(CatalogError):  # an installation without the catalog
-        if any(entry.name == path for entry in load_catalog()):  # fetched by its name, not made
-            return False
+    if any(entry.name == path for entry in load_catalog()):  # fetched by its name, not made
+        return False
     return run.suffix not in SUFFIXES or "checkpoints" in run.parts  # no stage makes such files, but in checkpoints
 
 

@@ -37,6 +37,7 @@ LIBRARY = "opensora_repro"
 STANDS_ON = {  # of what stands outside the library
     "stages": (LIBRARY,),
     "stages.demo": (LIBRARY, "stages", "data_tools"),
+    "stages.__main__": (LIBRARY, "stages", "data_tools"),
     "data_tools": tuple(
         f"{LIBRARY}.{room}" for room in ("errors", "files", "process", "config", "data", "weights", "frozen")
     ),
@@ -50,6 +51,7 @@ COMMANDS = [
     "stages.sample",
     "stages.plan",
     "stages.weights",
+    "stages.configs",
     "stages.demo",
     "data_tools.probe",
     "data_tools.split",
@@ -219,6 +221,18 @@ def commands() -> list[str]:
         if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")
     }
     return sorted(found | set(COMMANDS))
+
+
+def test_opensora_repro_has_every_command_under_a_name_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    from stages import __main__ as opensora_repro
+
+    known = opensora_repro.commands()
+    assert sorted(known.values()) == sorted(COMMANDS)
+    assert opensora_repro.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(any(line.startswith(f"  {name} ") and line.endswith(".") for line in lines) for name in known)
+    assert opensora_repro.main(["scroe", "--help"]) == 2
+    assert capsys.readouterr().err == "error: scroe: no such command; the closest name is score\n"
 
 
 @pytest.mark.parametrize("command", commands())

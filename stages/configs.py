@@ -1,0 +1,54 @@
+"""The recipes that come along: list them, or copy them into a folder to edit."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from opensora_repro.errors import cannot_write
+from opensora_repro.files import shipped, user_path, writing
+
+FAILURE = 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m stages.configs", description=__doc__)
+    parser.add_argument("--copy", type=user_path, metavar="DIR", help="copy them into this folder, such as configs")
+    parser.add_argument("--overwrite", action="store_true", help="with --copy: replace files that differ, too")
+    args = parser.parse_args(argv)
+    if args.overwrite and args.copy is None:
+        parser.error("--overwrite says how to copy: give --copy DIR, too")
+    home = shipped("configs")
+    recipes = sorted(path for path in home.rglob("*") if path.suffix in (".toml", ".sbatch"))
+    if args.copy is None:
+        for recipe in recipes:
+            print(f"configs/{recipe.relative_to(home).as_posix()}")
+        return 0
+    try:
+        for recipe in recipes:
+            place = args.copy / recipe.relative_to(home)
+            print(f"{copy(recipe, place, overwrite=args.overwrite)}: {place}")
+    except OSError as error:
+        print(f"error: {cannot_write(error)}", file=sys.stderr)
+        return FAILURE
+    return 0
+
+
+def copy(recipe: Path, place: Path, *, overwrite: bool) -> str:
+    """Copy one file; return what became of it. Raises OSError."""
+    content, state = recipe.read_bytes(), "copied"
+    if place.exists():
+        if place.read_bytes() == content:
+            return "there already"
+        if not overwrite:
+            return "kept, though it differs (--overwrite replaces it)"
+        state = "overwritten"
+    with writing(place) as file:
+        file.write(content)
+    return state
+
+
+if __name__ == "__main__":
+    sys.exit(main())
