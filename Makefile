@@ -26,7 +26,7 @@ SMOKE := $(addprefix tests/unit/test_, data_video.py split.py tables.py text.py 
   report.py convert_tars.py fetch_parts.py) tests/distributed/test_data_parallel.py \
   $(addprefix tests/e2e/test_, data_tools.py stages.py sample_cli.py ray_tools.py)
 
-.PHONY: help setup demo test test-all test-lowest lint types unit format bench bench-all gpu lock clean
+.PHONY: help setup demo test test-all test-lowest lint types unit format bench bench-all gpu configs lock clean
 
 help:
 	@echo "make demo    train a small video model in three stages; then look at runs/demo/report.html"
@@ -36,6 +36,7 @@ help:
 	@echo "make bench   side-by-side timings and counts on this machine's CPU in a few minutes: a table, and JSON in"
 	@echo "             benchmarks/results/quick/;  make bench-all: all of them at full size, an hour"
 	@echo "make gpu     every check that needs an NVIDIA GPU, as JSON in benchmarks/results/"
+	@echo "make configs every recipe gets the keys it lacks, docs/config.md is renewed (after a change of config/sections.py)"
 	@echo "make setup   only create .venv;  make format, make lint, make types, make unit: single steps;"
 	@echo "make lock    renew requirements.txt;  make clean: remove caches (runs/ and .venv stay)"
 
@@ -102,6 +103,9 @@ bench-all: setup
 
 gpu:
 	$(GPU_PYTHON) -m tests.gpu.checks
+
+configs: setup
+	$(PYTHON) -m opensora_repro.config.renew
 
 # One file for Python 3.10 to 3.13 and every platform. requirements/overrides.txt lifts ColossalAI's own upper bounds.
 lock: setup

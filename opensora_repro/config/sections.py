@@ -1,4 +1,7 @@
-"""The sections of a run's configuration: every key's type, default and meaning."""
+"""The sections of a run's configuration: every key's type, default and meaning, the comment on its line.
+
+A new key is one edit, here: `make configs` writes it into every recipe and into docs/config.md.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,8 @@ PATH_KEYS = (
 
 @dataclass(frozen=True)
 class RunConfig:
-    dir: str = ""  # where config, metrics, checkpoints and samples go
-    seed: int = 42
+    dir: str = ""  # folder of the run: config, metrics, checkpoints, samples
+    seed: int = 42  # of everything random
 
 
 @dataclass(frozen=True)
@@ -31,56 +34,56 @@ class InitConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    manifest: str = ""  # Parquet or CSV
-    val_manifest: str = ""  # held-out samples for the validation loss; empty: none
-    num_frames: int = 16
+    manifest: str = ""  # Parquet or CSV of the training clips
+    val_manifest: str = ""  # held-out clips for the validation loss; empty: none
+    num_frames: int = 16  # frames of a sample; 1 trains on images
     frame_interval: int = 3  # take every n-th frame of the window
-    height: int = 256
-    width: int = 256
-    flip: bool = True  # mirror half of the samples whose caption names no side and no writing
+    height: int = 256  # pixels
+    width: int = 256  # pixels
+    flip: bool = True  # mirror half of the clips whose caption names no side and no writing
     num_workers: int = 2  # processes that prefetch
-    draws: int = 0  # 0: new window, crop and flip every epoch; k: cycle through k fixed draws a sample
+    draws: int = 0  # 0: a new window, crop and flip every epoch; k: cycle through k fixed ones
     cache: str = ""  # folder for encoded latents and text (needs draws > 0); empty: encode every step
     max_bad_fraction: float = 0.1  # stop when more of the samples seen than this cannot be read
 
 
 @dataclass(frozen=True)
 class VaeConfig:
-    path: str = "stabilityai/sd-vae-ft-ema"  # hub name or local folder
-    micro_batch_size: int = 8  # frames encoded or decoded at once
+    path: str = "stabilityai/sd-vae-ft-ema"  # hub name or local folder of an AutoencoderKL
+    micro_batch_size: int = 8  # frames encoded or decoded at once; on a GPU of all clips of a step, on a CPU of one
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    path: str = "DeepFloyd/t5-v1_1-xxl"  # hub name or local folder
+    path: str = "DeepFloyd/t5-v1_1-xxl"  # hub name or local folder of a T5 encoder with its tokenizer
     micro_batch_size: int = 8  # captions encoded at once on a GPU; a CPU takes them one by one
-    offload: bool = False  # on a GPU: keep the weights in host memory, stream them layer by layer
+    offload: bool = False  # on a GPU: keep the text encoder in host memory and stream it layer by layer
 
 
 @dataclass(frozen=True)
 class DiffusionConfig:
     objective: str = "iddpm"  # "iddpm" or "flow"
     logit_mean: float = 0.0  # flow: timesteps are sigmoid(normal(mean, std)) before the shift
-    logit_std: float = 1.0
-    shift: float = 0.0  # flow: > 0 fixes the shift towards noise; 0: by the numbers of tokens and frames
+    logit_std: float = 1.0  # flow: see logit_mean
+    shift: float = 0.0  # flow: above 0, the shift towards noise; 0: by the numbers of tokens and frames, 6 at most
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    lr: float = 2e-5
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    lr: float = 2e-5  # AdamW's learning rate
+    betas: tuple[float, float] = (0.9, 0.999)  # AdamW's
+    eps: float = 1e-8  # AdamW's
+    weight_decay: float = 0.0  # AdamW's
     warmup_steps: int = 0  # scheduler: linear warm-up over the first n steps
     decay_steps: int = 0  # scheduler: linear decay to zero over the last n steps
-    clip_norm: float = 1.0  # gradient clipping to this norm; 0: the norm is recorded, not clipped
-    in_backward: bool = False  # update each weight as soon as its gradient is complete, and free that
-    offload: bool = False  # on a GPU: keep Adam's moments and the average (EMA) in host memory, stream them
+    clip_norm: float = 1.0  # gradient clipping: the largest norm; 0: recorded, not clipped
+    in_backward: bool = False  # one process: update each weight as soon as its gradient is complete, and free that
+    offload: bool = False  # on a GPU: keep Adam's moments and the weights' average in host memory, stream them
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int = 1000
+    steps: int = 1000  # optimizer steps
     batch_size: int = 8  # samples a process reads at once
     accumulation: int = 1  # gradient accumulation: micro-batches a step
     dtype: str = "bf16"  # autocast dtype: "bf16" or "fp32"; weights and optimizer stay float32
@@ -94,31 +97,31 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EmaConfig:
-    decay: float = 0.9999  # of the exponential moving average: min(decay, (1 + n) / (10 + n)) after n updates; 0: none
+    decay: float = 0.9999  # of the averaged weights; after n updates min(decay, (1 + n) / (10 + n)); 0: no averaging
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = 1000
+    every: int = 1000  # steps between checkpoints
     keep: int = 2  # newest checkpoints kept; 0 keeps all
     background: bool = False  # write behind the training, which waits for a copy in host memory alone
 
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    every: int = 0  # 0: never
-    timesteps: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of the noise range
-    max_samples: int = 64
+    every: int = 0  # steps between validations; 0: never
+    timesteps: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels of the loss, as shares of the range
+    max_samples: int = 64  # held-out clips used
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    every: int = 0  # 0: never during training
-    prompts: tuple[str, ...] = ()
-    sampler: str = "iddpm"  # "iddpm", "ddim", "dpm" for IDDPM models; flow models always use "euler"
-    steps: int = 100
-    guidance: float = 7.0  # classifier-free guidance scale (cfg_scale); 1: none
-    fps: int = 8
+    every: int = 0  # steps between samples during training; 0: never
+    prompts: tuple[str, ...] = ()  # what to sample during training
+    sampler: str = "iddpm"  # "iddpm", "ddim" or "dpm"; flow models always use "euler"
+    steps: int = 100  # denoising steps
+    guidance: float = 7.0  # classifier-free guidance (cfg_scale); 1 is none
+    fps: int = 8  # frames a second of the written videos
 
 
 @dataclass(frozen=True)

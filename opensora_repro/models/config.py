@@ -25,22 +25,22 @@ class STDiTConfig:
     count are not here because the model takes any at call time.
     """
 
-    in_channels: int = 4
-    patch_size: tuple[int, int, int] = (1, 2, 2)  # latent frames, rows, columns a token covers
-    hidden_size: int = 1152
-    depth: int = 28
-    num_heads: int = 16
-    mlp_ratio: float = 4.0
-    caption_channels: int = 4096
-    model_max_length: int = 120
-    class_dropout_prob: float = 0.1  # share of training samples that see the null caption
-    pred_sigma: bool = True  # also predict the variance: twice the output channels
+    in_channels: int = 4  # channels of the latents
+    patch_size: tuple[int, int, int] = (1, 2, 2)  # latent frames, rows and columns in a token
+    hidden_size: int = 1152  # channels of a token
+    depth: int = 28  # blocks
+    num_heads: int = 16  # attention heads
+    mlp_ratio: float = 4.0  # width of the MLP over hidden_size
+    caption_channels: int = 4096  # channels of the text encoder
+    model_max_length: int = 120  # caption tokens; longer captions are cut
+    class_dropout_prob: float = 0.1  # share of training samples that see the null caption, for guidance
+    pred_sigma: bool = True  # also predict the variance (IDDPM): twice the output channels; flow models need none
     space_scale: float = 1.0  # spatial position = index / space_scale
     time_scale: float = 1.0  # temporal position = index / time_scale
-    temporal_attention: bool = True
+    temporal_attention: bool = True  # true: STDiT; false: PixArt
     no_temporal_pos_emb: bool = True  # PixArt only: do not add a temporal table to the tokens
     size_conditioning: bool = False  # PixArt-1024-MS: also told the picture's size and aspect ratio
-    base_size: int = 0  # PixArt only: positions stretch to this many steps an axis; 0: the square root of the places
+    base_size: int = 0  # PixArt only: positions stretch to so many steps an axis (1024-MS: 64); 0: root of the places
 
     # What any code may ask of a model's config. Without a type they are no fields, so no keys of a config file.
     conditioning = "t5"  # how prompts are read: "t5", many tokens; "clip", one pooled token; "class", a number

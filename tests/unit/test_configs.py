@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +13,7 @@ from typing import Any
 import pytest
 
 from opensora_repro.config import Config, config_dict, load_config
+from opensora_repro.config.renew import complete, page, recipes
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -16,7 +21,7 @@ else:
     import tomli as tomllib
 
 REPO = Path(__file__).resolve().parents[2]
-FILES = sorted(path for path in (REPO / "configs").rglob("*.toml") if path.parent.name != "data")
+FILES = recipes(REPO / "configs")
 SPLIT_OVER_GPUS = {"stage2_64x512x512-sp": 2, "stage2_360x512x512": 2}
 
 # frames, interval, size, batch a GPU, activation checkpointing, space scale, time scale, steps of the released run; but
@@ -48,6 +53,48 @@ def test_every_key_is_written(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_loads_to_the_written_values(path: Path) -> None:
     assert config_dict(load_config(path)) == tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+def test_what_make_configs_makes_is_up_to_date() -> None:
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        assert complete(text) == text, path
+    assert (REPO / "docs/config.md").read_text(encoding="utf-8") == page()
+
+
+def test_a_new_key_is_one_edit(tmp_path: Path) -> None:
+    """On a copy: a key behind a list of several lines, and a section, reach every recipe and the page."""
+    for folder in ("opensora_repro", "configs", "docs"):
+        shutil.copytree(REPO / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    sections = tmp_path / "opensora_repro/config/sections.py"
+    text = sections.read_text(encoding="utf-8")
+    for behind, added in (
+        (r"    prompts: .*\n", '    words: tuple[str, ...] = ("a", "b")  # said | unsaid\n'),
+        (r"    ema: EmaConfig .*\n", "    pause: PauseConfig = field(default_factory=PauseConfig)\n"),
+        (
+            r"(?=@dataclass.*\nclass Config:)",
+            "@dataclass(frozen=True)\nclass PauseConfig:\n    length: int = 5  # of rest\n\n\n",
+        ),
+    ):
+        text, count = re.subn(behind, lambda found, added=added: found[0] + added, text)
+        assert count == 1
+    sections.write_text(text, encoding="utf-8")
+    subprocess.run([sys.executable, "-m", "opensora_repro.config.renew"], cwd=tmp_path, check=True, timeout=60)
+    for path in FILES:
+        old, new = (p.read_text(encoding="utf-8") for p in (path, tmp_path / path.relative_to(REPO)))
+        changes = [line for line in difflib.ndiff(old.splitlines(), new.splitlines()) if line[0] in "+-"]
+        added = ['+ words = ["a", "b"]  # said | unsaid', "+ ", "+ [pause]", "+ length = 5  # of rest"]
+        assert sorted(changes) == sorted(added)
+        expected = tomllib.loads(old)
+        expected["sample"]["words"], expected["pause"] = ["a", "b"], {"length": 5}
+        assert tomllib.loads(new) == expected
+        names = [name for name in expected if name != "pause"]
+        names.insert(names.index("ema") + 1, "pause")
+        assert list(tomllib.loads(new)) == names
+        assert list(tomllib.loads(new)["sample"])[1:3] == ["prompts", "words"]
+    table = (tmp_path / "docs/config.md").read_text(encoding="utf-8")
+    assert '| `sample.words` | `["a", "b"]` | said \\| unsaid |\n' in table
+    assert "| `pause.length` | `5` | of rest |\n" in table
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -1,0 +1,112 @@
+"""`make configs`: give every recipe the keys that it lacks, and write the page of all keys, from sections.py alone."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import json
+import re
+import sys
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+from opensora_repro.config.sections import Config
+from opensora_repro.config.toml import config_dict
+from opensora_repro.files import write_text
+
+PAGE = """<!-- Made by `make configs` from opensora_repro/config/sections.py. -->
+
+# Config reference
+
+Every key, its default, and what it means. `configs/*.toml` write all of them out.
+
+| key | default | |
+|---|---|---|
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    argparse.ArgumentParser(prog="python -m opensora_repro.config.renew", description=__doc__).parse_args(argv)
+    for path in recipes(Path("configs")):
+        write_text(path, complete(path.read_text(encoding="utf-8")))
+    write_text(Path("docs/config.md"), page())
+    return 0
+
+
+def recipes(folder: Path) -> list[Path]:
+    """The configs of stages; those of data_tools.pipeline, in data/, have the tools' own options."""
+    return sorted(path for path in folder.rglob("*.toml") if path.parent != folder / "data")
+
+
+def page() -> str:
+    """The reference: a row a key."""
+    helps, defaults = helps_of(Config), config_dict(Config())
+    rows = (
+        f"| `{section}.{key}` | `{json.dumps(value)}` | {helps[section][key].replace('|', chr(92) + '|')} |\n"
+        for section, keys in defaults.items()
+        for key, value in keys.items()
+    )
+    return PAGE + "".join(rows)
+
+
+def complete(text: str) -> str:
+    """The config with missing keys at their places, each with its default and comment; all else as it stands."""
+    helps, lines = helps_of(Config), text.splitlines()
+    end = len(lines)  # of the section before
+    for section, keys in config_dict(Config()).items():
+        header = next((i for i, line in enumerate(lines) if re.match(rf"\[{section}\]\s*(#|$)", line)), None)
+        if header is None:
+            lines[end:end] = ["", f"[{section}]"]
+            header = end + 1
+        end = header + 1
+        for key, default in keys.items():
+            found = find(lines, header, key)
+            if found is None:
+                lines.insert(end, f"{key} = {json.dumps(default)}  # {helps[section][key]}")
+                found = end, end + 1
+            end = max(end, found[1])
+    return "\n".join(lines) + "\n"
+
+
+def find(lines: list[str], header: int, key: str) -> tuple[int, int] | None:
+    """First and last line (exclusive) of a key in the section whose header is there; None where it is missing."""
+    for start in range(header + 1, len(lines)):
+        if lines[start].startswith("["):
+            return None
+        if re.match(rf"{key}\s*=", lines[start]):
+            return start, next(end for end in range(start + 1, len(lines) + 1) if is_toml(lines[start:end]))
+    return None
+
+
+def is_toml(lines: list[str]) -> bool:
+    try:
+        tomllib.loads("\n".join(lines))
+    except tomllib.TOMLDecodeError:
+        return False
+    return True
+
+
+def helps_of(config: type) -> dict[str, dict[str, str]]:
+    """{section: {key: help}}: what the comment behind each key says where its class defines it."""
+    return {section: dict(comments(cls)) for section, cls in typing.get_type_hints(config).items()}
+
+
+def comments(section: type[Any]) -> Iterator[tuple[str, str]]:
+    source = inspect.getsource(section)
+    for key in (field.name for field in dataclasses.fields(section)):
+        found = re.search(rf"^    {key}: .*?  # (.+)$", source, flags=re.M)
+        if found is None:
+            raise LookupError(f"{section.__name__}.{key}: say in a comment behind it what it means")
+        yield key, found[1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
