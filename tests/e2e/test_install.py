@@ -111,7 +111,7 @@ def test_it_works_in_any_folder(bin_dir: Path, tmp_path: Path) -> None:
     call("caption", "data/mine/manifest.parquet", "--sidecar", "captions.csv", "--out", "data/clips")
     assert len(read_manifest(tmp_path / "data/clips/manifest.parquet")) == 2
 
-    # The demo's frozen models are found by the names that its recipes have for them.
-    call("stage2_video", "recipes/demo/stage2.toml", "run.dir=run", "data.manifest=data/clips/manifest.parquet", *SMALL)
+    # A recipe that was not copied, and the frozen models that it names, are found where they were installed.
+    call("stage2_video", "configs/demo/stage2.toml", "run.dir=run", "data.manifest=data/clips/manifest.parquet", *SMALL)
     call("sample", "run", "--prompt", "clouds", "--out", "out")
     assert probe(tmp_path / "out" / "0000.mp4").num_frames == 4

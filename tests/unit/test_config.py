@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from opensora_repro.config import Config, ConfigError, ParallelConfig, dump_toml, load_config, load_recorded
+from opensora_repro.files import here_or_shipped, shipped
 
 BASE = """
 [model]
@@ -234,3 +235,17 @@ def test_offloaded_activations_need_checkpointing(tmp_path: Path) -> None:
     changes = ("train.offload_activations=true", "train.activation_checkpointing=none")
     assert "train.offload_activations = true: expected false with" in error(tmp_path, BASE, *changes)
     assert load(tmp_path, BASE, changes[0]).train.offload_activations
+
+
+def test_recipes_and_the_demos_models_are_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = Path("configs/demo/stage1.toml")
+    assert load_config(recipe).run.dir == "runs/demo/stage1"
+    assert here_or_shipped("checkpoints/demo/vae") == shipped("checkpoints/demo/vae")
+    recipe.parent.mkdir(parents=True)
+    recipe.write_text('[run]\ndir = "mine"\n')
+    assert load_config(recipe).run.dir == "mine"  # what is here comes first
+    for name in ("opensora_repro/config", "configs/absent.toml", ""):
+        assert here_or_shipped(name) == Path(name)
