@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib
 import pkgutil
@@ -17,16 +18,22 @@ USER_MISTAKE = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    name, *rest = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
     known = commands()
-    if name in ("-h", "--help"):
-        print(usage(known))
+    parser = argparse.ArgumentParser(
+        prog="opensora-repro", description=__doc__, epilog=listed(known),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("name", nargs="?", metavar="NAME", help="one of those below; `NAME --help` tells more")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the command's own")
+    args = parser.parse_args(argv)
+    if args.name is None:
+        parser.print_help()
         return 0
-    if name not in known:
-        (closest,) = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-        print(f"error: {one_line(name)}: no such command; the closest name is {closest}", file=sys.stderr)
+    if args.name not in known:
+        (closest,) = difflib.get_close_matches(args.name, known, n=1, cutoff=0.0)
+        print(f"error: {one_line(args.name)}: no such command; the closest name is {closest}", file=sys.stderr)
         return USER_MISTAKE
-    run: int = importlib.import_module(known[name]).main(rest)
+    run: int = importlib.import_module(known[args.name]).main(args.arguments)
     return run
 
 
@@ -40,10 +47,9 @@ def commands() -> dict[str, str]:
     }
 
 
-def usage(known: dict[str, str]) -> str:
+def listed(known: dict[str, str]) -> str:
     width = max(map(len, known))
-    lines = ["usage: opensora-repro NAME ...", "", "`opensora-repro NAME --help` tells more of each:", ""]
-    return "\n".join([*lines, *(f"  {name:<{width}}  {first_line(module)}" for name, module in known.items())])
+    return "\n".join(f"  {name:<{width}}  {first_line(module)}" for name, module in known.items())
 
 
 def first_line(module: str) -> str:

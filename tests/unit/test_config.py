@@ -237,9 +237,7 @@ def test_offloaded_activations_need_checkpointing(tmp_path: Path) -> None:
     assert load(tmp_path, BASE, changes[0]).train.offload_activations
 
 
-def test_recipes_and_the_demos_models_are_found_from_any_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_recipes_and_the_demos_models_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = Path("configs/demo/stage1.toml")
     assert load_config(recipe).run.dir == "runs/demo/stage1"
