@@ -78,7 +78,7 @@ class OptimConfig:
     decay_steps: int = 0  # scheduler: linear decay to zero over the last n steps
     clip_norm: float = 1.0  # gradient clipping: the largest norm; 0: recorded, not clipped
     in_backward: bool = False  # one process: update each weight as soon as its gradient is complete, and free that
-    offload: bool = False  # on a GPU: keep Adam's moments and the weights' average in host memory, stream them
+    offload: bool = False  # on a GPU: keep Adam's moments and the average (EMA) in host memory, stream them
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EmaConfig:
-    decay: float = 0.9999  # of the averaged weights; after n updates min(decay, (1 + n) / (10 + n)); 0: no averaging
+    decay: float = 0.9999  # of the exponential moving average: min(decay, (1 + n) / (10 + n)) after n updates; 0: none
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class SampleConfig:
     prompts: tuple[str, ...] = ()  # what to sample during training
     sampler: str = "iddpm"  # "iddpm", "ddim" or "dpm"; flow models always use "euler"
     steps: int = 100  # denoising steps
-    guidance: float = 7.0  # classifier-free guidance (cfg_scale); 1 is none
+    guidance: float = 7.0  # classifier-free guidance scale (cfg_scale); 1: none
     fps: int = 8  # frames a second of the written videos
 
 

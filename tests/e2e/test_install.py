@@ -75,12 +75,12 @@ def test_the_wheel_holds_the_product_and_nothing_else(wheel: Path, repo_dir: Pat
     names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
     assert {name.split("/")[0] for name in names} == {"opensora_repro", "stages", "data_tools"}
     assert {"opensora_repro/py.typed", "stages/py.typed", "data_tools/py.typed"} <= set(names)
-    for folder in ("configs", "checkpoints"):
-        brought = {
-            name.removeprefix("opensora_repro/") for name in names if name.startswith(f"opensora_repro/{folder}/")
-        }
-        listed = subprocess.run(["git", "ls-files", folder], cwd=repo_dir, capture_output=True, text=True, check=True)
-        assert set(listed.stdout.split()) <= brought
+    listed = subprocess.run(
+        ["git", "ls-files", "opensora_repro", "stages", "data_tools", "configs", "checkpoints"],
+        cwd=repo_dir, capture_output=True, text=True, check=True,
+    ).stdout.split()  # fmt: skip
+    brought = [f"opensora_repro/{name}" if name.startswith(("configs/", "checkpoints/")) else name for name in listed]
+    assert set(brought) <= set(names)
 
 
 @pytest.mark.slow
@@ -92,17 +92,7 @@ def test_it_works_in_any_folder(bin_dir: Path, tmp_path: Path) -> None:
     assert "PixArt-XL-2-512x512.pth" in call("weights", "list")
     assert "the closest name is stage2_video" in call("stage2-vido", code=2)
 
-    recipe = tmp_path / "recipes" / "demo" / "stage2.toml"
     assert f"copied: {Path('recipes/demo/stage2.toml')}" in call("configs", "--copy", "recipes")
-    mine = recipe.read_text().replace("seed = 7", "seed = 8")
-    recipe.write_text(mine)
-    assert f"kept, though it differs (--overwrite replaces it): {Path('recipes/demo/stage2.toml')}" in call(
-        "configs", "--copy", "recipes"
-    )
-    assert recipe.read_text() == mine
-    assert f"overwritten: {Path('recipes/demo/stage2.toml')}" in call("configs", "--copy", "recipes", "--overwrite")
-    assert recipe.read_text() != mine
-
     (tmp_path / "videos").mkdir()
     for seed in range(2):
         film(tmp_path / "videos" / f"{seed}.mp4", seed)

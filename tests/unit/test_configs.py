@@ -14,6 +14,7 @@ import pytest
 
 from opensora_repro.config import Config, config_dict, load_config
 from opensora_repro.config.renew import complete, page, recipes
+from stages import configs
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -95,6 +96,25 @@ def test_a_new_key_is_one_edit(tmp_path: Path) -> None:
     table = (tmp_path / "docs/config.md").read_text(encoding="utf-8")
     assert '| `sample.words` | `["a", "b"]` | said \\| unsaid |\n' in table
     assert "| `pause.length` | `5` | of rest |\n" in table
+
+
+def test_copied_recipes_are_the_users_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "mine"
+    mine, told = folder / "demo" / "stage2.toml", []
+    for options in ((), (), ("--overwrite",)):
+        assert configs.main(["--copy", str(folder), *options]) == 0
+        told.append(capsys.readouterr().out.splitlines())
+        changed = mine.read_text(encoding="utf-8") == "mine"
+        assert changed == (len(told) == 2)
+        mine.write_text("mine", encoding="utf-8")
+    first, second, third = ({line for line in lines if str(mine) in line} for lines in told)
+    assert first == {f"copied: {mine}"} and third == {f"overwritten: {mine}"}
+    assert second == {f"kept, though it differs (--overwrite replaces it): {mine}"}
+    assert len(told[0]) == len(told[1]) and told[1].count(f"there already: {folder / 'slurm.sbatch'}") == 1
+    names = [path.relative_to(REPO / "configs") for path in (REPO / "configs").rglob("*") if path.is_file()]
+    assert sorted(names) == sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    assert configs.main([]) == 0
+    assert sorted(capsys.readouterr().out.splitlines()) == sorted(f"configs/{name}" for name in names)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
