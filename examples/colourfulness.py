@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from opensora_repro.data.jobs.run import Runner
-from opensora_repro.data.outcome import MANIFEST, path_from, reject, run_tool, with_types, write_outcome
+from opensora_repro.data.outcome import MANIFEST, path_from, reject, with_types, write_outcome
 from opensora_repro.data.probe.rows import INPUT_HELP, manifest_of
 from opensora_repro.data.tables import Absolute, open_table
 from opensora_repro.data.video import DecodeError, read_pictures_at
+from opensora_repro.errors import run_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("input", help=INPUT_HELP)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     args = parser.parse_args(argv)
-    return run_tool(lambda: run(args.input, args.out))
+    return run_command(lambda: run(args.input, args.out))
 
 
 def run(given: str, out: Path) -> int:

@@ -8,9 +8,9 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from opensora_repro.data.outcome import MANIFEST, path_from, run_tool, write_rows
+from opensora_repro.data.outcome import MANIFEST, path_from, write_rows
 from opensora_repro.data.video import is_image, probe
-from opensora_repro.errors import DataError
+from opensora_repro.errors import DataError, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("pictures", type=Path, help="folder, searched with its subfolders")
     parser.add_argument("manifest", type=Path, help="Parquet file to write")
     args = parser.parse_args(argv)
-    return run_tool(lambda: run(args.pictures, args.manifest))
+    return run_command(lambda: run(args.pictures, args.manifest))
 
 
 def run(folder: Path, manifest: Path) -> int:

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import data_tools
 import stages
+from opensora_repro.errors import USER_MISTAKE
 from opensora_repro.files import one_line
-
-USER_MISTAKE = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,10 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from opensora_repro.errors import cannot_write
+from opensora_repro.errors import run_command
 from opensora_repro.files import shipped, user_path, writing
-
-FAILURE = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,19 +18,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.overwrite and args.copy is None:
         parser.error("--overwrite says how to copy: give --copy DIR, too")
+    return run_command(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> int:
     home = shipped("configs")
-    recipes = sorted(path for path in home.rglob("*") if path.suffix in (".toml", ".sbatch"))
-    if args.copy is None:
-        for recipe in recipes:
-            print(f"configs/{recipe.relative_to(home).as_posix()}")
-        return 0
-    try:
-        for recipe in recipes:
-            place = args.copy / recipe.relative_to(home)
-            print(f"{copy(recipe, place, overwrite=args.overwrite)}: {place}")
-    except OSError as error:
-        print(f"error: {cannot_write(error)}", file=sys.stderr)
-        return FAILURE
+    for recipe in sorted(path for path in home.rglob("*") if path.suffix in (".toml", ".sbatch")):
+        name = recipe.relative_to(home)
+        if args.copy is None:
+            print(f"configs/{name.as_posix()}")
+        else:
+            print(f"{copy(recipe, args.copy / name, overwrite=args.overwrite)}: {args.copy / name}")
     return 0
 
 

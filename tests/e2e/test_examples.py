@@ -55,7 +55,11 @@ def test_a_folder_of_pictures_becomes_a_manifest(tmp_path: Path, capsys: pytest.
     }  # fmt: skip
     (pictures / "a.txt").unlink()
     assert main([str(pictures), str(manifest)]) == 2
-    assert "a.txt" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"error: {pictures / 'a.txt'}: No such file or directory\n"
+    (pictures / "a.txt").write_text("picture a\n")
+    (pictures / "a.png").write_bytes(b"")
+    assert main([str(pictures), str(manifest)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {pictures / 'a.png'}: ")
 
 
 def test_a_dataset_tool_in_forty_lines(tmp_path: Path) -> None:

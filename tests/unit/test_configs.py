@@ -113,6 +113,8 @@ def test_copied_recipes_are_the_users_own(tmp_path: Path, capsys: pytest.Capture
     assert len(told[0]) == len(told[1]) and told[1].count(f"there already: {folder / 'slurm.sbatch'}") == 1
     names = [path.relative_to(REPO / "configs") for path in (REPO / "configs").rglob("*") if path.is_file()]
     assert sorted(names) == sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    assert configs.main(["--copy", str(mine)]) == 2
+    assert re.fullmatch(rf"error: {mine}\S*: Not a directory\n", capsys.readouterr().err)
     assert configs.main([]) == 0
     assert sorted(capsys.readouterr().out.splitlines()) == sorted(f"configs/{name}" for name in names)
 
