@@ -293,9 +293,9 @@ def unread_words(conditions: ConditionEncoder, prompts: list[str]) -> Iterator[s
 def sample_all(args: argparse.Namespace, source: Source, folder: SampleFolder, device: torch.device) -> int:
     engine = start_engine(args, device)
     with closing(engine), engine.watchdog.reporting(args.out / "logs"):
-        todo = engine.peers.on_first(lambda: begin(args, folder))
+        todo = engine.world.on_first(lambda: begin(args, folder))
         written = sample_share(args, source, folder, todo, engine)
-        everyone = [index for part in engine.peers.gather(written) for index in part]
+        everyone = [index for part in engine.world.gather(written) for index in part]
         if engine.is_main:
             folder.write(set(range(len(folder.prompts))) - set(todo) | set(everyone))
             there = len(folder.prompts) - len(todo)

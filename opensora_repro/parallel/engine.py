@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from opensora_repro.config import ParallelConfig
+from opensora_repro.parallel.collectives import Collectives, Result
 from opensora_repro.parallel.device import choose_device
 from opensora_repro.parallel.in_backward import StepInBackward
 from opensora_repro.parallel.mesh import Mesh, launched_as
-from opensora_repro.parallel.peers import Peers, Result
 from opensora_repro.parallel.preflight import launch
 from opensora_repro.parallel.sequence import FrameParallel, apply_sequence_parallelism
 from opensora_repro.parallel.watchdog import Watchdog
@@ -43,9 +43,9 @@ class Engine(Protocol):
     device: torch.device
     watchdog: Watchdog
     mesh: Mesh
-    peers: Peers  # all processes
-    members: Peers  # those that work on the same samples
-    savers: Peers  # all processes again, for a thread that writes checkpoints
+    world: Collectives  # all processes
+    members: Collectives  # those that work on the same samples
+    savers: Collectives  # all processes again, for a thread that writes checkpoints
     masters: dict[str, Tensor]  # this rank's piece of every trained parameter, float32
     fixed: dict[str, Tensor]  # the rest of the model's state, whole on every rank
     optimizer: torch.optim.Optimizer  # over the masters
@@ -99,13 +99,13 @@ class TorchEngine:
         self.mesh = Mesh(rank, world_size, self.cfg.tp_size, self.cfg.sp_size)
         self.device = choose_device(device, local_rank)
         self.watchdog = launch(rank, world_size, self.device, self.cfg.timeout)
-        self.peers, self.savers = self._peers(), self._peers()
-        self.members = Peers(self._own_group(self.mesh.model_groups(), "gloo", PATIENCE))
+        self.world, self.savers = self._of_all(), self._of_all()
+        self.members = Collectives(self._own_group(self.mesh.model_groups(), "gloo", PATIENCE))
         self._sequence_group = self._own_group(self.mesh.sequence_groups())
 
-    def _peers(self) -> Peers:
+    def _of_all(self) -> Collectives:
         group = dist.new_group(backend="gloo", timeout=PATIENCE) if self.mesh.world_size > 1 else None
-        return Peers(group, self.watchdog.paused)
+        return Collectives(group, self.watchdog.paused)
 
     def _own_group(
         self, groups: list[list[int]], backend: str | None = None, timeout: datetime.timedelta | None = None
@@ -251,7 +251,7 @@ class TorchEngine:
         """Run `work` on all processes of the first data rank while the others wait; all get rank 0's result."""
         if self.mesh.data_rank == 0 and not self.is_main:
             work()
-        return self.peers.on_first(work)
+        return self.world.on_first(work)
 
     def close(self) -> None:
         if dist.is_initialized():

@@ -25,8 +25,8 @@ from opensora_repro.frozen.encoder import Encoded, Encoder
 from opensora_repro.frozen.vae import FrameVAE
 from opensora_repro.kernels.transfer import to_device
 from opensora_repro.models.layers import count_frames, count_tokens
+from opensora_repro.parallel.collectives import Collectives
 from opensora_repro.parallel.device import SideStream
-from opensora_repro.parallel.peers import Peers
 
 Sample: TypeAlias = "tuple[int, Clip | Encoded | BadSample]"  # with the epoch it is drawn in
 
@@ -186,7 +186,7 @@ class PreparedBatch:
 class Collator:
     """Encodes what is not yet encoded, sets bad samples aside, draws the random numbers."""
 
-    def __init__(self, encoder: Encoder, builder: BatchBuilder, members: Peers) -> None:
+    def __init__(self, encoder: Encoder, builder: BatchBuilder, members: Collectives) -> None:
         """`members`: the processes that work on the same samples; each has read and encodes a share."""
         self.encoder, self.builder, self.members = encoder, builder, members
 

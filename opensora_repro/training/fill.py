@@ -123,13 +123,13 @@ def fill_cache(fill: CacheFill, engine: Engine, quarantine: Quarantine, stopped:
         except OSError as found:
             kept = "what was written before is kept, the same command goes on; or set another data.cache"
             error = TrainingError(f"{cannot_write(found)}; {kept}")
-        engine.peers.agree(error)
-        everyone: list[Tried] = engine.peers.gather(tried)
+        engine.world.agree(error)
+        everyone: list[Tried] = engine.world.gather(tried)
         for other in everyone:
             quarantine.saw(sorted(other.indices))
             for sample in other.bad.values():
                 quarantine.add(sample)
-        engine.peers.agree(quarantine.error)
+        engine.world.agree(quarantine.error)
         quarantine.check()
         if all(other.full for other in everyone) or any(other.stopped for other in everyone):
             return

@@ -118,7 +118,7 @@ class Trainer:
         with self.engine.watchdog.paused():
             self.writer.wait()
         self.log.close()
-        self.engine.peers.agree(self._own_error())
+        self.engine.world.agree(self._own_error())
         if state.step == steps and not self._trained:
             raise self._nothing_trained()
 
@@ -246,12 +246,12 @@ class Trainer:
             )
 
     def _record_bad_samples(self, pending: PendingStep) -> None:
-        for sample in (sample for samples in self.engine.peers.gather(pending.bad_samples) for sample in samples):
+        for sample in (sample for samples in self.engine.world.gather(pending.bad_samples) for sample in samples):
             if self.quarantine.add(sample):
                 self.progress.say(f"sample {sample.id!r} set aside ({sample.path}): {sample.reason}")
 
     def _record_bad_step(self, pending: PendingStep, found: StepResult) -> None:
-        ids = list(dict.fromkeys(name for names in self.engine.peers.gather(pending.ids) for name in names))
+        ids = list(dict.fromkeys(name for names in self.engine.world.gather(pending.ids) for name in names))
         step, loss, norm, limit = pending.number, found.loss, found.grad_norm, self.cfg.train.max_bad_steps
         self.log.bad_step({"step": step, "loss": loss, "grad_norm": norm, "sample_ids": ids})
         self.progress.say(f"step {step} skipped: loss {loss}, gradient norm {norm} (non-finite)")
@@ -287,10 +287,10 @@ class Trainer:
         validate = self.validator is not None and self._due(cfg.validation.every)
         sample = bool(cfg.sample.prompts) and self._due(cfg.sample.every)
         if resuming:
-            recorded = self.engine.peers.on_first(lambda: [line["step"] for line in self.log.validation.read()])
+            recorded = self.engine.world.on_first(lambda: [line["step"] for line in self.log.validation.read()])
             validate = validate and step not in recorded
             folder = Path(cfg.run.dir) / "samples" / f"step-{step:08d}"
-            sample = sample and not self.engine.peers.on_first(folder.exists)
+            sample = sample and not self.engine.world.on_first(folder.exists)
         if not (validate or sample):
             return
         self._await_device()

@@ -71,7 +71,7 @@ def train(cfg: Config, stage: Stage, say: Say = print) -> Outcome:
 def _train(cfg: Config, stage: Stage, engine: Engine, say: Say) -> Outcome:
     check_same(engine.watchdog, "settings", config_facts(cfg))
     check_processes(cfg.optim, engine.mesh.world_size)
-    start = engine.peers.on_first(lambda: find_start(cfg, engine.mesh.data_size, say))
+    start = engine.world.on_first(lambda: find_start(cfg, engine.mesh.data_size, say))
     frame = read_manifest(cfg.data.manifest)
     check_same(engine.watchdog, "data", {"data.manifest": ids_fingerprint(frame["id"].tolist())})
     check_manifest(cfg, start, frame, say)
@@ -83,7 +83,7 @@ def _train(cfg: Config, stage: Stage, engine: Engine, say: Say) -> Outcome:
             say(line)
         return start.state.identity
 
-    start.state.identity = engine.peers.on_first(look)
+    start.state.identity = engine.world.on_first(look)
     return _Run(cfg, stage, engine, start, frame, say).train()
 
 
@@ -100,7 +100,7 @@ class _Run:
         self._build_model()
         self._announce()
         with StopSignals() as self.stop, contextlib.ExitStack() as held:
-            self.engine.peers.on_first(lambda: held.enter_context(claimed_run_folder(self.run_dir)))
+            self.engine.world.on_first(lambda: held.enter_context(claimed_run_folder(self.run_dir)))
             self._check_weights()
             self._prepare_engine()
             # Held-out samples first: what is wrong with them is not found after all others have been encoded.
@@ -110,10 +110,10 @@ class _Run:
             self._release_encoder()  # all that is encoded before training has been
             trainer = self._build_trainer(feed, quarantine, validator)
             held.callback(trainer.close)
-            if not any(self.engine.peers.gather(self.stop.requested())):
-                self.engine.peers.on_first(self._write_config)  # from here on the folder is a run
+            if not any(self.engine.world.gather(self.stop.requested())):
+                self.engine.world.on_first(self._write_config)  # from here on the folder is a run
                 trainer.run(self.stage.name)
-            newest = self.engine.peers.on_first(lambda: list_checkpoints(self.run_dir)[-1:])
+            newest = self.engine.world.on_first(lambda: list_checkpoints(self.run_dir)[-1:])
             step = trainer.state.step
             return Outcome(step, step >= self.cfg.train.steps, newest[0] if newest else None, self.stop.received)
 
@@ -205,14 +205,14 @@ class _Run:
         if self.rows is None:
             pinned = engine.device.type == "cuda"
             return ClipFeed(self.dataset, sampler, cfg.data.num_workers, pinned=pinned)
-        cache = LatentCache(cfg.data.cache, engine.peers.on_first(lambda: cache_fingerprint(cfg, self.encoder)))
+        cache = LatentCache(cfg.data.cache, engine.world.on_first(lambda: cache_fingerprint(cfg, self.encoder)))
         fill = CacheFill(self.dataset, self.rows, self.encoder, cache, cfg.data.num_workers, mesh.rank, mesh.world_size)
         fill_cache(fill, engine, quarantine, self.stop.requested)
         self._tell_bad(quarantine)
         return CacheFeed(cache, sampler, self.rows, cfg.data.draws)
 
     def _release_encoder(self) -> None:
-        skipped = skipped_models(self.engine.peers.gather(self.encoder.not_loaded()))
+        skipped = skipped_models(self.engine.world.gather(self.encoder.not_loaded()))
         if skipped:
             self.say(skipped)
         if not encodes_after_start(self.cfg):

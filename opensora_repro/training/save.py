@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from opensora_repro.files import beside, remove_folder, sha256_of, sync_folder, write_text
+from opensora_repro.parallel.collectives import Collectives
 from opensora_repro.parallel.device import device_kind
 from opensora_repro.parallel.engine import Engine
-from opensora_repro.parallel.peers import Peers
 from opensora_repro.parallel.tensor_file import TensorFile
 from opensora_repro.run_folder import (
     CONFIG_FILE,
@@ -64,7 +64,7 @@ class CheckpointWriter:
         self.wait()
         snapshot = take_snapshot(self.engine, ema, state, copy=self.background)
         if not self.background:
-            self._write(snapshot, self.engine.peers)
+            self._write(snapshot, self.engine.world)
             return
         self._thread = threading.Thread(target=self._write_behind, args=(snapshot,), name="checkpoint")
         self._thread.start()
@@ -88,41 +88,41 @@ class CheckpointWriter:
         except Exception as error:  # raised where the run waits for this thread
             self._error = error
 
-    def _write(self, snapshot: Snapshot, peers: Peers) -> None:
+    def _write(self, snapshot: Snapshot, group: Collectives) -> None:
         final = checkpoints_folder(self.run_dir) / f"step-{snapshot.state.step:08d}"
-        unfinished = final.with_name(peers.gather(beside(final).name)[0])  # one folder for all processes
+        unfinished = final.with_name(group.gather(beside(final).name)[0])  # one folder for all processes
         files = {name: TensorFile(unfinished / name, layout) for name, layout in snapshot.layouts.items()}
         try:
-            with _together(peers, final):
-                if peers.rank == 0:
+            with _together(group, final):
+                if group.rank == 0:
                     _create(unfinished, files)
-            with _together(peers, final):
+            with _together(group, final):
                 for name, file in files.items():
                     file.write(snapshot.own[name])
             hashes: dict[str, str] = {}
-            with _together(peers, final):
-                hashes = {name: sha256_of(unfinished / name) for name in sorted(files)[peers.rank :: peers.size]}
-            every = {name: value for part in peers.gather(hashes) for name, value in part.items()}
-            with _together(peers, final):
-                if peers.rank == 0:
+            with _together(group, final):
+                hashes = {name: sha256_of(unfinished / name) for name in sorted(files)[group.rank :: group.size]}
+            every = {name: value for part in group.gather(hashes) for name, value in part.items()}
+            with _together(group, final):
+                if group.rank == 0:
                     _finish(unfinished, final, self._about(snapshot.state), self.config_toml, every)
                     prune(self.run_dir, snapshot.state.step, self.keep)
         except UnwritableCheckpoint:
-            if peers.rank == 0:
+            if group.rank == 0:
                 shutil.rmtree(unfinished, ignore_errors=True)
             raise
 
 
 @contextlib.contextmanager
-def _together(peers: Peers, final: Path) -> Iterator[None]:
+def _together(group: Collectives, final: Path) -> Iterator[None]:
     """Every rank does its part of the block and waits for the others; all raise where one could not."""
     error = None
     try:
         yield
     except OSError as found:
-        where = f" (process {peers.rank} on {socket.gethostname()}: all need one file system)" if peers.rank else ""
+        where = f" (process {group.rank} on {socket.gethostname()}: all need one file system)" if group.rank else ""
         error = UnwritableCheckpoint(f"cannot write checkpoint {final}: {' '.join(str(found).split())}{where}")
-    peers.agree(error)
+    group.agree(error)
 
 
 def take_snapshot(engine: Engine, ema: Ema, state: TrainState, *, copy: bool) -> Snapshot:

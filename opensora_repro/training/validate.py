@@ -60,11 +60,11 @@ class Validator:
                     break
         except TrainingError as found:
             error = found
-        engine.peers.agree(error)
-        everywhere = engine.peers.gather(bad)
+        engine.world.agree(error)
+        everywhere = engine.world.gather(bad)
         for sample in (sample for samples in everywhere for sample in samples):
             quarantine.add(sample)
-        engine.peers.agree(quarantine.error)
+        engine.world.agree(quarantine.error)
         self.num_samples = len(chosen) - len(quarantine)
         quarantine.saw(range(len(chosen)))
         quarantine.check()

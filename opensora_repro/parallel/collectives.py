@@ -14,8 +14,8 @@ import torch.distributed as dist
 Result = TypeVar("Result")
 
 
-class Peers:
-    """The processes of one gloo group; without a group, this process alone."""
+class Collectives:
+    """What the processes of one gloo group do together; without a group, this process alone."""
 
     def __init__(
         self,
