@@ -14,7 +14,7 @@ from opensora_repro.diffusion.dpm_solver import ContinuousSchedule, dpm_solver_s
 from opensora_repro.diffusion.flow import NUM_TIMESTEPS, ModelFn
 from opensora_repro.diffusion.gaussian import GaussianDiffusion, linear_betas
 from opensora_repro.diffusion.objective import build_flow
-from opensora_repro.kernels.transfer import to_device
+from opensora_repro.kernels.choice import to_device
 
 if TYPE_CHECKING:
     from opensora_repro.config import DiffusionConfig

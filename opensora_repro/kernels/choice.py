@@ -1,4 +1,4 @@
-"""Which kernels a process computes with: torch's own operations ("eager") or fused ones ("triton").
+"""Which kernels a process computes with, torch's own ("eager") or fused ones ("triton"), and on what device.
 
 One setting for the process, `train.kernels`. Triton is imported where it is first needed and compiles a kernel where it
 is first run; without it everything here works in eager mode.
@@ -82,3 +82,10 @@ def missing_triton() -> str:
     except Exception as error:  # a broken installation raises whatever it likes
         return f"the package triton cannot be imported ({' '.join(str(error).split())[:160]})"
     return ""
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`. Nobody waits: a GPU fetches it from pinned memory when its stream comes to it."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)  # memory that is pinned already is not copied again

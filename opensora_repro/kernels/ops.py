@@ -1,6 +1,6 @@
 """The memory-bound operations between a block's matrix products: each its eager twin, or one fused kernel.
 
-On a CPU some have a third way, for many tokens (cpu.py).
+On a CPU the norm has a third way, for many tokens: what torch does in fewer passes over them than the twin takes.
 
 What the arguments mean stands at the twins in eager.py. Under autocast a fused `norm_modulate` gives the autocast dtype
 at once, to which the linear layer that reads it would round its input; the eager one leaves that to the layer.
@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opensora_repro.kernels import cpu, eager
-from opensora_repro.kernels.choice import fused, runs
+from opensora_repro.kernels import eager
+from opensora_repro.kernels.choice import chosen, fused, runs
 
 MAX_CHANNELS = 8192  # a row of tokens is held at once
 SHORT_FRAMES = 64  # a program of attention over time has all frames of a place
+LARGE = 2**17  # numbers a sample; fewer stay in a CPU's caches, and then a call a sample takes longer than the passes
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -28,11 +29,13 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    shift, scale = _of_each(x, shift), _of_each(x, scale)
     if not _fused_rows(x):
-        return _unfused(x, shift, scale).norm_modulate(x, _of_each(x, shift), _of_each(x, scale), eps)
+        norm = norm_by_sample if pays(x, shift, scale) else eager.norm_modulate
+        return norm(x, shift, scale, eps)
     from opensora_repro.kernels.fused.norm import norm_modulate as kernel
 
-    return kernel(x, _of_each(x, shift), _of_each(x, scale), eps, _normed_dtype(x, shift, scale))
+    return kernel(x, shift, scale, eps, _normed_dtype(x, shift, scale))
 
 
 def gate_residual(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
@@ -46,12 +49,16 @@ def gate_residual(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
 def residual_norm_modulate(
     x: Tensor, gate: Tensor | None, y: Tensor, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
+    shift, scale = _of_each(x, shift), _of_each(x, scale)
     if not _fused_rows(x):
-        return _unfused(x, shift, scale).residual_norm_modulate(x, gate, y, _of_each(x, shift), _of_each(x, scale), eps)
+        if not pays(x, shift, scale):
+            return eager.residual_norm_modulate(x, gate, y, shift, scale, eps)
+        x = eager.residual(x, gate, y)
+        return x, norm_by_sample(x, shift, scale, eps)
     from opensora_repro.kernels.fused.norm import residual_norm_modulate as kernel
 
     given = None if gate is None else _of_each(x, gate)
-    return kernel(x, given, y, _of_each(x, shift), _of_each(x, scale), eps, _normed_dtype(x, shift, scale))
+    return kernel(x, given, y, shift, scale, eps, _normed_dtype(x, shift, scale))
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
@@ -89,8 +96,19 @@ def _fused_rows(x: Tensor) -> bool:
     return fused(x) and x.ndim == 4 and x.shape[-1] <= MAX_CHANNELS
 
 
-def _unfused(x: Tensor, *vectors: Tensor) -> Any:
-    return cpu if cpu.pays(x, *vectors) else eager
+def pays(x: Tensor, *vectors: Tensor) -> bool:
+    """Whether to take `norm_by_sample`; "eager" kernels are the twins, and torch.compile fuses by itself."""
+    large = x.device.type == "cpu" and x.ndim == 4 and x[0].numel() >= LARGE
+    one_type = all(vector.dtype == x.dtype for vector in vectors)
+    return large and one_type and chosen() != "eager" and not torch.compiler.is_compiling()
+
+
+def norm_by_sample(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """The modulation as LayerNorm's own weight and bias, which are one sample's."""
+    if len(x) > 1:
+        samples = zip(x.split(1), shift.split(1), scale.split(1), strict=True)
+        return torch.cat([norm_by_sample(*sample, eps) for sample in samples])
+    return F.layer_norm(x, x.shape[-1:], (1 + scale).flatten(), shift.flatten(), eps)
 
 
 def _of_each(x: Tensor, vector: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.sides import random_weights
-from opensora_repro.kernels import choice, cpu, eager, ops
+from opensora_repro.kernels import choice, eager, ops
 from opensora_repro.models.config import STDiTConfig
 from opensora_repro.models.stdit import STDiT
 
@@ -45,27 +45,31 @@ def results(module: Any, given: dict[str, Tensor], gated: bool) -> list[Tensor]:
 
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("samples", [1, 3])
-def test_it_computes_what_its_twin_does(samples: int, gated: bool) -> None:
+def test_it_computes_what_its_twin_does(
+    choose: Any, monkeypatch: pytest.MonkeyPatch, samples: int, gated: bool
+) -> None:
+    monkeypatch.setattr(ops, "LARGE", 1)
+    choose("auto", "cpu")
     expected = results(eager, tensors(samples, torch.float64), gated)
-    torch.testing.assert_close(results(cpu, tensors(samples, torch.float64), gated), expected, rtol=1e-12, atol=1e-12)
-    for found, wanted in zip(results(cpu, tensors(samples, torch.float32), gated), expected, strict=True):
+    torch.testing.assert_close(results(ops, tensors(samples, torch.float64), gated), expected, rtol=1e-12, atol=1e-12)
+    for found, wanted in zip(results(ops, tensors(samples, torch.float32), gated), expected, strict=True):
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_it_is_for_many_tokens_of_one_type_where_nobody_asks_for_the_twins(choose: Any) -> None:
     many, vector = torch.zeros(2, 64, 32, 64), torch.zeros(2, 1, 1, 64)
-    assert many[0].numel() == cpu.LARGE
+    assert many[0].numel() == ops.LARGE
     choose("auto", "cpu")
-    assert cpu.pays(many, vector, vector)
-    assert not cpu.pays(many[:, 1:], vector, vector)
-    assert not cpu.pays(many.to("meta"), vector, vector)
-    assert not cpu.pays(many, vector, vector.bfloat16())
+    assert ops.pays(many, vector, vector)
+    assert not ops.pays(many[:, 1:], vector, vector)
+    assert not ops.pays(many.to("meta"), vector, vector)
+    assert not ops.pays(many, vector, vector.bfloat16())
     choose("eager", "cpu")
-    assert not cpu.pays(many, vector, vector)
+    assert not ops.pays(many, vector, vector)
 
 
 def test_one_vector_may_serve_all_samples(choose: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "LARGE", 1)
+    monkeypatch.setattr(ops, "LARGE", 1)
     choose("auto", "cpu")
     given = tensors(3, torch.float64)
     one = {name: given[name][:1] for name in ("shift", "scale")}
@@ -76,15 +80,15 @@ def test_one_vector_may_serve_all_samples(choose: Any, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("keep", ["none", "selective", "full"])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_model_learns_the_same(choose: Any, monkeypatch: pytest.MonkeyPatch, keep: str, bf16: bool) -> None:
-    monkeypatch.setattr(cpu, "LARGE", 1)
+    monkeypatch.setattr(ops, "LARGE", 1)
     torch.manual_seed(0)
     model = random_weights(STDiT(STDiTConfig(hidden_size=32, depth=2, num_heads=2, caption_channels=8)))
     model.activation_checkpointing = keep
     dtype = torch.float32 if bf16 else torch.float64  # of which autocast makes bf16
     model, latents, text = model.to(dtype), torch.randn(2, 4, 3, 4, 6, dtype=dtype), torch.randn(2, 5, 8, dtype=dtype)
     passed, found = [], {}
-    own = cpu.norm_modulate
-    monkeypatch.setattr(cpu, "norm_modulate", lambda *given: (passed.append(1), own(*given))[1])
+    own = ops.norm_by_sample
+    monkeypatch.setattr(ops, "norm_by_sample", lambda *given: (passed.append(1), own(*given))[1])
     for kernels in ("eager", "auto"):
         choose(kernels, "cpu")
         model.zero_grad(set_to_none=True)

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from opensora_repro.kernels.choice import to_device
 from opensora_repro.kernels.fused.rows import TYPES, power_of_two
-from opensora_repro.kernels.transfer import to_device
 
 BLOCK = 1024  # elements at once
 STEPS = 16  # blocks a program works on, at most
