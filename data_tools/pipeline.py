@@ -44,7 +44,7 @@ TOOLS = ("convert", "download", "probe", "split", "score", "filter", "caption")
 class Arguments:
     """What the command line says."""
 
-    config: str = argument("", type=expanduser, metavar="CONFIG.toml")
+    config: str = argument("the line of tools", type=expanduser, metavar="CONFIG.toml")
     overrides: list[str] = argument("changes to the config", nargs="*", metavar="section.key=value")
     out: str | None = option(
         "folder for everything that is made, instead of the config's", None, type=expanduser, metavar="DIR"

@@ -76,3 +76,14 @@ def parser_of(arguments: type, prog: str, description: str | None) -> argparse.A
 def parse(arguments: type[T], parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> T:
     """Return the dataclass filled with a command line's words."""
     return arguments(**vars(parser.parse_args(argv)))
+
+
+def options_table(arguments: type) -> str:
+    """Return the options of a tool as a table of Markdown."""
+    rows = ["| option | what it says |", "|---|---|"]
+    for one in options_in(arguments):
+        value = one.how.get("metavar") or "\\|".join(one.how.get("choices", ())) or one.flag.strip("-").upper()
+        shown = f"{one.flag} {value}" if one.flag[0] == "-" and one.kind is not bool else one.flag
+        told = str(one.how["help"]) % one.how if "default" in one.how else one.how["help"]
+        rows.append(f"| `{shown}` | {told.replace('|', chr(92) + '|')} |")
+    return "\n".join(rows)

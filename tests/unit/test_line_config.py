@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from data_tools import __main__ as options
 from data_tools import pipeline
 
 GOOD = """
@@ -126,3 +127,10 @@ def test_mistakes_in_overrides(
 def test_every_tool_can_stand_in_a_line() -> None:
     for name, tool in pipeline.find_tools().items():
         assert tool.build_parser().prog == f"data_tools.{name}"
+
+
+def test_the_page_of_options_is_that_of_the_tools(repo_dir: Path) -> None:
+    page = (repo_dir / "docs" / "options.md").read_text(encoding="utf-8")
+    assert page == options.page(), "renew it: python -m data_tools > docs/options.md"
+    assert "| `--min-frames N` | drop shorter scenes, counted as they are written (8) |" in page
+    assert 'sharpness >= 10%"' in page and "| `--decode` | also decode every frame |" in page
