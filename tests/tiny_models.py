@@ -95,16 +95,19 @@ def make_tiny_clip(folder: Path) -> Path:
 def make_tiny_image_encoder(folder: Path) -> Path:
     """Write a small vision transformer of random weights, with a classifier, as timm's hub holds them."""
     import timm
-    from timm.models import save_for_hf
+    from safetensors.torch import save_file
 
+    size = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        size = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
-        model = timm.create_model("vit_tiny_patch16_224", **size)
+        model = timm.create_model("vit_tiny_patch16_224", num_classes=5, **size)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
-    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 16, 16), "num_classes": 5}
-    save_for_hf(model, str(folder), model_args=size, safe_serialization=True)
+    told = {"input_size": [3, 16, 16], "mean": [0.5] * 3, "std": [0.5] * 3, "num_classes": 5, "classifier": "head"}
+    config = {"architecture": "vit_tiny_patch16_224", "model_args": size, "pretrained_cfg": told}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(model.state_dict(), folder / "model.safetensors")
     return folder
 
 
