@@ -111,7 +111,7 @@ def test_modules_and_files_are_there(page: Path) -> None:
     for name in set(re.findall(rf"(?<![\w/.-])(?:{OURS})(?:\.\w+)+", text)) - PLACEHOLDERS:
         assert is_there(name), name
     for path in re.findall(
-        rf"(?<![\w/.-])(?:(?:{OURS}|configs|checkpoints(?!/step-)|docs|requirements)/[\w./-]*)", text
+        rf"(?<![\w/.-])(?:(?:{OURS}|configs|checkpoints(?!/step-)|docs|examples|requirements)/[\w./-]*)", text
     ):
         if "NAME" not in path:
             assert (REPO / path.rstrip(".")).exists(), path

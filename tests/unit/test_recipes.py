@@ -206,30 +206,33 @@ def test_a_sampler(tmp_path: Path) -> None:
 
 TOOL = '''
 """Tell how many bytes a frame of each clip takes: python -m data_tools.weigh INPUT --out DIR"""
-import argparse
 import sys
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from opensora_repro.data.jobs.keys import file_key
-from opensora_repro.data.jobs.run import Job, add_runner_options, run_jobs, runner_of
+from opensora_repro.data.jobs.run import Job, RunnerArguments, run_jobs, runner_of
+from opensora_repro.data.options import argument, option, parse, parser_of
 from opensora_repro.data.outcome import reject, with_types, write_outcome
 from opensora_repro.data.outcome import MANIFEST, path_from
 from opensora_repro.errors import run_command
 from opensora_repro.data.probe.rows import manifest_of
 
 
+@dataclass(frozen=True, kw_only=True)
+class Arguments(RunnerArguments):
+    input: str = argument("clips")
+    out: str = option("folder of the tables", metavar="DIR")
+    kilo: bool = option("in thousands", False)
+
+
+build_parser = partial(parser_of, Arguments, "data_tools.weigh", __doc__)
+
+
 def main(argv=None):
-    args = build_parser().parse_args(argv)
+    args = parse(Arguments, build_parser(), argv)
     return run_command(lambda: weigh_all(args))
-
-
-def build_parser():
-    parser = argparse.ArgumentParser(prog="data_tools.weigh", description=__doc__)
-    parser.add_argument("input")
-    parser.add_argument("--out", required=True, metavar="DIR")
-    parser.add_argument("--kilo", action="store_true", help="in thousands")
-    add_runner_options(parser)
-    return parser
 
 
 def weigh(args):
