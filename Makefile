@@ -36,7 +36,7 @@ help:
 	@echo "make bench   side-by-side timings and counts on this machine's CPU in a few minutes: a table, and JSON in"
 	@echo "             benchmarks/results/quick/;  make bench-all: all of them at full size, an hour"
 	@echo "make gpu     every check that needs an NVIDIA GPU, as JSON in benchmarks/results/"
-	@echo "make configs every recipe gets the keys it lacks, docs/config.md is renewed (after a change of config/sections.py)"
+	@echo "make configs every recipe gets the keys it lacks, docs/config.md and options.md are renewed"
 	@echo "make setup   only create .venv;  make format, make lint, make types, make unit: single steps;"
 	@echo "make lock    renew requirements.txt;  make clean: remove caches (runs/ and .venv stay)"
 
@@ -106,6 +106,7 @@ gpu:
 
 configs: setup
 	$(PYTHON) -m opensora_repro.config.renew
+	$(PYTHON) -m data_tools > docs/options.md
 
 # One file for Python 3.10 to 3.13 and every platform. requirements/overrides.txt lifts ColossalAI's own upper bounds.
 lock: setup

@@ -131,6 +131,6 @@ def test_every_tool_can_stand_in_a_line() -> None:
 
 def test_the_page_of_options_is_that_of_the_tools(repo_dir: Path) -> None:
     page = (repo_dir / "docs" / "options.md").read_text(encoding="utf-8")
-    assert page == options.page(), "renew it: python -m data_tools > docs/options.md"
+    assert page == options.page(), "renew it: make configs"
     assert "| `--min-frames N` | drop shorter scenes, counted as they are written (8) |" in page
     assert 'sharpness >= 10%"' in page and "| `--decode` | also decode every frame |" in page
