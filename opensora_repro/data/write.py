@@ -20,6 +20,16 @@ GOP_SIZE = 16  # a key frame at least this often, so that a random read decodes 
 Frames = Union[np.ndarray, "Tensor"]
 
 
+def write_sample(path: Path, video: Frames, fps: float) -> None:
+    """Write uint8 RGB frames [T, H, W, 3] as the name's ending says: a png of the first, a gif, or an mp4."""
+    if path.suffix == ".png":
+        write_png(path, video[0])
+    elif path.suffix == ".gif":
+        write_gif(path, video, fps)
+    else:
+        write_video(path, video, fps)
+
+
 def write_video(path: str | Path, frames: Frames, fps: float) -> None:
     """Write uint8 RGB frames [T, H, W, 3] as an H.264 mp4 that plays while it loads.
 

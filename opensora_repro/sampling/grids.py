@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from opensora_repro.config import Config
-from opensora_repro.data.write import write_png, write_video
+from opensora_repro.data.write import write_png, write_sample
 from opensora_repro.files import replacing
 from opensora_repro.frozen.encoder import Encoder
 from opensora_repro.models.stdit import STDiT
@@ -33,10 +33,8 @@ def write_samples(cfg: Config, videos: Sequence[np.ndarray], step: int) -> tuple
     grid = tile(videos)
     with replacing(final) as folder:
         for index, video in enumerate(videos):
-            if len(video) == 1:
-                write_png(folder / f"{index:04d}.png", video[0])
-            else:
-                write_video(folder / f"{index:04d}.mp4", video, cfg.sample.fps)
+            name = f"{index:04d}.png" if len(video) == 1 else f"{index:04d}.mp4"
+            write_sample(folder / name, video, cfg.sample.fps)
         write_png(folder / "grid.png", grid)
     return final, grid
 

@@ -182,7 +182,7 @@ def test_mistakes_are_one_line_before_weights_are_read(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """... and a dry run says the same."""
-    monkeypatch.setattr("opensora_repro.sampling.source.load_models", None)
+    monkeypatch.setattr("opensora_repro.sampling.run.load_models", None)
     args, message = MISTAKES[name]
     arguments = [arg.format(home=home) for arg in args]
     check_mistake(arguments, message.format(home=home), tmp_path, capsys)
@@ -308,7 +308,7 @@ def test_the_same_command_goes_on_and_another_refuses(
     assert (tmp_path / "samples.json").read_bytes() == record
 
     with monkeypatch.context() as nothing_loads:
-        nothing_loads.setattr("opensora_repro.sampling.source.load_models", None)
+        nothing_loads.setattr("opensora_repro.sampling.run.load_models", None)
         sample(home / "flow", tmp_path)
         assert f"all 3 were in {tmp_path} already" in capsys.readouterr().out
         sample(home / "flow", tmp_path, "--dry-run")

@@ -174,13 +174,12 @@ def test_sampling_sets_its_gpu_before_it_touches_one(
     monkeypatch: pytest.MonkeyPatch, wish: str | None, local_rank: int
 ) -> None:
     """Else every process of a machine would leave a context on the first GPU."""
-    from stages import sample
+    from opensora_repro.sampling.run import pick_device
 
     done: list[object] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append(("set", device)))
     monkeypatch.setattr(torch, "empty", lambda *_, device: done.append(("use", device)))
-    args = sample.parse(["run", "--prompt", "x", "--out", "out", *(["--device", wish] if wish else [])])
-    assert sample.pick_device(args, 1 if wish == "cuda:1" else 2, local_rank) == torch.device("cuda", 1)
+    assert pick_device(wish, 1 if wish == "cuda:1" else 2, local_rank) == torch.device("cuda", 1)
     assert done == [("set", torch.device("cuda", 1)), ("use", torch.device("cuda", 1))]

@@ -1,0 +1,259 @@
+"""A sampling run: what a process checks before it reads any weights, and its share of the prompts, as files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opensora_repro.config import Config, ConfigError, ParallelConfig
+from opensora_repro.data.write import write_sample
+from opensora_repro.diffusion.gaussian import NUM_TRAIN_STEPS
+from opensora_repro.frozen.text import ClassLabels, ConditionEncoder
+from opensora_repro.kernels.choice import choose
+from opensora_repro.parallel.device import choose_device, default_kind
+from opensora_repro.parallel.engine import TorchEngine
+from opensora_repro.parallel.mesh import Mesh, launched_as
+from opensora_repro.process import keep_freed_memory, limit_threads
+from opensora_repro.sampling.generate import ProgressBar, generate
+from opensora_repro.sampling.sample_folder import SampleFolder
+from opensora_repro.sampling.source import Source, check_memory, load_models, open_frozen, weights_sha256
+from opensora_repro.weights.families import empty_model
+from opensora_repro.weights.load import check_complete
+
+CUT_SHOWN = 10  # prompts whose unread words are told
+
+
+def with_options(cfg: Config, *, sampler: str | None, vae: str | None, text: str | None, **sizes: Any) -> Config:
+    """The config with the options that were given; None: as it is. Raises ConfigError.
+
+    `sizes`: num_frames, height, width, steps, guidance, fps and dtype.
+    """
+    flow = cfg.diffusion.objective == "flow"
+    if sampler is not None and (sampler == "euler") != flow:
+        fitting = "euler" if flow else "iddpm, ddim or dpm"
+        raise ConfigError(f"--sampler {sampler}: this {cfg.diffusion.objective} model needs {fitting}")
+
+    def given(section: Any, **options: Any) -> Any:
+        return replace(section, **{key: value for key, value in options.items() if value is not None})
+
+    cfg = replace(
+        cfg,
+        data=given(cfg.data, **{key: sizes[key] for key in ("num_frames", "height", "width")}),
+        sample=given(
+            cfg.sample,
+            sampler="euler" if flow else sampler,
+            **{key: sizes[key] for key in ("steps", "guidance", "fps")},
+        ),
+        vae=given(cfg.vae, path=vae),
+        text=given(cfg.text, path=text),
+        train=given(cfg.train, dtype=sizes["dtype"]),
+    )
+    if cfg.sample.sampler in ("iddpm", "ddim") and cfg.sample.steps > NUM_TRAIN_STEPS:
+        raise ConfigError(f"--steps {cfg.sample.steps}: this model was trained with {NUM_TRAIN_STEPS}")
+    return cfg
+
+
+def check_prompts_fit(source: Source, prompts: list[str], *, labels: bool) -> None:
+    """Raise ConfigError for class numbers where text is wanted, and the other way round."""
+    if source.model.conditioning == "class":
+        try:
+            ClassLabels(source.model.num_classes).encode(prompts)
+        except ValueError as error:
+            raise ConfigError(f"{source.path} is conditioned on a class: {error}") from None
+    elif labels:
+        raise ConfigError(f"--label: {source.path} is conditioned on text, give --prompt")
+
+
+@dataclass(frozen=True)
+class SamplingRun:
+    """`prompts` sampled from `source`, whose config has the size and the sampler, into `out`."""
+
+    source: Source
+    prompts: Sequence[str]
+    out: Path
+    seed: int = 0
+    batch_size: int = 8
+    sp_size: int = 1  # processes that share a sample's frames
+    device: str | None = None
+    ema: bool = True  # which weights the source has
+    gif: bool = False
+    overwrite: bool = False
+
+    def folder(self) -> SampleFolder:
+        return SampleFolder(self.out, self.settings(), self.prompts, gif=self.gif)
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the samples besides the prompts."""
+        cfg, model = self.source.config, self.source.model
+        return {
+            "checkpoint": str(self.source.path),
+            "weights": "ema" if self.ema else "model",
+            "weights_sha256": weights_sha256(self.source),
+            "seed": self.seed,
+            "num_frames": cfg.data.num_frames,
+            "height": cfg.data.height,
+            "width": cfg.data.width,
+            "fps": cfg.sample.fps,
+            "sampler": cfg.sample.sampler,
+            "steps": cfg.sample.steps,
+            "guidance": cfg.sample.guidance,
+            "vae": cfg.vae.path,
+            "text": "class numbers" if model.conditioning == "class" else cfg.text.path,
+            "dtype": cfg.train.dtype,
+            "model": asdict(model),
+            "diffusion": asdict(cfg.diffusion),
+        }
+
+    def check(self, device: torch.device, *, alone: bool) -> Check:
+        """Look at all that can be seen without reading weights. Raises what is a user's mistake.
+
+        `alone`: whether this process speaks for all that --sp-size asks for, as in a dry run without torchrun.
+        """
+        world_size = self.sp_size if alone else launched_as()[1]
+        Mesh(launched_as()[0], world_size, sp_size=self.sp_size)
+        source = self.source
+        check_complete(source.weights, source.model)
+        vae, conditions = open_frozen(source, device)
+        folder = self.folder()
+        todo = self.todo(folder)
+        memory = ""
+        if todo:
+            memory = check_memory(
+                source,
+                vae,
+                conditions,
+                device,
+                batch_size=min(self.batch_size, len(todo)),
+                sp_size=self.sp_size,
+                processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            )
+        return Check(folder, todo, memory, tuple(unread_words(conditions, self.prompts)))
+
+    def todo(self, folder: SampleFolder) -> list[int]:
+        """Numbers of the prompts to sample. Raises ConfigError where samples of others are in the way."""
+        finished = set() if self.overwrite else set(folder.finished())
+        return [i for i in range(len(self.prompts)) if i not in finished]
+
+    def plan(self, check: Check) -> dict[str, Any]:
+        """What a dry run shows."""
+        parameters = sum(p.numel() for p in empty_model(self.source.model).parameters())
+        settings = {key: value for key, value in check.folder.settings.items() if not isinstance(value, dict)}
+        return settings | {
+            "parameters": f"{parameters:,}",
+            "prompts": len(self.prompts),
+            "to do": len(check.todo),
+            "batch_size": self.batch_size,
+            "memory": check.memory or "none",
+            "out": self.out,
+        }
+
+    def sample(self, folder: SampleFolder, device: torch.device) -> str:
+        """Sample with all processes what is to do; what the first process has to say of it. Raises NotFinite."""
+        limit_threads()
+        if device.type == "cpu":
+            keep_freed_memory()
+        engine = TorchEngine(ParallelConfig(sp_size=self.sp_size), str(device))
+        with closing(engine), engine.watchdog.reporting(self.out / "logs"):
+            todo = engine.world.on_first(lambda: self._begin(folder))
+            written = self._sample_share(folder, todo, engine)
+            everyone = [index for part in engine.world.gather(written) for index in part]
+            there = len(self.prompts) - len(todo)
+            if engine.is_main:
+                folder.write(set(range(len(self.prompts))) - set(todo) | set(everyone))
+            more = f", {there} were there already" if there else ""
+            return f"{len(everyone)} written to {self.out}{more} (samples.json has the prompts)"
+
+    def _begin(self, folder: SampleFolder) -> list[int]:
+        """Numbers of the prompts to sample, once the folder says whose samples it is for."""
+        todo = self.todo(folder)
+        if self.overwrite:
+            folder.clear()
+        folder.write(set(range(len(self.prompts))) - set(todo))
+        return todo
+
+    def _sample_share(self, folder: SampleFolder, todo: list[int], engine: TorchEngine) -> list[int]:
+        """Sample this process's share of the prompts; return the numbers of what it wrote.
+
+        A lone process keeps the folder's record up to date meanwhile.
+        """
+        cfg, device, mesh = self.source.config, engine.device, engine.mesh
+        # What a run was trained with on a GPU need not run on the device that samples it.
+        choose("eager" if cfg.train.kernels == "eager" else "auto", device.type)
+        model, vae, conditions, report = load_models(self.source, device)
+        if engine.is_main:
+            print(report)
+        before = set(range(len(self.prompts))) - set(todo)
+        written: list[int] = []
+        with (
+            closing(ProgressBar("sampling", shown=engine.is_main)) as bar,
+            torch.autocast(device.type, torch.bfloat16, enabled=cfg.train.dtype == "bf16"),
+        ):
+            for index, video in generate(
+                model,
+                vae,
+                conditions,
+                cfg,
+                self.prompts,
+                seed=self.seed,
+                batch_size=self.batch_size,
+                progress=bar,
+                forward=engine.spread(model),
+                share=(mesh.data_rank, mesh.data_size),
+                only=todo,
+            ):
+                if mesh.member:
+                    continue  # the group's first process writes
+                for name in reversed(folder.files(index)):  # its own file last: once that is there, all are
+                    write_sample(self.out / name, video, cfg.sample.fps)
+                written.append(index)
+                if mesh.world_size == 1:
+                    folder.write(before | set(written))
+        return written
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a run found before it read any weights."""
+
+    folder: SampleFolder
+    todo: list[int]  # numbers of the prompts to sample
+    memory: str  # what a process needs, in words; empty where nothing is to do
+    warnings: tuple[str, ...]
+
+
+def unread_words(conditions: ConditionEncoder, prompts: Sequence[str]) -> Iterator[str]:
+    """What of the prompts the model does not read."""
+    if isinstance(conditions, ClassLabels):
+        return
+    readings = conditions.read(prompts)
+    cut = [(number, reading.dropped) for number, reading in enumerate(readings) if reading.dropped]
+    for number, dropped in cut[:CUT_SHOWN]:
+        shown = dropped if len(dropped) <= 200 else f"{dropped[:200]}..."
+        yield f"prompt {number} is longer than the model's {conditions.max_length} tokens, it does not read {shown!r}"
+    if len(cut) > CUT_SHOWN:
+        yield f"{len(cut) - CUT_SHOWN} more prompts are cut like this"
+    unknown = sum(reading.unknown for reading in readings)
+    if unknown:
+        share = unknown / sum(reading.words for reading in readings)
+        yield f"{share:.0%} of the prompts' words are unknown to this tokenizer"
+
+
+def pick_device(name: str | None, world_size: int, local_rank: int) -> torch.device:
+    """The device that this process samples on, and that it is CUDA's from here on. Raises ConfigError, EngineError."""
+    if world_size > 1 and name not in (None, "cpu", "cuda"):
+        raise ConfigError(f"--device {name}: several processes take cpu or cuda, each its own GPU")
+    try:
+        kind = torch.device(name or default_kind())
+        if kind.type == "cuda" and default_kind() != "cuda":
+            raise RuntimeError("no usable GPU was found")
+        device = choose_device(str(kind), local_rank)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {name}: cannot be used ({str(error).splitlines()[0]})") from None
+    return device
