@@ -64,28 +64,26 @@ def build(side: Side, sizes: Sizes) -> Callable[[int, int], Tensor]:
     import torch
 
     from opensora_repro.config import DiffusionConfig
-    from opensora_repro.diffusion.samplers import sample_latents
-    from opensora_repro.models.layers import count_frames, count_tokens
+    from opensora_repro.diffusion.samplers import LatentSampler
 
     model: Any = (build_ours if side.ours else build_plain)(sizes).model.eval()
     generator = torch.Generator().manual_seed(1)
     text, null = torch.randn(2, 1, sizes.caption_tokens, sizes.caption_channels, generator=generator).unbind(0)
 
     def run(prompt: int, steps: int) -> Tensor:
-        return sample_latents(
-            model,
+        return LatentSampler(
             DiffusionConfig(),
-            shape=sizes.latents[1:],
-            condition=text,
-            mask=torch.arange(sizes.caption_tokens)[None] < prompt,
-            null_condition=null[0],
+            "iddpm",
             steps=steps,
             guidance=GUIDANCE,
-            sampler="iddpm",
-            generators=[torch.Generator().manual_seed(0)],
-            num_tokens=count_tokens(sizes.latents[1:], sizes.config.patch_size),
-            frames=count_frames(sizes.latents[1:], sizes.config.patch_size),
             prepare_text=model.prepare_text if side.prepared else None,
+        )(
+            model,
+            text,
+            torch.arange(sizes.caption_tokens)[None] < prompt,
+            null[0],
+            shape=sizes.latents[1:],
+            generators=[torch.Generator().manual_seed(0)],
         )
 
     return run

@@ -12,10 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange, reduce
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from opensora_repro.config import DiffusionConfig
 
 NUM_TIMESTEPS = 1000.0  # the network's timestep at t = 1
 REFERENCE_TOKENS = 256  # tokens at which the schedule is unshifted: one 256 px image (8x autoencoder, 2x2 patches)
@@ -73,3 +77,7 @@ class RectifiedFlow:
         t = rearrange(timesteps.to(latents) / NUM_TIMESTEPS, "b -> b 1 1 1 1")
         velocity = model_fn((1 - t) * latents + t * noise, timesteps)[:, : latents.shape[1]]
         return reduce((velocity.float() - (noise - latents).float()).square(), "b c t h w -> b", "mean")
+
+
+def build_flow(cfg: DiffusionConfig) -> RectifiedFlow:
+    return RectifiedFlow(logit_mean=cfg.logit_mean, logit_std=cfg.logit_std, shift=cfg.shift)

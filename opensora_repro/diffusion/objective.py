@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from opensora_repro.diffusion.flow import ModelFn, RectifiedFlow
+from opensora_repro.diffusion.flow import ModelFn, build_flow
 from opensora_repro.diffusion.gaussian import GaussianDiffusion
 
 if TYPE_CHECKING:
@@ -23,10 +23,6 @@ class Objective(Protocol):
     def fixed_timesteps(self, shares: Sequence[float]) -> list[float]: ...
 
     def losses(self, model_fn: ModelFn, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor: ...
-
-
-def build_flow(cfg: DiffusionConfig) -> RectifiedFlow:
-    return RectifiedFlow(logit_mean=cfg.logit_mean, logit_std=cfg.logit_std, shift=cfg.shift)
 
 
 def build_objective(cfg: DiffusionConfig) -> Objective:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,10 @@ import torch
 from torch import Tensor
 
 from opensora_repro.diffusion.dpm_solver import ContinuousSchedule, dpm_solver_sample
-from opensora_repro.diffusion.flow import NUM_TIMESTEPS, ModelFn
+from opensora_repro.diffusion.flow import NUM_TIMESTEPS, ModelFn, build_flow
 from opensora_repro.diffusion.gaussian import GaussianDiffusion, linear_betas
-from opensora_repro.diffusion.objective import build_flow
 from opensora_repro.kernels.choice import to_device
+from opensora_repro.models.layers import count_frames, count_tokens
 
 if TYPE_CHECKING:
     from opensora_repro.config import DiffusionConfig
@@ -116,58 +117,73 @@ def ddim_sample(
     return x
 
 
-def sample_latents(
-    model: Callable[..., Tensor],
-    objective_cfg: DiffusionConfig,
-    *,
-    shape: Sequence[int],
-    condition: Tensor,
-    mask: Tensor | None,
-    null_condition: Tensor,
-    steps: int,
-    guidance: float,
-    sampler: str,
-    generators: Sequence[torch.Generator],
-    num_tokens: int,
-    frames: int = 1,
-    progress: Progress | None = None,
-    prepare_text: PrepareText | None = None,
-    through: Through = nullcontext,
-) -> Tensor:
-    """Return float32 latents [B, *shape] on the condition's device.
+@dataclass(frozen=True)
+class LatentSampler:
+    """From noise to latents of a trained model.
 
-    `condition` is text [B, L, Ct] with its `mask` [B, L], or labels [B]; `null_condition` is a single sample's.
-    `prepare_text` is the model's own, see `guided_model`; without it the model is called as in training, whatever
-    stands between. The guided model is called `through` a context that ends with the sampling, alike at every step.
-    `shape` is (C, T, H, W) of one sample; `num_tokens` in `frames` are what the model makes of it (they set the flow's
-    shift).
-    Sample i draws from `generators[i]` alone. `sampler` chooses among IDDPM's; flow models always use Euler steps.
+    `name` chooses among IDDPM's samplers; flow models always use Euler steps. Latents of patches of `patch_size` are
+    tokens, whose number sets the flow's shift. `prepare_text` is the model's own, see `guided_model`; without it the
+    model is called as in training, whatever stands between. The guided model is called `through` a context that ends
+    with the sampling, alike at every step.
     """
-    if steps < 1:
-        raise ValueError(f"sampling needs at least one step, got {steps}")
-    if objective_cfg.objective == "flow":
-        sampler = "euler"
-    elif sampler not in IDDPM_SAMPLERS:
-        raise ValueError(f"sampler {sampler!r} does not fit an IDDPM model; choose from {', '.join(IDDPM_SAMPLERS)}")
 
-    def next_noise() -> Tensor:
-        return draw_noise(shape, generators, condition.device)
+    objective: DiffusionConfig
+    name: str
+    steps: int
+    guidance: float
+    patch_size: Sequence[int] = (1, 2, 2)
+    prepare_text: PrepareText | None = None
+    through: Through = nullcontext
+    progress: Progress | None = None
 
-    # What stands between may keep tensors that training goes on with, which inference mode would spoil.
-    with torch.inference_mode() if prepare_text is not None else torch.no_grad():
-        num_guided = NUM_GUIDED_CHANNELS if sampler in ("iddpm", "ddim") else None
-        model_fn = guided_model(
-            model, condition, mask, null_condition,
-            guidance=guidance, num_guided=num_guided, prepare_text=prepare_text,
-        )  # fmt: skip
-        noise = next_noise()
-        with through(model_fn) as model_fn:
-            if sampler == "euler":
-                times = build_flow(objective_cfg).sampling_times(steps, num_tokens, frames)
-                return euler_sample(model_fn, noise, times, progress)
-            if sampler == "dpm":
-                return dpm_solver_sample(model_fn, noise, ContinuousSchedule(linear_betas()), steps, progress)
-            diffusion = GaussianDiffusion.spaced(steps)
-            if sampler == "ddim":
-                return ddim_sample(diffusion, model_fn, noise, progress=progress)
-            return iddpm_sample(diffusion, model_fn, noise, next_noise, progress=progress)
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"sampling needs at least one step, got {self.steps}")
+        if self.objective.objective != "flow" and self.name not in IDDPM_SAMPLERS:
+            expected = ", ".join(IDDPM_SAMPLERS)
+            raise ValueError(f"sampler {self.name!r} does not fit an IDDPM model; choose from {expected}")
+
+    def __call__(
+        self,
+        model: Callable[..., Tensor],
+        condition: Tensor,
+        mask: Tensor | None,
+        null_condition: Tensor,
+        *,
+        shape: Sequence[int],
+        generators: Sequence[torch.Generator],
+    ) -> Tensor:
+        """Return float32 latents [B, *shape] on the condition's device; `shape` is (C, T, H, W) of one sample.
+
+        `condition` is text [B, L, Ct] with its `mask` [B, L], or labels [B]; `null_condition` is a single sample's.
+        Sample i draws from `generators[i]` alone.
+        """
+
+        def next_noise() -> Tensor:
+            return draw_noise(shape, generators, condition.device)
+
+        flow = self.objective.objective == "flow"
+        # What stands between may keep tensors that training goes on with, which inference mode would spoil.
+        with torch.inference_mode() if self.prepare_text is not None else torch.no_grad():
+            model_fn = guided_model(
+                model,
+                condition,
+                mask,
+                null_condition,
+                guidance=self.guidance,
+                num_guided=NUM_GUIDED_CHANNELS if not flow and self.name in ("iddpm", "ddim") else None,
+                prepare_text=self.prepare_text,
+            )
+            noise = next_noise()
+            with self.through(model_fn) as model_fn:
+                if flow:
+                    tokens, frames = count_tokens(shape, self.patch_size), count_frames(shape, self.patch_size)
+                    times = build_flow(self.objective).sampling_times(self.steps, tokens, frames)
+                    return euler_sample(model_fn, noise, times, self.progress)
+                if self.name == "dpm":
+                    schedule = ContinuousSchedule(linear_betas())
+                    return dpm_solver_sample(model_fn, noise, schedule, self.steps, self.progress)
+                diffusion = GaussianDiffusion.spaced(self.steps)
+                if self.name == "ddim":
+                    return ddim_sample(diffusion, model_fn, noise, progress=self.progress)
+                return iddpm_sample(diffusion, model_fn, noise, next_noise, progress=self.progress)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from opensora_repro.config import Config, ConfigError
 from opensora_repro.data.keyed import keyed_generator
-from opensora_repro.diffusion.samplers import PrepareText, Through, sample_latents
+from opensora_repro.diffusion.samplers import LatentSampler, PrepareText, Through
 from opensora_repro.errors import TrainingError
 from opensora_repro.frozen.text import ClassLabels, ConditionEncoder
 from opensora_repro.models.config import ModelConfig
@@ -92,32 +93,32 @@ def generate(
     values.
     """
     check_fit(cfg, vae, encoder, model.cfg)
-    data, wish, stride = cfg.data, cfg.sample, vae.spatial_stride
+    data, sample, stride = cfg.data, cfg.sample, vae.spatial_stride
     shape = (vae.latent_channels, data.num_frames, data.height // stride, data.width // stride)
     todo = range(len(prompts)) if only is None else only
     batches = [todo[i : i + batch_size] for i in range(0, len(todo), batch_size)]
     batches = batches[share[0] :: share[1]]
     device = next(model.parameters()).device
-    through: Through = StepGraphs() if captures(model, forward, device.type, wish.steps) else nullcontext
+    through: Through = StepGraphs() if captures(model, forward, device.type, sample.steps) else nullcontext
+    sampler = LatentSampler(
+        cfg.diffusion,
+        sample.sampler,
+        steps=sample.steps,
+        guidance=sample.guidance,
+        patch_size=model.cfg.patch_size,
+        prepare_text=_text_preparation(model, forward),
+        through=through,
+    )
     for done, indices in enumerate(batches):
         condition, mask = encoder.encode([prompts[i] for i in indices])
         with evaluating(model):
-            latents = sample_latents(
+            latents = replace(sampler, progress=_counted(progress, done, len(batches)))(
                 forward or model,
-                cfg.diffusion,
+                condition.to(device),
+                mask,
+                model.null_condition(),
                 shape=shape,
-                condition=condition.to(device),
-                mask=mask,
-                null_condition=model.null_condition(),
-                steps=wish.steps,
-                guidance=wish.guidance,
-                sampler=wish.sampler,
                 generators=[keyed_generator(seed, 0, str(i), "sample") for i in indices],
-                num_tokens=count_tokens(shape, model.cfg.patch_size),
-                frames=count_frames(shape, model.cfg.patch_size),
-                progress=_counted(progress, done, len(batches)),
-                prepare_text=_text_preparation(model, forward),
-                through=through,
             )
         for i, latent in zip(indices, latents, strict=True):
             if not latent.isfinite().all():

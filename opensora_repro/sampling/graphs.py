@@ -48,7 +48,7 @@ def captures(model: nn.Module, forward: Callable[..., Tensor] | None, device_typ
 
 
 class StepGraphs:
-    """For `sample_latents`: its model's calls are replayed. What cannot be recorded is called, after one warning."""
+    """For `LatentSampler`: its model's calls are replayed. What cannot be recorded is called, after one warning."""
 
     def __init__(self, new_graph: Callable[[torch.device], Graph] | None = None) -> None:
         self._new_graph: Callable[[torch.device], Graph] = new_graph or CudaGraph

@@ -80,7 +80,7 @@ def sampling_full_size(device: torch.device, steps: int = 5) -> dict[str, Any]:
     import torch
 
     from opensora_repro.config import DiffusionConfig
-    from opensora_repro.diffusion.samplers import sample_latents
+    from opensora_repro.diffusion.samplers import LatentSampler
     from opensora_repro.models.config import STDiTConfig
     from opensora_repro.models.stdit import STDiT
 
@@ -94,11 +94,16 @@ def sampling_full_size(device: torch.device, steps: int = 5) -> dict[str, Any]:
         for _ in range(2):  # the first run is the warm-up
             began = time.perf_counter()
             with torch.autocast(device.type, torch.bfloat16):
-                latents[name] = sample_latents(
-                    model, DiffusionConfig(), shape=(4, 16, 32, 32), condition=text, mask=torch.arange(120)[None] < 25,
-                    null_condition=model.null_condition(), steps=steps, guidance=7.0, sampler="ddim",
-                    generators=[torch.Generator().manual_seed(0)], num_tokens=4096, prepare_text=prepare,
-                )  # fmt: skip
+                latents[name] = LatentSampler(
+                    DiffusionConfig(), "ddim", steps=steps, guidance=7.0, prepare_text=prepare
+                )(
+                    model,
+                    text,
+                    torch.arange(120)[None] < 25,
+                    model.null_condition(),
+                    shape=(4, 16, 32, 32),
+                    generators=[torch.Generator().manual_seed(0)],
+                )
             torch.cuda.synchronize()
             found[f"{name}, ms a step"] = round(1000 * (time.perf_counter() - began) / steps, 1)
     error = rms_error(latents["prepared"], latents["not prepared"])

@@ -100,19 +100,21 @@ def sample_small(model: Any, batch: int, through: Through) -> Tensor:
     import torch
 
     from opensora_repro.config import DiffusionConfig
-    from opensora_repro.diffusion.samplers import sample_latents
+    from opensora_repro.diffusion.samplers import LatentSampler
 
     device, prepare = next(model.parameters()).device, getattr(model, "prepare_text", None)
     condition, mask = torch.arange(batch, device=device), None
     if prepare is not None:
         condition = torch.randn(batch, 12, 32, generator=torch.Generator().manual_seed(1)).to(device)
         mask = torch.arange(12)[None] < torch.tensor([[12], [5], [9]])[:batch]
-    return sample_latents(
-        model, DiffusionConfig(), shape=(4, 3, 8, 8), condition=condition, mask=mask,
-        null_condition=model.null_condition(), steps=STEPS, guidance=4.0, sampler="dpm",
-        generators=[torch.Generator().manual_seed(i) for i in range(batch)], num_tokens=48,
-        prepare_text=prepare, through=through,
-    )  # fmt: skip
+    return LatentSampler(DiffusionConfig(), "dpm", steps=STEPS, guidance=4.0, prepare_text=prepare, through=through)(
+        model,
+        condition,
+        mask,
+        model.null_condition(),
+        shape=(4, 3, 8, 8),
+        generators=[torch.Generator().manual_seed(i) for i in range(batch)],
+    )
 
 
 def unrecordable(device: torch.device) -> dict[str, Any]:
@@ -166,7 +168,7 @@ def sample_full(model: Any, frames: int, steps: int, way: str) -> tuple[Tensor, 
     import torch
 
     from opensora_repro.config import DiffusionConfig
-    from opensora_repro.diffusion.samplers import sample_latents
+    from opensora_repro.diffusion.samplers import LatentSampler
 
     device = next(model.parameters()).device
     through, made = recording(device)
@@ -176,12 +178,21 @@ def sample_full(model: Any, frames: int, steps: int, way: str) -> tuple[Tensor, 
     torch.cuda.synchronize(device)
     began = time.perf_counter()
     with torch.autocast(device.type, torch.bfloat16):
-        latents = sample_latents(
-            model, DiffusionConfig(), shape=(4, frames, 32, 32), condition=text, mask=torch.arange(120)[None] < 25,
-            null_condition=model.null_condition(), steps=steps, guidance=7.0, sampler="ddim",
-            generators=[torch.Generator().manual_seed(0)], num_tokens=256 * frames, prepare_text=model.prepare_text,
+        latents = LatentSampler(
+            DiffusionConfig(),
+            "ddim",
+            steps=steps,
+            guidance=7.0,
+            prepare_text=model.prepare_text,
             through=through if way == "replayed" else nullcontext,
-        )  # fmt: skip
+        )(
+            model,
+            text,
+            torch.arange(120)[None] < 25,
+            model.null_condition(),
+            shape=(4, frames, 32, 32),
+            generators=[torch.Generator().manual_seed(0)],
+        )
         torch.cuda.synchronize(device)
     milliseconds = 1000 * (time.perf_counter() - began) / steps
     assert through.usable and bool(made) == (way == "replayed")

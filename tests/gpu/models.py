@@ -137,7 +137,7 @@ def samplers(device: torch.device) -> dict[str, Any]:
     import torch
 
     from opensora_repro.config import DiffusionConfig
-    from opensora_repro.diffusion.samplers import sample_latents
+    from opensora_repro.diffusion.samplers import LatentSampler
 
     model = small_model(temporal_attention=True).eval()
     _, _, text, mask = small_inputs()
@@ -147,11 +147,14 @@ def samplers(device: torch.device) -> dict[str, Any]:
         for where in (torch.device("cpu"), device):
             model = model.to(where)
             with torch.no_grad():
-                latents = sample_latents(
-                    model, DiffusionConfig(), shape=(4, 3, 6, 6), condition=text.to(where), mask=mask.to(where),
-                    null_condition=model.null_condition(), steps=5, guidance=4.0, sampler=sampler,
-                    generators=[torch.Generator().manual_seed(i) for i in range(3)], num_tokens=27,
-                )  # fmt: skip
+                latents = LatentSampler(DiffusionConfig(), sampler, steps=5, guidance=4.0)(
+                    model,
+                    text.to(where),
+                    mask.to(where),
+                    model.null_condition(),
+                    shape=(4, 3, 6, 6),
+                    generators=[torch.Generator().manual_seed(i) for i in range(3)],
+                )
             results.append(latents)
         errors[sampler] = require(relative_error(results[1], results[0]), 20 * FP32_TOLERANCE, sampler)
     return errors

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from opensora_repro.config import Config, ConfigError, DataConfig, DiffusionConfig, SampleConfig, TextConfig, VaeConfig
-from opensora_repro.diffusion.objective import build_flow
+from opensora_repro.diffusion.flow import build_flow
 from opensora_repro.frozen.pretrained import ModelNotFound
 from opensora_repro.frozen.text import ClassLabels, ClipText, ConditionEncoder, load_clip_text
 from opensora_repro.frozen.vae import FrameVAE, load_vae

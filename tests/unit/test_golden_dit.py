@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from opensora_repro.config import DiffusionConfig
-from opensora_repro.diffusion.samplers import guided_model, sample_latents
+from opensora_repro.diffusion.samplers import LatentSampler, guided_model
 from opensora_repro.models.config import DiTConfig
 from opensora_repro.models.dit import POSITION_TABLES, DiT, dit_xl_2, latte_xl_2
 from tests.golden import (
@@ -303,11 +303,14 @@ def test_sampling(cfg: DiTConfig, objective: str, sampler: str) -> None:
     conditions = make_inputs(cfg, batch=3)["condition"]
 
     def sample(rows: list[int], seeds: list[int]) -> Tensor:
-        return sample_latents(
-            model, DiffusionConfig(objective=objective), shape=(4, 2, 4, 4), condition=conditions[rows], mask=None,
-            null_condition=model.null_condition(), steps=3, guidance=4.0, sampler=sampler,
-            generators=[torch.Generator().manual_seed(seed) for seed in seeds], num_tokens=8,
-        )  # fmt: skip
+        return LatentSampler(DiffusionConfig(objective=objective), sampler, steps=3, guidance=4.0)(
+            model,
+            conditions[rows],
+            None,
+            model.null_condition(),
+            shape=(4, 2, 4, 4),
+            generators=[torch.Generator().manual_seed(seed) for seed in seeds],
+        )
 
     together = sample([0, 1, 2], [0, 1, 2])
     assert together.shape == (3, 4, 2, 4, 4)

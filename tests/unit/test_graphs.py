@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.sides import random_weights
 from opensora_repro.config import DiffusionConfig
-from opensora_repro.diffusion.samplers import Through, sample_latents
+from opensora_repro.diffusion.samplers import LatentSampler, Through
 from opensora_repro.models.config import DiTConfig, STDiTConfig
 from opensora_repro.models.dit import DiT
 from opensora_repro.models.stdit import STDiT
@@ -135,12 +135,21 @@ def sample(model: STDiT | DiT, rows: list[int], *, objective: str, sampler: str,
     text = isinstance(model, STDiT)
     condition = torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(0)) if text else torch.arange(3)
     mask = torch.arange(6)[None] < torch.tensor([[6], [2], [4]])
-    return sample_latents(
-        model, DiffusionConfig(objective=objective), shape=(4, 2, 4, 4), condition=condition[rows],
-        mask=mask[rows] if text else None, null_condition=model.null_condition(), steps=7, guidance=4.0,
-        sampler=sampler, generators=[torch.Generator().manual_seed(row) for row in rows], num_tokens=8,
-        prepare_text=model.prepare_text if isinstance(model, STDiT) else None, through=through,
-    )  # fmt: skip
+    return LatentSampler(
+        DiffusionConfig(objective=objective),
+        sampler,
+        steps=7,
+        guidance=4.0,
+        prepare_text=model.prepare_text if isinstance(model, STDiT) else None,
+        through=through,
+    )(
+        model,
+        condition[rows],
+        mask[rows] if text else None,
+        model.null_condition(),
+        shape=(4, 2, 4, 4),
+        generators=[torch.Generator().manual_seed(row) for row in rows],
+    )
 
 
 @pytest.mark.parametrize("bf16", [False, True])

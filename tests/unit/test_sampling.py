@@ -14,12 +14,12 @@ from opensora_repro.diffusion.dpm_solver import ContinuousSchedule, dpm_solver_s
 from opensora_repro.diffusion.flow import ModelFn
 from opensora_repro.diffusion.gaussian import GaussianDiffusion, linear_betas
 from opensora_repro.diffusion.samplers import (
+    LatentSampler,
     Progress,
     ddim_sample,
     draw_noise,
     guided_model,
     iddpm_sample,
-    sample_latents,
 )
 from opensora_repro.models.config import STDiTConfig
 from opensora_repro.models.stdit import STDiT
@@ -60,19 +60,15 @@ def sample(
     progress: Progress | None = None,
 ) -> Tensor:
     text = rearrange(torch.tensor([0.1 * (i + 1) for i in indices]), "b -> b 1 1").repeat(1, 5, 3)
-    return sample_latents(
+    return LatentSampler(
+        DiffusionConfig(objective=objective), sampler, steps=steps, guidance=guidance, progress=progress
+    )(
         model,
-        DiffusionConfig(objective=objective),
+        text,
+        torch.ones(len(indices), 5, dtype=torch.bool),
+        torch.zeros(5, 3),
         shape=SHAPE,
-        condition=text,
-        mask=torch.ones(len(indices), 5, dtype=torch.bool),
-        null_condition=torch.zeros(5, 3),
-        steps=steps,
-        guidance=guidance,
-        sampler=sampler,
         generators=generators(indices),
-        num_tokens=32,
-        progress=progress,
     )
 
 
@@ -143,8 +139,8 @@ def test_guidance_formula(num_guided: int | None) -> None:
     torch.testing.assert_close(out, expected)
 
 
-@pytest.mark.parametrize(("shift", "num_tokens", "expected"), [(3.0, 32, 3.0), (0.0, 1024, 2.0), (0.0, 64, 0.5)])
-def test_the_flow_sampler_walks_the_shifted_times(shift: float, num_tokens: int, expected: float) -> None:
+@pytest.mark.parametrize(("shift", "size", "expected"), [(3.0, 8, 3.0), (0.0, 64, 2.0), (0.0, 16, 0.5)])
+def test_the_flow_sampler_walks_the_shifted_times(shift: float, size: int, expected: float) -> None:
     seen: list[float] = []
 
     def model(x: Tensor, t: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
@@ -152,18 +148,8 @@ def test_the_flow_sampler_walks_the_shifted_times(shift: float, num_tokens: int,
         seen.append(t[0].item())
         return torch.zeros_like(x)
 
-    sample_latents(
-        model,
-        DiffusionConfig(objective="flow", shift=shift),
-        shape=SHAPE,
-        condition=torch.zeros(2, 5, 3),
-        mask=None,
-        null_condition=torch.zeros(5, 3),
-        steps=4,
-        guidance=2.0,
-        sampler="euler",
-        generators=generators([0, 1]),
-        num_tokens=num_tokens,
+    LatentSampler(DiffusionConfig(objective="flow", shift=shift), "euler", steps=4, guidance=2.0)(
+        model, torch.zeros(2, 5, 3), None, torch.zeros(5, 3), shape=(4, 1, size, size), generators=generators([0, 1])
     )
     assert seen == pytest.approx([1000 * expected * t / (1 + (expected - 1) * t) for t in (1, 0.75, 0.5, 0.25)])
 
@@ -250,11 +236,13 @@ def sample_real(
 ) -> Tensor:
     text = torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[1] * 6, [1] * 2 + [0] * 4, [1] * 4 + [0] * 2]).bool()
-    return sample_latents(
-        model, DiffusionConfig(objective=objective), shape=SHAPE, condition=text[rows], mask=mask[rows],
-        null_condition=model.null_condition(), steps=5, guidance=guidance, sampler=sampler, generators=generators(rows),
-        num_tokens=8, prepare_text=model.prepare_text if prepared else None,
-    )  # fmt: skip
+    return LatentSampler(
+        DiffusionConfig(objective=objective),
+        sampler,
+        steps=5,
+        guidance=guidance,
+        prepare_text=model.prepare_text if prepared else None,
+    )(model, text[rows], mask[rows], model.null_condition(), shape=SHAPE, generators=generators(rows))
 
 
 def test_the_real_model_agrees_with_itself_across_batches() -> None:

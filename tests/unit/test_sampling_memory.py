@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from opensora_repro.config import Config, DataConfig, SampleConfig, TrainConfig
-from opensora_repro.diffusion.samplers import sample_latents
+from opensora_repro.diffusion.samplers import LatentSampler
 from opensora_repro.models.config import DiTConfig, STDiTConfig
 from opensora_repro.models.dit import DiT
 from opensora_repro.models.stdit import STDiT
@@ -40,19 +40,19 @@ def test_a_denoising_step(model: STDiTConfig | DiTConfig, dtype: str, guidance: 
     else:
         network, condition, mask = DiT(model).eval(), torch.tensor([1, 2]), None
     with LiveBytes() as live, torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
-        sample_latents(
-            network,
+        LatentSampler(
             cfg.diffusion,
-            shape=SHAPE,
-            condition=condition,
-            mask=mask,
-            null_condition=network.null_condition(),
+            "dpm",
             steps=2,
             guidance=guidance,
-            sampler="dpm",
-            generators=[torch.Generator().manual_seed(i) for i in range(BATCH)],
-            num_tokens=8 * 256,
             prepare_text=network.prepare_text if isinstance(network, STDiT) else None,
+        )(
+            network,
+            condition,
+            mask,
+            network.null_condition(),
+            shape=SHAPE,
+            generators=[torch.Generator().manual_seed(i) for i in range(BATCH)],
         )
     parameters = sum(value.numel() for value in network.parameters())
     found = planned(cfg, model, parameters).denoising
