@@ -99,7 +99,7 @@ def _to_captions(layer: Any, sizes: Sizes, device: torch.device) -> dict[str, Ca
     import torch
 
     from benchmarks.plain_stdit import CrossAttention
-    from opensora_repro.models.cross_attention import Captions, varlen_kernel
+    from opensora_repro.models.cross_attention import lay_out, varlen_kernel
 
     dim = layer.proj.in_features
     naive = CrossAttention(dim, sizes.num_heads)
@@ -107,8 +107,8 @@ def _to_captions(layer: Any, sizes: Sizes, device: torch.device) -> dict[str, Ca
     text = torch.randn(sizes.samples, sizes.width, dim, generator=torch.Generator().manual_seed(1)).to(device)
     mask = torch.arange(sizes.width) < torch.tensor(sizes.captions)[:, None]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    known = Captions(mask, sizes.samples, device, varlen=varlen_kernel(device, dtype, dim // sizes.num_heads))
-    unknown = Captions(mask.to(device), sizes.samples, device, known=False)
+    known = lay_out(mask, sizes.samples, device, varlen=varlen_kernel(device, dtype, dim // sizes.num_heads))
+    unknown = lay_out(mask.to(device), sizes.samples, device, known=False)
     read = [tokens[:length] for tokens, length in zip(text, sizes.captions, strict=True)]
 
     def plain(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
 
 
 class KeysValues(NamedTuple):
-    """A block's keys and values of a batch's captions, as `Captions.take` lays them: [B, H, L, d] or [N, H, d]."""
+    """A block's keys and values of captions, as their `take` lays them: [B, H, L, d] or [N, H, d]."""
 
     keys: Tensor
     values: Tensor
@@ -43,102 +43,138 @@ class FoldedText(NamedTuple):
     values: Tensor  # [H * n, D]
 
 
-# What a block reads: embedded captions as `Captions.take` lays them, or what was made of them beforehand.
+# What a block reads: embedded captions as `take` of the captions lays them, or what was made of them beforehand.
 BlockText = Tensor | KeysValues | list[FoldedText]
 
 
-class Captions:
-    """Which caption tokens each sample reads and how they lie, made once for all blocks.
+class WholeCaptions:
+    """Which caption tokens each sample reads and how they lie, made once for all blocks: of each as many, and no mask.
 
-    A mask in host memory tells the lengths without waiting for a GPU. Then no caption is longer than the longest:
-
-    - of one length: as many tokens of each, and no mask;
-    - where there is a kernel for it: all captions' tokens end to end, nothing in between;
-    - else: as many tokens of each as the longest has, the shorter ones' padding masked.
-
-    Of a mask in a GPU's memory nothing is known: all tokens are read, behind the mask.
-
-    A caption without any token attends to nothing: a softmax over nothing is undefined, so tokens are let in and their
-    values are zeroed.
+    Those below lie otherwise; `lay_out` chooses.
     """
-
-    attend: Tensor | None = None  # [B, 1, 1, L] bool
-    present: Tensor | None = None  # bool, broadcast over values; None: every caption has tokens
-    length: int | None = None  # tokens kept of each caption; None: all
-    rows: Tensor | None = None  # [B], which caption each sample reads; None: each its own
-    index: Tensor | None = None  # [N], where the tokens lie in the captions end to end, for `varlen`
-    varlen: Varlen | None = None
-    ends: Tensor  # int32 [B + 1], with `varlen`: where each sample's tokens begin and end
-    width: int  # with `varlen`: no caption is longer
-    tokens: list[list[int]] | None = None  # positions of each sample's tokens, where they are known
 
     def __init__(
         self,
-        mask: Tensor,
-        num_samples: int,
-        device: torch.device,
+        sources: Sequence[int] = (),
         *,
-        varlen: Varlen | None = None,
-        rows: Sequence[int] | None = None,
-        known: bool | None = None,
+        length: int | None = None,
+        rows: Tensor | None = None,
+        present: Tensor | None = None,
+        tokens: list[list[int]] | None = None,
     ) -> None:
-        """`mask` [B, L], or fewer rows that are repeated. `rows`: sample i reads caption rows[i]; None: caption i.
-
-        `known`: whether to look into the mask; None: where that takes no waiting.
-        """
-        if len(mask) == 0 or num_samples % len(mask):
-            raise ValueError(f"a caption mask of {len(mask)} rows cannot be repeated over {num_samples} samples")
-        mask = mask.bool().repeat(num_samples // len(mask), 1)
-        self.sources = list(range(num_samples)) if rows is None else list(rows)
-        self.rows = None if rows is None else to_device(torch.tensor(self.sources), device)
-        if mask.device.type == "cpu" if known is None else known:
-            self._lay_out(mask, device, varlen)
-        else:
-            mask = mask[:, None, None, :]
-            self.present = mask.any(dim=-1, keepdim=True)
-            self.attend = mask | ~self.present
-
-    def _lay_out(self, mask: Tensor, device: torch.device, varlen: Varlen | None) -> None:
-        self.tokens = [[i for i, there in enumerate(row) if there] for row in mask.tolist()]
-        read = [positions or [0] for positions in self.tokens]
-        present = torch.tensor(list(map(bool, self.tokens)))
-        self.length = max(positions[-1] for positions in read) + 1
-        if min(map(len, read)) < self.length:
-            if varlen is not None:
-                self._lay_end_to_end(read, mask.shape[1], device, varlen)
-                present = present.repeat_interleave(torch.tensor(list(map(len, read))))
-            else:
-                # Not a view, for which blocks would be compiled again
-                attend = mask[:, None, None, : self.length] | ~present[:, None, None, None]
-                self.attend = to_device(attend, device)
-        if not all(self.tokens):
-            shape = (-1, 1, 1) if self.varlen else (-1, 1, 1, 1)
-            self.present = to_device(present.view(shape), device)
-
-    def _lay_end_to_end(self, read: list[list[int]], width: int, device: torch.device, varlen: Varlen) -> None:
-        pairs = zip(self.sources, read, strict=True)
-        index = [source * width + position for source, positions in pairs for position in positions]
-        ends = torch.tensor([0, *map(len, read)]).cumsum(0)
-        self.varlen, self.width = varlen, width
-        self.index = to_device(torch.tensor(index), device)
-        self.ends = to_device(ends.int(), device)
+        self.sources = sources  # which caption each sample reads
+        self.length = length  # tokens kept of each caption; None: all
+        self.rows = rows  # `sources` on the device, [B]; None: each its own
+        self.present = present  # bool, broadcast over values; None: every caption has tokens
+        self.tokens = tokens  # positions of each sample's tokens, where they are known
 
     def take(self, text: Tensor) -> Tensor:
-        """What is read of text [captions, L, C]: [B, L', C], or [N, C] end to end."""
-        if self.index is not None:
-            return text.flatten(0, 1)[self.index]
+        """What is read of text [captions, L, C]: [B, L', C], or where captions are packed [N, C]."""
+        if self.length is None and self.rows is None:
+            return text
         text = text[:, : self.length]
         # Always a copy: for a view blocks would be compiled once more.
         return text.clone() if self.rows is None else text[self.rows]
 
-    def end_to_end(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of queries [B, N, H, d] to keys and values laid end to end."""
-        assert self.varlen is not None
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of queries [B, N, H, d] to keys and values [B, H, L', d], packed [N', H, d] -> [B, N, H, d]."""
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k, v).transpose(1, 2)
+
+    def changing_axes(self) -> list[tuple[Tensor | None, list[int]]]:
+        """For the compiler: which axes of what blocks read here change from batch to batch."""
+        return [(self.present, [0])]
+
+
+ALL = WholeCaptions()  # every token of every caption
+
+
+class PaddedCaptions(WholeCaptions):
+    """As many tokens of each as the longest has, the shorter ones' padding behind a mask."""
+
+    def __init__(self, sources: Sequence[int], mask: Tensor, **how: Any) -> None:
+        super().__init__(sources, **how)
+        self.mask = mask  # bool [B, 1, 1, L]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=self.mask).transpose(1, 2)
+
+    def changing_axes(self) -> list[tuple[Tensor | None, list[int]]]:
+        return [*super().changing_axes(), (self.mask, [0, 3])]
+
+
+class PackedCaptions(WholeCaptions):
+    """All captions' tokens end to end, nothing in between."""
+
+    def __init__(
+        self, sources: Sequence[int], varlen: Varlen, index: Tensor, ends: Tensor, width: int, **how: Any
+    ) -> None:
+        super().__init__(sources, **how)
+        self.varlen = varlen
+        self.index = index  # [N], where the tokens lie in the captions end to end
+        self.ends = ends  # int32 [B + 1], where each sample's tokens begin and end
+        self.width = width  # no caption is longer
+
+    def take(self, text: Tensor) -> Tensor:
+        return text.flatten(0, 1)[self.index]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         samples, queries = q.shape[:2]
         starts = queries * torch.arange(samples + 1, dtype=torch.int32, device=q.device)
         # No caption is longer than the width; the longest's own length would be compiled anew for every batch.
         out = self.varlen(q.flatten(0, 1), k, v, starts, self.ends, queries, self.width)
         return out.view(q.shape)
+
+    def changing_axes(self) -> list[tuple[Tensor | None, list[int]]]:
+        return [*super().changing_axes(), (self.ends, [0])]
+
+
+def lay_out(
+    mask: Tensor,
+    num_samples: int,
+    device: torch.device,
+    *,
+    varlen: Varlen | None = None,
+    rows: Sequence[int] | None = None,
+    known: bool | None = None,
+) -> WholeCaptions:
+    """Captions under `mask` [B, L], or fewer rows that are repeated; sample i reads caption rows[i], None: its own.
+
+    A mask in host memory tells the lengths without waiting for a GPU: captions of one length need no mask, others are
+    packed where there is the kernel `varlen` for it, else padded. Of a mask in a GPU's memory nothing is known: all
+    tokens are read, behind the mask. `known`: whether to look into the mask; None: where that takes no waiting.
+    A caption without any token attends to nothing: a softmax over nothing is undefined, so tokens are let in and their
+    values are zeroed.
+    """
+    if len(mask) == 0 or num_samples % len(mask):
+        raise ValueError(f"a caption mask of {len(mask)} rows cannot be repeated over {num_samples} samples")
+    mask = mask.bool().repeat(num_samples // len(mask), 1)
+    sources = list(range(num_samples)) if rows is None else list(rows)
+    how: dict[str, Any] = {"rows": None if rows is None else to_device(torch.tensor(sources), device)}
+    if not (mask.device.type == "cpu" if known is None else known):
+        mask = mask[:, None, None, :]
+        present = mask.any(dim=-1, keepdim=True)
+        return PaddedCaptions(sources, mask | ~present, present=present, **how)
+
+    how["tokens"] = tokens = [[i for i, there in enumerate(row) if there] for row in mask.tolist()]
+    read = [positions or [0] for positions in tokens]
+    present = torch.tensor(list(map(bool, tokens)))
+    length = max(positions[-1] for positions in read) + 1
+    if min(map(len, read)) < length and varlen is not None:
+        counts = torch.tensor(list(map(len, read)))
+        if not all(tokens):
+            how["present"] = to_device(present.repeat_interleave(counts).view(-1, 1, 1), device)
+        pairs = zip(sources, read, strict=True)
+        index = torch.tensor([source * mask.shape[1] + i for source, positions in pairs for i in positions])
+        ends = F.pad(counts.cumsum(0), (1, 0)).int()
+        return PackedCaptions(sources, varlen, to_device(index, device), to_device(ends, device), mask.shape[1], **how)
+    how["length"] = length
+    present = present.view(-1, 1, 1, 1)
+    if not all(tokens):
+        how["present"] = to_device(present, device)
+    if min(map(len, read)) == length:
+        return WholeCaptions(sources, **how)
+    # Not a view, for which blocks would be compiled again
+    return PaddedCaptions(sources, to_device(mask[:, None, None, :length] | ~present, device), **how)
 
 
 class CrossAttention(nn.Module):
@@ -151,32 +187,27 @@ class CrossAttention(nn.Module):
         self.kv_linear = nn.Linear(hidden_size, 2 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor, text: BlockText, captions: Captions | None = None) -> Tensor:
-        """`text`: what `captions` take of embedded captions [B, L, D], or `prepare`'s result; no captions: all."""
+    def forward(self, x: Tensor, text: BlockText, captions: WholeCaptions = ALL) -> Tensor:
+        """`text`: what `captions` take of embedded captions [B, L, D], or `prepare`'s result."""
         if isinstance(text, list):
             return self._attend_folded(x, text)
-        k, v = text if isinstance(text, KeysValues) else self._split(self.kv_linear(text), captions)
         samples, frames = x.shape[:2]
         q = rearrange(self.q_linear(x), "b t s (h d) -> b (t s) h d", h=self.num_heads)
-        if captions is not None and captions.varlen is not None:
-            out = captions.end_to_end(q, k, v)
-        else:
-            attend = None if captions is None else captions.attend
-            out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=attend).transpose(1, 2)
+        k, v = text if isinstance(text, KeysValues) else self._split(self.kv_linear(text), captions)
+        out = captions.attend(q, k, v)  # [B, T * S, H, d]
         return self.proj(rearrange(out, "b (t s) h d -> b t s (h d)", b=samples, t=frames))
 
-    def prepare(self, text: Tensor, captions: Captions | None) -> KeysValues | list[FoldedText]:
+    def prepare(self, text: Tensor, captions: WholeCaptions) -> KeysValues | list[FoldedText]:
         """What `forward` takes for embedded captions [captions, L, D] where it reads them more than once."""
         kv = self.kv_linear(text)
-        if captions is not None and captions.tokens is not None and self._folds(kv, captions.tokens):
+        if captions.tokens is not None and self._folds(kv, captions.tokens):
             return self._fold(kv, captions.sources, captions.tokens)
-        return self._split(kv if captions is None else captions.take(kv), captions)
+        return self._split(captions.take(kv), captions)
 
-    def _split(self, kv: Tensor, captions: Captions | None) -> KeysValues:
+    def _split(self, kv: Tensor, captions: WholeCaptions) -> KeysValues:
         axes = "b l (two h d) -> two b h l d" if kv.ndim == 3 else "n (two h d) -> two n h d"
         k, v = rearrange(kv, axes, two=2, h=self.num_heads).unbind(0)
-        present = None if captions is None else captions.present
-        return KeysValues(k, v if present is None else v * present)
+        return KeysValues(k, v if captions.present is None else v * captions.present)
 
     def _folds(self, kv: Tensor, tokens: list[list[int]]) -> bool:
         """Folding pays on a CPU while captions are short; in half precision the two matrices would be rounded.
@@ -188,7 +219,7 @@ class CrossAttention(nn.Module):
         short = sum(map(len, tokens)) <= len(tokens) * head_size
         return exact and kv.device.type == "cpu" and short and is_plain(self.q_linear) and is_plain(self.proj)
 
-    def _fold(self, kv: Tensor, sources: list[int], tokens: list[list[int]]) -> list[FoldedText]:
+    def _fold(self, kv: Tensor, sources: Sequence[int], tokens: list[list[int]]) -> list[FoldedText]:
         heads = self.num_heads
         query = rearrange(self.q_linear.weight, "(h d) c -> h d c", h=heads)
         query_bias = rearrange(self.q_linear.bias, "(h d) -> h 1 d", h=heads)

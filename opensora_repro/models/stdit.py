@@ -8,11 +8,11 @@ state-dict keys are those of the published models, PixArt-1024-MS with its size 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from opensora_repro.kernels import ops
 from opensora_repro.kernels.choice import fused
 from opensora_repro.models.config import STDiTConfig
-from opensora_repro.models.cross_attention import BlockText, Captions, CrossAttention, varlen_kernel
+from opensora_repro.models.cross_attention import ALL, BlockText, CrossAttention, WholeCaptions, lay_out, varlen_kernel
 from opensora_repro.models.layers import (
     Attention,
     CaptionEmbedder,
@@ -64,7 +64,7 @@ class STDiTBlock(nn.Module):
         x: Tensor,
         text: BlockText,
         modulation: Tensor,
-        captions: Captions | None,
+        captions: WholeCaptions,
         temporal: Tensor | None,
         normed: Tensor | None = None,
         following: STDiTBlock | None = None,
@@ -75,19 +75,22 @@ class STDiTBlock(nn.Module):
         Returns the tokens. Where the `following` block is given, its first norm is fused with this one's last residual:
         the result is then (tokens, what that block takes as `normed`).
         """
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self._vectors(modulation)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self._vectors(modulation)  # [B, 1, 1, D] each
         repeats = len(gate_mlp) // len(x)
         if repeats > 1:
             shift_msa, scale_msa, gate_msa = (vector[: len(x)] for vector in (shift_msa, scale_msa, gate_msa))
+
         if normed is None:
             normed = norm_modulate(x, shift_msa, scale_msa)
-        x = ops.gate_residual(x, gate_msa, self.attn(normed))
+        x = ops.gate_residual(x, gate_msa, self.attn(normed))  # [B, T, S, D] everywhere
         if self.attn_temp is not None:  # reads the raw residual stream, shares the spatial branch's gate
             x = ops.gate_residual(x, gate_msa, self.attn_temp(x if temporal is None else x + temporal))
-        if repeats > 1:
+        if repeats > 1:  # from here on each caption has tokens of its own
             x = x.repeat(repeats, 1, 1, 1)
-        x, normed = residual_norm_modulate(x, None, self.cross_attn(x, text, captions), shift_mlp, scale_mlp)
+        y = self.cross_attn(x, text, captions)
+        x, normed = residual_norm_modulate(x, None, y, shift_mlp, scale_mlp)  # x + y, and its modulated norm
         y = self.mlp(normed)
+
         if following is None:
             return ops.gate_residual(x, gate_mlp, y)
         shift, scale, *_ = following._vectors(modulation)
@@ -103,7 +106,7 @@ class PreparedText:
     """What every block makes of the captions, which is the same at all steps of sampling; from `STDiT.prepare_text`."""
 
     blocks: Sequence[BlockText]
-    captions: Captions | None
+    captions: WholeCaptions
     num_samples: int
 
 
@@ -203,13 +206,13 @@ class STDiT(nn.Module):
             # Without a mask: the same, for the samples must still be told apart from the captions
             mask = torch.ones(samples, text.shape[1], dtype=torch.bool) if mask is None else mask
         y = self.y_embedder(text)
-        captions = None if mask is None else self._lay_out(mask, samples, y.device, rows)
+        captions = ALL if mask is None else self._lay_out(mask, samples, y.device, rows)
         attentions: list[Any] = [block.cross_attn for block in self.blocks]
         return PreparedText([attention.prepare(y, captions) for attention in attentions], captions, samples)
 
     def _read_text(
         self, text: Tensor | PreparedText, mask: Tensor | None, drop_text: Tensor | None, num_latents: int
-    ) -> tuple[Sequence[BlockText], Captions | None, int]:
+    ) -> tuple[Sequence[BlockText], WholeCaptions, int]:
         """What each block reads, how it lies, and how many captions there are to a latent."""
         if isinstance(text, PreparedText):
             if mask is not None or drop_text is not None:
@@ -220,18 +223,18 @@ class STDiT(nn.Module):
         self._check_text(text, mask, num_latents)
         y = self.y_embedder(text, drop_text)  # [B, L, D]
         if mask is None:
-            return [y] * len(self.blocks), None, 1
+            return [y] * len(self.blocks), ALL, 1
         captions = self._lay_out(mask, len(text), y.device)
         return [captions.take(y)] * len(self.blocks), captions, 1
 
     def _lay_out(
         self, mask: Tensor, num_samples: int, device: torch.device, rows: Sequence[int] | None = None
-    ) -> Captions:
+    ) -> WholeCaptions:
         dtype = self.x_embedder.proj.weight.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         varlen = varlen_kernel(device, dtype, self.cfg.hidden_size // self.cfg.num_heads)
-        return Captions(mask, num_samples, device, varlen=varlen, rows=rows)
+        return lay_out(mask, num_samples, device, varlen=varlen, rows=rows)
 
     def compile_blocks(self, *, backend: str = "inductor") -> None:
         """Let torch.compile make one program of a block, which serves all blocks; it does so at the first call.
@@ -248,15 +251,17 @@ class STDiT(nn.Module):
         x: Tensor,
         texts: Sequence[BlockText],
         modulation: Tensor,
-        captions: Captions | None,
+        captions: WholeCaptions,
         temporal: Tensor | None,
     ) -> Tensor:
         keep = self.activation_checkpointing if torch.is_grad_enabled() else "none"
         compiled = self._compiled_block if torch.is_grad_enabled() else None
-        run: Callable[..., Tensor] = compiled or run_block
+        plain = compiled is None and keep == "none"
+        run: Callable[..., Any] = nn.Module.__call__ if plain else partial(compiled or run_block, keep)
+        # With a block's last residual and the next one's first norm in one kernel, two tensors pass from block to
+        # block. Recomputing would keep both.
+        pairs = plain and fused(x)
         later = None  # what joins the temporal branch's input after the first block
-        if compiled is None and keep == "none" and fused(x):
-            return self._run_fused(x, texts, modulation, captions, temporal)
         if compiled is not None:
             if temporal is not None:
                 # A block that adds nothing would be compiled by itself, and so would one that is given a view. Zeros
@@ -265,29 +270,16 @@ class STDiT(nn.Module):
                 temporal = temporal + later
             _mark_sizes(x, texts[0], modulation, captions, temporal, later)
         host = HostStack(x.device) if keep != "none" and self.offload_activations else None
-        for block, text in zip(self.blocks, texts, strict=True):
+        normed = None
+        for block, following, text in zip(self.blocks, [*self.blocks[1:], None], texts, strict=True):
+            rest = (text, modulation, captions, temporal)
             with contextlib.nullcontext() if host is None else host.holding(x):
-                x = run(keep, block, x, text, modulation, captions, temporal)
+                if pairs and following is not None:
+                    x, normed = run(block, x, *rest, normed, following)
+                else:
+                    x = run(block, x, *rest, normed)
             temporal = later
         return x
-
-    def _run_fused(
-        self,
-        x: Tensor,
-        texts: Sequence[BlockText],
-        modulation: Tensor,
-        captions: Captions | None,
-        temporal: Tensor | None,
-    ) -> Tensor:
-        """With a block's last residual and the next one's first norm in one kernel.
-
-        Two tensors pass from block to block, so this is not for recomputing, which would keep both.
-        """
-        normed = None
-        for (block, following), text in zip(itertools.pairwise(self.blocks), texts, strict=False):
-            x, normed = block(x, text, modulation, captions, temporal, normed, following)
-            temporal = None
-        return cast(Tensor, self.blocks[-1](x, texts[-1], modulation, captions, temporal, normed))
 
     def null_condition(self) -> Tensor:
         """Return the null caption [L, Ct], what the model sees where a caption was dropped."""
@@ -355,7 +347,7 @@ class STDiT(nn.Module):
 
 
 def _mark_sizes(
-    x: Tensor, text: BlockText, modulation: Tensor, captions: Captions | None, *temporal: Tensor | None
+    x: Tensor, text: BlockText, modulation: Tensor, captions: WholeCaptions, *temporal: Tensor | None
 ) -> None:
     """Tell the compiler which axes of a block's inputs change from batch to batch, before it sees them change."""
     from torch._dynamo import maybe_mark_dynamic
@@ -363,9 +355,7 @@ def _mark_sizes(
     axes: list[tuple[Any, list[int]]] = [(x, [0, 1, 2]), (modulation, [1]), *((table, [0]) for table in temporal)]
     if isinstance(text, Tensor):
         axes.append((text, [0, 1] if text.ndim == 3 else [0]))  # [B, L, D], or [N, D] end to end
-    if captions is not None:
-        axes += [(captions.attend, [0, 3]), (captions.present, [0]), (getattr(captions, "ends", None), [0])]
-    for tensor, changing in axes:
+    for tensor, changing in [*axes, *captions.changing_axes()]:
         if tensor is not None:
             maybe_mark_dynamic(tensor, changing)
 

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from opensora_repro.models.config import STDiTConfig
-from opensora_repro.models.cross_attention import Captions, CrossAttention, FoldedText, KeysValues, varlen_kernel
+from opensora_repro.models.cross_attention import (
+    CrossAttention,
+    FoldedText,
+    KeysValues,
+    PackedCaptions,
+    PaddedCaptions,
+    WholeCaptions,
+    lay_out,
+    varlen_kernel,
+)
 from opensora_repro.models.stdit import STDiT
 
 CPU = torch.device("cpu")
@@ -79,7 +88,7 @@ def test_every_layout_is_plain_attention(name: str, how: str) -> None:
             out = reference(attention, x, text, mask)
         else:
             varlen = plain_varlen if how == "end to end" else None
-            captions = Captions(mask, 2, CPU, varlen=varlen, known=how != "nothing known")
+            captions = lay_out(mask, 2, CPU, varlen=varlen, known=how != "nothing known")
             out = attention(x, captions.take(text), captions)
         results.append([out, *torch.autograd.grad(out.square().sum(), [x, text, *attention.parameters()])])
     for expected, ours in zip(*results, strict=True):
@@ -88,12 +97,12 @@ def test_every_layout_is_plain_attention(name: str, how: str) -> None:
 
 def test_nothing_is_computed_on_padding() -> None:
     text = torch.randn(2, LENGTH, DIM)
-    same = Captions(prefix(4, 4), 2, CPU)
-    assert same.attend is None and same.take(text).shape == (2, 4, DIM)
-    trimmed = Captions(prefix(3, 8), 2, CPU)
-    assert trimmed.attend is not None and trimmed.take(text).shape == (2, 8, DIM)
-    packed = Captions(prefix(3, 8), 2, CPU, varlen=plain_varlen)
-    assert packed.attend is None and torch.equal(packed.take(text), torch.cat([text[0, :3], text[1, :8]]))
+    same = lay_out(prefix(4, 4), 2, CPU)
+    assert type(same) is WholeCaptions and same.take(text).shape == (2, 4, DIM)
+    trimmed = lay_out(prefix(3, 8), 2, CPU)
+    assert isinstance(trimmed, PaddedCaptions) and trimmed.take(text).shape == (2, 8, DIM)
+    packed = lay_out(prefix(3, 8), 2, CPU, varlen=plain_varlen)
+    assert isinstance(packed, PackedCaptions) and torch.equal(packed.take(text), torch.cat([text[0, :3], text[1, :8]]))
     assert packed.ends.tolist() == [0, 3, 11] and packed.ends.dtype == torch.int32
 
 
@@ -112,7 +121,7 @@ def test_prepared_text_is_the_text(name: str, kind: type) -> None:
     if kind is KeysValues:
         attention.proj = Wrapped(attention.proj)
     x, text = torch.randn(2, 3, 4, DIM), torch.randn(2, LENGTH, DIM)
-    captions = Captions(mask, 2, CPU)
+    captions = lay_out(mask, 2, CPU)
     with torch.no_grad():
         prepared = attention.prepare(text, captions)
         assert isinstance(prepared[0] if isinstance(prepared, list) else prepared, kind)
@@ -132,9 +141,9 @@ def test_long_captions_are_not_folded() -> None:
     attention = CrossAttention(16, 4)  # four channels a head
     text = torch.randn(2, LENGTH, 16)
     for lengths, kind in (((1, 7), list), ((2, 7), KeysValues)):
-        assert isinstance(attention.prepare(text, Captions(prefix(*lengths), 2, CPU)), kind)
+        assert isinstance(attention.prepare(text, lay_out(prefix(*lengths), 2, CPU)), kind)
     with torch.autocast("cpu", torch.bfloat16):
-        assert isinstance(attention.prepare(text, Captions(prefix(1, 1), 2, CPU)), KeysValues)
+        assert isinstance(attention.prepare(text, lay_out(prefix(1, 1), 2, CPU)), KeysValues)
 
 
 CONFIG = STDiTConfig(hidden_size=DIM, depth=2, num_heads=HEADS, caption_channels=16, model_max_length=LENGTH)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from opensora_repro.models import layers
 from opensora_repro.models.config import ACTIVATION_CHECKPOINTING, STDiTConfig
-from opensora_repro.models.cross_attention import Captions, CrossAttention
+from opensora_repro.models.cross_attention import CrossAttention, WholeCaptions, lay_out
 from opensora_repro.models.stdit import POSITION_TABLES, STDiT, STDiTBlock, pixart_xl_2, stdit_xl_2
 from opensora_repro.weights.load import load_model_weights
 from tests.golden import (
@@ -98,10 +98,10 @@ def test_block_at_small_magnitudes(golden_dir: Path) -> None:
             assert relative_error(x.grad, case["grad.input.x(out_tpe)"]) <= case.info["tolerances"]["grad_rel"]
 
 
-def unpack(packed: Tensor, lengths: Tensor) -> tuple[Tensor, Captions]:
+def unpack(packed: Tensor, lengths: Tensor) -> tuple[Tensor, WholeCaptions]:
     """Turn the reference's packed captions [1, sum(lengths), D] into what our blocks read of padded ones."""
     text = nn.utils.rnn.pad_sequence(packed[0].split(lengths.tolist()), batch_first=True, padding_value=7.0)
-    captions = Captions(torch.arange(text.shape[1]) < lengths[:, None], len(lengths), text.device)
+    captions = lay_out(torch.arange(text.shape[1]) < lengths[:, None], len(lengths), text.device)
     return captions.take(text), captions
 
 

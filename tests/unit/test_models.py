@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from opensora_repro.models import layers
 from opensora_repro.models.config import STDiTConfig
-from opensora_repro.models.cross_attention import Captions, CrossAttention
+from opensora_repro.models.cross_attention import CrossAttention, lay_out
 from opensora_repro.models.stdit import POSITION_TABLES, STDiT
 from opensora_repro.weights.load import load_model_weights
 from tests.live_bytes import LiveBytes
@@ -234,7 +234,7 @@ def test_a_caption_without_tokens_attends_to_nothing(how: str) -> None:
 def test_attending_to_nothing_adds_the_projections_bias() -> None:
     attention = CrossAttention(48, 4)
     nn.init.normal_(attention.proj.bias)
-    captions = Captions(prefix_mask(0, 0), 2, torch.device("cpu"))
+    captions = lay_out(prefix_mask(0, 0), 2, torch.device("cpu"))
     out = attention(torch.randn(2, 3, 4, 48), captions.take(torch.randn(2, 10, 48)), captions)
     assert torch.equal(out, attention.proj.bias.expand(2, 3, 4, 48))
 
