@@ -13,6 +13,7 @@ from torch import Tensor
 from opensora_repro.config import Config
 from opensora_repro.data.dataset import BadSample, Clip
 from opensora_repro.data.transforms import to_tensor
+from opensora_repro.frozen.pretrained import frozen_dtype
 from opensora_repro.frozen.text import T5Text, open_text_encoder
 from opensora_repro.frozen.vae import FrameVAE, open_vae
 from opensora_repro.kernels.choice import to_device
@@ -145,8 +146,3 @@ def skipped_models(not_loaded: Sequence[Sequence[str]]) -> str:
     first, *others = not_loaded
     names = [name for name in first if all(name in other for other in others)]
     return f"{' and '.join(names)} not loaded: everything is in the cache" if names else ""
-
-
-def frozen_dtype(cfg: Config, device: torch.device) -> torch.dtype:
-    """bfloat16 on a GPU that trains in it, as the published runs did."""
-    return torch.bfloat16 if device.type == "cuda" and cfg.train.dtype == "bf16" else torch.float32

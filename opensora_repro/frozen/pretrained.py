@@ -7,12 +7,15 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
 from opensora_repro.errors import UserError
 from opensora_repro.files import here_or_shipped
+
+if TYPE_CHECKING:
+    from opensora_repro.config import Config
 
 T = TypeVar("T")
 HashFile = Callable[[Path], str]  # a digest of a file's content
@@ -205,3 +208,8 @@ def check_complete(info: dict[str, Any]) -> None:
     missing = sorted(map(str, info.get("missing_keys", ()))) + sorted(map(str, info.get("mismatched_keys", ())))
     if missing:
         raise ValueError(f"{len(missing)} weights are missing or misshapen, first {missing[0]}")
+
+
+def frozen_dtype(cfg: Config, device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU that trains in it, as the published runs did."""
+    return torch.bfloat16 if device.type == "cuda" and cfg.train.dtype == "bf16" else torch.float32

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from opensora_repro.config import Config, ConfigError, load_recorded
-from opensora_repro.frozen.encoder import frozen_dtype
+from opensora_repro.frozen.pretrained import frozen_dtype
 from opensora_repro.frozen.text import (
     ClassLabels,
     ConditionEncoder,

@@ -20,9 +20,8 @@ from opensora_repro.files import replacing
 from opensora_repro.models.config import ModelConfig
 from opensora_repro.models.layers import spatial_positions, temporal_positions
 from opensora_repro.weights.families import CLASSES_ONLY, family_of
-from opensora_repro.weights.files import FACTS_KEY, NULL_CAPTION_FILE, WeightsError
+from opensora_repro.weights.files import FACTS_KEY, NULL_CAPTION, NULL_CAPTION_FILE, WeightsError
 from opensora_repro.weights.layouts import KERNEL
-from opensora_repro.weights.unwrap import NULL_CAPTION
 
 FORMATS = ("opensora", "pixart", "diffusers", "safetensors")
 

@@ -27,9 +27,8 @@ from opensora_repro.weights.diffusers_layout import (
     pixart_from_diffusers,
     pixart_to_diffusers,
 )
-from opensora_repro.weights.files import WeightsError
+from opensora_repro.weights.files import NULL_CAPTION, WeightsError
 from opensora_repro.weights.layouts import KERNEL, SIZE_KEY, Layout, Trained, dit_facts, stdit_facts
-from opensora_repro.weights.unwrap import NULL_CAPTION
 
 Network = STDiT | DiT
 

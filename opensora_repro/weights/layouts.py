@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opensora_repro.weights.files import WeightsError
-from opensora_repro.weights.unwrap import NULL_CAPTION, TABLES
+from opensora_repro.weights.files import NULL_CAPTION, TABLES, WeightsError
 
 KERNEL = "x_embedder.proj.weight"
 SIZE_KEY = "csize_embedder.mlp.0.weight"  # of models that are told the picture's size

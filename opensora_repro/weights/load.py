@@ -31,6 +31,7 @@ from opensora_repro.weights.families import (
     recognise,
 )
 from opensora_repro.weights.files import (
+    NULL_CAPTION,
     WeightsError,
     WeightsFile,
     check_tensors,
@@ -50,7 +51,6 @@ from opensora_repro.weights.layouts import (
     to_ours,
     trained_at,
 )
-from opensora_repro.weights.unwrap import NULL_CAPTION
 
 __all__ = [
     "LoadReport",
