@@ -19,7 +19,6 @@ from opensora_repro.diffusion.samplers import LatentSampler, PrepareText, Throug
 from opensora_repro.errors import TrainingError
 from opensora_repro.frozen.text import ClassLabels, ConditionEncoder
 from opensora_repro.models.config import ModelConfig
-from opensora_repro.models.layers import count_frames, count_tokens
 from opensora_repro.parallel.sequence import FrameParallel
 from opensora_repro.sampling.graphs import StepGraphs, captures
 

@@ -191,9 +191,9 @@ def test_a_sampler(tmp_path: Path) -> None:
     copy.edit(samplers, r'IDDPM_SAMPLERS = \("iddpm"', 'IDDPM_SAMPLERS = ("direct", "iddpm"')
     copy.edit(
         samplers,
-        r'( +)if sampler == "dpm":\n',
-        r'\1if sampler == "direct":\n\1    from opensora_repro.diffusion.direct import direct_sample\n\n'
-        r"\1    return direct_sample(model_fn, noise, steps, progress)\n\g<0>",
+        r'( +)if self\.name == "dpm":\n',
+        r'\1if self.name == "direct":\n\1    from opensora_repro.diffusion.direct import direct_sample\n\n'
+        r"\1    return direct_sample(model_fn, noise, self.steps, self.progress)\n\g<0>",
     )
     copy.edit("opensora_repro/config/checks.py", r'("sample.sampler": \()', r'\1"direct", ')
     copy.edit("stages/sample.py", r'("--sampler", choices=\()', r'\1"direct", ')
