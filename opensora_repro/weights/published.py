@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -53,7 +53,7 @@ def describe(file: WeightsFile, *, num_heads: int | None = None, family: str | N
         text=TextConfig(path=CLIP) if model.conditioning == "clip" else TextConfig(),
     )
     if isinstance(config.model, kind.config):
-        config = replace(config, **{"model": model})
+        config = replace(config, model=cast(Any, model))
     return Published(layout, kind, model, trained, config)
 
 
