@@ -128,7 +128,7 @@ def measure(folder: Path, seconds: float) -> list[dict[str, Any]]:
 
 def measure_waiting(folder: Path, clip: Path) -> list[dict[str, Any]]:
     """Steps of the training loop on windows of the clip, for each number of loader processes."""
-    import pandas as pd
+    import pyarrow as pa
     import torch
 
     from benchmarks import loop
@@ -140,7 +140,7 @@ def measure_waiting(folder: Path, clip: Path) -> list[dict[str, Any]]:
 
     same = {"path": str(clip), "num_frames": FRAMES, "fps": float(FPS), "height": HEIGHT, "width": WIDTH}
     captions = [{"id": f"window {i}", "caption": f"a red circle number {i}", **same} for i in range(8)]
-    write_manifest(pd.DataFrame(captions), folder / "clips.parquet")
+    write_manifest(pa.Table.from_pylist(captions), folder / "clips.parquet")
     device = torch.device("cpu")
     model = STDiTConfig(hidden_size=144, depth=4, num_heads=4, caption_channels=loop.DEMO_CAPTION, model_max_length=12)
     encoder = loop.demo_encoder(device, model.model_max_length)

@@ -175,14 +175,17 @@ def template(args: Arguments) -> int:
     elif manifest.suffix.lower() not in TABLE_SUFFIXES:
         raise DataError(f"{args.input}: is no manifest; add --out DIR, where it is probed first")
     clips = read_manifest(manifest, need_captions=False)
-    empty = write_template(Path(args.template), clips.to_dict("records"))  # type: ignore[arg-type]
+    empty = write_template(Path(args.template), clips.to_pylist())
     print(f"{len(clips)} clips, {empty} without a caption: fill in {args.template}, then pass it to --sidecar")
     return 0
 
 
 def caption(args: Arguments) -> int:
     """Caption all clips, then write the manifest and the rejects; returns the exit status."""
+    import pyarrow as pa
+
     from opensora_repro.data.manifest import read_manifest, write_manifest
+    from opensora_repro.data.tables import set_column
 
     check(args)
     runner, out = runner_of(args), Path(args.out)
@@ -191,7 +194,7 @@ def caption(args: Arguments) -> int:
         endpoint.check_reachable()  # before any work; a run that may have all its answers needs no server
     manifest = manifest_of(args.input, out, runner)
     clips = read_manifest(manifest, need_captions=False)
-    rows: list[Record] = [{str(k): v for k, v in row.items()} for row in clips.to_dict("records")]
+    rows: list[Record] = clips.to_pylist()
     captions = first_captions(args, rows, endpoint, runner)
     columns = {}
     if args.rewrite and endpoint:
@@ -203,7 +206,9 @@ def caption(args: Arguments) -> int:
     rejects = (row | reject(row["id"], row.get("source"), "caption", reason)  # type: ignore[arg-type]
                for row, reason in zip(rows, reasons, strict=True) if reason)  # fmt: skip
     write_rows(out / "rejects.parquet", rejects, REJECTS)
-    write_manifest(clips.assign(**columns)[good].reset_index(drop=True), out / "manifest.parquet")
+    for name, texts in columns.items():
+        clips = set_column(clips, name, pa.array(texts, pa.string()))
+    write_manifest(clips.filter(good), out / "manifest.parquet")
     flags = Counter(found.flag for found, kept in zip(captions, good, strict=True) if kept and found.flag)
     flagged = "".join(f", {count} flagged {flag}" for flag, count in sorted(flags.items()))
     if unwrapped := sum(found.unwrapped for found in captions):

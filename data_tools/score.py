@@ -48,7 +48,6 @@ from opensora_repro.errors import DataError, run_command
 
 if TYPE_CHECKING:
     import numpy as np
-    import pandas as pd
 
 NAMES = ("motion", "jitter", "static", "sharpness", "brightness", "letterbox", "text", "watermark", "duplicates")
 MODEL_METHOD = 1  # raise when the model's scores are computed otherwise
@@ -116,7 +115,7 @@ def score(args: Arguments) -> int:
     names, runner, out = names_of(args), runner_of(args), Path(args.out)
     manifest = manifest_of(args.input, out, runner)
     clips = read_manifest(manifest, need_captions=False)
-    contents = [sampled_digest(Path(path)) for path in clips["path"]]
+    contents = [sampled_digest(Path(path)) for path in clips["path"].to_pylist()]
     records = measure_all(clips, contents, names, out / "scores", runner)
     if args.clip or args.embed:
         gpu = check_device(args.device, args.model_workers, over_ray=runner.kind == "ray")
@@ -125,12 +124,11 @@ def score(args: Arguments) -> int:
         records = [{**record, **model} for record, model in zip(records, models, strict=True)]
     reasons: list[str] = [record.get("error", "") for record in records]
     good = [not reason for reason in reasons]
-    measured = clips[good].reset_index(drop=True)
-    add_columns(measured, [record for record in records if "error" not in record], "duplicates" in names)
+    measured = clips.filter(good)
+    measured = with_columns(measured, [record for record in records if "error" not in record], "duplicates" in names)
+    refused = clips.filter([not kept for kept in good]).to_pylist()
     rejects: list[Record] = [
-        {str(k): v for k, v in row.items()} | {"stage": "score", "reason": reason}
-        for row, reason in zip(clips.to_dict("records"), reasons, strict=True)
-        if reason
+        row | {"stage": "score", "reason": reason} for row, reason in zip(refused, filter(None, reasons), strict=True)
     ]
     write_rows(out / "rejects.parquet", rejects, REJECTS)
     write_manifest(measured, out / "manifest.parquet")
@@ -140,14 +138,12 @@ def score(args: Arguments) -> int:
     return 0
 
 
-def measure_all(
-    clips: pd.DataFrame, contents: list[str], names: list[str], folder: Path, runner: Runner
-) -> list[Record]:
+def measure_all(clips: Any, contents: list[str], names: list[str], folder: Path, runner: Runner) -> list[Record]:
     """Return every clip's record: columns, or "error"."""
     from opensora_repro.data.score.measure import methods_of
 
     jobs = []
-    for row, content in zip(clips.to_dict("records"), contents, strict=True):
+    for row, content in zip(clips.to_pylist(), contents, strict=True):
         facts = {"num_frames": int(row["num_frames"]), "fps": float(row["fps"])}
         key = digest([content, facts, methods_of(names)])
         jobs.append(Job(key, str(row["id"]), {"path": row["path"], "names": names, **facts}))
@@ -174,7 +170,7 @@ def reason_of(error: Exception, path: str) -> str:
 
 
 def embed_all(
-    clips: pd.DataFrame,
+    clips: Any,
     contents: list[str],
     records: list[Record],
     args: Arguments,
@@ -186,7 +182,7 @@ def embed_all(
     how = model_fingerprint(**models)
     todo: dict[str, Record] = {}
     keys: list[str | None] = []
-    for row, content, record in zip(clips.to_dict("records"), contents, records, strict=True):
+    for row, content, record in zip(clips.to_pylist(), contents, records, strict=True):
         item = {"path": row["path"], "num_frames": int(row["num_frames"]), "caption": row["caption"]}
         key = None if "error" in record else digest([content, item["num_frames"], item["caption"], how])
         keys.append(key)
@@ -269,23 +265,27 @@ def packed(vector: np.ndarray) -> str:
 # ---- the manifest
 
 
-def add_columns(clips: pd.DataFrame, records: list[Record], duplicates: bool) -> None:
-    """Add what was measured to the clips, whose rows the records match, and the groups that look the same."""
-    from opensora_repro.data.score.measure import CODE
+def with_columns(clips: Any, records: list[Record], duplicates: bool) -> Any:
+    """Return the clips, whose rows the records match, with what was measured and the groups that look the same."""
+    import pyarrow as pa
 
-    columns = [name for name in (records[0] if records else {}) if name not in (CODE, "embedding")]
-    for name in columns:
-        clips[name] = [record[name] for record in records]
-        clips[name] = clips[name].astype("float64")
+    from opensora_repro.data.score.measure import CODE
+    from opensora_repro.data.tables import set_column
+
+    for name in records[0] if records else ():
+        if name not in (CODE, "embedding"):
+            clips = set_column(clips, name, pa.array([record[name] for record in records], pa.float64()))
     if duplicates:
         best = best_alike(clips, records)
         sizes = Counter(best)
-        ids = clips["id"].tolist()
-        clips["duplicate_group"] = [ids[row] if sizes[row] > 1 else None for row in best]
-        clips["duplicate"] = [row != number for number, row in enumerate(best)]
+        ids = clips["id"].to_pylist()
+        groups = [ids[row] if sizes[row] > 1 else None for row in best]
+        clips = set_column(clips, "duplicate_group", pa.array(groups, pa.string()))
+        clips = set_column(clips, "duplicate", pa.array([row != number for number, row in enumerate(best)], pa.bool_()))
+    return clips
 
 
-def best_alike(clips: pd.DataFrame, records: list[Record]) -> list[int]:
+def best_alike(clips: Any, records: list[Record]) -> list[int]:
     """Return for each clip the row of the best that looks the same: the largest, then longest, then first."""
     import numpy as np
 
@@ -303,7 +303,8 @@ def best_alike(clips: pd.DataFrame, records: list[Record]) -> list[int]:
             vectors = np.frombuffer(data, dtype="<f2").reshape(len(embedded), -1).astype(np.float32)
             yield from ((embedded[a], embedded[b]) for a, b in near_embeddings(vectors))
 
-    order = np.lexsort((-clips["num_frames"].to_numpy(), -(clips["height"] * clips["width"]).to_numpy()))
+    pixels = clips["height"].to_numpy() * clips["width"].to_numpy()
+    order = np.lexsort((-clips["num_frames"].to_numpy(), -pixels))
     rank = np.empty(len(order), dtype=np.int64)
     rank[order] = np.arange(len(order))
     return groups_of(len(records), pairs(), rank.tolist())

@@ -17,8 +17,6 @@ from opensora_repro.errors import run_command
 from opensora_repro.files import user_path, write_text
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from opensora_repro.demo.shapes import Motion
 
 STAGES = {"stage1": "stages.stage1_image", "stage2": "stages.stage2_video", "stage3": "stages.stage3_hq"}
@@ -107,6 +105,9 @@ def run(*command: str) -> None:
 
 def make_data(plan: Plan) -> None:
     """Write the manifests: training clips, the best of them, held-out clips, and stills of both."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     from opensora_repro.data.manifest import read_manifest, write_manifest
     from opensora_repro.demo.footage import film
 
@@ -117,20 +118,20 @@ def make_data(plan: Plan) -> None:
     run("data_tools.caption", str(plan.root / "clips" / "manifest.parquet"), "--sidecar", str(captions),
         "--out", str(plan.root / "captioned"))  # fmt: skip
     clips = read_manifest(plan.root / "captioned" / "manifest.parquet")
-    number = clips["source"].map(lambda source: int(Path(source).stem.removeprefix("long_")))
-    training = clips[number < plan.videos]
+    number = pa.array([int(Path(source).stem.removeprefix("long_")) for source in clips["source"].to_pylist()])
+    training = clips.filter(pc.less(number, plan.videos))
     write_manifest(training, plan.manifest)
-    write_manifest(clips[number < plan.hq_videos], plan.root / "hq.parquet")
-    held_out = clips[number == plan.videos]
+    write_manifest(clips.filter(pc.less(number, plan.hq_videos)), plan.root / "hq.parquet")
+    held_out = clips.filter(pc.equal(number, plan.videos))
     write_manifest(held_out, plan.root / "val.parquet")
     write_manifest(take_stills(training, plan.root / "images"), plan.root / "images.parquet")
     write_manifest(take_stills(held_out, plan.root / "images"), plan.root / "val_images.parquet")
     print(f"{len(training)} training clips in {plan.manifest}")
 
 
-def take_stills(clips: pd.DataFrame, folder: Path) -> pd.DataFrame:
+def take_stills(clips: Any, folder: Path) -> Any:
     """Save evenly spaced frames of every clip as png; the caption keeps colour and shape only."""
-    import pandas as pd
+    import pyarrow as pa
     from tqdm import tqdm
 
     from opensora_repro.data.video import read_frames
@@ -138,7 +139,7 @@ def take_stills(clips: pd.DataFrame, folder: Path) -> pd.DataFrame:
 
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
-    for clip in tqdm(clips.to_dict("records"), desc="stills", unit="clip"):
+    for clip in tqdm(clips.to_pylist(), desc="stills", unit="clip"):
         for still in range(STILLS_A_CLIP):
             frame = int(clip["num_frames"]) * (2 * still + 1) // (2 * STILLS_A_CLIP)
             path = folder / f"{clip['id']}-{frame:04d}.png"
@@ -149,7 +150,7 @@ def take_stills(clips: pd.DataFrame, folder: Path) -> pd.DataFrame:
             lineage = {"start_frame": first, "end_frame": first + 1, "start_time": time, "end_time": time}
             still_row = {"id": path.stem, "path": str(path.resolve()), "caption": caption, "num_frames": 1}
             rows.append(clip | still_row | lineage)
-    return pd.DataFrame(rows)
+    return pa.Table.from_pylist(rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

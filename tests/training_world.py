@@ -21,8 +21,8 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import load_file
 
-from opensora_repro.data.manifest import write_manifest
 from opensora_repro.data.write import write_png, write_video
+from tests.frames import write_manifest
 from tests.processes import forked
 
 SIZE = 32  # pixels of a picture's side

@@ -14,14 +14,13 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from opensora_repro.files import remove_leftovers, writing
 
 if TYPE_CHECKING:
-    import pandas as pd
     import torch
 
 Key = tuple[str, int]  # sample id, draw
@@ -187,21 +186,37 @@ class CacheRows:
     So a clip or caption that was changed is encoded again, and rows that were added leave the others' entries valid.
     """
 
-    def __init__(self, frame: pd.DataFrame) -> None:
-        self.ids: list[str] = frame["id"].tolist()
-        self.paths: list[str] = frame["path"].tolist()
-        columns = (self.ids, self.paths, frame["caption"].tolist(), frame["num_frames"].tolist())
-        self.names = [_row_name(*row) for row in zip(*columns, strict=True)]
+    def __init__(self, table: Any) -> None:
+        """`table` is what `read_manifest` returned."""
+        import numpy as np
 
-    def keys(self, draws: int) -> Sequence[tuple[str, int]]:
-        return [(name, draw) for name in self.names for draw in range(draws)]
+        self._ids, self._paths = table["id"], table["path"]
+        batches = table.select(["path", "caption", "num_frames"]).to_batches()
+        rows = (row for batch in batches for row in zip(*(column.to_pylist() for column in batch), strict=True))
+        self._content = np.frombuffer(b"".join(_row_digest(*row) for row in rows), np.uint64)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def id(self, index: int) -> str:
+        return str(self._ids[index].as_py())
+
+    def path(self, index: int) -> str:
+        return str(self._paths[index].as_py())
+
+    def name(self, index: int) -> str:
+        return f"{self.id(index)}#{self._content[index].tobytes().hex()}"
+
+    def keys(self, draws: int) -> Iterator[Key]:
+        for index in range(len(self)):
+            name = self.name(index)
+            yield from ((name, draw) for draw in range(draws))
 
 
-def _row_name(sample_id: str, path: str, caption: str, num_frames: int) -> str:
+def _row_digest(path: str, caption: str, num_frames: int) -> bytes:
     try:
         stat = os.stat(path)
         file = f"{stat.st_size} {stat.st_mtime_ns}"
     except OSError:
         file = "absent"
-    digest = hashlib.blake2b("\0".join((caption, str(num_frames), file)).encode(), digest_size=8).hexdigest()
-    return f"{sample_id}#{digest}"
+    return hashlib.blake2b("\0".join((caption, str(num_frames), file)).encode(), digest_size=8).digest()

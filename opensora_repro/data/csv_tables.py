@@ -123,6 +123,7 @@ def _readable(path: Path) -> Iterator[None]:
     except DataError:
         raise
     except ValueError as error:  # pyarrow's errors for what is no CSV derive from it
+        check_csv(path)  # tells the row, where it can
         raise DataError(f"{path}: cannot be read as csv: {one_line(str(error).splitlines()[0])}") from error
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import signal
+import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing import connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -22,10 +21,6 @@ from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.sampler import Shape
 from opensora_repro.data.transforms import crop, frame_window, mirror, names_a_side
 from opensora_repro.data.video import DecodeError, read_frames_at
-
-if TYPE_CHECKING:
-    import pandas as pd
-
 
 JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # what a terminal or a scheduler sends to every process of a job
 
@@ -68,32 +63,40 @@ class ClipDataset:
     the centre of the picture, unmirrored, for evaluation.
     """
 
-    def __init__(
-        self, manifest: pd.DataFrame | str | Path, cfg: DataConfig, seed: int, *, augment: bool = True
-    ) -> None:
-        """`manifest` is a file, or a frame that `read_manifest` returned. Raises DataError for a faulty file."""
-        frame = read_manifest(manifest) if isinstance(manifest, str | Path) else manifest.reset_index(drop=True)
+    def __init__(self, manifest: Any, cfg: DataConfig, seed: int, *, augment: bool = True) -> None:
+        """`manifest` is a file, or a table that `read_manifest` returned. Raises DataError for a faulty file."""
+        table = read_manifest(manifest) if isinstance(manifest, str | Path) else manifest
         self.cfg, self.seed, self.augment = cfg, seed, augment
-        self.ids: list[str] = frame["id"].tolist()
-        self.paths: list[str] = frame["path"].tolist()
-        self._captions: list[str] = frame["caption"].tolist()
-        self._num_frames: list[int] = frame["num_frames"].tolist()
+        self.rows = table.select(["id", "path", "caption", "num_frames"])
+        self._file: Any = None
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return int(self.rows.num_rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a process that is not forked: it maps a file of the rows rather than being sent millions of texts.
+
+        A forked one shares the columns as they are: no Python object stands for a row whose count of references would
+        copy its page.
+        """
+        import pyarrow as pa
+
+        if self._file is None:
+            self._file = tempfile.NamedTemporaryFile(suffix=".arrow")  # noqa: SIM115
+            with pa.ipc.new_file(self._file.name, self.rows.schema) as writer:
+                writer.write_table(self.rows)
+        return {**self.__dict__, "rows": None, "_file": self._file.name}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        import pyarrow as pa
+
+        self.__dict__.update(state, _file=None)
+        self.rows = pa.ipc.open_file(pa.memory_map(state["_file"])).read_all()
 
     @property
     def shape(self) -> Shape:
         """Frames, height and width of a sample."""
         return self.cfg.num_frames, self.cfg.height, self.cfg.width
-
-    @property
-    def fingerprint(self) -> str:
-        """Digest of the rows' content: ids, captions, lengths, and paths from their common folder on."""
-        folder = os.path.commonpath([os.path.dirname(path) for path in self.paths])
-        names = (os.path.relpath(path, folder) for path in self.paths)
-        rows = sorted(zip(self.ids, names, self._captions, self._num_frames, strict=True))
-        return hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest()
 
     def draw(self, epoch: int) -> int:
         """Return which of a sample's draws (window, crop, mirroring) an epoch shows."""
@@ -102,7 +105,7 @@ class ClipDataset:
     def load(self, epoch: int, index: int, shape: Shape | None = None) -> Clip | BadSample:
         """Read one sample in the data section's size (or `shape`); what cannot be read comes back as a BadSample."""
         num_frames, height, width = shape or self.shape
-        name, path, available = self.ids[index], self.paths[index], self._num_frames[index]
+        name, path, caption, available = (column[index].as_py() for column in self.rows.columns)
         indices = frame_window(available, num_frames, self.cfg.frame_interval, self._generator(epoch, name, "window"))
         if indices is None:
             return BadSample(name, path, f"the clip has {available} frames, the sample needs {num_frames}")
@@ -111,9 +114,9 @@ class ClipDataset:
         except (DecodeError, OSError) as error:
             return BadSample(name, path, str(error))
         frames = crop(frames, (height, width), self._generator(epoch, name, "crop"))
-        flipped = self._flips(epoch, name, self._captions[index])
+        flipped = self._flips(epoch, name, caption)
         frames = mirror(frames) if flipped else frames
-        return Clip(name, self._captions[index], frames.contiguous(), flipped)
+        return Clip(name, caption, frames.contiguous(), flipped)
 
     def _flips(self, epoch: int, name: str, caption: str) -> bool:
         generator = self._generator(epoch, name, "flip")
@@ -132,15 +135,27 @@ class BatchSource(Protocol):
 
 
 class _Batches(Dataset[ClipBatch]):
-    """Map from a micro-batch's number to its samples: what a worker process computes."""
+    """Map from a micro-batch's (epoch, index) pairs to its samples: what a worker process computes."""
 
-    def __init__(self, dataset: ClipDataset, sampler: BatchSource) -> None:
-        self.dataset, self.sampler = dataset, sampler
+    def __init__(self, dataset: ClipDataset) -> None:
+        self.dataset = dataset
 
-    def __getitem__(self, step: int) -> ClipBatch:
-        pairs = self.sampler.batch(step)
+    def __getitem__(self, pairs: Any) -> ClipBatch:
         shape = getattr(pairs, "shape", None) or self.dataset.shape
         return ClipBatch((self.dataset.load(epoch, index, shape) for epoch, index in pairs), shape)
+
+
+class _Steps:
+    """The pairs of one micro-batch after the other, drawn here: a worker needs no epoch's order of all samples."""
+
+    def __init__(self, sampler: BatchSource, steps: range) -> None:
+        self.sampler, self.steps = sampler, steps
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return map(self.sampler.batch, self.steps)
+
+    def __len__(self) -> int:
+        return len(self.steps)
 
 
 class LoaderDied(RuntimeError):
@@ -211,11 +226,10 @@ def build_loader(
     is keyed to samples, so the number of workers changes nothing but the speed; they live as long as the iteration, a
     whole run. `pinned`: pixels come in memory that a GPU copies from by itself.
     """
-    steps: Sequence[int] = range(first_batch, first_batch + num_batches)
     return _Loader(
-        _Batches(dataset, sampler),
+        _Batches(dataset),
         batch_size=None,
-        sampler=steps,
+        sampler=_Steps(sampler, range(first_batch, first_batch + num_batches)),
         collate_fn=_as_is,
         num_workers=num_workers,
         pin_memory=pinned,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,6 +16,19 @@ def text_digest(*parts: str) -> str:
     for part in parts:
         data = part.encode("utf-8", "surrogatepass")
         told.update(f"{len(data)}:".encode() + data)
+    return told.hexdigest()
+
+
+def column_digest(column: Any) -> str:
+    """Return 16 hex digits of the values of a pyarrow column in their order, as text."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    told = hashlib.blake2b(digest_size=8)
+    for chunk in column.chunks:
+        texts = chunk.cast(pa.string())
+        told_apart = pc.binary_join_element_wise(pc.utf8_length(texts).cast(pa.string()), texts, ":")
+        told.update(pc.binary_join(pa.ListArray.from_arrays([0, len(texts)], told_apart), "")[0].as_buffer())
     return told.hexdigest()
 
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opensora_repro.data.manifest import is_missing, read_table
+from opensora_repro.data.manifest import is_missing
+from opensora_repro.data.tables import read_table
 from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
 
@@ -140,17 +141,17 @@ def _of_pattern(pattern: str, out: Path, suffixes: Collection[str]) -> list[Item
 
 
 def _of_table(table: Path) -> list[Item]:
-    frame = read_table(table)
-    if "path" not in frame.columns:
-        raise DataError(f"{one_line(table)}: column path missing (has {', '.join(map(str, frame.columns)) or 'none'})")
-    if frame.empty:
+    found = read_table(table)
+    if "path" not in found.column_names:
+        raise DataError(f"{one_line(table)}: column path missing (has {', '.join(found.column_names)})")
+    if not found.num_rows:
         raise DataError(f"{one_line(table)}: the table is empty (a header but no rows)")
     folder = table.absolute().parent
     items = []
-    for number, row in enumerate(frame.to_dict("records"), start=1):
+    for number, row in enumerate(found.to_pylist(), start=1):
         if not isinstance(row["path"], str) or is_missing(row["path"]):
             raise DataError(f"{one_line(table)}: row {number}: path is {row['path']!r}, expected text")
         whole = is_missing(row.get("start_frame")) and isinstance(row.get("source"), str)
         name = row["source"] if whole else row["path"]
-        items.append(_item(Path(os.path.normpath(folder / row["path"])), name, {str(k): v for k, v in row.items()}))
+        items.append(_item(Path(os.path.normpath(folder / os.path.expanduser(row["path"]))), name, row))
     return items

@@ -2,188 +2,167 @@
 
 Required columns: id, path, caption, num_frames, fps, height, width. Optional lineage: source, start_frame, end_frame
 (half-open), start_time, end_time (seconds), resplit (true where a boundary is a length limit, not a scene cut). Other
-columns are kept. Relative paths are relative to the manifest's folder. An image is a clip of one frame.
+columns are kept. Relative paths are relative to the manifest's folder, `~` is the home folder. An image is a clip of
+one frame.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from opensora_repro.config.prompts import is_blank
+from opensora_repro.data.tables import Absolute, Rebase, is_text, open_table, write_table
 from opensora_repro.errors import DataError
-from opensora_repro.files import writing
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-TEXT_COLUMNS = ("id", "path", "caption")
 COUNT_COLUMNS = ("num_frames", "height", "width")
 REQUIRED_COLUMNS = ("id", "path", "caption", "num_frames", "fps", "height", "width")
 
 
-def read_manifest(path: str | Path, *, need_captions: bool = True) -> pd.DataFrame:
-    """Read and check a manifest; return a frame with absolute paths and a fresh index.
+def read_manifest(path: str | Path, *, need_captions: bool = True) -> Any:
+    """Read and check a manifest; return a pyarrow table with absolute paths.
 
-    Rows in messages are counted from 1, the header not counted. `need_captions=False` is for tools that fill captions
-    in: missing ones become "". Clip files are not opened here. Raises DataError.
+    Texts are strings, counts int64, fps float64; other columns are as they are. Rows in messages are counted from 1,
+    the header not counted. `need_captions=False` is for tools that fill captions in: missing ones become "". Clip files
+    are not opened here. Raises DataError.
     """
+    import pyarrow as pa
+
     path = Path(path)
-    frame = read_table(path)
-    missing = [name for name in REQUIRED_COLUMNS if name not in frame.columns]
+    table = open_table(path)
+    missing = [name for name in REQUIRED_COLUMNS if name not in table.schema.names]
     if missing:
         raise DataError(
             f"{path}: column{'s' if len(missing) > 1 else ''} {', '.join(missing)} missing; "
-            f"a manifest needs {', '.join(REQUIRED_COLUMNS)} (has {', '.join(map(str, frame.columns)) or 'none'})"
+            f"a manifest needs {', '.join(REQUIRED_COLUMNS)} (has {', '.join(table.schema.names)})"
         )
-    if frame.empty:
-        raise DataError(f"{path}: the manifest is empty (a header but no rows)")
-    frame = frame.reset_index(drop=True)
-    _check_ids(path, frame)
-    _check_texts(path, frame, need_captions)
-    _check_numbers(path, frame)
-    folder = os.fspath(path.absolute().parent)
-    frame["path"] = [
-        os.path.normpath(name if name.startswith("/") else f"{folder}/{name}") for name in frame["path"].tolist()
-    ]
-    return frame
+    absolute, batches, first = Absolute(path.absolute().parent), [], 1
+    for batch in table.batches():
+        batches.append(absolute(_Rows(path, batch, first).checked(need_captions)))
+        first += batch.num_rows
+    checked = pa.Table.from_batches(batches)
+    _check_ids(path, checked["id"])
+    return checked
 
 
-def write_manifest(frame: pd.DataFrame, path: str | Path) -> None:
+def write_manifest(table: Any, path: str | Path) -> None:
     """Write a manifest, whole or not at all; its paths become relative to its own folder."""
+    import pyarrow as pa
+
     path = Path(path)
-    folder = path.absolute().parent
-    frame = frame.copy()
-    if "path" in frame.columns:
-        frame["path"] = [os.path.relpath(folder / name, folder) for name in frame["path"]]
-    write_table(frame, path)
+    rebase = Rebase(path.absolute().parent, path.absolute().parent)
+    write_table(pa.Table.from_batches([rebase(batch) for batch in table.to_batches()], table.schema), path)
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """Read a Parquet or CSV file, by its extension; the text columns of a CSV stay text. Raises DataError."""
-    import pandas as pd
+class _Rows:
+    """A batch of a manifest's rows, `first` being the number of the first one in messages."""
 
-    from opensora_repro.data.csv_rows import check_csv
+    def __init__(self, path: Path, batch: Any, first: int) -> None:
+        self.path, self.batch, self.first = path, batch, first
 
-    if table_kind(path) == "csv":
-        check_csv(path)  # pandas shifts or cuts a first row that is too long
-    with reading(path) as kind:
-        if kind == "parquet":
-            return pd.read_parquet(path, engine="pyarrow")
-        text = dict.fromkeys((*TEXT_COLUMNS, "source"), str)
-        # Only an empty field is missing: "NA" or "None" may be somebody's id.
-        return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""], encoding="utf-8-sig")
+    def checked(self, need_captions: bool) -> Any:
+        """Return the batch with every required column of its type. Raises DataError."""
+        import pyarrow as pa
 
+        self._set("id", self._ids())
+        for column, needed in (("path", True), ("caption", need_captions)):
+            self._set(column, self._texts(column, needed))
+        for column in COUNT_COLUMNS:
+            numbers = self._numbers(column)
+            right = (numbers >= 1) & (numbers % 1 == 0)
+            self._check(column, right, "a whole number of at least 1")
+            self._set(column, pa.array(numbers.astype("int64")))
+        numbers, still = self._numbers("fps"), self.batch["num_frames"].to_numpy() == 1
+        numbers[still & (numbers != numbers)] = 0.0
+        right = ((numbers > 0) | (still & (numbers == 0))) & (numbers != float("inf"))
+        self._check("fps", right, "a number of frames a second above 0 (an image may have 0)")
+        self._set("fps", pa.array(numbers))
+        return self.batch
 
-def read_names(path: Path) -> list[str]:
-    """Return the names of a table's columns without reading its rows. Raises DataError."""
-    import pandas as pd
-    import pyarrow.parquet as pq
+    def _set(self, column: str, values: Any) -> None:
+        self.batch = self.batch.set_column(self.batch.schema.get_field_index(column), column, values)
 
-    with reading(path) as kind:
-        if kind == "parquet":
-            return list(pq.read_schema(path).names)
-        return [str(name) for name in pd.read_csv(path, nrows=0, encoding="utf-8-sig").columns]
+    def _column(self, name: str) -> Any:
+        values = self.batch[name]
+        return values.dictionary_decode() if hasattr(values, "dictionary_decode") else values
 
+    def _ids(self) -> Any:
+        import pyarrow as pa
 
-@contextmanager
-def reading(path: Path) -> Iterator[str]:
-    """Yield "parquet" or "csv"; whatever goes wrong in the block becomes a DataError that names the file."""
-    kind = table_kind(path)
-    try:
-        yield kind
-    except (OSError, ValueError) as error:  # pandas' and pyarrow's own errors derive from these
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{path}: cannot be read as {kind}: {reason}") from error
+        values = self._column("id")
+        if not is_text(values.type):
+            values = pa.array([None if is_missing(value) else str(value) for value in values.to_pylist()], pa.string())
+        for row in _maybe_missing(values):
+            if is_missing(values[row].as_py()):
+                raise DataError(f"{self.path}: row {self.first + row}: id is empty")
+        return values.cast(pa.string())
 
+    def _texts(self, column: str, needed: bool) -> Any:
+        """Return a column of text; what is missing becomes "" where it is not `needed`."""
+        import pyarrow as pa
 
-def table_kind(path: Path) -> str:
-    """Return "parquet" or "csv" for a table that is there, by its extension. Raises DataError."""
-    kind = kind_by_name(path)
-    if path.is_dir():
-        raise DataError(f"{path}: is a folder, expected a .parquet or .csv file")
-    if not path.exists():
-        raise DataError(f"{path}: no such file")
-    return kind
-
-
-def write_table(frame: pd.DataFrame, path: Path) -> None:
-    """Write a frame as Parquet or CSV by the extension, whole or not at all; an equal file is left untouched."""
-    kind = kind_by_name(path)
-    with writing(path) as file:
-        if kind == "parquet":
-            frame.to_parquet(file, engine="pyarrow", index=False)
-        else:
-            file.write(frame.to_csv(index=False).encode("utf-8"))
-
-
-def kind_by_name(path: Path) -> str:
-    """Return "parquet" or "csv", by the extension alone. Raises DataError."""
-    kind = path.suffix.lower().removeprefix(".")
-    if kind not in ("parquet", "csv"):
-        raise DataError(f"{path}: expected a .parquet or .csv file")
-    return kind
-
-
-def _check_ids(path: Path, frame: pd.DataFrame) -> None:
-    for row, value in _not_plain(frame["id"].tolist()):
-        if is_missing(value):
-            raise DataError(f"{path}: row {row + 1}: id is empty")
-    frame["id"] = frame["id"].astype(str)
-    repeated = frame.index[frame["id"].duplicated()]
-    if len(repeated):
-        name = frame.at[repeated[0], "id"]
-        rows = [str(i + 1) for i in frame.index[frame["id"] == name]]
-        raise DataError(f"{path}: id {name!r} is used by rows {', '.join(rows[:5])}; ids must be unique")
-
-
-def _check_texts(path: Path, frame: pd.DataFrame, need_captions: bool) -> None:
-    for column in ("path", "caption"):
-        values = frame[column].tolist()
-        odd = _not_plain(values)
-        for row, value in odd:
-            where = f"{path}: row {row + 1} (id {frame.at[row, 'id']!r}): {column}"
-            if not is_missing(value):
-                raise DataError(f"{where} is {value!r}, expected text")
-            if column == "path" or need_captions:
+        values, empty = self._column(column), []
+        for row in _maybe_missing(values) if is_text(values.type) else range(len(values)):
+            value = values[row].as_py()
+            where = f"{self.path}: row {self.first + row} (id {self.batch['id'][row].as_py()!r}): {column}"
+            if is_missing(value) and needed:
                 raise DataError(f"{where} is empty or NaN")
-            values[row] = ""
-        if odd:
-            frame[column] = values
+            if is_missing(value):
+                empty.append(row)
+            elif not isinstance(value, str):
+                raise DataError(f"{where} is {value!r}, expected text")
+        if empty:
+            texts = values.to_pylist()
+            for row in empty:
+                texts[row] = ""
+            values = pa.array(texts, pa.string())
+        return values.cast(pa.string())
 
+    def _numbers(self, column: str) -> Any:
+        """Return a column as float64 [N], NaN for what is no number."""
+        import pandas as pd
+        from pyarrow import types
 
-def _not_plain(values: list[Any]) -> list[tuple[int, Any]]:
-    """Return index and value of whatever is no text, or text that says that it is missing: few of a million."""
-    # Most texts are known by their first letter: a manifest of a million rows is read in seconds.
-    return [
-        (row, value)
-        for row, value in enumerate(values)
-        if not isinstance(value, str) or ((not value[:1].isalnum() or value[0] in "nN") and is_missing(value))
-    ]
+        values = self.batch[column]
+        if types.is_integer(values.type) or types.is_floating(values.type):
+            return values.cast("float64", safe=False).to_numpy(zero_copy_only=False).copy()
+        return pd.to_numeric(values.to_pandas(), errors="coerce").to_numpy("float64", na_value=float("nan")).copy()
 
-
-def _check_numbers(path: Path, frame: pd.DataFrame) -> None:
-    import pandas as pd
-
-    for column in (*COUNT_COLUMNS, "fps"):
-        numbers = pd.to_numeric(frame[column], errors="coerce").astype("float64")
-        if column == "fps":
-            numbers = numbers.mask(numbers.isna() & (frame["num_frames"] == 1), 0.0)
-            wrong = ~((numbers > 0) | ((frame["num_frames"] == 1) & (numbers == 0))) | (numbers == float("inf"))
-            wanted = "a number of frames a second above 0 (an image may have 0)"
-        else:
-            wrong = ~((numbers >= 1) & (numbers % 1 == 0))
-            wanted = "a whole number of at least 1"
-        if wrong.any():
-            at = int(wrong.to_numpy().argmax())
-            found = frame[column].tolist()[at]
+    def _check(self, column: str, right: Any, expected: str) -> None:
+        if not right.all():
+            row = int(right.argmin())
+            found = self.batch[column][row].as_py()
+            found = float("nan") if found is None else found
             raise DataError(
-                f"{path}: row {at + 1} (id {frame.at[at, 'id']!r}): {column} is {found!r}, expected {wanted}"
+                f"{self.path}: row {self.first + row} (id {self.batch['id'][row].as_py()!r}): {column} is {found!r}, "
+                f"expected {expected}"
             )
-        frame[column] = numbers if column == "fps" else numbers.astype("int64")
+
+
+def _maybe_missing(values: Any) -> list[int]:
+    """Return the rows of a text column that `is_missing` has to look at: few of a million."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    # Most texts are known by their first letter; there are few different ones, whatever the language.
+    letters = pc.dictionary_encode(pc.utf8_slice_codeunits(values, 0, 1))
+    plain = pa.array([letter.isalnum() for letter in letters.dictionary.to_pylist()], pa.bool_())
+    known = pc.and_not(plain.take(letters.indices), pc.starts_with(values, "nan", ignore_case=True))
+    return pc.indices_nonzero(pc.invert(pc.fill_null(known, False))).to_pylist()  # type: ignore[no-any-return]
+
+
+def _check_ids(path: Path, ids: Any) -> None:
+    """Raise DataError for an id that two rows have."""
+    import pyarrow.compute as pc
+
+    if pc.count_distinct(ids).as_py() == len(ids):
+        return
+    seen = set()
+    for name in ids.to_pylist():
+        if name in seen:
+            rows = [str(row + 1) for row in pc.indices_nonzero(pc.equal(ids, name)).to_pylist()[:5]]
+            raise DataError(f"{path}: id {name!r} is used by rows {', '.join(rows)}; ids must be unique")
+        seen.add(name)
 
 
 def is_missing(value: object) -> bool:

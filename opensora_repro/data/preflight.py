@@ -11,13 +11,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from opensora_repro.config import DataConfig
 from opensora_repro.errors import DataError
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 ALL_ROWS, SAMPLED_ROWS = 100_000, 10_000  # beyond so many rows, a sample of so many stands for them
 THREADS = 32  # that wait for a file system; most of a local one's answers come at once
@@ -54,22 +51,23 @@ class Survey:
         return (self.data.num_frames - 1) * self.data.frame_interval + 1
 
 
-def keyed_sample(frame: pd.DataFrame, count: int) -> pd.DataFrame:
+def keyed_sample(table: Any, count: int) -> Any:
     """So many rows in their order, chosen by their ids alone: the order in the file is no bias."""
     import numpy as np
     import pandas as pd
 
-    if len(frame) <= count:
-        return frame
-    keys = pd.util.hash_pandas_object(frame["id"], index=False).to_numpy()
-    return frame.iloc[np.sort(np.argpartition(keys, count)[:count])]
+    if len(table) <= count:
+        return table
+    ids = (chunk.to_numpy(zero_copy_only=False) for chunk in table["id"].chunks)
+    keys = np.concatenate([pd.util.hash_array(names, categorize=False) for names in ids])
+    return table.take(np.sort(np.argpartition(keys, count)[:count]))
 
 
-def survey(frame: pd.DataFrame, data: DataConfig, manifest: str | Path) -> Survey:
+def survey(table: Any, data: DataConfig, manifest: str | Path) -> Survey:
     """Look at what `read_manifest` returned, with the data section's size and window."""
     import numpy as np
 
-    looked = keyed_sample(frame, ALL_ROWS if len(frame) <= ALL_ROWS else SAMPLED_ROWS)
+    looked = keyed_sample(table, ALL_ROWS if len(table) <= ALL_ROWS else SAMPLED_ROWS).to_pandas()
     paths = looked["path"].tolist()
     missing = np.array(_missing(paths), dtype=bool)
     frames, fps = looked["num_frames"].to_numpy(), looked["fps"].to_numpy()
@@ -87,7 +85,7 @@ def survey(frame: pd.DataFrame, data: DataConfig, manifest: str | Path) -> Surve
     return Survey(
         manifest=str(manifest),
         data=data,
-        rows=len(frame),
+        rows=len(table),
         looked_at=len(looked),
         missing=int(missing.sum()),
         first_missing=paths[int(missing.argmax())] if missing.any() else "",

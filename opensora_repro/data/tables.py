@@ -1,4 +1,4 @@
-"""Manifests of any length, read and written a batch of rows at a time."""
+"""Tables of any length as pyarrow has them, read and written a batch of rows at a time: Parquet or CSV."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from opensora_repro.data.csv_rows import csv_names
 from opensora_repro.data.csv_tables import csv_schema, stream_csv
-from opensora_repro.data.manifest import table_kind
 from opensora_repro.errors import DataError
 from opensora_repro.files import one_line, writing
 
@@ -33,27 +33,71 @@ def open_table(path: Path, *, names: Sequence[str] | None = None) -> Table:
 
     A CSV is read once here, for its types and its length, and never held whole.
     """
+    table = _open(path, names)
+    if not table.num_rows:
+        raise EmptyTableError(f"{path}: the manifest is empty (a header but no rows)")
+    return table
+
+
+def _open(path: Path, names: Sequence[str] | None = None) -> Table:
     import pyarrow.parquet as pq
 
     if table_kind(path) == "csv":
         schema, num_rows = csv_schema(path, names)
-        return _not_empty(Table(path, schema, num_rows, lambda columns=None: _slices(path, schema, names, columns)))
+        return Table(path, schema, num_rows, lambda columns=None: _slices(path, schema, names, columns))
+    with readable(path), pq.ParquetFile(path) as file:
+        schema, num_rows = file.schema_arrow.remove_metadata(), file.metadata.num_rows
+    return Table(path, schema, num_rows, lambda columns=None: _stream(path, schema, columns))
+
+
+def read_table(path: Path) -> Any:
+    """Return a whole Parquet or CSV file as a pyarrow table, even one without rows. Raises DataError."""
+    import pyarrow as pa
+
+    table = _open(path)
+    return pa.Table.from_batches(table.batches(), table.schema)
+
+
+def read_names(path: Path) -> list[str]:
+    """Return the names of a table's columns without reading its rows. Raises DataError."""
+    import pyarrow.parquet as pq
+
+    if table_kind(path) == "csv":
+        return csv_names(path)
+    with readable(path):
+        return list(pq.read_schema(path).names)
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Whatever goes wrong while a Parquet file is read becomes a DataError that names it."""
     try:
-        with pq.ParquetFile(path) as file:
-            schema, num_rows = file.schema_arrow.remove_metadata(), file.metadata.num_rows
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as parquet: {str(error).splitlines()[0]}") from error
-    return _not_empty(Table(path, schema, num_rows, lambda columns=None: _stream(path, schema, columns)))
+        yield
+    except (OSError, ValueError) as error:  # pyarrow's errors for damaged content derive from these
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"{path}: cannot be read as parquet: {reason}") from error
+
+
+def table_kind(path: Path) -> str:
+    """Return "parquet" or "csv" for a table that is there, by its extension. Raises DataError."""
+    kind = kind_by_name(path)
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder, expected a .parquet or .csv file")
+    if not path.exists():
+        raise DataError(f"{path}: no such file")
+    return kind
+
+
+def kind_by_name(path: Path) -> str:
+    """Return "parquet" or "csv", by the extension alone. Raises DataError."""
+    kind = path.suffix.lower().removeprefix(".")
+    if kind not in ("parquet", "csv"):
+        raise DataError(f"{path}: expected a .parquet or .csv file")
+    return kind
 
 
 class EmptyTableError(DataError):
     """A table without rows."""
-
-
-def _not_empty(table: Table) -> Table:
-    if not table.num_rows:
-        raise EmptyTableError(f"{table.path}: the manifest is empty (a header but no rows)")
-    return table
 
 
 def _slices(path: Path, schema: Any, names: Sequence[str] | None, columns: Sequence[str] | None) -> Iterator[Any]:
@@ -66,12 +110,14 @@ def _stream(path: Path, schema: Any, columns: Sequence[str] | None) -> Iterator[
     """Read a Parquet file in order; without pre-buffering, which would hold whole row groups."""
     import pyarrow.parquet as pq
 
-    try:
-        with pq.ParquetFile(path, pre_buffer=False, memory_map=False, buffer_size=1 << 20) as file:
-            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns, use_threads=False):
-                yield batch.replace_schema_metadata()
-    except ValueError as error:  # pyarrow's errors for damaged content derive from it
-        raise DataError(f"{path}: cannot be read as parquet: {str(error).splitlines()[0]}") from error
+    with pq.ParquetFile(path, pre_buffer=False, memory_map=False, buffer_size=1 << 20) as file:
+        batches = file.iter_batches(batch_size=BATCH_ROWS, columns=columns, use_threads=False)
+        while True:
+            with readable(path):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch.replace_schema_metadata()
 
 
 def num_rows(path: Path) -> int:
@@ -79,6 +125,19 @@ def num_rows(path: Path) -> int:
     import pyarrow.parquet as pq
 
     return int(pq.read_metadata(path).num_rows)
+
+
+def set_column(table: Any, name: str, values: Any) -> Any:
+    """Return a pyarrow table with a column of this name: in the place of the one that has it, else as the last."""
+    at = table.schema.get_field_index(name)
+    return table.append_column(name, values) if at < 0 else table.set_column(at, name, values)
+
+
+def write_table(table: Any, path: Path) -> None:
+    """Write a pyarrow table as Parquet or CSV, by the extension; as `table_writer` does."""
+    with table_writer(path, table.schema.remove_metadata()) as write:
+        for batch in table.to_batches():
+            write(batch.replace_schema_metadata())
 
 
 @contextmanager
@@ -89,7 +148,7 @@ def table_writer(path: Path, schema: Any, *, header: bool = True) -> Iterator[Ca
     """
     with (
         writing(path) as file,
-        _csv(file, path, schema, header) if path.suffix == ".csv" else _parquet(file, schema) as add,
+        _csv(file, path, schema, header) if kind_by_name(path) == "csv" else _parquet(file, schema) as add,
     ):
         yield add
 
@@ -153,7 +212,7 @@ class Rebase:
         import pyarrow.compute as pc
 
         at = batch.schema.get_field_index("path")
-        if at < 0 or not batch.num_rows or not _is_text(batch.schema.field(at).type):
+        if at < 0 or not batch.num_rows or not is_text(batch.schema.field(at).type):
             return batch
         folders, names = _split(batch.column(at).cast(pa.string()))
         moved = pa.array([self.folder(name) for name in folders.dictionary.to_pylist()], pa.string())
@@ -162,7 +221,7 @@ class Rebase:
 
     def folder(self, name: str) -> str:
         """Return a folder of the old manifest's, with its last slash, as the new manifest has it."""
-        moved = os.path.relpath(self.old / name, self.new)
+        moved = os.path.relpath(self.old / os.path.expanduser(name), self.new)
         return "" if moved == "." else f"{moved}/"
 
 
@@ -174,7 +233,7 @@ class Absolute(Rebase):
 
     def folder(self, name: str) -> str:
         """Return a folder of the old manifest's from the root on, with its last slash."""
-        return os.path.join(os.path.normpath(self.old.absolute() / name), "")
+        return os.path.join(os.path.normpath(self.old.absolute() / os.path.expanduser(name)), "")
 
 
 def _split(paths: Any) -> tuple[Any, Any]:
@@ -192,7 +251,7 @@ def _split(paths: Any) -> tuple[Any, Any]:
     return pc.struct_field(parts, "folder").dictionary_encode(), pc.struct_field(parts, "name")
 
 
-def _is_text(kind: Any) -> bool:
+def is_text(kind: Any) -> bool:
     from pyarrow import types
 
     return types.is_string(kind) or types.is_large_string(kind)

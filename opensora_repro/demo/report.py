@@ -132,7 +132,7 @@ def _clips(path: Path) -> Clips | None:
         return None
     from opensora_repro.data.manifest import read_manifest
 
-    clips = read_manifest(path)
+    clips = read_manifest(path).to_pandas()
     shown: dict[str, list[dict[str, Any]]] = {}
     rows: Any = clips.sort_values(["source", "start_frame"]).head(CLIPS_SHOWN).to_dict("records")
     for clip in rows:

@@ -73,13 +73,13 @@ class CacheFeed:
             yield [(epoch, self._get(index, epoch % self.draws)) for epoch, index in self.sampler.batch(number)]
 
     def _get(self, index: int, draw: int) -> Encoded | BadSample:
-        key = (self.rows.names[index], draw)
+        key = (self.rows.name(index), draw)
         if key in self._held:
             return self._held[key]
         if key in self._absent:
             reason = "could not be read when the cache was filled"
-            return BadSample(self.rows.ids[index], self.rows.paths[index], reason)
-        encoded = Encoded(self.rows.ids[index], **self.cache.get(key))
+            return BadSample(self.rows.id(index), self.rows.path(index), reason)
+        encoded = Encoded(self.rows.id(index), **self.cache.get(key))
         size = encoded.moments.nbytes + encoded.text.nbytes + encoded.mask.nbytes
         if self._held_bytes + size <= HELD_BYTES:
             self._held[key] = encoded

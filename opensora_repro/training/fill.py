@@ -70,9 +70,9 @@ class CacheFill:
         missing = self.missing()
         # A share is of all rows, not of those missing: others write while this one looks. A row's draws stay
         # together, so that its caption is encoded once.
-        own = range(self.rank, len(self.rows.names), self.world_size)
+        own = range(self.rank, len(self.rows), self.world_size)
         draws = range(self.dataset.cfg.draws)
-        todo = [(draw, index) for index in own for draw in draws if (self.rows.names[index], draw) in missing]
+        todo = [(draw, index) for index in own for draw in draws if (self.rows.name(index), draw) in missing]
         if not todo:
             return
         samples = self.encoder.encoded(_load(self.dataset, todo, self.num_workers))
@@ -86,7 +86,7 @@ class CacheFill:
                 bad = sample if isinstance(sample, BadSample) else None
                 if not isinstance(sample, BadSample):
                     entry = {"moments": sample.moments, "text": sample.text, "mask": sample.mask}
-                    self.cache.put((self.rows.names[index], draw), entry)
+                    self.cache.put((self.rows.name(index), draw), entry)
                 if done % FLUSH_EVERY == 0:
                     self.cache.flush()
                 bar.update(1)
@@ -113,7 +113,7 @@ def fill_cache(fill: CacheFill, engine: Engine, quarantine: Quarantine, stopped:
     Raises, in every process alike, DataError where there are, TrainingError where a process cannot go on.
     """
     missing = {name for name, _ in fill.missing()}
-    quarantine.saw([index for index, name in enumerate(fill.rows.names) if name not in missing])
+    quarantine.saw([index for index in range(len(fill.rows)) if fill.rows.name(index) not in missing])
     while True:
         tried, error = Tried(), None
         try:
@@ -139,7 +139,7 @@ def _try_share(fill: CacheFill, tried: Tried, quarantine: Quarantine, stopped: C
     """Until this process's share is done, or too much of what it has tried is bad."""
     with closing(fill.encode()) as samples:
         for index, bad in samples:
-            if fill.rows.ids[index] not in quarantine:  # bad ones are tried again in each round
+            if fill.rows.id(index) not in quarantine:  # bad ones are tried again in each round
                 tried.indices.add(index)
             if bad is not None and bad.id not in quarantine:
                 tried.bad[bad.id] = bad

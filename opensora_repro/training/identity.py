@@ -6,13 +6,13 @@ was, with the same size and time of change, is not read again.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from opensora_repro.config import Config, ConfigError, load_recorded
+from opensora_repro.data.ids import column_digest
 from opensora_repro.files import sha256_of
 from opensora_repro.frozen.encoder import Encoder, open_encoder
 from opensora_repro.frozen.hashes import HashMemo, file_facts
@@ -21,20 +21,17 @@ from opensora_repro.run_folder import CONFIG_FILE
 from opensora_repro.training.fill import FROZEN_HASHES
 from opensora_repro.training.start import Start
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 Say = Callable[[str], None]
 # What may change under the same ids: what it is in the record, and what a message calls it.
 TOLD_COLUMNS = {"caption": "captions", "num_frames": "lengths (num_frames)"}
 
 
-def check_manifest(cfg: Config, start: Start, frame: pd.DataFrame, say: Say) -> None:
+def check_manifest(cfg: Config, start: Start, table: Any, say: Say) -> None:
     """Raise ConfigError where the ids are not those that the run began with: the order of samples follows from them.
 
     Other captions or lengths under the same ids are told. The state takes up what is there now.
     """
-    found = ids_fingerprint(frame["id"].tolist())
+    found = ids_fingerprint(table["id"])
     if start.state.data_fingerprint not in ("", found):
         raise ConfigError(
             f"data.manifest = {cfg.data.manifest} has changed since {cfg.run.dir} began "
@@ -42,7 +39,7 @@ def check_manifest(cfg: Config, start: Start, frame: pd.DataFrame, say: Say) -> 
             f"or set another run.dir and init.weights={cfg.run.dir}"
         )
     start.state.data_fingerprint = found
-    columns = {name: _digest(frame[name].tolist()) for name in TOLD_COLUMNS}
+    columns = {name: column_digest(table[name]) for name in TOLD_COLUMNS}
     recorded = start.state.identity.get("data.manifest", {})
     for name, now in columns.items():
         then = recorded.get(name, now)
@@ -55,19 +52,9 @@ def check_manifest(cfg: Config, start: Start, frame: pd.DataFrame, say: Say) -> 
     start.state.identity["data.manifest"] = columns
 
 
-def ids_fingerprint(ids: Sequence[str]) -> str:
-    """Digest of the ids in their order, on which the order of training depends."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name in ids:
-        digest.update(f"{len(name)}:{name}".encode())
-    return f"{len(ids)} samples, ids {digest.hexdigest()}"
-
-
-def _digest(values: Sequence[Any]) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for text in map(str, values):
-        digest.update(f"{len(text)}:{text}".encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
+def ids_fingerprint(ids: Any) -> str:
+    """Digest of a column of ids in their order, on which the order of training depends."""
+    return f"{len(ids)} samples, ids {column_digest(ids)}"
 
 
 def frozen_identity(cfg: Config, start: Start, encoder: Encoder) -> dict[str, dict[str, Any]]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from opensora_repro.config import Config, ConfigError
 from opensora_repro.config.sections import validates
-from opensora_repro.data.manifest import kind_by_name, read_manifest
+from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.preflight import SAMPLED_ROWS, keyed_sample, require_usable, survey, table, warnings
+from opensora_repro.data.tables import kind_by_name
 from opensora_repro.frozen.encoder import open_encoder
 from opensora_repro.frozen.pretrained import ModelNotFound
 from opensora_repro.frozen.text import survey_captions
@@ -28,16 +29,13 @@ from opensora_repro.training.validate import chosen_samples
 from opensora_repro.weights.files import open_weights, weights_to_come
 from opensora_repro.weights.load import check_complete, inserts_temporal_attention
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 
 def preflight(
     cfg: Config,
     stage: Stage,
     mesh: Mesh,
     device: torch.device | None,
-    frame: pd.DataFrame | None,
+    frame: Any | None,
     start: Start,
     *,
     dry: bool = False,
@@ -81,10 +79,10 @@ def preflight(
         if held_out is None:
             yield to_come("data.val_manifest", cfg.data.val_manifest)
         else:
-            held_out = held_out.iloc[chosen_samples(held_out["id"].tolist(), cfg.validation.max_samples)]
+            held_out = held_out.take(chosen_samples(held_out["id"].to_pylist(), cfg.validation.max_samples))
             yield from clips(cfg, held_out, "held-out clips of", cfg.data.val_manifest, here=device is not None)
     if frame is not None and encoder is not None:
-        looked = keyed_sample(frame, SAMPLED_ROWS)["caption"].tolist()
+        looked = keyed_sample(frame, SAMPLED_ROWS)["caption"].to_pylist()
         yield from survey_captions(encoder.text, looked, len(frame), cfg.sample.prompts)
 
 
@@ -93,7 +91,7 @@ def is_to_come(path: str) -> bool:
     return not os.path.lexists(path)
 
 
-def find_manifest(path: str) -> pd.DataFrame | None:
+def find_manifest(path: str) -> Any | None:
     """The manifest's rows, None where it is to come. Raises DataError."""
     if not is_to_come(path):
         return read_manifest(path)
@@ -113,7 +111,7 @@ def check_weights(cfg: Config, stage: Stage) -> Path:
     return file.path
 
 
-def clips(cfg: Config, frame: pd.DataFrame, title: str, manifest: str, *, here: bool) -> Iterator[str]:
+def clips(cfg: Config, frame: Any, title: str, manifest: str, *, here: bool) -> Iterator[str]:
     """The table of a manifest's clips, and what to do about it. Raises DataError where none can be used `here`."""
     found = survey(frame, cfg.data, manifest)
     if here:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from opensora_repro.config import Config, dump_toml
 from opensora_repro.config.sections import encodes_after_start, encodes_always, validates
@@ -41,9 +41,6 @@ from opensora_repro.training.save import CheckpointWriter
 from opensora_repro.training.start import Stage, Start, find_start
 from opensora_repro.training.validate import Validator, chosen_samples
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 Say = Callable[[str], None]
 
 
@@ -72,26 +69,26 @@ def _train(cfg: Config, stage: Stage, engine: Engine, say: Say) -> Outcome:
     check_same(engine.watchdog, "settings", config_facts(cfg))
     check_processes(cfg.optim, engine.mesh.world_size)
     start = engine.world.on_first(lambda: find_start(cfg, engine.mesh.data_size, say))
-    frame = read_manifest(cfg.data.manifest)
-    check_same(engine.watchdog, "data", {"data.manifest": ids_fingerprint(frame["id"].tolist())})
-    check_manifest(cfg, start, frame, say)
+    table = read_manifest(cfg.data.manifest)
+    check_same(engine.watchdog, "data", {"data.manifest": ids_fingerprint(table["id"])})
+    check_manifest(cfg, start, table, say)
     if start.state.step >= cfg.train.steps:
         return Outcome(start.state.step, True, start.checkpoint)
 
     def look() -> dict[str, Any]:
-        for line in preflight(cfg, stage, engine.mesh, engine.device, frame, start):
+        for line in preflight(cfg, stage, engine.mesh, engine.device, table, start):
             say(line)
         return start.state.identity
 
     start.state.identity = engine.world.on_first(look)
-    return _Run(cfg, stage, engine, start, frame, say).train()
+    return _Run(cfg, stage, engine, start, table, say).train()
 
 
 class _Run:
     """One process's part of a run."""
 
-    def __init__(self, cfg: Config, stage: Stage, engine: Engine, start: Start, frame: pd.DataFrame, say: Say) -> None:
-        self.cfg, self.stage, self.engine, self.start, self.frame, self.say = cfg, stage, engine, start, frame, say
+    def __init__(self, cfg: Config, stage: Stage, engine: Engine, start: Start, table: Any, say: Say) -> None:
+        self.cfg, self.stage, self.engine, self.start, self.table, self.say = cfg, stage, engine, start, table, say
         self.run_dir = Path(cfg.run.dir)
 
     def train(self) -> Outcome:
@@ -119,8 +116,8 @@ class _Run:
 
     def _open_data(self) -> None:
         cfg = self.cfg
-        self.dataset = ClipDataset(self.frame, cfg.data, cfg.run.seed)
-        self.rows = CacheRows(self.frame) if cfg.data.cache else None
+        self.dataset = ClipDataset(self.table, cfg.data, cfg.run.seed)
+        self.rows = CacheRows(self.table) if cfg.data.cache else None
         val_manifest = cfg.data.val_manifest if validates(cfg) else None
         self.held_out = ClipDataset(val_manifest, cfg.data, cfg.run.seed, augment=False) if val_manifest else None
 
@@ -187,7 +184,7 @@ class _Run:
 
     def _build_validator(self) -> Validator:
         assert self.held_out is not None
-        chosen = chosen_samples(self.held_out.ids, self.cfg.validation.max_samples)
+        chosen = chosen_samples(self.held_out.rows["id"].to_pylist(), self.cfg.validation.max_samples)
         with contextlib.closing(self._quarantine(len(chosen), "held-out samples")) as quarantine:
             validator = Validator(
                 self.cfg, self.held_out, chosen, self.encoder, self.objective, self.engine, quarantine,

@@ -21,9 +21,9 @@ from PIL import Image
 
 from data_tools import caption
 from opensora_repro.data.caption import chat, completions
-from opensora_repro.data.manifest import read_manifest, read_table, write_manifest
 from opensora_repro.data.write import write_video
 from tests.chat_server import BREAK, ChatServer, brightness, chat_server, completion, error, pictures
+from tests.frames import read_manifest, read_table, write_manifest
 
 COUNT = 6
 KEY = "sk-secret-0123456789"

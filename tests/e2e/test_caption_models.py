@@ -12,11 +12,11 @@ import torch
 
 from data_tools import caption
 from opensora_repro.data.clip_frames import middles_of, read_middles
-from opensora_repro.data.manifest import read_manifest, read_table, write_manifest
 from opensora_repro.data.write import write_video
 from opensora_repro.frozen import captioner as captioners
 from opensora_repro.frozen.captioner import Captioner, Clip
 from tests import tiny_captioners
+from tests.frames import read_manifest, read_table, write_manifest
 from tests.made_pictures import texture
 
 FAMILIES = [name.removeprefix("make_tiny_") for name in dir(tiny_captioners) if name.startswith("make_tiny_")]

@@ -15,8 +15,8 @@ import pandas as pd
 import pytest
 
 from data_tools import caption, split
-from opensora_repro.data.manifest import read_manifest, read_table, write_manifest
 from opensora_repro.data.video import probe
+from tests.frames import read_manifest, read_table, write_manifest
 
 SCENES = [(40, 8), (200, 14), (90, 5), (150, 12)]  # brightness of the left half, frames
 

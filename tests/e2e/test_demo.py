@@ -7,8 +7,8 @@ import sys
 import av
 import pytest
 
-from opensora_repro.data.manifest import read_manifest
 from opensora_repro.demo.shapes import motions
+from tests.frames import read_manifest
 
 TINY = [
     "train.steps=2", "optim.warmup_steps=0", "optim.decay_steps=0", "train.batch_size=2", "checkpoint.every=2",

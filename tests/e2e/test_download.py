@@ -18,8 +18,8 @@ import pytest
 
 from data_tools import caption, download
 from opensora_repro.data.download import connect
-from opensora_repro.data.manifest import read_table, write_table
 from tests.file_server import CONTENT, MD5, SHA256, Server, serving
+from tests.frames import read_table, write_table
 
 
 @pytest.fixture

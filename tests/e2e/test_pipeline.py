@@ -16,9 +16,9 @@ import pandas as pd
 import pytest
 
 from data_tools import pipeline
-from opensora_repro.data.manifest import read_manifest, read_table
 from opensora_repro.data.write import write_video
 from tests.e2e.test_data_tools import film, stamps
+from tests.frames import read_manifest, read_table
 
 BAD = ("zero_bytes.mp4", "audio_only.mp4", "text_renamed.mp4", "trunc_mdat_half.mp4", "directory.mp4")
 SIDE = 32  # pixels

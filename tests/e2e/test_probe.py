@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from data_tools import probe, split
-from opensora_repro.data.manifest import read_manifest, read_table
 from opensora_repro.data.probe.rows import probe_file
 from opensora_repro.data.video import read_frames
+from tests.frames import read_manifest, read_table
 
 # Both carry a pixel aspect that the list's display sizes leave out.
 STRETCHED = {"odd_321x241_yuv444.mp4": (241, 428), "tiny_16x16.mp4": (16, 28)}

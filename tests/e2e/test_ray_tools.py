@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 
 from data_tools import probe, score, split
-from opensora_repro.data.manifest import read_manifest, read_table
 from opensora_repro.data.video import read_frames
 from opensora_repro.data.write import write_video
+from tests.frames import read_manifest, read_table
 
 RAY = ("--runner", "ray", "--address", "local")  # a cluster of its own, on this machine
 

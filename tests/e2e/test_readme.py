@@ -23,8 +23,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from opensora_repro.data.manifest import read_manifest, read_table
 from opensora_repro.data.video import probe
+from tests.frames import read_manifest, read_table
 from tests.published_files import publish
 from tests.tiny_captioners import make_tiny_qwen2_vl
 from tests.tiny_models import TINY_TEXT_CHANNELS, make_tiny_text, make_tiny_vae

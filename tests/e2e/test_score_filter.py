@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from benchmarks import tables
 from data_tools import filter as filter_tool
 from data_tools import score
-from opensora_repro.data.manifest import read_manifest, read_table, write_manifest
 from opensora_repro.data.write import write_png, write_video
+from tests.frames import read_manifest, read_table, write_manifest
 from tests.made_pictures import moving
 from tests.tiny_models import make_tiny_clip, make_tiny_image_encoder
 

@@ -10,8 +10,8 @@ import pytest
 
 from data_tools import caption
 from opensora_repro.data.caption.join import captions_of
-from opensora_repro.data.manifest import read_table, write_manifest
 from opensora_repro.errors import DataError
+from tests.frames import read_table, write_manifest
 
 NAMES = ["12345678901234e5", "=sum", "c"]
 TYPED = ["Ein Süßer, der läuft; schnell", 'She says "hi"', "=a dog\nin two lines"]

@@ -14,8 +14,8 @@ from PIL import Image
 
 from data_tools import convert
 from opensora_repro.data.convert import url_tables
-from opensora_repro.data.manifest import read_manifest, read_table, write_table
 from opensora_repro.data.write import write_video
+from tests.frames import read_manifest, read_table, write_table
 
 
 def run(given: Path | str, out: Path, *options: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from data_tools import convert
 from opensora_repro.data.convert.tar_reader import split_key
-from opensora_repro.data.manifest import read_table, write_table
+from tests.frames import read_table, write_table
 
 
 def png(shade: int) -> bytes:

@@ -11,8 +11,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from opensora_repro.data.manifest import read_manifest, write_manifest
 from opensora_repro.errors import DataError
+from tests.frames import read_manifest, write_manifest
 
 
 def rows(**changes: Any) -> pd.DataFrame:
@@ -130,7 +130,7 @@ def test_a_killed_writer_leaves_the_old_manifest(tmp_path: Path, repo_dir: Path)
     write_manifest(rows(), tmp_path / "m.csv")
     code = (
         "import sys, itertools, pandas as pd\n"
-        "from opensora_repro.data.manifest import read_manifest, write_manifest\n"
+        "from tests.frames import read_manifest, write_manifest\n"
         "frame = read_manifest(sys.argv[1])\n"
         "print('ready', flush=True)\n"
         "for i in itertools.count():\n"

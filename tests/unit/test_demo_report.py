@@ -14,10 +14,10 @@ import pandas as pd
 import pytest
 
 from opensora_repro.config import ConfigError, load_config
-from opensora_repro.data.manifest import write_manifest
 from opensora_repro.data.write import write_png, write_video
 from opensora_repro.demo import report
 from opensora_repro.demo.curves import loss_curve, smoothed, ticks
+from tests.frames import write_manifest
 
 VOID = {"meta", "img", "br", "path", "circle", "polyline"}
 NASTY = 'a <b>"red"</b> & square'

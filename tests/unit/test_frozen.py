@@ -273,9 +273,18 @@ def test_two_processes_fill_everything_between_them(tmp_path: Path, monkeypatch:
             moments, text, mask = torch.zeros(8, 1, 2, 2), torch.zeros(2, 4), torch.ones(2, dtype=torch.bool)
             return (Encoded(clip, moments, text, mask) for clip in clips)
 
-    rows = SimpleNamespace(names=list("abcde"), keys=lambda draws: [(n, d) for n in "abcde" for d in range(draws)])
+    class Rows:
+        name = "abcde".__getitem__
+
+        def __len__(self) -> int:
+            return 5
+
+        def keys(self, draws: int) -> list[tuple[str, int]]:
+            return [(name, draw) for name in "abcde" for draw in range(draws)]
+
+    rows = Rows()
     dataset = SimpleNamespace(cfg=SimpleNamespace(draws=2))
-    monkeypatch.setattr(fill, "_load", lambda dataset, pairs, workers: [rows.names[i] for _, i in pairs])
+    monkeypatch.setattr(fill, "_load", lambda dataset, pairs, workers: [rows.name(i) for _, i in pairs])
     caches = [LatentCache(tmp_path, "same"), LatentCache(tmp_path, "same")]
     for rank, cache in enumerate(caches):
         share = fill.CacheFill(dataset, rows, Zeros(), cache, num_workers=0, rank=rank, world_size=2)

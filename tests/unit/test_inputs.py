@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 
 from opensora_repro.data.inputs import Item, content_digest, find_inputs
-from opensora_repro.data.manifest import read_table
 from opensora_repro.data.outcome import MANIFEST, REJECTS, reject, with_types, write_outcome, write_rows
 from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
+from tests.frames import read_table
 
 NAMES = ["-dash.mp4", "UPPER.MOV", "a 'b', \"c\"\nd.mp4", "sub/имя 视频.webm", "sub/x.mp4/inside.mkv"]
 
@@ -96,7 +96,7 @@ def test_tables(tmp_path: Path, kind: str) -> None:
         ("*.mp4", "no file matches this pattern"),
         ("names.csv", r"column path missing \(has id\)"),
         ("none.csv", "the table is empty"),
-        ("blank.csv", "row 2: path is nan"),
+        ("blank.csv", "row 2: path is None, expected text"),
         ("bad.parquet", "cannot be read as parquet"),
         ("a\nb", r"a\\nb: no such file"),
         (".", "is INPUT itself"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 
 from opensora_repro.config import ConfigError, DataConfig
@@ -126,14 +127,16 @@ def test_a_sample_of_many_rows(clip: Path, monkeypatch: pytest.MonkeyPatch) -> N
     looked_at: list[str] = []
     missing = preflight._missing
     monkeypatch.setattr(preflight, "_missing", lambda paths: looked_at.extend(paths) or missing(paths))
-    found = survey(frame, DATA, "many.parquet")
+    many = pa.Table.from_pandas(frame)
+    found = survey(many, DATA, "many.parquet")
     assert found.looked_at == len(looked_at) == SAMPLED_ROWS and found.rows == rows
     assert 0.23 < found.missing / SAMPLED_ROWS < 0.27
     assert next(table(found, "clips of")) == "clips of many.parquet: 120,000; a keyed sample of 10,000 is looked at"
     # The rows' ids choose, wherever they stand
-    chosen = set(keyed_sample(frame, 100)["id"])
-    assert len(chosen) == 100 and set(keyed_sample(frame.iloc[::-1], 100)["id"]) == chosen
-    assert survey(frame.iloc[:5000], DATA, "few.parquet").looked_at == 5000
+    chosen = set(keyed_sample(many, 100)["id"].to_pylist())
+    turned = pa.Table.from_pandas(frame.iloc[::-1])
+    assert len(chosen) == 100 and set(keyed_sample(turned, 100)["id"].to_pylist()) == chosen
+    assert survey(many.slice(0, 5000), DATA, "few.parquet").looked_at == 5000
 
 
 # The machine

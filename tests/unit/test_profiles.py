@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 
 from opensora_repro.config import load_config
-from opensora_repro.data.manifest import write_manifest
 from opensora_repro.planning.gpus import GIB, find_gpu
 from opensora_repro.training.dry_run import dry_run
 from stages import stage2_video, stage3_hq
+from tests.frames import write_manifest
 
 PROFILES = Path(__file__).resolve().parents[2] / "configs" / "profiles"
 CARDS = {"16gb": "RTX-4080", "24gb": "RTX-4090", "40gb": "A100-40GB", "80gb": "H100"}

@@ -243,7 +243,7 @@ def weigh_all(args):
     from opensora_repro.data.manifest import read_manifest
 
     out, runner = Path(args.out), runner_of(args)
-    clips = read_manifest(manifest_of(args.input, out, runner), need_captions=False).to_dict("records")
+    clips = read_manifest(manifest_of(args.input, out, runner), need_captions=False).to_pylist()
     unit = 1000 if args.kilo else 1
     jobs = [Job(file_key(Path(c["path"]), unit), c["id"], {"path": c["path"], "unit": unit}) for c in clips]
     found = run_jobs(weigh, jobs, out / "weights", runner=runner, label="weighing")
@@ -284,7 +284,7 @@ def test_a_dataset_tool(tmp_path: Path) -> None:
     )
     assert "3 clips weighed" in copy.run("-m", "data_tools.pipeline", str(line))
     rows = read_manifest(out / "manifest.parquet", need_captions=False)
-    assert rows["bytes_a_frame"].tolist() == [os.path.getsize(path) / 1000 for path in rows["path"]]
+    assert rows["bytes_a_frame"].to_pylist() == [os.path.getsize(path) / 1000 for path in rows["path"].to_pylist()]
     assert "weighed" not in copy.run("-m", "data_tools.pipeline", str(line))
     assert "[weigh]: unknown key mega" in _refused(copy, "-m", "data_tools.pipeline", str(line), "weigh.mega=true")
 

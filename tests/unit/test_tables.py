@@ -11,9 +11,9 @@ import pytest
 
 from opensora_repro.data import csv_tables
 from opensora_repro.data.ids import Seen
-from opensora_repro.data.manifest import read_table
 from opensora_repro.data.tables import Absolute, Rebase, open_table, table_writer
 from opensora_repro.errors import DataError
+from tests.frames import read_table
 
 
 @pytest.fixture(autouse=True)
@@ -58,11 +58,11 @@ def test_it_reads_what_pandas_does(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "Empty CSV"),
+        (b"", "it is empty"),
         (b"a,b\n", "is empty"),
         (b"a,b\n1\n", "Expected 2 columns"),
         (b"a,a\n1,2\n", "column a is there twice"),
-        (b"id,b\n\xff\xfe,2\n", "invalid UTF8"),
+        (b"id,b\n\xff\xfe,2\n", "line 2 is no UTF-8 text"),
         (b'id,b\n1,2\n3,"a \\"red\\" car"\n', r"row 2 \(line 3\): quotes are escaped by backslashes"),
         (b"id,b\n" + b"x" * 5000 + b",2\n", "cannot be read as csv"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -344,8 +346,15 @@ def test_a_forked_loader_does_not_keep_a_dead_runs_folder(tmp_path: Path) -> Non
 
 
 def test_ids_fingerprint_sees_order_and_borders() -> None:
-    prints = {ids_fingerprint(ids) for ids in (["a", "b"], ["b", "a"], ["ab"], ["a", "b", "c"], ["a", "bc"])}
-    assert len(prints) == 5
+    columns = (["a", "b"], ["b", "a"], ["ab"], ["a", "b", "c"], ["a", "bc"])
+    assert len({ids_fingerprint(pa.chunked_array([ids])) for ids in columns}) == 5
+    # What earlier releases have recorded, however the column is divided
+    ids = ["", "b ö", "视频"]
+    told = hashlib.blake2b("0:3:b ö2:视频".encode(), digest_size=8).hexdigest()
+    for chunks in ([ids], [ids[:1], [], ids[1:]]):
+        column = pa.chunked_array(chunks, pa.string())
+        assert ids_fingerprint(column) == f"3 samples, ids {told}"
+    assert ids_fingerprint(pa.chunked_array([["x", *ids]]).slice(1)) == f"3 samples, ids {told}"
 
 
 # Positions

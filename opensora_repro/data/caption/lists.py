@@ -30,7 +30,8 @@ from typing import Any
 from opensora_repro.data.caption.names import forms_of, is_named
 from opensora_repro.data.caption_values import CAPTION_KEYS, scene_span, span_of, texts_in, written_literal
 from opensora_repro.data.csv_rows import as_written, csv_names, csv_rows, inert
-from opensora_repro.data.manifest import is_missing, read_names, reading
+from opensora_repro.data.manifest import is_missing
+from opensora_repro.data.tables import read_names, readable
 from opensora_repro.errors import DataError
 from opensora_repro.files import one_line, writing
 
@@ -261,7 +262,7 @@ def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Sequence[Any]]
     """Yield the rows of a Parquet file, some at a time."""
     import pyarrow.parquet as pq
 
-    with reading(path), pq.ParquetFile(path) as file:
+    with readable(path), pq.ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=CHUNK, columns=list(columns)):
             yield from zip(*(batch.column(name).to_pylist() for name in columns), strict=True)
 

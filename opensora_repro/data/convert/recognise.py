@@ -11,7 +11,7 @@ from opensora_repro.data.convert.clip_tables import OPENSORA_WIDTHS, first_recor
 from opensora_repro.data.convert.tar_reader import TAR_SUFFIXES
 from opensora_repro.data.convert.url_tables import PANDA_COLUMNS, json_elements
 from opensora_repro.data.inputs import VIDEO_SUFFIXES
-from opensora_repro.data.manifest import table_kind
+from opensora_repro.data.tables import table_kind
 from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
 

@@ -1,0 +1,26 @@
+"""Tables as pandas frames, in which tests look at them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+
+from opensora_repro.data import manifest, tables
+
+
+def read_manifest(path: str | Path, *, need_captions: bool = True) -> pd.DataFrame:
+    return manifest.read_manifest(path, need_captions=need_captions).to_pandas()
+
+
+def write_manifest(frame: pd.DataFrame, path: str | Path) -> None:
+    manifest.write_manifest(pa.Table.from_pandas(frame, preserve_index=False), path)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    return tables.read_table(path).to_pandas()
+
+
+def write_table(frame: pd.DataFrame, path: Path) -> None:
+    tables.write_table(pa.Table.from_pandas(frame, preserve_index=False), path)
