@@ -33,6 +33,12 @@ def peak_memory() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def private_memory(pid: int) -> int:
+    """Bytes that a process shares with no other. Linux only."""
+    facts = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in facts if line.startswith(("Private_Clean", "Private_Dirty")))
+
+
 class ProcessorSeconds(NamedTuple):
     """Used so far: by all, what a host of virtual machines gave to others included, and by this program."""
 

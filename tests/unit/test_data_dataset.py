@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import multiprocessing
 import os
 import pickle
@@ -18,8 +19,10 @@ import pyarrow as pa
 import pytest
 import torch
 
+from benchmarks import tables
 from opensora_repro.config import DataConfig
 from opensora_repro.data.dataset import BadSample, Clip, ClipDataset, build_loader
+from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.sampler import BatchSampler
 from opensora_repro.data.transforms import to_tensor
 from opensora_repro.data.video import cover_size, read_frames_at
@@ -152,6 +155,15 @@ def test_processes_that_are_not_forked_map_the_rows(manifest: Path) -> None:
     assert same(other.load(0, 0), dataset.load(0, 0))
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as others:
         assert same(others.submit(dataset.load, 0, 0).result(), dataset.load(0, 0))
+
+
+def test_a_loader_process_has_no_rows_of_its_own(tmp_path: Path) -> None:
+    tables.make_manifest(tmp_path / "m.parquet", 300_000)
+    many = read_manifest(tmp_path / "m.parquet")
+    gc.freeze()  # or a collection in the process, whenever it comes, would write to all of this program's objects
+    few, all_ = (tables.loader_memory(table, 10_000) for table in (many.slice(0, 3000), many))
+    gc.unfreeze()
+    assert all_ - few < many.select(["id", "path", "caption", "num_frames"]).nbytes / 2
 
 
 def test_batches_of_another_shape(manifest: Path) -> None:
