@@ -144,9 +144,9 @@ def _maybe_missing(values: Any) -> list[int]:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    # Most texts are known by their first letter; there are few different ones, whatever the language.
+    # Most texts begin with something that can be seen; there are few first letters, whatever the language.
     letters = pc.dictionary_encode(pc.utf8_slice_codeunits(values, 0, 1))
-    plain = pa.array([letter.isalnum() for letter in letters.dictionary.to_pylist()], pa.bool_())
+    plain = pa.array([not is_blank(letter) for letter in letters.dictionary.to_pylist()], pa.bool_())
     known = pc.and_not(plain.take(letters.indices), pc.starts_with(values, "nan", ignore_case=True))
     return pc.indices_nonzero(pc.invert(pc.fill_null(known, False))).to_pylist()  # type: ignore[no-any-return]
 
