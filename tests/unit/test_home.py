@@ -12,6 +12,7 @@ import pytest
 from data_tools import pipeline
 from opensora_repro.config import load_config
 from opensora_repro.config.sections import PATH_KEYS
+from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.pipeline.config import load_line
 from stages import _training as cli
 from stages import demo, plan, sample, stage2_video, weights
@@ -79,3 +80,11 @@ def test_a_line_of_data_tools(home: Path) -> None:
     assert tools["caption"].build_parser().parse_args(command).sidecar == f"{home}/captions.csv"
     line = load_line(config, ["input=~/others", "out=~/there"], known, report)
     assert (line.input, line.out) == (f"{home}/others", f"{home}/there")
+
+
+def test_the_paths_of_a_manifest(home: Path) -> None:
+    rows = ["id,path,caption,num_frames,fps,height,width", "a,~/far/a.mp4,x,9,8,32,32", "b,~b.mp4,x,9,8,32,32"]
+    (home / "here").mkdir()
+    (home / "here" / "m.csv").write_text("\n".join(rows))
+    paths = read_manifest(home / "here" / "m.csv")["path"].to_pylist()
+    assert paths == [f"{home}/far/a.mp4", f"{home}/here/~b.mp4"]
