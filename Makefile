@@ -18,7 +18,7 @@ export UV_HTTP_TIMEOUT ?= 180
 GPU_PYTHON := $(if $(wildcard $(PYTHON)),$(PYTHON),$(PYTHON3))
 
 # Test files run side by side: many tests wait for processes of their own.
-WORKERS ?= -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+WORKERS ?= -n 3 --dist=loadfile --no-loadscope-reorder
 
 # At least one test of each package that pyproject.toml names, on files, processes and whole runs.
 LOWEST := .venv-lowest

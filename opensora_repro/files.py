@@ -55,7 +55,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield unfinished
         if not (unfinished.is_file() and path.is_file() and filecmp.cmp(unfinished, path, shallow=False)):
-            if path.is_dir():
+            if path.is_dir() and unfinished.is_dir():  # a file never takes a folder's place
                 remove_folder(path)
             os.replace(unfinished, path)
     except OSError as error:

@@ -46,7 +46,7 @@ MAY_READ = (
     ("device.py", "read"),
     ("gaussian.py", "draw_timesteps"),
     ("flow.py", "draw_timesteps"),
-    ("cross_attention.py", "_lay_out"),
+    ("cross_attention.py", "lay_out"),
 )
 OTHERS = ("transformers", "diffusers")  # what the frozen models do within is theirs
 
