@@ -66,10 +66,12 @@ install:
 demo: setup
 	$(PYTHON) -m stages.demo
 
-test: setup
-	$(PYTHON) -m ruff check .
-	$(PYTHON) -m ruff format --check .
-	$(PYTHON) -m mypy
+# The type checker has one thread: it runs beside the tests.
+test: lint
+	@$(MAKE) --no-print-directory --jobs=2 types tested
+
+.PHONY: tested
+tested: setup
 	$(PYTHON) -m pytest -m "not gpu and not exhaustive" $(WORKERS)
 
 test-all: setup

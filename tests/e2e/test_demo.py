@@ -2,13 +2,13 @@
 
 import json
 import subprocess
-import sys
 
 import av
 import pytest
 
 from opensora_repro.demo.shapes import motions
 from tests.frames import read_manifest
+from tests.preloaded_python import preloaded_python
 
 TINY = [
     "train.steps=2", "optim.warmup_steps=0", "optim.decay_steps=0", "train.batch_size=2", "checkpoint.every=2",
@@ -17,15 +17,21 @@ TINY = [
 ]  # fmt: skip
 
 
-def demo(root, *extra):
-    command = [sys.executable, "-m", "stages.demo", "--dir", str(root), "--videos", "1", "--hq-videos", "1"]
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    with preloaded_python(tmp_path_factory.mktemp("python")) as program:
+        yield program
+
+
+def demo(python, root, *extra):
+    command = [python, "-m", "stages.demo", "--dir", str(root), "--videos", "1", "--hq-videos", "1"]
     return subprocess.run([*command, "--prompts", "2", *extra, *TINY], capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(python, tmp_path_factory):
     root = tmp_path_factory.mktemp("demo")
-    done = demo(root)
+    done = demo(python, root)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return root, done.stdout
 
@@ -64,15 +70,15 @@ def test_every_cut_is_found_and_every_caption_on_its_clip(finished):
 
 
 @pytest.mark.exhaustive  # stages and tools that are run again have tests of their own
-def test_run_again_it_trains_nothing_again(finished):
+def test_run_again_it_trains_nothing_again(python, finished):
     root, _ = finished
     before = (root / "stage2" / "metrics.jsonl").read_bytes()
-    assert demo(root).returncode == 0
+    assert demo(python, root).returncode == 0
     assert (root / "stage2" / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_mistake_ends_the_demo_before_anything_is_filmed(tmp_path):
-    done = demo(tmp_path, "model.hiden_size=8")
+def test_a_mistake_ends_the_demo_before_anything_is_filmed(python, tmp_path):
+    done = demo(python, tmp_path, "model.hiden_size=8")
     assert done.returncode == 2
     assert "hidden_size" in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())

@@ -11,7 +11,6 @@ import re
 import shutil
 import struct
 import subprocess
-import sys
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -25,6 +24,7 @@ import pytest
 
 from opensora_repro.data.video import probe
 from tests.frames import read_manifest, read_table
+from tests.preloaded_python import preloaded_python
 from tests.published_files import publish
 from tests.tiny_captioners import make_tiny_qwen2_vl
 from tests.tiny_models import TINY_TEXT_CHANNELS, make_tiny_text, make_tiny_vae
@@ -116,14 +116,12 @@ def lines_of(readme: Path, heading: str) -> list[str]:
     return [line for line in lines if line]
 
 
-def runner(home: Path) -> Any:
+@pytest.fixture
+def run(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Run a line in a shell, with this interpreter as `python`."""
-    bin_dir = home / "bin"
-    bin_dir.mkdir()
-    for name, module in (("python", []), ("torchrun", ["-m", "torch.distributed.run"])):
-        command = " ".join([sys.executable, *module])
-        (bin_dir / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
-        (bin_dir / name).chmod(0o755)
+    bin_dir = tmp_path_factory.mktemp("bin")
+    (bin_dir / "torchrun").write_text(f'#!/bin/sh\nexec {bin_dir}/python -m torch.distributed.run "$@"\n')
+    (bin_dir / "torchrun").chmod(0o755)
     repo = Path(__file__).resolve().parents[2]
     environment = {
         **os.environ, "PATH": f"{bin_dir}:{os.environ['PATH']}", "PYTHONPATH": str(repo), "HF_HOME": str(home / "hf"),
@@ -135,7 +133,8 @@ def runner(home: Path) -> Any:
         assert done.returncode == 0, f"{line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return done.stdout + done.stderr
 
-    return run
+    with preloaded_python(bin_dir, environment):
+        yield run
 
 
 def told(lines: list[str], word: str) -> Iterator[str]:
@@ -143,8 +142,8 @@ def told(lines: list[str], word: str) -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_from_phone_videos_to_a_sampled_one(home: Path, repo_dir: Path) -> None:
-    lines, run = lines_of(repo_dir / "README.md", "Your own videos"), runner(home)
+def test_from_phone_videos_to_a_sampled_one(home: Path, run: Any, repo_dir: Path) -> None:
+    lines = lines_of(repo_dir / "README.md", "Your own videos")
     kinds = ("pipeline", "--template", "--sidecar", "--model", "fetch", "--dry-run", "stages.plan", "stages.sample")
     assert all(any(told(lines, kind)) for kind in kinds)
     for line in lines:

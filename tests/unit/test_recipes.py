@@ -6,23 +6,30 @@ import os
 import re
 import shutil
 import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.made_pictures import texture
+from tests.preloaded_python import preloaded_python
 
 REPO = Path(__file__).resolve().parents[2]
 CODE = ("opensora_repro", "stages", "data_tools", "tests")
 
 
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with preloaded_python(tmp_path_factory.mktemp("python")) as program:
+        yield program
+
+
 class Copy:
     """A copy of the code, to be edited as a recipe says."""
 
-    def __init__(self, root: Path, recipe: str) -> None:
-        self.root = root
+    def __init__(self, root: Path, recipe: str, python: str) -> None:
+        self.root, self.python = root, python
         text = (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8")
         self.recipe = text.split(f"\n### {recipe}\n")[1].split("\n### ")[0]
         for folder in CODE:
@@ -44,7 +51,7 @@ class Copy:
     def run(self, *command: str) -> str:
         environment = {**os.environ, "PYTHONPATH": str(self.root), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            [sys.executable, *command], cwd=self.root, env=environment, capture_output=True, text=True, timeout=300
+            [self.python, *command], cwd=self.root, env=environment, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return done.stdout
@@ -145,9 +152,9 @@ assert sample.main([converted, "--label", "3", "--out", str(folder / "out"), "--
 """
 
 
-def test_a_model_family(tmp_path: Path) -> None:
+def test_a_model_family(tmp_path: Path, python: str) -> None:
     """Its weights are recognised, checked, converted bit for bit and sampled."""
-    copy = Copy(tmp_path / "copy", "A model family")
+    copy = Copy(tmp_path / "copy", "A model family", python)
     copy.add("opensora_repro/models/plain.py", NETWORK)
     config, families = "opensora_repro/models/config.py", "opensora_repro/weights/families.py"
     copy.edit(config, r"\n+(ModelConfig = .*)\n", rf"{CONFIG}\1 | PlainConfig\n")
@@ -184,8 +191,8 @@ def direct_sample(model_fn, x, steps, progress=None):
 '''
 
 
-def test_a_sampler(tmp_path: Path) -> None:
-    copy = Copy(tmp_path, "A sampler")
+def test_a_sampler(tmp_path: Path, python: str) -> None:
+    copy = Copy(tmp_path, "A sampler", python)
     copy.add("opensora_repro/diffusion/direct.py", SAMPLER)
     samplers = "opensora_repro/diffusion/samplers.py"
     copy.edit(samplers, r'IDDPM_SAMPLERS = \("iddpm"', 'IDDPM_SAMPLERS = ("direct", "iddpm"')
@@ -265,11 +272,11 @@ if __name__ == "__main__":
 '''
 
 
-def test_a_dataset_tool(tmp_path: Path) -> None:
+def test_a_dataset_tool(tmp_path: Path, python: str) -> None:
     from opensora_repro.data.manifest import read_manifest
     from opensora_repro.data.write import write_png
 
-    copy = Copy(tmp_path / "copy", "A dataset tool")
+    copy = Copy(tmp_path / "copy", "A dataset tool", python)
     copy.add("data_tools/weigh.py", TOOL)
     copy.edit("data_tools/pipeline.py", r"\nTOOLS = \(", '\nTOOLS = ("weigh", ')
     pictures = tmp_path / "pictures"
@@ -363,9 +370,9 @@ for found in (run("reversed", 4, **here), run("begun", 4)):
 
 
 @pytest.mark.slow
-def test_a_parallel_plugin(tmp_path: Path) -> None:
+def test_a_parallel_plugin(tmp_path: Path, python: str) -> None:
     """Trained by it, and begun by it and ended without it, a run is the plain engine's bit for bit."""
-    copy = Copy(tmp_path / "copy", "A parallel plugin")
+    copy = Copy(tmp_path / "copy", "A parallel plugin", python)
     copy.add("opensora_repro/parallel/reversed.py", PLUGIN)
     copy.edit(
         "opensora_repro/parallel/build.py",
