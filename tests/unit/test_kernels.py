@@ -24,7 +24,8 @@ from tests import kernel_world
 from tests.checkpoints import prepared
 
 needs_triton = pytest.mark.skipif(bool(choice.missing_triton()), reason=choice.missing_triton())
-QUICK = [name for name in kernel_world.CHECKS if name not in ("curve", "memory")]
+LONG = ("bf16", "fp16", "curve", "memory")
+QUICK = [name for name in kernel_world.CHECKS if name not in LONG]
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +48,8 @@ def test_kernels_compute_what_their_twins_do(interpreted: dict[str, Any], check:
 
 @needs_triton
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("check", ["curve", "memory"])
-def test_a_training_run_with_fused_kernels_has_the_eager_curve_and_the_planned_memory(
-    tmp_path: Path, check: str
-) -> None:
+@pytest.mark.parametrize("check", LONG)
+def test_half_precision_the_curve_of_a_run_and_its_memory(tmp_path: Path, check: str) -> None:
     assert_within(kernel_world.run_checks([check], tmp_path / "results.json")[check])
 
 
