@@ -154,7 +154,7 @@ def main() -> int:
 
     import torch
 
-    from opensora_repro.kernels.choice import missing_triton
+    from opensora_repro.kernels.ops import missing_triton
 
     result: dict[str, Any] = {"benchmark": "kernels", "gpu": None, "environment": environment()}
     lacking = missing_triton() or ("" if torch.cuda.is_available() else "no NVIDIA GPU here")

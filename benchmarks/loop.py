@@ -105,7 +105,7 @@ def build_loop(
     import torch
 
     from opensora_repro.diffusion.objective import build_objective
-    from opensora_repro.kernels import choice
+    from opensora_repro.kernels import ops
     from opensora_repro.models.stdit import STDiT
     from opensora_repro.parallel.engine import TorchEngine
     from opensora_repro.process import StopSignals
@@ -123,7 +123,7 @@ def build_loop(
     with device:
         model = STDiT(cfg.model)
     model.activation_checkpointing = cfg.train.activation_checkpointing
-    fused = choice.fused(model.x_embedder.proj.weight)
+    fused = ops.fused(model.x_embedder.proj.weight)
     engine.prepare(model, build_optimizer(model, cfg.optim, fused=fused))
     objective = build_objective(cfg.diffusion)
     return kind(

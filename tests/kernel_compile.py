@@ -72,14 +72,11 @@ def main() -> None:
     os.environ["TRITON_CACHE_DIR"] = sys.argv[1]
     from triton.runtime.jit import JITFunction
 
-    from opensora_repro.kernels import choice
+    from opensora_repro.kernels import ops
 
     JITFunction.run = compile_launch
-    choice.interpreted = lambda: True  # the dispatcher may take the kernels for a CPU's tensors
-    choice.choose("triton", "cpu")
-    from opensora_repro.kernels.fused import attention
-
-    attention.interpreted = lambda: False  # for which it would multiply in float32
+    ops.interpreted = lambda: True  # the dispatcher may take the kernels for a CPU's tensors
+    ops.choose("triton", "cpu")
     launch_all()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from opensora_repro.diffusion.dpm_solver import ContinuousSchedule, dpm_solver_sample
 from opensora_repro.diffusion.flow import NUM_TIMESTEPS, ModelFn, build_flow
 from opensora_repro.diffusion.gaussian import GaussianDiffusion, linear_betas
-from opensora_repro.kernels.choice import to_device
+from opensora_repro.kernels.ops import to_device
 from opensora_repro.models.layers import count_frames, count_tokens
 
 if TYPE_CHECKING:

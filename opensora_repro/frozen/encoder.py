@@ -16,7 +16,7 @@ from opensora_repro.data.transforms import to_tensor
 from opensora_repro.frozen.pretrained import frozen_dtype
 from opensora_repro.frozen.text import T5Text, open_text_encoder
 from opensora_repro.frozen.vae import FrameVAE, open_vae
-from opensora_repro.kernels.choice import to_device
+from opensora_repro.kernels.ops import to_device
 from opensora_repro.parallel.device import read_here, return_memory
 
 TEXT_MEMORY = 256 << 20  # bytes of caption embeddings kept, so that a caption met again is not encoded again

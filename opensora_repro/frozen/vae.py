@@ -14,7 +14,7 @@ from torch import Tensor
 
 from opensora_repro.files import sha256_of
 from opensora_repro.frozen.pretrained import FrozenModel, HashFile, check_complete
-from opensora_repro.kernels.choice import to_device
+from opensora_repro.kernels.ops import to_device
 
 if TYPE_CHECKING:
     from opensora_repro.config import VaeConfig

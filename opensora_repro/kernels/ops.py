@@ -1,6 +1,8 @@
 """The memory-bound operations between a block's matrix products: each its eager twin, or one fused kernel.
 
-On a CPU the norm has a third way, for many tokens: what torch does in fewer passes over them than the twin takes.
+Which one is a setting of the process, `train.kernels`. Triton is imported where it is first needed and compiles a
+kernel where it is first run; without it everything here works in eager mode. On a CPU the norm has a third way, for
+many tokens: what torch does in fewer passes over them than the twin takes.
 
 What the arguments mean stands at the twins in eager.py. Under autocast a fused `norm_modulate` gives the autocast dtype
 at once, to which the linear layer that reads it would round its input; the eager one leaves that to the layer.
@@ -8,19 +10,92 @@ at once, to which the linear layer that reads it would round its input; the eage
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opensora_repro.errors import UserError
 from opensora_repro.kernels import eager
-from opensora_repro.kernels.choice import chosen, fused, runs
 
+CHOICES = ("auto", "eager", "triton")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_CHANNELS = 8192  # a row of tokens is held at once
 SHORT_FRAMES = 64  # a program of attention over time has all frames of a place
 LARGE = 2**17  # numbers a sample; fewer stay in a CPU's caches, and then a call a sample takes longer than the passes
+
+_chosen = "auto"
+_found: dict[str, bool] = {}  # device type -> whether `choose` found that fused kernels run there
+
+
+class KernelsError(UserError):
+    """Kernels that cannot run here; one line meant for the user."""
+
+
+def choose(kernels: str, device_type: str) -> str:
+    """Set what this process computes with and return what that is on the device, "eager" or "triton".
+
+    "auto" is triton on CUDA devices where it imports, else eager. Triton's interpreter (TRITON_INTERPRET=1) runs the
+    fused kernels on a CPU, slowly, and only where "triton" asks for them. Raises KernelsError.
+    """
+    global _chosen
+    assert kernels in CHOICES, kernels
+    found = "triton" if _runs_on(device_type, kernels) else "eager"
+    if kernels == "triton" and found != "triton":
+        reason = missing_triton() or f"Triton needs a CUDA device, this run computes on {device_type}"
+        raise KernelsError(f'train.kernels = "triton" cannot run here: {reason}; set train.kernels=auto or eager')
+    _chosen = kernels
+    _found.clear()
+    _found[device_type] = found == "triton"
+    return found
+
+
+def chosen() -> str:
+    """What `choose` was last given; "auto" before."""
+    return _chosen
+
+
+def fused(x: Tensor) -> bool:
+    """Whether an operation on `x` runs as a Triton kernel: not in what torch.compile is given, which fuses itself."""
+    return not torch.compiler.is_compiling() and runs(x)
+
+
+def runs(x: Tensor) -> bool:
+    """As `fused`, for kernels that torch.compile takes as they are, since it could not make such ones itself."""
+    if x.device.type not in _found:
+        if torch.compiler.is_compiling():  # it would compile the search, too
+            return False
+        _found[x.device.type] = _runs_on(x.device.type, _chosen)
+    return x.dtype in DTYPES and _found[x.device.type]
+
+
+def _runs_on(device_type: str, kernels: str) -> bool:
+    if kernels == "eager" or missing_triton():
+        return False
+    return device_type == "cuda" or (kernels == "triton" and interpreted())
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on any device."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@lru_cache(maxsize=1)
+def missing_triton() -> str:
+    """Why Triton cannot be imported; empty where it can."""
+    try:
+        importlib.import_module("triton.language")
+    except Exception as error:  # a broken installation raises whatever it likes
+        return f"the package triton cannot be imported ({' '.join(str(error).split())[:160]})"
+    return ""
+
+
+# The operations
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -120,3 +195,10 @@ def _normed_dtype(x: Tensor, shift: Tensor, scale: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return torch.promote_types(torch.promote_types(x.dtype, shift.dtype), scale.dtype)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`. Nobody waits: a GPU fetches it from pinned memory when its stream comes to it."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)  # memory that is pinned already is not copied again

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
-from opensora_repro.kernels.choice import to_device
+from opensora_repro.kernels.ops import to_device
 from opensora_repro.models.layers import is_plain
 
 MAX_HEAD_SIZE = 128  # beyond, not every GPU has the kernel's backward pass

@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from opensora_repro.kernels import ops
-from opensora_repro.kernels.choice import fused
+from opensora_repro.kernels.ops import fused
 from opensora_repro.models.config import STDiTConfig
 from opensora_repro.models.cross_attention import ALL, BlockText, CrossAttention, WholeCaptions, lay_out, varlen_kernel
 from opensora_repro.models.layers import (

@@ -15,7 +15,7 @@ from opensora_repro.config import Config, ConfigError, ParallelConfig
 from opensora_repro.data.write import write_sample
 from opensora_repro.diffusion.gaussian import NUM_TRAIN_STEPS
 from opensora_repro.frozen.text import ClassLabels, ConditionEncoder
-from opensora_repro.kernels.choice import choose
+from opensora_repro.kernels.ops import choose
 from opensora_repro.parallel.device import choose_device, default_kind
 from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.parallel.mesh import Mesh, launched_as

@@ -23,7 +23,7 @@ from opensora_repro.diffusion.objective import Objective
 from opensora_repro.errors import TrainingError
 from opensora_repro.frozen.encoder import Encoded, Encoder
 from opensora_repro.frozen.vae import FrameVAE
-from opensora_repro.kernels.choice import to_device
+from opensora_repro.kernels.ops import to_device
 from opensora_repro.models.layers import count_frames, count_tokens
 from opensora_repro.parallel.collectives import Collectives
 from opensora_repro.parallel.device import SideStream

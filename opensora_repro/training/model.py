@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from opensora_repro.config import Config
-from opensora_repro.kernels.choice import missing_triton
+from opensora_repro.kernels.ops import missing_triton
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.weights.load import LoadReport, load_model_weights
 

@@ -17,7 +17,7 @@ from opensora_repro.data.tables import kind_by_name
 from opensora_repro.frozen.encoder import open_encoder
 from opensora_repro.frozen.pretrained import ModelNotFound
 from opensora_repro.frozen.text import survey_captions
-from opensora_repro.kernels.choice import choose
+from opensora_repro.kernels.ops import choose
 from opensora_repro.parallel.build import check_installed
 from opensora_repro.parallel.mesh import Mesh
 from opensora_repro.planning.fit import check_memory

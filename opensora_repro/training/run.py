@@ -19,7 +19,7 @@ from opensora_repro.diffusion.objective import build_objective
 from opensora_repro.files import sha256_of, write_text
 from opensora_repro.frozen.encoder import open_encoder, skipped_models
 from opensora_repro.frozen.text import take_null_caption
-from opensora_repro.kernels.choice import choose
+from opensora_repro.kernels.ops import choose
 from opensora_repro.parallel.build import build_engine
 from opensora_repro.parallel.engine import Engine
 from opensora_repro.parallel.preflight import check_same, config_facts, weights_digest

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from opensora_repro.config import OptimConfig
 from opensora_repro.data.dataset import BadSample
-from opensora_repro.kernels.choice import to_device
+from opensora_repro.kernels.ops import to_device
 from opensora_repro.parallel.device import HostValues
 from opensora_repro.parallel.engine import Engine
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from opensora_repro.kernels import choice
+from opensora_repro.kernels import ops
 from tests.training_world import Command, World, losses, make_world, metrics, newest_hashes, succeed, wait_for_step
 
 STEPS = 16
@@ -150,7 +150,7 @@ def test_a_stopped_run_saves_and_resumes(world: World, tmp_path: Path, number: s
 
 
 @pytest.mark.exhaustive
-@pytest.mark.skipif(bool(choice.missing_triton()), reason=choice.missing_triton())
+@pytest.mark.skipif(bool(ops.missing_triton()), reason=ops.missing_triton())
 def test_a_run_goes_on_with_other_kernels(world: World, tmp_path: Path) -> None:
     """Fused ones in Triton's interpreter, whose process must know of it from its start."""
     module, data = IMAGES

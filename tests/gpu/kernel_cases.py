@@ -224,11 +224,11 @@ def _worst(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
 @contextlib.contextmanager
 def using(kernels: str, device: torch.device) -> Iterator[None]:
     """Compute with these kernels for the block, backward passes included."""
-    from opensora_repro.kernels import choice
+    from opensora_repro.kernels import ops
 
-    before = choice.chosen()
-    choice.choose(kernels, device.type)
+    before = ops.chosen()
+    ops.choose(kernels, device.type)
     try:
         yield
     finally:
-        choice.choose(before, device.type)
+        ops.choose(before, device.type)

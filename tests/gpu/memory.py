@@ -57,7 +57,7 @@ def planned_bytes(
 ) -> float:
     """A step's peak on a GPU, without average and encoders."""
     from opensora_repro.config import Config, OptimConfig, TrainConfig
-    from opensora_repro.kernels import choice
+    from opensora_repro.kernels import ops
     from opensora_repro.parallel.mesh import Mesh
     from opensora_repro.planning.encoders import frozen_sizes
     from opensora_repro.planning.memory import step_memory
@@ -65,7 +65,7 @@ def planned_bytes(
     from opensora_repro.planning.sizes import token_grid
 
     train = TrainConfig(
-        batch_size=1, kernels=choice.chosen(), activation_checkpointing=checkpointing,
+        batch_size=1, kernels=ops.chosen(), activation_checkpointing=checkpointing,
         offload_activations=offload_activations,
     )  # fmt: skip
     config = Config(model=cfg, train=train, optim=OptimConfig(in_backward=in_backward, offload=offload))

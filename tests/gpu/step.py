@@ -139,7 +139,7 @@ def build_training(device: torch.device, case: Case, options: Options) -> Traini
 
     from opensora_repro.config import DiffusionConfig, OptimConfig, ParallelConfig
     from opensora_repro.diffusion.objective import build_objective
-    from opensora_repro.kernels import choice
+    from opensora_repro.kernels import ops
     from opensora_repro.models.stdit import STDiT
     from opensora_repro.parallel.build import build_engine
     from opensora_repro.training.optim import build_optimizer
@@ -153,7 +153,7 @@ def build_training(device: torch.device, case: Case, options: Options) -> Traini
     model.offload_activations = options.offload_activations
     if options.compiled:
         model.compile_blocks()
-    one_pass = options.fused_optimizer and not options.plugin and choice.fused(model.x_embedder.proj.weight)
+    one_pass = options.fused_optimizer and not options.plugin and ops.fused(model.x_embedder.proj.weight)
     optim = OptimConfig(lr=LEARNING_RATE, offload=options.offload, in_backward=options.in_backward)
     optimizer = build_optimizer(model, optim, fused=one_pass)
     if not options.fused_optimizer:

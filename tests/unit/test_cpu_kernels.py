@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.sides import random_weights
-from opensora_repro.kernels import choice, eager, ops
+from opensora_repro.kernels import eager, ops
 from opensora_repro.models.config import STDiTConfig
 from opensora_repro.models.stdit import STDiT
 
@@ -19,9 +19,9 @@ EPS = 1e-6
 
 @pytest.fixture
 def choose() -> Iterator[Callable[[str, str], str]]:
-    before = choice.chosen()
-    yield choice.choose
-    choice.choose(before, "cpu")
+    before = ops.chosen()
+    yield ops.choose
+    ops.choose(before, "cpu")
 
 
 def tensors(samples: int, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from opensora_repro.config import OptimConfig
-from opensora_repro.kernels import choice, eager
+from opensora_repro.kernels import eager, ops
 from opensora_repro.run_folder import checkpoints_folder
 from opensora_repro.training.checkpoint import TrainState, load_checkpoint, verify_checkpoint
 from opensora_repro.training.ema import Ema
@@ -23,7 +23,7 @@ from opensora_repro.training.save import CheckpointWriter
 from tests import kernel_world
 from tests.checkpoints import prepared
 
-needs_triton = pytest.mark.skipif(bool(choice.missing_triton()), reason=choice.missing_triton())
+needs_triton = pytest.mark.skipif(bool(ops.missing_triton()), reason=ops.missing_triton())
 LONG = ("bf16", "fp16", "curve", "memory")
 QUICK = [name for name in kernel_world.CHECKS if name not in LONG]
 
@@ -73,46 +73,46 @@ def test_every_kernel_compiles_for_an_h100(tmp_path: Path) -> None:
 
 @pytest.fixture
 def _as_before() -> Any:
-    before = choice.chosen()
+    before = ops.chosen()
     yield
-    choice.choose(before, "cpu")
+    ops.choose(before, "cpu")
 
 
 @pytest.mark.usefixtures("_as_before")
 def test_auto_is_triton_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(choice, "missing_triton", lambda: "")
-    assert choice.choose("auto", "cuda") == "triton"
-    assert choice.choose("auto", "cpu") == "eager"
-    assert choice.choose("eager", "cuda") == "eager"
-    assert not choice.fused(torch.ones(1))
+    monkeypatch.setattr(ops, "missing_triton", lambda: "")
+    assert ops.choose("auto", "cuda") == "triton"
+    assert ops.choose("auto", "cpu") == "eager"
+    assert ops.choose("eager", "cuda") == "eager"
+    assert not ops.fused(torch.ones(1))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert choice.choose("auto", "cpu") == "eager"
-    assert choice.choose("triton", "cpu") == "triton"
-    assert choice.fused(torch.ones(1))
-    assert not choice.fused(torch.ones(1).double())
-    monkeypatch.setattr(choice, "missing_triton", lambda: "no triton")
-    assert choice.choose("auto", "cuda") == "eager"
+    assert ops.choose("auto", "cpu") == "eager"
+    assert ops.choose("triton", "cpu") == "triton"
+    assert ops.fused(torch.ones(1))
+    assert not ops.fused(torch.ones(1).double())
+    monkeypatch.setattr(ops, "missing_triton", lambda: "no triton")
+    assert ops.choose("auto", "cuda") == "eager"
 
 
 def test_triton_where_it_cannot_run_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(choice, "missing_triton", lambda: "")
-    with pytest.raises(choice.KernelsError, match=r"Triton needs a CUDA device, this run computes on cpu; set train\."):
-        choice.choose("triton", "cpu")
-    assert choice.chosen() == "auto"
+    monkeypatch.setattr(ops, "missing_triton", lambda: "")
+    with pytest.raises(ops.KernelsError, match=r"Triton needs a CUDA device, this run computes on cpu; set train\."):
+        ops.choose("triton", "cpu")
+    assert ops.chosen() == "auto"
 
     def absent(name: str) -> None:
         raise ImportError("libcuda\nis missing")
 
     monkeypatch.undo()
     monkeypatch.setattr(importlib, "import_module", absent)
-    choice.missing_triton.cache_clear()
+    ops.missing_triton.cache_clear()
     try:
-        with pytest.raises(choice.KernelsError, match=r"triton cannot be imported \(libcuda is missing\)"):
-            choice.choose("triton", "cuda")
+        with pytest.raises(ops.KernelsError, match=r"triton cannot be imported \(libcuda is missing\)"):
+            ops.choose("triton", "cuda")
     finally:
-        choice.missing_triton.cache_clear()
+        ops.missing_triton.cache_clear()
 
 
 # Attention

@@ -12,7 +12,7 @@ import torch
 
 from opensora_repro.config import Config, DataConfig, OptimConfig, ParallelConfig, SampleConfig, TrainConfig
 from opensora_repro.diffusion.objective import build_objective
-from opensora_repro.kernels import choice
+from opensora_repro.kernels import ops
 from opensora_repro.kernels.ops import SHORT_FRAMES
 from opensora_repro.models import layers
 from opensora_repro.models.config import ACTIVATION_CHECKPOINTING, STDiTConfig
@@ -53,10 +53,10 @@ each_checkpointing = pytest.mark.parametrize("checkpointing", ACTIVATION_CHECKPO
 @pytest.fixture(autouse=True)
 def _eager() -> Iterator[None]:
     """The planner is of what a GPU keeps: fused kernels or torch's, not what many tokens on a CPU go through."""
-    before = choice.chosen()
-    choice.choose("eager", "cpu")
+    before = ops.chosen()
+    ops.choose("eager", "cpu")
     yield
-    choice.choose(before, "cpu")
+    ops.choose(before, "cpu")
 
 
 class Step:

@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from opensora_repro.kernels.choice import to_device
 from opensora_repro.kernels.fused.rows import TYPES, power_of_two
 
 BLOCK = 1024  # elements at once
@@ -46,7 +45,8 @@ def adamw(
     for tensors in (params, exp_avgs, exp_avg_sqs, averages):
         assert all(x.is_contiguous() for x in tensors)
     assert all(x.dtype == torch.float32 for x in (*params, *exp_avgs, *exp_avg_sqs, *averages))
-    pointers = to_device(torch.tensor(addresses), device)  # gradients are new ones at every step
+    # Gradients are new ones at every step; from pinned memory the table comes when the stream gets to it.
+    pointers = torch.tensor(addresses, pin_memory=device.type == "cuda").to(device, non_blocking=True)
     counts = torch.stack(list(steps)).double()
     rates, spreads = lr / (1 - betas[0] ** counts), (1 - betas[1] ** counts) ** -0.5
     numels = tuple(param.numel() for param in params)

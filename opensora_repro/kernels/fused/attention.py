@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from opensora_repro.kernels.choice import interpreted
 from opensora_repro.kernels.fused.rows import TYPES, adjacent, power_of_two
 
 PIECE = 32  # channels at once
@@ -85,7 +84,8 @@ def _launch(qkv: Tensor, num_heads: int) -> tuple[tuple[int], tuple[Any, ...], d
     block = max(LEAST_FRAMES, power_of_two(frames))
     options = {
         "HEADS": num_heads, "SIZE": size, "FRAMES": block, "PIECES": -(-size // PIECE), "PIECE": PIECE,
-        "TYPE": tl.float32 if interpreted() else TYPES[qkv.dtype],  # NumPy multiplies no bfloat16
+        # Triton's interpreter multiplies with NumPy, which has no bfloat16.
+        "TYPE": TYPES[qkv.dtype] if isinstance(_forward, triton.JITFunction) else tl.float32,
         "num_warps": block // LEAST_FRAMES,
     }  # fmt: skip
     return (samples * places * num_heads,), (frames, places, size**-0.5), options
