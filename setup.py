@@ -15,7 +15,7 @@ setup(
     ],
     package_dir={f"opensora_repro.{folder}": folder for folder in BROUGHT_ALONG},
     package_data={
-        "opensora_repro": ["py.typed", "**/templates/*"],
+        "opensora_repro": ["py.typed", "**/templates/*", "data/sides.txt"],
         "stages": ["py.typed"],
         "data_tools": ["py.typed"],
         **{f"opensora_repro.{folder}": patterns for folder, patterns in BROUGHT_ALONG.items()},

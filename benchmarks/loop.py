@@ -111,9 +111,8 @@ def build_loop(
     from opensora_repro.process import StopSignals
     from opensora_repro.training.checkpoint import TrainState
     from opensora_repro.training.ema import Ema
-    from opensora_repro.training.metrics import RunLog
+    from opensora_repro.training.metrics import Quarantine, RunLog
     from opensora_repro.training.optim import build_optimizer
-    from opensora_repro.training.quarantine import Quarantine
     from opensora_repro.training.save import CheckpointWriter
 
     run_dir = Path(cfg.run.dir)

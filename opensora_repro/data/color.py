@@ -106,17 +106,6 @@ def to_rgb(reformatter: Any, frame: Any, height: int, width: int) -> np.ndarray:
     return tone_map(rgb, frame.color_trc, frame.color_primaries) if is_hdr(frame) else rgb
 
 
-def rgb_to_yuv(reformatter: Any, frame: Any, height: int, width: int) -> Any:
-    """Return an RGB frame as yuv420p in BT.709, limited range, tagged so; chroma is the mean of each 2x2 square."""
-    yuv = reformatter.reformat(
-        frame, width=width, height=height, format="yuv420p", dst_colorspace=BT709, dst_color_range=LIMITED_RANGE,
-        interpolation=AREA, threads=1,
-    )  # fmt: skip
-    yuv.colorspace = yuv.color_primaries = yuv.color_trc = BT709
-    yuv.color_range = LIMITED_RANGE
-    return yuv
-
-
 def yuv_to_yuv(reformatter: Any, frame: Any, height: int, width: int) -> Any:
     """Return a frame that `keeps_color` as yuv420p, its own matrix kept, fully tagged."""
     tag(frame)

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import tempfile
 import threading
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from einops import rearrange
 from torch.utils.data import DataLoader, Dataset
 
 from opensora_repro.config import DataConfig
-from opensora_repro.data.keyed import keyed_generator
 from opensora_repro.data.manifest import read_manifest
-from opensora_repro.data.sampler import Shape
-from opensora_repro.data.transforms import crop, frame_window, mirror, names_a_side
-from opensora_repro.data.video import DecodeError, read_frames_at
+from opensora_repro.data.sampler import Shape, keyed_generator
+from opensora_repro.data.video import DecodeError, Size, read_frames_at
 
 JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # what a terminal or a scheduler sends to every process of a job
 
@@ -126,6 +128,87 @@ class ClipDataset:
 
     def _generator(self, epoch: int, name: str, stream: str) -> torch.Generator | None:
         return keyed_generator(self.seed, self.draw(epoch), name, stream) if self.augment else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a clip to a sample. Random choices take a generator, keyed to the sample; without one the middle is taken.
+
+
+def frame_window(
+    clip_frames: int, num_frames: int, interval: int, generator: torch.Generator | None = None
+) -> list[int] | None:
+    """Return `num_frames` ascending frame indices of a clip, or None if it has fewer frames than that.
+
+    Every `interval`-th frame of a random window of (num_frames - 1) * interval + 1 frames (the middle one without a
+    generator). A clip shorter than the window is taken whole, in evenly spaced frames.
+    """
+    if clip_frames < num_frames:
+        return None
+    window = (num_frames - 1) * interval + 1
+    if clip_frames < window:
+        return [round(i * (clip_frames - 1) / (num_frames - 1)) for i in range(num_frames)]
+    start = pick(clip_frames - window + 1, generator)
+    return list(range(start, start + window, interval))
+
+
+def crop(frames: torch.Tensor, size: Size, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Cut [T, H, W, C] to [T, height, width, C] at a random place (the centre without a generator)."""
+    height, width = size
+    if frames.shape[1] < height or frames.shape[2] < width:
+        raise ValueError(f"frames of {frames.shape[1]}x{frames.shape[2]} are smaller than the crop of {height}x{width}")
+    top = pick(frames.shape[1] - height + 1, generator)
+    left = pick(frames.shape[2] - width + 1, generator)
+    return frames[:, top : top + height, left : left + width]
+
+
+def mirror(frames: torch.Tensor) -> torch.Tensor:
+    """Swap left and right of [T, H, W, C]."""
+    return frames.flip(2)
+
+
+def to_tensor(frames: torch.Tensor) -> torch.Tensor:
+    """uint8 [T, H, W, C] to float32 [C, T, H, W] in [-1, 1]."""
+    return rearrange(frames, "t h w c -> c t h w").contiguous().float().div_(127.5).sub_(1.0)
+
+
+def pick(choices: int, generator: torch.Generator | None) -> int:
+    """Return one of `choices` numbers from 0: random, or the middle one without a generator."""
+    if generator is None:
+        return (choices - 1) // 2
+    return int(torch.randint(choices, (), generator=generator))
+
+
+# What of a caption says that there is no writing
+_SEEN = r"(?:visible|legible|readable|discernible|on-?screen|other|written|overlaid)"
+_TEXT = r"(?:text|words?|writing|captions?|subtitles?|logos?|watermarks?|letters?|signs?|signage|titles?)"
+_LISTED = rf"(?:{_SEEN} )*{_TEXT}"
+_NO_TEXT = re.compile(rf"\b(?:no|without(?: any)?) {_LISTED}(?:(?:,|,? or|,? and) {_LISTED})*\b", re.IGNORECASE)
+
+
+@lru_cache(maxsize=1)
+def _pattern() -> re.Pattern[str]:
+    """Return one pattern for the lists of sides.txt; "left_hand" has a word that ends where no letter follows."""
+    lists: dict[str, list[str]] = {"words": [], "pieces": []}
+    for line in Path(__file__).with_name("sides.txt").read_text(encoding="utf-8").splitlines():
+        if line.startswith("= "):
+            found = lists[line[2:].partition(":")[0]]
+        elif line and not line.startswith("#"):
+            found.append(line)
+    letter = r"[^\W\d_]"
+    return re.compile(
+        rf"(?<!{letter})(?:{'|'.join(lists['words'])})(?!{letter})|{'|'.join(lists['pieces'])}", re.IGNORECASE
+    )
+
+
+@lru_cache(maxsize=1 << 14)
+def names_a_side(caption: str) -> bool:
+    """True if the caption tells left from right, or names writing: a mirrored sample would contradict it."""
+    caption = unicodedata.normalize("NFC", caption)
+    return _pattern().search(_NO_TEXT.sub("", caption)) is not None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches, read ahead
 
 
 class BatchSource(Protocol):

@@ -1,17 +1,47 @@
-"""Which samples form which batch: a pure function of the micro-batch number, so that resuming needs no state."""
+"""What chance decides: which samples form which batch, and the generators of what is drawn for each sample.
+
+Both are pure functions of their keys. A batch follows from its number; a sample's generators from (seed, epoch, sample
+id, stream), where no rank, worker or step enters. So a sample meets the same crop, noise and timestep wherever and
+whenever it is processed, and neither resuming nor another layout of processes needs any state.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from opensora_repro.data.keyed import keyed_seed
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 Shape = tuple[int, int, int]  # frames, height, width in pixels
+
+
+def keyed_seed(seed: int, *parts: int | str) -> int:
+    """Hash the key to 64 bits with BLAKE2b; the same on every machine, process and Python version.
+
+    Each part is written with its type and length, so that ("a", "bc") and ("ab", "c"), or 1 and "1", differ.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for part in (seed, *parts):
+        data = str(part).encode("utf-8", "surrogatepass")
+        digest.update(f"{'s' if isinstance(part, str) else 'i'}{len(data)}:".encode())
+        digest.update(data)
+    return int.from_bytes(digest.digest(), "little")
+
+
+def keyed_generator(seed: int, epoch: int, sample_id: str, stream: str) -> torch.Generator:
+    """Return a CPU generator for one purpose (`stream`: "noise", "timestep", "crop", ...) of one sample's visit.
+
+    torch's CPU generator keeps the low 32 bits of its seed, so two of n keys agree with probability about n^2 / 2^33.
+    """
+    import torch
+
+    return torch.Generator().manual_seed(keyed_seed(seed, epoch, sample_id, stream))
 
 
 class SampleBatch(list[tuple[int, int]]):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 
-from opensora_repro.data.color import BT709, CENTRED_CHROMA, LIMITED_RANGE, rgb_to_yuv
+from opensora_repro.data.color import AREA, BT709, CENTRED_CHROMA, LIMITED_RANGE
 from opensora_repro.files import replacing
 
 if TYPE_CHECKING:
@@ -58,6 +58,17 @@ def write_video(path: str | Path, frames: Frames, fps: float) -> None:
             rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
             container.mux(stream.encode(rgb_to_yuv(reformatter, rgb, rgb.height, rgb.width)))
         container.mux(stream.encode(None))
+
+
+def rgb_to_yuv(reformatter: Any, frame: Any, height: int, width: int) -> Any:
+    """Return an RGB frame as yuv420p in BT.709, limited range, tagged so; chroma is the mean of each 2x2 square."""
+    yuv = reformatter.reformat(
+        frame, width=width, height=height, format="yuv420p", dst_colorspace=BT709, dst_color_range=LIMITED_RANGE,
+        interpolation=AREA, threads=1,
+    )  # fmt: skip
+    yuv.colorspace = yuv.color_primaries = yuv.color_trc = BT709
+    yuv.color_range = LIMITED_RANGE
+    return yuv
 
 
 def write_png(path: str | Path, image: Frames) -> None:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from opensora_repro.config import Config
-from opensora_repro.data.dataset import BadSample, Clip
-from opensora_repro.data.transforms import to_tensor
+from opensora_repro.data.dataset import BadSample, Clip, to_tensor
 from opensora_repro.frozen.pretrained import frozen_dtype
 from opensora_repro.frozen.text import T5Text, open_text_encoder
 from opensora_repro.frozen.vae import FrameVAE, open_vae

@@ -1,4 +1,4 @@
-"""Where processes and devices are known: the engine's protocol and the plain torch engine.
+"""Where processes and devices are known: what processes tell each other, and the plain torch engine.
 
 Every engine keeps float32 master weights by name. A rank holds a piece of each (under the torch engine the whole);
 `whole` and `take` lead from pieces to published tensors and back, so that averages, optimizer state and checkpoints
@@ -12,10 +12,12 @@ holds all weights, is beside it in fsdp.py.
 from __future__ import annotations
 
 import contextlib
+import copy
 import datetime
+import pickle
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,7 +25,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from opensora_repro.config import ParallelConfig
-from opensora_repro.parallel.collectives import Collectives, Result
 from opensora_repro.parallel.device import choose_device
 from opensora_repro.parallel.in_backward import StepInBackward
 from opensora_repro.parallel.mesh import Mesh, launched_as
@@ -32,13 +33,85 @@ from opensora_repro.parallel.sequence import FrameParallel, apply_sequence_paral
 from opensora_repro.parallel.watchdog import Watchdog
 
 Forward = Callable[..., Tensor]
+Result = TypeVar("Result")
 
 # Work that only rank 0 does (filling a cache, sampling) may outlast any collective's usual time limit.
 PATIENCE = datetime.timedelta(days=7)
 
 
-class Engine(Protocol):
-    """What training asks of the processes that run it. Everything but `is_main` to `eval_forward` is collective."""
+class Collectives:
+    """What the processes of one gloo group do together; without a group, this process alone.
+
+    Python values travel here: small facts, samples, outcomes; tensors of the model never do.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        paused: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
+        """`paused`: the context in which work of one process may take as long as it likes."""
+        self.group, self.paused = group, paused
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's picklable value, in rank order, on every process; waits for all of them."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def agree(self, error: Exception | None) -> None:
+        """Raise here what went wrong anywhere, the first process's error first; wait for all of them."""
+        for found in self.gather(None if error is None else picklable(error)):
+            if found is not None:
+                raise found
+
+    def on_first(self, work: Callable[[], Result]) -> Result:
+        """Run `work` on the first process while the others wait; all get its (picklable) result, or raise its error."""
+        if self.size == 1:
+            return work()
+        with self.paused():
+            return self._share(work)
+
+    def _share(self, work: Callable[[], Result]) -> Result:
+        outcome: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                outcome[0] = work()
+            except Exception as error:
+                outcome[1] = picklable(error)
+                self._broadcast(outcome)
+                raise
+        self._broadcast(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        result: Result = outcome[0]
+        return result
+
+    def _broadcast(self, outcome: list[Any]) -> None:
+        assert self.group is not None
+        dist.broadcast_object_list(outcome, src=dist.get_global_rank(self.group, 0), group=self.group)
+
+
+def picklable(error: Exception) -> Exception:
+    """The error itself where another process can rebuild it, else one that says the same."""
+    try:
+        pickle.dumps(error)
+        copy.copy(error)  # rebuilds it as unpickling would
+        return error
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+class TorchEngine:
+    """One process, or torchrun's data-parallel ones; every other engine derives from this one.
+
+    All but `is_main` and `prepare` is collective. Raises EngineError where there are more processes than GPUs, or where
+    the processes do not come together.
+    """
 
     device: torch.device
     watchdog: Watchdog
@@ -51,46 +124,6 @@ class Engine(Protocol):
     optimizer: torch.optim.Optimizer  # over the masters
     train_forward: Forward
     eval_forward: Forward
-
-    @property
-    def is_main(self) -> bool: ...
-
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, half: bool = False) -> None: ...
-
-    def accumulating(self, *, last: bool) -> AbstractContextManager[Any]: ...
-
-    def backward(self, loss: Tensor) -> None: ...
-
-    def squared_gradients(self) -> Tensor: ...
-
-    def step(self, lr: float, factor: float | Tensor, skip: Tensor | None = None) -> None: ...
-
-    def step_in_backward(self, lr: float, factor: float) -> None: ...
-
-    def zero_grad(self) -> None: ...
-
-    def sum(self, values: Tensor) -> Tensor: ...
-
-    def whole(self, name: str, piece: Tensor) -> Tensor: ...
-
-    def take(self, name: str, whole: Tensor) -> Tensor: ...
-
-    def whole_shape(self, name: str) -> torch.Size: ...
-
-    def load(self, name: str, whole: Tensor) -> None: ...
-
-    def show(self, pieces: Mapping[str, Tensor]) -> None: ...
-
-    def on_first_model(self, work: Callable[[], Result]) -> Result: ...
-
-    def close(self) -> None: ...
-
-
-class TorchEngine:
-    """One process, or torchrun's data-parallel ones.
-
-    Raises EngineError where there are more processes than GPUs, or where the processes do not come together.
-    """
 
     def __init__(self, cfg: ParallelConfig | None = None, device: str | None = None) -> None:
         """`device`: as torch calls it; None takes a GPU where there is one."""
@@ -134,10 +167,10 @@ class TorchEngine:
         self.working = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self.fixed = {name: value for name, value in model.state_dict().items() if name not in self.working}
         self._whole_shapes = {name: value.shape for name, value in self.working.items()}
-        self.eval_forward: Forward = self.spread(model)
+        self.eval_forward = self.spread(model)
         self._wrap(optimizer)
         self._in_backward: StepInBackward | None = None
-        self.train_forward: Forward = self._by_frames(self.wrapped)
+        self.train_forward = self._by_frames(self.wrapped)
 
     def spread(self, model: nn.Module) -> Forward:
         """Let the processes of a group share each sample's frames; call the model through the result from then on."""
@@ -153,7 +186,7 @@ class TorchEngine:
 
     def _wrap(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
-        self.masters: dict[str, Tensor] = dict(self.working)
+        self.masters = dict(self.working)
         self.wrapped: nn.Module = self.model
         if self.mesh.world_size > 1:
             # Without device_ids: inputs lie where they should, and DDP would move the captions' mask to the GPU.

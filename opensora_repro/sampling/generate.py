@@ -14,17 +14,21 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from opensora_repro.config import Config, ConfigError
-from opensora_repro.data.keyed import keyed_generator
+from opensora_repro.data.sampler import keyed_generator
 from opensora_repro.diffusion.samplers import LatentSampler, PrepareText, Through
 from opensora_repro.errors import TrainingError
 from opensora_repro.frozen.text import ClassLabels, ConditionEncoder
 from opensora_repro.models.config import ModelConfig
+from opensora_repro.models.layers import is_plain
 from opensora_repro.parallel.sequence import FrameParallel
-from opensora_repro.sampling.graphs import StepGraphs, captures
+from opensora_repro.sampling.graphs import StepGraphs
 
 if TYPE_CHECKING:
     from opensora_repro.frozen.vae import FrameVAE
     from opensora_repro.weights.families import Network
+
+
+MIN_GRAPH_STEPS = 10  # fewer do not pay for the recording of a CUDA graph
 
 
 class NotFinite(TrainingError):
@@ -123,6 +127,15 @@ def generate(
             if not latent.isfinite().all():
                 raise NotFinite(f"sample {i}: the model's latents are not finite{_advice(cfg)}")
             yield i, decode(vae, latent)
+
+
+def captures(model: nn.Module, forward: Callable[..., Tensor] | None, device_type: str, steps: int) -> bool:
+    """Whether to sample through `StepGraphs`: on a GPU, where `forward` (None: the model) is the whole model itself.
+
+    Processes that share a sample wait for each other within the call, and a wrapper may have the weights in pieces.
+    """
+    whole = forward in (None, model) and all(is_plain(m) for m in model.modules() if isinstance(m, nn.Linear))
+    return device_type == "cuda" and whole and steps >= MIN_GRAPH_STEPS
 
 
 def _advice(cfg: Config) -> str:

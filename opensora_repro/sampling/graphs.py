@@ -13,14 +13,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from opensora_repro.diffusion.flow import ModelFn
-from opensora_repro.models.layers import is_plain
 from opensora_repro.parallel.cuda_graph import CudaGraph
 
 WARM_UP = 2  # steps before the recording: kernels are compiled, position tables and autocast's copies are made
-MIN_STEPS = 10  # fewer do not pay for the recording
 
 
 class Graph(Protocol):
@@ -36,15 +34,6 @@ class Graph(Protocol):
 
     def close(self) -> None:
         """Give the recording's memory back, its result's included."""
-
-
-def captures(model: nn.Module, forward: Callable[..., Tensor] | None, device_type: str, steps: int) -> bool:
-    """Whether to sample through `StepGraphs`: on a GPU, where `forward` (None: the model) is the whole model itself.
-
-    Processes that share a sample wait for each other within the call, and a wrapper may have the weights in pieces.
-    """
-    whole = forward in (None, model) and all(is_plain(m) for m in model.modules() if isinstance(m, nn.Linear))
-    return device_type == "cuda" and whole and steps >= MIN_STEPS
 
 
 class StepGraphs:

@@ -17,16 +17,15 @@ from torch import Tensor
 from opensora_repro.config import Config
 from opensora_repro.data.cache import CacheRows, LatentCache
 from opensora_repro.data.dataset import BadSample, Clip, ClipDataset, LoaderDied, build_loader
-from opensora_repro.data.keyed import keyed_generator
-from opensora_repro.data.sampler import SharedBatches, interleave
+from opensora_repro.data.sampler import SharedBatches, interleave, keyed_generator
 from opensora_repro.diffusion.objective import Objective
 from opensora_repro.errors import TrainingError
 from opensora_repro.frozen.encoder import Encoded, Encoder
 from opensora_repro.frozen.vae import FrameVAE
 from opensora_repro.kernels.ops import to_device
 from opensora_repro.models.layers import count_frames, count_tokens
-from opensora_repro.parallel.collectives import Collectives
 from opensora_repro.parallel.device import SideStream
+from opensora_repro.parallel.engine import Collectives
 
 Sample: TypeAlias = "tuple[int, Clip | Encoded | BadSample]"  # with the epoch it is drawn in
 

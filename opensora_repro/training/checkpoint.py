@@ -26,7 +26,7 @@ from torch import Tensor
 
 from opensora_repro.errors import TrainingError, UserError
 from opensora_repro.files import sha256_of
-from opensora_repro.parallel.engine import Engine
+from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.run_folder import EMA_FILE, MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, list_checkpoints
 from opensora_repro.training.ema import Ema
 
@@ -112,7 +112,7 @@ def newest_checkpoint(run_dir: Path, report: Callable[[str], None] = print) -> t
     return None
 
 
-def load_checkpoint(folder: Path, state: TrainState, engine: Engine, ema: Ema) -> None:
+def load_checkpoint(folder: Path, state: TrainState, engine: TorchEngine, ema: Ema) -> None:
     """Put a verified checkpoint's tensors in place, each rank its own pieces, tensor by tensor.
 
     Raises CheckpointError where names or shapes differ.
@@ -135,7 +135,7 @@ def load_checkpoint(folder: Path, state: TrainState, engine: Engine, ema: Ema) -
 
 
 @contextlib.contextmanager
-def _opened(path: Path, engine: Engine) -> Iterator[Any]:
+def _opened(path: Path, engine: TorchEngine) -> Iterator[Any]:
     """A file of the model's weights. Raises RuntimeError unless it has the model's names and shapes."""
     expected = {name: engine.whole_shape(name) for name in engine.masters}
     expected |= {name: value.shape for name, value in engine.fixed.items()}
@@ -148,14 +148,14 @@ def _opened(path: Path, engine: Engine) -> Iterator[Any]:
         yield file
 
 
-def optimizer_pieces(engine: Engine) -> Iterator[tuple[str, str, Tensor]]:
+def optimizer_pieces(engine: TorchEngine) -> Iterator[tuple[str, str, Tensor]]:
     """(kind, parameter, this rank's piece) of the optimizer's whole state; nothing before the first step."""
     for name, master in engine.masters.items():
         for kind, value in engine.optimizer.state.get(master, {}).items():
             yield kind, name, value
 
 
-def _load_optimizer(engine: Engine, file: Any) -> None:
+def _load_optimizer(engine: TorchEngine, file: Any) -> None:
     """Raises KeyError for a parameter that the model does not have."""
     names = {id(master): name for name, master in engine.masters.items()}
     optimizer = engine.optimizer

@@ -17,8 +17,8 @@ from opensora_repro.data.sampler import SampleBatch
 from opensora_repro.errors import TrainingError, cannot_write
 from opensora_repro.frozen.encoder import Encoder
 from opensora_repro.frozen.hashes import HashMemo
-from opensora_repro.parallel.engine import Engine
-from opensora_repro.training.quarantine import Quarantine
+from opensora_repro.parallel.engine import TorchEngine
+from opensora_repro.training.metrics import Quarantine
 
 FROZEN_HASHES = "frozen-files.json"  # in a cache's folder: the frozen models' digests
 FLUSH_EVERY = 256  # samples between the cache's writes: what a killed fill loses at most
@@ -106,7 +106,7 @@ class Tried:
     stopped: bool = False
 
 
-def fill_cache(fill: CacheFill, engine: Engine, quarantine: Quarantine, stopped: Callable[[], bool]) -> None:
+def fill_cache(fill: CacheFill, engine: TorchEngine, quarantine: Quarantine, stopped: Callable[[], bool]) -> None:
     """Encode what the cache lacks; collective. Ends early where a process is `stopped()`.
 
     A process with too many bad samples in its own share pauses, so that all judge whether there are too many in all.

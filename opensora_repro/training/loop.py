@@ -17,7 +17,7 @@ from opensora_repro.errors import DataError, TrainingError, cannot_write, is_out
 from opensora_repro.frozen.encoder import Encoder
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.parallel.device import HostValues
-from opensora_repro.parallel.engine import Engine
+from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.process import StopSignals
 from opensora_repro.run_folder import list_checkpoints
 from opensora_repro.sampling.generate import NotFinite
@@ -25,8 +25,7 @@ from opensora_repro.sampling.grids import sample_prompts, write_samples
 from opensora_repro.training.batches import Batch, BatchBuilder, Collator, Feed, Prefetcher
 from opensora_repro.training.checkpoint import TrainState, UnwritableCheckpoint
 from opensora_repro.training.ema import Ema
-from opensora_repro.training.metrics import Progress, RunLog
-from opensora_repro.training.quarantine import Quarantine
+from opensora_repro.training.metrics import Progress, Quarantine, RunLog
 from opensora_repro.training.save import CheckpointWriter
 from opensora_repro.training.step import ModelRunner, PendingStep, StepResult, StepTotals, decide, learning_rate
 from opensora_repro.training.validate import Validator
@@ -48,7 +47,7 @@ class Trainer:
     """
 
     cfg: Config
-    engine: Engine
+    engine: TorchEngine
     model: STDiT
     objective: Objective
     encoder: Encoder

@@ -21,7 +21,7 @@ from opensora_repro.frozen.encoder import open_encoder, skipped_models
 from opensora_repro.frozen.text import take_null_caption
 from opensora_repro.kernels.ops import choose
 from opensora_repro.parallel.build import build_engine
-from opensora_repro.parallel.engine import Engine
+from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.parallel.preflight import check_same, config_facts, weights_digest
 from opensora_repro.process import StopSignals
 from opensora_repro.run_folder import WEIGHTS_FILE, claimed_run_folder, clean_leftovers, list_checkpoints, write_config
@@ -32,11 +32,10 @@ from opensora_repro.training.ema import Ema, horizon_warning
 from opensora_repro.training.fill import CacheFill, cache_fingerprint, fill_cache
 from opensora_repro.training.identity import check_manifest, ids_fingerprint
 from opensora_repro.training.loop import Trainer
-from opensora_repro.training.metrics import RunLog
+from opensora_repro.training.metrics import Quarantine, RunLog
 from opensora_repro.training.model import apply_compile, build_model, compiles
 from opensora_repro.training.optim import build_optimizer, check_processes
 from opensora_repro.training.preflight import preflight
-from opensora_repro.training.quarantine import Quarantine
 from opensora_repro.training.save import CheckpointWriter
 from opensora_repro.training.start import Stage, Start, find_start
 from opensora_repro.training.validate import Validator, chosen_samples
@@ -65,7 +64,7 @@ def train(cfg: Config, stage: Stage, say: Say = print) -> Outcome:
         engine.close()
 
 
-def _train(cfg: Config, stage: Stage, engine: Engine, say: Say) -> Outcome:
+def _train(cfg: Config, stage: Stage, engine: TorchEngine, say: Say) -> Outcome:
     check_same(engine.watchdog, "settings", config_facts(cfg))
     check_processes(cfg.optim, engine.mesh.world_size)
     start = engine.world.on_first(lambda: find_start(cfg, engine.mesh.data_size, say))
@@ -87,7 +86,7 @@ def _train(cfg: Config, stage: Stage, engine: Engine, say: Say) -> Outcome:
 class _Run:
     """One process's part of a run."""
 
-    def __init__(self, cfg: Config, stage: Stage, engine: Engine, start: Start, table: Any, say: Say) -> None:
+    def __init__(self, cfg: Config, stage: Stage, engine: TorchEngine, start: Start, table: Any, say: Say) -> None:
         self.cfg, self.stage, self.engine, self.start, self.table, self.say = cfg, stage, engine, start, table, say
         self.run_dir = Path(cfg.run.dir)
 

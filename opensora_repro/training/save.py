@@ -24,9 +24,8 @@ import torch
 from torch import Tensor
 
 from opensora_repro.files import beside, remove_folder, sha256_of, sync_folder, write_text
-from opensora_repro.parallel.collectives import Collectives
 from opensora_repro.parallel.device import device_kind
-from opensora_repro.parallel.engine import Engine
+from opensora_repro.parallel.engine import Collectives, TorchEngine
 from opensora_repro.parallel.tensor_file import TensorFile
 from opensora_repro.run_folder import (
     CONFIG_FILE,
@@ -53,7 +52,7 @@ class Snapshot:
 class CheckpointWriter:
     """Writes a run's checkpoints and keeps the newest `keep` of them (0: all). All methods are collective."""
 
-    def __init__(self, run_dir: Path, engine: Engine, config_toml: str, *, keep: int, background: bool) -> None:
+    def __init__(self, run_dir: Path, engine: TorchEngine, config_toml: str, *, keep: int, background: bool) -> None:
         self.run_dir, self.engine, self.config_toml, self.keep = run_dir, engine, config_toml, keep
         self.background = background
         self._thread: threading.Thread | None = None
@@ -125,7 +124,7 @@ def _together(group: Collectives, final: Path) -> Iterator[None]:
     group.agree(error)
 
 
-def take_snapshot(engine: Engine, ema: Ema, state: TrainState, *, copy: bool) -> Snapshot:
+def take_snapshot(engine: TorchEngine, ema: Ema, state: TrainState, *, copy: bool) -> Snapshot:
     """Collective. `copy`: the tensors will still be read after training has gone on."""
     entries = list(_entries(engine, ema))
     sizes = [math.prod(shape) * dtype.itemsize for _, _, dtype, shape, _, _ in entries]
@@ -140,7 +139,7 @@ def take_snapshot(engine: Engine, ema: Ema, state: TrainState, *, copy: bool) ->
     return snapshot
 
 
-def _entries(engine: Engine, ema: Ema) -> Iterator[tuple[str, str, torch.dtype, torch.Size, str, Tensor]]:
+def _entries(engine: TorchEngine, ema: Ema) -> Iterator[tuple[str, str, torch.dtype, torch.Size, str, Tensor]]:
     """(file, key, dtype, shape, parameter that it is spread as, this rank's piece); no parameter: whole everywhere."""
     for file, weights in ((MODEL_FILE, engine.masters), (EMA_FILE, ema.shadow)):
         for name, piece in weights.items():

@@ -16,7 +16,7 @@ from opensora_repro.config import OptimConfig
 from opensora_repro.data.dataset import BadSample
 from opensora_repro.kernels.ops import to_device
 from opensora_repro.parallel.device import HostValues
-from opensora_repro.parallel.engine import Engine
+from opensora_repro.parallel.engine import TorchEngine
 
 
 def learning_rate(cfg: OptimConfig, step: int, num_steps: int) -> float:
@@ -109,7 +109,9 @@ class Decision:
     result: Tensor  # float64 [7], in the order of StepResult
 
 
-def decide(engine: Engine, totals: StepTotals, *, stopping: bool, global_batch_size: int, clip_norm: float) -> Decision:
+def decide(
+    engine: TorchEngine, totals: StepTotals, *, stopping: bool, global_batch_size: int, clip_norm: float
+) -> Decision:
     """Collective. Gradients are of the mean over `global_batch_size` samples, as if all of them were good.
 
     `clip_norm` 0: the norm is not clipped.

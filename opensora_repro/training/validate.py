@@ -8,13 +8,13 @@ import torch
 
 from opensora_repro.config import Config
 from opensora_repro.data.dataset import BadSample, ClipDataset
-from opensora_repro.data.keyed import keyed_generator, keyed_seed
+from opensora_repro.data.sampler import keyed_generator, keyed_seed
 from opensora_repro.diffusion.objective import Objective
 from opensora_repro.errors import DataError, TrainingError
 from opensora_repro.frozen.encoder import Encoded, Encoder
-from opensora_repro.parallel.engine import Engine
+from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.training.fill import load_listed
-from opensora_repro.training.quarantine import Quarantine
+from opensora_repro.training.metrics import Quarantine
 from opensora_repro.training.step import ModelRunner
 
 
@@ -34,7 +34,7 @@ class Validator:
         chosen: Sequence[int],
         encoder: Encoder,
         objective: Objective,
-        engine: Engine,
+        engine: TorchEngine,
         quarantine: Quarantine,
         *,
         stopped: Callable[[], bool] = lambda: False,

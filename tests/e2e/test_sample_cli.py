@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
@@ -21,10 +20,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import opensora_repro
-from opensora_repro.data.write import write_sample
-from opensora_repro.sampling.generate import generate
-from opensora_repro.sampling.source import find_source, load_models
 from stages.sample import main
 from tests.sample_home import PROMPTS, check_mistake, decode, generate_samples, sample
 
@@ -87,29 +82,6 @@ def test_one_frame_is_a_png_and_sizes_can_be_chosen(home: Path, tmp_path: Path) 
     )  # fmt: skip
     assert video.shape == (3, 32, 16, 3)
     assert Image.open(tmp_path / "video" / "0000.gif").n_frames == 3
-
-
-def test_a_prompts_path_leads_through_few_files(home: Path, tmp_path: Path) -> None:
-    """What there is to read to understand sampling, from a prompt to its file; `pytest -s` prints the list."""
-    found = find_source(home / "flow")
-    model, vae, encoder, _ = load_models(found, torch.device("cpu"))
-    root = Path(opensora_repro.__file__).parents[1]
-    files: set[str] = set()
-
-    def see(frame: Any, event: str, _: Any) -> None:
-        path = Path(frame.f_code.co_filename)
-        if event == "call" and path.is_relative_to(root / "opensora_repro"):
-            files.add(str(path.relative_to(root)))
-
-    sys.setprofile(see)
-    try:
-        for _, video in generate(model, vae, encoder, found.config, PROMPTS[:1], seed=0, batch_size=1):
-            write_sample(tmp_path / "0000.mp4", video, found.config.sample.fps)
-    finally:
-        sys.setprofile(None)
-    print("", *sorted(files), sep="\n")
-    assert {"opensora_repro/sampling/generate.py", "opensora_repro/models/stdit.py"} <= files
-    assert len(files) <= 24
 
 
 @pytest.mark.parametrize("sampler", ["iddpm", "ddim", "dpm"])

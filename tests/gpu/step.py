@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from opensora_repro.diffusion.objective import Objective
-    from opensora_repro.parallel.engine import Engine
+    from opensora_repro.parallel.engine import TorchEngine
 
 STEPS, WARMUP = 6, 2
 LEARNING_RATE = 1e-4
@@ -87,7 +87,7 @@ CASES = {  # the published recipes; batches as in the released runs, and one cli
 class Training:
     """Everything that makes steps on one batch; call `step`, then `close`."""
 
-    engine: Engine
+    engine: TorchEngine
     objective: Objective
     predict: Callable[[Tensor, Tensor], Tensor]
     latents: Tensor

@@ -21,10 +21,9 @@ import torch
 
 from benchmarks import tables
 from opensora_repro.config import DataConfig
-from opensora_repro.data.dataset import BadSample, Clip, ClipDataset, build_loader
+from opensora_repro.data.dataset import BadSample, Clip, ClipDataset, build_loader, to_tensor
 from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.sampler import BatchSampler
-from opensora_repro.data.transforms import to_tensor
 from opensora_repro.data.video import cover_size, read_frames_at
 from tests.frames import write_manifest
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from opensora_repro.data.keyed import keyed_generator, keyed_seed
+from opensora_repro.data.sampler import keyed_generator, keyed_seed
 
 
 def test_seed_is_the_published_constant() -> None:
@@ -18,7 +18,7 @@ def test_seed_is_the_published_constant() -> None:
 
 def test_same_key_same_numbers_in_another_process(repo_dir: Path) -> None:
     code = (
-        "import torch; from opensora_repro.data.keyed import keyed_generator;"
+        "import torch; from opensora_repro.data.sampler import keyed_generator;"
         "print(torch.randint(0, 2**31, (4,), generator=keyed_generator(1, 2, 'ключ', 'crop')).tolist())"
     )
     here = torch.randint(0, 2**31, (4,), generator=keyed_generator(1, 2, "ключ", "crop")).tolist()

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opensora_repro.data.transforms import crop, frame_window, mirror, names_a_side, to_tensor
+from opensora_repro.data.dataset import crop, frame_window, mirror, names_a_side, to_tensor
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from opensora_repro.models.config import DiTConfig, STDiTConfig
 from opensora_repro.models.dit import DiT
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.parallel.tensor import ColumnLinear
-from opensora_repro.sampling.graphs import MIN_STEPS, WARM_UP, StepGraphs, captures
+from opensora_repro.sampling.generate import MIN_GRAPH_STEPS, captures
+from opensora_repro.sampling.graphs import WARM_UP, StepGraphs
 from tests.gpu.graphs import Rerun, recording
 
 CPU = torch.device("cpu")
@@ -172,10 +173,10 @@ def test_every_sampler_and_model(objective: str, sampler: str, model_class: type
 
 def test_who_samples_through_graphs() -> None:
     model = STDiT(STDIT)
-    assert captures(model, None, "cuda", MIN_STEPS) and captures(model, model, "cuda", 100)
+    assert captures(model, None, "cuda", MIN_GRAPH_STEPS) and captures(model, model, "cuda", 100)
     assert captures(DiT(DIT), None, "cuda", 100)
     assert not captures(model, model, "cpu", 100)
-    assert not captures(model, model, "cuda", MIN_STEPS - 1)
+    assert not captures(model, model, "cuda", MIN_GRAPH_STEPS - 1)
     assert not captures(model, nn.Sequential(model), "cuda", 100)
     model.blocks[0].mlp.fc1 = ColumnLinear(32, 128)  # tensor parallelism changes the model in place
     assert not captures(model, model, "cuda", 100)

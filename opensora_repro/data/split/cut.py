@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from opensora_repro.data.color import CENTRED_CHROMA, LEFT_CHROMA, keeps_color, rgb_to_yuv, yuv_to_yuv
+from opensora_repro.data.color import CENTRED_CHROMA, LEFT_CHROMA, keeps_color, yuv_to_yuv
 from opensora_repro.data.split.scenes import DRAFT, Scan, Span
 from opensora_repro.data.video import (
     DecodeError,
@@ -30,7 +30,7 @@ from opensora_repro.data.video import (
     orientation,
     pixel_aspect,
 )
-from opensora_repro.data.write import steady_options
+from opensora_repro.data.write import rgb_to_yuv, steady_options
 from opensora_repro.files import beside
 
 GOP = 16  # frames between key frames: what a random read decodes in vain at most
