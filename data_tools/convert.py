@@ -33,9 +33,10 @@ from opensora_repro.data.convert.source import refusal
 from opensora_repro.data.inputs import VIDEO_SUFFIXES, Item
 from opensora_repro.data.jobs.run import Runner, RunnerArguments, run_jobs, runner_of
 from opensora_repro.data.options import argument, option, parse, parser_of
-from opensora_repro.data.outcome import in_batches, rejects_writer, rows_batch, schema_of
+from opensora_repro.data.outcome import rejects_writer, rows_batch, schema_of
 from opensora_repro.data.probe.rows import job_of, probe_file
 from opensora_repro.data.progress import progress
+from opensora_repro.data.tables import in_batches
 from opensora_repro.errors import DataError, run_command
 from opensora_repro.files import one_line, remove_leftovers, user_path
 

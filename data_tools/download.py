@@ -36,7 +36,8 @@ from opensora_repro.data.download.fetch import Budget, Limits
 from opensora_repro.data.download.video_pages import find_yt_dlp
 from opensora_repro.data.manifest import is_missing
 from opensora_repro.data.options import argument, option, parse, parser_of
-from opensora_repro.data.outcome import Row, in_batches, reject, rejects_writer, rows_batch
+from opensora_repro.data.outcome import Row, reject, rejects_writer, rows_batch
+from opensora_repro.data.tables import in_batches
 from opensora_repro.errors import DataError, run_command
 from opensora_repro.files import one_line, remove_leftovers, safe_name
 

@@ -6,16 +6,14 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from opensora_repro.data.manifest import is_missing
-from opensora_repro.data.tables import table_writer
+from opensora_repro.data.tables import BATCH, in_batches, table_writer
 from opensora_repro.files import one_line
 
 Row = dict[str, Any]
-BATCH = 16384  # rows that are in memory at a time
 MANIFEST = {
     "id": "string", "path": "string", "caption": "string", "num_frames": "int64", "fps": "double",
     "height": "int64", "width": "int64",
@@ -71,13 +69,6 @@ def rejects_writer(path: Path) -> Iterator[Callable[[Row], None]]:
 
         yield refuse
         flush()
-
-
-def in_batches(rows: Iterable[Row], size: int = BATCH) -> Iterator[list[Row]]:
-    """Yield lists of `size` rows; the last may be shorter."""
-    rows = iter(rows)
-    while batch := list(islice(rows, size)):
-        yield batch
 
 
 def schema_of(columns: Mapping[str, str]) -> Any:

@@ -124,6 +124,8 @@ def epoch_permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray:
     Sorted raw 64-bit words: numpy promises bit generators' raw streams for good, but not those of its `permutation`.
     """
     words = np.random.PCG64(keyed_seed(seed, epoch, "permutation")).random_raw(num_samples)
-    order = np.argsort(words, kind="stable")
+    ordered = np.sort(words)
+    ties = (ordered[1:] == ordered[:-1]).any()  # hardly ever; without any, the quicker sort gives the same
+    order = np.argsort(words, kind="stable" if ties else None)
     order.setflags(write=False)  # shared through the cache
     return order

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from opensora_repro.data.csv_rows import csv_names
 from opensora_repro.data.csv_tables import csv_schema, stream_csv
@@ -15,7 +16,10 @@ from opensora_repro.errors import DataError
 from opensora_repro.files import one_line, writing
 
 BATCH_ROWS = 1 << 16
+BATCH = 16384  # rows of Python objects that are in memory at a time
 GROUP_ROWS = 1 << 17  # of a written file's row groups: what a writer holds in memory
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,13 @@ def kind_by_name(path: Path) -> str:
     if kind not in ("parquet", "csv"):
         raise DataError(f"{path}: expected a .parquet or .csv file")
     return kind
+
+
+def in_batches(items: Iterable[Item], size: int = BATCH) -> Iterator[list[Item]]:
+    """Yield lists of `size` items; the last may be shorter."""
+    items = iter(items)
+    while batch := list(islice(items, size)):
+        yield batch
 
 
 class EmptyTableError(DataError):

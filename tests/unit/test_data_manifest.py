@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from opensora_repro.data import manifest, tables
 from opensora_repro.errors import DataError
 from tests.frames import read_manifest, write_manifest
 
@@ -87,6 +88,18 @@ def test_mistakes_are_named_in_one_line(tmp_path: Path, name: str, changes: dict
         read_manifest(tmp_path / name)
     assert "\n" not in str(caught.value)
     assert str(tmp_path / name) in str(caught.value)
+
+
+def test_ids_of_one_hash_are_compared_as_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Across the parts of a table, too; no two texts are known that really have the same hash."""
+    monkeypatch.setattr(manifest, "hash", len, raising=False)
+    monkeypatch.setattr(manifest, "BATCHES", 1)
+    monkeypatch.setattr(tables, "BATCH_ROWS", 1)
+    write_manifest(rows(), tmp_path / "m.parquet")
+    assert read_manifest(tmp_path / "m.parquet")["id"].tolist() == ["a", "b", "c"]
+    write_manifest(rows(id=["b", "a", "b"]), tmp_path / "m.parquet")
+    with pytest.raises(DataError, match="id 'b' is used by rows 1, 3"):
+        read_manifest(tmp_path / "m.parquet")
 
 
 def test_caption_of_another_type(tmp_path: Path) -> None:

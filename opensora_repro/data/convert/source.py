@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from opensora_repro.data.ids import Seen, text_digest
-from opensora_repro.data.outcome import MANIFEST, Row, in_batches, reject, rows_batch
+from opensora_repro.data.outcome import MANIFEST, Row, reject, rows_batch
+from opensora_repro.data.tables import in_batches
 
 Refuse = Callable[[Row], None]
 STAGE = "convert"
