@@ -32,11 +32,11 @@ from typing import TYPE_CHECKING, Any
 from opensora_repro.data.convert.source import refusal
 from opensora_repro.data.inputs import VIDEO_SUFFIXES, Item
 from opensora_repro.data.jobs.run import Runner, RunnerArguments, run_jobs, runner_of
+from opensora_repro.data.manifest import rejects_writer
 from opensora_repro.data.options import argument, option, parse, parser_of
-from opensora_repro.data.outcome import rejects_writer, rows_batch, schema_of
 from opensora_repro.data.probe.rows import job_of, probe_file
 from opensora_repro.data.progress import progress
-from opensora_repro.data.tables import in_batches
+from opensora_repro.data.tables import in_batches, rows_batch, schema_of
 from opensora_repro.errors import DataError, run_command
 from opensora_repro.files import one_line, remove_leftovers, user_path
 
@@ -185,7 +185,8 @@ def json_files(path: Path) -> list[Path]:
 
 def write_clips(options: Options) -> int:
     """Write a manifest or a CSV; returns its rows."""
-    from opensora_repro.data.tables import Absolute, Rebase, table_writer
+    from opensora_repro.data.manifest import Absolute, Rebase
+    from opensora_repro.data.tables import table_writer
 
     out, source = options.out, open_source(options)
     opensora = options.to == "opensora"
@@ -207,7 +208,8 @@ def write_clips(options: Options) -> int:
 def write_webdataset(options: Options) -> int:
     """Write archives; returns how many samples they have."""
     from opensora_repro.data.convert.tar_writer import write_shards
-    from opensora_repro.data.tables import Rebase, table_writer
+    from opensora_repro.data.manifest import Rebase
+    from opensora_repro.data.tables import table_writer
 
     table, source, rows = options.out / "records" / "rows.parquet", open_source(options), 0
     place = Rebase(source.folder, table.parent.absolute())

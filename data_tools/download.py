@@ -34,10 +34,9 @@ from typing import TYPE_CHECKING
 from opensora_repro.data.download.downloads import Download, Place, fetch_all
 from opensora_repro.data.download.fetch import Budget, Limits
 from opensora_repro.data.download.video_pages import find_yt_dlp
-from opensora_repro.data.manifest import is_missing
+from opensora_repro.data.manifest import reject, rejects_writer
 from opensora_repro.data.options import argument, option, parse, parser_of
-from opensora_repro.data.outcome import Row, reject, rejects_writer, rows_batch
-from opensora_repro.data.tables import in_batches
+from opensora_repro.data.tables import Row, in_batches, is_missing, rows_batch
 from opensora_repro.errors import DataError, run_command
 from opensora_repro.files import one_line, remove_leftovers, safe_name
 
@@ -200,8 +199,7 @@ def write_tables(table: Table, results: dict[str, Row], out: Path) -> int:
     """Write rejects.parquet, captions.parquet if rows describe parts, and the manifest; return how many rejects."""
     import pyarrow as pa
 
-    from opensora_repro.data.outcome import schema_of
-    from opensora_repro.data.tables import num_rows, table_writer
+    from opensora_repro.data.tables import num_rows, schema_of, table_writer
 
     whole = pa.schema([*schema_of(MADE), *(field for field in table.schema if field.name not in MADE)])
     parts = pa.schema([pa.field("part", pa.string()) if field.name == "id" else field for field in whole])

@@ -38,9 +38,8 @@ from opensora_repro.errors import DataError, run_command
 if TYPE_CHECKING:
     import numpy as np
 
-    from opensora_repro.data.columns import Value
     from opensora_repro.data.filter.contact_sheet import Nearest
-    from opensora_repro.data.tables import Table
+    from opensora_repro.data.tables import Table, Value
 
 PERCENTILE_ROWS = 50  # of fewer, a few per cent are a clip or none
 PERCENTILE = re.compile(r"(?P<value>.+?)\s*(?P<op>>=|<=|>|<)\s*(?P<percent>\d+(\.\d*)?|\.\d+)\s*%", re.DOTALL)
@@ -154,8 +153,8 @@ def filter_rows(given: str, out: Path, rules: list[tuple[str, str]], *, thumbnai
 
 def build_rules(kind: str, text: str, table: Table) -> list[Rule]:
     """Compile one option's text; a percentile reads its column here. Raises DataError."""
-    from opensora_repro.data.columns import NUMBER, TRUTH
     from opensora_repro.data.filter.expressions import compile_expression, split_conjunction, threshold_of
+    from opensora_repro.data.tables import NUMBER, TRUTH
 
     if kind == "percentile":
         return [percentile_rule(text, table)]
@@ -185,9 +184,9 @@ def percentile_parts(text: str) -> re.Match[str]:
 
 def percentile_rule(text: str, table: Table) -> Rule:
     """Turn "sharpness >= 10%" into a comparison with the tenth percentile of the whole column."""
-    from opensora_repro.data.columns import NUMBER, numbers
     from opensora_repro.data.filter.expressions import compile_expression
     from opensora_repro.data.filter.quantiles import percentile
+    from opensora_repro.data.tables import NUMBER, numbers
 
     match = percentile_parts(text)
     value = compile_expression(match["value"], table.schema)
@@ -211,7 +210,8 @@ def apply_rules(table: Table, rules: list[Rule], out: Path) -> tuple[int, int]:
     import pyarrow.compute as pc
     from tqdm import tqdm
 
-    from opensora_repro.data.tables import Rebase, table_writer
+    from opensora_repro.data.manifest import Rebase
+    from opensora_repro.data.tables import table_writer
 
     rebase = Rebase(table.path.absolute().parent, out.absolute())
     told = [name for name in ("id", "path", "source") if name in table.schema.names]
@@ -244,7 +244,7 @@ def first_failures(rules: list[Rule], batch: Any) -> Any:
     import numpy as np
     import pyarrow as pa
 
-    from opensora_repro.data.columns import numbers, truths
+    from opensora_repro.data.tables import numbers, truths
 
     first = np.full(batch.num_rows, len(rules), dtype=np.int32)
     for number, rule in enumerate(rules):

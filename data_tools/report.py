@@ -171,7 +171,7 @@ def rows_to_read(stages: Sequence[Stage]) -> int:
 
 def scores_of(table: Table) -> list[str]:
     """Return the columns of numbers that were measured on the clips."""
-    from opensora_repro.data.outcome import LINEAGE, MANIFEST
+    from opensora_repro.data.manifest import LINEAGE, MANIFEST
     from opensora_repro.data.report.summary import number_columns
 
     return [

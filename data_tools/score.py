@@ -41,9 +41,10 @@ from opensora_repro.data.jobs.batches import run_batches
 from opensora_repro.data.jobs.gpus import check_device
 from opensora_repro.data.jobs.keys import digest, sampled_digest
 from opensora_repro.data.jobs.run import Job, Runner, RunnerArguments, run_jobs, runner_of
+from opensora_repro.data.manifest import REJECTS
 from opensora_repro.data.options import argument, option, parse, parser_of
-from opensora_repro.data.outcome import REJECTS, write_rows
 from opensora_repro.data.probe.rows import INPUT_HELP, manifest_of
+from opensora_repro.data.tables import write_rows
 from opensora_repro.errors import DataError, run_command
 
 if TYPE_CHECKING:

@@ -27,8 +27,9 @@ from opensora_repro.data.inputs import Item, content_digest, find_inputs
 from opensora_repro.data.jobs.keys import file_key
 from opensora_repro.data.jobs.records import finished, read_record, write_record
 from opensora_repro.data.jobs.run import Job, Runner, RunnerArguments, run_jobs, runner_of
+from opensora_repro.data.manifest import LINEAGE, MANIFEST, reject, write_outcome
 from opensora_repro.data.options import argument, option, parse, parser_of
-from opensora_repro.data.outcome import LINEAGE, MANIFEST, Row, reject, write_outcome
+from opensora_repro.data.tables import Row
 from opensora_repro.errors import DataError, run_command
 from opensora_repro.files import remove_leftovers
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from opensora_repro.data.jobs.run import Runner
-from opensora_repro.data.outcome import MANIFEST, path_from, reject, with_types, write_outcome
+from opensora_repro.data.manifest import MANIFEST, Absolute, path_from, reject, write_outcome
 from opensora_repro.data.probe.rows import INPUT_HELP, manifest_of
-from opensora_repro.data.tables import Absolute, open_table
+from opensora_repro.data.tables import open_table, with_types
 from opensora_repro.data.video import DecodeError, read_pictures_at
 from opensora_repro.errors import run_command
 

@@ -8,7 +8,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from opensora_repro.data.outcome import MANIFEST, path_from, write_rows
+from opensora_repro.data.manifest import MANIFEST, path_from
+from opensora_repro.data.tables import write_rows
 from opensora_repro.data.video import is_image, probe
 from opensora_repro.errors import DataError, run_command
 

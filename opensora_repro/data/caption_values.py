@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from opensora_repro.data.manifest import is_missing
+from opensora_repro.data.tables import is_missing
 
 CAPTION_KEYS = ("caption", "text", "description", "captions", "texts")  # of others, the first that is there
 LONGEST_LIST = 1 << 16  # characters of a list of texts that is written out

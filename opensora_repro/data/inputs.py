@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opensora_repro.data.manifest import is_missing
-from opensora_repro.data.tables import read_table
+from opensora_repro.data.tables import is_missing, read_table
 from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
 

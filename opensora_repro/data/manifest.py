@@ -8,16 +8,41 @@ one frame.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from opensora_repro.config.prompts import is_blank
-from opensora_repro.data.tables import Absolute, Rebase, Table, in_batches, is_text, open_table, write_table
+from opensora_repro.data.tables import (
+    BATCH,
+    Row,
+    Table,
+    in_batches,
+    is_missing,
+    is_text,
+    open_table,
+    rows_batch,
+    schema_of,
+    table_writer,
+    write_rows,
+    write_table,
+)
 from opensora_repro.errors import DataError
+from opensora_repro.files import one_line
 
-COUNT_COLUMNS = ("num_frames", "height", "width")
-REQUIRED_COLUMNS = ("id", "path", "caption", "num_frames", "fps", "height", "width")
+MANIFEST = {
+    "id": "string", "path": "string", "caption": "string", "num_frames": "int64", "fps": "double",
+    "height": "int64", "width": "int64",
+}  # fmt: skip
+LINEAGE = {
+    "source": "string", "start_frame": "int64", "end_frame": "int64", "start_time": "double", "end_time": "double",
+}  # fmt: skip
+REJECTS = {
+    "id": "string", "path": "string", "source": "string", "stage": "string", "reason": "string",
+    "start_frame": "int64", "end_frame": "int64",
+}  # fmt: skip
 BATCHES = 16  # of a file, that are a chunk of the table in memory
 
 
@@ -32,11 +57,11 @@ def read_manifest(path: str | Path, *, need_captions: bool = True) -> Any:
 
     path = Path(path)
     table = open_table(path)
-    missing = [name for name in REQUIRED_COLUMNS if name not in table.schema.names]
+    missing = [name for name in MANIFEST if name not in table.schema.names]
     if missing:
         raise DataError(
             f"{path}: column{'s' if len(missing) > 1 else ''} {', '.join(missing)} missing; "
-            f"a manifest needs {', '.join(REQUIRED_COLUMNS)} (has {', '.join(table.schema.names)})"
+            f"a manifest needs {', '.join(MANIFEST)} (has {', '.join(table.schema.names)})"
         )
     # Long chunks, of exactly their size: what a batch's decoding has asked for is up to twice as much as it used.
     parts = in_batches(_checked(table, need_captions), BATCHES)
@@ -75,7 +100,7 @@ class _Rows:
         self._set("id", self._ids())
         for column, needed in (("path", True), ("caption", need_captions)):
             self._set(column, self._texts(column, needed))
-        for column in COUNT_COLUMNS:
+        for column in (name for name, kind in MANIFEST.items() if kind == "int64"):
             numbers = self._numbers(column)
             with np.errstate(invalid="ignore"):  # of NaN and infinity, which are unlike what they become
                 counts = numbers.astype("int64")
@@ -179,8 +204,97 @@ def _check_ids(path: Path, ids: Any) -> None:
         seen.add(name)
 
 
-def is_missing(value: object) -> bool:
-    """True for None, NaN, text of which nothing can be seen, and the word "nan" that a NaN leaves in a CSV."""
-    if isinstance(value, str):
-        return is_blank(value) or value.strip().lower() == "nan"
-    return value is None or str(value) in ("nan", "<NA>", "NaT")
+# ---- its paths
+
+
+class Rebase:
+    """Makes the relative paths of one folder's manifest relative to another folder; absolute ones become so too."""
+
+    def __init__(self, old: Path, new: Path) -> None:
+        self.old, self.new = old, new
+
+    def __call__(self, batch: Any) -> Any:
+        """Return the batch with its `path` column rewritten; a batch without one as it is."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        at = batch.schema.get_field_index("path")
+        if at < 0 or not batch.num_rows or not is_text(batch.schema.field(at).type):
+            return batch
+        folders, names = _split(batch.column(at).cast(pa.string()))
+        moved = pa.array([self.folder(name) for name in folders.dictionary.to_pylist()], pa.string())
+        joined = pc.binary_join_element_wise(moved.take(folders.indices), names, "")
+        return batch.set_column(at, batch.schema.field(at), joined.cast(batch.schema.field(at).type))
+
+    def folder(self, name: str) -> str:
+        """Return a folder of the old manifest's, with its last slash, as the new manifest has it."""
+        moved = os.path.relpath(self.old / os.path.expanduser(name), self.new)
+        return "" if moved == "." else f"{moved}/"
+
+
+class Absolute(Rebase):
+    """Makes the relative paths of one folder's manifest absolute, for readers that know of no folder."""
+
+    def __init__(self, old: Path) -> None:
+        super().__init__(old, old)
+
+    def folder(self, name: str) -> str:
+        """Return a folder of the old manifest's from the root on, with its last slash."""
+        return os.path.join(os.path.normpath(self.old.absolute() / os.path.expanduser(name)), "")
+
+
+def _split(paths: Any) -> tuple[Any, Any]:
+    """Return the paths' folders with their last slash, as a dictionary array since clips share few, and the names."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    first = paths[0].as_py() or ""
+    folder = first[: first.rfind("/") + 1]
+    same = pc.and_(pc.starts_with(paths, pattern=folder), pc.equal(pc.count_substring(paths, "/"), folder.count("/")))
+    if pc.all(same, skip_nulls=False).as_py():  # one folder: several times as fast as the general way
+        alike = pa.DictionaryArray.from_arrays(pa.repeat(pa.scalar(0), len(paths)), pa.array([folder]))
+        return alike, pc.utf8_slice_codeunits(paths, len(folder))
+    parts = pc.extract_regex(paths, r"(?s)^(?P<folder>(?:.*/)?)(?P<name>[^/]*)$")
+    return pc.struct_field(parts, "folder").dictionary_encode(), pc.struct_field(parts, "name")
+
+
+def path_from(out: Path, path: Path) -> str:
+    """Return a manifest's way of naming a file: relative to the manifest's folder, with /."""
+    return Path(os.path.relpath(path.absolute(), out.absolute())).as_posix()
+
+
+# ---- what a tool leaves behind
+
+
+def reject(identity: str, source: str, stage: str, reason: str, **more: Any) -> Row:
+    """Return a row of rejects.parquet; `more` may be path, start_frame and end_frame."""
+    return {"id": identity, "source": source, "stage": stage, "reason": one_line(reason), **more}
+
+
+def write_outcome(out: Path, rows: Iterable[Row], rejects: Iterable[Row], columns: Mapping[str, str]) -> None:
+    """Write OUT/rejects.parquet, then OUT/manifest.parquet: where a manifest is, its work is done.
+
+    Each whole or not at all, and left untouched if equal. `columns` are the manifest's, with pyarrow's names of their
+    types; what a row lacks is null, what it has besides is left out. Both are read once and never held whole.
+    """
+    write_rows(out / "rejects.parquet", rejects, REJECTS)
+    write_rows(out / "manifest.parquet", rows, columns)
+
+
+@contextmanager
+def rejects_writer(path: Path) -> Iterator[Callable[[Row], None]]:
+    """Yield a function that takes rejects one at a time; the file is there at the end of the block, or is not."""
+    waiting: list[Row] = []
+    with table_writer(path, schema_of(REJECTS)) as write:
+
+        def refuse(row: Row) -> None:
+            waiting.append(row)
+            if len(waiting) >= BATCH:
+                flush()
+
+        def flush() -> None:
+            write(rows_batch(waiting, schema_of(REJECTS)))
+            waiting.clear()
+
+        yield refuse
+        flush()

@@ -1,15 +1,21 @@
-"""Tables of any length as pyarrow has them, read and written a batch of rows at a time: Parquet or CSV."""
+"""Tables of any length, Parquet or CSV: the one reader and the one writer, a pyarrow batch at a time.
+
+Rows of Python's go in and out by `rows_batch` and `to_pylist`. A column's typed values are a `Value`: numbers, text or
+truth values, a missing one being null, whichever way the table spells it; `duration` may follow from other columns.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import difflib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from opensora_repro.config.prompts import is_blank
 from opensora_repro.data.csv_rows import csv_names
 from opensora_repro.data.csv_tables import csv_schema, stream_csv
 from opensora_repro.errors import DataError
@@ -19,7 +25,10 @@ BATCH_ROWS = 1 << 16
 BATCH = 16384  # rows of Python objects that are in memory at a time
 GROUP_ROWS = 1 << 17  # of a written file's row groups: what a writer holds in memory
 
+NUMBER, TEXT, TRUTH, NULL = "a number", "text", "a truth value", "always missing"
+
 Item = TypeVar("Item")
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -211,58 +220,161 @@ class _Groups:
         self.waiting, self.rows = [], 0
 
 
-class Rebase:
-    """Makes the relative paths of one folder's manifest relative to another folder; absolute ones become so too."""
-
-    def __init__(self, old: Path, new: Path) -> None:
-        self.old, self.new = old, new
-
-    def __call__(self, batch: Any) -> Any:
-        """Return the batch with its `path` column rewritten; a batch without one as it is."""
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
-        at = batch.schema.get_field_index("path")
-        if at < 0 or not batch.num_rows or not is_text(batch.schema.field(at).type):
-            return batch
-        folders, names = _split(batch.column(at).cast(pa.string()))
-        moved = pa.array([self.folder(name) for name in folders.dictionary.to_pylist()], pa.string())
-        joined = pc.binary_join_element_wise(moved.take(folders.indices), names, "")
-        return batch.set_column(at, batch.schema.field(at), joined.cast(batch.schema.field(at).type))
-
-    def folder(self, name: str) -> str:
-        """Return a folder of the old manifest's, with its last slash, as the new manifest has it."""
-        moved = os.path.relpath(self.old / os.path.expanduser(name), self.new)
-        return "" if moved == "." else f"{moved}/"
-
-
-class Absolute(Rebase):
-    """Makes the relative paths of one folder's manifest absolute, for readers that know of no folder."""
-
-    def __init__(self, old: Path) -> None:
-        super().__init__(old, old)
-
-    def folder(self, name: str) -> str:
-        """Return a folder of the old manifest's from the root on, with its last slash."""
-        return os.path.join(os.path.normpath(self.old.absolute() / os.path.expanduser(name)), "")
-
-
-def _split(paths: Any) -> tuple[Any, Any]:
-    """Return the paths' folders with their last slash, as a dictionary array since clips share few, and the names."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    first = paths[0].as_py() or ""
-    folder = first[: first.rfind("/") + 1]
-    same = pc.and_(pc.starts_with(paths, pattern=folder), pc.equal(pc.count_substring(paths, "/"), folder.count("/")))
-    if pc.all(same, skip_nulls=False).as_py():  # one folder: several times as fast as the general way
-        alike = pa.DictionaryArray.from_arrays(pa.repeat(pa.scalar(0), len(paths)), pa.array([folder]))
-        return alike, pc.utf8_slice_codeunits(paths, len(folder))
-    parts = pc.extract_regex(paths, r"(?s)^(?P<folder>(?:.*/)?)(?P<name>[^/]*)$")
-    return pc.struct_field(parts, "folder").dictionary_encode(), pc.struct_field(parts, "name")
-
-
 def is_text(kind: Any) -> bool:
     from pyarrow import types
 
     return types.is_string(kind) or types.is_large_string(kind)
+
+
+def is_missing(value: object) -> bool:
+    """True for None, NaN, text of which nothing can be seen, and the word "nan" that a NaN leaves in a CSV."""
+    if isinstance(value, str):
+        return is_blank(value) or value.strip().lower() == "nan"
+    return value is None or str(value) in ("nan", "<NA>", "NaT")
+
+
+# ---- rows of Python's
+
+
+def write_rows(path: Path, rows: Iterable[Row], columns: Mapping[str, str]) -> int:
+    """Write a Parquet file row by row, whole or not at all; an equal file is left untouched. Returns how many."""
+    schema, count = schema_of(columns), 0
+    with table_writer(path, schema) as write:
+        for batch in in_batches(rows):
+            count += len(batch)
+            write(rows_batch(batch, schema))
+    return count
+
+
+def schema_of(columns: Mapping[str, str]) -> Any:
+    """Return the pyarrow schema of columns that are given with pyarrow's names of their types."""
+    import pyarrow as pa
+
+    return pa.schema([(name, pa.type_for_alias(kind)) for name, kind in columns.items()])
+
+
+def rows_batch(rows: Sequence[Row], schema: Any) -> Any:
+    """Return rows as a pyarrow record batch; what a row lacks is null, what it has besides is left out."""
+    import pyarrow as pa
+
+    columns = []
+    for field in schema:
+        values = [row.get(field.name) for row in rows]
+        values = [None if isinstance(v, float) and math.isnan(v) else v for v in values]  # pandas' null
+        if field.type == pa.string():
+            values = [v if v is None or isinstance(v, str) else str(v) for v in values]
+        columns.append(pa.array(values, field.type))
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def with_types(rows: Iterable[Row], columns: Mapping[str, str]) -> dict[str, str]:
+    """Return `columns` and what else the rows hold, typed by its values: a user's own columns are kept."""
+    found: dict[str, set[type]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name not in columns:
+                found.setdefault(name, set()).update(() if is_missing(value) else (type(value),))
+    numbers: dict[frozenset[type], str] = {frozenset({bool}): "bool", frozenset({int}): "int64"}
+    numbers |= {frozenset({float}): "double", frozenset({int, float}): "double"}
+    return {**columns, **{name: numbers.get(frozenset(kinds), "string") for name, kinds in found.items()}}
+
+
+# ---- columns as typed values
+
+
+@dataclass(frozen=True)
+class Value:
+    """A column, or what an expression makes of some; `of` computes it from a batch: an array, or one scalar."""
+
+    kind: str
+    of: Callable[[Any], Any]
+    columns: frozenset[str] = frozenset()  # of the file, that it reads
+    constant: Any = None  # of a literal
+
+
+def column_of(name: str, schema: Any) -> Value:
+    """Return a column by name; `duration` (seconds) follows from others where there is no such column."""
+    if name in schema.names:
+        kind = _kind(schema.field(name).type)
+        if kind is None:
+            raise DataError(f"column {name} holds {schema.field(name).type}, which rules cannot use")
+        return Value(kind, lambda batch: _cleaned(batch.column(name), kind), frozenset((name,)))
+    if name == "duration" and (derived := _duration(schema)):
+        return derived
+    close = difflib.get_close_matches(name, [*schema.names, "duration"], n=1, cutoff=0.5)
+    hint = f", did you mean {close[0]}?" if close else ""
+    raise DataError(f"no column {name}{hint or ' (has ' + ', '.join(schema.names) + ')'}")
+
+
+def _duration(schema: Any) -> Value | None:
+    """Seconds: num_frames / fps, or else end_time - start_time; 0 for an image."""
+    import pyarrow.compute as pc
+
+    names = set(schema.names)
+    parts: list[Value] = []
+    if {"num_frames", "fps"} <= names:
+        frames, fps = column_of("num_frames", schema), column_of("fps", schema)
+
+        def played(batch: Any) -> Any:
+            rate = fps.of(batch)
+            return pc.if_else(pc.greater(rate, 0.0), pc.divide(frames.of(batch), rate), None)
+
+        parts.append(Value(NUMBER, played, frames.columns | fps.columns))
+    if {"start_time", "end_time"} <= names:
+        start, end = column_of("start_time", schema), column_of("end_time", schema)
+        parts.append(
+            Value(NUMBER, lambda batch: pc.subtract(end.of(batch), start.of(batch)), start.columns | end.columns)
+        )
+    if "num_frames" in names:
+        count = column_of("num_frames", schema)
+        still = Value(NUMBER, lambda batch: pc.if_else(pc.equal(count.of(batch), 1.0), 0.0, None), count.columns)
+        parts.append(still)
+    if not names >= {"start_time", "end_time"} and not names >= {"num_frames", "fps"}:
+        return None
+    columns = frozenset[str]().union(*(part.columns for part in parts))
+    return Value(NUMBER, lambda batch: pc.coalesce(*(part.of(batch) for part in parts)), columns)
+
+
+def _kind(kind: Any) -> str | None:
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        return _kind(kind.value_type)
+    if types.is_boolean(kind):
+        return TRUTH
+    if types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind):
+        return NUMBER
+    if types.is_string(kind) or types.is_large_string(kind):
+        return TEXT
+    return NULL if types.is_null(kind) else None
+
+
+def _cleaned(array: Any, kind: str) -> Any:
+    """Numbers as float64 with NaN as null (it is how tables made of floats spell a missing value); text as string."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    from pyarrow import types
+
+    if types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    if kind == NUMBER:
+        array = array.cast(pa.float64())
+        return pc.if_else(pc.is_nan(array), None, array)
+    return array.cast(pa.string()) if kind == TEXT else array
+
+
+def whole(value: Any, batch: Any) -> Any:
+    """An array of the batch's length, also where the value is one scalar."""
+    import pyarrow as pa
+
+    return pa.repeat(value, batch.num_rows) if isinstance(value, pa.Scalar) else value
+
+
+def truths(rule: Value, batch: Any) -> Any:
+    """Return the rule's truth values as a boolean array of the batch's length, with nulls where it cannot tell."""
+    return whole(rule.of(batch), batch)
+
+
+def numbers(value: Value, batch: Any) -> Any:
+    """Return a numeric value as a float64 array of the batch's length, with nulls where it is missing."""
+    return whole(value.of(batch), batch)

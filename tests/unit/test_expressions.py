@@ -3,8 +3,8 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
-from opensora_repro.data.columns import truths
 from opensora_repro.data.filter.expressions import compile_expression, split_conjunction, threshold_of
+from opensora_repro.data.tables import truths
 from opensora_repro.errors import DataError
 
 BATCH = pa.RecordBatch.from_pydict(

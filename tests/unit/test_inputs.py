@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 
 from opensora_repro.data.inputs import Item, content_digest, find_inputs
-from opensora_repro.data.outcome import MANIFEST, REJECTS, reject, with_types, write_outcome, write_rows
+from opensora_repro.data.manifest import MANIFEST, REJECTS, reject, write_outcome
+from opensora_repro.data.tables import with_types, write_rows
 from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
 from tests.frames import read_table

@@ -221,8 +221,8 @@ from pathlib import Path
 from opensora_repro.data.jobs.keys import file_key
 from opensora_repro.data.jobs.run import Job, RunnerArguments, run_jobs, runner_of
 from opensora_repro.data.options import argument, option, parse, parser_of
-from opensora_repro.data.outcome import reject, with_types, write_outcome
-from opensora_repro.data.outcome import MANIFEST, path_from
+from opensora_repro.data.manifest import MANIFEST, path_from, reject, write_outcome
+from opensora_repro.data.tables import with_types
 from opensora_repro.errors import run_command
 from opensora_repro.data.probe.rows import manifest_of
 

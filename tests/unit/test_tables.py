@@ -11,7 +11,8 @@ import pytest
 
 from opensora_repro.data import csv_tables
 from opensora_repro.data.ids import Seen
-from opensora_repro.data.tables import Absolute, Rebase, open_table, table_writer
+from opensora_repro.data.manifest import Absolute, Rebase
+from opensora_repro.data.tables import open_table, table_writer
 from opensora_repro.errors import DataError
 from tests.frames import read_table
 

@@ -13,7 +13,7 @@ from opensora_repro.data.caption.lists import FRAME, CaptionList, ClipKeys, Entr
 from opensora_repro.data.caption.names import SHOWN, Found, NameIndex
 from opensora_repro.data.caption.text import EMPTY, Caption, judged
 from opensora_repro.data.caption_values import CAPTION_KEYS, texts_in
-from opensora_repro.data.manifest import is_missing
+from opensora_repro.data.tables import is_missing
 from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from opensora_repro.data.convert.source import Refuse, Source, refusal, source_of_rows
 from opensora_repro.data.inputs import files_below
-from opensora_repro.data.outcome import Row
+from opensora_repro.data.tables import Row
 from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
 

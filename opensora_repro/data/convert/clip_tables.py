@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from opensora_repro.data.convert.source import Refuse, Source, refusal
-from opensora_repro.data.outcome import LINEAGE, MANIFEST, schema_of
-from opensora_repro.data.tables import Table, open_table
+from opensora_repro.data.manifest import LINEAGE, MANIFEST
+from opensora_repro.data.tables import Table, open_table, schema_of
 from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from opensora_repro.data.ids import Seen, text_digest
-from opensora_repro.data.outcome import MANIFEST, Row, reject, rows_batch
-from opensora_repro.data.tables import in_batches
+from opensora_repro.data.manifest import MANIFEST, reject
+from opensora_repro.data.tables import Row, in_batches, rows_batch
 
 Refuse = Callable[[Row], None]
 STAGE = "convert"
@@ -30,7 +30,7 @@ class Source:
 
 def source_of_rows(folder: Path, columns: dict[str, str], rows: Callable[[Refuse], Iterable[Row]]) -> Source:
     """Return a source whose reader yields rows; `columns` are those beside the manifest's, as in `write_rows`."""
-    from opensora_repro.data.outcome import schema_of
+    from opensora_repro.data.tables import schema_of
 
     schema = schema_of({**MANIFEST, **columns})
     return Source(folder, schema, lambda refuse: (rows_batch(rows_, schema) for rows_ in in_batches(rows(refuse))))

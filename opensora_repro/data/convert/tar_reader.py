@@ -24,8 +24,8 @@ from opensora_repro.data.inputs import VIDEO_SUFFIXES, Item, files_below, find_i
 from opensora_repro.data.jobs.keys import digest, file_key
 from opensora_repro.data.jobs.run import Job, Runner, run_jobs
 from opensora_repro.data.jobs.workers import DISK_TROUBLE
-from opensora_repro.data.outcome import LINEAGE, MANIFEST, Row, with_types
-from opensora_repro.data.tables import in_batches
+from opensora_repro.data.manifest import LINEAGE, MANIFEST
+from opensora_repro.data.tables import Row, in_batches, with_types
 from opensora_repro.errors import DataError
 from opensora_repro.files import one_line, replacing, safe_name
 

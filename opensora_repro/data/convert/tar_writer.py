@@ -19,9 +19,7 @@ from typing import Any
 from opensora_repro.data.convert.source import Refuse, refusal
 from opensora_repro.data.jobs.records import read_record
 from opensora_repro.data.jobs.run import Job, Runner, run_jobs
-from opensora_repro.data.manifest import is_missing
-from opensora_repro.data.outcome import Row
-from opensora_repro.data.tables import open_table
+from opensora_repro.data.tables import Row, is_missing, open_table
 from opensora_repro.files import remove_leftovers, safe_name, writing
 
 METHOD = 1  # raise when the same rows would give other bytes

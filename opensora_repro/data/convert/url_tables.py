@@ -12,8 +12,7 @@ from typing import Any
 
 from opensora_repro.data.caption_values import scene_span, span_of, written_literal
 from opensora_repro.data.convert.source import Refuse, refusal
-from opensora_repro.data.outcome import Row
-from opensora_repro.data.tables import open_table
+from opensora_repro.data.tables import Row, open_table
 from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
 

@@ -27,8 +27,8 @@ from opensora_repro.data.download.host_queue import HostQueue, in_threads
 from opensora_repro.data.download.kinds import kind_of
 from opensora_repro.data.download.video_pages import fetch_page, is_video_page
 from opensora_repro.data.jobs.records import read_record, write_record
-from opensora_repro.data.outcome import Row
 from opensora_repro.data.progress import progress
+from opensora_repro.data.tables import Row
 
 
 @dataclass(frozen=True)

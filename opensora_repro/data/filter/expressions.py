@@ -12,7 +12,7 @@ import ast
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from opensora_repro.data.columns import NULL, NUMBER, TEXT, TRUTH, Value, column_of, whole
+from opensora_repro.data.tables import NULL, NUMBER, TEXT, TRUTH, Value, column_of, whole
 from opensora_repro.errors import DataError
 
 MAX_CHARACTERS = 10_000

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from opensora_repro.data.inputs import content_digest
-from opensora_repro.data.outcome import REJECTS
+from opensora_repro.data.manifest import REJECTS, Rebase
 from opensora_repro.data.report.stages import MANIFEST_FILE, REJECTS_FILE, Stage
-from opensora_repro.data.tables import EmptyTableError, Rebase, Table, open_table, table_writer
+from opensora_repro.data.tables import EmptyTableError, Table, open_table, table_writer
 from opensora_repro.files import write_text
 
 RECORD_FILE = "done.json"

@@ -12,9 +12,8 @@ from typing import Any
 from opensora_repro.data.inputs import TABLE_SUFFIXES, VIDEO_SUFFIXES, Inputs, Item, content_digest, find_inputs
 from opensora_repro.data.jobs.keys import file_key
 from opensora_repro.data.jobs.run import Job, Runner, run_jobs
-from opensora_repro.data.manifest import is_missing
-from opensora_repro.data.outcome import MANIFEST, Row, path_from, reject, with_types, write_outcome
-from opensora_repro.data.tables import read_names
+from opensora_repro.data.manifest import MANIFEST, path_from, reject, write_outcome
+from opensora_repro.data.tables import Row, is_missing, read_names, with_types
 from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
 

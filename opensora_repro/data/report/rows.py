@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from opensora_repro.data.columns import NUMBER, Value, column_of
-from opensora_repro.data.tables import Table
+from opensora_repro.data.tables import NUMBER, Table, Value, column_of
 from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
 

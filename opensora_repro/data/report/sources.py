@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from opensora_repro.data.columns import Value, numbers
 from opensora_repro.data.report.reasons import Reason, normal
 from opensora_repro.data.report.rows import batches, numeric
 from opensora_repro.data.report.stages import SOURCES_COUNTED, Stage
-from opensora_repro.data.tables import Table
+from opensora_repro.data.tables import Table, Value, numbers
 
 
 @dataclass

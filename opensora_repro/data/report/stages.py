@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opensora_repro.data.columns import numbers
 from opensora_repro.data.inputs import TABLE_SUFFIXES
 from opensora_repro.data.report.reasons import Reasons
 from opensora_repro.data.report.rows import batches, numeric
-from opensora_repro.data.tables import EmptyTableError, Table, open_table
+from opensora_repro.data.tables import EmptyTableError, Table, numbers, open_table
 from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
 

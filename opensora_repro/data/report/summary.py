@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from opensora_repro.data.columns import NUMBER, Value, numbers
 from opensora_repro.data.report.rows import batches, numeric, spread
-from opensora_repro.data.tables import Table
+from opensora_repro.data.tables import NUMBER, Table, Value, numbers
 
 BINS = 32
 SAMPLE = 20_000  # rows
