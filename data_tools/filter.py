@@ -186,7 +186,7 @@ def percentile_rule(text: str, table: Table) -> Rule:
     """Turn "sharpness >= 10%" into a comparison with the tenth percentile of the whole column."""
     from opensora_repro.data.filter.expressions import compile_expression
     from opensora_repro.data.filter.quantiles import percentile
-    from opensora_repro.data.tables import NUMBER, numbers
+    from opensora_repro.data.tables import NUMBER
 
     match = percentile_parts(text)
     value = compile_expression(match["value"], table.schema)
@@ -195,7 +195,7 @@ def percentile_rule(text: str, table: Table) -> Rule:
 
     def chunks() -> Iterator[np.ndarray]:
         for batch in table.batches(sorted(value.columns)):
-            yield numbers(value, batch).to_numpy(zero_copy_only=False)
+            yield value.array(batch).to_numpy(zero_copy_only=False)
 
     threshold = percentile(chunks, float(match["percent"]))
     if threshold is None or not math.isfinite(threshold):
@@ -244,11 +244,9 @@ def first_failures(rules: list[Rule], batch: Any) -> Any:
     import numpy as np
     import pyarrow as pa
 
-    from opensora_repro.data.tables import numbers, truths
-
     first = np.full(batch.num_rows, len(rules), dtype=np.int32)
     for number, rule in enumerate(rules):
-        truth = truths(rule.check, batch)
+        truth = rule.check.array(batch)
         rule.missing += truth.null_count
         fails = ~truth.fill_null(False).to_numpy(zero_copy_only=False)
         new = fails & (first == len(rules))
@@ -256,7 +254,7 @@ def first_failures(rules: list[Rule], batch: Any) -> Any:
         rule.dropped_alone += int(fails.sum())
         rule.dropped_in_order += int(new.sum())
         if rule.nearest is not None and rule.measured is not None:
-            rule.nearest.add(numbers(rule.measured, batch).to_numpy(zero_copy_only=False), batch)
+            rule.nearest.add(rule.measured.array(batch).to_numpy(zero_copy_only=False), batch)
     return pa.array(first, mask=first == len(rules))
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from opensora_repro.data import manifest, tables
 
@@ -19,7 +20,10 @@ def write_manifest(frame: pd.DataFrame, path: str | Path) -> None:
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    return tables.read_table(path).to_pandas()
+    if path.suffix == ".parquet":  # it may be one without rows
+        return pq.read_table(path).to_pandas()
+    table = tables.open_table(path)
+    return pa.Table.from_batches(table.batches(), table.schema).to_pandas()
 
 
 def write_table(frame: pd.DataFrame, path: Path) -> None:

@@ -22,7 +22,7 @@ def csv_schema(path: Path, names: Sequence[str] | None) -> tuple[Any, int]:
     """Return the columns with their types, which only the last row tells, and the number of rows. Raises DataError.
 
     The first block's types are tried on all of the file; where they do not fit, values are looked at one by one.
-    `names` are the columns of a file without a header. An empty field is null, as in `read_table`.
+    `names` are the columns of a file without a header. An empty field is null.
     """
     import pyarrow as pa
 

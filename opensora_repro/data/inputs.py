@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opensora_repro.data.tables import is_missing, read_table
+from opensora_repro.data.tables import is_missing, open_table
 from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
 
@@ -140,14 +140,12 @@ def _of_pattern(pattern: str, out: Path, suffixes: Collection[str]) -> list[Item
 
 
 def _of_table(table: Path) -> list[Item]:
-    found = read_table(table)
-    if "path" not in found.column_names:
-        raise DataError(f"{one_line(table)}: column path missing (has {', '.join(found.column_names)})")
-    if not found.num_rows:
-        raise DataError(f"{one_line(table)}: the table is empty (a header but no rows)")
+    found = open_table(table)
+    if "path" not in found.schema.names:
+        raise DataError(f"{one_line(table)}: column path missing (has {', '.join(found.schema.names)})")
     folder = table.absolute().parent
     items = []
-    for number, row in enumerate(found.to_pylist(), start=1):
+    for number, row in enumerate((row for batch in found.batches() for row in batch.to_pylist()), start=1):
         if not isinstance(row["path"], str) or is_missing(row["path"]):
             raise DataError(f"{one_line(table)}: row {number}: path is {row['path']!r}, expected text")
         whole = is_missing(row.get("start_frame")) and isinstance(row.get("source"), str)

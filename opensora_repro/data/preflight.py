@@ -67,16 +67,15 @@ def survey(table: Any, data: DataConfig, manifest: str | Path) -> Survey:
     """Look at what `read_manifest` returned, with the data section's size and window."""
     import numpy as np
 
-    looked = keyed_sample(table, ALL_ROWS if len(table) <= ALL_ROWS else SAMPLED_ROWS).to_pandas()
-    paths = looked["path"].tolist()
+    looked = keyed_sample(table, ALL_ROWS if len(table) <= ALL_ROWS else SAMPLED_ROWS)
+    paths = looked["path"].to_pylist()
     missing = np.array(_missing(paths), dtype=bool)
     frames, fps = looked["num_frames"].to_numpy(), looked["fps"].to_numpy()
     heights, widths = looked["height"].to_numpy(), looked["width"].to_numpy()
     too_short = ~missing & (frames < data.num_frames)
     usable = ~missing & ~too_short
-    resplit = (
-        looked["resplit"].eq(True).fillna(False).to_numpy(bool) if "resplit" in looked else np.zeros(len(looked), bool)
-    )
+    divided = looked["resplit"].to_pylist() if "resplit" in looked.column_names else [False] * len(looked)
+    resplit = np.array([value == 1 for value in divided])
     factors = np.maximum(data.height / heights, data.width / widths)
     enlarged = usable & (factors > 1)
     sides = (np.minimum(heights, widths) * factors)[enlarged]

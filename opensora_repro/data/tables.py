@@ -48,7 +48,7 @@ def open_table(path: Path, *, names: Sequence[str] | None = None) -> Table:
     """
     table = _open(path, names)
     if not table.num_rows:
-        raise EmptyTableError(f"{path}: the manifest is empty (a header but no rows)")
+        raise EmptyTableError(f"{path}: the table is empty (a header but no rows)")
     return table
 
 
@@ -61,14 +61,6 @@ def _open(path: Path, names: Sequence[str] | None = None) -> Table:
     with readable(path), pq.ParquetFile(path) as file:
         schema, num_rows = file.schema_arrow.remove_metadata(), file.metadata.num_rows
     return Table(path, schema, num_rows, lambda columns=None: _stream(path, schema, columns))
-
-
-def read_table(path: Path) -> Any:
-    """Return a whole Parquet or CSV file as a pyarrow table, even one without rows. Raises DataError."""
-    import pyarrow as pa
-
-    table = _open(path)
-    return pa.Table.from_batches(table.batches(), table.schema)
 
 
 def read_names(path: Path) -> list[str]:
@@ -291,6 +283,13 @@ class Value:
     columns: frozenset[str] = frozenset()  # of the file, that it reads
     constant: Any = None  # of a literal
 
+    def array(self, batch: Any) -> Any:
+        """Return the values as a pyarrow array of the batch's length, also where they are one scalar; null: missing."""
+        import pyarrow as pa
+
+        values = self.of(batch)
+        return pa.repeat(values, batch.num_rows) if isinstance(values, pa.Scalar) else values
+
 
 def column_of(name: str, schema: Any) -> Value:
     """Return a column by name; `duration` (seconds) follows from others where there is no such column."""
@@ -361,20 +360,3 @@ def _cleaned(array: Any, kind: str) -> Any:
         array = array.cast(pa.float64())
         return pc.if_else(pc.is_nan(array), None, array)
     return array.cast(pa.string()) if kind == TEXT else array
-
-
-def whole(value: Any, batch: Any) -> Any:
-    """An array of the batch's length, also where the value is one scalar."""
-    import pyarrow as pa
-
-    return pa.repeat(value, batch.num_rows) if isinstance(value, pa.Scalar) else value
-
-
-def truths(rule: Value, batch: Any) -> Any:
-    """Return the rule's truth values as a boolean array of the batch's length, with nulls where it cannot tell."""
-    return whole(rule.of(batch), batch)
-
-
-def numbers(value: Value, batch: Any) -> Any:
-    """Return a numeric value as a float64 array of the batch's length, with nulls where it is missing."""
-    return whole(value.of(batch), batch)

@@ -132,13 +132,13 @@ def _clips(path: Path) -> Clips | None:
         return None
     from opensora_repro.data.manifest import read_manifest
 
-    clips = read_manifest(path).to_pandas()
+    clips = read_manifest(path)
     shown: dict[str, list[dict[str, Any]]] = {}
-    rows: Any = clips.sort_values(["source", "start_frame"]).head(CLIPS_SHOWN).to_dict("records")
-    for clip in rows:
+    ordered = clips.sort_by([("source", "ascending"), ("start_frame", "ascending")])
+    for clip in ordered.slice(0, CLIPS_SHOWN).to_pylist():
         picture, reason = _picture(clip["path"], int(clip["num_frames"]))
         shown.setdefault(str(clip["source"]), []).append({**clip, "picture": picture, "reason": reason})
-    return Clips(len(clips), clips["source"].nunique(), [(Path(source).name, own) for source, own in shown.items()])
+    return Clips(len(clips), len(clips["source"].unique()), [(Path(source).name, own) for source, own in shown.items()])
 
 
 def _picture(path: str, count: int) -> tuple[str, str]:

@@ -238,9 +238,9 @@ def test_joining_takes_time_in_proportion(tmp_path: Path) -> None:
 
 
 def test_large_lists_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from opensora_repro.data.caption import lists
+    from opensora_repro.data import tables
 
-    monkeypatch.setattr(lists, "CHUNK", 3)
+    monkeypatch.setattr(tables, "BATCH_ROWS", 3)
     rows = [{"id": f"x{i}", "caption": "other"} for i in range(10)] + [{"id": "c2", "caption": None}]
     for suffix in ("csv", "parquet"):
         found = texts(table(tmp_path / f"l.{suffix}", rows))

@@ -4,7 +4,6 @@ import pyarrow as pa
 import pytest
 
 from opensora_repro.data.filter.expressions import compile_expression, split_conjunction, threshold_of
-from opensora_repro.data.tables import truths
 from opensora_repro.errors import DataError
 
 BATCH = pa.RecordBatch.from_pydict(
@@ -24,7 +23,7 @@ BATCH = pa.RecordBatch.from_pydict(
 
 
 def rows(rule: str) -> list[bool | None]:
-    return truths(compile_expression(rule, BATCH.schema), BATCH).to_pylist()
+    return compile_expression(rule, BATCH.schema).array(BATCH).to_pylist()
 
 
 @pytest.mark.parametrize(
@@ -58,9 +57,9 @@ def test_rules_are_computed_row_by_row(rule: str, expected: list[bool | None]) -
 
 def test_duration_is_the_manifests_own_where_it_has_one() -> None:
     own = pa.RecordBatch.from_pydict({"duration": [5.0], "num_frames": [1], "fps": [1.0]})
-    assert truths(compile_expression("duration == 5", own.schema), own).to_pylist() == [True]
+    assert compile_expression("duration == 5", own.schema).array(own).to_pylist() == [True]
     timed = pa.RecordBatch.from_pydict({"start_time": [1.0, 3.0], "end_time": [2.5, None]})
-    assert truths(compile_expression("duration == 1.5", timed.schema), timed).to_pylist() == [True, None]
+    assert compile_expression("duration == 1.5", timed.schema).array(timed).to_pylist() == [True, None]
 
 
 @pytest.mark.parametrize(

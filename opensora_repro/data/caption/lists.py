@@ -30,11 +30,10 @@ from typing import Any
 from opensora_repro.data.caption.names import forms_of, is_named
 from opensora_repro.data.caption_values import CAPTION_KEYS, scene_span, span_of, texts_in, written_literal
 from opensora_repro.data.csv_rows import as_written, csv_names, csv_rows, inert
-from opensora_repro.data.tables import is_missing, read_names, readable
+from opensora_repro.data.tables import Table, is_missing, open_table
 from opensora_repro.errors import DataError
 from opensora_repro.files import one_line, writing
 
-CHUNK = 1 << 15  # rows
 FRAME, TIME = "frame", "time"
 SUFFIXES = (".csv", ".tsv", ".parquet", ".json", ".jsonl")
 IDS = ("id", "clip_id")
@@ -117,7 +116,8 @@ def read_list(path: Path, ours: ClipKeys) -> CaptionList:
     if kind in (".csv", ".tsv"):
         return _read(path, csv_names(path), lambda columns: csv_rows(path, columns), ours)
     if kind == ".parquet":
-        return _read(path, read_names(path), lambda columns: _parquet_rows(path, columns), ours)
+        table = open_table(path)
+        return _read(path, table.schema.names, lambda columns: _table_rows(table, columns), ours)
     content = _read_json(path)
     if isinstance(content, dict) and any(isinstance(v, dict) and _is_hd_vg(v) for v in content.values()):
         return _hd_vg(path, content, ours)
@@ -257,13 +257,9 @@ def _name(path: Path, row: int, value: object) -> str:
     return "" if is_missing(value) else str(value).strip()
 
 
-def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Sequence[Any]]:
-    """Yield the rows of a Parquet file, some at a time."""
-    import pyarrow.parquet as pq
-
-    with readable(path), pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=CHUNK, columns=list(columns)):
-            yield from zip(*(batch.column(name).to_pylist() for name in columns), strict=True)
+def _table_rows(table: Table, columns: Sequence[str]) -> Iterator[Sequence[Any]]:
+    for batch in table.batches(list(columns)):
+        yield from zip(*(batch.column(name).to_pylist() for name in columns), strict=True)
 
 
 def _read_json(path: Path) -> Any:

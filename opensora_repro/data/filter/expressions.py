@@ -12,7 +12,7 @@ import ast
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from opensora_repro.data.tables import NULL, NUMBER, TEXT, TRUTH, Value, column_of, whole
+from opensora_repro.data.tables import NULL, NUMBER, TEXT, TRUTH, Value, column_of
 from opensora_repro.errors import DataError
 
 MAX_CHARACTERS = 10_000
@@ -237,7 +237,7 @@ class _Compiler:
         value, choices = self.typed(left, kind), pa.array([item.of(None).as_py() for item in wanted])
 
         def of(batch: Any) -> Any:
-            array = whole(value.of(batch), batch)
+            array = value.array(batch)
             found = pc.is_in(array, choices)
             return pc.if_else(pc.is_null(array), None, pc.invert(found) if negated else found)
 

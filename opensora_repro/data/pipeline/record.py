@@ -16,7 +16,7 @@ from typing import Any
 from opensora_repro.data.inputs import content_digest
 from opensora_repro.data.manifest import REJECTS, Rebase
 from opensora_repro.data.report.stages import MANIFEST_FILE, REJECTS_FILE, Stage
-from opensora_repro.data.tables import EmptyTableError, Table, open_table, table_writer
+from opensora_repro.data.tables import EmptyTableError, Table, open_table, schema_of, table_writer
 from opensora_repro.files import write_text
 
 RECORD_FILE = "done.json"
@@ -117,10 +117,7 @@ def write_manifest_of(stage: Stage, path: Path) -> int:
 
 def write_rejects_of(stages: Sequence[Stage], path: Path) -> int:
     """Write the rejects of all stages as one table, in the stages' order; returns the rows."""
-    import pyarrow as pa
-
-    schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in REJECTS.items()])
-    rows = 0
+    schema, rows = schema_of(REJECTS), 0
     with table_writer(path, schema) as write:
         for stage in stages:
             rebase = Rebase(stage.folder.absolute(), path.parent.absolute())

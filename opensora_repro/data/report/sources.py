@@ -9,7 +9,7 @@ from typing import Any
 from opensora_repro.data.report.reasons import Reason, normal
 from opensora_repro.data.report.rows import batches, numeric
 from opensora_repro.data.report.stages import SOURCES_COUNTED, Stage
-from opensora_repro.data.tables import Table, Value, numbers
+from opensora_repro.data.tables import Table, Value
 
 
 @dataclass
@@ -79,7 +79,7 @@ def _kept(table: Table, advance: Callable[[int], None]) -> Iterator[tuple[str, i
 def _seconds(duration: Value | None, batch: Any) -> Any:
     import pyarrow as pa
 
-    return numbers(duration, batch) if duration else pa.nulls(batch.num_rows, pa.float64())
+    return duration.array(batch) if duration else pa.nulls(batch.num_rows, pa.float64())
 
 
 def _lost(table: Table, advance: Callable[[int], None]) -> Iterator[tuple[str, str, int]]:

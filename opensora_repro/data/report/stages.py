@@ -12,7 +12,7 @@ from typing import Any
 from opensora_repro.data.inputs import TABLE_SUFFIXES
 from opensora_repro.data.report.reasons import Reasons
 from opensora_repro.data.report.rows import batches, numeric
-from opensora_repro.data.tables import EmptyTableError, Table, numbers, open_table
+from opensora_repro.data.tables import EmptyTableError, Table, open_table
 from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
 
@@ -113,7 +113,7 @@ def _played(table: Table, advance: Callable[[int], None]) -> tuple[float | None,
     total, sources = 0.0, set[Any]()
     for batch in batches(table, sorted(columns)) if columns else ():
         if duration:
-            total += pc.sum(numbers(duration, batch)).as_py() or 0.0
+            total += pc.sum(duration.array(batch)).as_py() or 0.0
         if "source" in columns and len(sources) < SOURCES_COUNTED:
             sources.update(pc.unique(batch.column("source").drop_null()).to_pylist())
         advance(batch.num_rows)

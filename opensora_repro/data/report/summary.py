@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from opensora_repro.data.report.rows import batches, numeric, spread
-from opensora_repro.data.tables import NUMBER, Table, Value, numbers
+from opensora_repro.data.tables import NUMBER, Table, Value
 
 BINS = 32
 SAMPLE = 20_000  # rows
@@ -218,7 +218,7 @@ def values_of(value: Value, batch: Any) -> np.ndarray:
     """Return float64 [rows], NaN for missing."""
     import pyarrow as pa
 
-    return numbers(value, batch).cast(pa.float64()).to_numpy(zero_copy_only=False)
+    return value.array(batch).cast(pa.float64()).to_numpy(zero_copy_only=False)
 
 
 def bin_edges(low: float, high: float, sample: np.ndarray) -> np.ndarray:
