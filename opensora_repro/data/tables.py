@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from opensora_repro.config.prompts import is_blank
-from opensora_repro.data.csv_rows import csv_names
-from opensora_repro.data.csv_tables import csv_schema, stream_csv
+from opensora_repro.data.csv_tables import csv_names, csv_schema, stream_csv
 from opensora_repro.errors import DataError
 from opensora_repro.files import one_line, writing
 

@@ -29,7 +29,7 @@ from typing import Any
 
 from opensora_repro.data.caption.names import forms_of, is_named
 from opensora_repro.data.caption_values import CAPTION_KEYS, scene_span, span_of, texts_in, written_literal
-from opensora_repro.data.csv_rows import as_written, csv_names, csv_rows, inert
+from opensora_repro.data.csv_tables import as_written, csv_names, csv_rows, inert
 from opensora_repro.data.tables import Table, is_missing, open_table
 from opensora_repro.errors import DataError
 from opensora_repro.files import one_line, writing
