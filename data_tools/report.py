@@ -28,8 +28,8 @@ from opensora_repro.data.progress import progress
 from opensora_repro.errors import DataError, run_command
 
 if TYPE_CHECKING:
-    from opensora_repro.data.report.groups import Groups
     from opensora_repro.data.report.page import Report
+    from opensora_repro.data.report.rows import Groups
     from opensora_repro.data.report.stages import Stage
     from opensora_repro.data.tables import Table
 
@@ -102,8 +102,7 @@ def gather(stages: Sequence[Stage], clips: int) -> Report:
     """Read all tables; return what the page tells, but for the pictures."""
     from opensora_repro.data.report.page import Report
     from opensora_repro.data.report.rows import rows_at, spread
-    from opensora_repro.data.report.sources import count_sources
-    from opensora_repro.data.report.stages import count_stage
+    from opensora_repro.data.report.stages import count_sources, count_stage
     from opensora_repro.data.report.summary import Summary, frequent_words, summarize
 
     last, before = last_of(stages), before_filter(stages)
@@ -148,7 +147,7 @@ def first_with(stages: Sequence[Stage], column: str) -> Table | None:
 def groups(
     stages: Sequence[Stage], column: str, advance: Callable[[int], None], count: int, members: int
 ) -> Groups | None:
-    from opensora_repro.data.report.groups import find_groups
+    from opensora_repro.data.report.rows import find_groups
 
     table = first_with(stages, column)
     if table is None:

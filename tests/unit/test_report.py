@@ -19,9 +19,8 @@ from markupsafe import Markup
 
 from data_tools import report
 from opensora_repro.data.report.markup import TEMPLATES, render, shown
-from opensora_repro.data.report.reasons import Reasons, normal
 from opensora_repro.data.report.rows import spread
-from opensora_repro.data.report.stages import find_stages
+from opensora_repro.data.report.stages import Reasons, find_stages, normal
 from opensora_repro.data.report.summary import BINS, bin_edges, frequent_words, summarize
 from opensora_repro.data.tables import BATCH_ROWS, open_table
 from opensora_repro.data.write import write_video

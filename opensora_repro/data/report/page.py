@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from opensora_repro.data.report.groups import Groups
 from opensora_repro.data.report.markup import TEMPLATES, render, shown
-from opensora_repro.data.report.sources import Source
-from opensora_repro.data.report.stages import SOURCES_COUNTED, Counts
+from opensora_repro.data.report.rows import Groups
+from opensora_repro.data.report.stages import SOURCES_COUNTED, Counts, Source
 from opensora_repro.data.report.summary import CHARACTERS, WORDS, Numbers, Summary
 from opensora_repro.data.report.thumbnails import Strip
 

@@ -1,23 +1,34 @@
-"""A line of dataset tools as it lies on disk: what each left behind, and how much of it."""
+"""A line of dataset tools as it lies on disk: what each kept and lost, for which reasons, and of which source video."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from opensora_repro.data.inputs import TABLE_SUFFIXES
-from opensora_repro.data.report.reasons import Reasons
 from opensora_repro.data.report.rows import batches, numeric
-from opensora_repro.data.tables import EmptyTableError, Table, open_table
+from opensora_repro.data.tables import EmptyTableError, Table, Value, open_table
 from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
 
 MANIFEST_FILE, REJECTS_FILE, RULES_FILE = "manifest.parquet", "rejects.parquet", "filter.json"
 SOURCES_COUNTED = 100_000  # beyond, it is only told that there are more
+FEW = 12  # so many different reasons are told as they are
+MOST = 10_000  # different reasons that are counted one by one
+EXAMPLES = 3  # rows named for each
+LONGEST = 300  # characters of a reason that count
+REST = "other reasons"
+VARIABLE = (
+    (re.compile(r"same content as .*"), "same content as …"),
+    (re.compile(r"'[^']*'|\"[^\"]*\""), "…"),
+    (re.compile(r"\b(?=[0-9a-f]*\d)[0-9a-f]{8,}[-0-9]*\b"), "…"),
+    (re.compile(r"[^\s,;:]+\.[a-zA-Z]\w{1,4}\b(?!\()"), "…"),
+    (re.compile(r"(?<!\w)[-+]?\d[\d.,]*(?:e[-+]?\d+)?"), "#"),
+)
 
 
 @dataclass(frozen=True)
@@ -118,3 +129,163 @@ def _played(table: Table, advance: Callable[[int], None]) -> tuple[float | None,
             sources.update(pc.unique(batch.column("source").drop_null()).to_pylist())
         advance(batch.num_rows)
     return total if duration else None, min(len(sources), SOURCES_COUNTED)
+
+
+# ---- reasons that differ in a number or a name alone are one
+
+
+@dataclass
+class Reason:
+    """A reason: how many rows were rejected for it, and some of them by name, each with its own words."""
+
+    text: str
+    count: int = 0
+    examples: list[tuple[str, str]] = field(default_factory=list)
+
+
+class Reasons:
+    """Gathers reasons while rows stream by, in memory that does not grow with them."""
+
+    def __init__(self) -> None:
+        self._groups: dict[str, Reason] = {}
+        self._alike = False  # whether reasons are counted by their normal form
+
+    def add(self, batch: Any) -> None:
+        """Count a record batch with the column reason and some of source, path and id."""
+        for text, count, examples in _counted(batch):
+            self._put(text, count, examples)
+        if not self._alike and len(self._groups) > FEW:
+            groups, self._groups, self._alike = self._groups.values(), {}, True
+            for group in groups:
+                self._put(group.text, group.count, group.examples)
+
+    def ranked(self) -> list[Reason]:
+        """Return the reasons, the most frequent first."""
+        return sorted(self._groups.values(), key=lambda group: -group.count)
+
+    def _put(self, text: str, count: int, examples: list[tuple[str, str]]) -> None:
+        key = normal(text) if self._alike else text
+        if key not in self._groups and len(self._groups) >= MOST:
+            key = REST
+        group = self._groups.setdefault(key, Reason(key))
+        group.count += count
+        group.examples += examples[: EXAMPLES - len(group.examples)]
+
+
+def normal(text: str) -> str:
+    """Return a reason with what varies from row to row left out: numbers, names of files, quoted text."""
+    for pattern, word in VARIABLE:
+        text = pattern.sub(word, text)
+    return text
+
+
+def _counted(batch: Any) -> Iterator[tuple[str, int, list[tuple[str, str]]]]:
+    """Yield each different reason of a batch, how often it occurs, and its first rows."""
+    import numpy as np
+    import pyarrow as pa
+
+    coded = batch.column("reason").cast(pa.string()).fill_null("no reason given").dictionary_encode()
+    codes = coded.indices.to_numpy(zero_copy_only=False)
+    order = np.argsort(codes, kind="stable")
+    counts = np.bincount(codes, minlength=len(coded.dictionary))
+    ends = np.cumsum(counts)
+    for text, count, end in zip(coded.dictionary.to_pylist(), counts.tolist(), ends.tolist(), strict=True):
+        rows = order[end - count : end][:EXAMPLES].tolist()
+        yield text[:LONGEST], count, [(_name(batch, row), text[:LONGEST]) for row in rows]
+
+
+def _name(batch: Any, row: int) -> str:
+    """Source and path, where they differ and are there; else the id."""
+    names = [name for name in ("source", "path", "id") if name in batch.schema.names]
+    values = {name: str(batch.column(name)[row].as_py() or "") for name in names}
+    place = dict.fromkeys(value for name, value in values.items() if value and name != "id")
+    return " · ".join(place) or values.get("id", "")
+
+
+# ---- by source video
+
+
+@dataclass
+class Source:
+    """One source; reasons are told with their stage."""
+
+    name: str
+    kept: int = 0
+    seconds: float = 0.0
+    lost: dict[str, Reason] = field(default_factory=dict)
+
+    @property
+    def num_lost(self) -> int:
+        return sum(reason.count for reason in self.lost.values())
+
+    @property
+    def num_rows(self) -> int:
+        return self.kept + self.num_lost
+
+    def lose(self, stage: str, text: str, count: int) -> None:
+        """Count rows; reasons that differ in a number or a name alone become one, without these."""
+        alike = f"{stage}: {normal(text)}"
+        reason = self.lost.setdefault(alike, Reason(f"{stage}: {text}"))
+        if reason.text != f"{stage}: {text}":
+            reason.text = alike
+        reason.count += count
+
+
+def count_sources(stages: Sequence[Stage], last: Stage | None, advance: Callable[[int], None]) -> list[Source]:
+    """Return the sources by what they lost, those first of which nothing was kept; empty where no table names any.
+
+    Beyond SOURCES_COUNTED sources, those met later are left out.
+    """
+    found: dict[str, Source] = {}
+
+    def source(name: str) -> Source:
+        if name not in found and len(found) >= SOURCES_COUNTED:
+            return Source(name)
+        return found.setdefault(name, Source(name))
+
+    if last and last.manifest:
+        for name, count, seconds in _kept(last.manifest, advance):
+            one = source(name)
+            one.kept, one.seconds = one.kept + count, one.seconds + seconds
+    for stage in stages:
+        for name, reason, count in _lost(stage.rejects, advance) if stage.rejects else ():
+            source(name).lose(stage.name, reason, count)
+    return sorted(found.values(), key=lambda one: (one.kept > 0, -one.num_lost, one.name))
+
+
+def _kept(table: Table, advance: Callable[[int], None]) -> Iterator[tuple[str, int, float]]:
+    """Yield each batch's sources with their rows and seconds."""
+    import pyarrow as pa
+
+    if "source" not in table.schema.names:
+        return
+    duration = numeric("duration", table.schema)
+    columns = {"source", *(duration.columns if duration else ())}
+    for batch in batches(table, sorted(columns)):
+        advance(batch.num_rows)
+        pairs = {"source": batch.column("source"), "seconds": _seconds(duration, batch)}
+        sums = pa.table(pairs).group_by("source").aggregate([([], "count_all"), ("seconds", "sum")])
+        for row in _rows(sums):
+            yield row["source"], row["count_all"], row["seconds_sum"] or 0.0
+
+
+def _seconds(duration: Value | None, batch: Any) -> Any:
+    import pyarrow as pa
+
+    return duration.array(batch) if duration else pa.nulls(batch.num_rows, pa.float64())
+
+
+def _lost(table: Table, advance: Callable[[int], None]) -> Iterator[tuple[str, str, int]]:
+    """Yield each batch's sources with a reason and how many rows were rejected for it."""
+    import pyarrow as pa
+
+    if not {"source", "reason"} <= set(table.schema.names):
+        return
+    for batch in batches(table, ["source", "reason"]):
+        advance(batch.num_rows)
+        for row in _rows(pa.Table.from_batches([batch]).group_by(["source", "reason"]).aggregate([([], "count_all")])):
+            yield row["source"], row["reason"] or "no reason given", row["count_all"]
+
+
+def _rows(table: Any) -> Iterator[dict[str, Any]]:
+    return (row for row in table.to_pylist() if isinstance(row["source"], str) and row["source"])
