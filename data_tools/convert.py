@@ -158,7 +158,7 @@ def convert(options: Options) -> int:
 def write_urls(options: Options) -> int:
     """Write a table for data_tools.download; returns its rows."""
     from opensora_repro.data.convert.source import with_ids
-    from opensora_repro.data.convert.url_tables import COLUMNS, hdvg_rows, panda_rows
+    from opensora_repro.data.convert.tables import COLUMNS, hdvg_rows, panda_rows
     from opensora_repro.data.ids import Seen
     from opensora_repro.data.tables import table_writer
 
@@ -223,16 +223,16 @@ def write_webdataset(options: Options) -> int:
 
 def open_source(options: Options) -> Source:
     """Open INPUT as what it is. Raises DataError."""
-    from opensora_repro.data.convert import class_folders, clip_tables, tar_reader
+    from opensora_repro.data.convert import class_folders, tables, tar_reader
     from opensora_repro.data.video import IMAGE_SUFFIXES
 
     given, out = Path(options.given), options.out
     if options.kind == "webdataset":
         return tar_reader.open_webdataset(tar_reader.find_tars(options.given, out), out, options.limits, options.runner)
     if options.kind == "manifest":
-        return clip_tables.open_clip_table(given)
+        return tables.open_clip_table(given)
     if options.kind == "opensora":
-        return clip_tables.open_opensora_csv(given)
+        return tables.open_opensora_csv(given)
     if not given.is_dir():
         raise DataError(f"{one_line(given)}: expected a folder of class folders")
     suffixes = VIDEO_SUFFIXES if options.kind == "ucf101" else IMAGE_SUFFIXES

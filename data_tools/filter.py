@@ -38,7 +38,7 @@ from opensora_repro.errors import DataError, run_command
 if TYPE_CHECKING:
     import numpy as np
 
-    from opensora_repro.data.filter.contact_sheet import Nearest
+    from opensora_repro.data.filter.thresholds import Nearest
     from opensora_repro.data.tables import Table, Value
 
 PERCENTILE_ROWS = 50  # of fewer, a few per cent are a clip or none
@@ -125,7 +125,7 @@ def check_options(rules: list[tuple[str, str]], thumbnails: int) -> None:
 
 def filter_rows(given: str, out: Path, rules: list[tuple[str, str]], *, thumbnails: int = 0) -> int:
     """Write the kept rows, the rejects and the report; returns the exit status. `rules` are (kind, text) in order."""
-    from opensora_repro.data.filter.contact_sheet import Nearest
+    from opensora_repro.data.filter.thresholds import Nearest
     from opensora_repro.data.tables import open_table
 
     check_options(rules, thumbnails)
@@ -185,7 +185,7 @@ def percentile_parts(text: str) -> re.Match[str]:
 def percentile_rule(text: str, table: Table) -> Rule:
     """Turn "sharpness >= 10%" into a comparison with the tenth percentile of the whole column."""
     from opensora_repro.data.filter.expressions import compile_expression
-    from opensora_repro.data.filter.quantiles import percentile
+    from opensora_repro.data.filter.thresholds import percentile
     from opensora_repro.data.tables import NUMBER
 
     match = percentile_parts(text)
@@ -276,7 +276,7 @@ def write_report(out: Path, rules: list[Rule], rows: int, kept: int) -> None:
 
 def write_thumbnails(folder: Path, rules: list[Rule], clips: Path, count: int) -> None:
     """Write one contact sheet a numeric threshold; where no clip can be read there is none."""
-    from opensora_repro.data.filter.contact_sheet import contact_sheet, read_thumbnails
+    from opensora_repro.data.filter.thresholds import contact_sheet, read_thumbnails
     from opensora_repro.data.write import write_png
 
     for old in folder.glob("*.png"):

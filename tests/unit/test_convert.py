@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from data_tools import convert
-from opensora_repro.data.convert import url_tables
+from opensora_repro.data.convert import tables
 from opensora_repro.data.write import write_video
 from tests.frames import read_manifest, read_table, write_table
 
@@ -252,10 +252,10 @@ def test_hdvg_becomes_a_row_for_each_scene(tmp_path: Path, monkeypatch: pytest.M
     videos = [{"url": f"https://youtu.be/{n}", "clip": clips if n == 0 else {}} for n in range(50)]
     texts = [json.dumps(videos), json.dumps(videos, indent=1), json.dumps({str(n): v for n, v in enumerate(videos)}),
              "\n".join(map(json.dumps, videos))]  # fmt: skip
-    monkeypatch.setattr(url_tables, "CHUNK", 1024)
+    monkeypatch.setattr(tables, "CHUNK", 1024)
     for at, text in enumerate(texts):
         (tmp_path / f"hdvg_{at}.json").write_text(text)
-        assert list(url_tables.json_elements(tmp_path / f"hdvg_{at}.json")) == videos
+        assert list(tables.json_elements(tmp_path / f"hdvg_{at}.json")) == videos
         rows, rejects = run(tmp_path / f"hdvg_{at}.json", tmp_path / f"out{at}")
         assert [(row["id"], row["start_time"], row["end_time"]) for row in rows] == [
             ("gp.k.8_1", 106.779, 107.779), ("gp.k.8_2", 107.779, 117.009)

@@ -10,9 +10,20 @@ import pytest
 
 from opensora_repro.data.clip_frames import RUN_FRAMES, RUNS, grey, middles, middles_of, read_runs, runs_of, spread
 from opensora_repro.data.score.measure import SCORES, measure_clip
-from opensora_repro.data.score.motion import flow_fields, jitter, motion, repeats, static_share
-from opensora_repro.data.score.overlay import text_area, watermark_area
-from opensora_repro.data.score.pictures import bar_shares, black_share, brightness, picture_box, sharpness
+from opensora_repro.data.score.pixels import (
+    bar_shares,
+    black_share,
+    brightness,
+    flow_fields,
+    jitter,
+    motion,
+    picture_box,
+    repeats,
+    sharpness,
+    static_share,
+    text_area,
+    watermark_area,
+)
 from opensora_repro.data.video import DecodeError
 from opensora_repro.data.write import write_video
 from tests.made_pictures import moving, texture

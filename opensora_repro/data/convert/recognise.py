@@ -7,9 +7,8 @@ import os
 from pathlib import Path
 
 from opensora_repro.data.convert.class_folders import SPLITS, WORDNET_ID, class_folders
-from opensora_repro.data.convert.clip_tables import OPENSORA_WIDTHS, first_record
+from opensora_repro.data.convert.tables import OPENSORA_WIDTHS, PANDA_COLUMNS, first_record, json_elements
 from opensora_repro.data.convert.tar_reader import TAR_SUFFIXES
-from opensora_repro.data.convert.url_tables import PANDA_COLUMNS, json_elements
 from opensora_repro.data.inputs import VIDEO_SUFFIXES
 from opensora_repro.data.tables import table_kind
 from opensora_repro.errors import DataError

@@ -26,7 +26,7 @@ class Frames:
 
     @cached_property
     def box(self) -> tuple[int, int, int, int]:
-        from opensora_repro.data.score.pictures import picture_box
+        from opensora_repro.data.score.pixels import picture_box
 
         return picture_box(np.concatenate(self.whole))
 
@@ -38,13 +38,13 @@ class Frames:
 
     @cached_property
     def flows(self) -> list[np.ndarray]:
-        from opensora_repro.data.score.motion import flow_fields
+        from opensora_repro.data.score.pixels import flow_fields
 
         return [flow_fields(run) for run in self.picture]
 
     @cached_property
     def repeated(self) -> list[np.ndarray]:
-        from opensora_repro.data.score.motion import repeats
+        from opensora_repro.data.score.pixels import repeats
 
         return [repeats(run) for run in self.picture]
 
@@ -53,50 +53,50 @@ Measured = dict[str, Any]  # values by column
 
 
 def _motion(frames: Frames) -> Measured:
-    from opensora_repro.data.score.motion import motion
+    from opensora_repro.data.score.pixels import motion
 
     return {"motion": motion(frames.flows, frames.fps)}
 
 
 def _static(frames: Frames) -> Measured:
-    from opensora_repro.data.score.motion import static_share
+    from opensora_repro.data.score.pixels import static_share
 
     return {"static_share": static_share(frames.repeated)}
 
 
 def _jitter(frames: Frames) -> Measured:
-    from opensora_repro.data.score.motion import jitter
+    from opensora_repro.data.score.pixels import jitter
 
     return {"jitter": jitter(frames.flows, frames.repeated, frames.fps)}
 
 
 def _sharpness(frames: Frames) -> Measured:
-    from opensora_repro.data.score.pictures import sharpness
+    from opensora_repro.data.score.pixels import sharpness
 
     return {"sharpness": sharpness(spread(frames.picture))}
 
 
 def _brightness(frames: Frames) -> Measured:
-    from opensora_repro.data.score.pictures import black_share, brightness
+    from opensora_repro.data.score.pixels import black_share, brightness
 
     return {"brightness": brightness(spread(frames.picture)), "black_share": black_share(np.concatenate(frames.whole))}
 
 
 def _letterbox(frames: Frames) -> Measured:
-    from opensora_repro.data.score.pictures import bar_shares
+    from opensora_repro.data.score.pixels import bar_shares
 
     letterbox, pillarbox = bar_shares(frames.box, *frames.whole[0].shape[1:])
     return {"letterbox": letterbox, "pillarbox": pillarbox}
 
 
 def _text(frames: Frames) -> Measured:
-    from opensora_repro.data.score.overlay import text_area
+    from opensora_repro.data.score.pixels import text_area
 
     return {"text_area": text_area(spread(frames.whole))}
 
 
 def _watermark(frames: Frames) -> Measured:
-    from opensora_repro.data.score.overlay import watermark_area
+    from opensora_repro.data.score.pixels import watermark_area
 
     return {"watermark_area": watermark_area(spread(frames.whole))}
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from opensora_repro.data.filter import quantiles
-from opensora_repro.data.filter.quantiles import percentile
+from opensora_repro.data.filter import thresholds
+from opensora_repro.data.filter.thresholds import percentile
 
 RANDOM = np.random.default_rng(0)
 CASES = {
@@ -18,10 +18,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("collect", [quantiles.COLLECT, 4])  # sorted at the end, or counted to the last bit
+@pytest.mark.parametrize("collect", [thresholds.COLLECT, 4])  # sorted at the end, or counted to the last bit
 @pytest.mark.parametrize("name", CASES)
 def test_percentiles_equal_numpys(name: str, collect: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantiles, "COLLECT", collect)
+    monkeypatch.setattr(thresholds, "COLLECT", collect)
     values = CASES[name]
     for percent in (0, 0.1, 10, 33.3, 50, 95, 99.99, 100):
         expected = np.nanpercentile(values, percent)
