@@ -1,4 +1,4 @@
-"""How alike two frames are, and whether some are mixtures of others, judged by thumbnails."""
+"""How alike two frames are, whether they show the same place, whether some are mixtures of others: by thumbnails."""
 
 from __future__ import annotations
 
@@ -8,14 +8,22 @@ from threading import get_ident
 
 import cv2
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
+from numpy.lib.stride_tricks import as_strided, sliding_window_view
 
 WIDTH, HEIGHT = 64, 36  # thumbnail, whatever the picture's shape: a search radius is then a share of the picture
 COLOUR_SIZE = (16, 9)  # width and height of either colour plane's thumbnail
 SAMPLED = 4  # rows of a picture that a thumbnail's row averages: all of them would take three times as long
 BLOCK = 4  # thumbnail pixels a side that move together
 RADIUS = 4  # thumbnail pixels that a block may move from frame to frame: a sixteenth of the width
-ALIKE = 0.6  # correlation from which a region shows the same at both ends of a dissolve
+ALIKE = 0.6  # correlation from which a region shows the same
+ROWS, COLUMNS = 6, 8  # regions down and across
+BOX = (WIDTH // COLUMNS, HEIGHT // ROWS)  # width and height of a region
+TEXTURED = 4.0  # variance, in grey levels squared, below which a region is flat
+BLACK, WHITE = 22, 235  # a flat region beyond these may hold anything, clipped
+BORDER = 6  # grey levels within which a row of a border is even, and the same in both pictures
+FEWEST = 16  # regions, a third of all, that must tell something: a shape on plain ground may be anywhere
+RELIT = 4.0  # grey levels by which light changes a region at least
+ZOOMS = (1.0, 1.15, 1.3, 1.5)
 Picture = tuple[np.ndarray, np.ndarray]  # brightness uint8 [36, 64], colour differences uint8 [18, 16], one below other
 
 
@@ -138,3 +146,165 @@ def changed(one: np.ndarray, other: np.ndarray) -> float:
     noise = 1.0  # grey levels squared: so flat regions do not correlate
     likeness = (a * b).mean(axis=1) / (np.sqrt((a * a).mean(axis=1) * (b * b).mean(axis=1)) + noise)
     return float(((likeness < ALIKE) & (differ > 4)).mean())
+
+
+# ---- region by region: whether two pictures show the same place
+#
+# A region keeps its structure where pixels, each less the region's mean, still correlate. Lamps, explosions, exposure
+# and white balance change how bright a region is and how strong its contrast, never what lies beside what in it.
+# Regions that tell nothing are left out: flat in both pictures, clipped to black or white in one, or part of borders
+# that both share.
+
+
+def kept(one: np.ndarray, other: np.ndarray, radius: int = 4) -> float:
+    """Return the share of regions that keep their structure from one brightness thumbnail to the other.
+
+    The picture as a whole may have moved by `radius` thumbnail pixels, and each region by one more. Unlike pictures
+    reach a half by chance at most.
+    """
+    alike, known, _ = _compare(one, other, radius)
+    side = 2 * radius + 1
+    near = cv2.dilate(alike.reshape(side, side, -1).view(np.uint8), np.ones((3, 3), np.uint8)).reshape(known.shape)
+    hits = (near.view(bool) & known).sum(axis=1)
+    count = known.sum(axis=1)
+    enough = count >= max(FEWEST, count.max() / 2)
+    return float((hits / np.maximum(1, count))[enough].max(initial=0.0))
+
+
+def kept_by_camera(one: np.ndarray, other: np.ndarray, radius: int = 8) -> float:
+    """Return `kept`, for a camera that had time to move, with either picture enlarged as a zoom does it."""
+    pairs = [(_enlarged(one, zoom), other) for zoom in ZOOMS] + [(one, _enlarged(other, zoom)) for zoom in ZOOMS[1:]]
+    return max(kept(a, b, radius) for a, b in pairs)
+
+
+def relit(one: Picture, other: Picture) -> float:
+    """Return the share of regions that keep their structure and whose brightness or colour changes more than that."""
+    alike, known, left = _compare(one[0], other[0], 1)
+    centre = known[len(known) // 2]
+    if centre.sum() < FEWEST:
+        return 0.0
+    change = np.abs(_levels(one) - _levels(other)).max(axis=0)
+    return float((alike.any(axis=0) & centre & (change > left) & (change > RELIT)).sum() / centre.sum())
+
+
+def inset(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
+    """Return how much of the change lies in one upright rectangle, and how much of what is around that is kept.
+
+    Captions, logos, windows and pictures in pictures change rectangles, and nothing around; what a camera sees does
+    not. Both are shares; 0 where the rectangle is more than half of the picture, or has no corners, as things
+    that move have none.
+    """
+    change = np.maximum(_least_change(one, other), _least_change(other, one))
+    marked = change > max(RELIT, float(change.mean()))
+    top, bottom, left, right = _densest(marked)
+    corners = marked[[top, top, bottom - 1, bottom - 1], [left, right - 1, left, right - 1]].sum()
+    if (bottom - top) * (right - left) > change.size / 2 or corners < 2:
+        return 0.0, 0.0
+    inside = np.zeros_like(one)
+    inside[top:bottom, left:right] = 255
+    alike, known, _ = _compare(one, other, 1)
+    around = known[len(known) // 2] & (_means(inside).ravel() == 0)
+    share = change[top:bottom, left:right].sum() / max(1, change.sum())
+    return float(share), float(np.asarray(alike.any(axis=0))[around].mean()) if around.any() else 0.0
+
+
+def _compare(one: np.ndarray, other: np.ndarray, radius: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return bool [shifts, regions]: where `other` is as `one` shifted, and where that tells something; and [regions].
+
+    The last are the grey levels (standard deviation) that the best shift leaves unexplained.
+    """
+    side = 2 * radius + 1
+    padded = cv2.copyMakeBorder(one.astype(np.float32), radius, radius, radius, radius, cv2.BORDER_REPLICATE)
+    down, right = padded.strides
+    shifted = as_strided(padded, (side, side, HEIGHT, WIDTH), (down, right, down, right))
+    fixed = other.astype(np.float32)
+    boxes = (cv2.boxFilter(values, -1, BOX, anchor=(0, 0)) for values in (padded, padded * padded))
+    steps = (down, right, BOX[1] * down, BOX[0] * right)
+    mean, square = (as_strided(box, (side, side, ROWS, COLUMNS), steps).reshape(-1, ROWS, COLUMNS) for box in boxes)
+    fixed_mean = _means(fixed)
+    variance = np.maximum(0, square - mean * mean)
+    fixed_variance = np.maximum(0, _means(fixed * fixed) - fixed_mean * fixed_mean)
+    products = _room(radius, get_ident())
+    np.copyto(products, shifted)
+    np.multiply(products, fixed, out=products)
+    together = _means(products.reshape(-1, WIDTH)) - mean * fixed_mean
+    correlation = together / (np.sqrt(variance * fixed_variance) + 1)  # plus a grey level's noise
+    flat, fixed_flat = variance < TEXTURED, fixed_variance < TEXTURED
+    clipped = flat & ((mean < BLACK) | (mean > WHITE)) | fixed_flat & ((fixed_mean < BLACK) | (fixed_mean > WHITE))
+    known = ~(flat & fixed_flat) & ~clipped & (_inner(one, other) & _visible(radius))
+    known, correlation = known.reshape(side * side, -1), correlation.reshape(side * side, -1)
+    left = np.sqrt(fixed_variance.ravel() * (1 - correlation.max(axis=0).clip(0, 1) ** 2))
+    return correlation >= ALIKE, known, left
+
+
+@lru_cache(maxsize=16)
+def _room(radius: int, _thread: int) -> np.ndarray:
+    """Room for all shifted pictures, kept because getting it anew takes longer than the rest."""
+    return np.empty((2 * radius + 1, 2 * radius + 1, HEIGHT, WIDTH), np.float32)
+
+
+def _means(tall: np.ndarray) -> np.ndarray:
+    """Return the regions' means [n, ROWS, COLUMNS] of n pictures, one below the other; of one [1, ROWS, COLUMNS]."""
+    height = len(tall) * ROWS // HEIGHT
+    return cv2.resize(tall, (COLUMNS, height), interpolation=cv2.INTER_AREA).reshape(-1, ROWS, COLUMNS)
+
+
+def _levels(picture: Picture) -> np.ndarray:
+    """Return the regions' mean brightness and colour differences, float32 [3, regions]."""
+    blue, red = np.split(np.float32(picture[1]), 2)
+    planes = (np.float32(picture[0]), blue, red)
+    return np.stack([cv2.resize(p, (COLUMNS, ROWS), interpolation=cv2.INTER_AREA).ravel() for p in planes])
+
+
+@lru_cache(maxsize=4)
+def _visible(radius: int) -> np.ndarray:
+    """Return bool [shifts, ROWS, COLUMNS]: the regions that are in the picture before the shift, by four fifths."""
+    side = 2 * radius + 1
+    padded = np.pad(np.ones((HEIGHT, WIDTH), np.float32), radius)
+    views = sliding_window_view(padded, (HEIGHT, WIDTH)).reshape(-1, WIDTH)
+    return (_means(views) > 0.8).reshape(side * side, ROWS, COLUMNS)
+
+
+def _inner(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return bool [ROWS, COLUMNS]: the regions without letterbox or pillarbox."""
+    inner = np.ones((HEIGHT, WIDTH), np.float32)
+    for a, b, part in ((one, other, inner), (one.T, other.T, inner.T)):
+        low, high = np.minimum(a.min(axis=1), b.min(axis=1)), np.maximum(a.max(axis=1), b.max(axis=1))
+        uneven = np.flatnonzero(high - low > BORDER)
+        part[: uneven[0] if len(uneven) else None] = 0
+        part[uneven[-1] + 1 if len(uneven) else 0 :] = 0
+    return _means(inner)[0] > 0.99
+
+
+def _enlarged(picture: np.ndarray, zoom: float) -> np.ndarray:
+    if zoom == 1:
+        return picture
+    top, left = (round(size * (1 - 1 / zoom) / 2) for size in picture.shape)
+    return cv2.resize(picture[top : HEIGHT - top, left : WIDTH - left], (WIDTH, HEIGHT))
+
+
+def _least_change(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return the difference of each pixel of `other` from the pixel of `one` there, or beside it, that is most like."""
+    padded = cv2.copyMakeBorder(one, 1, 1, 1, 1, cv2.BORDER_REPLICATE)
+    views = sliding_window_view(padded, (HEIGHT, WIDTH)).reshape(-1, HEIGHT, WIDTH)
+    return np.min([cv2.absdiff(np.ascontiguousarray(view), other) for view in views], axis=0)
+
+
+def _densest(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """Return top, bottom, left and right of the rectangle with the most marked pixels above those not marked.
+
+    Kadane's algorithm along the columns, for all pairs of rows at once.
+    """
+    sums = np.vstack([np.zeros((1, WIDTH), np.int32), np.where(mask, 1, -1).cumsum(axis=0)])
+    top, bottom = np.triu_indices(HEIGHT + 1, 1)
+    columns = sums[bottom] - sums[top]  # [pairs, WIDTH]
+    running = np.zeros(len(top), np.int64)
+    begin, best = np.zeros_like(running), np.zeros_like(running)
+    left, right = np.zeros_like(running), np.zeros_like(running)
+    for column in range(WIDTH):
+        begin[running <= 0] = column
+        running = np.maximum(running, 0) + columns[:, column]
+        better = running > best
+        best[better], left[better], right[better] = running[better], begin[better], column + 1
+    pair = int(best.argmax())
+    return int(top[pair]), int(bottom[pair]), int(left[pair]), int(right[pair])

@@ -27,8 +27,17 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from opensora_repro.data.split.likeness import Picture, Recent, changed, distance, residual
-from opensora_repro.data.split.place import inset, kept, kept_by_camera, relit
+from opensora_repro.data.split.likeness import (
+    Picture,
+    Recent,
+    changed,
+    distance,
+    inset,
+    kept,
+    kept_by_camera,
+    relit,
+    residual,
+)
 
 DIM = 16.0  # contrast (standard deviation, in grey levels) below which all differences, noise too, are smaller
 FLAT = 4.0  # contrast below which a picture shows nothing
