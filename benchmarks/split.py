@@ -99,7 +99,7 @@ def make_clips(video: Path, folder: Path) -> None:
     scan = scan_video(video)
     spans = [Span(a, a + 150) for a in range(0, len(scan.times) - 149, 150)]
     how = Encoding(short_side=TRAINING_SIDE, fast_decode=True)
-    cut_clips(video, scan, [(s, folder / f"{s.start}.mp4") for s in spans], encoding=how)
+    cut_clips(video, scan, [(s, folder / f"{s.start}.mp4") for s in spans], how)
 
 
 def read_speed(paths: Sequence[Path]) -> float:

@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from functools import partial
@@ -277,7 +276,7 @@ def split_job(args: dict[str, Any]) -> dict[str, str]:
     return {"digest": source.digest}
 
 
-def split_source(source: Source, out: Path, options: Options, on_frame: Callable[[], Any] = int) -> Record:
+def split_source(source: Source, out: Path, options: Options) -> Record:
     """Detect, cut, verify; return the clips and what gave none. A source that cannot be read is a reject."""
     from opensora_repro.data.split.cut import cut_clips, num_written
     from opensora_repro.data.split.scenes import plan_spans, scan_video
@@ -291,9 +290,9 @@ def split_source(source: Source, out: Path, options: Options, on_frame: Callable
     try:
         if o.detector == "shots" and not o.max_frames:
             how = SceneOptions(encoding, o.threshold, o.min_frames, o.trim)
-            scan = scan_and_cut(source.path, target, how, on_frame=on_frame)
+            scan = scan_and_cut(source.path, target, how)
         written = scan is not None
-        scan = scan or scan_video(source.path, detector=o.detector, threshold=o.threshold, on_frame=on_frame)
+        scan = scan or scan_video(source.path, detector=o.detector, threshold=o.threshold)
         limits = {"min_frames": o.min_frames, "max_frames": o.max_frames}
         if encoding.fps is not None:  # limits count frames as they are written
             faster = average_rate(scan.times, scan.time_base) / float(encoding.fps)
@@ -302,7 +301,7 @@ def split_source(source: Source, out: Path, options: Options, on_frame: Callable
         lengths = {span: num_written(scan, span, encoding.fps) for span in spans}
         kept = [(span, target(span)) for span in spans if lengths[span] >= o.min_frames]
         if not written:
-            cut_clips(source.path, scan, kept, encoding=encoding, on_frame=on_frame)
+            cut_clips(source.path, scan, kept, encoding)
         short = [span for span in spans if lengths[span] < o.min_frames]
         clips = [clip_row(path, scan, span) for span, path in kept]
         rejects = [reject_row(f"{lengths[s]} frames, --min-frames is {o.min_frames}", s.start, s.end) for s in short]

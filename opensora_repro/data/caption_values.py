@@ -47,15 +47,11 @@ def _written_list(text: str) -> list[str] | None:
     text = text.strip()
     if not (text.startswith("[") and text.endswith("]")) or len(text) > LONGEST_LIST:
         return None
-    found = None
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
-        try:
-            found = ast.literal_eval(text)
-            found = found if repr(found) == text else None  # 'a' 'b' without a comma would become one
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            pass
+        found = written_literal(text)
+        found = found if repr(found) == text else None  # 'a' 'b' without a comma would become one
     return found if isinstance(found, list) and all(isinstance(part, str) for part in found) else None
 
 

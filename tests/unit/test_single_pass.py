@@ -56,7 +56,7 @@ def test_clips_are_the_same_bytes(tmp_path: Path, trim: int | None, encoding: En
     assert (len(scan.cuts), len(scan.transitions), scan.cuts[1:]) == (3, 1, (90, 95))
     spans = [s for s in plan_spans(len(scan.times), scan.cuts, transitions=scan.transitions, trim=trim) if len(s) >= 8]
     assert len(spans) == 3  # the scene of five frames is too short
-    cut_clips(tmp_path / "long.mp4", scan, [(s, twice / f"{s.start}-{s.end}.mp4") for s in spans], encoding=encoding)
+    cut_clips(tmp_path / "long.mp4", scan, [(s, twice / f"{s.start}-{s.end}.mp4") for s in spans], encoding)
     assert {p.name: p.read_bytes() for p in once.iterdir()} == {p.name: p.read_bytes() for p in twice.iterdir()}
 
 
@@ -68,7 +68,7 @@ def test_x264_does_without_avx512(tmp_path: Path) -> None:
     av.logging.set_level(av.logging.INFO)
     try:
         with av.logging.Capture(local=False) as said:
-            cut_clips(tmp_path / "long.mp4", scan, [(Span(0, 20), tmp_path / "clip.mp4")])
+            cut_clips(tmp_path / "long.mp4", scan, [(Span(0, 20), tmp_path / "clip.mp4")], Encoding())
             write_video(tmp_path / "video.mp4", np.zeros((2, 32, 32, 3), np.uint8), 8)
     finally:
         av.logging.set_level(level)
@@ -83,7 +83,7 @@ def test_cutting_again_and_again_gives_the_same_bytes(tmp_path: Path) -> None:
     clips = [(Span(0, 60), tmp_path / "a.mp4"), (Span(60, 90), tmp_path / "b.mp4"), (Span(95, 140), tmp_path / "c.mp4")]
     contents = set()
     for _ in range(150):
-        cut_clips(tmp_path / "long.mp4", scan, clips)
+        cut_clips(tmp_path / "long.mp4", scan, clips, Encoding())
         contents.add(tuple(path.read_bytes() for _, path in clips))
     assert len(contents) == 1
 
@@ -113,7 +113,7 @@ def test_what_verification_sees(tmp_path: Path) -> None:
     film(tmp_path / "long.mp4")
     clip = tmp_path / "clip.mp4"
     scan = scan_video(tmp_path / "long.mp4")
-    cut_clips(tmp_path / "long.mp4", scan, [(Span(0, 40), clip)])
+    cut_clips(tmp_path / "long.mp4", scan, [(Span(0, 40), clip)], Encoding())
     seconds = [i / 30 for i in range(40)]
     assert fault(clip, seconds) == ""
     assert fault(clip, seconds[:-1]) == "40 of 39 frames are there"

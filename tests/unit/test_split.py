@@ -120,7 +120,7 @@ def test_a_clip_shows_its_span_of_the_source(videos_dir: Path, tmp_path: Path, n
     source, spans = videos_dir / "bad" / name, [Span(3, 21), Span(30, 40)]
     scan = scan_video(source)
     targets = [tmp_path / "a.mp4", tmp_path / "b.mp4"]
-    cut_clips(source, scan, list(zip(spans, targets, strict=True)))
+    cut_clips(source, scan, list(zip(spans, targets, strict=True)), Encoding())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "b.mp4"]
     for span, target in zip(spans, targets, strict=True):
         clip = read_frames(target, start=0, count=len(span)).numpy().astype(int)
@@ -140,7 +140,7 @@ def test_a_clip_shows_its_span_of_the_source(videos_dir: Path, tmp_path: Path, n
 def test_clips_hold_no_b_frames(tmp_path: Path) -> None:
     film(tmp_path / "long.mp4", 64, 3, 5)
     scan = scan_video(tmp_path / "long.mp4")
-    cut_clips(tmp_path / "long.mp4", scan, [(Span(0, 30), tmp_path / "clip.mp4")], crf=30)
+    cut_clips(tmp_path / "long.mp4", scan, [(Span(0, 30), tmp_path / "clip.mp4")], Encoding(crf=30))
     with av.open(str(tmp_path / "clip.mp4")) as container:
         kinds = [int(frame.pict_type) for frame in container.decode(video=0)]
         assert container.streams.video[0].average_rate == Fraction(8)
@@ -151,7 +151,7 @@ def test_an_unwritable_folder_is_not_the_sources_fault(tmp_path: Path) -> None:
     film(tmp_path / "long.mp4", 64, 2, 6)
     scan = scan_video(tmp_path / "long.mp4")
     with pytest.raises(OSError, match="clip"):
-        cut_clips(tmp_path / "long.mp4", scan, [(Span(0, 10), tmp_path / "nowhere" / "clip.mp4")])
+        cut_clips(tmp_path / "long.mp4", scan, [(Span(0, 10), tmp_path / "nowhere" / "clip.mp4")], Encoding())
 
 
 @pytest.mark.parametrize("name", ["rotated_90.mp4", "vfr_30_10_4fps.mp4"])
@@ -159,7 +159,7 @@ def test_a_smaller_clip_shows_the_same_frames(videos_dir: Path, tmp_path: Path, 
     source, span, target = videos_dir / "bad" / name, Span(3, 21), tmp_path / "clip.mp4"
     full, scan = probe(source), scan_video(source)
     side = min(full.height, full.width) // 2 // 2 * 2
-    cut_clips(source, scan, [(span, target)], encoding=Encoding(short_side=side, fast_decode=True))
+    cut_clips(source, scan, [(span, target)], Encoding(short_side=side, fast_decode=True))
     info = probe(target)
     assert min(info.height, info.width) == side
     assert info.width / info.height == pytest.approx(full.width / full.height, rel=0.03)
@@ -182,7 +182,7 @@ def test_a_clip_at_another_rate(tmp_path: Path) -> None:
     film(tmp_path / "long.mp4", 64, 3, 5, rate=24)
     scan = scan_video(tmp_path / "long.mp4")
     how = Encoding(fps=Fraction(8), crf=10)
-    cut_clips(tmp_path / "long.mp4", scan, [(Span(2, 26), tmp_path / "clip.mp4")], encoding=how)
+    cut_clips(tmp_path / "long.mp4", scan, [(Span(2, 26), tmp_path / "clip.mp4")], how)
     assert probe(tmp_path / "clip.mp4").fps == pytest.approx(8)
     clip = read_frames(tmp_path / "clip.mp4", start=0, count=8).numpy().astype(int)
     assert np.abs(clip - read_frames(tmp_path / "long.mp4", start=2, count=8, step=3).numpy()).mean() < 3
@@ -221,14 +221,14 @@ def test_copies_where_the_span_lies_between_key_frames(tmp_path: Path) -> None:
     scan = scan_video(tmp_path / "long.mp4")
     spans = [Span(0, 14), Span(14, 34), Span(34, 46)]
     clips = [(span, tmp_path / f"{span.start}.mp4") for span in spans]
-    cut_clips(tmp_path / "long.mp4", scan, clips, encoding=Encoding(copy=True))
+    cut_clips(tmp_path / "long.mp4", scan, clips, Encoding(copy=True))
     source = packets(tmp_path / "long.mp4")
     for span, target in clips:
         assert packets(target) == source[span.start : span.end]
         copied = read_frames(target, start=0, count=len(span)).numpy()
         assert (copied == read_frames(tmp_path / "long.mp4", start=span.start, count=len(span)).numpy()).all()
     odd = [(Span(0, 10), tmp_path / "a.mp4"), (Span(20, 34), tmp_path / "b.mp4")]  # a key frame at one end only
-    cut_clips(tmp_path / "long.mp4", scan, odd, encoding=Encoding(copy=True))
+    cut_clips(tmp_path / "long.mp4", scan, odd, Encoding(copy=True))
     assert [probe(target).num_frames for _, target in odd] == [10, 14]
     assert packets(tmp_path / "a.mp4")[0] != source[0]
 
@@ -237,12 +237,12 @@ def test_sound_goes_with_its_frames(tmp_path: Path) -> None:
     keyed(tmp_path / "long.mp4", [20, 30], sound=True)
     scan = scan_video(tmp_path / "long.mp4")
     clips = [(Span(20, 40), tmp_path / "loud.mp4")]
-    cut_clips(tmp_path / "long.mp4", scan, clips, encoding=Encoding(audio=True))
+    cut_clips(tmp_path / "long.mp4", scan, clips, Encoding(audio=True))
     sound = read_sound(tmp_path / "loud.mp4", 0.0, 2.0)
     assert sound is not None
     samples, rate = sound
     assert (samples.shape, rate) == ((1, 32000), 16000)
     loudness = [float(np.abs(part).max()) for part in np.split(samples[0, 1600:-1600], 9)]
     assert loudness == pytest.approx(np.linspace(0.46, 0.76, 9), abs=0.06)  # of the third and fourth second
-    cut_clips(tmp_path / "long.mp4", scan, [(Span(20, 40), tmp_path / "mute.mp4")])
+    cut_clips(tmp_path / "long.mp4", scan, [(Span(20, 40), tmp_path / "mute.mp4")], Encoding())
     assert read_sound(tmp_path / "mute.mp4", 0.0, 2.0) is None

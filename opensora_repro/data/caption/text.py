@@ -208,11 +208,6 @@ def without_thoughts(text: str) -> str | None:
     return None if _OPENS.search(rest) else rest
 
 
-def opens_thoughts(prompt: str) -> bool:
-    """True for a prompt that ends within a thought: what is written next begins there."""
-    return without_thoughts(prompt) is None
-
-
 # ---- turns
 
 _ROLE = r"(?:user|human|system|developer|tool|assistant|model|bot|gpt)"

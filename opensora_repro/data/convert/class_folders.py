@@ -38,7 +38,8 @@ def open_class_folders(
     folders = class_folders(root, out)
     if not folders:
         raise DataError(f"{root}: no class folders in it; expected DIR/CLASS/FILE or DIR/train/CLASS/FILE")
-    known = read_classes(classes) if classes else _numbered(sorted({path.name for _, path in folders}))
+    names = sorted({path.name for _, path in folders})
+    known = read_classes(classes) if classes else {name: Class(at, words(name)) for at, name in enumerate(names)}
     if not all(kind.caption for kind in known.values()):
         print("note: the folders' names give no captions; --classes FILE would", file=sys.stderr)
     wanted = read_list(listed) if listed else None
@@ -122,10 +123,6 @@ def _lines(path: Path) -> list[tuple[int, str]]:
     if not found:
         raise DataError(f"{path}: is empty")
     return found
-
-
-def _numbered(names: list[str]) -> dict[str, Class]:
-    return {name: Class(label, words(name)) for label, name in enumerate(names)}
 
 
 def words(name: str) -> str:

@@ -58,7 +58,7 @@ class Facts:
     container: str
 
 
-def read_facts(path: str | Path, *, decode: bool = False, threads: int = 1) -> Facts:
+def read_facts(path: str | Path, *, decode: bool = False) -> Facts:
     """Return a file's facts; `decode` also decodes every frame. Raises DecodeError, for damage too."""
     if is_image(path):
         info = probe(path)
@@ -82,7 +82,7 @@ def read_facts(path: str | Path, *, decode: bool = False, threads: int = 1) -> F
         codec, pixels, stored, turn = context.codec.canonical_name, first.format.name, first, orientation(first)
     count = len(index.times)
     if decode or not count or index.joined:
-        count = _count_decoded(path, index, threads)
+        count = _count_decoded(path, index)
     if count > 1 and not rate > 0:
         raise DecodeError(f"{path}: neither its packets nor its header tell a frame rate")
     return Facts(
@@ -147,13 +147,13 @@ def _is_misfit(packet: Any, length_size: int) -> bool:
     return False
 
 
-def _count_decoded(path: str | Path, index: FrameIndex, threads: int) -> int:
+def _count_decoded(path: str | Path, index: FrameIndex) -> int:
     """Decode the whole file; return how many frames there are. Raises DecodeError unless all of them come out."""
     import av
 
     times: list[int | None] = []
     try:
-        with open_video(path, threads=threads) as (container, stream):
+        with open_video(path) as (container, stream):
             for time in _sound_frames(path, container, stream):
                 times.append(time)
     except (DecodeError, av.FFmpegError) as error:

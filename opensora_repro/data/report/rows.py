@@ -87,11 +87,10 @@ def find_groups(
     """
     found, rows = Counter[str](), 0
     for values in _valued(table, column, [column], advance):
-        entries = _counts(values.column(column))
-        rows += sum(entries.values())
-        for value, number in entries.items():
-            if value in found or len(found) < KEPT:
-                found[value] += number
+        rows += values.num_rows
+        for entry in values.column(column).value_counts().to_pylist():
+            if entry["values"] in found or len(found) < KEPT:
+                found[entry["values"]] += entry["counts"]
     largest = {v: Group(v, n, []) for v, n in sorted(found.items(), key=lambda item: (-item[1], item[0]))[:count]}
     for values in _valued(table, column, columns, advance) if largest else ():
         _take(values, column, largest, members)
@@ -109,12 +108,6 @@ def _valued(table: Table, column: str, columns: list[str], advance: Callable[[in
         text = batch.column(at).cast(pa.string())
         batch = batch.set_column(at, column, text)
         yield batch.filter(pc.invert(pc.is_in(text.fill_null(""), pa.array(["", "false"]))))
-
-
-def _counts(values: Any) -> dict[str, int]:
-    import pyarrow.compute as pc
-
-    return {entry["values"]: entry["counts"] for entry in pc.value_counts(values).to_pylist()}
 
 
 def _take(batch: Any, column: str, groups: dict[str, Group], members: int) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from opensora_repro.data.inputs import TABLE_SUFFIXES
 from opensora_repro.data.report.rows import batches, numeric
-from opensora_repro.data.tables import EmptyTableError, Table, Value, open_table
+from opensora_repro.data.tables import EmptyTableError, Table, open_table
 from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
 
@@ -59,14 +59,10 @@ def find_stages(inputs: Sequence[str]) -> list[Stage]:
     for given in inputs:
         stage = _stage_of(Path(given))
         same = sum(other.name == stage.name for other in stages)
-        stages.append(Stage(f"{stage.name} ({same + 1})", *_rest(stage)) if same else stage)
+        stages.append(replace(stage, name=f"{stage.name} ({same + 1})") if same else stage)
     if all(stage.manifest is None and stage.rejects is None for stage in stages):
         raise DataError(f"{one_line(inputs[0])}: no row in its manifest, none rejected: there is nothing to report")
     return stages
-
-
-def _rest(stage: Stage) -> tuple[Path, Table | None, Table | None, list[dict[str, Any]]]:
-    return stage.folder, stage.manifest, stage.rejects, stage.rules
 
 
 def _stage_of(given: Path) -> Stage:
@@ -263,16 +259,11 @@ def _kept(table: Table, advance: Callable[[int], None]) -> Iterator[tuple[str, i
     columns = {"source", *(duration.columns if duration else ())}
     for batch in batches(table, sorted(columns)):
         advance(batch.num_rows)
-        pairs = {"source": batch.column("source"), "seconds": _seconds(duration, batch)}
+        seconds = duration.array(batch) if duration else pa.nulls(batch.num_rows, pa.float64())
+        pairs = {"source": batch.column("source"), "seconds": seconds}
         sums = pa.table(pairs).group_by("source").aggregate([([], "count_all"), ("seconds", "sum")])
         for row in _rows(sums):
             yield row["source"], row["count_all"], row["seconds_sum"] or 0.0
-
-
-def _seconds(duration: Value | None, batch: Any) -> Any:
-    import pyarrow as pa
-
-    return duration.array(batch) if duration else pa.nulls(batch.num_rows, pa.float64())
 
 
 def _lost(table: Table, advance: Callable[[int], None]) -> Iterator[tuple[str, str, int]]:

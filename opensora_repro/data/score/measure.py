@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from opensora_repro.data.clip_frames import grey, middles, read_runs, spread
+from opensora_repro.data.score import pixels
+from opensora_repro.data.score.duplicates import clip_code
 
 FRAMES_METHOD = 2  # raise when other frames are read, or their size changes
 CODE = "code"  # what a record keeps of `duplicates`: the clip's code in hexadecimal digits, for comparing
@@ -26,9 +28,7 @@ class Frames:
 
     @cached_property
     def box(self) -> tuple[int, int, int, int]:
-        from opensora_repro.data.score.pixels import picture_box
-
-        return picture_box(np.concatenate(self.whole))
+        return pixels.picture_box(np.concatenate(self.whole))
 
     @cached_property
     def picture(self) -> list[np.ndarray]:
@@ -38,72 +38,27 @@ class Frames:
 
     @cached_property
     def flows(self) -> list[np.ndarray]:
-        from opensora_repro.data.score.pixels import flow_fields
-
-        return [flow_fields(run) for run in self.picture]
+        return [pixels.flow_fields(run) for run in self.picture]
 
     @cached_property
     def repeated(self) -> list[np.ndarray]:
-        from opensora_repro.data.score.pixels import repeats
-
-        return [repeats(run) for run in self.picture]
+        return [pixels.repeats(run) for run in self.picture]
 
 
 Measured = dict[str, Any]  # values by column
 
 
-def _motion(frames: Frames) -> Measured:
-    from opensora_repro.data.score.pixels import motion
-
-    return {"motion": motion(frames.flows, frames.fps)}
-
-
-def _static(frames: Frames) -> Measured:
-    from opensora_repro.data.score.pixels import static_share
-
-    return {"static_share": static_share(frames.repeated)}
-
-
-def _jitter(frames: Frames) -> Measured:
-    from opensora_repro.data.score.pixels import jitter
-
-    return {"jitter": jitter(frames.flows, frames.repeated, frames.fps)}
-
-
-def _sharpness(frames: Frames) -> Measured:
-    from opensora_repro.data.score.pixels import sharpness
-
-    return {"sharpness": sharpness(spread(frames.picture))}
-
-
 def _brightness(frames: Frames) -> Measured:
-    from opensora_repro.data.score.pixels import black_share, brightness
-
-    return {"brightness": brightness(spread(frames.picture)), "black_share": black_share(np.concatenate(frames.whole))}
+    bright, black = pixels.brightness(spread(frames.picture)), pixels.black_share(np.concatenate(frames.whole))
+    return {"brightness": bright, "black_share": black}
 
 
 def _letterbox(frames: Frames) -> Measured:
-    from opensora_repro.data.score.pixels import bar_shares
-
-    letterbox, pillarbox = bar_shares(frames.box, *frames.whole[0].shape[1:])
+    letterbox, pillarbox = pixels.bar_shares(frames.box, *frames.whole[0].shape[1:])
     return {"letterbox": letterbox, "pillarbox": pillarbox}
 
 
-def _text(frames: Frames) -> Measured:
-    from opensora_repro.data.score.pixels import text_area
-
-    return {"text_area": text_area(spread(frames.whole))}
-
-
-def _watermark(frames: Frames) -> Measured:
-    from opensora_repro.data.score.pixels import watermark_area
-
-    return {"watermark_area": watermark_area(spread(frames.whole))}
-
-
 def _duplicates(frames: Frames) -> Measured:
-    from opensora_repro.data.score.duplicates import clip_code
-
     code = clip_code(middles(frames.picture, frames.num_frames))
     return {CODE: None if code is None else code.astype(">u2").tobytes().hex()}
 
@@ -117,14 +72,14 @@ class Score:
 
 
 SCORES = {
-    "motion": Score(_motion, 1),
-    "jitter": Score(_jitter, 1),
-    "static": Score(_static, 1),
-    "sharpness": Score(_sharpness, 1),
+    "motion": Score(lambda f: {"motion": pixels.motion(f.flows, f.fps)}, 1),
+    "jitter": Score(lambda f: {"jitter": pixels.jitter(f.flows, f.repeated, f.fps)}, 1),
+    "static": Score(lambda f: {"static_share": pixels.static_share(f.repeated)}, 1),
+    "sharpness": Score(lambda f: {"sharpness": pixels.sharpness(spread(f.picture))}, 1),
     "brightness": Score(_brightness, 1),
     "letterbox": Score(_letterbox, 1),
-    "text": Score(_text, 1),
-    "watermark": Score(_watermark, 1),
+    "text": Score(lambda f: {"text_area": pixels.text_area(spread(f.whole))}, 1),
+    "watermark": Score(lambda f: {"watermark_area": pixels.watermark_area(spread(f.whole))}, 1),
     "duplicates": Score(_duplicates, 1),
 }
 

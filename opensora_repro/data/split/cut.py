@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -30,10 +30,9 @@ from opensora_repro.data.video import (
     orientation,
     pixel_aspect,
 )
-from opensora_repro.data.write import rgb_to_yuv, steady_options
+from opensora_repro.data.write import GOP_SIZE, rgb_to_yuv, steady_options
 from opensora_repro.files import beside
 
-GOP = 16  # frames between key frames: what a random read decodes in vain at most
 TRAINING_SIDE = 256  # pixels
 COPYABLE = frozenset(("h264", "hevc", "av1", "vp9"))  # what an mp4 may hold as it is
 
@@ -59,20 +58,11 @@ class Encoding:
         return not self.short_side and self.fps is None
 
 
-def cut_clips(
-    path: str | Path,
-    scan: Scan,
-    clips: Sequence[tuple[Span, Path]],
-    *,
-    crf: int = 18,
-    encoding: Encoding | None = None,
-    on_frame: Callable[[], Any] = int,
-) -> None:
+def cut_clips(path: str | Path, scan: Scan, clips: Sequence[tuple[Span, Path]], how: Encoding) -> None:
     """Write the spans (ascending, disjoint) in one pass over the source; a name appears once its clip is verified.
 
-    `crf` is `Encoding.crf` where no `encoding` is given. Raises DecodeError.
+    Raises DecodeError.
     """
-    how = encoding or Encoding(crf=crf)
     if reason := frame_index(path).damage():
         raise DecodeError(f"{path}: {reason}")
     waiting = [clip for clip in clips if not (how.copy and how.keeps_frames and copy_clip(path, scan, *clip, how))]
@@ -83,7 +73,6 @@ def cut_clips(
             for position, frame in enumerate(decoded_frames(container, stream)):
                 if not waiting:
                     break
-                on_frame()
                 span, target = waiting[0]
                 if position < span.start:
                     continue
@@ -110,7 +99,7 @@ def cut_clips(
 
 def clip_rate(times: Sequence[int], begin: int, time_base: Fraction) -> float:
     """Return the frames a second that a clip begins with, for the encoder to plan with; 0 where there is one frame."""
-    return average_rate(times[begin : begin + GOP + 1], time_base)
+    return average_rate(times[begin : begin + GOP_SIZE + 1], time_base)
 
 
 def frame_times(scan: Scan, span: Span, fps: Fraction | None) -> tuple[Fraction, list[list[int]]]:
@@ -292,11 +281,13 @@ class ClipWriter:
         self.target = target
         self.unfinished = beside(target)
         self.container = av.open(f"file:{self.unfinished}", "w", format="mp4", options={"movflags": "faststart"})
-        options = {"crf": str(how.crf), "preset": how.preset, "g": str(GOP), "bf": "0", "sc_threshold": "0"}
+        options = {"crf": str(how.crf), "preset": how.preset, "g": str(GOP_SIZE), "bf": "0", "sc_threshold": "0"}
         options |= steady_options(*[chroma] * bool(chroma))
         if how.fast_decode:
             options["tune"] = "fastdecode"
-        stream = self.container.add_stream("libx264", rate=_encoder_rate(rate), options=options)
+        # What x264 plans with; times come from the frames themselves.
+        planned = Fraction(rate).limit_denominator(1001) if rate > 0 else Fraction(25)
+        stream = self.container.add_stream("libx264", rate=planned, options=options)
         stream.width, stream.height, stream.pix_fmt = first.width, first.height, "yuv420p"
         context = stream.codec_context
         context.thread_count = 1
@@ -371,7 +362,7 @@ def fault(path: Path, seconds: Sequence[float]) -> str:
     Every frame must be there, at its time, and every key frame must decode. The frames between are not decoded again:
     the encoder made them just now, and what a disk or a crash does to a file shows in the rest.
     """
-    expected = -(-len(seconds) // GOP)
+    expected = -(-len(seconds) // GOP_SIZE)
     with open_video(path) as (container, stream):
         found = [float(time * stream.time_base) for time in frame_index(path).times]
         if len(found) != len(seconds):
@@ -382,8 +373,3 @@ def fault(path: Path, seconds: Sequence[float]) -> str:
         stream.codec_context.options = DRAFT
         keys = sum(not frame.is_corrupt for frame in decoded_frames(container, stream))
     return "" if keys == expected else f"{keys} of {expected} key frames decode"
-
-
-def _encoder_rate(rate: float) -> Fraction:
-    """The rate that x264 plans with; times come from the frames themselves."""
-    return Fraction(rate).limit_denominator(1001) if rate > 0 else Fraction(25)

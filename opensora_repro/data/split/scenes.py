@@ -7,7 +7,7 @@ with the one before without asking whether it has moved, and so cannot tell simi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -65,10 +65,8 @@ class Span:
         return self.end - self.start
 
 
-def scan_video(
-    path: str | Path, *, detector: str = "shots", threshold: float | None = None, on_frame: Callable[[], Any] = int
-) -> Scan:
-    """Decode a whole video, calling `on_frame` for each frame, and find its cuts.
+def scan_video(path: str | Path, *, detector: str = "shots", threshold: float | None = None) -> Scan:
+    """Decode a whole video and find its cuts.
 
     "shots" finds hard cuts, dissolves and fades (see shots.py); its threshold is how many times a cut's residual
     exceeds its neighbours', 1.5 by default. PySceneDetect's two find hard cuts: "content" where the content score (mean
@@ -83,7 +81,6 @@ def scan_video(
         footage = Footage(path, container, stream)
         for frame in footage:
             metrics.add(frame)
-            on_frame()
     return footage.scan(*metrics.finish())
 
 

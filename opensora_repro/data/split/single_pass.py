@@ -33,9 +33,7 @@ class SceneOptions:
     trim: int | None = None
 
 
-def scan_and_cut(
-    path: str | Path, name: Callable[[Span], Path], options: SceneOptions, *, on_frame: Callable[[], Any] = int
-) -> Scan | None:
+def scan_and_cut(path: str | Path, name: Callable[[Span], Path], options: SceneOptions) -> Scan | None:
     """Write each scene of at least `min_frames` to the `name` of its span; return the scan with their cuts.
 
     None where one pass is not enough: clips are wanted at another rate, with sound or copied, the waiting frames would
@@ -62,7 +60,6 @@ def scan_and_cut(
                     return None
                 scenes.waiting.append(picture)
                 scenes.write(metrics.detector)
-                on_frame()
             scan = footage.scan(*metrics.finish())
             scenes.write(metrics.detector)
             scenes.close(len(scan.times))
