@@ -135,7 +135,7 @@ def run(layer: nn.Module, call: Call, x: Tensor, *, backward: bool) -> Callable[
     """The output alone, or also the gradients of the tokens and of every parameter."""
     import torch
 
-    wanted = [x, *layer.parameters()]
+    leaves = [x, *layer.parameters()]
 
     def work() -> list[Tensor]:
         with torch.set_grad_enabled(backward), torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
@@ -143,8 +143,8 @@ def run(layer: nn.Module, call: Call, x: Tensor, *, backward: bool) -> Callable[
         found = [out.detach()]
         if backward:
             out.backward(found[0])
-            found += [value.grad for value in wanted if value.grad is not None]
-            for value in wanted:
+            found += [value.grad for value in leaves if value.grad is not None]
+            for value in leaves:
                 value.grad = None
         if x.is_cuda:
             torch.cuda.synchronize()

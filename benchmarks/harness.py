@@ -68,11 +68,11 @@ def timed(call: Callable[[], object], clock: Callable[[], float]) -> Callable[[]
 
 def in_turns(calls: Mapping[str, Call], products: Mapping[str, Call]) -> dict[str, Call]:
     """Both in one round, the products shared out behind the sides, so that each side has some of them beside it."""
-    turns: dict[str, Call] = {}
+    order: dict[str, Call] = {}
     for i, (name, call) in enumerate(calls.items()):
-        turns[name] = call
-        turns |= dict(list(products.items())[i :: len(calls)])
-    return turns
+        order[name] = call
+        order |= dict(list(products.items())[i :: len(calls)])
+    return order
 
 
 def summary(times: Sequence[float]) -> dict[str, float | int]:

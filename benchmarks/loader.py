@@ -110,10 +110,10 @@ def measure(folder: Path, seconds: float) -> list[dict[str, Any]]:
         path = folder / f"gop{gop}.mp4"
         write_clip(path, gop)
         start = starts()[0]
-        wanted = list(range(start, start + COUNT * STEP, STEP))
+        expected = list(range(start, start + COUNT * STEP, STEP))
         for side, read in {"ours": read_ours, **SIDES}.items():
-            if (found := numbers(read(path, start))) != wanted:
-                raise SystemExit(f"error: {side} read frames {found} instead of {wanted}")
+            if (found := numbers(read(path, start))) != expected:
+                raise SystemExit(f"error: {side} read frames {found} instead of {expected}")
         readers = {"ours": read_ours, **SIDES}
         times = interleaved(
             {side: calls(path, read) for side, read in readers.items()},

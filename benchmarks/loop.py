@@ -104,7 +104,7 @@ def build_loop(
     """A run of the torch engine from its first step on, without validation; its lines go to `run.dir`."""
     import torch
 
-    from opensora_repro.diffusion.objective import build_objective
+    from opensora_repro.diffusion.gaussian import build_objective
     from opensora_repro.kernels import ops
     from opensora_repro.models.stdit import STDiT
     from opensora_repro.parallel.engine import TorchEngine

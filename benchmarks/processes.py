@@ -31,7 +31,7 @@ def in_processes(workers: Mapping[str, Worker], one_thread: bool) -> Iterator[di
     """
     context = multiprocessing.get_context("spawn")  # a fork would not have the threads that torch computes with
     with contextlib.ExitStack() as stack:
-        asking: dict[str, Ask] = {}
+        asks: dict[str, Ask] = {}
         for name, worker in workers.items():
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(there, worker, one_thread))
@@ -39,8 +39,8 @@ def in_processes(workers: Mapping[str, Worker], one_thread: bool) -> Iterator[di
             there.close()
             stack.callback(process.join)
             stack.callback(here.close)
-            asking[name] = _asking(name, here)
-        yield asking
+            asks[name] = _ask(name, here)
+        yield asks
 
 
 def seconds_of(ask: Ask, *about: Any) -> Callable[[], float]:
@@ -77,7 +77,7 @@ def _serve(connection: Any, worker: Worker, one_thread: bool) -> None:
             connection.send(answers[what](*about))
 
 
-def _asking(name: str, connection: Any) -> Ask:
+def _ask(name: str, connection: Any) -> Ask:
     def ask(*request: Any) -> Any:
         try:
             connection.send(request)

@@ -107,9 +107,9 @@ def answers(side: Side, sizes: Sizes) -> dict[str, Ask]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def largest_difference(asking: dict[str, Ask], steps: int) -> float:
+def largest_difference(asks: dict[str, Ask], steps: int) -> float:
     """Of the last latents of any side to the plain one's, over their largest value; ends the benchmark if too large."""
-    latents = {name: ask("latents") for name, ask in asking.items()}
+    latents = {name: ask("latents") for name, ask in asks.items()}
     expected = latents["plain"]
     found = max(float(abs(value - expected).max() / abs(expected).max()) for value in latents.values())
     if not found < TOLERANCE:
@@ -117,9 +117,9 @@ def largest_difference(asking: dict[str, Ask], steps: int) -> float:
     return float(f"{found:.2e}")
 
 
-def whole_sampling(asking: dict[str, Ask], prompt: int, steps: int) -> dict[str, Any]:
+def whole_sampling(asks: dict[str, Ask], prompt: int, steps: int) -> dict[str, Any]:
     """All the steps of a sampling, once by ours and once by the plain side."""
-    both = {name: asking[name] for name in ("ours", "plain")}
+    both = {name: asks[name] for name in ("ours", "plain")}
     times = {name: [ask("seconds", "run", prompt, steps)] for name, ask in both.items()}
     difference = largest_difference(both, steps)
     both_sides = side_by_side(times["ours"], times["plain"])
@@ -155,23 +155,23 @@ def measure(
     products = {name: timed(work.call, clock_of(one_thread)) for name, work in works.items()}
     rows, limits, differences = [], {}, {}
     workers = {name: Worker(answers, (SIDES[name], sizes), SIDES[name].keeps_memory) for name in names}
-    with in_processes(workers, one_thread) as asking:
+    with in_processes(workers, one_thread) as asks:
         for prompt in prompts:
             what = f"prompt of {prompt} tokens"
-            for ask in asking.values():
+            for ask in asks.values():
                 ask("run", prompt, checked)
-            differences[what] = largest_difference(asking, checked)
-            calls = {name: seconds_of(ask, "run", prompt, steps) for name, ask in asking.items()}
+            differences[what] = largest_difference(asks, checked)
+            calls = {name: seconds_of(ask, "run", prompt, steps) for name, ask in asks.items()}
             times = taking_turns(in_turns(calls, products), rounds=100, seconds=seconds / len(prompts), warmup=1)
             limits[what] = matmul_limit(works, times)
-            flops = {name: ask("flops", prompt, steps) for name, ask in asking.items()}
+            flops = {name: ask("flops", prompt, steps) for name, ask in asks.items()}
             for other in names[1:]:
                 row: dict[str, Any] = {"what": what, "other_side": other, **side_by_side(times["ours"], times[other])}
                 for key, name in (("ours", "ours"), ("other", other)):
                     row[key] |= {"flops": flops[name]} | share_of_limit(flops[name], times[name], limits[what])
                 rows.append(row)
-        memory = {name: ask("memory") for name, ask in asking.items()}
-        longer = whole_sampling(asking, prompts[0], whole) if whole else None
+        memory = {name: ask("memory") for name, ask in asks.items()}
+        longer = whole_sampling(asks, prompts[0], whole) if whole else None
     return {
         "largest_difference": differences,
         "checked_steps": checked,

@@ -121,9 +121,9 @@ def f1(found: Sequence[int], truth: Sequence[dict[str, Any]]) -> float:
     left, hits = list(found), 0
     for cut in truth:
         start, end = cut.get("start", cut["frame"]), cut.get("end", cut["frame"])
-        near = [c for c in left if start - 2 <= c <= end + 2]
-        if near:
-            left.remove(min(near, key=lambda c: abs(c - cut["frame"])))
+        close = [c for c in left if start - 2 <= c <= end + 2]
+        if close:
+            left.remove(min(close, key=lambda c: abs(c - cut["frame"])))
             hits += 1
     return 2 * hits / max(1, len(found) + len(truth))
 

@@ -105,9 +105,9 @@ def measure(
     flops = {name: model_flops(PROCESSES[name].model, sizes) for name in names}
     workers = {name: Worker(answers, (PROCESSES[name].model, sizes), PROCESSES[name].keeps_memory) for name in names}
     rows, limits = [], {}
-    with in_processes(workers, one_thread) as asking:
+    with in_processes(workers, one_thread) as asks:
         for what, share in (("forward", 0.3), ("training step", 0.7)):
-            calls = {name: seconds_of(ask, what) for name, ask in asking.items()}
+            calls = {name: seconds_of(ask, what) for name, ask in asks.items()}
             times = taking_turns(in_turns(calls, products), rounds=100, seconds=share * seconds, warmup=1)
             limits[what] = matmul_limit(works, times)
             for other in names[1:]:
@@ -115,7 +115,7 @@ def measure(
                 for key, name in (("ours", "ours"), ("other", other)):
                     row[key] |= share_of_limit(flops[name][what]["counted"] or 0, times[name], limits[what])
                 rows.append(row)
-        about = {name: ask("about") | ask("memory") for name, ask in asking.items()}
+        about = {name: ask("about") | ask("memory") for name, ask in asks.items()}
     return {
         "largest_difference": difference,
         "matmul_limit": limits,

@@ -110,13 +110,13 @@ def run_inspect(args: argparse.Namespace) -> int:
     for key, value in asdict(found.model).items():
         print(f"{'model.' + key:>32} = {value}")
     source = shlex.quote(str(args.source))
-    print(f"sample it: python -m stages.sample {source} {_wishes(args, found)} --out OUT --seed 0")
+    print(f"sample it: python -m stages.sample {source} {_options(args, found)} --out OUT --seed 0")
     if found.family.trains:
         print(f"train from it: init.weights={source}")
     return 0
 
 
-def _wishes(args: argparse.Namespace, found: Published) -> str:
+def _options(args: argparse.Namespace, found: Published) -> str:
     prompt = "--label 0" if found.model.conditioning == "class" else '--prompt "your text"'
     told = {"--num-heads": args.num_heads, "--family": args.family}
     return " ".join([*(f"{name} {value}" for name, value in told.items() if value is not None), prompt])

@@ -14,13 +14,13 @@ from torch.utils._pytree import tree_leaves
 class LiveBytes(TorchDispatchMode):
     """Of all storages that operations have made in this context and that are still alive: `now`, and at most `peak`.
 
-    Those of the tensors `besides` do not count, whatever views of them are made.
+    Those of the `ignored` tensors do not count, whatever views of them are made.
     """
 
-    def __init__(self, besides: Iterable[torch.Tensor] = ()) -> None:
+    def __init__(self, ignored: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._seen = weakref.WeakSet[Any](tensor.untyped_storage() for tensor in besides)
+        self._seen = weakref.WeakSet[Any](tensor.untyped_storage() for tensor in ignored)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))

@@ -101,16 +101,11 @@ def position_tables(cfg: STDiTConfig | DiTConfig) -> tuple[Tensor, Tensor]:
 
 
 def _write_diffusers(folder: Path, cfg: STDiTConfig | DiTConfig, model: Any) -> None:
-    facts: dict[str, Any] = {
-        "depth": cfg.depth, "num_heads": cfg.num_heads, "hidden_size": cfg.hidden_size, "in_channels": cfg.in_channels,
-        "out_channels": cfg.out_channels, "patch_size": cfg.patch_size, "sample_size": ROWS * cfg.patch_size[1],
-    }  # fmt: skip
+    sample_size = ROWS * cfg.patch_size[1]
     if isinstance(cfg, STDiTConfig):
-        facts |= {"caption_channels": cfg.caption_channels, "space_scale": cfg.space_scale, "size_conditioning": False}
-        config, tensors = pixart_diffusers_config(**facts), pixart_to_diffusers(model.state_dict())
+        config, tensors = pixart_diffusers_config(cfg, sample_size), pixart_to_diffusers(model.state_dict())
     else:
-        config = dit_diffusers_config(**facts, num_classes=cfg.num_classes)
-        tensors = dit_to_diffusers(model.state_dict())
+        config, tensors = dit_diffusers_config(cfg, sample_size), dit_to_diffusers(model.state_dict())
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     save_file({k: v.clone() for k, v in tensors.items()}, folder / "diffusion_pytorch_model.safetensors")

@@ -33,10 +33,6 @@ class Motion:
         return f"a {self.colour} {self.shape} moving {self.direction}"
 
     @property
-    def still_caption(self) -> str:
-        return f"a {self.colour} {self.shape}"
-
-    @property
     def held_out(self) -> bool:
         """True for the combinations that no stage ever trains on."""
         indexes = list(COLOURS).index(self.colour), SHAPES.index(self.shape), list(DIRECTIONS).index(self.direction)

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
-from opensora_repro.diffusion.flow import ModelFn
+from opensora_repro.diffusion.flow import ModelFn, RectifiedFlow, build_flow
+
+if TYPE_CHECKING:
+    from opensora_repro.config import DiffusionConfig
 
 NUM_TRAIN_STEPS = 1000
 _DATA_BIN = 1 / 255  # half the width of an 8-bit level when data span [-1, 1]
@@ -209,3 +212,16 @@ class GaussianDiffusion:
         t = timesteps.round().long()
         x_t = self.q_sample(latents, t, noise)
         return torch.stack(list(self.loss_terms(model_fn(x_t, timesteps), latents, x_t, t, noise).values())).sum(0)
+
+
+# Both draw, and name, timesteps as the network sees them: float32 in [0, 1000].
+Objective: TypeAlias = RectifiedFlow | GaussianDiffusion
+
+
+def build_objective(cfg: DiffusionConfig) -> Objective:
+    """The training objective of `diffusion.objective`. Raises ValueError for one that does not exist."""
+    if cfg.objective == "flow":
+        return build_flow(cfg)
+    if cfg.objective == "iddpm":
+        return GaussianDiffusion()
+    raise ValueError(f"diffusion.objective={cfg.objective!r} is unknown; expected 'iddpm' or 'flow'")

@@ -27,7 +27,7 @@ Progress = Callable[[int, int], None]  # (steps done, steps in all)
 # (text, mask, null=the null caption or None) -> what the model takes in place of both; the null half follows the text
 PrepareText = Callable[..., Any]
 # The guided model -> what samples with it call in its place within the context
-Through = Callable[[ModelFn], AbstractContextManager[ModelFn]]
+CallContext = Callable[[ModelFn], AbstractContextManager[ModelFn]]
 
 
 def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator], device: torch.device) -> Tensor:
@@ -123,8 +123,8 @@ class LatentSampler:
 
     `name` chooses among IDDPM's samplers; flow models always use Euler steps. Latents of patches of `patch_size` are
     tokens, whose number sets the flow's shift. `prepare_text` is the model's own, see `guided_model`; without it the
-    model is called as in training, whatever stands between. The guided model is called `through` a context that ends
-    with the sampling, alike at every step.
+    model is called as in training, whatever stands between. The guided model is called within its `call_context`,
+    which ends with the sampling, alike at every step.
     """
 
     objective: DiffusionConfig
@@ -133,7 +133,7 @@ class LatentSampler:
     guidance: float
     patch_size: Sequence[int] = (1, 2, 2)
     prepare_text: PrepareText | None = None
-    through: Through = nullcontext
+    call_context: CallContext = nullcontext
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
@@ -175,7 +175,7 @@ class LatentSampler:
                 prepare_text=self.prepare_text,
             )
             noise = next_noise()
-            with self.through(model_fn) as model_fn:
+            with self.call_context(model_fn) as model_fn:
                 if flow:
                     tokens, frames = count_tokens(shape, self.patch_size), count_frames(shape, self.patch_size)
                     times = build_flow(self.objective).sampling_times(self.steps, tokens, frames)

@@ -25,6 +25,7 @@ from opensora_repro.kernels import eager
 
 CHOICES = ("auto", "eager", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LAYER_NORM_EPS = 1e-6  # of all published models
 MAX_CHANNELS = 8192  # a row of tokens is held at once
 SHORT_FRAMES = 64  # a program of attention over time has all frames of a place
 LARGE = 2**17  # numbers a sample; fewer stay in a CPU's caches, and then a call a sample takes longer than the passes
@@ -103,7 +104,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return bias_gelu(F.linear(x, weight), bias) if fused(x) else bias_gelu(F.linear(x, weight, bias), None)
 
 
-def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = LAYER_NORM_EPS) -> Tensor:
     shift, scale = _of_each(x, shift), _of_each(x, scale)
     if not _fused_rows(x):
         norm = norm_by_sample if pays(x, shift, scale) else eager.norm_modulate
@@ -122,7 +123,7 @@ def gate_residual(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
 
 
 def residual_norm_modulate(
-    x: Tensor, gate: Tensor | None, y: Tensor, shift: Tensor, scale: Tensor, eps: float
+    x: Tensor, gate: Tensor | None, y: Tensor, shift: Tensor, scale: Tensor, eps: float = LAYER_NORM_EPS
 ) -> tuple[Tensor, Tensor]:
     shift, scale = _of_each(x, shift), _of_each(x, scale)
     if not _fused_rows(x):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
 
 
-def is_dear(products: int, width: int) -> bool:
+def is_costly(products: int, width: int) -> bool:
     """Whether "selective" checkpointing keeps a result, of which each value took so many multiplications.
 
     It does where they are more than in a projection of `width` channels: the MLP's second matrix, and attention over

@@ -25,8 +25,6 @@ from opensora_repro.models.layers import (
     TimestepEmbedder,
     check_latents,
     check_sizes,
-    norm_modulate,
-    residual_norm_modulate,
     spatial_table,
     temporal_table,
     unpatchify,
@@ -63,8 +61,8 @@ class DiTBlock(nn.Module):
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         vectors = rearrange(self.adaLN_modulation(condition), "b (six d) -> six b 1 1 d", six=6)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = vectors.unbind(0)
-        y = self.attn(norm_modulate(x, shift_msa, scale_msa))
-        x, normed = residual_norm_modulate(x, gate_msa, y, shift_mlp, scale_mlp)
+        y = self.attn(ops.norm_modulate(x, shift_msa, scale_msa))
+        x, normed = ops.residual_norm_modulate(x, gate_msa, y, shift_mlp, scale_mlp)
         return ops.gate_residual(x, gate_mlp, self.mlp(normed))
 
 
@@ -78,7 +76,7 @@ class DiTFinalLayer(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale = rearrange(self.adaLN_modulation(condition), "b (two d) -> two b 1 1 d", two=2).unbind(0)
-        return self.linear(norm_modulate(x, shift, scale))
+        return self.linear(ops.norm_modulate(x, shift, scale))
 
 
 class DiT(nn.Module):
@@ -100,8 +98,8 @@ class DiT(nn.Module):
             if cfg.condition == "label"
             else CaptionEmbedder(cfg.caption_channels, dim, cfg.model_max_length)
         )
-        turns = ("space", "time") if cfg.factorised else ("space_time", "space_time")
-        self.blocks = nn.ModuleList(DiTBlock(cfg, over=turns[i % 2]) for i in range(cfg.depth))
+        axes = ("space", "time") if cfg.factorised else ("space_time", "space_time")
+        self.blocks = nn.ModuleList(DiTBlock(cfg, over=axes[i % 2]) for i in range(cfg.depth))
         self.final_layer = DiTFinalLayer(dim, math.prod(cfg.patch_size), cfg.out_channels)
         if not self.x_embedder.proj.weight.is_meta:
             self.initialize_weights()

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from opensora_repro.kernels import eager, ops
 
-LAYER_NORM_EPS = 1e-6
 TIMESTEP_CHANNELS = 256  # width of the timestep's sinusoid
 
 
@@ -189,19 +188,7 @@ class Attention(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Modulation and the final layer
-
-
-def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Tokens normalised, then x * (1 + scale) + shift; the vectors are [B, 1, 1, D]."""
-    return ops.norm_modulate(x, shift, scale, LAYER_NORM_EPS)
-
-
-def residual_norm_modulate(
-    x: Tensor, gate: Tensor | None, y: Tensor, shift: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return x + gate * y, and that as `norm_modulate` gives it; no gate is a gate of ones."""
-    return ops.residual_norm_modulate(x, gate, y, shift, scale, LAYER_NORM_EPS)
+# The final layer
 
 
 class FinalLayer(nn.Module):
@@ -214,7 +201,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         shift, scale = (self.scale_shift_table[:, None, None, None] + t[None, :, None, None]).unbind(0)
-        return self.linear(norm_modulate(x, shift, scale))
+        return self.linear(ops.norm_modulate(x, shift, scale))
 
 
 def unpatchify(x: Tensor, patch_size: tuple[int, int, int], rows: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Activation checkpointing of blocks: what is kept between the forward and the backward pass, and where.
 
-"full" keeps a block's input alone and runs the whole block again. "selective" also keeps the results that are dear: of
-the operations that multiply most for each value they give. Norms, modulation, activations and the cheaper matrix
+"full" keeps a block's input alone and runs the whole block again. "selective" also keeps the costly results: of the
+operations that multiply most for each value they give. Norms, modulation, activations and the cheaper matrix
 products are computed again from the input and from what was kept; the numbers are the same in any case.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from opensora_repro.models.config import is_dear
+from opensora_repro.models.config import is_costly
 
 aten = torch.ops.aten
 _PRODUCTS = {aten.mm.default: 0, aten.addmm.default: 1}  # where a product's left matrix stands
@@ -48,12 +48,12 @@ def run_block(keep: str, block: nn.Module, x: Tensor, *rest: Any) -> Tensor:
 
 def _policy(width: Any, _: Any, operation: Any, *args: Any, **__: Any) -> CheckpointPolicy:
     if operation in _PRODUCTS:
-        dear = is_dear(args[_PRODUCTS[operation]].shape[-1], width)
+        costly = is_costly(args[_PRODUCTS[operation]].shape[-1], width)
     elif operation in _ATTENTION:  # queries and keys [N, H, L, d]: products with the keys, then with the values
-        dear = is_dear(2 * args[1].shape[-2], width)
+        costly = is_costly(2 * args[1].shape[-2], width)
     else:
-        dear = False
-    return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
+        costly = False
+    return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class HostStack:

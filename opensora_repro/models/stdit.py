@@ -19,7 +19,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from opensora_repro.kernels import ops
-from opensora_repro.kernels.ops import fused
 from opensora_repro.models.config import STDiTConfig
 from opensora_repro.models.cross_attention import ALL, BlockText, CrossAttention, WholeCaptions, lay_out, varlen_kernel
 from opensora_repro.models.layers import (
@@ -31,8 +30,6 @@ from opensora_repro.models.layers import (
     TimestepEmbedder,
     check_latents,
     check_sizes,
-    norm_modulate,
-    residual_norm_modulate,
     spatial_table,
     temporal_table,
     unpatchify,
@@ -81,20 +78,20 @@ class STDiTBlock(nn.Module):
             shift_msa, scale_msa, gate_msa = (vector[: len(x)] for vector in (shift_msa, scale_msa, gate_msa))
 
         if normed is None:
-            normed = norm_modulate(x, shift_msa, scale_msa)
+            normed = ops.norm_modulate(x, shift_msa, scale_msa)
         x = ops.gate_residual(x, gate_msa, self.attn(normed))  # [B, T, S, D] everywhere
         if self.attn_temp is not None:  # reads the raw residual stream, shares the spatial branch's gate
             x = ops.gate_residual(x, gate_msa, self.attn_temp(x if temporal is None else x + temporal))
         if repeats > 1:  # from here on each caption has tokens of its own
             x = x.repeat(repeats, 1, 1, 1)
         y = self.cross_attn(x, text, captions)
-        x, normed = residual_norm_modulate(x, None, y, shift_mlp, scale_mlp)  # x + y, and its modulated norm
+        x, normed = ops.residual_norm_modulate(x, None, y, shift_mlp, scale_mlp)  # x + y, and its modulated norm
         y = self.mlp(normed)
 
         if following is None:
             return ops.gate_residual(x, gate_mlp, y)
         shift, scale, *_ = following._vectors(modulation)
-        return residual_norm_modulate(x, gate_mlp, y, shift, scale)
+        return ops.residual_norm_modulate(x, gate_mlp, y, shift, scale)
 
     def _vectors(self, modulation: Tensor) -> tuple[Tensor, ...]:
         """Shift, scale and gate of attention, then of the MLP, each [B, 1, 1, D]."""
@@ -260,7 +257,7 @@ class STDiT(nn.Module):
         run: Callable[..., Any] = nn.Module.__call__ if plain else partial(compiled or run_block, keep)
         # With a block's last residual and the next one's first norm in one kernel, two tensors pass from block to
         # block. Recomputing would keep both.
-        pairs = plain and fused(x)
+        pairs = plain and ops.fused(x)
         later = None  # what joins the temporal branch's input after the first block
         if compiled is not None:
             if temporal is not None:

@@ -13,11 +13,13 @@ from torch import Tensor
 from opensora_repro.parallel.device import return_memory
 
 # Replays that the host may be ahead: the progress it shows is the GPU's, and an interrupt has little to wait for.
-AHEAD = 2
+MOST_REPLAYS = 2
 
 
 class CudaGraph:
-    """A torch.cuda.CUDAGraph with memory of its own, recorded on a stream that serves for nothing else.
+    """A call without arguments, recorded once with memory of its own; it works on buffers that stay where they are.
+
+    The recording is made on a stream that serves for nothing else.
 
     After one recording that failed this process makes no more: torch before 2.12 takes that for one that goes on.
     """
@@ -30,11 +32,14 @@ class CudaGraph:
         self._running: deque[torch.cuda.Event] = deque()
 
     def warm_up(self, call: Callable[[], Tensor]) -> Tensor:
+        """Return call(), run as it will be recorded; to be read before the next call of anything here."""
         with self._beside():  # where libraries get their workspaces now, so that the recording finds them
             return call()
 
     def capture(self, call: Callable[[], Tensor]) -> Tensor:
-        """Raises what the call raises, or torch, and RuntimeError where an earlier recording failed.
+        """Record the call without running it; return the tensor that every `replay` will fill.
+
+        Raises what the call raises, or torch, and RuntimeError where an earlier recording failed.
 
         Autocast's copies of weights are from the warm-up. Made here, they would hold nothing before the first replay;
         with autocast's cache off, each replay would make them anew.
@@ -56,7 +61,7 @@ class CudaGraph:
 
     def replay(self) -> None:
         assert self._graph is not None
-        if len(self._running) == AHEAD:
+        if len(self._running) == MOST_REPLAYS:
             self._running.popleft().synchronize()
         self._graph.replay()
         done = torch.cuda.Event(blocking=True)
@@ -64,6 +69,7 @@ class CudaGraph:
         self._running.append(done)
 
     def close(self) -> None:
+        """Give the recording's memory back, its result's included."""
         self._running.clear()
         if self._graph is not None:
             torch.cuda.current_stream(self._device).synchronize()

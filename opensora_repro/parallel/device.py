@@ -16,12 +16,12 @@ def default_kind() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def choose_device(wish: str | None, local_rank: int) -> torch.device:
-    """The device torch calls `wish`; "cuda" is this process's GPU by its local rank, None a GPU where there is one.
+def choose_device(name: str | None, local_rank: int) -> torch.device:
+    """The device torch calls `name`; "cuda" is this process's GPU by its local rank, None a GPU where there is one.
 
     Raises EngineError where there is no such GPU.
     """
-    device = torch.device(wish or default_kind())
+    device = torch.device(name or default_kind())
     if device.type != "cuda":
         return device
     index, count = local_rank if device.index is None else device.index, torch.cuda.device_count()

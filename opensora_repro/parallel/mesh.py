@@ -71,14 +71,6 @@ class Mesh:
         """This process's number among those that work on the same samples."""
         return self.rank % self.model_size
 
-    @property
-    def tensor_rank(self) -> int:
-        return self.member % self.tp_size
-
-    @property
-    def sequence_rank(self) -> int:
-        return self.member // self.tp_size
-
     def model_groups(self) -> list[list[int]]:
         """Ranks that work on the same samples."""
         return [list(range(first, first + self.model_size)) for first in range(0, self.world_size, self.model_size)]

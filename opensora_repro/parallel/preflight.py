@@ -120,14 +120,14 @@ def check_same(watchdog: Watchdog, about: str, facts: Mapping[str, str]) -> None
         absent = _wait_for(store, keys, watchdog.timeout)
         if absent:
             late = [place for place in watchdog.places if f"{about}/{place.rank}" in absent]
-            verdict = f"{listed(late)} did not tell {about} within {watchdog.timeout:.0f} s"
+            outcome = f"{listed(late)} did not tell {about} within {watchdog.timeout:.0f} s"
         else:
-            verdict = difference(watchdog.places, [json.loads(text) for text in store.multi_get(keys)])
-        store.set(f"{about}/verdict", verdict or "same")
-    absent = _wait_for(store, [f"{about}/verdict"], watchdog.timeout + MARGIN)
-    verdict = f"process 0 did not compare {about}" if absent else store.get(f"{about}/verdict").decode()
-    if verdict != "same":
-        raise EngineError(verdict)
+            outcome = difference(watchdog.places, [json.loads(text) for text in store.multi_get(keys)])
+        store.set(f"{about}/outcome", outcome or "same")
+    absent = _wait_for(store, [f"{about}/outcome"], watchdog.timeout + MARGIN)
+    outcome = f"process 0 did not compare {about}" if absent else store.get(f"{about}/outcome").decode()
+    if outcome != "same":
+        raise EngineError(outcome)
 
 
 def difference(places: Sequence[Place], facts: Sequence[Mapping[str, str]]) -> str:

@@ -203,11 +203,11 @@ class Watchdog:
 
     def _judge(self) -> None:
         while not self._over.wait(JUDGE_EVERY):
-            line = self._verdict(time.monotonic())
+            line = self._why_to_end(time.monotonic())
             if line:
                 self._end(line)
 
-    def _verdict(self, now: float) -> str | None:
+    def _why_to_end(self, now: float) -> str | None:
         """Why this process must end now; None where it need not."""
         failure = self._failure
         if failure is not None and failure.by != self.rank:

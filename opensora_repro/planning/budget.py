@@ -11,7 +11,7 @@ from opensora_repro.planning.encoders import FrozenSizes, frozen_sizes
 from opensora_repro.planning.flops import Products, forward_products
 from opensora_repro.planning.gpus import Gpu
 from opensora_repro.planning.parameters import count_parameters
-from opensora_repro.planning.placement import Fit, Fitter
+from opensora_repro.planning.placement import Fit, Fitter, candidates
 from opensora_repro.planning.sizes import Strides, latent_shape, token_grid
 
 SECONDS_AN_HOUR = 3600
@@ -124,7 +124,7 @@ def make_budget(cfg: Config, question: Question) -> Budget:
         gpus=question.gpus,
         work=work,
         configured=fitter.try_layout(cfg.parallel),
-        layouts=tuple(fitter.try_all()),
+        layouts=tuple(fitter.try_layout(parallel) for parallel in candidates(cfg, question.gpus)),
         time=_time(cfg, question, work, peak),
         inference=_inference(cfg, question, products, frozen, work.run_flops, peak),
     )

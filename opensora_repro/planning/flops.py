@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from opensora_repro.models.config import DiTConfig, ModelConfig, STDiTConfig, is_dear
+from opensora_repro.models.config import DiTConfig, ModelConfig, STDiTConfig, is_costly
 from opensora_repro.planning.parameters import (
     TIMESTEP_CHANNELS,
     caption_weights,
@@ -30,7 +30,7 @@ class Products:
     blocks: int
     outside: int  # embedders and the final layer
     inputs: int  # of `outside`: layers that read data, of which a backward pass wants no gradient
-    dear: int = 0  # of `blocks`: whose results selective activation checkpointing keeps
+    costly: int = 0  # of `blocks`: whose results selective activation checkpointing keeps
 
     @property
     def forward_flops(self) -> int:
@@ -43,7 +43,7 @@ class Products:
 
     def recomputed_flops(self, checkpointing: str) -> int:
         """What activation checkpointing adds: of every block's forward pass, what is not kept."""
-        return 2 * {"none": 0, "selective": self.blocks - self.dear, "full": self.blocks}[checkpointing]
+        return 2 * {"none": 0, "selective": self.blocks - self.costly, "full": self.blocks}[checkpointing]
 
 
 def forward_products(cfg: ModelConfig, grid: Grid) -> Products:
@@ -60,7 +60,7 @@ def _stdit_products(cfg: STDiTConfig, grid: Grid) -> Products:
     inputs = tokens * patch * cfg.in_channels + sinusoids + text * cfg.caption_channels * dim
     outside = tokens * patch * (cfg.in_channels + cfg.out_channels) + text * caption_weights(cfg)
     outside += timestep_weights(cfg) + 3 * size_weights(cfg)  # of height, width and their ratio
-    return Products(cfg.depth * block, outside, inputs, cfg.depth * _dear_products(cfg, grid))
+    return Products(cfg.depth * block, outside, inputs, cfg.depth * _costly_products(cfg, grid))
 
 
 def attended(cfg: STDiTConfig, grid: Grid) -> tuple[int, ...]:
@@ -69,19 +69,19 @@ def attended(cfg: STDiTConfig, grid: Grid) -> tuple[int, ...]:
     return (*own, cfg.model_max_length)
 
 
-def _dear_products(cfg: STDiTConfig, grid: Grid) -> int:
+def _costly_products(cfg: STDiTConfig, grid: Grid) -> int:
     """Of one block; as models/recompute.py decides, call by call."""
     dim, wide = cfg.hidden_size, mlp_width(cfg)
-    found = dim * wide if is_dear(wide, dim) else 0
-    found += sum(2 * dim * seen for seen in attended(cfg, grid) if is_dear(2 * seen, dim))
+    found = dim * wide if is_costly(wide, dim) else 0
+    found += sum(2 * dim * seen for seen in attended(cfg, grid) if is_costly(2 * seen, dim))
     return grid.tokens * found
 
 
 def _dit_products(cfg: DiTConfig, grid: Grid) -> Products:
     dim, tokens = cfg.hidden_size, grid.tokens
     # Latte's blocks take turns: within a frame, then over time.
-    turns = (grid.places, grid.frames) if cfg.factorised else (tokens, tokens)
-    seen = sum(turns[i % 2] for i in range(cfg.depth))
+    spans = (grid.places, grid.frames) if cfg.factorised else (tokens, tokens)
+    seen = sum(spans[i % 2] for i in range(cfg.depth))
     block = tokens * (4 * dim**2 + 2 * dim * mlp_width(cfg)) + 6 * dim**2
     patch = dim * math.prod(cfg.patch_size)
     caption = cfg.caption_channels * dim if cfg.condition == "text" else 0

@@ -75,10 +75,10 @@ def find_gpu(name: str) -> Gpu:
     for gpu in GPUS:
         known[_plain(gpu.name)] = gpu
         known[_plain(gpu.name).removeprefix("rtx")] = gpu
-    wish = _plain(name)
-    found = known.get(DEFAULT_VARIANT.get(wish, wish))
+    plain = _plain(name)
+    found = known.get(DEFAULT_VARIANT.get(plain, plain))
     if found is None:
-        nearest = known[difflib.get_close_matches(wish, list(known), n=1, cutoff=0.0)[0]].name
+        nearest = known[difflib.get_close_matches(plain, list(known), n=1, cutoff=0.0)[0]].name
         names = ", ".join(gpu.name for gpu in GPUS)
         raise ConfigError(f"--gpu {name!r} is not in the table; did you mean {nearest}? Known are {names}")
     return found

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from opensora_repro.config import Config, ParallelConfig
-from opensora_repro.models.config import STDiTConfig, is_dear
+from opensora_repro.models.config import STDiTConfig, is_costly
 from opensora_repro.parallel.mesh import Mesh
 from opensora_repro.planning.encoders import FrozenSizes
 from opensora_repro.planning.flops import attended
@@ -231,12 +231,12 @@ class _Block:
         return streams + self.values(whole + cut / self.tp_size) + gated + wide + self._small + self.weights
 
     @property
-    def dear(self) -> float:
+    def costly(self) -> float:
         """Of these, what selective checkpointing keeps, see models/recompute.py: the MLP's result, long attentions."""
         cfg = self.cfg
-        longest = sum(is_dear(2 * each.seen, cfg.hidden_size) for each in self.attentions if not each.in_place)
+        longest = sum(is_costly(2 * each.seen, cfg.hidden_size) for each in self.attentions if not each.in_place)
         log_sums = FLOAT * self.tokens * cfg.num_heads
-        last = is_dear(mlp_width(cfg) // self.tp_size, cfg.hidden_size)
+        last = is_costly(mlp_width(cfg) // self.tp_size, cfg.hidden_size)
         return self.values(last) + longest * (self.values(1) + log_sums) / self.tp_size
 
     @property
@@ -336,16 +336,16 @@ def _without_checkpointing(block: _Block) -> Activations:
 
 
 def _with_checkpointing(block: _Block, *, selective: bool, offload: bool) -> Activations:
-    """A block keeps its input and what is dear, and runs again when its gradients are due."""
+    """A block keeps its input and what is costly, and runs again when its gradients are due."""
     depth = block.cfg.depth
-    dear = block.dear if selective else 0.0
+    costly = block.costly if selective else 0.0
     inputs = min(depth, IN_TRANSIT) if offload else depth
-    kept = inputs * block.stream + depth * dear + block.ends
+    kept = inputs * block.stream + depth * costly + block.ends
     # Autocast forgets its copies at the end of the forward pass; until then there is one of every matrix.
-    in_forward = inputs * block.stream + depth * (dear + block.weights) + block.ends - block.final
+    in_forward = inputs * block.stream + depth * (costly + block.weights) + block.ends - block.final
     in_forward += block.stream + block.values(1 + 2 * block.widening)  # in the last block's MLP
     again = block.kept - block.stream + block.backward_extra
-    begin = max(kept + block.final_extra, kept - block.final + again - dear)
+    begin = max(kept + block.final_extra, kept - block.final + again - costly)
     end = block.ends - block.final + block.stream + again - block.last_gradients
     return Activations(kept + block.loss, max(in_forward, kept + block.loss_peak), begin, end)
 

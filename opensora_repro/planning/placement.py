@@ -49,9 +49,6 @@ class Fitter:
     gpus: int
     encodes: bool
 
-    def try_all(self) -> list[Fit]:
-        return [self.try_layout(parallel) for parallel in candidates(self.cfg, self.gpus)]
-
     def try_layout(self, parallel: ParallelConfig) -> Fit:
         cfg = dataclasses.replace(self.cfg, parallel=parallel)
         overrides = describe(parallel)

@@ -44,7 +44,7 @@ def _work(cfg: Config, budget: Budget) -> list[str]:
         f"{work.tokens_a_sample:,} tokens; {operations(work.forward_flops)} a forward pass",
         f"a step      {work.samples_a_step:,} samples, {work.tokens_a_step:,} tokens; "
         f"{operations(work.step_flops)} forward and backward",
-        f"            besides {encoding_and_recomputation(work.encoder_flops, work.recomputed_flops)}",
+        f"            plus {encoding_and_recomputation(work.encoder_flops, work.recomputed_flops)}",
         f"the run     {cfg.train.steps:,} steps, {work.run_tokens:,} tokens, {operations(work.run_flops)}"
         + (f", {number(work.epochs)} epochs" if work.epochs is not None else ""),
         "FLOPs count a multiplication and its addition as two; papers on DiT and PixArt count them as one",
@@ -62,15 +62,6 @@ def _memory(cfg: Config, budget: Budget) -> list[str]:
     if fit.memory is None:
         return [f"impossible: {fit.refused}"]
     memory = fit.memory
-    rows = {
-        "weights": memory.states.weights,
-        "gradients": memory.states.gradients,
-        "optimizer": memory.states.optimizer,
-        "average": memory.states.average,
-        "activations": max(memory.activations.forward_peak, memory.activations.backward_peak),
-        "encoders": memory.encoders,
-        "encoding": memory.encoding,
-    }
     notes = {
         "activations": f"{size(memory.activations.kept)} of them between forward and backward, "
         f"{size(memory.activations.workspace)} for attention's own sums on the way back",
@@ -78,7 +69,7 @@ def _memory(cfg: Config, budget: Budget) -> list[str]:
     }
     kind = cfg.train.activation_checkpointing
     others = ", ".join(f"{size(peak)} with {name!r}" for name, peak in fit.peaks.items() if name != kind)
-    lines = [f"{name:<12}{size(value):>10}  {notes.get(name, '')}".rstrip() for name, value in rows.items()]
+    lines = [f"{name:<12}{size(value):>10}  {notes.get(name, '')}".rstrip() for name, value in _parts(memory).items()]
     lines.append(f"{'at most':<12}{size(memory.peak):>10}  at one time, activation checkpointing '{kind}'; {others}")
     lines.append(fits_into(memory, budget.gpu))
     return lines
@@ -103,8 +94,8 @@ def _advice(cfg: Config, budget: Budget) -> str:
         helped = [fit for fit in budget.layouts if kind in fit.peaks and fit.peaks[kind] <= usable]
         if helped:
             return f"with train.activation_checkpointing={kind} {helped[0].overrides} would"
-    wishes = ["lower train.batch_size"] * (cfg.train.batch_size > 1) + ["lower vae.micro_batch_size"]
-    return ", or ".join([*wishes, "set text.offload=true or optim.offload=true", "take more or larger GPUs"])
+    remedies = ["lower train.batch_size"] * (cfg.train.batch_size > 1) + ["lower vae.micro_batch_size"]
+    return ", or ".join([*remedies, "set text.offload=true or optim.offload=true", "take more or larger GPUs"])
 
 
 def _time(budget: Budget) -> list[str]:
@@ -152,13 +143,16 @@ def fits_into(memory: Memory, gpu: Gpu) -> str:
 
 def memory_parts(memory: Memory) -> str:
     """One line of the parts that make the peak."""
+    return ", ".join(f"{name} {size(value)}" for name, value in _parts(memory).items() if value)
+
+
+def _parts(memory: Memory) -> dict[str, float]:
     states, activations = memory.states, memory.activations
     most = max(activations.forward_peak, activations.backward_peak)
-    parts = {
+    return {
         "weights": states.weights, "gradients": states.gradients, "optimizer": states.optimizer,
         "average": states.average, "activations": most, "encoders": memory.encoders, "encoding": memory.encoding,
     }  # fmt: skip
-    return ", ".join(f"{name} {size(value)}" for name, value in parts.items() if value)
 
 
 def size(num_bytes: float) -> str:

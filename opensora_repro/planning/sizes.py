@@ -11,7 +11,6 @@ from opensora_repro.files import here_or_shipped
 from opensora_repro.models.config import ModelConfig
 
 PUBLISHED_STRIDES = (1, 8, 8)  # of the Stable Diffusion autoencoders, which take frames one by one
-MAGVIT_V2_STRIDES = (4, 8, 8)  # arXiv:2310.05737; the first frame has a latent frame of its own
 
 Strides = tuple[int, int, int]  # frames, rows and columns a latent
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from opensora_repro.config import Config, ConfigError
 from opensora_repro.data.sampler import keyed_generator
-from opensora_repro.diffusion.samplers import LatentSampler, PrepareText, Through
+from opensora_repro.diffusion.samplers import CallContext, LatentSampler, PrepareText
 from opensora_repro.errors import TrainingError
 from opensora_repro.frozen.text import ClassLabels, ConditionEncoder
 from opensora_repro.models.config import ModelConfig
@@ -102,7 +102,7 @@ def generate(
     batches = [todo[i : i + batch_size] for i in range(0, len(todo), batch_size)]
     batches = batches[share[0] :: share[1]]
     device = next(model.parameters()).device
-    through: Through = StepGraphs() if captures(model, forward, device.type, sample.steps) else nullcontext
+    call_context: CallContext = StepGraphs() if captures(model, forward, device.type, sample.steps) else nullcontext
     sampler = LatentSampler(
         cfg.diffusion,
         sample.sampler,
@@ -110,7 +110,7 @@ def generate(
         guidance=sample.guidance,
         patch_size=model.cfg.patch_size,
         prepare_text=_text_preparation(model, forward),
-        through=through,
+        call_context=call_context,
     )
     for done, indices in enumerate(batches):
         condition, mask = encoder.encode([prompts[i] for i in indices])

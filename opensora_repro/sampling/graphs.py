@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,26 +21,11 @@ from opensora_repro.parallel.cuda_graph import CudaGraph
 WARM_UP = 2  # steps before the recording: kernels are compiled, position tables and autocast's copies are made
 
 
-class Graph(Protocol):
-    """A call without arguments, recorded once; it works on buffers that stay where they are."""
-
-    def warm_up(self, call: Callable[[], Tensor]) -> Tensor:
-        """Return call(), run as it will be recorded; to be read before the next call of anything here."""
-
-    def capture(self, call: Callable[[], Tensor]) -> Tensor:
-        """Record the call without running it; return the tensor that every `replay` will fill."""
-
-    def replay(self) -> None: ...
-
-    def close(self) -> None:
-        """Give the recording's memory back, its result's included."""
-
-
 class StepGraphs:
     """For `LatentSampler`: its model's calls are replayed. What cannot be recorded is called, after one warning."""
 
-    def __init__(self, new_graph: Callable[[torch.device], Graph] | None = None) -> None:
-        self._new_graph: Callable[[torch.device], Graph] = new_graph or CudaGraph
+    def __init__(self, new_graph: Callable[[torch.device], CudaGraph] | None = None) -> None:
+        self._new_graph: Callable[[torch.device], CudaGraph] = new_graph or CudaGraph
         self.usable = True
 
     @contextlib.contextmanager
@@ -57,9 +42,9 @@ class StepGraphs:
 class Replayed:
     """`model_fn` for tensors of the same shapes again and again: called a few times, recorded, then replayed."""
 
-    def __init__(self, model_fn: ModelFn, new_graph: Callable[[torch.device], Graph]) -> None:
+    def __init__(self, model_fn: ModelFn, new_graph: Callable[[torch.device], CudaGraph]) -> None:
         self._model_fn, self._new_graph = model_fn, new_graph
-        self._graph: Graph | None = None
+        self._graph: CudaGraph | None = None
         self._inputs: list[Tensor] = []
         self._output: Tensor | None = None
         self._calls = 0
@@ -86,7 +71,7 @@ class Replayed:
         x, timestep = self._inputs
         return self._model_fn(x, timestep)
 
-    def _graph_for(self, given: list[Tensor]) -> Graph:
+    def _graph_for(self, given: list[Tensor]) -> CudaGraph:
         """The graph whose inputs now hold the given values; a new one where they do not fit."""
         if self._graph is None or list(map(_kind, given)) != list(map(_kind, self._inputs)):
             self.close()

@@ -97,23 +97,23 @@ class SampleFolder:
         raise ConfigError(f"--out {self.path}: {reason}; take another folder, or replace it with --overwrite")
 
 
-def _changes(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
+def _changes(here: Mapping[str, Any], there: Mapping[str, Any]) -> Iterator[str]:
     """`KEY = OLD there, NEW here` for each setting that differs."""
-    for key, value in wanted.items():
-        if key in PLACES or found.get(key) == value:
+    for key, value in here.items():
+        if key in PLACES or there.get(key) == value:
             continue
-        if isinstance(value, dict) and isinstance(found.get(key), dict):
-            yield from (f"{key}.{change}" for change in _changes(value, found[key]))
-        elif key not in found:
+        if isinstance(value, dict) and isinstance(there.get(key), dict):
+            yield from (f"{key}.{change}" for change in _changes(value, there[key]))
+        elif key not in there:
             yield f"{key} is not told there, {value!r} here"
         else:
-            yield f"{key} = {found[key]!r} there, {value!r} here"
+            yield f"{key} = {there[key]!r} there, {value!r} here"
 
 
-def _other_prompts(wanted: Sequence[str], found: Sequence[Any]) -> Iterator[str]:
-    for number, (here, there) in enumerate(zip(wanted, found, strict=False)):
-        if here != there:
-            yield f"prompt {number} = {_short(there)} there, {_short(here)} here"
+def _other_prompts(here: Sequence[str], there: Sequence[Any]) -> Iterator[str]:
+    for number, (new, old) in enumerate(zip(here, there, strict=False)):
+        if new != old:
+            yield f"prompt {number} = {_short(old)} there, {_short(new)} here"
 
 
 def _short(text: Any) -> str:

@@ -18,7 +18,7 @@ from opensora_repro.config import Config
 from opensora_repro.data.cache import CacheRows, LatentCache
 from opensora_repro.data.dataset import BadSample, Clip, ClipDataset, LoaderDied, build_loader
 from opensora_repro.data.sampler import SharedBatches, interleave, keyed_generator
-from opensora_repro.diffusion.objective import Objective
+from opensora_repro.diffusion.gaussian import Objective
 from opensora_repro.errors import TrainingError
 from opensora_repro.frozen.encoder import Encoded, Encoder
 from opensora_repro.frozen.vae import FrameVAE

@@ -66,7 +66,7 @@ def _plan(
     batch = f"{cfg.train.batch_size} x {cfg.train.accumulation} micro-batches x {mesh.data_size} data ranks"
     flops, again, encoding = step_flops(cfg, forward_products(cfg.model, grid), frozen_sizes(cfg), samples)
     yield "step", f"{samples} samples ({batch}): {operations(flops)} in the transformer"
-    yield "besides", encoding_and_recomputation(encoding, again)
+    yield "overhead", encoding_and_recomputation(encoding, again)
     if rows is not None:
         yield "data", f"{rows:,} rows; {cfg.train.steps} steps are {cfg.train.steps * samples / rows:.3g} epochs"
     if gpu is not None:

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from typing import Protocol
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from opensora_repro.kernels.adamw import FusedAdamW
+from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.parallel.offload import chunks, on_device, to_host
-
-
-class ShowsWeights(Protocol):
-    """An engine, as far as averaging is concerned."""
-
-    masters: dict[str, Tensor]
-    optimizer: torch.optim.Optimizer
-
-    def show(self, pieces: Mapping[str, Tensor]) -> None: ...
 
 
 class Ema:
@@ -32,7 +23,7 @@ class Ema:
     in host memory.
     """
 
-    def __init__(self, engine: ShowsWeights, decay: float, *, offload: bool = False) -> None:
+    def __init__(self, engine: TorchEngine, decay: float, *, offload: bool = False) -> None:
         self.engine, self.decay = engine, decay
         self.updates = 0
         self.offload = offload

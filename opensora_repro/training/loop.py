@@ -12,7 +12,7 @@ from torch import Tensor
 
 from opensora_repro.config import Config
 from opensora_repro.data.sampler import drawn
-from opensora_repro.diffusion.objective import Objective
+from opensora_repro.diffusion.gaussian import Objective
 from opensora_repro.errors import DataError, TrainingError, cannot_write, is_out_of_memory, out_of_memory
 from opensora_repro.frozen.encoder import Encoder
 from opensora_repro.models.stdit import STDiT

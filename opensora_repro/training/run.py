@@ -15,7 +15,7 @@ from opensora_repro.data.cache import CacheRows, LatentCache
 from opensora_repro.data.dataset import ClipDataset
 from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.sampler import BatchSampler, SharedBatches
-from opensora_repro.diffusion.objective import build_objective
+from opensora_repro.diffusion.gaussian import build_objective
 from opensora_repro.files import sha256_of, write_text
 from opensora_repro.frozen.encoder import open_encoder, skipped_models
 from opensora_repro.frozen.text import take_null_caption

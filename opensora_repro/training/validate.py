@@ -9,7 +9,7 @@ import torch
 from opensora_repro.config import Config
 from opensora_repro.data.dataset import BadSample, ClipDataset
 from opensora_repro.data.sampler import keyed_generator, keyed_seed
-from opensora_repro.diffusion.objective import Objective
+from opensora_repro.diffusion.gaussian import Objective
 from opensora_repro.errors import DataError, TrainingError
 from opensora_repro.frozen.encoder import Encoded, Encoder
 from opensora_repro.parallel.engine import TorchEngine

@@ -27,6 +27,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from opensora_repro.models.config import DiTConfig, ModelConfig, STDiTConfig
+
 # A published module, or a lone parameter, and what diffusers calls it; several names: the rows are split among them.
 # `#` stands for the block's number.
 PIXART_NAMES: dict[str, tuple[str, ...]] = {
@@ -204,56 +206,34 @@ def _split_key(key: str, blocks: str, modules: Mapping[str, Any]) -> _Name | Non
 # config.json
 
 
-def pixart_diffusers_config(
-    *,
-    depth: int,
-    num_heads: int,
-    hidden_size: int,
-    in_channels: int,
-    out_channels: int,
-    patch_size: tuple[int, int, int],
-    caption_channels: int,
-    sample_size: int,
-    space_scale: float,
-    size_conditioning: bool,
-) -> dict[str, Any]:
+def pixart_diffusers_config(model: STDiTConfig, sample_size: int) -> dict[str, Any]:
     """Return PixArtTransformer2DModel's config.json; `sample_size` is the side of the square latents.
 
-    The facts are named as STDiTConfig's fields. diffusers' MLP is always four times as wide as the tokens.
+    diffusers' MLP is always four times as wide as the tokens. Raises ValueError for what it has no place for.
     """
     return {
         "_class_name": "PixArtTransformer2DModel",
         **COMMON_CONFIG,
-        **_sizes(depth, num_heads, hidden_size, in_channels, out_channels, patch_size, sample_size),
+        **_sizes(model, sample_size),
         "attention_type": "default",
-        "caption_channels": caption_channels,
-        "cross_attention_dim": hidden_size,
-        "interpolation_scale": space_scale,
+        "caption_channels": model.caption_channels,
+        "cross_attention_dim": model.hidden_size,
+        "interpolation_scale": model.space_scale,
         "norm_eps": 1e-6,
         "norm_type": PIXART_NORM,
-        "use_additional_conditions": size_conditioning,
+        "use_additional_conditions": model.size_conditioning,
     }
 
 
-def dit_diffusers_config(
-    *,
-    depth: int,
-    num_heads: int,
-    hidden_size: int,
-    in_channels: int,
-    out_channels: int,
-    patch_size: tuple[int, int, int],
-    num_classes: int,
-    sample_size: int,
-) -> dict[str, Any]:
-    """Return DiTTransformer2DModel's config.json; `num_classes` does not count the null label."""
+def dit_diffusers_config(model: DiTConfig, sample_size: int) -> dict[str, Any]:
+    """Return DiTTransformer2DModel's config.json; the null label is not counted there. Raises as PixArt's."""
     return {
         "_class_name": "DiTTransformer2DModel",
         **COMMON_CONFIG,
-        **_sizes(depth, num_heads, hidden_size, in_channels, out_channels, patch_size, sample_size),
+        **_sizes(model, sample_size),
         "norm_eps": 1e-6,
         "norm_type": DIT_NORM,
-        "num_embeds_ada_norm": num_classes,
+        "num_embeds_ada_norm": model.num_classes,
     }
 
 
@@ -302,26 +282,18 @@ def diffusers_kind(config: Mapping[str, Any]) -> str:
     return kind
 
 
-def _sizes(
-    depth: int,
-    num_heads: int,
-    hidden_size: int,
-    in_channels: int,
-    out_channels: int,
-    patch_size: tuple[int, int, int],
-    sample_size: int,
-) -> dict[str, Any]:
-    frames, rows, cols = patch_size
+def _sizes(model: ModelConfig, sample_size: int) -> dict[str, Any]:
+    frames, rows, cols = model.patch_size
     if frames != 1 or rows != cols:
-        raise ValueError(f"patch_size={patch_size}: diffusers' models have square patches of one frame")
-    if hidden_size % num_heads:
-        raise ValueError(f"num_heads={num_heads} does not divide hidden_size={hidden_size}")
+        raise ValueError(f"patch_size={model.patch_size}: diffusers' models have square patches of one frame")
+    if model.hidden_size % model.num_heads:
+        raise ValueError(f"num_heads={model.num_heads} does not divide hidden_size={model.hidden_size}")
     return {
-        "attention_head_dim": hidden_size // num_heads,
-        "in_channels": in_channels,
-        "num_attention_heads": num_heads,
-        "num_layers": depth,
-        "out_channels": out_channels,
+        "attention_head_dim": model.hidden_size // model.num_heads,
+        "in_channels": model.in_channels,
+        "num_attention_heads": model.num_heads,
+        "num_layers": model.depth,
+        "out_channels": model.out_channels,
         "patch_size": rows,
         "sample_size": sample_size,
     }

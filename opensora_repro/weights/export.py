@@ -88,9 +88,7 @@ def _image_layout(weights: Mapping[str, Tensor], model: ModelConfig, grid: Grid)
 def _write_diffusers(weights: Mapping[str, Tensor], model: ModelConfig, grid: Grid, folder: Path) -> None:
     theirs = family_of(model).diffusers
     assert theirs is not None, "checked before"
-    fields = ("depth", "num_heads", "hidden_size", "in_channels", "out_channels", "patch_size", *theirs.fields)
-    facts = {name: getattr(model, name) for name in fields}
-    config = theirs.config(**facts, sample_size=_sample_size(model, grid))
+    config = theirs.config(model, _sample_size(model, grid))
     tensors = theirs.tensors(weights)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -35,11 +35,10 @@ Network = STDiT | DiT
 
 @dataclass(frozen=True)
 class Diffusers:
-    """How diffusers has a family: its config.json from a model's sizes and these `fields`, its tensors from ours."""
+    """How diffusers has a family: its config.json from ours and the latents' side, its tensors from ours."""
 
-    config: Callable[..., dict[str, Any]]
+    config: Callable[[Any, int], dict[str, Any]]
     tensors: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
-    fields: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -76,9 +75,7 @@ _THEY_LACK = (re.escape(NULL_CAPTION),)
 _DIT_OR_LATTE = Layout("Open-Sora DiT or Latte", _DIT_KEYS, ("temp_embed",))
 
 _PIXART_SAMPLING = SampleConfig(sampler="dpm", steps=20, guidance=4.5)
-_DIFFUSERS_PIXART = Diffusers(
-    pixart_diffusers_config, pixart_to_diffusers, ("caption_channels", "space_scale", "size_conditioning")
-)
+_DIFFUSERS_PIXART = Diffusers(pixart_diffusers_config, pixart_to_diffusers)
 _NO_TEMPORAL = "it has no place for temporal attention (a video model); use opensora or safetensors"
 _NOT_PIXART = "these are DiT or Latte weights, expected PixArt's; use opensora or diffusers"
 CLASSES_ONLY = "its DiT knows classes and single images only; use opensora or safetensors"
@@ -154,7 +151,7 @@ FAMILIES = (
         sampling=SampleConfig(sampler="iddpm", steps=250, guidance=4.0),
         from_tables=lambda found: {"factorised": False, "no_temporal_pos_emb": found.frames in (None, 1)},
         table="pos_embed_spatial",
-        diffusers=Diffusers(dit_diffusers_config, dit_to_diffusers, ("num_classes",)),
+        diffusers=Diffusers(dit_diffusers_config, dit_to_diffusers),
         no_place={"pixart": _NOT_PIXART},
     ),
     Family(

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from opensora_repro.models.config import ModelConfig
 from opensora_repro.run_folder import STATE_FILE
@@ -35,7 +35,6 @@ from opensora_repro.weights.files import (
     WeightsError,
     WeightsFile,
     check_tensors,
-    find_weights,
     open_weights,
     recorded_sha256,
     release,
@@ -51,15 +50,6 @@ from opensora_repro.weights.layouts import (
     to_ours,
     trained_at,
 )
-
-__all__ = [
-    "LoadReport",
-    "WeightsError",
-    "check_complete",
-    "find_weights",
-    "load_model_weights",
-    "zero_temporal_attention",
-]
 
 SHOWN = 3  # keys named on each side of a mismatch
 
@@ -154,13 +144,6 @@ def load_model_weights(
 def inserts_temporal_attention(inserted: Sequence[str]) -> bool:
     """Whether such keys make a video model of an image model."""
     return any(".attn_temp." in key for key in inserted)
-
-
-def zero_temporal_attention(model: nn.Module) -> None:
-    """Make the temporal branches' output zero: the video model then treats every frame as an image."""
-    for name, parameter in model.named_parameters():
-        if ".attn_temp.proj." in name:
-            nn.init.zeros_(parameter)
 
 
 def check_complete(file: WeightsFile, cfg: ModelConfig) -> list[str]:

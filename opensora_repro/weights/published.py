@@ -86,11 +86,11 @@ def _model(
     return model
 
 
-def _heads(file: WeightsFile, width: int, wish: int | None) -> int:
+def _heads(file: WeightsFile, width: int, asked: int | None) -> int:
     told = file.facts.get("num_heads")
-    if wish is not None and told not in (None, wish):
-        raise WeightsError(f"--num-heads {wish}: {file.path} was made with {told}")
-    heads = wish if wish is not None else told or HEADS_BY_WIDTH.get(width)
+    if asked is not None and told not in (None, asked):
+        raise WeightsError(f"--num-heads {asked}: {file.path} was made with {told}")
+    heads = asked if asked is not None else told or HEADS_BY_WIDTH.get(width)
     if heads is None:
         raise WeightsError(
             f"{file.path}: the file does not tell how many attention heads its {width} channels have: "

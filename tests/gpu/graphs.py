@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from opensora_repro.diffusion.samplers import Through
-    from opensora_repro.sampling.graphs import Graph, StepGraphs
+    from opensora_repro.diffusion.samplers import CallContext
+    from opensora_repro.parallel.cuda_graph import CudaGraph
+    from opensora_repro.sampling.graphs import StepGraphs
 
 STEPS = 12  # of small models
 FULL_STEPS = 50
@@ -46,14 +47,14 @@ class Rerun:
             self._output.fill_(float("nan"))  # whoever still reads it will notice
 
 
-def recording(device: torch.device) -> tuple[StepGraphs, list[Graph]]:
+def recording(device: torch.device) -> tuple[StepGraphs, list[Any]]:
     """Sample through the first; the second then holds the graphs that it made."""
     from opensora_repro.parallel.cuda_graph import CudaGraph
     from opensora_repro.sampling.graphs import StepGraphs
 
-    made: list[Graph] = []
+    made: list[Any] = []
 
-    def new_graph(where: torch.device) -> Graph:
+    def new_graph(where: torch.device) -> CudaGraph | Rerun:
         made.append(CudaGraph(where) if where.type == "cuda" else Rerun(where))
         return made[-1]
 
@@ -86,17 +87,17 @@ def largest_difference(model: Any, device: torch.device, kernels: str, dtype: st
 
     from tests.gpu.kernel_cases import using
 
-    through, made = recording(device)
+    graphs, made = recording(device)
     worst = 0.0
     with using(kernels, device), torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
         for batch in BATCHES:
-            plain, replayed = (sample_small(model, batch, way) for way in (nullcontext, through))
+            plain, replayed = (sample_small(model, batch, way) for way in (nullcontext, graphs))
             worst = max(worst, relative_error(replayed, plain))
-    assert through.usable and len(made) == len(BATCHES), f"{what}: not recorded"
+    assert graphs.usable and len(made) == len(BATCHES), f"{what}: not recorded"
     return require(worst, TOLERANCE[dtype], what)
 
 
-def sample_small(model: Any, batch: int, through: Through) -> Tensor:
+def sample_small(model: Any, batch: int, graphs: CallContext) -> Tensor:
     import torch
 
     from opensora_repro.config import DiffusionConfig
@@ -107,7 +108,9 @@ def sample_small(model: Any, batch: int, through: Through) -> Tensor:
     if prepare is not None:
         condition = torch.randn(batch, 12, 32, generator=torch.Generator().manual_seed(1)).to(device)
         mask = torch.arange(12)[None] < torch.tensor([[12], [5], [9]])[:batch]
-    return LatentSampler(DiffusionConfig(), "dpm", steps=STEPS, guidance=4.0, prepare_text=prepare, through=through)(
+    return LatentSampler(
+        DiffusionConfig(), "dpm", steps=STEPS, guidance=4.0, prepare_text=prepare, call_context=graphs
+    )(
         model,
         condition,
         mask,
@@ -133,12 +136,12 @@ def unrecordable(device: torch.device) -> dict[str, Any]:
         return sound(x, timestep)
 
     for model_fn in (waits, sound):
-        through, _ = recording(device)
-        with torch.inference_mode(), through(model_fn) as call:
+        graphs, _ = recording(device)
+        with torch.inference_mode(), graphs(model_fn) as call:
             for step in range(6):
                 x, timestep = torch.randn(2, 64, device=device), torch.full((2,), float(step), device=device)
                 assert torch.equal(call(x, timestep), model_fn(x, timestep)), f"{model_fn.__name__}, step {step}"
-        assert not through.usable, model_fn.__name__
+        assert not graphs.usable, model_fn.__name__
     return {"goes on": True}
 
 
@@ -171,7 +174,7 @@ def sample_full(model: Any, frames: int, steps: int, way: str) -> tuple[Tensor, 
     from opensora_repro.diffusion.samplers import LatentSampler
 
     device = next(model.parameters()).device
-    through, made = recording(device)
+    graphs, made = recording(device)
     text = torch.randn(1, 120, 4096, generator=torch.Generator().manual_seed(1)).to(device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
@@ -184,7 +187,7 @@ def sample_full(model: Any, frames: int, steps: int, way: str) -> tuple[Tensor, 
             steps=steps,
             guidance=7.0,
             prepare_text=model.prepare_text,
-            through=through if way == "replayed" else nullcontext,
+            call_context=graphs if way == "replayed" else nullcontext,
         )(
             model,
             text,
@@ -195,6 +198,6 @@ def sample_full(model: Any, frames: int, steps: int, way: str) -> tuple[Tensor, 
         )
         torch.cuda.synchronize(device)
     milliseconds = 1000 * (time.perf_counter() - began) / steps
-    assert through.usable and bool(made) == (way == "replayed")
+    assert graphs.usable and bool(made) == (way == "replayed")
     peak = torch.cuda.max_memory_reserved(device) / 2**30
     return latents, round(milliseconds, 2), round(peak, 2)

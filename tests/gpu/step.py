@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from opensora_repro.diffusion.objective import Objective
+    from opensora_repro.diffusion.gaussian import Objective
     from opensora_repro.parallel.engine import TorchEngine
 
 STEPS, WARMUP = 6, 2
@@ -138,7 +138,7 @@ def build_training(device: torch.device, case: Case, options: Options) -> Traini
     import torch
 
     from opensora_repro.config import DiffusionConfig, OptimConfig, ParallelConfig
-    from opensora_repro.diffusion.objective import build_objective
+    from opensora_repro.diffusion.gaussian import build_objective
     from opensora_repro.kernels import ops
     from opensora_repro.models.stdit import STDiT
     from opensora_repro.parallel.build import build_engine

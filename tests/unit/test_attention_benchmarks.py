@@ -51,9 +51,9 @@ def test_whole_samplings_are_measured_and_end_at_the_same_latents(tmp_path: Path
 
 def test_samplings_that_differ_are_not_timed() -> None:
     latents = torch.ones(1, 4, 3, 8, 8).numpy()
-    asking = {"ours": lambda _: 1.001 * latents, "plain": lambda _: latents}
+    asks = {"ours": lambda _: 1.001 * latents, "plain": lambda _: latents}
     with pytest.raises(SystemExit, match="after 1 steps latents differ"):
-        sample.largest_difference(asking, 1)
+        sample.largest_difference(asks, 1)
 
 
 @pytest.mark.parametrize("kind", attention.KINDS)

@@ -34,19 +34,19 @@ def test_sides_live_on_in_processes_that_treat_memory_as_told(monkeypatch: pytes
         if name == "GLIBC_TUNABLES" or name.startswith("MALLOC_"):
             monkeypatch.delenv(name)
     workers = {name: processes.Worker(answers, (), name == "keeps") for name in ("gives back", "keeps")}
-    with processes.in_processes(workers, one_thread=True) as asking:
-        numbers = [ask("process") for ask in asking.values() for _ in range(2)]
+    with processes.in_processes(workers, one_thread=True) as asks:
+        numbers = [ask("process") for ask in asks.values() for _ in range(2)]
         assert len(set(numbers)) == 2 and os.getpid() not in numbers
-        assert processes.seconds_of(asking["keeps"], "sleep", 0.3)() < 0.2  # CPU seconds
-        left = {name: ask("left") for name, ask in asking.items()}
-        memory = {name: ask("memory") for name, ask in asking.items()}
+        assert processes.seconds_of(asks["keeps"], "sleep", 0.3)() < 0.2  # CPU seconds
+        left = {name: ask("left") for name, ask in asks.items()}
+        memory = {name: ask("memory") for name, ask in asks.items()}
         assert min(about["peak_memory_mb"] for about in memory.values()) > FREED_MB
         assert processes.memory_columns(memory["gives back"])[0] == "given back"
         if memory["keeps"]["keeps_memory"]:  # glibc
             assert left["keeps"] - left["gives back"] > FREED_MB / 2 * 2**20
         for _ in range(2):  # when it ends, and after it has
             with pytest.raises(SystemExit, match="the process of 'keeps' ended"):
-                asking["keeps"]("end")
+                asks["keeps"]("end")
     assert not any(Path(f"/proc/{number}").exists() for number in numbers)
 
 

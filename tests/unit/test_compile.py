@@ -64,7 +64,7 @@ KINDS = [("full", False), ("none", False), ("full", True), ("selective", False),
     [KINDS[0], *(pytest.param(*kind, marks=pytest.mark.exhaustive) for kind in KINDS[1:])],
 )
 def test_one_program_for_all_blocks_and_sizes(checkpointing: str, offload: bool) -> None:
-    """Selective checkpointing has another for tokens so many that their attention is dear."""
+    """Selective checkpointing has another for tokens so many that their attention is costly."""
     plain, compiled = new_model(checkpointing), new_model(checkpointing)
     compiled.offload_activations = offload
     compiled.compile_blocks(backend=CompileCounterWithBackend("aot_eager"))

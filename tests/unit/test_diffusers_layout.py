@@ -36,18 +36,12 @@ NULL_CAPTION = "y_embedder.y_embedding"
 
 
 def pixart_config(sample_size: int = 16, space_scale: float = 1.0, size_conditioning: bool = False) -> dict[str, Any]:
-    return pixart_diffusers_config(
-        **SIZE,
-        out_channels=8,
-        caption_channels=16,
-        sample_size=sample_size,
-        space_scale=space_scale,
-        size_conditioning=size_conditioning,
-    )
+    cfg = STDiTConfig(**SIZE, caption_channels=16, space_scale=space_scale, size_conditioning=size_conditioning)
+    return pixart_diffusers_config(cfg, sample_size)
 
 
 def dit_config() -> dict[str, Any]:
-    return dit_diffusers_config(**SIZE, out_channels=8, num_classes=7, sample_size=16)
+    return dit_diffusers_config(DiTConfig(**SIZE, num_classes=7), 16)
 
 
 def settings(config: dict[str, Any]) -> dict[str, Any]:
@@ -280,7 +274,7 @@ def test_other_configs_are_refused(change: dict[str, Any], message: str) -> None
 
 def test_shapes_that_diffusers_cannot_have_are_refused() -> None:
     with pytest.raises(ValueError, match="square patches of one frame"):
-        dit_diffusers_config(**{**SIZE, "patch_size": (2, 2, 2)}, out_channels=8, num_classes=7, sample_size=16)
+        dit_diffusers_config(DiTConfig(**{**SIZE, "patch_size": (2, 2, 2)}, num_classes=7), 16)
     with pytest.raises(ValueError, match="neither PixArt nor DiT"):
         diffusers_kind({"_class_name": "UNet2DConditionModel"})
 

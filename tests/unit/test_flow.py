@@ -19,8 +19,7 @@ from opensora_repro.diffusion.flow import (
     resolution_shift,
     shift_time,
 )
-from opensora_repro.diffusion.gaussian import GaussianDiffusion
-from opensora_repro.diffusion.objective import build_objective
+from opensora_repro.diffusion.gaussian import GaussianDiffusion, build_objective
 from opensora_repro.diffusion.samplers import euler_sample
 from opensora_repro.models.layers import count_tokens
 

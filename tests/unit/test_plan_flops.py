@@ -21,7 +21,7 @@ from opensora_repro.planning.budget import break_even
 from opensora_repro.planning.encoders import frozen_sizes
 from opensora_repro.planning.flops import forward_products
 from opensora_repro.planning.parameters import TIMESTEP_CHANNELS, count_parameters, cut_parameters
-from opensora_repro.planning.sizes import MAGVIT_V2_STRIDES, Grid, latent_shape, token_grid
+from opensora_repro.planning.sizes import Grid, latent_shape, token_grid
 from tests.tiny_models import make_tiny_text, make_tiny_vae
 
 TINY = STDiTConfig(hidden_size=48, depth=2, num_heads=4, caption_channels=12, model_max_length=6)
@@ -91,7 +91,7 @@ def test_stdit_flops_are_what_torch_counts(name: str, recompute: str) -> None:
     cfg = dataclasses.replace(TINY, **STDITS[name])
     model = STDiT(cfg)
     model.activation_checkpointing = recompute
-    latents = torch.randn(2, 4, 3, 12, 8)  # attention over 24 places is dear at 36 channels, not at 48
+    latents = torch.randn(2, 4, 3, 12, 8)  # attention over 24 places is costly at 36 channels, not at 48
     text, mask = torch.randn(2, 6, 12), torch.ones(2, 6, dtype=torch.bool)
     products = forward_products(cfg, token_grid(cfg, latents.shape[1:]))
 
@@ -172,7 +172,7 @@ def test_tokens_of_magvit_v2() -> None:
     cfg = Config(
         model=dataclasses.replace(TINY, patch_size=(1, 1, 1)), data=DataConfig(num_frames=17, height=128, width=128)
     )
-    shape = latent_shape(cfg, MAGVIT_V2_STRIDES)
+    shape = latent_shape(cfg, (4, 8, 8))  # MAGVIT-v2 (arXiv:2310.05737): the first frame has a latent frame of its own
     assert shape == (4, 5, 16, 16)
     assert token_grid(cfg.model, shape).tokens == 1280
     assert 17 / 8 == 2.125

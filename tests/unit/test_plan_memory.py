@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from opensora_repro.config import Config, DataConfig, OptimConfig, ParallelConfig, SampleConfig, TrainConfig
-from opensora_repro.diffusion.objective import build_objective
+from opensora_repro.diffusion.gaussian import build_objective
 from opensora_repro.kernels import ops
 from opensora_repro.kernels.ops import SHORT_FRAMES
 from opensora_repro.models import layers
@@ -95,7 +95,7 @@ def kept_bytes(step: Step) -> int:
     """What is alive between forward and backward: all that autograd and checkpointing keep, besides the weights."""
     with torch.no_grad():
         step.loss()  # fills the tables of positions
-    with LiveBytes(besides=step.given()) as live:
+    with LiveBytes(ignored=step.given()) as live:
         loss = step.loss()
     assert loss.requires_grad
     return live.now

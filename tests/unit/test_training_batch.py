@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from opensora_repro.config import Config, DataConfig, DiffusionConfig, RunConfig, TrainConfig, VaeConfig
-from opensora_repro.diffusion.objective import build_objective
+from opensora_repro.diffusion.gaussian import build_objective
 from opensora_repro.frozen.encoder import Encoded
 from opensora_repro.frozen.vae import FrameVAE, load_vae
 from opensora_repro.models.config import STDiTConfig

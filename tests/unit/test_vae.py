@@ -72,7 +72,7 @@ def test_a_few_frames_at_a_time_take_less_memory(way: str, tmp_path: Path) -> No
     for at_once in (2, 4, 8):
         loaded = load(tmp_path, at_once)
         given = [*loaded.vae.state_dict().values(), video, latents]
-        with LiveBytes(besides=given) as live:
+        with LiveBytes(ignored=given) as live:
             loaded.encode_moments(video) if way == "encoding" else loaded.decode(latents)
         cfg = Config(data=DataConfig(num_frames=frames, height=side, width=side), vae=VaeConfig(str(tmp_path), at_once))
         planned = frozen_sizes(cfg)

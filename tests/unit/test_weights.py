@@ -26,8 +26,8 @@ from opensora_repro.weights.diffusers_layout import (
     pixart_to_diffusers,
 )
 from opensora_repro.weights.families import FAMILIES, empty_model, family_of
-from opensora_repro.weights.files import NULL_CAPTION_FILE
-from opensora_repro.weights.load import WeightsError, draw_xavier_uniform, find_weights, load_model_weights
+from opensora_repro.weights.files import NULL_CAPTION_FILE, WeightsError, find_weights
+from opensora_repro.weights.load import draw_xavier_uniform, load_model_weights
 
 TINY = STDiTConfig(hidden_size=48, depth=2, num_heads=4, caption_channels=16, model_max_length=10)
 IMAGE = replace(TINY, temporal_attention=False)
@@ -228,9 +228,7 @@ def test_diffusers_pixart_folder(tmp_path: Path, cfg: STDiTConfig, pipeline: boo
     source = make_model(cfg)
     folder = tmp_path / "transformer" if pipeline else tmp_path
     folder.mkdir(exist_ok=True)
-    config = pixart_diffusers_config(
-        **FACTS, caption_channels=16, space_scale=1.0, size_conditioning=cfg.size_conditioning
-    )
+    config = pixart_diffusers_config(cfg, 8)
     (folder / "config.json").write_text(json.dumps(config))
     tensors = {key: value.clone() for key, value in pixart_to_diffusers(source.state_dict()).items()}
     save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
@@ -251,7 +249,7 @@ def test_diffusers_pixart_folder(tmp_path: Path, cfg: STDiTConfig, pipeline: boo
 
 def test_diffusers_dit_folder(tmp_path: Path) -> None:
     source = make_model(LABELS)
-    (tmp_path / "config.json").write_text(json.dumps(dit_diffusers_config(**FACTS, num_classes=10)))
+    (tmp_path / "config.json").write_text(json.dumps(dit_diffusers_config(LABELS, 8)))
     tensors = {key: value.clone() for key, value in dit_to_diffusers(source.state_dict()).items()}
     save_file(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
     model = DiT(LABELS)
