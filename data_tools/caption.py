@@ -38,14 +38,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_repro.data.caption.text import REJECTED, Caption, ends_sentence, judged
+from opensora_repro.data.jobs.course import Keeping, contents_of, memo_of
+from opensora_repro.data.jobs.earlier import adopt, sampled_digest
 from opensora_repro.data.jobs.gpus import check_device, usual_device
-from opensora_repro.data.jobs.keys import digest, sampled_digest
+from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, RunnerArguments, runner_of
 from opensora_repro.data.manifest import REJECTS, reject
 from opensora_repro.data.options import argument, option, parse, parser_of
 from opensora_repro.data.probe.rows import INPUT_HELP, manifest_of
 from opensora_repro.data.tables import write_rows
 from opensora_repro.errors import DataError, run_command
+from opensora_repro.files import digest
 
 if TYPE_CHECKING:
     from opensora_repro.data.caption.chat import Endpoint
@@ -72,7 +75,7 @@ REWRITE = (
 )
 ASKED, WITH_MODEL, WITH_ENDPOINT = "what a model or an endpoint is asked", "with --model", "with --endpoint"
 SOURCES = ("sidecar", "model", "endpoint")
-ANSWERS = ("captions", "rewrites")  # folders of what an endpoint has answered
+ANSWERS = ("captions", "rewrites")  # kinds of records of what an endpoint has answered
 Record = dict[str, Any]
 
 
@@ -191,16 +194,17 @@ def caption(args: Arguments) -> int:
     check(args)
     runner, out = runner_of(args), Path(args.out)
     endpoint = endpoint_of(args) if args.endpoint else None
-    if endpoint and not any((out / name).is_dir() for name in ANSWERS):
+    if endpoint and not out.exists():
         endpoint.check_reachable()  # before any work; a run that may have all its answers needs no server
-    manifest = manifest_of(args.input, out, runner)
-    clips = read_manifest(manifest, need_captions=False)
-    rows: list[Record] = clips.to_pylist()
-    captions = first_captions(args, rows, endpoint, runner)
-    columns = {}
-    if args.rewrite and endpoint:
-        columns["caption_original"] = [found.text for found in captions]
-        captions = rewritten(captions, args, endpoint)
+    with Records(out) as records:
+        manifest = manifest_of(args.input, out, runner)
+        clips = read_manifest(manifest, need_captions=False)
+        rows: list[Record] = clips.to_pylist()
+        captions = first_captions(args, rows, endpoint, records, runner)
+        columns = {}
+        if args.rewrite and endpoint:
+            columns["caption_original"] = [found.text for found in captions]
+            captions = rewritten(captions, args, endpoint, records)
     columns |= {"caption": [found.text for found in captions], "caption_flag": [found.flag for found in captions]}
     reasons = [reason_of(found, args.keep_flagged) for found in captions]
     good = [not reason for reason in reasons]
@@ -221,18 +225,20 @@ def caption(args: Arguments) -> int:
     return 0
 
 
-def first_captions(args: Arguments, rows: Sequence[Record], endpoint: Endpoint | None, runner: Runner) -> list[Caption]:
+def first_captions(
+    args: Arguments, rows: Sequence[Record], endpoint: Endpoint | None, records: Records, runner: Runner
+) -> list[Caption]:
     """Return every clip's caption before any rewriting."""
     from opensora_repro.data.caption.join import captions_of
 
     if args.sidecar:
         return captions_of(Path(args.sidecar), rows)
     if args.model:
-        return from_model(rows, args, Path(args.out) / "model", runner)
+        return from_model(rows, args, Keeping(records, "model"), runner)
     if args.rewrite and any(row["caption"].strip() for row in rows):
         return [judged(row["caption"]) for row in rows]
     assert endpoint is not None
-    return from_endpoint(rows, args, endpoint)
+    return from_endpoint(rows, args, endpoint, records)
 
 
 def reason_of(found: Caption, keep_flagged: bool) -> str:
@@ -274,7 +280,7 @@ def shown_frames(row: Record, parts: int) -> Any:
 # ---- a model
 
 
-def from_model(rows: Sequence[Record], args: Arguments, folder: Path, runner: Runner) -> list[Caption]:
+def from_model(rows: Sequence[Record], args: Arguments, keeping: Keeping, runner: Runner) -> list[Caption]:
     """Return every clip's caption as the model writes it."""
     from opensora_repro.data.jobs.batches import run_batches
 
@@ -282,27 +288,37 @@ def from_model(rows: Sequence[Record], args: Arguments, folder: Path, runner: Ru
     device = args.device or usual_device(over_ray=over_ray)
     dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     args = replace(args, device=device, dtype=dtype)
-    how, options = model_options(args)
+    how, options = model_options(args, memo_of(keeping.records))
     gpu = check_device(args.device, args.model_workers, over_ray=over_ray)
-    items: dict[str, Record] = {}
-    keys = []
-    for row in rows:
-        item = {name: row[name] for name in ("path", "num_frames", "fps", "height", "width")}
-        keys.append(digest([sampled_digest(Path(row["path"])), item["num_frames"], item["fps"], *how]))
-        items[keys[-1]] = item
+    keys = clip_keys(rows, keeping, how, lambda: model_options(args, sampled_digest)[0])
+    shown = ("path", "num_frames", "fps", "height", "width")
+    items = {key: {name: row[name] for name in shown} for key, row in zip(keys, rows, strict=True)}
     runner = replace(runner, workers=args.model_workers, gpu=gpu)
     found = run_batches(
-        describe, items, folder, size=args.batch_size, options=options, runner=runner, label="captioning"
+        describe, items, keeping, size=args.batch_size, options=options, runner=runner, label="captioning"
     )
     return [judge(found[key]) for key in keys]
 
 
-def model_options(args: Arguments) -> tuple[list[Any], Record]:
+def clip_keys(rows: Sequence[Record], keeping: Keeping, how: list[Any], earlier: Callable[[], list[Any]]) -> list[str]:
+    """Return what names each clip's record: its content, and how it is asked about."""
+    paths = [Path(row["path"]) for row in rows]
+
+    def keys(contents: Sequence[str], how: list[Any]) -> list[str]:
+        facts = [[int(row["num_frames"]), float(row["fps"])] for row in rows]
+        return [digest([content, *told, *how]) for content, told in zip(contents, facts, strict=True)]
+
+    named = keys(contents_of(paths, keeping.records), how)
+    adopt(keeping, named, lambda: keys(list(map(sampled_digest, paths)), earlier()))
+    return named
+
+
+def model_options(args: Arguments, hash_file: Callable[[Path], str]) -> tuple[list[Any], Record]:
     """Return what decides the captions, and what the workers need. ModelNotFound."""
     from opensora_repro.frozen.captioner import ONE_IMAGE, captioner_fingerprint, family_of
 
     family = family_of(args.model, key="--model")
-    files = captioner_fingerprint(args.model, key="--model", hash_file=sampled_digest)
+    files = captioner_fingerprint(args.model, key="--model", hash_file=hash_file)
     frames = args.frames or family.frames
     if family.shown == ONE_IMAGE and frames != 1:
         raise DataError(f"--frames {frames}: this model looks at one picture")
@@ -380,18 +396,17 @@ def fields_of(args: Arguments) -> Record:
     return fields | {name: value for name, value in given.items() if value is not None}
 
 
-def from_endpoint(rows: Sequence[Record], args: Arguments, endpoint: Endpoint) -> list[Caption]:
+def from_endpoint(rows: Sequence[Record], args: Arguments, endpoint: Endpoint, records: Records) -> list[Caption]:
     """Return every clip's caption as the endpoint writes it."""
     whole = args.send == "video"
     usual = f"This is a video clip. {DESCRIBE}" if whole else INSTRUCTION
     instruction = usual if args.instruction is None else args.instruction
     frames = 0 if whole else args.frames or ENDPOINT_FRAMES
     how = [METHOD, endpoint.model, instruction, frames, args.max_tokens, endpoint.fields]
-    keys = [
-        digest([sampled_digest(Path(row["path"])), int(row["num_frames"]), float(row["fps"]), *how]) for row in rows
-    ]
+    keeping = Keeping(records, ANSWERS[0])
+    keys = clip_keys(rows, keeping, how, lambda: how)
     wanted = {key: partial(about_clip, row, instruction, frames) for key, row in zip(keys, rows, strict=True)}
-    found = answers(wanted, args, endpoint, ANSWERS[0], "captioning")
+    found = answers(wanted, args, endpoint, keeping, "captioning")
     return [judge(found[key]) for key in keys]
 
 
@@ -428,14 +443,14 @@ def whole_video(path: Path) -> Record:
     return {"type": "video_url", "video_url": {"url": f"data:video/{kind};base64,{data}"}}
 
 
-def rewritten(captions: Sequence[Caption], args: Arguments, endpoint: Endpoint) -> list[Caption]:
+def rewritten(captions: Sequence[Caption], args: Arguments, endpoint: Endpoint, records: Records) -> list[Caption]:
     """Return the captions made detailed; what is no caption, and is not sent, as it is."""
     how: list[Any] = [REWRITE_METHOD, endpoint.model, REWRITE, args.max_tokens]
     how += [endpoint.fields] if endpoint.fields else []  # without any, the answers of earlier runs are still right
     keys = [digest([found.text, *how]) if found.text and not found.reason else None for found in captions]
     keys = [None if found.flag in REJECTED else key for key, found in zip(keys, captions, strict=True)]
     wanted = {key: partial(about_text, found.text) for key, found in zip(keys, captions, strict=True) if key}
-    written = answers(wanted, args, endpoint, ANSWERS[1], "rewriting")
+    written = answers(wanted, args, endpoint, Keeping(records, ANSWERS[1]), "rewriting")
     detailed = [judge(written[key]) if key else short for key, short in zip(keys, captions, strict=True)]
     return [replace(d, reason=d.reason and f"rewriting: {d.reason}") if key else d
             for key, d in zip(keys, detailed, strict=True)]  # fmt: skip
@@ -449,16 +464,14 @@ def answers(
     wanted: Mapping[str, Callable[[], list[Record]]],
     args: Arguments,
     endpoint: Endpoint,
-    folder: str,
+    keeping: Keeping,
     label: str,
 ) -> dict[str, Record]:
     from opensora_repro.data.caption.completions import Prices, Prompt, complete_all
 
     questions = [Prompt(key, messages) for key, messages in wanted.items()]
     prices = Prices(args.price_in, args.price_out)
-    return complete_all(
-        questions, Path(args.out) / folder, endpoint, concurrency=args.concurrency, label=label, prices=prices
-    )
+    return complete_all(questions, keeping, endpoint, concurrency=args.concurrency, label=label, prices=prices)
 
 
 if __name__ == "__main__":

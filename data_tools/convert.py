@@ -31,6 +31,8 @@ from typing import TYPE_CHECKING, Any
 
 from opensora_repro.data.convert.source import refusal
 from opensora_repro.data.inputs import VIDEO_SUFFIXES, Item
+from opensora_repro.data.jobs.course import Keeping
+from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, RunnerArguments, run_jobs, runner_of
 from opensora_repro.data.manifest import rejects_writer
 from opensora_repro.data.options import argument, option, parse, parser_of
@@ -49,7 +51,7 @@ OUTPUTS = {"manifest": "manifest.parquet", "csv": "manifest.csv", "opensora": "o
 URL_OUTPUTS = {"manifest": "urls.parquet", "csv": "urls.csv"}
 WITHOUT_FILES = ("hdvg", "panda70m")
 OPENSORA = {"path": "string", "caption": "string", "num_frames": "int64"}
-PROBED_AT_ONCE = 1 << 14  # files whose records lie in one folder
+PROBED_AT_ONCE = 1 << 14  # files
 FACTS = ("num_frames", "fps", "height", "width")
 
 
@@ -141,13 +143,14 @@ def convert(options: Options) -> int:
 
     out = options.out
     out.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(out)
+    for folder in (out, out / "records", out / "tars"):
+        remove_leftovers(folder)
     if options.kind in WITHOUT_FILES:
         place, rows = out / URL_OUTPUTS[options.to], write_urls(options)
-    elif options.to == "webdataset":
-        place, rows = out / "shards", write_webdataset(options)
     else:
-        place, rows = out / OUTPUTS[options.to], write_clips(options)
+        place = out / ("shards" if options.to == "webdataset" else OUTPUTS[options.to])
+        with Records(out) as records:
+            rows = (write_webdataset if options.to == "webdataset" else write_clips)(options, records)
     rejects = num_rows(out / "rejects.parquet")
     print(f"{options.kind}: {rows:,} rows, {rejects:,} rejected: {place}")
     if not rows:
@@ -183,12 +186,12 @@ def json_files(path: Path) -> list[Path]:
     return sorted(p for p in path.iterdir() if p.suffix.lower() in (".json", ".jsonl") and p.is_file())
 
 
-def write_clips(options: Options) -> int:
+def write_clips(options: Options, records: Records) -> int:
     """Write a manifest or a CSV; returns its rows."""
     from opensora_repro.data.manifest import Absolute, Rebase
     from opensora_repro.data.tables import table_writer
 
-    out, source = options.out, open_source(options)
+    out, source = options.out, open_source(options, records)
     opensora = options.to == "opensora"
     schema = schema_of(OPENSORA) if opensora else source.schema
     place = Absolute(source.folder) if opensora else Rebase(source.folder, out.absolute())
@@ -197,7 +200,7 @@ def write_clips(options: Options) -> int:
         table_writer(out / OUTPUTS[options.to], schema, header=not opensora) as write,
         rejects_writer(out / "rejects.parquet") as refuse,
     ):
-        for batch in accepted(source, options, refuse):
+        for batch in accepted(source, options, records, refuse):
             if opensora:
                 batch = captioned(batch, refuse).select(list(OPENSORA))
             write(place(batch))
@@ -205,30 +208,31 @@ def write_clips(options: Options) -> int:
     return rows
 
 
-def write_webdataset(options: Options) -> int:
+def write_webdataset(options: Options, records: Records) -> int:
     """Write archives; returns how many samples they have."""
     from opensora_repro.data.convert.tar_writer import write_shards
     from opensora_repro.data.manifest import Rebase
     from opensora_repro.data.tables import table_writer
 
-    table, source, rows = options.out / "records" / "rows.parquet", open_source(options), 0
+    table, source, rows = options.out / "records" / "rows.parquet", open_source(options, records), 0
     place = Rebase(source.folder, table.parent.absolute())
     with rejects_writer(options.out / "rejects.parquet") as refuse:
         with table_writer(table, source.schema) as write:
-            for batch in accepted(source, options, refuse):
+            for batch in accepted(source, options, records, refuse):
                 write(place(batch))
                 rows += batch.num_rows
-        return write_shards(table, options.out, options.shard_size, options.runner, refuse) if rows else 0
+        return write_shards(table, options.out, records, options.shard_size, options.runner, refuse) if rows else 0
 
 
-def open_source(options: Options) -> Source:
+def open_source(options: Options, records: Records) -> Source:
     """Open INPUT as what it is. Raises DataError."""
     from opensora_repro.data.convert import class_folders, tables, tar_reader
     from opensora_repro.data.video import IMAGE_SUFFIXES
 
     given, out = Path(options.given), options.out
     if options.kind == "webdataset":
-        return tar_reader.open_webdataset(tar_reader.find_tars(options.given, out), out, options.limits, options.runner)
+        tars = tar_reader.find_tars(options.given, out)
+        return tar_reader.open_webdataset(tars, out, records, options.limits, options.runner)
     if options.kind == "manifest":
         return tables.open_clip_table(given)
     if options.kind == "opensora":
@@ -239,7 +243,7 @@ def open_source(options: Options) -> Source:
     return class_folders.open_class_folders(given, out, suffixes, options.classes, options.listed)
 
 
-def accepted(source: Source, options: Options, refuse: Refuse) -> Iterator[Any]:
+def accepted(source: Source, options: Options, records: Records, refuse: Refuse) -> Iterator[Any]:
     """Yield the rows with ids, and with what the files tell where they are to be asked.
 
     Files that were extracted from archives and are of no use are deleted in the end.
@@ -248,7 +252,7 @@ def accepted(source: Source, options: Options, refuse: Refuse) -> Iterator[Any]:
     from opensora_repro.data.convert.source import with_ids
     from opensora_repro.data.ids import Seen
 
-    seen, number, useless = Seen(), 0, list[dict[str, Any]]()
+    seen, useless = Seen(), list[dict[str, Any]]()
 
     def refuse_file(row: dict[str, Any]) -> None:
         refuse(row)
@@ -261,16 +265,17 @@ def accepted(source: Source, options: Options, refuse: Refuse) -> Iterator[Any]:
                 part = batch.slice(start, PROBED_AT_ONCE)
                 size, found = part.num_rows, list[str | None]()
                 if options.probe:
-                    part, found = probed(part, source.folder, options, number, refuse_file)
+                    part, found = probed(part, source.folder, options, records, refuse_file)
                 yield with_ids(part, found or [None] * part.num_rows, seen, refuse_file)
-                number += 1
                 bar(size)
     if useless:
         items = tar_reader.find_tars(options.given, options.out)
         tar_reader.delete_rejected(items, options.out, options.limits, useless)
 
 
-def probed(batch: Any, folder: Path, options: Options, number: int, refuse: Refuse) -> tuple[Any, list[str | None]]:
+def probed(
+    batch: Any, folder: Path, options: Options, records: Records, refuse: Refuse
+) -> tuple[Any, list[str | None]]:
     """Fill in sizes, rates and lengths from the files where any is missing or impossible.
 
     Returns the rows whose file can be read, and the digests of the files that were. A row with all of them is believed.
@@ -282,7 +287,7 @@ def probed(batch: Any, folder: Path, options: Options, number: int, refuse: Refu
         return batch, []
     rows: list[Any] = batch.to_pylist()
     found: list[str | None] = [None] * len(rows)
-    facts = read_files({at: rows[at]["path"] for at in lacking}, folder, options, number)
+    facts = read_files({at: rows[at]["path"] for at in lacking}, folder, options, records)
     for at, result in facts.items():
         if "error" in result:
             refuse(refusal(rows[at]["id"] or result.get("id", ""), result["error"], rows[at]["path"]))
@@ -306,7 +311,7 @@ def complete(batch: Any) -> Any:
     return pc.and_(pc.and_(counts[0], counts[1]), pc.and_(counts[2], rate))
 
 
-def read_files(paths: dict[int, str], folder: Path, options: Options, number: int) -> dict[int, dict[str, Any]]:
+def read_files(paths: dict[int, str], folder: Path, options: Options, records: Records) -> dict[int, dict[str, Any]]:
     """Probe files; returns data_tools.probe's result for each, {"error": reason} among them."""
     facts: dict[int, dict[str, Any]] = {}
     jobs = {}
@@ -317,10 +322,9 @@ def read_files(paths: dict[int, str], folder: Path, options: Options, number: in
         else:
             jobs[at] = job_of(Item(path, name), decode=False)
     if jobs:
-        unique = list({job.key: job for job in jobs.values()}.values())
-        records = options.out / "files" / f"{number:05d}"
-        done = run_jobs(probe_file, unique, records, runner=options.runner, label="probing", unit="file")
-        facts |= {at: done[job.key] for at, job in jobs.items()}
+        keeping = Keeping(records, "files")
+        done = run_jobs(probe_file, list(jobs.values()), keeping, runner=options.runner, label="probing", unit="file")
+        facts |= dict(zip(jobs, done, strict=True))
     return {at: facts[at] for at in paths}
 
 

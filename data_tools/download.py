@@ -18,13 +18,11 @@ without a file are in DIR/rejects.parquet with the reason. --yt-dlp fetches from
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from os.path import expanduser
@@ -34,11 +32,12 @@ from typing import TYPE_CHECKING
 from opensora_repro.data.download.downloads import Download, Place, fetch_all
 from opensora_repro.data.download.fetch import Budget, Limits
 from opensora_repro.data.download.video_pages import find_yt_dlp
+from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.manifest import reject, rejects_writer
 from opensora_repro.data.options import argument, option, parse, parser_of
 from opensora_repro.data.tables import Row, in_batches, is_missing, rows_batch
 from opensora_repro.errors import DataError, run_command
-from opensora_repro.files import one_line, remove_leftovers, safe_name
+from opensora_repro.files import digest, one_line, remove_leftovers, safe_name
 
 if TYPE_CHECKING:
     from opensora_repro.data.tables import Table
@@ -113,11 +112,11 @@ def download(args: Arguments) -> int:
         raise DataError(f"{table.path}: column url missing (has {', '.join(map(one_line, table.schema.names))})")
     if place.out.resolve() == table.path.resolve().parent:
         raise DataError(f"--out {place.out}: is the table's own folder; choose another")
-    for name in ("", "files", "records", "parts"):
-        (place.out / name).mkdir(parents=True, exist_ok=True)
-        remove_leftovers(place.out / name)
-    with only_one(place.out):
-        results = fetch_all(list_files(table), place, args.workers, args.per_host)
+    with Records(place.out) as records:  # which no two runs have: they would write the same partial files
+        for name in ("", "files", "parts"):
+            (place.out / name).mkdir(exist_ok=True)
+            remove_leftovers(place.out / name)
+        results = fetch_all(list_files(table), place, records, args.workers, args.per_host)
         rejects = write_tables(table, results, place.out)
     rows = table.num_rows - rejects
     size = sum(result.get("bytes", 0) for result in results.values())
@@ -128,26 +127,9 @@ def download(args: Arguments) -> int:
     return 0
 
 
-@contextmanager
-def only_one(out: Path) -> Iterator[None]:
-    """Keep two runs from writing the same partial files. Raises DataError."""
-    try:
-        import fcntl
-    except ImportError:  # no such locks on this system
-        yield
-        return
-    with open(out / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DataError(f"--out {out}: another download is writing there") from None
-        yield
-
-
 def key_of(row: Row) -> str:
     """Return what tells a row's file apart: its URL and the checksums it must have."""
-    told = json.dumps([str(row["url"]).strip(), *(str(row.get(kind) or "").lower() for kind in DIGESTS)])
-    return hashlib.blake2b(told.encode("utf-8", "replace"), digest_size=12).hexdigest()
+    return digest([str(row["url"]).strip(), *(str(row.get(kind) or "").lower() for kind in DIGESTS)], size=12)
 
 
 def fault_of(row: Row) -> str:

@@ -187,7 +187,7 @@ def link(path: Path, out: Path) -> str:
 def strips_of(rows: Sequence[dict[str, Any]], stage: Stage, out: Path, runner: Runner) -> dict[str, Any]:
     from opensora_repro.data.report.thumbnails import read_strips
 
-    return read_strips(rows, stage.folder.absolute(), out / "pictures", runner)
+    return read_strips(rows, stage.folder.absolute(), out, runner)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from __future__ import annotations
 import base64
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from os.path import expanduser
@@ -38,14 +38,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_repro.data.jobs.batches import run_batches
+from opensora_repro.data.jobs.course import Job, Keeping, contents_of, memo_of
+from opensora_repro.data.jobs.earlier import adopt, sampled_digest
 from opensora_repro.data.jobs.gpus import check_device
-from opensora_repro.data.jobs.keys import digest, sampled_digest
-from opensora_repro.data.jobs.run import Job, Runner, RunnerArguments, run_jobs, runner_of
+from opensora_repro.data.jobs.records import Records
+from opensora_repro.data.jobs.run import Runner, RunnerArguments, run_jobs, runner_of
 from opensora_repro.data.manifest import REJECTS
 from opensora_repro.data.options import argument, option, parse, parser_of
 from opensora_repro.data.probe.rows import INPUT_HELP, manifest_of
 from opensora_repro.data.tables import write_rows
 from opensora_repro.errors import DataError, run_command
+from opensora_repro.files import digest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -116,13 +119,13 @@ def score(args: Arguments) -> int:
     names, runner, out = names_of(args), runner_of(args), Path(args.out)
     manifest = manifest_of(args.input, out, runner)
     clips = read_manifest(manifest, need_captions=False)
-    contents = [sampled_digest(Path(path)) for path in clips["path"].to_pylist()]
-    records = measure_all(clips, contents, names, out / "scores", runner)
-    if args.clip or args.embed:
-        gpu = check_device(args.device, args.model_workers, over_ray=runner.kind == "ray")
-        runner = replace(runner, workers=args.model_workers, gpu=gpu)
-        models = embed_all(clips, contents, records, args, out / "models", runner)
-        records = [{**record, **model} for record, model in zip(records, models, strict=True)]
+    with Records(out) as kept:
+        records = measure_all(clips, names, Keeping(kept, "scores"), runner)
+        if args.clip or args.embed:
+            gpu = check_device(args.device, args.model_workers, over_ray=runner.kind == "ray")
+            runner = replace(runner, workers=args.model_workers, gpu=gpu)
+            models = embed_all(clips, records, args, Keeping(kept, "models"), runner)
+            records = [{**record, **model} for record, model in zip(records, models, strict=True)]
     reasons: list[str] = [record.get("error", "") for record in records]
     good = [not reason for reason in reasons]
     measured = clips.filter(good)
@@ -139,17 +142,18 @@ def score(args: Arguments) -> int:
     return 0
 
 
-def measure_all(clips: Any, contents: list[str], names: list[str], folder: Path, runner: Runner) -> list[Record]:
+def measure_all(clips: Any, names: list[str], keeping: Keeping, runner: Runner) -> list[Record]:
     """Return every clip's record: columns, or "error"."""
     from opensora_repro.data.score.measure import methods_of
 
-    jobs = []
-    for row, content in zip(clips.to_pylist(), contents, strict=True):
-        facts = {"num_frames": int(row["num_frames"]), "fps": float(row["fps"])}
-        key = digest([content, facts, methods_of(names)])
-        jobs.append(Job(key, str(row["id"]), {"path": row["path"], "names": names, **facts}))
-    results = run_jobs(measure, jobs, folder, runner=runner, label="scoring", unit="clip", timeout=TIMEOUT)
-    return [results[job.key] for job in jobs]
+    jobs, methods = [], methods_of(names)
+    old = keeping.records.num_taken_over(keeping.kind)
+    for row in clips.to_pylist():
+        facts, path = {"num_frames": int(row["num_frames"]), "fps": float(row["fps"])}, Path(row["path"])
+        earlier = digest([sampled_digest(path), facts, methods]) if old else ""
+        args = {"path": row["path"], "names": names, **facts}
+        jobs.append(Job(digest([facts, methods]), str(row["id"]), args, files=(path,), earlier=earlier))
+    return run_jobs(measure, jobs, keeping, runner=runner, label="scoring", unit="clip", timeout=TIMEOUT)
 
 
 def measure(args: Record) -> Record:
@@ -172,41 +176,46 @@ def reason_of(error: Exception, path: str) -> str:
 
 def embed_all(
     clips: Any,
-    contents: list[str],
     records: list[Record],
     args: Arguments,
-    folder: Path,
+    keeping: Keeping,
     runner: Runner,
 ) -> list[Record]:
     """Return what the model says of every clip that could be measured, and nothing of the others."""
     models = {"clip": args.clip, "head": args.aesthetic, "encoder": args.embed}
-    how = model_fingerprint(**models)
-    todo: dict[str, Record] = {}
-    keys: list[str | None] = []
-    for row, content, record in zip(clips.to_pylist(), contents, records, strict=True):
-        item = {"path": row["path"], "num_frames": int(row["num_frames"]), "caption": row["caption"]}
-        key = None if "error" in record else digest([content, item["num_frames"], item["caption"], how])
-        keys.append(key)
-        if key:
-            todo[key] = item
+    load_models(**models, device="cpu")  # says now what every worker would say
+    load_models.cache_clear()
+    items = [
+        {"path": row["path"], "num_frames": int(row["num_frames"]), "caption": row["caption"]}
+        for row, record in zip(clips.to_pylist(), records, strict=True)
+        if "error" not in record
+    ]
+    paths = [Path(item["path"]) for item in items]
+
+    def keys(contents: Sequence[str], hash_file: Callable[[Path], str]) -> list[str]:
+        how = model_fingerprint(**models, hash_file=hash_file)
+        return [digest([text, i["num_frames"], i["caption"], how]) for text, i in zip(contents, items, strict=True)]
+
+    named = keys(contents_of(paths, keeping.records), memo_of(keeping.records))
+    adopt(keeping, named, lambda: keys(list(map(sampled_digest, paths)), sampled_digest))
+    todo = dict(zip(named, items, strict=True))
     options = {**models, "device": args.device}
-    known = run_batches(embed, todo, folder, size=args.batch_size, options=options, runner=runner, label="embedding")
-    return [known[key] if key else {} for key in keys]
+    known = run_batches(embed, todo, keeping, size=args.batch_size, options=options, runner=runner, label="embedding")
+    found = iter(known[key] for key in named)
+    return [{} if "error" in record else next(found) for record in records]
 
 
-def model_fingerprint(clip: str, head: str, encoder: str) -> str:
-    """Return a digest of the models' files; ModelNotFound if they are not there."""
+def model_fingerprint(clip: str, head: str, encoder: str, hash_file: Callable[[Path], str]) -> str:
+    """Return a digest of the models' files."""
     from opensora_repro.frozen.clip import clip_fingerprint
     from opensora_repro.frozen.image_encoder import image_encoder_fingerprint
 
-    files = [clip_fingerprint(clip, key="--clip", hash_file=sampled_digest)] if clip else []
+    files = [clip_fingerprint(clip, key="--clip", hash_file=hash_file)] if clip else []
     if encoder:
-        files.append(image_encoder_fingerprint(encoder, key="--embed", hash_file=sampled_digest))
-    load_models(clip, head, encoder, "cpu")  # says now what every worker would say
+        files.append(image_encoder_fingerprint(encoder, key="--embed", hash_file=hash_file))
     if head:
         parts = sorted(Path(head).iterdir()) if Path(head).is_dir() else [Path(head)]
-        files += [sampled_digest(part) for part in parts if part.is_file()]
-    load_models.cache_clear()
+        files += [hash_file(part) for part in parts if part.is_file()]
     return digest([MODEL_METHOD, *files])
 
 

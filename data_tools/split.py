@@ -5,7 +5,7 @@
 INPUT is a video, a folder of videos (searched with its subfolders), a glob pattern, or a CSV or Parquet table with a
 `path` column, such as `probe`'s manifest. DIR receives `clips/*.mp4`, `manifest.parquet` (one row a clip, captions
 empty) and `rejects.parquet` (what gave no clip, with the reason). Run again, it does only what is not done yet: a
-source is finished once its file in `DIR/sources` exists, and is known by its content.
+source is finished once it is recorded in `DIR/records.sqlite`, and is known by its content.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opensora_repro.data.inputs import Item, content_digest, find_inputs
-from opensora_repro.data.jobs.keys import file_key
-from opensora_repro.data.jobs.records import finished, read_record, write_record
-from opensora_repro.data.jobs.run import Job, Runner, RunnerArguments, run_jobs, runner_of
+from opensora_repro.data.ids import text_digest
+from opensora_repro.data.inputs import Item, find_inputs
+from opensora_repro.data.jobs.course import Job, Keeping
+from opensora_repro.data.jobs.earlier import file_key
+from opensora_repro.data.jobs.records import Records
+from opensora_repro.data.jobs.run import Runner, RunnerArguments, run_jobs, runner_of
 from opensora_repro.data.manifest import LINEAGE, MANIFEST, reject, write_outcome
 from opensora_repro.data.options import argument, option, parse, parser_of
 from opensora_repro.data.tables import Row
 from opensora_repro.errors import DataError, run_command
-from opensora_repro.files import remove_leftovers
+from opensora_repro.files import digest, remove_leftovers
 
 if TYPE_CHECKING:
     from opensora_repro.data.split.cut import Encoding
@@ -42,7 +44,7 @@ USUAL: dict[str, Any] = {"min_frames": 8, "short_side": 0, "fps": ""}  # where n
 METHOD = 5  # raise when the same options would give other clips, so that finished sources are done again
 PATIENCE = 600.0  # seconds that any source may take
 SLOWEST = 20e3  # bytes of a source that a busy core splits in a second
-Record = dict[str, list[Row]]  # a finished source's "clips" and "rejects"
+Record = dict[str, Any]  # of a finished source: rows of "clips" and "rejects", 16 digits of its "content"
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Source:
-    """A video: where it is, what the manifest calls it, and the digest of its content and the options."""
+    """A video: where it is, what the manifest calls it, and a digest of its content."""
 
     path: Path
     name: str
@@ -204,18 +206,24 @@ def encoding_of(options: Options) -> Encoding:
 def split(given: str, out: Path, options: Options, runner: Runner) -> int:
     """Split every source, then write the manifest and the rejects; returns the exit status."""
     inputs = find_inputs(given, out=out)
-    for name in ("clips", "sources", "files"):
-        (out / name).mkdir(parents=True, exist_ok=True)
-        remove_leftovers(out / name)
+    (out / "clips").mkdir(parents=True, exist_ok=True)
+    remove_leftovers(out / "clips")
     usable = [item for item in inputs.items if not item.reason]
     jobs = [job_of(item, out, options) for item in usable]
-    forget_lost_clips(out, jobs)
-    found = run_jobs(split_job, jobs, out / "files", runner=runner, label="splitting", unit="video")
+
+    def holds(job: Job, result: Record) -> bool:
+        return all((out / "clips" / row["path"]).is_file() for row in result.get("clips", []))
+
+    with Records(out) as records:
+        take_over(records, jobs)
+        keeping = Keeping(records, "sources", holds, one_a_file=True)
+        found = run_jobs(split_job, jobs, keeping, runner=runner, label="splitting", unit="video")
     remove_leftovers(out / "clips")  # again: the workers of a run that was killed just before may have died since
-    sources = [source_of(item, found[job.key], options) for item, job in zip(usable, jobs, strict=True)]
-    failures = [found[job.key] if "error" in found[job.key] else None for job in jobs]
-    records = [f or read_record(out / "sources", s.digest) for s, f in zip(sources, failures, strict=True)]
-    clips, rejects = collect(sources, records)
+    sources = [
+        Source(item.path, item.name, result.get("content", text_digest(item.name)))
+        for item, result in zip(usable, found, strict=True)
+    ]
+    clips, rejects = collect(sources, found)
     rejects += [reject("", item.name, "split", item.reason) for item in inputs.items if item.reason]
     write_outcome(out, clips, rejects, CLIP_COLUMNS)
     total = len(inputs.items)
@@ -225,55 +233,30 @@ def split(given: str, out: Path, options: Options, runner: Runner) -> int:
     return 0
 
 
-def name_record(content: str, options: Options) -> str:
-    """Return CONTENT-OPTIONS digests: the name of a source's record."""
-    how = hashlib.blake2b(json.dumps([METHOD, asdict(options)]).encode(), digest_size=4)
-    return f"{content}-{how.hexdigest()}"
-
-
-def forget_lost_clips(out: Path, jobs: list[Job]) -> None:
-    """Let a file whose record or clip is lost be split again."""
-    for key, found in finished([job.key for job in jobs], out / "files").items():
-        if "error" not in found and not is_whole(found["digest"], out):
-            (out / "files" / f"{key}.json").unlink()
-
-
-def is_whole(digest: str, out: Path) -> bool:
-    """Whether a source has its record, and all clips of it."""
-    record = read_record(out / "sources", digest)
-    return record is not None and all((out / "clips" / row["path"]).is_file() for row in record["clips"])
+def take_over(records: Records, jobs: list[Job]) -> None:
+    """Bring an earlier release's records together: of a file the name of its content's, and of that the clips."""
+    if records.num_taken_over("files"):
+        named = records.get("files", [job.earlier for job in jobs])
+        names = {key: record["digest"] for key, record in named.items() if "digest" in record}
+        found = records.get("sources", names.values())
+        known = {key: {**found[name], "content": name[:16]} for key, name in names.items() if name in found}
+        records.put("sources", {key: json.dumps(record) for key, record in known.items()})
 
 
 def job_of(item: Item, out: Path, options: Options) -> Job:
-    """Return the job that splits a file, known without reading it: hashing its content is part of the work.
-
-    A file that hangs its decoder is given up, a slow machine is waited for.
-    """
+    """Return the job that splits a file. One that hangs its decoder is given up, a slow machine is waited for."""
     size = item.path.stat().st_size if item.path.is_file() else 0
     args = {"path": os.fspath(item.path.absolute()), "out": os.fspath(out.absolute()), "options": asdict(options)}
-    return Job(file_key(item.path, name_record("", options)), item.name, args, PATIENCE + size / SLOWEST)
+    how = [METHOD, asdict(options)]
+    before = hashlib.blake2b(json.dumps(how).encode(), digest_size=4)  # as earlier releases named options
+    earlier = file_key(item.path, f"-{before.hexdigest()}")
+    return Job(digest(how), item.name, args, PATIENCE + size / SLOWEST, (item.path,), earlier)
 
 
-def source_of(item: Item, found: Record, options: Options) -> Source:
-    """Return the source that a file is; where its job failed, its content is looked at here."""
-    digest = str(found["digest"]) if "digest" in found else name_record(content_digest(item.path), options)
-    return Source(item.path, item.name, digest)
-
-
-def split_job(args: dict[str, Any]) -> dict[str, str]:
-    """Split one source, the part that runs in a worker; return the name of its record.
-
-    The record belongs to the content: a file that was moved, or has a twin, is not split again. Where one is split, its
-    records under other options go: its clips are about to be replaced.
-    """
-    path, out, options = Path(args["path"]), Path(args["out"]), Options(**args["options"])
-    content = content_digest(path)
-    source = Source(path, path.name, name_record(content, options))
-    if not is_whole(source.digest, out):
-        for other in (out / "sources").glob(f"{content}-*.json"):
-            other.unlink(missing_ok=True)
-        write_record(out / "sources", source.digest, json.dumps(split_source(source, out, options)))
-    return {"digest": source.digest}
+def split_job(args: dict[str, Any]) -> Record:
+    """Split one source, the part that runs in a worker."""
+    path, content, options = Path(args["path"]), args["contents"][0][:16], Options(**args["options"])
+    return {"content": content, **split_source(Source(path, path.name, content), Path(args["out"]), options)}
 
 
 def split_source(source: Source, out: Path, options: Options) -> Record:
@@ -313,7 +296,7 @@ def split_source(source: Source, out: Path, options: Options) -> Record:
 
 def clip_id(source: Source, span: Span) -> str:
     """The id follows from the source's content and the span, so that a clip keeps it wherever the files go."""
-    return f"{source.digest.split('-')[0]}-{span.start:06d}-{span.end:06d}"
+    return f"{source.digest}-{span.start:06d}-{span.end:06d}"
 
 
 def reject_row(reason: str, start: int | None = None, end: int | None = None) -> Row:
@@ -359,7 +342,7 @@ def collect(sources: list[Source], records: list[Record]) -> tuple[list[Row], li
 
 def named_reject(source: Source, row: Row) -> Row:
     """Give a reject its id: the source's content, and the span if it has one."""
-    identity = source.digest.split("-")[0]
+    identity = source.digest
     if row["start_frame"] is not None:
         identity = f"{identity}-{row['start_frame']:06d}-{row['end_frame']:06d}"
     return reject(identity, source.name, "split", **row)

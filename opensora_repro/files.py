@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import filecmp
 import hashlib
+import json
 import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 def user_path(text: str) -> Path:
@@ -128,6 +129,75 @@ def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
             if progress is not None:
                 progress(done)
     return digest.hexdigest()
+
+
+def digest(parts: Sequence[Any], size: int = 16) -> str:
+    """Return 2 `size` hex digits of JSON-able parts, such as what a record is known by."""
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=size).hexdigest()
+
+
+def size_and_time(file: Path) -> list[Any]:
+    """Return a file's size in bytes and its time of change in ns, nothing for one that is not there."""
+    with contextlib.suppress(OSError, ValueError):
+        status = os.stat(file)
+        return [status.st_size, status.st_mtime_ns]
+    return []
+
+
+def place_of(file: Path) -> str:
+    """Return a file's real path as UTF-8 text: of the hub's cache, whose links stay, what they lead to."""
+    with contextlib.suppress(ValueError):  # a null character
+        file = Path(os.path.realpath(file))
+    return os.fsencode(file).decode("utf-8", "backslashreplace")
+
+
+class Sha256Memo:
+    """sha256 of whole files, remembered by path, size and time of change: a file that was changed is read again.
+
+    `find` and `save` reach what outlasts the process: by real path, [size in bytes, time of change in ns, sha256].
+    """
+
+    def __init__(
+        self, find: Callable[[str], Any] | None = None, save: Callable[[str, list[Any]], None] | None = None
+    ) -> None:
+        known: dict[str, Any] = {}
+        self.find, self.save = find or known.get, save or known.__setitem__
+
+    @classmethod
+    def in_file(cls, path: Path) -> Sha256Memo:
+        """Return one that a JSON file keeps. It only saves time: absent, damaged or read-only, it is done without."""
+        known: dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            known = dict(json.loads(path.read_text(encoding="utf-8")))
+
+        def save(place: str, facts: list[Any]) -> None:
+            known[place] = facts
+            with contextlib.suppress(OSError):
+                write_text(path, json.dumps(known, indent=1) + "\n")
+
+        return cls(known.get, save)
+
+    def recall(self, file: Path) -> str | None:
+        """The sha256 in hex of a file that is as it was when it was read, None for another."""
+        facts = self.find(place_of(file))
+        known = isinstance(facts, list) and len(facts) == 3 and facts[:2] == size_and_time(file)
+        return str(facts[2]) if facts and known else None
+
+    def remember(self, file: Path, before: list[Any], sha256: str) -> None:
+        """Take note of a sha256, unless the file was changed while it was read."""
+        if sha256 and before and size_and_time(file) == before:
+            self.save(place_of(file), [*before, sha256])
+
+    def __call__(self, file: Path) -> str:
+        """The file's sha256 in hex. The hub's cache names large files by it: tens of gigabytes need not be read."""
+        real = Path(os.path.realpath(file))
+        if real.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", real.name):
+            return real.name
+        known, before = self.recall(file), size_and_time(file)
+        if known is None:
+            known = sha256_of(file)
+            self.remember(file, before, known)
+        return known
 
 
 def one_line(text: object) -> str:

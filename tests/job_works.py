@@ -67,7 +67,9 @@ def misbehave(args: dict[str, Any]) -> Any:
 
 def main() -> None:
     sys.path.insert(0, str(REPO))
-    from opensora_repro.data.jobs.run import Job, Runner, run_jobs
+    from opensora_repro.data.jobs.course import Job, Keeping
+    from opensora_repro.data.jobs.records import Records
+    from opensora_repro.data.jobs.run import Runner, run_jobs
     from opensora_repro.errors import run_command
     from tests import job_works
 
@@ -76,7 +78,8 @@ def main() -> None:
     jobs = [Job(f"{n:03d}", str(n), {"n": n, "log": log, "sleep": 0.05}) for n in range(count)]
 
     def run() -> int:
-        run_jobs(job_works.square, jobs, folder / "records", runner=Runner("local", workers), label="squaring")
+        with Records(folder) as records:
+            run_jobs(job_works.square, jobs, Keeping(records, "x"), runner=Runner("local", workers), label="squaring")
         return 0
 
     sys.exit(run_command(run))

@@ -6,7 +6,6 @@ Names are somebody else's: they may start with a dash, hold quotes, commas and l
 from __future__ import annotations
 
 import glob
-import hashlib
 import os
 import sys
 from collections.abc import Collection, Iterator
@@ -62,18 +61,6 @@ def find_inputs(given: str | Path, *, out: Path, suffixes: Collection[str] = VID
     else:
         raise DataError(f"{one_line(given)}: no such file or folder")
     return inputs
-
-
-def content_digest(path: Path) -> str:
-    """Return 16 hex digits of the content; of the name for what cannot be read (a folder, a dangling link)."""
-    content = hashlib.blake2b(digest_size=8)
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                content.update(block)
-    except OSError:  # why, is told when it is opened to be used
-        content.update(os.fsencode(path.name))
-    return content.hexdigest()
 
 
 def _item(path: Path, name: str, row: dict[str, Any] | None = None) -> Item:

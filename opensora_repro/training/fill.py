@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
@@ -15,8 +13,8 @@ from opensora_repro.data.cache import CacheRows, LatentCache
 from opensora_repro.data.dataset import BadSample, Clip, ClipDataset, LoaderDied, build_loader
 from opensora_repro.data.sampler import SampleBatch
 from opensora_repro.errors import TrainingError, cannot_write
+from opensora_repro.files import Sha256Memo, digest
 from opensora_repro.frozen.encoder import Encoder
-from opensora_repro.frozen.hashes import HashMemo
 from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.training.metrics import Quarantine
 
@@ -29,7 +27,7 @@ def cache_fingerprint(cfg: Config, encoder: Encoder) -> str:
 
     The frozen models enter by their files' digests, which `data.cache` remembers.
     """
-    hash_file = HashMemo(Path(cfg.data.cache) / FROZEN_HASHES)
+    hash_file = Sha256Memo.in_file(Path(cfg.data.cache) / FROZEN_HASHES)
     keys = ("num_frames", "frame_interval", "height", "width", "flip", "draws")
     content = {
         "vae": encoder.vae.fingerprint(hash_file),
@@ -40,7 +38,7 @@ def cache_fingerprint(cfg: Config, encoder: Encoder) -> str:
         "data": {key: getattr(cfg.data, key) for key in keys},
         "seed": cfg.run.seed,
     }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return digest([content])
 
 
 @dataclass

@@ -13,9 +13,8 @@ from typing import Any
 
 from opensora_repro.config import Config, ConfigError, load_recorded
 from opensora_repro.data.ids import column_digest
-from opensora_repro.files import sha256_of
+from opensora_repro.files import Sha256Memo, size_and_time
 from opensora_repro.frozen.encoder import Encoder, open_encoder
-from opensora_repro.frozen.hashes import HashMemo, file_facts
 from opensora_repro.frozen.pretrained import FrozenModel, HashFile, ModelNotFound
 from opensora_repro.run_folder import CONFIG_FILE
 from opensora_repro.training.fill import FROZEN_HASHES
@@ -62,9 +61,11 @@ def frozen_identity(cfg: Config, start: Start, encoder: Encoder) -> dict[str, di
 
     Raises ConfigError where that is not what the run began with.
     """
-    hash_file: HashFile = HashMemo(Path(cfg.data.cache) / FROZEN_HASHES) if cfg.data.cache else sha256_of
+    hash_file = Sha256Memo.in_file(Path(cfg.data.cache) / FROZEN_HASHES) if cfg.data.cache else Sha256Memo()
     recorded = start.state.identity
-    found = {key: file_facts(model, recorded.get(key, {}), hash_file) for key, model in _frozen_models(encoder).items()}
+    found = {
+        key: _file_facts(model, recorded.get(key, {}), hash_file) for key, model in _frozen_models(encoder).items()
+    }
     if start.checkpoint is not None:
         before = {key: recorded[key] for key in found if key in recorded}
         if len(before) < len(found):
@@ -72,6 +73,17 @@ def frozen_identity(cfg: Config, start: Start, encoder: Encoder) -> dict[str, di
         for key, facts in before.items():
             _check_same(cfg, key, facts, found[key])
     return found
+
+
+def _file_facts(model: FrozenModel[Any], recorded: dict[str, Any], hash_file: HashFile) -> dict[str, Any]:
+    """Path, size in bytes, time of change in ns and sha256 of each file, by its name."""
+    memo = Sha256Memo({f["path"]: [f["size"], f["mtime_ns"], f["sha256"]] for f in recorded.values()}.get)
+    facts = {}
+    for file in model.files:
+        size, time = size_and_time(file)
+        sha256 = memo.recall(file) or hash_file(file)
+        facts[file.name] = {"path": str(file.resolve()), "size": size, "mtime_ns": time, "sha256": sha256}
+    return facts
 
 
 def _frozen_models(encoder: Encoder) -> dict[str, FrozenModel[Any]]:
@@ -93,7 +105,7 @@ def _facts_of_older(cfg: Config, checkpoint: Path, encoder: Encoder, hash_file: 
             f"{cfg.run.dir} does not record what its frozen models hold, and they are not where they were to compare: "
             f"{error}. Put them back to resume, or set another run.dir and init.weights={cfg.run.dir}"
         ) from None
-    return {key: file_facts(model, {}, hash_file) for key, model in _frozen_models(there).items()}
+    return {key: _file_facts(model, {}, hash_file) for key, model in _frozen_models(there).items()}
 
 
 def _check_same(cfg: Config, key: str, then: dict[str, Any], now: dict[str, Any]) -> None:

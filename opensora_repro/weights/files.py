@@ -6,7 +6,6 @@ Tensors are mapped, not read: a file costs memory only as its tensors are copied
 from __future__ import annotations
 
 import ctypes
-import functools
 import json
 import mmap
 import os
@@ -23,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from opensora_repro.errors import UserError
-from opensora_repro.files import sha256_of
+from opensora_repro.files import Sha256Memo, sha256_of, size_and_time
 from opensora_repro.run_folder import CONFIG_FILE, STATE_FILE
 from opensora_repro.weights.catalog import CatalogError, Progress, find_cached, load_catalog, similar_name
 from opensora_repro.weights.diffusers_layout import diffusers_kind, dit_facts, pixart_facts
@@ -52,6 +51,7 @@ LORA = re.compile(r"(^|[._])(lora|hada|lokr)[._]")
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 NULL_CAPTION = "y_embedder.y_embedding"
 TABLES = ("pos_embed", "pos_embed_spatial", "pos_embed_temporal", "temp_embed")
+_READ = Sha256Memo()  # what this process has read
 BUFFERS = (NULL_CAPTION, *TABLES)  # not trained, so that an average of parameters leaves them out
 
 # Keys of dicts that hold the weights, averaged ones first
@@ -135,8 +135,10 @@ def recorded_sha256(file: Path, progress: Progress | None = None) -> str:
 
     `progress` is told how many bytes have been read.
     """
-    status = file.stat()
-    found = _sha256(file, status.st_size, status.st_mtime_ns, progress)
+    found, before = _READ.recall(file), size_and_time(file)
+    if found is None:
+        found = sha256_of(file, progress)
+        _READ.remember(file, before, found)
     try:
         recorded = json.loads((file.parent / STATE_FILE).read_text(encoding="utf-8"))["sha256"][file.name]
     except (OSError, ValueError, KeyError, TypeError):  # not one of ours
@@ -147,12 +149,6 @@ def recorded_sha256(file: Path, progress: Progress | None = None) -> str:
             "restore it or take another checkpoint; away from its checkpoint a file is taken as it is"
         )
     return found
-
-
-@functools.lru_cache(maxsize=64)
-def _sha256(file: Path, size: int, changed: int, progress: Progress | None) -> str:
-    """Read once a process, as long as the file stays what it is."""
-    return sha256_of(file, progress)
 
 
 def find_weights(path: str | Path, *, ema: bool = True) -> Path:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from hashlib import blake2b
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from opensora_repro.data.caption import chat, completions
 from opensora_repro.data.write import write_video
 from tests.chat_server import BREAK, ChatServer, brightness, chat_server, completion, error, pictures
 from tests.frames import read_manifest, read_table, write_manifest
+from tests.job_records import recorded
 
 COUNT = 6
 KEY = "sk-secret-0123456789"
@@ -297,6 +299,26 @@ def test_thoughts_that_a_server_tells_apart(shaded: Path, tmp_path: Path) -> Non
 # ---- ending early
 
 
+def test_answers_that_an_earlier_release_paid_for_are_found(shaded: Path, tmp_path: Path) -> None:
+    """It had a file for each, and knew a clip by its size, beginning, middle and end: a small one's are the same."""
+    answers = tmp_path / "out" / "captions"
+    answers.mkdir(parents=True)
+    for number, row in enumerate(read_manifest(shaded, need_captions=False).to_dict("records")):
+        data = Path(row["path"]).read_bytes()
+        content = blake2b(len(data).to_bytes(8, "little") + data, digest_size=16).hexdigest()
+        how = [content, row["num_frames"], 8.0, 2, "m", caption.INSTRUCTION, 8, 256, {}]
+        key = blake2b(json.dumps(how).encode(), digest_size=16).hexdigest()
+        if number:  # one was not asked about
+            text = {"text": f"old {row['id']} of grey", "cut": False, "tokens_in": 1, "tokens_out": 1}
+            (answers / f"{key}.json").write_text(json.dumps(text))
+    with chat_server(shade) as server:
+        for _ in range(2):
+            assert caption.main(options(server, shaded, tmp_path / "out")) == 0
+        assert len(server.questions) == 1
+    found = captions_in(tmp_path / "out")
+    assert found == {name: f"old {name} of grey" for name in EXPECTED} | {"c1": EXPECTED["c1"]}
+
+
 def start(server: ChatServer, shaded: Path, out: Path, repo_dir: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "data_tools.caption", *options(server, shaded, out, "--concurrency", "2")]
     return subprocess.Popen(command, cwd=repo_dir, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -324,20 +346,20 @@ def test_ended_early_it_goes_on_and_asks_nothing_twice(
     interrupted: list[bool] = []
     with chat_server(answer) as server:
         with start(server, shaded, out, repo_dir) as process:
-            wait_for(lambda: len(server.questions) == 5 and len(list(out.glob("captions/*.json"))) == 3)
+            wait_for(lambda: len(server.questions) == 5 and len(recorded(out, "captions")) == 3)
             process.send_signal(stop)
             interrupted.append(stop == signal.SIGINT)
             told, errors = process.communicate(timeout=60)
-        recorded = len(list(out.glob("captions/*.json")))
+        paid = len(recorded(out, "captions"))
         if stop == signal.SIGINT:
             assert process.returncode == 130 and "goes on from here" in errors and "Traceback" not in errors
-            assert recorded == 5 and "captioning: 5 answers, 500 tokens in" in told  # those under way are paid for
+            assert paid == 5 and "captioning: 5 answers, 500 tokens in" in told  # those under way are paid for
         else:
-            assert process.returncode == -signal.SIGKILL and recorded == 3
+            assert process.returncode == -signal.SIGKILL and paid == 3
         assert not (out / "manifest.parquet").exists()
         asked = len(server.questions)
         assert caption.main(options(server, shaded, out)) == 0
-        assert len(server.questions) - asked == COUNT - recorded
+        assert len(server.questions) - asked == COUNT - paid
         assert captions_in(out) == EXPECTED
         assert caption.main(options(server, shaded, tmp_path / "fresh")) == 0
     for name in ("manifest.parquet", "rejects.parquet"):

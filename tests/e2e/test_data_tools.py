@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
+from hashlib import blake2b
 from pathlib import Path
 
 import av
@@ -15,8 +17,12 @@ import pandas as pd
 import pytest
 
 from data_tools import caption, split
+from opensora_repro import files
+from opensora_repro.data.jobs import workers
+from opensora_repro.data.jobs.records import RECORDS_FILE
 from opensora_repro.data.video import probe
 from tests.frames import read_manifest, read_table, write_manifest
+from tests.job_records import recorded
 
 SCENES = [(40, 8), (200, 14), (90, 5), (150, 12)]  # brightness of the left half, frames
 
@@ -109,7 +115,8 @@ def test_split_again_does_nothing_and_new_files_are_added(footage: Path, tmp_pat
     os.utime(footage / "sub" / "-dash 视频.mp4")  # content counts, not the clock
     assert split.main([str(footage), "--out", str(out)]) == 0
     after = stamps(out)
-    assert {name for name in before if before[name] != after[name]} == {"manifest.parquet", "rejects.parquet"}
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"manifest.parquet", "rejects.parquet", RECORDS_FILE}
     assert len(read_manifest(out / "manifest.parquet", need_captions=False)) == 6
     assert read_table(out / "rejects.parquet")["reason"].tolist()[-1] == "same content as later.mp4"
 
@@ -123,18 +130,19 @@ def test_sources_are_read_in_the_jobs_and_known_again_by_content(
         raise AssertionError(f"{path} is read before the jobs")
 
     out = tmp_path / "out"
-    monkeypatch.setattr(split, "content_digest", unread)
+    monkeypatch.setattr(files, "sha256_of", unread)
+    monkeypatch.setattr(workers, "sha256_of", unread)
     assert split.main([str(footage), "--out", str(out)]) == 0
-    records, clips = (stamps(out / name) for name in ("sources", "clips"))
+    records, clips = recorded(out, "sources"), stamps(out / "clips")
     (footage / "one, 'two'.MP4").rename(footage / "moved.mp4")
     assert split.main([str(footage), "--out", str(out)]) == 0
-    assert (stamps(out / "sources"), stamps(out / "clips")) == (records, clips)
+    assert (recorded(out, "sources"), stamps(out / "clips")) == (records, clips)
     assert set(read_table(out / "manifest.parquet")["source"]) == {"moved.mp4", "sub/-dash 视频.mp4"}
     assert split.main([str(footage), "--out", str(out), "--crf", "30"]) == 0
-    assert stamps(out / "sources").keys().isdisjoint(records)
+    assert recorded(out, "sources").keys().isdisjoint(records)
     changed = stamps(out / "clips")
     assert split.main([str(footage), "--out", str(out)]) == 0
-    assert stamps(out / "sources").keys() == records.keys() and stamps(out / "clips").keys() == changed.keys()
+    assert recorded(out, "sources").keys() == records.keys() and stamps(out / "clips").keys() == changed.keys()
     assert {name: content for name, (_, content) in stamps(out / "clips").items()} == {
         name: content for name, (_, content) in clips.items()
     }
@@ -240,19 +248,19 @@ def test_a_killed_split_continues(tmp_path: Path, repo_dir: Path) -> None:
     command = [sys.executable, "-m", "data_tools.split", str(folder), "--out", str(tmp_path / "out")]
     with subprocess.Popen(command, cwd=repo_dir, stderr=subprocess.PIPE) as process:
         deadline = time.monotonic() + 120
-        while not list((tmp_path / "out").glob("sources/*.json")) and time.monotonic() < deadline:
+        while not recorded(tmp_path / "out", "sources") and time.monotonic() < deadline:
             time.sleep(0.005)
         os.kill(process.pid, signal.SIGKILL)
-    done = stamps(tmp_path / "out" / "sources")
+    done = recorded(tmp_path / "out", "sources")
     assert 1 <= len(done) < 4
     assert not (tmp_path / "out" / "manifest.parquet").exists()
     assert split.main([str(folder), "--out", str(tmp_path / "out")]) == 0
     assert split.main([str(folder), "--out", str(tmp_path / "fresh")]) == 0
     again, fresh = stamps(tmp_path / "out"), stamps(tmp_path / "fresh")
     assert again.keys() == fresh.keys()
-    for name in fresh:
+    for name in fresh.keys() - {RECORDS_FILE}:
         assert again[name][1] == fresh[name][1], name
-    assert all(again[f"sources/{name}"] == value for name, value in done.items())
+    assert recorded(tmp_path / "out", "sources") == recorded(tmp_path / "fresh", "sources")
 
 
 @pytest.mark.parametrize("tool", ["probe", "split", "caption"])
@@ -355,3 +363,29 @@ def test_caption_will_not_overwrite_its_input(clips: Path, capsys: pytest.Captur
     assert caption.main([str(clips), "--sidecar", str(clips.parent / "list.csv"), "--out", str(clips.parent)]) == 2
     assert "the manifest's own folder" in capsys.readouterr().err
     assert clips.read_bytes() == content
+
+
+def test_what_an_earlier_release_made_stays(footage: Path, tmp_path: Path) -> None:
+    """It knew files by place, size and time of change, and their contents by another digest: clips keep their ids."""
+    out, source = tmp_path / "out", footage / "one, 'two'.MP4"
+    options = asdict(split.Options(detector="shots", threshold=None, min_frames=8, max_frames=0, crf=18))
+    how = blake2b(json.dumps([5, options]).encode(), digest_size=4).hexdigest()
+    status = source.stat()
+    told = f"-{how} {source} {status.st_size} {status.st_mtime_ns}"
+    key, name = blake2b(told.encode(), digest_size=12).hexdigest(), f"0123456789abcdef-{how}"
+    row = {"id": "0123456789abcdef-000000-000014", "path": "0123456789abcdef-000000-000014.mp4", "caption": "",
+           "num_frames": 14, "fps": 12.0, "height": 64, "width": 64, "start_frame": 0, "end_frame": 14}  # fmt: skip
+    for folder, file, record in (
+        ("files", key, {"digest": name}),
+        ("sources", name, {"clips": [row], "rejects": []}),
+    ):
+        (out / folder).mkdir(parents=True)
+        (out / folder / f"{file}.json").write_text(json.dumps(record))
+    (out / "clips").mkdir()
+    film(out / "clips" / row["path"], [(40, 14)])
+    assert split.main([str(footage), "--out", str(out)]) == 0
+    clips = read_manifest(out / "manifest.parquet", need_captions=False)
+    assert clips["id"].tolist()[0] == row["id"] and set(clips["source"][1:]) == {"sub/-dash 视频.mp4"}
+    (out / "clips" / row["path"]).unlink()  # a clip that is lost is not believed
+    assert split.main([str(footage), "--out", str(out)]) == 0
+    assert len(read_manifest(out / "manifest.parquet", need_captions=False)) == 5

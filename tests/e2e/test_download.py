@@ -18,8 +18,11 @@ import pytest
 
 from data_tools import caption, download
 from opensora_repro.data.download import connect
+from opensora_repro.data.download.downloads import KIND
+from opensora_repro.data.jobs.records import Records
 from tests.file_server import CONTENT, MD5, SHA256, Server, serving
 from tests.frames import read_table, write_table
+from tests.job_records import recorded
 
 
 @pytest.fixture
@@ -94,7 +97,7 @@ def test_every_fault_has_its_answer(server: Server, tmp_path: Path) -> None:
 def test_what_is_final_is_remembered_and_what_may_pass_is_tried_again(server: Server, tmp_path: Path) -> None:
     rows = [{"id": k, "url": server.url(f"{k}/a.mp4")} for k in ("ranges", "missing", "huge", "broken")]
     first = run(tmp_path / "t.csv", rows, tmp_path / "out", "--max-bytes", "1M")
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if p.is_file() and p.name != ".lock"}
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if p.is_file()}
     server.asked.clear()
     assert run(tmp_path / "t.csv", rows, tmp_path / "out", "--max-bytes", "1M") == first
     assert {path for path, _ in server.asked} == {"/broken/a.mp4"}
@@ -118,7 +121,7 @@ def test_a_file_has_its_time(server: Server, tmp_path: Path) -> None:
     kept, reasons = run(tmp_path / "t.csv", rows, tmp_path / "out", "--max-time", "1", "--per-host", "3")
     assert list(kept) == ["ranges"]
     assert set(reasons.values()) == {"took longer than --max-time, 1 seconds; the next run goes on where it was"}
-    assert not [p for p in (tmp_path / "out/records").iterdir() if "error" in p.read_text()]
+    assert not [result for result in recorded(tmp_path / "out", KIND).values() if "error" in result]
 
 
 def test_private_addresses_need_an_option(
@@ -141,7 +144,7 @@ def test_private_addresses_need_an_option(
     rejects = read_table(tmp_path / "out/rejects.parquet").to_dict("records")
     assert len(rejects) == len(hosts) and not server.asked
     assert all("in this machine or a private network: --allow-private" in row["reason"] for row in rejects), rejects
-    assert not list((tmp_path / "out/records").iterdir())
+    assert not recorded(tmp_path / "out", KIND)
     # A name that is public when it is looked at first; a public server that sends on.
     monkeypatch.setattr(connect, "is_public", lambda address: address != "127.0.0.2")
     rows = [{"id": "on", "url": server.url("toloopback/a.mp4")}, {"id": "ok", "url": server.url("ranges/a.mp4")}]
@@ -208,10 +211,9 @@ def test_two_runs_do_not_write_the_same_files(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_table(pd.DataFrame([{"url": server.url("ranges/a.mp4")}]), tmp_path / "t.csv")
-    (tmp_path / "out").mkdir()
-    with download.only_one(tmp_path / "out"):
+    with Records(tmp_path / "out"):
         assert download.main([str(tmp_path / "t.csv"), "--out", str(tmp_path / "out")]) == 2
-    assert "another download is writing there" in capsys.readouterr().err
+    assert "another command is at work in this folder" in capsys.readouterr().err
 
 
 def test_parts_of_a_video_become_captions_for_split_and_caption(server: Server, tmp_path: Path) -> None:

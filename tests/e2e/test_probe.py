@@ -108,7 +108,7 @@ def test_each_bad_file_alone_is_quick(videos_dir: Path) -> None:
     for path in sorted((videos_dir / "bad").iterdir()):
         for decode in (False, True):
             began = time.process_time()
-            probe_file({"path": str(path), "decode": decode})
+            probe_file({"path": str(path), "decode": decode, "contents": ["0" * 64]})
             assert time.process_time() - began < 2, path.name
 
 

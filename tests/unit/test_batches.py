@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from opensora_repro.data.jobs.batches import run_batches
+from opensora_repro.data.jobs.course import Keeping
+from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner
 from tests import job_works
 
@@ -15,9 +17,11 @@ def run(items: dict[str, dict[str, Any]], folder: Path, size: int) -> tuple[dict
     log = folder / "log"
     log.write_text("")
     options = {"log": str(log)}
-    results = run_batches(
-        job_works.squares, items, folder / "records", size=size, options=options, runner=Runner(workers=1), label="x"
-    )
+    with Records(folder) as records:
+        results = run_batches(
+            job_works.squares, items, Keeping(records, "x"), size=size, options=options, runner=Runner(workers=1),
+            label="x",
+        )  # fmt: skip
     return results, log.read_text().splitlines()
 
 

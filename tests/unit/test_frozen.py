@@ -13,14 +13,13 @@ from typing import Any
 import pytest
 import torch
 
+from opensora_repro import files
 from opensora_repro.config import Config, parse_config
 from opensora_repro.config.sections import encodes_after_start, encodes_always
 from opensora_repro.data.cache import LatentCache
 from opensora_repro.data.dataset import BadSample, Clip
-from opensora_repro.files import sha256_of
-from opensora_repro.frozen import hashes
+from opensora_repro.files import Sha256Memo, sha256_of
 from opensora_repro.frozen.encoder import Encoded, Encoder, open_encoder, skipped_models
-from opensora_repro.frozen.hashes import HashMemo
 from opensora_repro.frozen.pretrained import ModelNotFound
 from opensora_repro.training import fill
 from opensora_repro.training.fill import cache_fingerprint
@@ -241,28 +240,28 @@ def test_a_file_is_hashed_once_until_it_changes(tmp_path: Path, monkeypatch: pyt
         read.append(file.name)
         return sha256_of(file)
 
-    monkeypatch.setattr(hashes, "sha256_of", counted)
+    monkeypatch.setattr(files, "sha256_of", counted)
     memo, file = tmp_path / "cache" / "memo.json", tmp_path / "weights"
     file.write_bytes(b"one")
-    first = HashMemo(memo)(file)
+    first = Sha256Memo.in_file(memo)(file)
     assert first == sha256_of(file)
     link = tmp_path / "link"
     link.symlink_to(file)
-    assert HashMemo(memo)(link) == first and read == ["weights"]
+    assert Sha256Memo.in_file(memo)(link) == first and read == ["weights"]
 
     change(file, b"one", b"two")  # as long as before
-    assert HashMemo(memo)(file) == sha256_of(file) != first and len(read) == 2
+    assert Sha256Memo.in_file(memo)(file) == sha256_of(file) != first and len(read) == 2
     assert len(json.loads(memo.read_text())) == 1
     for damaged in ("", "[]", "{", json.dumps({str(file): 3}), json.dumps({str(file): [3, None, "0"]})):
         memo.write_text(damaged)
-        assert HashMemo(memo)(file) == sha256_of(file)
+        assert Sha256Memo.in_file(memo)(file) == sha256_of(file)
     assert len(read) == 7
     assert list(memo.parent.iterdir()) == [memo]
 
 
 def test_a_memo_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    assert HashMemo(tmp_path / "file" / "memo.json")(tmp_path / "file") == sha256_of(tmp_path / "file")
+    assert Sha256Memo.in_file(tmp_path / "file" / "memo.json")(tmp_path / "file") == sha256_of(tmp_path / "file")
 
 
 def test_two_processes_fill_everything_between_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

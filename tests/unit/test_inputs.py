@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from opensora_repro.data.inputs import Item, content_digest, find_inputs
+from opensora_repro.data.inputs import Item, find_inputs
 from opensora_repro.data.manifest import MANIFEST, REJECTS, reject, write_outcome
 from opensora_repro.data.tables import with_types, write_rows
 from opensora_repro.errors import DataError
@@ -113,13 +113,6 @@ def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(DataError, match=message) as caught:
         find_inputs(given, out=Path("." if given == "." else "out"))
     assert "\n" not in str(caught.value)
-
-
-def test_digests(folder: Path) -> None:
-    paths = [item.path for item in find_inputs(folder, out=folder / "out").items]
-    digests = [content_digest(path) for path in paths]
-    assert len(set(digests)) == len(paths)
-    assert all(len(digest) == 16 for digest in digests)
 
 
 def test_tables_stream_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -15,12 +15,15 @@ from typing import Any
 import pytest
 
 from opensora_repro.data.jobs import cluster, gpus
-from opensora_repro.data.jobs.run import Job, Runner, RunnerArguments, run_jobs, runner_of
+from opensora_repro.data.jobs.course import Job, Keeping
+from opensora_repro.data.jobs.records import Records
+from opensora_repro.data.jobs.run import Runner, RunnerArguments, run_jobs, runner_of
 from opensora_repro.data.jobs.workers import Task, num_cores, run_here
 from opensora_repro.data.options import parse, parser_of
 from opensora_repro.data.progress import progress
 from opensora_repro.errors import DataError
 from tests import job_works
+from tests.job_records import recorded
 from tests.job_works import misbehave, square
 
 TWO = Runner("local", 2)
@@ -28,11 +31,19 @@ COUNT = 160  # jobs of a run that is stopped: seconds of work
 
 
 def run(work: Any, todo: list[Job], folder: Path, runner: Runner = TWO, **more: Any) -> dict[str, Any]:
-    return run_jobs(work, todo, folder, runner=runner, label="testing", **more)
+    """Return the results by the jobs' keys."""
+    with Records(folder) as records:
+        results = run_jobs(work, todo, Keeping(records, "x"), runner=runner, label="testing", **more)
+    return {job.key: result for job, result in zip(todo, results, strict=True)}
 
 
 def numbers(folder: Path, count: int) -> list[Job]:
     return [Job(f"k{n}", f"file {n}", {"n": n, "log": str(folder / "log")}) for n in range(count)]
+
+
+def ran(folder: Path) -> list[int]:
+    """Return the numbers that were squared."""
+    return sorted(int(line.split()[0]) for line in (folder / "log").read_text().splitlines())
 
 
 def alive(pid: int) -> bool:
@@ -50,16 +61,42 @@ def soon(condition: Any) -> bool:
 
 def test_results_in_order_and_never_twice(tmp_path: Path) -> None:
     todo = [*numbers(tmp_path, 5), Job("k0", "twin", {"n": 0, "log": str(tmp_path / "log")})]
-    results = run(square, todo, tmp_path / "records")
+    results = run(square, todo, tmp_path)
     assert list(results) == [f"k{n}" for n in range(5)]
     assert [r["square"] for r in results.values()] == [0, 1, 4, 9, 16]
-    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "records").iterdir()}
-    assert before.keys() == {f"k{n}.json" for n in range(5)}
-    (tmp_path / "records" / "k3.json").write_text('{"half')
-    assert run(square, numbers(tmp_path, 6), tmp_path / "records").items() >= results.items()
-    ran = [int(line.split()[0]) for line in (tmp_path / "log").read_text().splitlines()]
-    assert sorted(ran) == [0, 1, 2, 3, 3, 4, 5]
-    assert all((tmp_path / "records" / n).stat().st_mtime_ns == t for n, t in before.items() if n != "k3.json")
+    assert recorded(tmp_path, "x") == results
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.iterdir()}
+    assert run(square, numbers(tmp_path, 5), tmp_path) == results
+    assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.iterdir()} == before
+    assert run(square, numbers(tmp_path, 6), tmp_path).items() >= results.items()
+    assert ran(tmp_path) == [0, 1, 2, 3, 4, 5]
+
+
+def test_files_are_known_by_content(tmp_path: Path) -> None:
+    """Twins are worked on once, and what is moved or touched not again; what is changed or treated otherwise is."""
+    files = [tmp_path / name for name in "abc"]
+    for file in files:
+        file.write_text("twin" if file.name != "c" else "other")
+
+    def done(key: str = "k", one_a_file: bool = False) -> list[int]:
+        todo = [Job(key, "", {"n": n, "log": str(tmp_path / "log")}, files=(file,)) for n, file in enumerate(files)]
+        with Records(tmp_path / "out") as records:
+            keeping = Keeping(records, "x", one_a_file=one_a_file)
+            results = run_jobs(square, todo, keeping, runner=TWO, label="testing")
+        assert results[0] == results[1] and [r["square"] for r in results[1:]] in ([0, 4], [1, 4])
+        return ran(tmp_path)
+
+    first = done()
+    assert len(first) == 2 and first[1] == 2
+    os.utime(files[0])
+    files[2] = files[2].rename(tmp_path / "moved")
+    assert done() == first
+    files[2].write_text("again")
+    assert done() == [*first, 2]
+    assert len(done(key="l", one_a_file=True)) == 5  # in the place of what was made under k
+    assert len(done()) == 7
+    files[2].unlink()  # is told by the work that opens it
+    assert len(done()) == 8
 
 
 def test_each_failure_costs_its_own_job(tmp_path: Path) -> None:
@@ -69,7 +106,7 @@ def test_each_failure_costs_its_own_job(tmp_path: Path) -> None:
         Job(f"k{i}", "", {"n": i, "how": how, "pids": str(tmp_path / "pids")}, 2.0 if how == "hang" else None)
         for i, how in enumerate(hows)
     ]
-    results = run(misbehave, todo, tmp_path / "records", timeout=60)
+    results = run(misbehave, todo, tmp_path, timeout=60)
     assert results["k0"] == {"error": "crashed its worker process (Segmentation fault)"}
     assert results["k2"] == {"error": "took longer than the time limit of 2 s"}
     assert results["k3"] == {"error": "ended its worker process (exit status 3)"}
@@ -77,7 +114,7 @@ def test_each_failure_costs_its_own_job(tmp_path: Path) -> None:
     assert results["k6"] == {"error": "its worker process was killed (SIGKILL: out of memory?)"}
     assert [results[f"k{i}"]["square"] for i in (1, 4, 7)] == [1, 16, 49]
     # a crash would come again; a slow or crowded machine may be better next time
-    assert {p.stem for p in (tmp_path / "records").iterdir()} == {"k0", "k1", "k3", "k4", "k7"}
+    assert recorded(tmp_path, "x").keys() == {"k0", "k1", "k3", "k4", "k7"}
     pids = list((tmp_path / "pids").iterdir())
     assert len(pids) >= 5
     assert soon(lambda: not any(alive(int(p.stem)) for p in pids))
@@ -87,8 +124,8 @@ def test_each_failure_costs_its_own_job(tmp_path: Path) -> None:
 def test_a_full_disk_stops_the_run(tmp_path: Path) -> None:
     todo = [Job(f"k{i}", "", {"n": i, "how": "full" if i == 2 else None}) for i in range(50)]
     with pytest.raises(OSError, match="No space left on device"):
-        run(misbehave, todo, tmp_path / "records")
-    assert not (tmp_path / "records" / "k2.json").exists()
+        run(misbehave, todo, tmp_path)
+    assert "k2" not in recorded(tmp_path, "x")
 
 
 def test_work_must_be_importable(tmp_path: Path) -> None:
@@ -120,7 +157,7 @@ def interrupt(process: subprocess.Popen[bytes]) -> None:
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_run_leaves_nobody_and_goes_on(tmp_path: Path, how: signal.Signals) -> None:
     with start(tmp_path, COUNT) as process:
-        assert soon(lambda: len(list(tmp_path.glob("records/*.json"))) >= 5)
+        assert soon(lambda: len(recorded(tmp_path, "x")) >= 5)
         if how == signal.SIGINT:
             interrupt(process)
         else:
@@ -130,15 +167,14 @@ def test_a_stopped_run_leaves_nobody_and_goes_on(tmp_path: Path, how: signal.Sig
     assert status == (-9 if how == signal.SIGKILL else 130)
     assert errors == ("" if how == signal.SIGKILL else "interrupted; the same command goes on from here\n")
     assert soon(lambda: not any(alive(pid) for pid in workers_of(tmp_path)))
-    done = {p.stem for p in tmp_path.glob("records/*.json")}
-    assert 5 <= len(done) < COUNT
+    assert 5 <= len(recorded(tmp_path, "x")) < COUNT
     with start(tmp_path, COUNT) as process:
         assert process.wait(60) == 0
-    records = {p.stem: json.loads(p.read_text()) for p in tmp_path.glob("records/*.json")}
-    assert {key: r["square"] for key, r in records.items()} == {f"{n:03d}": n * n for n in range(COUNT)}
-    ran = [int(line.split()[0]) for line in (tmp_path / "log").read_text().splitlines()]
-    assert all(ran.count(n) <= 2 for n in range(COUNT))
-    assert len(ran) <= COUNT + 3  # what was under way, and one that was just handed over
+    found = recorded(tmp_path, "x")
+    assert {key: r["square"] for key, r in found.items()} == {f"{n:03d}": n * n for n in range(COUNT)}
+    numbers_run = ran(tmp_path)
+    assert all(numbers_run.count(n) <= 2 for n in range(COUNT))
+    assert len(numbers_run) <= COUNT + 3  # what was under way, and one that was just handed over
     assert sorted(p.name for p in tmp_path.rglob(".*")) == []
 
 
@@ -153,8 +189,7 @@ def test_ray_gives_the_same(tmp_path: Path) -> None:
     here = run(misbehave, todo, tmp_path / "here")
     there = run(misbehave, todo, tmp_path / "there", Runner("ray", 2, "local"))
     assert there == here
-    names = [{p.name: p.read_bytes() for p in (tmp_path / side).iterdir()} for side in ("here", "there")]
-    assert names[0] == names[1]
+    assert recorded(tmp_path / "here", "x") == recorded(tmp_path / "there", "x")
     assert soon(lambda: not any(alive(int(p.stem)) for p in (tmp_path / "pids").iterdir()))
 
 
@@ -165,7 +200,7 @@ def test_each_worker_has_a_gpu_and_few_threads(tmp_path: Path, monkeypatch: pyte
     told = {"pids": str(tmp_path / "pids")}
     hows = ["exit", "SIGSEGV", None, None, None]
     tasks = [Task(str(n), {"n": n, "how": how, **told}, None) for n, how in enumerate(hows)]
-    done = [step for step in run_here("tests.job_works:surroundings", tasks, 2, ["5", "GPU-1"]) if step]
+    done = [step for step in run_here("tests.job_works:surroundings", iter(tasks), 2, ["5", "GPU-1"]) if step]
     found = [json.loads(outcome.text) for _, outcome in done]
     seen = [told for told in found if "gpu" in told]
     assert len(seen) == 3 and len(found) == 5
@@ -206,7 +241,7 @@ def test_ray_keeps_to_its_workers_and_gives_each_a_gpu(tmp_path: Path) -> None:
     try:
         told = {"pids": str(tmp_path / "pids"), "how": None}
         jobs = [Job(str(n), "", {"n": n, **told}) for n in range(8)]
-        found = run(job_works.surroundings, jobs, tmp_path / "records", Runner("ray", 2, gpu=True))
+        found = run(job_works.surroundings, jobs, tmp_path, Runner("ray", 2, gpu=True))
         assert len({told["gpu"] for told in found.values()}) == 2 and {told["cv2"] for told in found.values()} == {1}
         assert len(list((tmp_path / "pids").iterdir())) == 2  # of four cores
         run(job_works.surroundings, jobs[:1], tmp_path / "one", Runner("ray", 0, gpu=True))

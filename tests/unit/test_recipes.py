@@ -218,8 +218,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from opensora_repro.data.jobs.keys import file_key
-from opensora_repro.data.jobs.run import Job, RunnerArguments, run_jobs, runner_of
+from opensora_repro.data.jobs.course import Job, Keeping
+from opensora_repro.data.jobs.records import Records
+from opensora_repro.data.jobs.run import RunnerArguments, run_jobs, runner_of
 from opensora_repro.data.options import argument, option, parse, parser_of
 from opensora_repro.data.manifest import MANIFEST, path_from, reject, write_outcome
 from opensora_repro.data.tables import with_types
@@ -252,11 +253,13 @@ def weigh_all(args):
     out, runner = Path(args.out), runner_of(args)
     clips = read_manifest(manifest_of(args.input, out, runner), need_captions=False).to_pylist()
     unit = 1000 if args.kilo else 1
-    jobs = [Job(file_key(Path(c["path"]), unit), c["id"], {"path": c["path"], "unit": unit}) for c in clips]
-    found = run_jobs(weigh, jobs, out / "weights", runner=runner, label="weighing")
+    jobs = [
+        Job(digest([unit]), c["id"], {"path": c["path"], "unit": unit}, files=(Path(c["path"]),)) for c in clips
+    ]
+    with Records(out) as records:
+        found = run_jobs(weigh, jobs, Keeping(records, "weights"), runner=runner, label="weighing")
     rows, rejects = [], []
-    for clip, job in zip(clips, jobs):
-        result = found[job.key]
+    for clip, result in zip(clips, found):
         clip = {**clip, "path": path_from(out, Path(clip["path"]))}
         if "error" in result:
             rejects.append(reject(clip["id"], clip["path"], "weigh", result["error"]))
@@ -307,6 +310,7 @@ PLUGIN = '''
 import torch
 from torch import nn
 from opensora_repro.parallel.engine import TorchEngine
+from opensora_repro.files import digest
 
 
 class ReversedEngine(TorchEngine):

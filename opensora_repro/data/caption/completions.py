@@ -8,15 +8,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from opensora_repro.data.caption.chat import Answer, Endpoint, NoAnswer, Stopped
-from opensora_repro.data.jobs.records import finished, write_record
+from opensora_repro.data.jobs.course import Keeping
 from opensora_repro.data.progress import progress
 from opensora_repro.data.video import DecodeError
 from opensora_repro.errors import DataError
-from opensora_repro.files import remove_leftovers
 
 IN_A_ROW = 3  # prompts without an answer, after all their tries, that end a run
 GRACE = 10.0  # seconds for the answers that are under way when a run ends early: they are paid for
@@ -62,22 +60,20 @@ def _sums(records: Sequence[dict[str, Any]], prices: Prices) -> str:
 
 
 def complete_all(
-    prompts: Sequence[Prompt], folder: Path, endpoint: Endpoint, *, concurrency: int, label: str, prices: Prices
+    prompts: Sequence[Prompt], keeping: Keeping, endpoint: Endpoint, *, concurrency: int, label: str, prices: Prices
 ) -> dict[str, dict[str, Any]]:
     """Return {"text", "cut", "tokens_in", "tokens_out"} or {"error": reason} for every prompt, by its key.
 
-    An answer that `folder` has is not asked for again; a failure is tried again by the next run. Prints the cost, also
+    An answer that is recorded is not asked for again; a failure is tried again by the next run. Prints the cost, also
     when the run ends early. Raises DataError where no server is, or the endpoint answers nobody.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
-    results = finished([prompt.key for prompt in prompts], folder)
+    results = keeping.records.get(keeping.kind, [prompt.key for prompt in prompts])
     usage = Usage(prices, list(results.values()))
     todo = {prompt.key: prompt for prompt in prompts if prompt.key not in results}
     total = len(results) + len(todo)
     if todo:
         endpoint.check_reachable()
-    workers = _Workers(list(todo.values()), folder, endpoint, concurrency)
+    workers = _Workers(list(todo.values()), keeping, endpoint, concurrency)
     missed = 0
     try:
         with progress(label, len(todo), "clip") as bar:
@@ -104,8 +100,8 @@ def complete_all(
 class _Workers:
     """Threads that take one prompt after another; daemons, so that none keeps a run from ending."""
 
-    def __init__(self, prompts: Sequence[Prompt], folder: Path, endpoint: Endpoint, size: int) -> None:
-        self.folder, self.endpoint = folder, endpoint
+    def __init__(self, prompts: Sequence[Prompt], keeping: Keeping, endpoint: Endpoint, size: int) -> None:
+        self.keeping, self.endpoint = keeping, endpoint
         self.prompts: Iterator[Prompt] = iter(prompts)
         self.lock = threading.Lock()
         self.results: queue.SimpleQueue[tuple[str, Answer | Exception]] = queue.SimpleQueue()
@@ -146,7 +142,7 @@ class _Workers:
                 return
             try:
                 answer = self.endpoint.ask(prompt.messages())
-                write_record(self.folder, prompt.key, json.dumps(asdict(answer)))
+                self.keeping.records.put(self.keeping.kind, {prompt.key: json.dumps(asdict(answer))})
                 self.results.put((prompt.key, answer))
             except (NoAnswer, DecodeError) as trouble:
                 self.results.put((prompt.key, trouble))

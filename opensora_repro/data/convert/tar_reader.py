@@ -21,13 +21,15 @@ from opensora_repro.data.caption_values import texts_in
 from opensora_repro.data.convert.source import Refuse, Source, refusal, source_of_rows
 from opensora_repro.data.ids import Seen
 from opensora_repro.data.inputs import VIDEO_SUFFIXES, Item, files_below, find_inputs
-from opensora_repro.data.jobs.keys import digest, file_key
-from opensora_repro.data.jobs.run import Job, Runner, run_jobs
+from opensora_repro.data.jobs.course import Job, Keeping
+from opensora_repro.data.jobs.earlier import file_key
+from opensora_repro.data.jobs.records import Records
+from opensora_repro.data.jobs.run import Runner, run_jobs
 from opensora_repro.data.jobs.workers import DISK_TROUBLE
 from opensora_repro.data.manifest import LINEAGE, MANIFEST
 from opensora_repro.data.tables import Row, in_batches, with_types
 from opensora_repro.errors import DataError
-from opensora_repro.files import one_line, replacing, safe_name
+from opensora_repro.files import digest, one_line, replacing, safe_name, size_and_time
 
 METHOD = 2  # raise when an archive would give other rows, so that finished ones are read again
 TAR_SUFFIXES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
@@ -55,16 +57,23 @@ def find_tars(given: str, out: Path) -> list[Item]:
     return items
 
 
-def open_webdataset(items: list[Item], out: Path, limits: Limits, runner: Runner) -> Source:
+def open_webdataset(items: list[Item], out: Path, records: Records, limits: Limits, runner: Runner) -> Source:
     """Extract what has not been extracted yet to OUT/media, and return the rows. Raises DataError.
 
     The id is the sample's own, or its key; where archives have the same keys, all of these follow the archive's name.
     """
-    jobs = [_job(item, out, limits) for item in items]
-    _forget_lost(jobs, out / "tars")
-    done = run_jobs(read_tar, jobs, out / "tars", runner=runner, label="extracting", unit="tar")
-    failed = [refusal("", done[job.key]["error"], job.name) for job in jobs if "error" in done[job.key]]
-    lists = {Path(job.args["rows"]): _shard(job.name) for job in jobs if "error" not in done[job.key]}
+    jobs, archives = [_job(item, out, limits) for item in items], _archives(items)
+
+    def holds(job: Job, result: Any) -> bool:
+        return "error" in result or _is_there(Path(job.args["rows"]), result.get("key", job.earlier), out, archives)
+
+    done = run_jobs(read_tar, jobs, Keeping(records, "tars", holds), runner=runner, label="extracting", unit="tar")
+    failed, lists = list[Row](), dict[Path, str]()
+    for job, result in zip(jobs, done, strict=True):
+        if "error" in result:
+            failed.append(refusal("", result["error"], job.name))
+        else:
+            lists[Path(job.args["rows"])] = _shard(job.name)
     names = {name for path in lists for entry in _entries(path) for name in entry.get("row", ())}
     found = (entry["row"] for path in lists for entry in _entries(path) if "row" in entry)
     columns = {k: v for k, v in with_types(found, COLUMNS).items() if k not in MANIFEST and k in names}
@@ -91,20 +100,21 @@ def delete_rejected(items: list[Item], out: Path, limits: Limits, rejects: list[
     A row may be rejected because of another archive's, so the note holds as long as the archives are these.
     """
     reasons = {row["path"]: row for row in rejects}
-    jobs = [_job(item, out, limits) for item in items]
-    for path in [Path(job.args["rows"]) for job in jobs]:
+    archives = _archives(items)
+    for path in [Path(_job(item, out, limits).args["rows"]) for item in items]:
         if not path.is_file() or not any(entry.get("row", {}).get("path") in reasons for entry in _entries(path)):
             continue
         with replacing(path) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
             for entry in _entries(path):
                 if reason := reasons.get(entry.get("row", {}).get("path")):
                     (out / entry["row"]["path"]).unlink(missing_ok=True)
-                    entry = {"reject": reason, "archives": _archives(jobs)}
+                    entry = {"reject": reason, "archives": archives}
                 file.write(json.dumps(entry) + "\n")
 
 
-def _archives(jobs: list[Job]) -> str:
-    return digest(sorted(job.key for job in jobs))
+def _archives(items: list[Item]) -> str:
+    """Return what changes with any of the archives: these are not read for it."""
+    return digest(sorted([item.name, size_and_time(item.path)] for item in items))
 
 
 def _shard(name: str) -> str:
@@ -113,7 +123,8 @@ def _shard(name: str) -> str:
 
 
 def _job(item: Item, out: Path, limits: Limits) -> Job:
-    key, name = file_key(item.path, METHOD, limits.member, limits.archive), safe_name(item.name.removesuffix(".tar"))
+    name, how = safe_name(item.name.removesuffix(".tar")), (METHOD, limits.member, limits.archive)
+    key = digest([*how, item.name])
     args = {
         "key": key,
         "tar": os.fspath(item.path.absolute()),
@@ -123,23 +134,15 @@ def _job(item: Item, out: Path, limits: Limits) -> Job:
         "rows": os.fspath(out.absolute() / "tars" / f"{name}.jsonl"),
         "limits": [limits.member, limits.archive],
     }
-    return Job(key, item.name, args)
+    return Job(key, item.name, args, files=(item.path,), earlier=file_key(item.path, *how))
 
 
-def _forget_lost(jobs: list[Job], folder: Path) -> None:
-    """Take back the record of an archive whose rows or files are gone, or another's by now: it is extracted again."""
-    archives = _archives(jobs)
-    for job in jobs:
-        out, path = Path(job.args["out"]), Path(job.args["rows"])
-        entries = _entries(path) if path.is_file() else iter(())
-        mine = next(entries, {}).get("key") == job.key
-        if not (mine and all(_holds(entry, out, archives) for entry in entries)):
-            (folder / f"{job.key}.json").unlink(missing_ok=True)
-
-
-def _holds(entry: dict[str, Any], out: Path, archives: str) -> bool:
-    return entry.get("archives", archives) == archives and (
-        "row" not in entry or (out / entry["row"]["path"]).is_file()
+def _is_there(path: Path, key: str, out: Path, archives: str) -> bool:
+    """Whether an archive's rows and files are there, and not another's by now: else it is extracted again."""
+    entries = _entries(path) if path.is_file() else iter(())
+    return next(entries, {}).get("key") == key and all(
+        entry.get("archives", archives) == archives and ("row" not in entry or (out / entry["row"]["path"]).is_file())
+        for entry in entries
     )
 
 
@@ -150,19 +153,19 @@ def _entries(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def read_tar(args: dict[str, Any]) -> dict[str, int]:
+def read_tar(args: dict[str, Any]) -> dict[str, Any]:
     """Extract one archive anew: the part that runs in a worker. Writes a line a row or reject; returns how many."""
-    out, target = Path(args["out"]), Path(args["rows"])
+    out, target, key = Path(args["out"]), Path(args["rows"]), digest([args["key"], *args["contents"]])
     folder = out / args["folder"]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     count = 0
     with replacing(target) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
-        file.write(json.dumps({"key": args["key"]}) + "\n")
+        file.write(json.dumps({"key": key}) + "\n")
         for entry in _samples(args["tar"], args["name"], folder, args["folder"], Limits(*args["limits"])):
             file.write(json.dumps(entry) + "\n")
             count += 1
-    return {"entries": count}
+    return {"entries": count, "key": key}
 
 
 @dataclass

@@ -6,7 +6,6 @@ there is one, and KEY.json with the whole row. KEY is the id, made safe where it
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -17,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from opensora_repro.data.convert.source import Refuse, refusal
-from opensora_repro.data.jobs.records import read_record
-from opensora_repro.data.jobs.run import Job, Runner, run_jobs
+from opensora_repro.data.jobs.course import Job, Keeping
+from opensora_repro.data.jobs.records import Records
+from opensora_repro.data.jobs.run import Runner, run_jobs
 from opensora_repro.data.tables import Row, is_missing, open_table
-from opensora_repro.files import remove_leftovers, safe_name, writing
+from opensora_repro.files import digest, remove_leftovers, safe_name, size_and_time, writing
 
 METHOD = 1  # raise when the same rows would give other bytes
 
 
-def write_shards(rows: Path, out: Path, size: int, runner: Runner, refuse: Refuse) -> int:
+def write_shards(rows: Path, out: Path, records: Records, size: int, runner: Runner, refuse: Refuse) -> int:
     """Write the clips of the table `rows` to OUT/shards/000000.tar and on, `size` rows each; returns how many came.
 
     Paths are relative to the table. A shard that is there, of the same rows and files, is not written again.
@@ -34,20 +34,20 @@ def write_shards(rows: Path, out: Path, size: int, runner: Runner, refuse: Refus
     shards.mkdir(parents=True, exist_ok=True)
     remove_leftovers(shards)
     jobs = [_job(number, slice_, rows, shards, size) for number, slice_ in enumerate(_slices(rows, size))]
-    for job in jobs:  # a shard that is gone, or another table's by now, is written again
-        record = read_record(out / "records", job.key) or {}
-        if record.get("stamp") != _stamp(Path(job.args["tar"])):
-            (out / "records" / f"{job.key}.json").unlink(missing_ok=True)
-    done = run_jobs(write_shard, jobs, out / "records", runner=runner, label="writing", unit="shard")
+
+    def holds(job: Job, result: Any) -> bool:
+        """A shard that is gone, or another table's by now, is written again."""
+        return bool(result.get("stamp") == size_and_time(Path(job.args["tar"])))
+
+    done = run_jobs(write_shard, jobs, Keeping(records, "shards", holds), runner=runner, label="writing", unit="shard")
     wanted = {Path(job.args["tar"]).name for job in jobs}
     for old in shards.glob("*.tar"):
         if re.fullmatch(r"\d{6,}\.tar", old.name) and old.name not in wanted:
             old.unlink()  # of a longer table before
-    for job in jobs:
-        result = done[job.key]
+    for job, result in zip(jobs, done, strict=True):
         for entry in result.get("rejects", [refusal("", result.get("error", ""), Path(job.args["tar"]).name)]):
             refuse(entry)
-    return sum(done[job.key].get("samples", 0) for job in jobs)
+    return sum(result.get("samples", 0) for result in done)
 
 
 def _slices(path: Path, size: int) -> Iterator[list[Row]]:
@@ -63,10 +63,7 @@ def _slices(path: Path, size: int) -> Iterator[list[Row]]:
 
 
 def _job(number: int, part: list[Row], table: Path, shards: Path, size: int) -> Job:
-    """Return the job of one shard, known by its rows and its files' sizes and times of change."""
-    told = hashlib.blake2b(f"{METHOD} {number} {shards.absolute()}".encode(), digest_size=12)
-    for row in part:
-        told.update(json.dumps([row, _stamp(table.parent / row["path"])], default=str).encode())
+    """Return the job of one shard, known by its rows and its files."""
     tar = shards / f"{number:06d}.tar"
     args = {
         "table": os.fspath(table.absolute()),
@@ -74,15 +71,8 @@ def _job(number: int, part: list[Row], table: Path, shards: Path, size: int) -> 
         "count": len(part),
         "tar": os.fspath(tar.absolute()),
     }
-    return Job(told.hexdigest(), tar.name, args)
-
-
-def _stamp(path: Path) -> list[int]:
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):
-        return []
-    return [status.st_size, status.st_mtime_ns]
+    files = tuple(table.parent / row["path"] for row in part)
+    return Job(digest([METHOD, number, json.dumps(part, default=str)]), tar.name, args, files=files)
 
 
 def write_shard(args: dict[str, Any]) -> dict[str, Any]:
@@ -95,7 +85,7 @@ def write_shard(args: dict[str, Any]) -> dict[str, Any]:
             if reason:
                 rejects.append(refusal(row["id"], reason, row["path"]))
             samples += not reason
-    return {"samples": samples, "rejects": rejects, "stamp": _stamp(tar)}
+    return {"samples": samples, "rejects": rejects, "stamp": size_and_time(tar)}
 
 
 def _rows(table: Path, start: int, count: int) -> list[Row]:

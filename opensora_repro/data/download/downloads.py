@@ -26,9 +26,12 @@ from opensora_repro.data.download.fetch import (
 from opensora_repro.data.download.host_queue import HostQueue, in_threads
 from opensora_repro.data.download.kinds import kind_of
 from opensora_repro.data.download.video_pages import fetch_page, is_video_page
-from opensora_repro.data.jobs.records import read_record, write_record
+from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.progress import progress
 from opensora_repro.data.tables import Row
+from opensora_repro.files import size_and_time
+
+KIND = "records"  # of records: what became of a download
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,11 @@ class Place:
     yt_dlp: str | None
 
 
-def fetch_all(downloads: dict[str, Download], place: Place, workers: int, per_host: int) -> dict[str, Row]:
+def fetch_all(
+    downloads: dict[str, Download], place: Place, records: Records, workers: int, per_host: int
+) -> dict[str, Row]:
     """Fetch what has no record; return all results by key, {"error": reason} among them."""
-    results = {key: record for key, file in downloads.items() if (record := finished(file, place)) is not None}
+    results = {key: result for key, result in records.get(KIND, downloads).items() if holds(result, place)}
     for key, record in results.items():
         place.budget.count(key, record.get("bytes", 0))
     todo = [file for file in downloads.values() if file.key not in results]
@@ -62,7 +67,7 @@ def fetch_all(downloads: dict[str, Download], place: Place, workers: int, per_ho
     waiting = HostQueue(((host_of(file.url), file) for file in todo), per_host)
     try:
         with progress("downloading", len(todo), "file") as bar:
-            for done in in_threads(lambda file: fetch_one(file, place), waiting, workers):
+            for done in in_threads(lambda file: fetch_one(file, place, records), waiting, workers):
                 if done is not None:
                     results[done[0].key] = done[1]
                 bar(done is not None)
@@ -78,17 +83,14 @@ def host_of(url: str) -> str:
         return ""
 
 
-def finished(file: Download, place: Place) -> Row | None:
-    """Return the record of a file that is there, or that cannot be had; too large is looked at anew by a new limit."""
-    record = read_record(place.out / "records", file.key)
-    if record is None or record.get("max_bytes", place.limits.max_bytes) != place.limits.max_bytes:
-        return None
-    path = place.out / "files" / record.get("file", "")
-    lost = "file" in record and not (path.is_file() and path.stat().st_size == record["bytes"])
-    return None if lost else record
+def holds(result: Row, place: Place) -> bool:
+    """Whether a file is there, or cannot be had; what was too large is looked at anew by a new limit."""
+    if "file" in result:
+        return size_and_time(place.out / "files" / result["file"])[:1] == [result["bytes"]]
+    return bool(result.get("max_bytes", place.limits.max_bytes) == place.limits.max_bytes)
 
 
-def fetch_one(file: Download, place: Place) -> Row:
+def fetch_one(file: Download, place: Place, records: Records) -> Row:
     """Download one file and write its record; return it. A failure that may pass leaves none."""
     part = place.out / "parts" / file.key
     try:
@@ -103,7 +105,7 @@ def fetch_one(file: Download, place: Place) -> Row:
         place.budget.count(file.key, 0)
         limit = {"max_bytes": place.limits.max_bytes} if isinstance(error, TooLarge) else {}
         result = {"error": str(error), **limit}
-    write_record(place.out / "records", file.key, json.dumps(result))
+    records.put(KIND, {file.key: json.dumps(result)})
     drop(part)
     return result
 

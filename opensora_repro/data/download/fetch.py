@@ -25,9 +25,8 @@ from typing import IO, Any, NoReturn
 from opensora_repro.data.download.connect import Forbidden, Line
 from opensora_repro.data.download.kinds import HEAD, kind_of, seems
 from opensora_repro.data.http_retries import TryAgain, retry_after
-from opensora_repro.data.jobs.records import write_record
 from opensora_repro.data.jobs.workers import DISK_TROUBLE
-from opensora_repro.files import one_line
+from opensora_repro.files import one_line, write_text
 
 SCHEMES = ("http", "https")
 AGAIN = (408, 425, 429, 500, 502, 503, 504)  # statuses that may be others next time
@@ -269,7 +268,7 @@ def _remember(response: Any, part: Path) -> None:
     """Note by what the file can be known again; without that nothing is continued."""
     tag = response.headers.get("ETag", "")
     validator = tag if tag.startswith('"') else response.headers.get("Last-Modified", "")
-    write_record(part.parent, part.name, json.dumps({"validator": validator}))
+    write_text(_about(part), json.dumps({"validator": validator}))
 
 
 def _validator(part: Path) -> str:

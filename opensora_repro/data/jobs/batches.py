@@ -3,46 +3,39 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from opensora_repro.data.jobs.keys import digest
-from opensora_repro.data.jobs.run import Job, Runner, run_jobs
-from opensora_repro.data.jobs.workers import Work
+from opensora_repro.data.jobs.course import Keeping
+from opensora_repro.data.jobs.run import Runner, run_tasks
+from opensora_repro.data.jobs.workers import Task, Work
+from opensora_repro.data.progress import progress
 
 Record = dict[str, Any]
 
 
 def run_batches(
-    work: Work, items: Mapping[str, Record], folder: Path, *, size: int, options: Record, runner: Runner, label: str
+    work: Work, items: Mapping[str, Record], keeping: Keeping, *, size: int, options: Record, runner: Runner, label: str
 ) -> dict[str, Record]:
     """Return every item's record by its key, a digest of its content and of how it is treated.
 
-    `work` gets {"items": a batch, each with its "key", **options} and returns {"clips": {key: record}}. What `folder`
-    holds is not done again. If a batch fails, its items are tried one by one; one that fails alone has {"error": ...}.
+    `work` gets {"items": a batch, each with its "key", **options} and returns {"clips": {key: record}}. What is
+    recorded is not done again. If a batch fails, its items are tried one by one; one that fails alone has
+    {"error": ...}.
     """
-    known = dict(_finished(folder))
+    known = keeping.records.get(keeping.kind, items)
     for step in dict.fromkeys((size, 1)):
         left = [{"key": key, **item} for key, item in items.items() if key not in known]
-        batches = [left[at : at + step] for at in range(0, len(left), step)]
-        jobs = [
-            Job(digest([item["key"] for item in batch]), str(batch[0]["path"]), {"items": batch, **options})
-            for batch in batches
-        ]
-        results = run_jobs(work, jobs, folder, runner=runner, label=label, unit="batch")
-        for job, batch in zip(jobs, batches, strict=True):
-            result = results[job.key]
-            if len(batch) == 1 and "error" in result:
-                known[batch[0]["key"]] = result
-            known.update(result.get("clips", {}))
+        batches = {str(at): left[at : at + step] for at in range(0, len(left), step)}
+        tasks = [Task(at, {"items": batch, **options}, None) for at, batch in batches.items()]
+        with progress(label, len(tasks), "batch") as bar:
+            for done in run_tasks(work, iter(tasks), len(tasks), runner) if tasks else ():
+                bar(done is not None)
+                if done is None:
+                    continue
+                batch, result = batches[done[0]], json.loads(done[1].text)
+                found = {batch[0]["key"]: result} if len(batch) == 1 and "error" in result else result.get("clips", {})
+                if done[1].final:
+                    keeping.records.put(keeping.kind, {key: json.dumps(record) for key, record in found.items()})
+                known.update(found)
     return {key: known[key] for key in items}
-
-
-def _finished(folder: Path) -> Iterator[tuple[str, Record]]:
-    """Yield the items of all finished batches."""
-    for path in sorted(folder.glob("*.json")):
-        try:
-            yield from json.loads(path.read_text(encoding="utf-8")).get("clips", {}).items()
-        except (OSError, ValueError, AttributeError):
-            continue

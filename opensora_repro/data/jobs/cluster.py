@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from opensora_repro.data.jobs.workers import Done, Steps, Task, Worker, num_cores, one_reason, surroundings, wait
@@ -20,7 +20,9 @@ def import_ray() -> Any:
     return ray
 
 
-def run_over_ray(work: str, tasks: Sequence[Task], workers: int, address: str | None, gpu: bool = False) -> Steps:
+def run_over_ray(
+    work: str, tasks: Iterator[Task], count: int, workers: int, address: str | None, gpu: bool = False
+) -> Steps:
     """Like `run_here`; `workers` is 0 for all that the cluster has room for. Raises DataError if no cluster answers.
 
     Never more than `workers` tasks are under way, each in an actor that holds a core, and with `gpu` a GPU, for the
@@ -35,8 +37,8 @@ def run_over_ray(work: str, tasks: Sequence[Task], workers: int, address: str | 
         room = _room(ray, gpu)
         # An actor and its task are started again, three times, where their node is lost.
         actor = ray.remote(num_cpus=1, num_gpus=int(gpu), max_restarts=-1, max_task_retries=3)(_RayWorker)
-        crew += [actor.remote(work) for _ in range(min(workers or room, len(tasks)))]
-        yield from _hand_out(ray, crew, iter(tasks))
+        crew += [actor.remote(work) for _ in range(min(workers or room, count))]
+        yield from _hand_out(ray, crew, tasks)
     finally:
         for member in crew:
             ray.kill(member)
@@ -74,7 +76,7 @@ def _hand_out(ray: Any, crew: list[Any], queue: Iterator[Task]) -> Steps:
             more = task is not None
             if task is not None:
                 busy += 1
-                pending[member.run.remote(task.args, task.seconds)] = member, task.key
+                pending[member.run.remote(task)] = member, task.key
 
 
 def _connect(ray: Any, workers: int, address: str | None) -> None:
@@ -113,13 +115,13 @@ class _RayWorker:
         """Answer when the actor is there."""
         return "", True
 
-    def run(self, args: dict[str, Any], seconds: float | None) -> tuple[str, bool]:
+    def run(self, task: Task) -> tuple[str, bool]:
         """Return a task's result, and whether it is final."""
         if self.worker is None or self.worker.dead:
             self.worker = Worker(self.work, surroundings(threads=1))
         worker, done = self.worker, None
         try:
-            worker.give(Task("", args, seconds))
+            worker.give(task)
             while done is None:
                 if wait([worker]):
                     done = worker.take()

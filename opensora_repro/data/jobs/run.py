@@ -1,38 +1,26 @@
 """Run one function over many inputs: in processes of this machine, or over a Ray cluster, and never twice.
 
-A job's result is written to `FOLDER/KEY.json` when it is there, beside and then renamed; a job whose record exists is
-not run again. So a run that was killed at any moment goes on where it was when it is started again. Never more jobs are
-under way than `--workers`, however many there are.
+A job's result is recorded when it is there, and a job with a record is not run again: a run that was killed at any
+moment goes on where it was when it is started again. A job is known by how it is done and by what its files contain,
+which the worker that is to do it looks up just before, and which is remembered. Never more jobs are under way than
+`--workers`, however many there are.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from opensora_repro.data.jobs.cluster import import_ray, run_over_ray
+from opensora_repro.data.jobs.course import Course, Job, Keeping
 from opensora_repro.data.jobs.gpus import visible_gpus
-from opensora_repro.data.jobs.records import finished, write_record
 from opensora_repro.data.jobs.workers import Steps, Task, Work, num_cores, run_here
 from opensora_repro.data.options import option
 from opensora_repro.data.progress import progress
 from opensora_repro.errors import DataError
-from opensora_repro.files import remove_leftovers
-
-
-@dataclass(frozen=True)
-class Job:
-    """One piece of work."""
-
-    key: str  # names its record: digest of content and options
-    name: str  # for messages
-    args: dict[str, Any]  # JSON-able, given to `work`
-    seconds: float | None = None  # its own time limit, before run_jobs' `timeout`
 
 
 @dataclass(frozen=True)
@@ -76,42 +64,40 @@ def runner_of(args: RunnerArguments) -> Runner:
 def run_jobs(
     work: Work,
     jobs: Sequence[Job],
-    folder: Path,
+    keeping: Keeping,
     *,
     runner: Runner,
     label: str,
     unit: str = "file",
     timeout: float | None = None,
-) -> dict[str, Any]:
-    """Run `work` on every job that has no record in `folder` yet; return all results by key, in the jobs' order.
+) -> list[Any]:
+    """Run `work` on every job that has no record yet; return the jobs' results in their order.
 
     `work` is a top-level function of a module that workers can import; it gets `args` and returns something JSON-able.
     A job that crashes its worker or outlasts its limit (`timeout` seconds) has the result {"error": reason}. A crash is
     recorded, for it would come again; a limit, an exception of `work` and a worker killed from outside are not, and are
     tried again by the next run. A full or read-only disk raises OSError at once, Ctrl-C KeyboardInterrupt.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
-    results = finished([job.key for job in jobs], folder)
-    todo = {job.key: job for job in jobs if job.key not in results}
-    if todo:
-        with progress(label, len(todo), unit) as bar, closing(_start(work, todo.values(), runner, timeout)) as steps:
-            for step in steps:
-                bar(step is not None)
-                if step is None:
-                    continue
-                key, done = step
-                if done.final:
-                    write_record(folder, key, done.text)
-                results[key] = json.loads(done.text)
-    return {job.key: results[job.key] for job in jobs}
+    course = Course(jobs, keeping, timeout)
+    if course.num_left:
+        with progress(label, course.num_left, unit) as bar:
+            for step in run_tasks(work, course, course.num_left, runner):
+                bar(course.take(*step) if step else 0)
+    return course.results()
 
 
-def _start(work: Work, jobs: Iterable[Job], runner: Runner, timeout: float | None) -> Steps:
-    tasks = [Task(job.key, job.args, timeout if job.seconds is None else job.seconds) for job in jobs]
+def run_tasks(work: Work, tasks: Iterator[Task], count: int, runner: Runner) -> Steps:
+    """Yield each task's key and what became of it, in the order they end; None about every second while none does.
+
+    `count` is about how many tasks there are. The next is taken when the last outcome has been: a worker gets what
+    follows from its own.
+    """
     if runner.kind == "ray":
-        return run_over_ray(_name_of(work), tasks, runner.workers, runner.address, runner.gpu)
-    return run_here(_name_of(work), tasks, runner.workers or num_cores(), visible_gpus() if runner.gpu else ())
+        steps = run_over_ray(_name_of(work), tasks, count, runner.workers, runner.address, runner.gpu)
+    else:
+        steps = run_here(_name_of(work), tasks, runner.workers or num_cores(), visible_gpus() if runner.gpu else ())
+    with closing(steps):
+        yield from steps
 
 
 def _name_of(work: Work) -> str:

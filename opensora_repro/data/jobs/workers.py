@@ -20,9 +20,13 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from multiprocessing import connection
+from pathlib import Path
 from typing import Any
+
+from opensora_repro.files import sha256_of
 
 Work = Callable[[dict[str, Any]], Any]
 KILL_ON_PARENT_DEATH = 1  # Linux: prctl's PR_SET_PDEATHSIG
@@ -32,11 +36,12 @@ ON_PURPOSE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # a
 
 @dataclass(frozen=True)
 class Task:
-    """Arguments for the work, and the seconds it may take (None: any)."""
+    """Arguments for the work, and the seconds it may take (None: any); or files whose sha256 is asked for instead."""
 
     key: str
     args: dict[str, Any]
     seconds: float | None
+    files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ class Worker:
         self.task = task
         self._start_clock()
         with suppress(OSError):  # a worker that is gone is found out by `take`
-            self.pipe.send_bytes(json.dumps(task.args).encode())
+            self.pipe.send_bytes(json.dumps([task.args, task.files]).encode())
 
     def _start_clock(self) -> None:
         seconds = self.task.seconds
@@ -212,17 +217,28 @@ def _serve(pipe: Any, name: str, environment: dict[str, str]) -> None:
     pipe.send_bytes(b"S")
     while True:
         try:
-            args = json.loads(pipe.recv_bytes())
+            args, files = json.loads(pipe.recv_bytes())
         except (EOFError, OSError):
             return
         with suppress(BrokenPipeError):
-            pipe.send_bytes(_answer(work, args))
+            pipe.send_bytes(_answer(partial(_contents, files) if files else partial(work, args)))
 
 
-def _answer(work: Work, args: dict[str, Any]) -> bytes:
+def _contents(files: Sequence[str]) -> list[str]:
+    """Return the sha256 of files, "" for what cannot be read: why, is told when it is opened to be used."""
+    contents = []
+    for file in files:
+        try:
+            contents.append(sha256_of(Path(file)))
+        except (OSError, ValueError):
+            contents.append("")
+    return contents
+
+
+def _answer(work: Callable[[], Any]) -> bytes:
     """Return R and the result, E and an error, or D and trouble with the disk."""
     try:
-        return b"R" + json.dumps(work(args)).encode()
+        return b"R" + json.dumps(work()).encode()
     except OSError as error:
         kind = b"D" if error.errno in DISK_TROUBLE else b"E"
         text = one_reason(error)

@@ -6,18 +6,16 @@ read and of the tables it wrote. It is written last: a step that was killed has 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from opensora_repro.data.inputs import content_digest
 from opensora_repro.data.manifest import REJECTS, Rebase
 from opensora_repro.data.report.stages import MANIFEST_FILE, REJECTS_FILE, Stage
 from opensora_repro.data.tables import EmptyTableError, Table, open_table, schema_of, table_writer
-from opensora_repro.files import write_text
+from opensora_repro.files import digest, sha256_of, write_text
 
 RECORD_FILE = "done.json"
 METHOD = 1  # raise when a tool would make other tables of the same options and input: steps are then run again
@@ -43,19 +41,26 @@ def forget(folder: Path) -> None:
     (folder / RECORD_FILE).unlink(missing_ok=True)
 
 
+def _content(path: Path) -> str:
+    return sha256_of(path) if path.is_file() else ""
+
+
 def _record(folder: Path, tool: str, options: Sequence[str], given: Path) -> dict[str, Any]:
     return {
         "method": METHOD,
         "tool": tool,
         "options": list(options),
         "files": files_state(options),
-        "input": content_digest(given),
-        "outcome": [content_digest(folder / name) for name in (MANIFEST_FILE, REJECTS_FILE)],
+        "input": _content(given),
+        "outcome": [_content(folder / name) for name in (MANIFEST_FILE, REJECTS_FILE)],
     }
 
 
 def files_state(options: Sequence[str]) -> dict[str, str]:
-    """Return a digest of size and time of change of each file or folder that an option names."""
+    """Return a digest of size and time of change of each file or folder that an option names.
+
+    These decide whether a tool looks at the files again, not whether their work is done.
+    """
     state = {}
     for option in options:
         value = option.partition("=")[2] if option.startswith("--") else option
@@ -64,9 +69,7 @@ def files_state(options: Sequence[str]) -> dict[str, str]:
         except ValueError:  # a null character
             continue
         if exists:
-            lines = [f"{name} {size} {time}" for name, size, time in sorted(_files_of(value))]
-            told = "\n".join(lines).encode("utf-8", "surrogateescape")
-            state[value] = hashlib.blake2b(told, digest_size=8).hexdigest()
+            state[value] = digest(sorted(_files_of(value)))
     return state
 
 

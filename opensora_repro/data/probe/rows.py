@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from opensora_repro.data.inputs import TABLE_SUFFIXES, VIDEO_SUFFIXES, Inputs, Item, content_digest, find_inputs
-from opensora_repro.data.jobs.keys import file_key
-from opensora_repro.data.jobs.run import Job, Runner, run_jobs
+from opensora_repro.data.ids import text_digest
+from opensora_repro.data.inputs import TABLE_SUFFIXES, VIDEO_SUFFIXES, Inputs, Item, find_inputs
+from opensora_repro.data.jobs.course import Job, Keeping
+from opensora_repro.data.jobs.earlier import file_key
+from opensora_repro.data.jobs.records import Records
+from opensora_repro.data.jobs.run import Runner, run_jobs
 from opensora_repro.data.manifest import MANIFEST, path_from, reject, write_outcome
 from opensora_repro.data.tables import Row, is_missing, read_names, with_types
 from opensora_repro.errors import DataError
-from opensora_repro.files import one_line
+from opensora_repro.files import digest, one_line
 
 METHOD = 2  # raise when the same file would give another row, so that finished files are probed again
 COLUMNS = {
@@ -67,8 +69,9 @@ def probe_all(
     inputs = find_inputs(given, out=leave_out or out, suffixes=suffixes(images))
     usable = [item for item in inputs.items if not item.reason]
     jobs = [job_of(item, decode) for item in usable]
-    found = run_jobs(probe_file, jobs, out / "files", runner=runner, label="probing", unit="file")
-    results = {id(item): found[job.key] for item, job in zip(usable, jobs, strict=True)}
+    with Records(out) as records:
+        found = run_jobs(probe_file, jobs, Keeping(records, "files"), runner=runner, label="probing", unit="file")
+    results = {id(item): result for item, result in zip(usable, found, strict=True)}
     rows, rejects = collect(inputs, results, out)
     write_outcome(out, rows, rejects, with_types(rows, COLUMNS))
     print(f"{len(inputs.items)} files, {len(rows)} readable, {len(rejects)} rejected, {inputs.others} others: {out}")
@@ -84,25 +87,25 @@ def suffixes(images: bool) -> frozenset[str]:
 
 
 def job_of(item: Item, decode: bool) -> Job:
-    """Return the job for a file, known without reading it: hashing its content is part of the work."""
+    """Return the job for a file; what it contains is part of the work. A name's end may tell pictures from videos."""
     size = os.path.getsize(item.path) if os.path.exists(item.path) else 0  # a dangling link has none
     seconds = PATIENCE + size / (DECODE_RATE if decode else READ_RATE)
     args = {"path": os.fspath(item.path.absolute()), "decode": decode}
-    return Job(file_key(item.path, METHOD, decode), item.name, args, seconds)
+    key, earlier = digest([METHOD, decode, item.path.suffix.lower()]), file_key(item.path, METHOD, decode)
+    return Job(key, item.name, args, seconds, (item.path,), earlier)
 
 
 def probe_file(args: dict[str, Any]) -> Row:
-    """Return a file's facts and its content's digest, or {"error": reason}."""
+    """Return a file's facts and its content's digest as id, or {"error": reason}."""
     from opensora_repro.data.probe.facts import read_facts
     from opensora_repro.data.video import DecodeError
 
-    path = Path(args["path"])
-    digest = content_digest(path)
+    path, identity = Path(args["path"]), args["contents"][0][:16]
     try:
         facts = asdict(read_facts(path, decode=args["decode"]))
     except DecodeError as error:
-        return {"id": digest, "error": str(error).removeprefix(f"{path}: ")}
-    return {"id": digest, "caption": "", "file_size": path.stat().st_size, **facts}
+        return {"id": identity, "error": str(error).removeprefix(f"{path}: ")}
+    return {"id": identity, "caption": "", "file_size": path.stat().st_size, **facts}
 
 
 def collect(inputs: Inputs, results: dict[int, Row], out: Path) -> tuple[list[Row], list[Row]]:
@@ -116,7 +119,7 @@ def collect(inputs: Inputs, results: dict[int, Row], out: Path) -> tuple[list[Ro
     first: dict[str, str] = {}
     for item in inputs.items:
         result = results.get(id(item), {"error": item.reason})
-        named = hashlib.blake2b(item.name.encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
+        named = text_digest(item.name)
         path = "" if item.reason else path_from(out, item.path)
         given = {k: v for k, v in (item.row or {}).items() if k in ("id", "caption", "source") and not is_missing(v)}
         if "error" in result:

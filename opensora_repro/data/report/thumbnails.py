@@ -9,8 +9,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from opensora_repro.data.jobs.keys import file_key
-from opensora_repro.data.jobs.run import Job, Runner, run_jobs
+from opensora_repro.data.jobs.course import Job, Keeping
+from opensora_repro.data.jobs.earlier import file_key
+from opensora_repro.data.jobs.records import Records
+from opensora_repro.data.jobs.run import Runner, run_jobs
+from opensora_repro.files import digest
 
 METHOD = 1  # raise when the same clip would give another picture
 HEIGHT = 84  # pixels of a frame's short side
@@ -27,17 +30,16 @@ def read_strips(rows: Iterable[Mapping[str, Any]], folder: Path, out: Path, runn
             jobs[row["path"]] = _job(folder / row["path"], row.get("num_frames"))
     if not jobs:
         return {}
-    unique = {job.key: job for job in jobs.values()}
-    found = run_jobs(
-        make_strip, list(unique.values()), out, runner=runner, label="pictures", unit="clip", timeout=PATIENCE
-    )
-    return {path: found[job.key] for path, job in jobs.items()}
+    with Records(out) as records:
+        keeping = Keeping(records, "pictures")
+        found = run_jobs(make_strip, list(jobs.values()), keeping, runner=runner, label="pictures", unit="clip")
+    return dict(zip(jobs, found, strict=True))
 
 
 def _job(path: Path, num_frames: object) -> Job:
     frames = int(num_frames) if isinstance(num_frames, int | float) and 1 <= num_frames < 1 << 40 else 1
     args = {"path": os.path.abspath(path), "num_frames": frames}
-    return Job(file_key(path, METHOD, frames), path.name, args)
+    return Job(digest([METHOD, frames]), path.name, args, PATIENCE, (path,), file_key(path, METHOD, frames))
 
 
 def make_strip(args: dict[str, Any]) -> Strip:
