@@ -191,7 +191,7 @@ class CacheRows:
         import numpy as np
 
         self._ids, self._paths = table["id"], table["path"]
-        batches = table.select(["path", "caption", "num_frames"]).to_batches()
+        batches = table.select(["path", "caption", "num_frames"]).to_batches(max_chunksize=1 << 14)
         rows = (row for batch in batches for row in zip(*(column.to_pylist() for column in batch), strict=True))
         self._content = np.frombuffer(b"".join(_row_digest(*row) for row in rows), np.uint64)
 

@@ -25,8 +25,8 @@ def column_digest(column: Any) -> str:
     import pyarrow.compute as pc
 
     told = hashlib.blake2b(digest_size=8)
-    for chunk in column.chunks:
-        texts = chunk.cast(pa.string())
+    for batch in pa.table({"texts": column}).to_batches(max_chunksize=1 << 16):  # joined, they have to fit in 2 GB
+        texts = batch["texts"].cast(pa.string())
         told_apart = pc.binary_join_element_wise(pc.utf8_length(texts).cast(pa.string()), texts, ":")
         told.update(pc.binary_join(pa.ListArray.from_arrays([0, len(texts)], told_apart), "")[0].as_buffer())
     return told.hexdigest()

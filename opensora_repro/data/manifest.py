@@ -83,7 +83,7 @@ def write_manifest(table: Any, path: str | Path) -> None:
 
     path = Path(path)
     rebase = Rebase(path.absolute().parent, path.absolute().parent)
-    write_table(pa.Table.from_batches([rebase(batch) for batch in table.to_batches()], table.schema), path)
+    write_table(pa.Table.from_batches(map(rebase, table.to_batches()), table.schema), path)
 
 
 class _Rows:

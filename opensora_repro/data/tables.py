@@ -147,7 +147,7 @@ def set_column(table: Any, name: str, values: Any) -> Any:
 def write_table(table: Any, path: Path) -> None:
     """Write a pyarrow table as Parquet or CSV, by the extension; as `table_writer` does."""
     with table_writer(path, table.schema.remove_metadata()) as write:
-        for batch in table.to_batches():
+        for batch in table.to_batches(max_chunksize=BATCH_ROWS):
             write(batch.replace_schema_metadata())
 
 

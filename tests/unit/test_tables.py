@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from opensora_repro.data import csv_tables
+from opensora_repro.data import csv_tables, tables
 from opensora_repro.data.ids import Seen
 from opensora_repro.data.manifest import Absolute, Rebase
 from opensora_repro.data.tables import open_table, table_writer
@@ -53,6 +54,18 @@ def test_it_reads_what_pandas_does(tmp_path: Path) -> None:
     assert ours.astype(object).where(ours.notna(), None).to_numpy().tolist() == (
         expected.astype(object).where(expected.notna(), None).to_numpy().tolist()
     )
+
+
+def test_row_groups_are_of_one_size_whatever_the_chunks_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "BATCH_ROWS", 2)
+    monkeypatch.setattr(tables, "GROUP_ROWS", 4)
+    table = pa.concat_tables([pa.table({"n": list(range(9))}), pa.table({"n": [9]})])
+    tables.write_table(table, tmp_path / "t.parquet")
+    written = pq.ParquetFile(tmp_path / "t.parquet")
+    assert [written.metadata.row_group(at).num_rows for at in range(written.num_row_groups)] == [4, 4, 2]
+    assert written.read() == table
 
 
 @pytest.mark.parametrize(
