@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 from opensora_repro.data.jobs.run import Runner
 from opensora_repro.data.options import argument, option, parse, parser_of
 from opensora_repro.data.probe.rows import INPUT_HELP, manifest_of
+from opensora_repro.data.progress import progress
 from opensora_repro.errors import DataError, run_command
 
 if TYPE_CHECKING:
@@ -208,7 +209,6 @@ def apply_rules(table: Table, rules: list[Rule], out: Path) -> tuple[int, int]:
     """Read the rows once, write each to the manifest or to the rejects, and count; returns (rows, kept)."""
     import pyarrow as pa
     import pyarrow.compute as pc
-    from tqdm import tqdm
 
     from opensora_repro.data.manifest import Rebase
     from opensora_repro.data.tables import table_writer
@@ -221,7 +221,7 @@ def apply_rules(table: Table, rules: list[Rule], out: Path) -> tuple[int, int]:
     with (
         table_writer(out / "manifest.parquet", table.schema) as write_kept,
         table_writer(out / "rejects.parquet", rejects) as write_reject,
-        tqdm(total=table.num_rows, desc="filtering", unit="row", unit_scale=True, disable=None, mininterval=0.5) as bar,
+        progress("filtering", table.num_rows, "row") as advance,
     ):
         for batch in table.batches():
             first = first_failures(rules, batch)
@@ -235,7 +235,7 @@ def apply_rules(table: Table, rules: list[Rule], out: Path) -> tuple[int, int]:
             stages = pa.repeat(pa.scalar("filter"), dropped.num_rows)
             why = reasons.take(first.filter(bad))
             write_reject(pa.RecordBatch.from_arrays([*columns, stages, why], schema=rejects))
-            bar.update(batch.num_rows)
+            advance(batch.num_rows)
     return table.num_rows, kept
 
 

@@ -45,21 +45,18 @@ def open_table(path: Path, *, names: Sequence[str] | None = None) -> Table:
 
     A CSV is read once here, for its types and its length, and never held whole.
     """
-    table = _open(path, names)
-    if not table.num_rows:
-        raise EmptyTableError(f"{path}: the table is empty (a header but no rows)")
-    return table
-
-
-def _open(path: Path, names: Sequence[str] | None = None) -> Table:
     import pyarrow.parquet as pq
 
     if table_kind(path) == "csv":
         schema, num_rows = csv_schema(path, names)
-        return Table(path, schema, num_rows, lambda columns=None: _slices(path, schema, names, columns))
-    with readable(path), pq.ParquetFile(path) as file:
-        schema, num_rows = file.schema_arrow.remove_metadata(), file.metadata.num_rows
-    return Table(path, schema, num_rows, lambda columns=None: _stream(path, schema, columns))
+        table = Table(path, schema, num_rows, lambda columns=None: _slices(path, schema, names, columns))
+    else:
+        with _readable(path), pq.ParquetFile(path) as file:
+            schema, num_rows = file.schema_arrow.remove_metadata(), file.metadata.num_rows
+        table = Table(path, schema, num_rows, lambda columns=None: _stream(path, columns))
+    if not num_rows:
+        raise EmptyTableError(f"{path}: the table is empty (a header but no rows)")
+    return table
 
 
 def read_names(path: Path) -> list[str]:
@@ -68,12 +65,12 @@ def read_names(path: Path) -> list[str]:
 
     if table_kind(path) == "csv":
         return csv_names(path)
-    with readable(path):
+    with _readable(path):
         return list(pq.read_schema(path).names)
 
 
 @contextmanager
-def readable(path: Path) -> Iterator[None]:
+def _readable(path: Path) -> Iterator[None]:
     """Whatever goes wrong while a Parquet file is read becomes a DataError that names it."""
     try:
         yield
@@ -117,14 +114,14 @@ def _slices(path: Path, schema: Any, names: Sequence[str] | None, columns: Seque
             yield batch.slice(start, BATCH_ROWS)
 
 
-def _stream(path: Path, schema: Any, columns: Sequence[str] | None) -> Iterator[Any]:
+def _stream(path: Path, columns: Sequence[str] | None) -> Iterator[Any]:
     """Read a Parquet file in order; without pre-buffering, which would hold whole row groups."""
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path, pre_buffer=False, memory_map=False, buffer_size=1 << 20) as file:
         batches = file.iter_batches(batch_size=BATCH_ROWS, columns=columns, use_threads=False)
         while True:
-            with readable(path):
+            with _readable(path):
                 batch = next(batches, None)
             if batch is None:
                 return
