@@ -52,8 +52,15 @@ class _NormModulate(torch.autograd.Function):
         total = x if y is None else torch.empty(x.shape, dtype=_total_dtype(x, gate, y), device=x.device)
         normed = torch.empty(x.shape, dtype=dtype, device=x.device)
         mean, rstd = torch.empty(2, len(x), x[0, ..., 0].numel(), dtype=torch.float32, device=x.device).unbind(0)
+        samples, frames, places, channels = x.shape
+        tiles = cut(frames * places, power_of_two(channels), samples, long=False)
         if x.numel():
-            _launch_forward(x, gate, y, shift, scale, eps, total, normed, mean, rstd)
+            _forward[(tiles.parts, samples)](
+                x, gate, y, shift, scale, total, normed, mean, rstd, frames * places, places, channels, eps,
+                *x.stride()[:3], *_strides(y), 0 if gate is None else gate.stride(0), shift.stride(0), scale.stride(0),
+                RESIDUAL=y is not None, GATED=gate is not None,
+                ROWS=tiles.rows, BLOCK=tiles.block, num_warps=tiles.num_warps,
+            )  # fmt: skip
         # Without a gate, whose gradient it makes, the branch itself is not needed.
         ctx.save_for_backward(total, gate, y if gate is not None else None, scale, mean, rstd)
         ctx.x_dtype, ctx.y_dtype, ctx.shift_dtype = x.dtype, None if y is None else y.dtype, shift.dtype
@@ -64,18 +71,24 @@ class _NormModulate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dtotal: Tensor | None, dnormed: Tensor | None) -> tuple[Tensor | None, ...]:
         total, gate, y, scale, mean, rstd = ctx.saved_tensors
-        samples, channels = len(total), total.shape[-1]
+        samples, frames, places, channels = total.shape
         dnormed = torch.zeros_like(total) if dnormed is None else adjacent(dnormed)
         dtotal = None if dtotal is None else adjacent(dtotal)
         dx = torch.empty(total.shape, dtype=ctx.x_dtype, device=total.device)
         shared = gate is None and ctx.y_dtype == dx.dtype  # then the two are the same numbers
         dy = None if ctx.y_dtype is None else dx if shared else torch.empty_like(dx, dtype=ctx.y_dtype)
-        tiles = cut(mean.shape[1], power_of_two(channels), samples, long=True)
+        tiles = cut(frames * places, power_of_two(channels), samples, long=True)
         sums = partial_sums(2 if gate is None else 3, samples, tiles, channels, total)
         if total.numel():
-            _launch_backward(
-                tiles, total, gate, y, scale, mean, rstd, dtotal, dnormed, dx, None if shared else dy, sums
-            )
+            written = None if shared else dy
+            _backward[(tiles.parts, samples)](
+                total, gate, y, scale, mean, rstd, dtotal, dnormed, dx, written, sums,
+                frames * places, places, channels,
+                *total.stride()[:3], *_strides(y), *_strides(dtotal), *dnormed.stride()[:3],
+                0 if gate is None else gate.stride(0), scale.stride(0), sums.stride(0),
+                PASSED=dtotal is not None, GATED=gate is not None, BRANCH=written is not None,
+                STEPS=tiles.steps, ROWS=tiles.rows, BLOCK=tiles.block, num_warps=tiles.num_warps,
+            )  # fmt: skip
         dgate = None if gate is None else of_each_sample(sums[2], gate.dtype)
         dshift, dscale = of_each_sample(sums[0], ctx.shift_dtype), of_each_sample(sums[1], scale.dtype)
         return dx, dgate, dy, dshift, dscale, None, None
@@ -84,53 +97,6 @@ class _NormModulate(torch.autograd.Function):
 def _total_dtype(x: Tensor, gate: Tensor | None, y: Tensor) -> torch.dtype:
     dtype = torch.promote_types(x.dtype, y.dtype)
     return dtype if gate is None else torch.promote_types(dtype, gate.dtype)
-
-
-def _launch_forward(
-    x: Tensor,
-    gate: Tensor | None,
-    y: Tensor | None,
-    shift: Tensor,
-    scale: Tensor,
-    eps: float,
-    total: Tensor,
-    normed: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-) -> None:
-    samples, frames, places, channels = x.shape
-    tiles = cut(frames * places, power_of_two(channels), samples, long=False)
-    _forward[(tiles.parts, samples)](
-        x, gate, y, shift, scale, total, normed, mean, rstd,
-        frames * places, places, channels, eps,
-        *x.stride()[:3], *_strides(y), 0 if gate is None else gate.stride(0), shift.stride(0), scale.stride(0),
-        RESIDUAL=y is not None, GATED=gate is not None, ROWS=tiles.rows, BLOCK=tiles.block, num_warps=tiles.num_warps,
-    )  # fmt: skip
-
-
-def _launch_backward(
-    tiles: Any,
-    total: Tensor,
-    gate: Tensor | None,
-    y: Tensor | None,
-    scale: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    dtotal: Tensor | None,
-    dnormed: Tensor,
-    dx: Tensor,
-    dy: Tensor | None,
-    sums: Tensor,
-) -> None:
-    samples, frames, places, channels = total.shape
-    _backward[(tiles.parts, samples)](
-        total, gate, y, scale, mean, rstd, dtotal, dnormed, dx, dy, sums,
-        frames * places, places, channels,
-        *total.stride()[:3], *_strides(y), *_strides(dtotal), *dnormed.stride()[:3],
-        0 if gate is None else gate.stride(0), scale.stride(0), sums.stride(0),
-        PASSED=dtotal is not None, GATED=gate is not None, BRANCH=dy is not None,
-        STEPS=tiles.steps, ROWS=tiles.rows, BLOCK=tiles.block, num_warps=tiles.num_warps,
-    )  # fmt: skip
 
 
 def _strides(x: Tensor | None) -> tuple[int, ...]:
