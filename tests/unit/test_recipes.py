@@ -225,6 +225,7 @@ from opensora_repro.data.options import argument, option, parse, parser_of
 from opensora_repro.data.manifest import MANIFEST, path_from, reject, write_outcome
 from opensora_repro.data.tables import with_types
 from opensora_repro.errors import run_command
+from opensora_repro.files import digest
 from opensora_repro.data.probe.rows import manifest_of
 
 
