@@ -63,7 +63,7 @@ class ColossalEngine(TorchEngine):
             self._zero_group = plugin.mixed_dp_group if self.cfg.plugin == "hybrid" else dist.group.WORLD
             self.masters = {name: boosted.working_to_master_param[id(p)] for name, p in self.working.items()}
             # The loop knows the norm before it decides on the step: computing it once more would wait for the device.
-            boosted._compute_grad_norm = _no_norm
+            boosted._compute_grad_norm = lambda **_: 0.0
 
     # A step
 
@@ -161,10 +161,6 @@ class ColossalEngine(TorchEngine):
         flat = piece.new_empty(piece.numel() * dist.get_world_size(self._zero_group))
         dist.all_gather_into_tensor(flat, piece.contiguous(), group=self._zero_group)
         return flat[: shape.numel()].view(shape)
-
-
-def _no_norm(**_: Any) -> float:
-    return 0.0
 
 
 def _build_plugin(cfg: ParallelConfig, *, overlap: bool) -> Any:

@@ -137,11 +137,6 @@ def step_flops(cfg: Config, products: Products, frozen: FrozenSizes, samples: in
     return float(samples * products.training_flops), float(samples * again), samples * encoding
 
 
-def break_even(training_flops: float, sample_flops: float) -> float:
-    """Samples whose making takes as much as the training."""
-    return training_flops / sample_flops
-
-
 def _time(cfg: Config, question: Question, work: Work, peak: float) -> Time:
     useful = work.step_flops + work.encoder_flops
     step = useful / (question.gpus * peak * question.utilisation)
@@ -180,5 +175,5 @@ def _inference(
         clips_a_gpu_hour=SECONDS_AN_HOUR / seconds,
         video_minutes_a_gpu_hour=SECONDS_AN_HOUR / seconds * duration / 60,
         cost_a_clip=None if price is None else price * seconds / SECONDS_AN_HOUR,
-        break_even_clips=break_even(run_flops, clip),
+        break_even_clips=run_flops / clip,
     )

@@ -80,8 +80,8 @@ def _layouts(cfg: Config, budget: Budget) -> list[str]:
     lines = ["".join(f"{kind:>10}" for kind in ACTIVATION_CHECKPOINTING) + "  activation checkpointing"]
     for fit in budget.layouts:
         mark = "fits" if fit.fits else fit.refused
-        peaks = "".join(f"{_peak(fit.peaks.get(kind)):>10}" for kind in ACTIVATION_CHECKPOINTING)
-        lines.append(f"{peaks}  {fit.overrides}: {mark}")
+        peaks = [size(fit.peaks[kind]) if kind in fit.peaks else "-" for kind in ACTIVATION_CHECKPOINTING]
+        lines.append("".join(f"{peak:>10}" for peak in peaks) + f"  {fit.overrides}: {mark}")
     if smallest is not None:
         return [*lines, f"smallest that fits: {smallest.overrides}"]
     lines.append(f"none fits on {budget.gpus} x {budget.gpu.name}: {_advice(cfg, budget)}")
@@ -175,7 +175,3 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * value:
             return f"{seconds / value:.3g} {unit}"
     return f"{seconds * 1000:.3g} ms"
-
-
-def _peak(num_bytes: float | None) -> str:
-    return "-" if num_bytes is None else size(num_bytes)

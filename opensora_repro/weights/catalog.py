@@ -6,18 +6,13 @@ import difflib
 import errno
 import os
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from opensora_repro.config import read_toml
 from opensora_repro.errors import UserError
 from opensora_repro.files import sha256_of, shipped
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 CATALOG = shipped("checkpoints/catalog.toml")
 PROBE_SECONDS = 5.0  # how long the hub may take to answer before we say that there is no connection
@@ -61,7 +56,7 @@ class Entry:
 
 def load_catalog() -> list[Entry]:
     """Read checkpoints/catalog.toml."""
-    content = tomllib.loads(CATALOG.read_text(encoding="utf-8"))
+    content = read_toml(CATALOG)
     return [Entry(**{**model, "files": tuple(File(**file) for file in model["files"])}) for model in content["model"]]
 
 

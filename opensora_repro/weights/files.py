@@ -166,7 +166,8 @@ def find_weights(path: str | Path, *, ema: bool = True) -> Path:
         for name in (*EMA_FILES, *MODEL_FILES) if ema else MODEL_FILES:
             if (folder / name).is_file():
                 return folder / name
-    others = sorted(file for file in path.iterdir() if _may_be_weights(file))
+    others = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    others = [file for file in others if not file.name.startswith((".", *NO_WEIGHTS))]
     if len(others) == 1:
         return others[0]
     if others:
@@ -199,10 +200,6 @@ def _cached(name: str) -> Path:
     if found is None:
         raise WeightsError(f"{name}: no such weights file, checkpoint or run{similar_name(name)}")
     return found
-
-
-def _may_be_weights(file: Path) -> bool:
-    return file.suffix in SUFFIXES and not file.name.startswith((".", *NO_WEIGHTS)) and file.is_file()
 
 
 def _own_config(asked: Path, found: Path) -> Path | None:
@@ -258,7 +255,8 @@ def _open_file(path: Path, ema: bool) -> WeightsFile:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 facts = json.loads((file.metadata() or {}).get(FACTS_KEY, "{}"))
                 return WeightsFile(path, kind, "", tensors, facts, files=(path,))
-        content, kind = _load_pickle(path, kind)
+        with inert_containers():
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "torch")
     except pickle.UnpicklingError as error:
         raise WeightsError(_refusal(path, error)) from None
     except Exception as error:  # a damaged pickle makes torch stumble over anything
@@ -294,13 +292,6 @@ def _what_else(head: bytes) -> str:
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "is a web page, not weights (an error page saved under this name?): fetch it again"
     return "is neither a torch nor a safetensors file"
-
-
-def _load_pickle(path: Path, kind: str) -> tuple[Any, str]:
-    with inert_containers():
-        if kind == "torch":
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True), kind
-        return torch.load(path, map_location="cpu", weights_only=True), kind
 
 
 def _refusal(path: Path, error: Exception) -> str:

@@ -45,7 +45,8 @@ def describe(file: WeightsFile, *, num_heads: int | None = None, family: str | N
         return Published(layout, family_of(config.model), config.model, trained, config)
     kind = _family(layout, file, trained, family)
     model = _model(kind, weights, file, trained, num_heads)
-    height = (trained.rows * model.patch_size[1] if trained.rows else _sample_size(file)) * PIXELS_A_LATENT
+    told = int(file.facts.get("sample_size", DEFAULT_SIZE // PIXELS_A_LATENT))
+    height = (trained.rows * model.patch_size[1] if trained.rows else told) * PIXELS_A_LATENT
     frames = (trained.frames or int(file.facts.get("sample_frames", kind.frames))) * model.patch_size[0]
     config = Config(
         data=DataConfig(num_frames=frames, height=height, width=height),
@@ -67,10 +68,6 @@ def _family(layout: Layout, file: WeightsFile, trained: Trained, asked: str | No
     if asked is None and (trained.frames or 2) > 1:
         raise WeightsError(f"{file.path}: Open-Sora's DiT and Latte have the same keys: say which with --family")
     return families[asked or "dit"]
-
-
-def _sample_size(file: WeightsFile) -> int:
-    return int(file.facts.get("sample_size", DEFAULT_SIZE // PIXELS_A_LATENT))
 
 
 def _model(
