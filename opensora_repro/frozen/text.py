@@ -134,7 +134,23 @@ def _share(value: float) -> str:
     return f"{100 * value:.0f} %" if value > 0.01 else f"{100 * value:.2g} %"
 
 
-class T5Text:
+class _TextModel:
+    """A transformers text model and its tokenizer, both loaded when first needed."""
+
+    frozen: FrozenModel[tuple[Any, Any]]
+
+    @property
+    def model(self) -> Any:
+        """Raises ModelNotFound."""
+        return self.frozen.get()[0]
+
+    @property
+    def tokenizer(self) -> Any:
+        """Raises ModelNotFound."""
+        return self.frozen.get()[1]
+
+
+class T5Text(_TextModel):
     """A T5 encoder and its tokenizer; every caption becomes `max_length` tokens and a mask.
 
     Both are loaded at the first encoding; `channels` and `fingerprint` need neither.
@@ -156,15 +172,6 @@ class T5Text:
         self.device, self.dtype = device, dtype
         self.micro_batch_size = micro_batch_size
         self.channels = frozen.size("d_model")
-
-    @property
-    def model(self) -> Any:
-        """The T5EncoderModel. Raises ModelNotFound."""
-        return self.frozen.get()[0]
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.frozen.get()[1]
 
     def load_tokenizer(self) -> Any:
         """The tokenizer alone, for looking at captions; read anew at each call. Raises ModelNotFound."""
@@ -266,7 +273,7 @@ def apply_offload(model: nn.Module, device: torch.device) -> nn.Module:
     return cpu_offload(model, device, state_dict=model.state_dict())  # the dict shares the weights: no second copy
 
 
-class ClipText:
+class ClipText(_TextModel):
     """A CLIP text model and its tokenizer; every caption becomes one pooled token, as Open-Sora's DiT and Latte read.
 
     Captions go to the tokenizer as they are: Open-Sora cleans them for T5 alone.
@@ -281,15 +288,6 @@ class ClipText:
         config = frozen.config.get("text_config") or frozen.config  # of the whole CLIP, or of its text half alone
         self.max_length = int(config.get("max_position_embeddings", CLIP_LENGTH))
         self.channels = int(config.get("hidden_size", CLIP_CHANNELS))
-
-    @property
-    def model(self) -> Any:
-        """The CLIPTextModel. Raises ModelNotFound."""
-        return self.frozen.get()[0]
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.frozen.get()[1]
 
     def read(self, captions: Sequence[str]) -> list[Reading]:
         """What of each caption the model reads; its weights are not needed. Raises ModelNotFound."""
