@@ -18,7 +18,7 @@ from opensora_repro.config.prompts import check_prompts, read_prompts
 from opensora_repro.errors import GOES_ON, run_command
 from opensora_repro.files import user_path
 
-SIZES = ("steps", "guidance", "num_frames", "height", "width", "fps", "sampler", "vae", "text", "dtype")
+SIZES = ("steps", "guidance", "num_frames", "height", "width", "fps", "sampler", "vae", "text", "dtype", "shard_text")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -62,6 +62,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--fps", type=int, metavar="N", help="frames a second of the written file (sample.fps)")
     add("--vae", type=expanduser, metavar="PATH", help="autoencoder: hub name or local folder (vae.path)")
     add("--text", type=expanduser, metavar="PATH", help="text encoder: hub name or local folder (text.path)")
+    shares = "each process of torchrun holds an equal share of T5, and gathers it part by part (text.shard)"
+    add("--shard-text", action=argparse.BooleanOptionalAction, help=shares)
     add("--dtype", choices=("bf16", "fp32"), help="autocast (train.dtype)")
     return parser.parse_args(argv)
 

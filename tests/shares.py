@@ -38,14 +38,14 @@ def main(arguments: list[str]) -> int:
                 kept = not square.isfinite() and all(initial[name].equal(engine.masters[name]) for name in initial)
             engine.zero_grad()
         del initial, output, square
-        held = _held()
+        kept_between = held()
         ema = Ema(engine, 0.9)
         snapshot = take_snapshot(engine, ema, TrainState(step=1), copy=True)
         moments = [piece for kind, _, piece in optimizer_pieces(engine) if kind == "exp_avg"]
         found = {
             "whole": whole,
             "kept": kept,
-            "held": held,
+            "held": kept_between,
             "masters": _count(engine.masters.values()),
             "average": _count(ema.shadow.values()),
             "moments": _count(moments),
@@ -57,12 +57,12 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _held() -> int:
-    """Elements of all float32 memory that there is."""
+def held(dtype: torch.dtype = torch.float32) -> int:
+    """Elements of all memory of the dtype that there is."""
     gc.collect()
     tensors = [found for found in gc.get_objects() if type(found) in (torch.Tensor, torch.nn.Parameter)]
-    storages = [tensor.untyped_storage() for tensor in tensors if tensor.dtype == torch.float32]
-    return sum({storage.data_ptr(): storage.nbytes() // 4 for storage in storages}.values())
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.dtype == dtype]
+    return sum({storage.data_ptr(): storage.nbytes() // dtype.itemsize for storage in storages}.values())
 
 
 def _count(tensors: object) -> int:

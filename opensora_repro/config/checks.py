@@ -104,11 +104,15 @@ def _check_together(config: Config, require: Any) -> None:
 
 
 def _check_memory(config: Config, require: Any) -> None:
-    """An update within the backward pass comes before anything is known of the whole gradient."""
+    """What spares memory, and what it cannot go with.
+
+    An update within the backward pass comes before anything is known of the whole gradient.
+    """
     optim, train, parallel = config.optim, config.train, config.parallel
     if train.activation_checkpointing == "none":
         expected = 'false with train.activation_checkpointing = "none" (it moves what checkpointing keeps)'
         require("train.offload_activations", not train.offload_activations, expected)
+    require("text.shard", not (config.text.shard and config.text.offload), "false with text.offload = true")
     for holds, expected in (
         ((parallel.engine, parallel.plugin) == ("torch", "ddp"), "parallel.engine = torch with plugin ddp"),
         (optim.clip_norm == 0, "optim.clip_norm = 0 (the norm is known too late)"),

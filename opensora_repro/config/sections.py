@@ -58,6 +58,7 @@ class TextConfig:
     path: str = "DeepFloyd/t5-v1_1-xxl"  # hub name or local folder of a T5 encoder with its tokenizer
     micro_batch_size: int = 8  # captions encoded at once on a GPU; a CPU takes them one by one
     offload: bool = False  # on a GPU: keep the text encoder in host memory and stream it layer by layer
+    shard: bool = False  # several processes: each holds an equal share of T5, and gathers it part by part to encode
 
 
 @dataclass(frozen=True)

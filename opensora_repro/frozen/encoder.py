@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +19,9 @@ from opensora_repro.frozen.text import T5Text, open_text_encoder
 from opensora_repro.frozen.vae import FrameVAE, open_vae
 from opensora_repro.kernels.ops import to_device
 from opensora_repro.parallel.device import read_here, return_memory
+
+if TYPE_CHECKING:
+    from opensora_repro.parallel.shards import Shards
 
 TEXT_MEMORY = 256 << 20  # bytes of caption embeddings kept, so that a caption met again is not encoded again
 
@@ -75,14 +80,20 @@ class Encoder:
         self.text.frozen.release()
         self._captions.clear()
         self._caption_bytes = 0
+        gc.collect()  # hooks and the modules that they gather hold each other
         return_memory(self.device)
+
+    def join(self) -> None:
+        """Where the text encoder is spread: take part in what others encode until every process has come here."""
+        self.text.join()
 
     def encoded(
         self, samples: Iterable[Clip | Encoded | BadSample], at_once: int | None = None
     ) -> Iterator[Encoded | BadSample]:
         """Samples in their order, clips encoded; where clips are encoded together, those of `at_once` samples.
 
-        None: as many as the text encoder takes captions. Results lie on the frozen models' device.
+        None: as many as the text encoder takes captions. Results lie on the frozen models' device. Whoever is done
+        calls `join`: processes may have different numbers of samples.
         """
         rest = iter(samples)
         at_once = (at_once or self.text.micro_batch_size) if self.together else 1
@@ -129,11 +140,14 @@ class Encoder:
         return found
 
 
-def open_encoder(cfg: Config, device: torch.device) -> Encoder:
-    """The config's frozen models; their weights are read when first used. Raises ModelNotFound."""
+def open_encoder(cfg: Config, device: torch.device, shards: Shards | None = None) -> Encoder:
+    """The config's frozen models; their weights are read when first used. Raises ModelNotFound.
+
+    `shards`: the processes over which the text encoder is spread.
+    """
     dtype = frozen_dtype(cfg, device)
     vae = open_vae(cfg.vae, device, dtype)
-    text = open_text_encoder(cfg.text, cfg.model.model_max_length, device, dtype)
+    text = open_text_encoder(cfg.text, cfg.model.model_max_length, device, dtype, shards)
     # The model rounds what it multiplies, where it trains in bfloat16: rounded before, that is the same bit for bit.
     text_dtype = torch.bfloat16 if cfg.train.dtype == "bf16" else torch.float32
     together = device.type != "cpu"

@@ -20,6 +20,7 @@ from opensora_repro.kernels.ops import to_device
 if TYPE_CHECKING:
     from opensora_repro.config import TextConfig
     from opensora_repro.models.config import ModelConfig
+    from opensora_repro.parallel.shards import Shards
 
 KIND = "transformers T5 encoder with its tokenizer"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # as transformers looks for them
@@ -163,14 +164,18 @@ class T5Text(_TextModel):
         device: torch.device,
         dtype: torch.dtype,
         micro_batch_size: int = 1,
+        shards: Shards | None = None,
     ) -> None:
-        """`frozen` gives the model and its tokenizer, `device` is where it computes. Raises ModelNotFound."""
+        """`frozen` gives the model and its tokenizer, `device` is where it computes. Raises ModelNotFound.
+
+        `shards`: the processes over which the model's weights are spread; see `join`.
+        """
         if max_length < 1:
             raise ValueError(f"model.model_max_length={max_length} must be at least 1")
         self.frozen = frozen
         self.max_length = max_length
         self.device, self.dtype = device, dtype
-        self.micro_batch_size = micro_batch_size
+        self.micro_batch_size, self.shards = micro_batch_size, shards
         self.channels = frozen.size("d_model")
 
     def load_tokenizer(self) -> Any:
@@ -200,14 +205,35 @@ class T5Text(_TextModel):
         device = self.device  # an offloaded model's weights lie elsewhere
         ids, host_mask = self._tokenize(captions)
         ids, mask = to_device(ids, device), to_device(host_mask, device)
-        size = self.micro_batch_size
+        starts = range(0, len(ids), self.micro_batch_size)
+        passes = self.shards.most(len(starts)) if self.shards is not None and starts else len(starts)
         batches = [torch.empty(0, self.max_length, self.channels, device=device)]
-        with torch.autocast(device.type, enabled=False):  # the weights' dtype decides, not the caller's
-            for start in range(0, len(ids), size):
-                part = slice(start, start + size)
-                output = self.model(input_ids=ids[part], attention_mask=mask[part])
-                batches.append(output.last_hidden_state.float())
+        for start in starts:
+            part = slice(start, start + self.micro_batch_size)
+            batches.append(self._forward(ids[part], mask[part]))
+        self._stand_in(passes - len(starts))
         return torch.cat(batches), host_mask.bool()
+
+    def join(self) -> None:
+        """Make the forward passes that others need of this process, until every process has come here.
+
+        Where the weights are spread, each process may `encode` as often as it likes between two calls of this. Where
+        they are not, there is nothing to do.
+        """
+        while self.shards is not None and (passes := self.shards.most(0)):
+            self._stand_in(passes)
+
+    def _forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, enabled=False):  # the weights' dtype decides, not the caller's
+            output: Tensor = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        return output.float()
+
+    @torch.no_grad()
+    def _stand_in(self, passes: int) -> None:
+        """Forward passes of one token, for the sake of those that gather this process's shares."""
+        token = torch.ones(1, 1, dtype=torch.int64, device=self.device)
+        for _ in range(passes):
+            self._forward(token, token)
 
     def read(self, captions: Sequence[str]) -> list[Reading]:
         """What of each caption, once cleaned, the model reads; its weights are not needed. Raises ModelNotFound."""
@@ -230,6 +256,21 @@ class T5Text(_TextModel):
         return batch["input_ids"], batch["attention_mask"]
 
 
+class EncodedPrompts:
+    """Prompts that a text encoder has read already, so that it need not be at hand where they are sampled."""
+
+    def __init__(self, text: T5Text, prompts: Sequence[str]) -> None:
+        """Collective where the encoder's weights are spread."""
+        self.channels = text.channels
+        embeddings, masks = text.encode(prompts)
+        self._found = dict(zip(prompts, zip(embeddings, masks, strict=True), strict=True))
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """As `T5Text.encode`, of some of the prompts."""
+        embeddings, masks = zip(*(self._found[prompt] for prompt in prompts), strict=True)
+        return torch.stack(embeddings), torch.stack(masks)
+
+
 def load_text_encoder(cfg: TextConfig, max_length: int, device: torch.device | str, dtype: torch.dtype) -> T5Text:
     """Load the encoder and tokenizer of `cfg.path`, a local folder or a hub name. Raises ModelNotFound."""
     text = open_text_encoder(cfg, max_length, device, dtype)
@@ -237,7 +278,13 @@ def load_text_encoder(cfg: TextConfig, max_length: int, device: torch.device | s
     return text
 
 
-def open_text_encoder(cfg: TextConfig, max_length: int, device: torch.device | str, dtype: torch.dtype) -> T5Text:
+def open_text_encoder(
+    cfg: TextConfig,
+    max_length: int,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    shards: Shards | None = None,
+) -> T5Text:
     """As `load_text_encoder`, but read when first needed. Raises ModelNotFound for what can be seen without."""
     device = torch.device(device)
 
@@ -249,12 +296,23 @@ def open_text_encoder(cfg: TextConfig, max_length: int, device: torch.device | s
         check_complete(info)
         _check_tokenizer(tokenizer, model.config.vocab_size)
         model.eval().requires_grad_(False)
+        if shards is not None:
+            shards.apply(_parts(model))
+            return model, tokenizer
         if cfg.offload and device.type != "cpu":
             return apply_offload(model, device), tokenizer
         return model.to(device), tokenizer
 
     frozen = FrozenModel(load, cfg.path, key="text.path", kind=KIND, weights=WEIGHTS, tokenizer=TOKENIZER)
-    return T5Text(frozen, max_length, device, dtype, 1 if device.type == "cpu" else cfg.micro_batch_size)
+    micro_batch_size = 1 if device.type == "cpu" else cfg.micro_batch_size
+    return T5Text(frozen, max_length, device, dtype, micro_batch_size, shards)
+
+
+def _parts(model: Any) -> list[tuple[nn.Module, ...]]:
+    """All of a T5 encoder, in parts that compute one after the other."""
+    encoder = model.encoder
+    blocks = [(block,) for block in encoder.block]
+    return [(model.shared, encoder.embed_tokens), *blocks, (encoder.final_layer_norm,)]
 
 
 def apply_offload(model: nn.Module, device: torch.device) -> nn.Module:
@@ -363,14 +421,18 @@ ConditionEncoder = T5Text | ClipText | ClassLabels
 
 
 def open_conditions(
-    cfg: TextConfig, model: ModelConfig, device: torch.device | str, dtype: torch.dtype
+    cfg: TextConfig,
+    model: ModelConfig,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    shards: Shards | None = None,
 ) -> ConditionEncoder:
-    """What reads prompts for a model, its weights read when first needed. Raises ModelNotFound."""
+    """What reads prompts for a model, its weights read when first needed; T5's may be spread. Raises ModelNotFound."""
     if model.conditioning == "class":
         return ClassLabels(model.num_classes)
     if model.conditioning == "clip":
         return open_clip_text(cfg, device, dtype)
-    return open_text_encoder(cfg, model.model_max_length, device, dtype)
+    return open_text_encoder(cfg, model.model_max_length, device, dtype, shards)
 
 
 def _check_tokenizer(tokenizer: Any, vocab_size: int) -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import importlib.util
 import logging
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
 
-from opensora_repro.config import ParallelConfig
+from opensora_repro.config import ParallelConfig, TextConfig
 from opensora_repro.errors import EngineError
 from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.parallel.mesh import launched_as
+
+if TYPE_CHECKING:
+    from opensora_repro.parallel.shards import Shards
 
 OLDEST_FSDP = "2.6"  # torch
 
@@ -31,13 +35,36 @@ def build_engine(cfg: ParallelConfig, device: str | None = None) -> TorchEngine:
         raise _not_installed(str(error.name).split(".")[0]) from None
 
 
+def text_shards(cfg: TextConfig, engine: TorchEngine) -> Shards | None:
+    """The processes over which `text.shard` spreads T5; None where each holds it whole. Collective.
+
+    Raises EngineError.
+    """
+    if not cfg.shard or engine.mesh.world_size == 1:
+        return None
+    check_shards(cfg)
+    from opensora_repro.parallel.shards import Shards
+
+    return Shards(engine.device)
+
+
+def check_shards(cfg: TextConfig) -> None:
+    """Raise EngineError where torch is too old for `text.shard`."""
+    if cfg.shard:
+        _check_fsdp("text.shard = true", "set text.shard=false")
+
+
+def _check_fsdp(key: str, otherwise: str) -> None:
+    if torch.__version__ < OLDEST_FSDP:  # which torch compares as versions
+        raise EngineError(
+            f"{key}: expected torch {OLDEST_FSDP} or newer, found {torch.__version__}: update it, or {otherwise}"
+        )
+
+
 def check_installed(cfg: ParallelConfig) -> None:
     """Raise EngineError where the package of `parallel.engine` is absent or too old; nothing is imported."""
-    if cfg.plugin == "fsdp" and torch.__version__ < OLDEST_FSDP:  # which torch compares as versions
-        raise EngineError(
-            f'parallel.plugin = "fsdp": expected torch {OLDEST_FSDP} or newer, found {torch.__version__}: '
-            "update it, or set parallel.engine=colossalai parallel.plugin=zero2"
-        )
+    if cfg.plugin == "fsdp":
+        _check_fsdp('parallel.plugin = "fsdp"', "set parallel.engine=colossalai parallel.plugin=zero2")
     if cfg.engine != "torch" and importlib.util.find_spec("colossalai") is None:
         raise _not_installed("colossalai")
 

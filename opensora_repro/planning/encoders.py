@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from opensora_repro.config import Config
+from opensora_repro.config import Config, TextConfig
 from opensora_repro.planning.sizes import read_model_config
 
 PUBLISHED_VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4}
@@ -28,6 +28,7 @@ class FrozenSizes:
 
     vae_parameters: int
     text_parameters: int
+    text_part: int  # parameters of the largest part of T5 that is gathered at once where it is spread
     encode_flops: float  # a sample's frames
     decode_flops: float
     text_flops: float  # a caption
@@ -46,6 +47,7 @@ def frozen_sizes(cfg: Config) -> FrozenSizes:
     return FrozenSizes(
         vae_parameters=sum(layer.parameters for layer in encoder + decoder),
         text_parameters=t5_parameters(text),
+        text_part=max(text["vocab_size"] * text["d_model"], _t5_layer(text) + 2 * text["d_model"]),
         encode_flops=2.0 * frames * sum(layer.products(height, width) for layer in encoder),
         decode_flops=2.0 * frames * sum(layer.products(height, width) for layer in decoder),
         text_flops=2.0 * t5_products(text, cfg.model.model_max_length),
@@ -53,6 +55,18 @@ def frozen_sizes(cfg: Config) -> FrozenSizes:
         encoding_values_alone=MAPS_ENCODING * alone * values,
         decoding_values=MAPS_DECODING * alone * values,
     )
+
+
+def text_values(cfg: TextConfig, sizes: FrozenSizes, processes: int) -> float:
+    """Weights of T5 in the memory of a process's device.
+
+    With `text.shard` a share, and of one part all twice: as it arrives from the others, and as it is used.
+    """
+    if cfg.offload:
+        return 0
+    if not cfg.shard or processes == 1:
+        return sizes.text_parameters
+    return sizes.text_parameters / processes + 2 * sizes.text_part
 
 
 # ---------------------------------------------------------------------------------------------------------------------

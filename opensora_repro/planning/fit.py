@@ -1,9 +1,9 @@
-"""Whether a training run fits into this machine's memory."""
+"""What memory this machine has, and whether a training run fits into it."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,30 +20,49 @@ from opensora_repro.planning.sizes import latent_shape, token_grid
 from opensora_repro.process import host_memory
 
 
+@dataclass(frozen=True)
+class Room:
+    """Memory, in bytes, of a process's GPU, or of the machine that processes on CPUs share."""
+
+    place: str
+    total: float
+    free: float
+    state: str  # of what is free, in a word
+    swap: float = 0
+    processes: int = 1  # which share it
+
+    @property
+    def limit(self) -> float:
+        return self.total + self.swap
+
+
+def room_on(device: torch.device) -> Room:
+    """What there is for processes like this one."""
+    if device.type == "cuda":
+        total = total_memory(device)
+        return Room("this GPU", total, usable_bytes(total), "usable")
+    host = host_memory()
+    told = os.environ.get("LOCAL_WORLD_SIZE", "")  # torchrun's
+    return Room("this machine", host.total, host.free, "free", host.swap, int(told) if told.isdecimal() else 1)
+
+
 def check_memory(cfg: Config, mesh: Mesh, device: torch.device) -> str:
     """A line on what a process needs and this machine has. Raises ConfigError where not even the weights find room."""
-    need = needed_memory(cfg, mesh, device.type)
+    need, room = needed_memory(cfg, mesh, device.type), room_on(device)
     always = need.states.weights + need.states.optimizer + need.states.average
-    if device.type == "cuda":
-        processes, total, place = 1, total_memory(device), "this GPU has"
-        always += need.encoders  # host memory need not hold what is mapped from files
-        usable = usable_bytes(total)
-        room = f"{size(usable)} of its {size(total)} usable"
-    else:
-        host = host_memory()
-        told = os.environ.get("LOCAL_WORLD_SIZE", "")  # torchrun's
-        processes = int(told) if told.isdecimal() else 1
-        total, usable, place = host.total + host.swap, host.free, "this machine has"
-        room = f"{size(host.free)} of its {size(host.total)} free"
-    if processes * always > total:
+    if device.type == "cuda":  # host memory need not hold what is mapped from files
+        always += need.encoders
+    processes = room.processes
+    if processes * always > room.limit:
         raise ConfigError(
-            f"weights, optimizer and average take {size(processes * always)}, {place} {size(total)}: take a smaller "
-            "model or a larger machine, or spread them over GPUs (parallel.plugin=zero2)"
+            f"weights, optimizer and average take {size(processes * always)}, {room.place} has {size(room.limit)}: "
+            "take a smaller model or a larger machine, or spread them over GPUs (parallel.plugin=zero2)"
         )
     peak = processes * need.peak
     together = f", {size(peak)} for {processes} processes" if processes > 1 else ""
-    warning = "" if peak <= usable else "warning: probably too much "
-    return f"{warning}memory: about {size(need.peak)} a process{together}, {place} {room}: {memory_parts(need)}"
+    warning = "" if peak <= room.free else "warning: probably too much "
+    has = f"{room.place} has {size(room.free)} of its {size(room.total)} {room.state}"
+    return f"{warning}memory: about {size(need.peak)} a process{together}, {has}: {memory_parts(need)}"
 
 
 def needed_memory(cfg: Config, mesh: Mesh, device_type: str) -> Memory:

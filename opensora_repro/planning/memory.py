@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from opensora_repro.config import Config, ParallelConfig
 from opensora_repro.models.config import STDiTConfig, is_costly
 from opensora_repro.parallel.mesh import Mesh
-from opensora_repro.planning.encoders import FrozenSizes
+from opensora_repro.planning.encoders import FrozenSizes, text_values
 from opensora_repro.planning.flops import attended
 from opensora_repro.planning.parameters import (
     block_weights,
@@ -389,8 +389,7 @@ def step_memory(
     size = HALF if cfg.train.dtype == "bf16" and device == "cuda" else FLOAT
     encoders = encoding = beside = 0.0
     if encodes:
-        text = 0 if cfg.text.offload else frozen.text_parameters
-        encoders = float(size * (frozen.vae_parameters + text))
+        encoders = float(size * (frozen.vae_parameters + text_values(cfg.text, frozen, mesh.world_size)))
         encoded = frozen.encoding_values if device == "cuda" else frozen.encoding_values_alone
         encoding = float(size * (max(encoded, frozen.decoding_values) if cfg.sample.every else encoded))
         if cfg.train.overlap and not cfg.data.cache and device == "cuda":  # a CPU encodes between its steps

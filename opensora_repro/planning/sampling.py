@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from opensora_repro.config import Config
 from opensora_repro.models.config import ModelConfig
-from opensora_repro.planning.encoders import frozen_sizes
+from opensora_repro.planning.encoders import frozen_sizes, text_values
 from opensora_repro.planning.memory import FLOAT, HALF
 from opensora_repro.planning.parameters import mlp_width
 from opensora_repro.planning.sizes import latent_shape, token_grid
@@ -39,6 +39,7 @@ def sampling_memory(
     device_type: str,
     reads_t5: bool,
     sp_size: int = 1,
+    world_size: int = 1,
 ) -> SamplingMemory:
     """`cfg` has the samples' size and the frozen models' folders, `parameters` are the model's.
 
@@ -59,7 +60,8 @@ def sampling_memory(
 
     sizes = frozen_sizes(cfg)
     size = HALF if half and device_type == "cuda" else FLOAT
-    text = sizes.text_parameters if reads_t5 and not (cfg.text.offload and device_type == "cuda") else 0
+    t5 = replace(cfg.text, offload=cfg.text.offload and device_type == "cuda")
+    text = text_values(t5, sizes, world_size) if reads_t5 else 0
     pixels = 3 * cfg.data.num_frames * cfg.data.height * cfg.data.width
     decoding = size * sizes.decoding_values + PIXELS_ALIVE * FLOAT * pixels + FLOAT * batch_size * math.prod(shape)
     return SamplingMemory(

@@ -17,7 +17,7 @@ from opensora_repro.config import Config, ConfigError
 from opensora_repro.data.sampler import keyed_generator
 from opensora_repro.diffusion.samplers import CallContext, LatentSampler, PrepareText
 from opensora_repro.errors import TrainingError
-from opensora_repro.frozen.text import ClassLabels, ConditionEncoder
+from opensora_repro.frozen.text import ClassLabels, ConditionEncoder, EncodedPrompts
 from opensora_repro.models.config import ModelConfig
 from opensora_repro.models.layers import is_plain
 from opensora_repro.parallel.sequence import FrameParallel
@@ -41,7 +41,7 @@ Progress = Callable[[int, int], None]  # (denoising steps done, in all), over al
 def check_fit(
     cfg: Config,
     vae: FrameVAE,
-    encoder: ConditionEncoder,
+    encoder: ConditionEncoder | EncodedPrompts,
     model: ModelConfig | None = None,
 ) -> None:
     """Raise ConfigError unless the frozen models fit the model and the size of `cfg.data` both; None: `cfg.model`."""
@@ -73,7 +73,7 @@ def check_fit(
 def generate(
     model: Network,
     vae: FrameVAE,
-    encoder: ConditionEncoder,
+    encoder: ConditionEncoder | EncodedPrompts,
     cfg: Config,
     prompts: Sequence[str],
     *,

@@ -14,7 +14,8 @@ from torch import Tensor
 from opensora_repro.config import Config
 from opensora_repro.data.write import write_png, write_sample
 from opensora_repro.files import replacing
-from opensora_repro.frozen.encoder import Encoder
+from opensora_repro.frozen.text import EncodedPrompts
+from opensora_repro.frozen.vae import FrameVAE
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.run_folder import samples_folder
 from opensora_repro.sampling.generate import generate
@@ -39,14 +40,16 @@ def write_samples(cfg: Config, videos: Sequence[np.ndarray], step: int) -> tuple
     return final, grid
 
 
-def sample_prompts(cfg: Config, model: STDiT, forward: Callable[..., Tensor], encoder: Encoder) -> list[np.ndarray]:
+def sample_prompts(
+    cfg: Config, model: STDiT, forward: Callable[..., Tensor], vae: FrameVAE, encoded: EncodedPrompts
+) -> list[np.ndarray]:
     """Sample `sample.prompts` with the model as it is, called through `forward`; videos uint8 [T, H, W, 3]."""
     device = next(model.parameters()).device
     with torch.autocast(device.type, torch.bfloat16, enabled=cfg.train.dtype == "bf16"):
         found = generate(
             model,
-            encoder.vae,
-            encoder.text,
+            vae,
+            encoded,
             cfg,
             cfg.sample.prompts,
             seed=cfg.run.seed,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -14,8 +13,9 @@ import torch
 from opensora_repro.config import Config, ConfigError, ParallelConfig
 from opensora_repro.data.write import write_sample
 from opensora_repro.diffusion.gaussian import NUM_TRAIN_STEPS
-from opensora_repro.frozen.text import ClassLabels, ConditionEncoder
+from opensora_repro.frozen.text import ClassLabels, ConditionEncoder, T5Text
 from opensora_repro.kernels.ops import choose
+from opensora_repro.parallel.build import check_shards, text_shards
 from opensora_repro.parallel.device import choose_device, default_kind
 from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.parallel.mesh import Mesh, launched_as
@@ -29,7 +29,9 @@ from opensora_repro.weights.load import check_complete
 CUT_SHOWN = 10  # prompts whose unread words are told
 
 
-def with_options(cfg: Config, *, sampler: str | None, vae: str | None, text: str | None, **sizes: Any) -> Config:
+def with_options(
+    cfg: Config, *, sampler: str | None, vae: str | None, text: str | None, shard_text: bool | None, **sizes: Any
+) -> Config:
     """The config with the options that were given; None: as it is. Raises ConfigError.
 
     `sizes`: num_frames, height, width, steps, guidance, fps and dtype.
@@ -51,7 +53,7 @@ def with_options(cfg: Config, *, sampler: str | None, vae: str | None, text: str
             **{key: sizes[key] for key in ("steps", "guidance", "fps")},
         ),
         vae=given(cfg.vae, path=vae),
-        text=given(cfg.text, path=text),
+        text=given(cfg.text, path=text, shard=shard_text, offload=False if shard_text else None),
         train=given(cfg.train, dtype=sizes["dtype"]),
     )
     if cfg.sample.sampler in ("iddpm", "ddim") and cfg.sample.steps > NUM_TRAIN_STEPS:
@@ -120,6 +122,10 @@ class SamplingRun:
         source = self.source
         check_complete(source.weights, source.model)
         vae, conditions = open_frozen(source, device)
+        if source.config.text.shard:
+            if not isinstance(conditions, T5Text):
+                raise ConfigError(f"--shard-text: {source.path} has no T5 that could be spread")
+            check_shards(source.config.text)
         folder = self.folder()
         todo = self.todo(folder)
         memory = ""
@@ -131,7 +137,7 @@ class SamplingRun:
                 device,
                 batch_size=min(self.batch_size, len(todo)),
                 sp_size=self.sp_size,
-                processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+                world_size=world_size,
             )
         return Check(folder, todo, memory, tuple(unread_words(conditions, self.prompts)))
 
@@ -185,7 +191,7 @@ class SamplingRun:
         cfg, device, mesh = self.source.config, engine.device, engine.mesh
         # What a run was trained with on a GPU need not run on the device that samples it.
         choose("eager" if cfg.train.kernels == "eager" else "auto", device.type)
-        model, vae, conditions, report = load_models(self.source, device)
+        model, vae, conditions, report = load_models(self.source, device, text_shards(cfg.text, engine))
         if engine.is_main:
             print(report)
         before = set(range(len(self.prompts))) - set(todo)
@@ -214,6 +220,8 @@ class SamplingRun:
                 written.append(index)
                 if mesh.world_size == 1:
                     folder.write(before | set(written))
+        if isinstance(conditions, T5Text):
+            conditions.join()
         return written
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,16 +20,18 @@ from opensora_repro.frozen.text import (
 )
 from opensora_repro.frozen.vae import FrameVAE, open_vae
 from opensora_repro.models.config import ModelConfig
-from opensora_repro.parallel.device import total_memory
+from opensora_repro.planning.fit import room_on
 from opensora_repro.planning.report import size
 from opensora_repro.planning.sampling import sampling_memory
-from opensora_repro.process import host_memory
 from opensora_repro.run_folder import CONFIG_FILE, STATE_FILE, list_checkpoints, list_steps
 from opensora_repro.sampling.generate import check_fit
 from opensora_repro.weights.families import Network, empty_model
 from opensora_repro.weights.files import WeightsFile, open_weights, recorded_sha256
 from opensora_repro.weights.load import LoadReport, load_model_weights
 from opensora_repro.weights.published import describe
+
+if TYPE_CHECKING:
+    from opensora_repro.parallel.shards import Shards
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,9 @@ def weights_sha256(source: Source) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def open_frozen(source: Source, device: torch.device) -> tuple[FrameVAE, ConditionEncoder]:
+def open_frozen(
+    source: Source, device: torch.device, shards: Shards | None = None
+) -> tuple[FrameVAE, ConditionEncoder]:
     """The autoencoder, and what makes a condition of prompts: T5, CLIP, or class numbers; their weights are not read.
 
     Raises ModelNotFound, and ConfigError where they or the samples' size do not fit the model.
@@ -86,7 +91,7 @@ def open_frozen(source: Source, device: torch.device) -> tuple[FrameVAE, Conditi
     cfg = source.config
     dtype = frozen_dtype(cfg, device)
     vae = open_vae(cfg.vae, device, dtype)
-    conditions = open_conditions(cfg.text, source.model, device, dtype)
+    conditions = open_conditions(cfg.text, source.model, device, dtype, shards)
     check_fit(cfg, vae, conditions, source.model)
     return vae, conditions
 
@@ -99,12 +104,9 @@ def check_memory(
     *,
     batch_size: int,
     sp_size: int = 1,
-    processes: int = 1,
+    world_size: int = 1,
 ) -> str:
-    """A line on what a process needs and this machine has; `processes` share its memory where they are on CPUs.
-
-    Raises ConfigError where it does not have that much at all.
-    """
+    """A line on what a process needs and this machine has. Raises ConfigError where it does not have that at all."""
     cfg = replace(source.config, vae=replace(source.config.vae, path=str(vae.frozen.folder)))
     if isinstance(conditions, T5Text):
         cfg = replace(cfg, text=replace(cfg.text, path=str(conditions.frozen.folder)))
@@ -116,30 +118,31 @@ def check_memory(
         device_type=device.type,
         reads_t5=isinstance(conditions, T5Text),
         sp_size=sp_size,
+        world_size=world_size,
     )
-    if device.type == "cuda":
-        total, free, place, peak = total_memory(device), total_memory(device), "this GPU", need.peak
-    else:
-        host = host_memory()
-        total, free, place, peak = host.total + host.swap, host.free, "this machine", processes * need.peak
+    room = room_on(device)
+    peak = room.processes * need.peak
     parts = f"weights {size(need.weights)}, autoencoder and text encoder {size(need.frozen)}, "
     parts += f"denoising {size(need.denoising)} or decoding {size(need.decoding)}"
-    if peak > total:
+    if peak > room.limit:
         data = cfg.data
         raise ConfigError(
             f"{batch_size} samples at once of {data.num_frames} frames of {data.height}x{data.width} need about "
-            f"{size(peak)} ({parts}), {place} has {size(total)}: lower --batch-size, --num-frames, --height or --width"
+            f"{size(peak)} ({parts}), {room.place} has {size(room.limit)}: "
+            "lower --batch-size, --num-frames, --height or --width"
         )
-    warning = "" if peak <= free else f", and only {size(free)} are free now"
-    return f"about {size(peak)} of {place}'s {size(total)}{warning} ({parts})"
+    warning = "" if peak <= room.free else f", and only {size(room.free)} are {room.state} now"
+    return f"about {size(peak)} of {room.place}'s {size(room.limit)}{warning} ({parts})"
 
 
-def load_models(source: Source, device: torch.device) -> tuple[Network, FrameVAE, ConditionEncoder, LoadReport]:
+def load_models(
+    source: Source, device: torch.device, shards: Shards | None = None
+) -> tuple[Network, FrameVAE, ConditionEncoder, LoadReport]:
     """The model in float32, and what `open_frozen` gives, all weights read.
 
-    Raises WeightsError, ModelNotFound, ConfigError.
+    `shards`: the processes over which T5 is spread; collective then. Raises WeightsError, ModelNotFound, ConfigError.
     """
-    vae, conditions = open_frozen(source, device)
+    vae, conditions = open_frozen(source, device, shards)
     model = empty_model(source.model)
     report = load_model_weights(model, source.weights)
     model = model.eval().to(device)

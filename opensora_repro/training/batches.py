@@ -190,14 +190,19 @@ class Collator:
         self.encoder, self.builder, self.members = encoder, builder, members
 
     def collate(self, samples: list[Sample] | None) -> PreparedBatch:
-        """Collective among `members`; None where this process cannot read on."""
+        """Collective among `members`, and where the text encoder is spread, among all processes.
+
+        `samples` None: this process cannot read on.
+        """
         if samples is None:
+            self.encoder.join()
             self.members.gather(None)
             return self._lost()
         bad = [sample for _, sample in samples if isinstance(sample, BadSample)]
         encoded = [sample for _, sample in samples if not isinstance(sample, Clip)]
         if len(encoded) < len(samples):
             encoded = list(self.encoder.encoded((sample for _, sample in samples), len(samples)))
+        self.encoder.join()
         own = [(epoch, self._good(sample)) for (epoch, _), sample in zip(samples, encoded, strict=True)]
         parts = self.members.gather(own)
         if None in parts:

@@ -121,6 +121,7 @@ def fill_cache(fill: CacheFill, engine: TorchEngine, quarantine: Quarantine, sto
         except OSError as found:
             kept = "what was written before is kept, the same command goes on; or set another data.cache"
             error = TrainingError(f"{cannot_write(found)}; {kept}")
+        fill.encoder.join()
         engine.world.agree(error)
         everyone: list[Tried] = engine.world.gather(tried)
         for other in everyone:

@@ -15,6 +15,7 @@ from opensora_repro.data.sampler import drawn
 from opensora_repro.diffusion.gaussian import Objective
 from opensora_repro.errors import DataError, TrainingError, cannot_write, is_out_of_memory, out_of_memory
 from opensora_repro.frozen.encoder import Encoder
+from opensora_repro.frozen.text import EncodedPrompts
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.parallel.device import HostValues
 from opensora_repro.parallel.engine import TorchEngine
@@ -81,7 +82,9 @@ class Trainer:
         first = state.step * self.cfg.train.accumulation
         samples = self.feed.batches(first, (steps - state.step) * self.cfg.train.accumulation)
         collator = Collator(self.encoder, self.builder, self.engine.members)
-        self._batches = Prefetcher(samples, collator, self.engine.device, overlap=self.cfg.train.overlap)
+        # Encoding beside the training, two streams would exchange at once, each process in an order of its own.
+        overlap = self.cfg.train.overlap and self.encoder.text.shards is None
+        self._batches = Prefetcher(samples, collator, self.engine.device, overlap=overlap)
         self.progress = Progress(title, done=state.step, total=steps, enabled=self.engine.is_main)
         with contextlib.closing(self.progress):
             try:
@@ -299,7 +302,8 @@ class Trainer:
             if validate:
                 self._validate()
             if sample:
-                self.engine.on_first_model(self._sample)  # every process gets its error
+                encoded = EncodedPrompts(self.encoder.text, cfg.sample.prompts)  # by all, who may each hold a share
+                self.engine.on_first_model(lambda: self._sample(encoded))  # every process gets its error
 
     def _due(self, every: int) -> bool:
         return every > 0 and (self.state.step % every == 0 or self.state.step == self.cfg.train.steps)
@@ -310,9 +314,9 @@ class Trainer:
         found = {"losses": losses, "timesteps": self.validator.timesteps, "samples": self.validator.num_samples}
         self.log.validate({"step": self.state.step, "loss": sum(losses) / len(losses), **found})
 
-    def _sample(self) -> None:
+    def _sample(self, encoded: EncodedPrompts) -> None:
         try:
-            videos = sample_prompts(self.cfg, self.model, self.engine.eval_forward, self.encoder)
+            videos = sample_prompts(self.cfg, self.model, self.engine.eval_forward, self.encoder.vae, encoded)
         except NotFinite as error:
             self.progress.say(f"warning: no samples of step {self.state.step}: {error}")
             return

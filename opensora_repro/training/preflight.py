@@ -18,7 +18,7 @@ from opensora_repro.frozen.encoder import open_encoder
 from opensora_repro.frozen.pretrained import ModelNotFound
 from opensora_repro.frozen.text import survey_captions
 from opensora_repro.kernels.ops import choose
-from opensora_repro.parallel.build import check_installed
+from opensora_repro.parallel.build import check_installed, check_shards
 from opensora_repro.parallel.mesh import Mesh
 from opensora_repro.planning.fit import check_memory
 from opensora_repro.run_folder import check_folder
@@ -52,6 +52,7 @@ def preflight(
         check_folder("data.cache", cfg.data.cache)
     if device is not None:
         check_installed(cfg.parallel)
+        check_shards(cfg.text)
         choose(cfg.train.kernels, device.type)
     if cfg.init.weights and not start.resumes:
         if dry and weights_to_come(cfg.init.weights):

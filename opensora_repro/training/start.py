@@ -46,6 +46,7 @@ FREE_KEYS = (
     "vae.micro_batch_size",
     "text.micro_batch_size",
     "text.offload",
+    "text.shard",
     "optim.in_backward",
     "optim.offload",
     "train.steps",

@@ -60,6 +60,7 @@ class Validator:
                     break
         except TrainingError as found:
             error = found
+        encoder.join()
         engine.world.agree(error)
         everywhere = engine.world.gather(bad)
         for sample in (sample for samples in everywhere for sample in samples):

@@ -33,10 +33,12 @@ FSDP = {"parallel__plugin": "fsdp"}
 DDP, ZERO1, ZERO2, HYBRID = ({**COLOSSAL, "parallel__plugin": name} for name in ("ddp", "zero1", "zero2", "hybrid"))
 
 # ZeRO adds up several micro-batches too, recomputed activations meet the same exchanges again, what waits for its use
-# may lie in host memory, and checkpoints may be written behind the training: all of it changes nothing.
+# may lie in host memory, the text encoder be spread, and checkpoints may be written behind the training: all of it
+# changes nothing.
 TWO_MICRO_BATCHES = {"train__accumulation": 2}
 RECOMPUTED = {"train__activation_checkpointing": "full"}
 SELECTIVE = {"train__activation_checkpointing": "selective", "train__offload_activations": True}
+SPREAD_TEXT = {"text__shard": True}
 IN_HOST_MEMORY = {"optim__offload": True}
 BEHIND = {"checkpoint__background": True}
 
@@ -46,16 +48,16 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "torch sp 4": (4, {"parallel__sp_size": 4}),
     "ddp x 2": (2, {**DDP, **BEHIND}),
     "ddp x 4": (4, DDP),
-    "zero1 x 2": (2, {**ZERO1, **TWO_MICRO_BATCHES, **IN_HOST_MEMORY}),
+    "zero1 x 2": (2, {**ZERO1, **TWO_MICRO_BATCHES, **IN_HOST_MEMORY, **SPREAD_TEXT}),
     "zero1 x 4": (4, ZERO1),
     "zero2 x 2": (2, {**ZERO2, **TWO_MICRO_BATCHES, **BEHIND}),
     "zero2 x 4": (4, {**ZERO2, **IN_HOST_MEMORY}),
     "tp 2": (2, {**HYBRID, **SELECTIVE, **IN_HOST_MEMORY, "parallel__tp_size": 2}),
     "zero2 sp 2": (2, {**ZERO2, **RECOMPUTED, "parallel__sp_size": 2}),
     "zero1 x 2, sp 2": (4, {**ZERO1, "parallel__sp_size": 2}),
-    "tp 2, sp 2": (4, {**HYBRID, **RECOMPUTED, "parallel__tp_size": 2, "parallel__sp_size": 2}),
+    "tp 2, sp 2": (4, {**HYBRID, **RECOMPUTED, **SPREAD_TEXT, "parallel__tp_size": 2, "parallel__sp_size": 2}),
     "fsdp x 2": (2, {**FSDP, **TWO_MICRO_BATCHES, **SELECTIVE, **IN_HOST_MEMORY}),
-    "fsdp x 4": (4, {**FSDP, **BEHIND}),
+    "fsdp x 4": (4, {**FSDP, **BEHIND, **SPREAD_TEXT}),
     "fsdp x 2, sp 2": (4, {**FSDP, **RECOMPUTED, "parallel__sp_size": 2}),
 }
 RESUMED = ("one process", "zero2 x 2", "tp 2, sp 2", "fsdp x 2")  # saved by each, continued by each
