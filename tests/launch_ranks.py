@@ -103,6 +103,23 @@ def error(rank: int, world_size: int, logs: Path) -> None:
         engine.close()
 
 
+def encoding(rank: int, world_size: int, logs: Path) -> None:
+    """Process 1 fails within a pass through a model that all hold together; the others wait for it, without a limit."""
+    from opensora_repro.parallel.shards import Shards
+
+    engine = short_engine()
+    try:
+        with engine.watchdog.reporting(logs), engine.watchdog.paused():
+            shards, model = Shards(engine.device), torch.nn.Linear(4, 4).requires_grad_(False)
+            shards.apply([(model,)])
+            shards.most(rank)
+            if rank == 1:
+                raise MemoryError("no room for\nthe batch")
+            model(torch.ones(1, 4))
+    finally:
+        engine.close()
+
+
 def facts(rank: int, world_size: int, logs: Path) -> None:
     """All agree twice, once while a pause lasts longer than a step may; then process 1 has other weights."""
     from opensora_repro.parallel.preflight import check_same, weights_digest
@@ -127,5 +144,6 @@ SCENARIOS = {
     "hang": hang,
     "work": work,
     "error": error,
+    "encoding": encoding,
     "facts": facts,
 }

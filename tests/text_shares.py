@@ -48,11 +48,24 @@ def encode(engine: TorchEngine, cfg: TextConfig, dtype: torch.dtype) -> dict[str
             text.join()
             if phase == 0:
                 text.frozen.release()  # and read again
+    most: list[int] = []
+    for block in text.model.encoder.block:
+        block.layer[-1].register_forward_hook(lambda *_: most.append(held(dtype)))
+    text.encode(["green"])
     results = sum(value.numel() for value in found) if dtype == torch.float32 else 0
     shares = held(dtype) - before - results
+    gathered = max(most) - before - results - shares
     whole = load_text_encoder(cfg, LENGTH, "cpu", dtype)
     whole.micro_batch_size = AT_ONCE
     wanted = [whole.encode(CAPTIONS[call : call + rank + 1])[0] for call in range(rank)] * 2
     differences = [(a - b).abs().max().item() for a, b in zip(found, wanted, strict=True)]
     numel = sum(parameter.numel() for parameter in whole.model.parameters())
-    return {"calls": len(found), "difference": max(differences, default=0.0), "held": shares, "whole": numel}
+    part = max(sum(p.numel() for p in block.parameters()) for block in whole.model.encoder.block)
+    return {
+        "calls": len(found),
+        "difference": max(differences, default=0.0),
+        "held": shares,
+        "whole": numel,
+        "gathered": gathered,
+        "part": part,
+    }

@@ -392,7 +392,8 @@ def step_memory(
         encoders = float(size * (frozen.vae_parameters + text_values(cfg.text, frozen, mesh.world_size)))
         encoded = frozen.encoding_values if device == "cuda" else frozen.encoding_values_alone
         encoding = float(size * (max(encoded, frozen.decoding_values) if cfg.sample.every else encoded))
-        if cfg.train.overlap and not cfg.data.cache and device == "cuda":  # a CPU encodes between its steps
+        between = device != "cuda" or (cfg.text.shard and mesh.world_size > 1)  # its steps, not beside them
+        if cfg.train.overlap and not cfg.data.cache and not between:
             beside = float(size * encoded)
     # Other processes' sums, or a second micro-batch, need gradients that stay.
     lasting = mesh.world_size > 1 or cfg.train.accumulation > 1

@@ -119,8 +119,9 @@ def test_a_frozen_process_is_named(tmp_path: Path) -> None:
         assert re.search(named(1, commands[1]) + r" has been silent for \d+ s", command.err)
 
 
-def test_an_error_of_one_process_is_told_by_the_others(tmp_path: Path) -> None:
-    commands = start("error", tmp_path, [0, 1, 2], world_size=3)
+@pytest.mark.parametrize("scenario", ["error", "encoding"])
+def test_an_error_of_one_process_is_told_by_the_others(tmp_path: Path, scenario: str) -> None:
+    commands = start(scenario, tmp_path, [0, 1, 2], world_size=3)
     assert codes(commands) == [1, 1, 1]
     for rank in (0, 2):
         wanted = rf"error \(process {rank}\): {named(1, commands[1])} ended: MemoryError: no room for the batch"

@@ -51,7 +51,8 @@ def videos(out: Path) -> np.ndarray:
     ("processes", "options"),
     [
         pytest.param(2, (), marks=pytest.mark.exhaustive),
-        (2, ("--sp-size", "2")),
+        pytest.param(2, ("--batch-size", "1", "--shard-text"), marks=pytest.mark.exhaustive),  # of 3 batches one has 2
+        (2, ("--sp-size", "2", "--shard-text")),
         pytest.param(4, ("--sp-size", "2"), marks=pytest.mark.exhaustive),
     ],
 )

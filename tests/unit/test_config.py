@@ -231,6 +231,12 @@ def test_steps_in_backward_and_what_they_rule_out(tmp_path: Path) -> None:
         assert f"optim.in_backward = true: expected false, or {said}" in error(tmp_path, BASE, *WITHIN, change)
 
 
+def test_a_text_encoder_is_spread_or_offloaded(tmp_path: Path) -> None:
+    both = error(tmp_path, BASE, "text.shard=true", "text.offload=true")
+    assert "text.shard = true: expected false with text.offload = true" in both
+    assert load(tmp_path, BASE, "text.shard=true").text.shard
+
+
 def test_offloaded_activations_need_checkpointing(tmp_path: Path) -> None:
     changes = ("train.offload_activations=true", "train.activation_checkpointing=none")
     assert "train.offload_activations = true: expected false with" in error(tmp_path, BASE, *changes)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from opensora_repro.config import Config, DataConfig, OptimConfig, ParallelConfig, SampleConfig, TrainConfig
+from opensora_repro.config import Config, DataConfig, OptimConfig, ParallelConfig, SampleConfig, TextConfig, TrainConfig
 from opensora_repro.diffusion.gaussian import build_objective
 from opensora_repro.kernels import ops
 from opensora_repro.kernels.ops import SHORT_FRAMES
@@ -349,3 +349,22 @@ def test_more_processes_a_sample_keep_less() -> None:
     assert kept("full", tp_size=2) == kept("full")  # the stream between blocks is whole on every process
     assert kept("full") < kept("none") / 10
     assert kept("full", sp_size=64) < kept("full", sp_size=63)  # 63 processes: one has two frames
+
+
+def test_a_spread_text_encoder_takes_a_share_and_a_block() -> None:
+    """T5-XXL in bfloat16; with one process nothing is spread. It encodes between steps, not beside them."""
+
+    def found(processes: int, **text: bool) -> memory.Memory:
+        config = Config(text=TextConfig(**text))
+        grid, frozen = token_grid(config.model, (4, 16, 32, 32)), frozen_sizes(config)
+        mesh = Mesh(0, processes)
+        return step_memory(config, grid, count_parameters(config.model), frozen, mesh, encodes=True)
+
+    whole, sizes = found(8), frozen_sizes(Config())
+    blocks = [4096 * (4 * 4096 + 3 * 10240) + 2 * 4096, 32128 * 4096]
+    assert sizes.text_part == max(blocks)
+    saved = 2 * (sizes.text_parameters * 7 / 8 - 2 * sizes.text_part)
+    assert whole.encoders - found(8, shard=True).encoders == pytest.approx(saved)
+    assert whole.peak - found(8, shard=True).peak >= saved
+    assert found(1, shard=True) == found(1)
+    assert found(8, offload=True).encoders == 2 * sizes.vae_parameters
