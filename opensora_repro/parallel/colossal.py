@@ -37,6 +37,9 @@ from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.parallel.tensor import ColumnLinear, Cut, RowLinear, tensor_cuts
 
 BUCKET_MILLIONS = 12  # elements of one gradient exchange
+# A block's layers that tensor parallelism cuts: by columns, with the number of matrices that are side by side, and rows
+COLUMNS = {"attn.qkv": 3, "attn_temp.qkv": 3, "cross_attn.q_linear": 1, "cross_attn.kv_linear": 2, "mlp.fc1": 1}
+ROWS = ("attn.proj", "attn_temp.proj", "cross_attn.proj", "mlp.fc2")
 
 
 class ColossalEngine(TorchEngine):
@@ -240,14 +243,12 @@ class TensorPolicy(Policy):
             return {}
         block = self.model.blocks[0]
         attentions = ["attn", "cross_attn"] + ["attn_temp"] * (block.attn_temp is not None)
-        columns = {"attn.qkv": 3, "attn_temp.qkv": 3, "cross_attn.q_linear": 1, "cross_attn.kv_linear": 2, "mlp.fc1": 1}
-        rows = ("attn.proj", "attn_temp.proj", "cross_attn.proj", "mlp.fc2")
         # ignore_if_not_exist: PixArt has no temporal attention
         replacements = [
             SubModuleReplacementDescription(path, ColumnLinear, {"parts": parts}, ignore_if_not_exist=True)
-            for path, parts in columns.items()
+            for path, parts in COLUMNS.items()
         ]
-        replacements += [SubModuleReplacementDescription(path, RowLinear, ignore_if_not_exist=True) for path in rows]
+        replacements += [SubModuleReplacementDescription(path, RowLinear, ignore_if_not_exist=True) for path in ROWS]
         heads = {f"{name}.num_heads": getattr(block, name).num_heads // size for name in attentions}
         return {
             type(block).__name__: ModulePolicyDescription(

@@ -72,8 +72,10 @@ class RowLinear(nn.Linear):
         return {"weight": Cut(1, 1, dist.get_rank(self.group), dist.get_world_size(self.group))}
 
     def forward(self, x: Tensor) -> Tensor:
-        out = _Sum.apply(F.linear(x, self.weight), self.group)
-        return out + self.bias.to(out.dtype)
+        # Added by the products themselves, which are rounded afterwards: added to their sum, it would be rounded again.
+        bias = _Share.apply(self.bias, dist.get_world_size(self.group))
+        out: Tensor = _Sum.apply(F.linear(x, self.weight, bias), self.group)
+        return out
 
 
 def tensor_cuts(model: nn.Module) -> dict[str, Cut]:
@@ -115,6 +117,18 @@ class _SumOfGradients(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         grad = grad.contiguous().clone()
         dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+class _Share(torch.autograd.Function):
+    """Forward: 1/size of the whole, to be added up over the ranks. Backward: the gradient of the whole, on each."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, size: int) -> Tensor:
+        return whole / size
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return grad, None
 
 
