@@ -185,24 +185,27 @@ class PreparedBatch:
 class Collator:
     """Encodes what is not yet encoded, sets bad samples aside, draws the random numbers."""
 
-    def __init__(self, encoder: Encoder, builder: BatchBuilder, members: Collectives) -> None:
-        """`members`: the processes that work on the same samples; each has read and encodes a share."""
-        self.encoder, self.builder, self.members = encoder, builder, members
+    def __init__(self, encoder: Encoder, builder: BatchBuilder, members: Collectives, *, spread: bool = False) -> None:
+        """`members`: the processes that work on the same samples; each has read and encodes a share.
+
+        `spread`: clips come, and the text encoder that they need is held by all processes together.
+        """
+        self.encoder, self.builder, self.members, self.spread = encoder, builder, members, spread
 
     def collate(self, samples: list[Sample] | None) -> PreparedBatch:
-        """Collective among `members`, and where the text encoder is spread, among all processes.
+        """Collective among `members`, or all processes where the text encoder is `spread`.
 
         `samples` None: this process cannot read on.
         """
         if samples is None:
-            self.encoder.join()
+            self._join()
             self.members.gather(None)
             return self._lost()
         bad = [sample for _, sample in samples if isinstance(sample, BadSample)]
         encoded = [sample for _, sample in samples if not isinstance(sample, Clip)]
         if len(encoded) < len(samples):
             encoded = list(self.encoder.encoded((sample for _, sample in samples), len(samples)))
-        self.encoder.join()
+        self._join()
         own = [(epoch, self._good(sample)) for (epoch, _), sample in zip(samples, encoded, strict=True)]
         parts = self.members.gather(own)
         if None in parts:
@@ -211,6 +214,10 @@ class Collator:
         good = [(epoch, encoded) for epoch, encoded in everyone if encoded is not None]
         batch = self.builder.build(good) if good else self.builder.stand_in()
         return PreparedBatch(batch, bad, len(everyone) - len(good))
+
+    def _join(self) -> None:
+        if self.spread:
+            self.encoder.join()
 
     def _lost(self) -> PreparedBatch:
         return PreparedBatch(self.builder.stand_in(), [], 0, lost=True)

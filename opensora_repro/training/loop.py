@@ -81,9 +81,10 @@ class Trainer:
         steps, state = self.cfg.train.steps, self.state
         first = state.step * self.cfg.train.accumulation
         samples = self.feed.batches(first, (steps - state.step) * self.cfg.train.accumulation)
-        collator = Collator(self.encoder, self.builder, self.engine.members)
+        spread = self.encoder.text.shards is not None and not self.cfg.data.cache
+        collator = Collator(self.encoder, self.builder, self.engine.members, spread=spread)
         # Encoding beside the training, two streams would exchange at once, each process in an order of its own.
-        overlap = self.cfg.train.overlap and self.encoder.text.shards is None
+        overlap = self.cfg.train.overlap and not spread
         self._batches = Prefetcher(samples, collator, self.engine.device, overlap=overlap)
         self.progress = Progress(title, done=state.step, total=steps, enabled=self.engine.is_main)
         with contextlib.closing(self.progress):
