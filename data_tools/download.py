@@ -158,7 +158,7 @@ def list_files(table: Table) -> dict[str, Download]:
     """Return the files of all rows, each once, with names that no two of them share."""
     downloads: dict[str, Download] = {}
     taken: set[str] = set()
-    for row in rows_of(table):
+    for row in table.rows():
         key = "" if fault_of(row) else key_of(row)
         if not key or key in downloads:
             continue
@@ -170,11 +170,6 @@ def list_files(table: Table) -> dict[str, Download]:
         digests = tuple((kind, str(row[kind]).lower()) for kind in DIGESTS if not is_missing(row.get(kind)))
         downloads[key] = Download(key, name, str(row["url"]).strip(), digests)
     return downloads
-
-
-def rows_of(table: Table) -> Iterator[Row]:
-    for batch in table.batches():
-        yield from batch.to_pylist()
 
 
 def write_tables(table: Table, results: dict[str, Row], out: Path) -> int:
@@ -205,7 +200,7 @@ def with_files(
     from opensora_repro.data.ids import Seen
 
     seen, files = Seen(), set[str]()
-    for rows in in_batches(rows_of(table)):
+    for rows in in_batches(table.rows()):
         kept, described = list[Row](), list[Row]()
         ids = [id_of(row) for row in rows]
         for row, identity, new in zip(rows, ids, seen.add(ids), strict=True):

@@ -132,7 +132,7 @@ def _of_table(table: Path) -> list[Item]:
         raise DataError(f"{one_line(table)}: column path missing (has {', '.join(found.schema.names)})")
     folder = table.absolute().parent
     items = []
-    for number, row in enumerate((row for batch in found.batches() for row in batch.to_pylist()), start=1):
+    for number, row in enumerate(found.rows(), start=1):
         if not isinstance(row["path"], str) or is_missing(row["path"]):
             raise DataError(f"{one_line(table)}: row {number}: path is {row['path']!r}, expected text")
         whole = is_missing(row.get("start_frame")) and isinstance(row.get("source"), str)

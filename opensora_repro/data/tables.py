@@ -39,6 +39,10 @@ class Table:
     num_rows: int
     batches: Callable[..., Iterator[Any]]  # batches(columns: list of names, default all) -> pyarrow record batches
 
+    def rows(self) -> Iterator[Row]:
+        """Yield every row, a batch of them being in memory."""
+        return (row for batch in self.batches() for row in batch.to_pylist())
+
 
 def open_table(path: Path, *, names: Sequence[str] | None = None) -> Table:
     """Open a Parquet or CSV table; `names` are the columns of a CSV without a header. Raises DataError.

@@ -117,15 +117,12 @@ def panda_rows(path: Path, refuse: Refuse) -> Iterator[Row]:
     table = open_table(path)
     if missing := [name for name in PANDA_COLUMNS if name not in table.schema.names]:
         raise DataError(f"{path}: column {missing[0]} missing; Panda-70M has {', '.join(PANDA_COLUMNS)}")
-    number = 0
-    for batch in table.batches():
-        for row in batch.to_pylist():
-            number += 1
-            video = str(row["videoID"] or "")
-            try:
-                yield from _panda_parts(video, row)
-            except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
-                refuse(refusal(video, f"row {number}: {error}"))
+    for number, row in enumerate(table.rows(), start=1):
+        video = str(row["videoID"] or "")
+        try:
+            yield from _panda_parts(video, row)
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
+            refuse(refusal(video, f"row {number}: {error}"))
 
 
 def _panda_parts(video: str, row: Row) -> list[Row]:
