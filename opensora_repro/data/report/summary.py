@@ -149,7 +149,7 @@ def summarize(table: Table, advance: Callable[[int], None], before: Table | None
     measures = _measure(table, tallies, advance)
     others = _measure(before, {}, advance) if before else {}
     summary = Summary()
-    few = {name: m for name, m in measures.items() if m.few and (len(m.few) == 1 or _whole(m.few))}
+    few = {n: m for n, m in measures.items() if m.few and (len(m.few) == 1 or all(v.is_integer() for v in m.few))}
     summary.numbers = [m.finish(name, others.get(name)) for name, m in measures.items() if m.count and name not in few]
     fill(summary.numbers, table, advance)
     if before is not None:
@@ -165,8 +165,9 @@ def summarize(table: Table, advance: Callable[[int], None], before: Table | None
 def _measure(table: Table, tallies: dict[str, _Tally], advance: Callable[[int], None]) -> dict[str, _Measure]:
     """First pass: return what the columns of numbers hold, and add what the others do to `tallies`."""
     measures = {name: _Measure(value) for name, value in number_columns(table.schema).items()}
+    read = frozenset(tallies).union(*(measure.value.columns for measure in measures.values()))
     wanted, start = np.array(spread(table.num_rows, SAMPLE)), 0
-    for batch in batches(table, sorted(_read_by(measures) | set(tallies))):
+    for batch in batches(table, sorted(read)):
         sampled = wanted[(wanted >= start) & (wanted < start + batch.num_rows)] - start
         for measure in measures.values():
             measure.add(batch, sampled)
@@ -184,7 +185,7 @@ def fill(columns: list[Numbers], table: Table, advance: Callable[[int], None], *
     if as_before:
         for column in filled:
             column.before = np.zeros_like(column.counts)
-    needed = sorted(_read_by({column.name: _Measure(values[column.name]) for column in filled}))
+    needed = sorted(frozenset[str]().union(*(values[column.name].columns for column in filled)))
     for batch in batches(table, needed) if needed else ():
         for column in filled:
             numbers_here = values_of(values[column.name], batch)
@@ -196,13 +197,15 @@ def fill(columns: list[Numbers], table: Table, advance: Callable[[int], None], *
 
 def number_columns(schema: Any) -> dict[str, Value]:
     """Return the columns of numbers by name, `duration` and the captions' lengths among them."""
+    import pyarrow.compute as pc
+
     found: dict[str, Value] = {}
     for name in dict.fromkeys([*schema.names, "duration"]):
         if value := numeric(name, schema):
             found[name] = value
     if "caption" in schema.names and str(schema.field("caption").type) in ("string", "large_string"):
         found[WORDS] = Value(NUMBER, _num_words, frozenset({"caption"}))
-        found[CHARACTERS] = Value(NUMBER, _num_characters, frozenset({"caption"}))
+        found[CHARACTERS] = Value(NUMBER, lambda batch: pc.utf8_length(batch.column("caption")), frozenset({"caption"}))
     return found
 
 
@@ -240,22 +243,8 @@ def bin_edges(low: float, high: float, sample: np.ndarray) -> np.ndarray:
 def _num_words(batch: Any) -> Any:
     import pyarrow.compute as pc
 
-    words = pc.list_value_length(pc.utf8_split_whitespace(pc.utf8_trim_whitespace(batch.column("caption"))))
-    return pc.if_else(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(batch.column("caption"))), 0), 0, words)
-
-
-def _num_characters(batch: Any) -> Any:
-    import pyarrow.compute as pc
-
-    return pc.utf8_length(batch.column("caption"))
-
-
-def _read_by(measures: dict[str, _Measure]) -> set[str]:
-    return {name for measure in measures.values() for name in measure.value.columns}
-
-
-def _whole(values: Counter[float]) -> bool:
-    return all(value.is_integer() for value in values)
+    captions = pc.utf8_trim_whitespace(batch.column("caption"))
+    return pc.if_else(pc.equal(captions, ""), 0, pc.list_value_length(pc.utf8_split_whitespace(captions)))
 
 
 def _of_numbers(name: str, measure: _Measure) -> Classes:
