@@ -63,9 +63,7 @@ def read_manifest(path: str | Path, *, need_captions: bool = True) -> Any:
             f"{path}: column{'s' if len(missing) > 1 else ''} {', '.join(missing)} missing; "
             f"a manifest needs {', '.join(MANIFEST)} (has {', '.join(table.schema.names)})"
         )
-    # Long chunks, of exactly their size: what a batch's decoding has asked for is up to twice as much as it used.
-    parts = in_batches(_checked(table, need_captions), BATCHES)
-    checked = pa.concat_tables([pa.Table.from_batches(part).combine_chunks() for part in parts])
+    checked = pa.concat_tables(map(_joined, in_batches(_checked(table, need_captions), BATCHES)))
     _check_ids(path, checked["id"])
     return checked
 
@@ -75,6 +73,17 @@ def _checked(table: Table, need_captions: bool) -> Iterator[Any]:
     for batch in table.batches():
         yield absolute(_Rows(table.path, batch, first).checked(need_captions))
         first += batch.num_rows
+
+
+def _joined(batches: list[Any]) -> Any:
+    """Return a table of one chunk of exactly its size: what decoding has asked for is up to twice what it used."""
+    import pyarrow as pa
+
+    table = pa.Table.from_batches(batches)
+    try:
+        return table.combine_chunks()
+    except pa.ArrowInvalid:  # lists of more items than a chunk can have
+        return table
 
 
 def write_manifest(table: Any, path: str | Path) -> None:

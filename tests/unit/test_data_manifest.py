@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import pytest
 
 from opensora_repro.data import manifest, tables
@@ -100,6 +101,13 @@ def test_ids_of_one_hash_are_compared_as_texts(tmp_path: Path, monkeypatch: pyte
     write_manifest(rows(id=["b", "a", "b"]), tmp_path / "m.parquet")
     with pytest.raises(DataError, match="id 'b' is used by rows 1, 3"):
         read_manifest(tmp_path / "m.parquet")
+
+
+def test_lists_that_fit_in_no_one_chunk_stay_in_several() -> None:
+    most = 2**31 - 2
+    batch = pa.record_batch({"list": pa.ListArray.from_arrays(pa.array([0, most], pa.int32()), pa.nulls(most))})
+    assert [part.num_rows for part in manifest._joined([batch, batch]).to_batches()] == [1, 1]
+    assert manifest._joined([pa.record_batch({"n": [1]})] * 3)["n"].num_chunks == 1
 
 
 def test_caption_of_another_type(tmp_path: Path) -> None:
