@@ -152,8 +152,8 @@ def measure_all(clips: Any, names: list[str], keeping: Keeping, runner: Runner) 
         facts, path = {"num_frames": int(row["num_frames"]), "fps": float(row["fps"])}, Path(row["path"])
         earlier = digest([sampled_digest(path), facts, methods]) if old else ""
         args = {"path": row["path"], "names": names, **facts}
-        jobs.append(Job(digest([facts, methods]), str(row["id"]), args, files=(path,), earlier=earlier))
-    return run_jobs(measure, jobs, keeping, runner=runner, label="scoring", unit="clip", timeout=TIMEOUT)
+        jobs.append(Job(digest([facts, methods]), str(row["id"]), args, TIMEOUT, (path,), earlier))
+    return run_jobs(measure, jobs, keeping, runner=runner, label="scoring", unit="clip")
 
 
 def measure(args: Record) -> Record:

@@ -151,6 +151,14 @@ def place_of(file: Path) -> str:
     return os.fsencode(file).decode("utf-8", "backslashreplace")
 
 
+def content_of(file: Path) -> str:
+    """Return the file's sha256, or 32 digits of its place if it cannot be read: why, is told when it is used."""
+    try:
+        return sha256_of(file)
+    except (OSError, ValueError):
+        return digest([place_of(file)])
+
+
 class Sha256Memo:
     """sha256 of whole files, remembered by path, size and time of change: a file that was changed is read again.
 
@@ -183,19 +191,19 @@ class Sha256Memo:
         known = isinstance(facts, list) and len(facts) == 3 and facts[:2] == size_and_time(file)
         return str(facts[2]) if facts and known else None
 
-    def remember(self, file: Path, before: list[Any], sha256: str) -> None:
-        """Take note of a sha256, unless the file was changed while it was read."""
-        if sha256 and before and size_and_time(file) == before:
-            self.save(place_of(file), [*before, sha256])
+    def remember(self, file: Path, before: list[Any], content: str) -> None:
+        """Take note of a content, unless the file could not be read, or was changed while it was."""
+        if len(content) == 64 and size_and_time(file) == before:
+            self.save(place_of(file), [*before, content])
 
     def __call__(self, file: Path) -> str:
-        """The file's sha256 in hex. The hub's cache names large files by it: tens of gigabytes need not be read."""
-        real = Path(os.path.realpath(file))
+        """The file's `content_of`. The hub's cache names large files by it: tens of gigabytes need not be read."""
+        real = Path(place_of(file))
         if real.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", real.name):
             return real.name
         known, before = self.recall(file), size_and_time(file)
         if known is None:
-            known = sha256_of(file)
+            known = content_of(file)
             self.remember(file, before, known)
         return known
 

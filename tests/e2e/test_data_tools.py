@@ -18,7 +18,6 @@ import pytest
 
 from data_tools import caption, split
 from opensora_repro import files
-from opensora_repro.data.jobs import workers
 from opensora_repro.data.jobs.records import RECORDS_FILE
 from opensora_repro.data.video import probe
 from tests.frames import read_manifest, read_table, write_manifest
@@ -131,7 +130,6 @@ def test_sources_are_read_in_the_jobs_and_known_again_by_content(
 
     out = tmp_path / "out"
     monkeypatch.setattr(files, "sha256_of", unread)
-    monkeypatch.setattr(workers, "sha256_of", unread)
     assert split.main([str(footage), "--out", str(out)]) == 0
     records, clips = recorded(out, "sources"), stamps(out / "clips")
     (footage / "one, 'two'.MP4").rename(footage / "moved.mp4")

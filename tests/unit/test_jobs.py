@@ -103,10 +103,10 @@ def test_each_failure_costs_its_own_job(tmp_path: Path) -> None:
     (tmp_path / "pids").mkdir()
     hows = ["SIGSEGV", None, "hang", "exit", None, "raise", "SIGKILL", None]
     todo = [
-        Job(f"k{i}", "", {"n": i, "how": how, "pids": str(tmp_path / "pids")}, 2.0 if how == "hang" else None)
+        Job(f"k{i}", "", {"n": i, "how": how, "pids": str(tmp_path / "pids")}, 2.0 if how == "hang" else 60.0)
         for i, how in enumerate(hows)
     ]
-    results = run(misbehave, todo, tmp_path, timeout=60)
+    results = run(misbehave, todo, tmp_path)
     assert results["k0"] == {"error": "crashed its worker process (Segmentation fault)"}
     assert results["k2"] == {"error": "took longer than the time limit of 2 s"}
     assert results["k3"] == {"error": "ended its worker process (exit status 3)"}
@@ -183,7 +183,7 @@ def test_ray_gives_the_same(tmp_path: Path) -> None:
     (tmp_path / "pids").mkdir()
     hows = ["SIGSEGV", None, "hang", "raise", *[None] * 8]
     todo = [
-        Job(f"k{i}", "", {"n": i, "how": how, "pids": str(tmp_path / "pids")}, 2.0 if how == "hang" else None)
+        Job(f"k{i}", "", {"n": i, "how": how, "pids": str(tmp_path / "pids")}, 2.0 if how == "hang" else 60.0)
         for i, how in enumerate(hows)
     ]
     here = run(misbehave, todo, tmp_path / "here")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from opensora_repro.data.jobs import records as records_module
 from opensora_repro.data.jobs.records import RECORDS_FILE, Records
 from opensora_repro.errors import DataError, run_command
 from tests.job_records import recorded
@@ -92,8 +93,7 @@ def test_a_damaged_or_foreign_file_is_one_line(tmp_path: Path, what: str) -> Non
 
 def test_where_no_log_can_be_a_plain_journal_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As SQLite answers where a file system cannot have one: the journal that there was."""
-    ask = Records._ask
-    monkeypatch.setattr(Records, "_ask", lambda self, said, *more: ask(self, said.replace("= WAL", "= DELETE"), *more))
+    monkeypatch.setattr(records_module, "JOURNAL", "DELETE")
     with Records(tmp_path) as records:
         records.put("a", {"k": "1"})
         assert not list(tmp_path.glob("*-wal"))

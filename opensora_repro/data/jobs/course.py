@@ -7,7 +7,6 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.workers import Done, Task, num_cores
 from opensora_repro.data.progress import progress
-from opensora_repro.files import Sha256Memo, digest, place_of, size_and_time
+from opensora_repro.files import Sha256Memo, digest, size_and_time
 
 CONTENTS = "sha256"  # the kind of records that remember files' contents
 
@@ -27,7 +26,7 @@ class Job:
     key: str  # digest of how it is done: names its record, together with what `files` contain
     name: str  # for messages
     args: dict[str, Any]  # JSON-able, given to `work`; beside them the files' digests as "contents"
-    seconds: float | None = None  # its own time limit, before run_jobs' `timeout`
+    seconds: float | None = None  # that it may take
     files: tuple[Path, ...] = ()  # what it is done with
     earlier: str = ""  # its record's name in releases that knew files by their place
 
@@ -64,24 +63,12 @@ def memo_of(records: Records) -> Sha256Memo:
     )
 
 
-def unread(file: Path) -> str:
-    """Return what stands for the content of a file that cannot be read: why, is told when it is opened to be used."""
-    return digest(["unread", place_of(file)])
-
-
 def contents_of(files: Sequence[Path], records: Records) -> list[str]:
     """Return the sha256 of files that no job has read, such as clips that go to a model in batches."""
-    memo = memo_of(records)
-
-    def content(file: Path) -> str:
-        with suppress(OSError, ValueError):
-            return memo(file)
-        return unread(file)
-
-    contents = []
+    memo, contents = memo_of(records), []
     with ThreadPoolExecutor(num_cores()) as pool, progress("reading", len(files), "file") as bar:
-        for found in pool.map(content, files):
-            contents.append(found)
+        for content in pool.map(memo, files):
+            contents.append(content)
             bar(1)
     return contents
 
@@ -89,8 +76,8 @@ def contents_of(files: Sequence[Path], records: Records) -> list[str]:
 class Course:
     """An iterator over tasks that may go on after its end: what a worker finds in a file decides what comes next."""
 
-    def __init__(self, jobs: Sequence[Job], keeping: Keeping, timeout: float | None) -> None:
-        self.keeping, self.records, self.timeout = keeping, keeping.records, timeout
+    def __init__(self, jobs: Sequence[Job], keeping: Keeping) -> None:
+        self.keeping, self.records = keeping, keeping.records
         alike = {(job.key, job.files): _Piece(job) for job in jobs}
         self.places = [alike[job.key, job.files] for job in jobs]
         self.pieces = list(alike.values())
@@ -139,13 +126,12 @@ class Course:
             raise StopIteration
         number = self.queue.popleft()
         piece, job = self.pieces[number], self.pieces[number].job
-        seconds = self.timeout if job.seconds is None else job.seconds
         if not piece.name:
             piece.before = [size_and_time(file) for file in job.files]
-            return Task(str(number), {}, seconds, tuple(os.path.abspath(file) for file in job.files))
+            return Task(str(number), {}, job.seconds, tuple(os.path.abspath(file) for file in job.files))
         if self.keeping.one_a_file:
             self.records.drop(self.keeping.kind, f"{digest(piece.contents)}-")
-        return Task(str(number), {**job.args, "contents": piece.contents} if job.files else job.args, seconds)
+        return Task(str(number), {**job.args, "contents": piece.contents} if job.files else job.args, job.seconds)
 
     def take(self, key: str, done: Done) -> int:
         """Take what became of a task; return how many jobs have their results by that."""
@@ -158,10 +144,9 @@ class Course:
         if isinstance(result, dict):  # the worker was lost, or out of time
             piece.failure = result
             return 1
-        files = piece.job.files
-        for file, before, content in zip(files, piece.before, result, strict=True):
+        for file, before, content in zip(piece.job.files, piece.before, result, strict=True):
             self.memo.remember(file, before, content)
-        self._name(piece, [content or unread(file) for content, file in zip(result, files, strict=True)])
+        self._name(piece, result)
         if piece.name not in self.waiting:
             self._take_recorded({piece.name: piece.job})
         if piece.name in self.found:

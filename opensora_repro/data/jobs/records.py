@@ -7,14 +7,16 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from opensora_repro.errors import DataError
 
 RECORDS_FILE = "records.sqlite"
+JOURNAL = "WAL"
+TAKEN_OVER = "taken over"  # the kind that tells which other kinds were
 OURS = 0x4F535252  # SQLite's application id: what tells our files from others' databases
 
 
@@ -28,13 +30,26 @@ class Records:
     def __init__(self, out: Path) -> None:
         self.path, self.lock, self.taken = out / RECORDS_FILE, threading.Lock(), dict[str, int]()
         out.mkdir(parents=True, exist_ok=True)
-        with self._asking():
-            self.rows = sqlite3.connect(self.path, timeout=1.0, isolation_level=None, check_same_thread=False)
-        try:
+        with ExitStack() as failed, self._asking():
+            self.rows = sqlite3.connect(self.path, timeout=1.0, check_same_thread=False)
+            failed.callback(self.rows.close)
             self._open()
-        except BaseException:
-            self.rows.close()
-            raise
+            failed.pop_all()
+
+    def _open(self) -> None:
+        # Of one process alone, the log (WAL) needs no memory that processes share, which a network's file system has
+        # not. Where there can be no log all the same, SQLite stays with its plain journal: the same, but slower.
+        self.rows.execute("PRAGMA locking_mode = EXCLUSIVE")
+        ((mark,),) = self.rows.execute("PRAGMA application_id")
+        if mark != OURS and self.rows.execute("SELECT 1 FROM sqlite_master").fetchall():
+            raise DataError(f"{self.path}: is a database of something else; choose another --out")
+        self.rows.execute(f"PRAGMA journal_mode = {JOURNAL}")
+        self.rows.execute("PRAGMA synchronous = NORMAL")  # a row waits for no disk; a power cut costs the last ones
+        if mark != OURS:
+            self.rows.executescript(
+                "BEGIN; CREATE TABLE records (kind TEXT, key TEXT, text TEXT, PRIMARY KEY (kind, key));"
+                f"PRAGMA application_id = {OURS}; COMMIT"
+            )
 
     def __enter__(self) -> Records:
         return self
@@ -43,68 +58,41 @@ class Records:
         with self._asking():
             self.rows.close()
 
-    def _open(self) -> None:
-        # Of one process alone, the log (WAL) needs no memory that processes share, which a network's file system has
-        # not. Where there can be no log all the same, SQLite stays with its plain journal: the same, but slower.
-        self._ask("PRAGMA locking_mode = EXCLUSIVE")
-        ((mark,),) = self._ask("PRAGMA application_id")
-        if mark != OURS and self._ask("SELECT 1 FROM sqlite_master LIMIT 1"):
-            raise DataError(f"{self.path}: is a database of something else; choose another --out")
-        self._ask("PRAGMA journal_mode = WAL")
-        self._ask("PRAGMA synchronous = NORMAL")  # a row waits for no disk; a power cut costs the last ones alone
-        if mark != OURS:
-            with self._together():
-                self.rows.execute("CREATE TABLE records (kind TEXT, key TEXT, text TEXT, PRIMARY KEY (kind, key))")
-                self.rows.execute(f"PRAGMA application_id = {OURS}")
-
     def get(self, kind: str, keys: Collection[str]) -> dict[str, Any]:
         """Return what is recorded under `keys`."""
         self.num_taken_over(kind)
-        found = self._ask(
-            "SELECT key, text FROM records WHERE kind = ? AND key IN (SELECT value FROM json_each(?))",
-            (kind, json.dumps(list(keys))),
-        )
-        return {key: json.loads(text) for key, text in found}
+        return self._get(kind, keys)
 
     def put(self, kind: str, texts: Mapping[str, str]) -> None:
         """Record JSON texts by their keys, all or none."""
         self.num_taken_over(kind)
-        with self._together():
-            self.rows.executemany("REPLACE INTO records VALUES (?, ?, ?)", [(kind, *item) for item in texts.items()])
+        self._put((kind, key, text) for key, text in texts.items())
 
     def drop(self, kind: str, prefix: str) -> None:
         """Forget the records whose keys begin with `prefix`, of letters and digits."""
-        self._ask("DELETE FROM records WHERE kind = ? AND key GLOB ?", (kind, f"{prefix}*"))
+        with self._asking(), self.rows:
+            self.rows.execute("DELETE FROM records WHERE kind = ? AND key GLOB ?", (kind, f"{prefix}*"))
 
     def num_taken_over(self, kind: str) -> int:
         """Take over what an earlier release recorded of a kind, unless that is done; return how many records it was."""
         if kind not in self.taken:
-            done = self._ask("SELECT text FROM records WHERE kind = 'taken over' AND key = ?", (kind,))
-            self.taken[kind] = int(done[0][0]) if done else self._take_over(kind)
+            done = self._get(TAKEN_OVER, [kind])
+            if kind not in done:
+                rows = [(kind, *item) for item in dict(_texts_below(self.path.parent / kind)).items()]
+                self._put([*rows, (TAKEN_OVER, kind, str(len(rows)))])
+                done = {kind: len(rows)}
+            self.taken[kind] = done[kind]
         return self.taken[kind]
 
-    def _take_over(self, kind: str) -> int:
-        texts = dict(_texts_below(self.path.parent / kind))
-        with self._together():
-            self.rows.executemany("REPLACE INTO records VALUES (?, ?, ?)", [(kind, *item) for item in texts.items()])
-            self.rows.execute("REPLACE INTO records VALUES ('taken over', ?, ?)", (kind, str(len(texts))))
-        return len(texts)
-
-    def _ask(self, statement: str, values: tuple[str, ...] = ()) -> list[Any]:
+    def _get(self, kind: str, keys: Collection[str]) -> dict[str, Any]:
+        chosen = "SELECT key, text FROM records WHERE kind = ? AND key IN (SELECT value FROM json_each(?))"
         with self._asking():
-            return self.rows.execute(statement, values).fetchall()
+            found = self.rows.execute(chosen, (kind, json.dumps(list(keys)))).fetchall()
+        return {key: json.loads(text) for key, text in found}
 
-    @contextmanager
-    def _together(self) -> Iterator[None]:
-        """Commit all that the block does, or nothing of it."""
-        with self._asking():
-            self.rows.execute("BEGIN")
-            try:
-                yield
-            except BaseException:
-                self.rows.execute("ROLLBACK")
-                raise
-            self.rows.execute("COMMIT")
+    def _put(self, rows: Iterable[tuple[str, ...]]) -> None:
+        with self._asking(), self.rows:
+            self.rows.executemany("REPLACE INTO records VALUES (?, ?, ?)", rows)
 
     @contextmanager
     def _asking(self) -> Iterator[None]:

@@ -69,16 +69,15 @@ def run_jobs(
     runner: Runner,
     label: str,
     unit: str = "file",
-    timeout: float | None = None,
 ) -> list[Any]:
     """Run `work` on every job that has no record yet; return the jobs' results in their order.
 
     `work` is a top-level function of a module that workers can import; it gets `args` and returns something JSON-able.
-    A job that crashes its worker or outlasts its limit (`timeout` seconds) has the result {"error": reason}. A crash is
+    A job that crashes its worker or outlasts its time has the result {"error": reason}. A crash is
     recorded, for it would come again; a limit, an exception of `work` and a worker killed from outside are not, and are
     tried again by the next run. A full or read-only disk raises OSError at once, Ctrl-C KeyboardInterrupt.
     """
-    course = Course(jobs, keeping, timeout)
+    course = Course(jobs, keeping)
     if course.num_left:
         with progress(label, course.num_left, unit) as bar:
             for step in run_tasks(work, course, course.num_left, runner):

@@ -20,13 +20,12 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from opensora_repro.files import sha256_of
+from opensora_repro.files import content_of
 
 Work = Callable[[dict[str, Any]], Any]
 KILL_ON_PARENT_DEATH = 1  # Linux: prctl's PR_SET_PDEATHSIG
@@ -221,24 +220,13 @@ def _serve(pipe: Any, name: str, environment: dict[str, str]) -> None:
         except (EOFError, OSError):
             return
         with suppress(BrokenPipeError):
-            pipe.send_bytes(_answer(partial(_contents, files) if files else partial(work, args)))
+            pipe.send_bytes(_answer(work, args, files))
 
 
-def _contents(files: Sequence[str]) -> list[str]:
-    """Return the sha256 of files, "" for what cannot be read: why, is told when it is opened to be used."""
-    contents = []
-    for file in files:
-        try:
-            contents.append(sha256_of(Path(file)))
-        except (OSError, ValueError):
-            contents.append("")
-    return contents
-
-
-def _answer(work: Callable[[], Any]) -> bytes:
+def _answer(work: Work, args: dict[str, Any], files: Sequence[str]) -> bytes:
     """Return R and the result, E and an error, or D and trouble with the disk."""
     try:
-        return b"R" + json.dumps(work()).encode()
+        return b"R" + json.dumps([content_of(Path(file)) for file in files] if files else work(args)).encode()
     except OSError as error:
         kind = b"D" if error.errno in DISK_TROUBLE else b"E"
         text = one_reason(error)
