@@ -20,16 +20,12 @@ from opensora_repro.models.config import is_costly
 
 aten = torch.ops.aten
 _PRODUCTS = {aten.mm.default: 0, aten.addmm.default: 1}  # where a product's left matrix stands
-_ATTENTION = [  # what scaled_dot_product_attention becomes on one device or another
-    getattr(aten, name).default
-    for name in (
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_cudnn_attention",
-        "_scaled_dot_product_flash_attention_for_cpu",
-    )
-    if hasattr(aten, name)
-]
+_ATTENTION = (  # what scaled_dot_product_attention becomes on one device or another
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
 LEAVING = 2  # inputs on their way to host memory at once; the last ones stay, as they are needed first
 
 

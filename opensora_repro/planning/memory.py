@@ -83,18 +83,8 @@ class Memory:
 # From step to step
 
 
-def state_bytes(
-    cfg: STDiTConfig, parameters: int, parallel: ParallelConfig, mesh: Mesh, *, offload: bool = False
-) -> States:
-    """Weights, gradients, Adam's two moments and the average are float32, and spread as the plugin does.
-
-    With `offload`, moments and average lie in host memory.
-    """
-    states = _spread(cfg, parameters, parallel, mesh)
-    return dataclasses.replace(states, optimizer=0.0, average=0.0) if offload else states
-
-
-def _spread(cfg: STDiTConfig, parameters: int, parallel: ParallelConfig, mesh: Mesh) -> States:
+def state_bytes(cfg: STDiTConfig, parameters: int, parallel: ParallelConfig, mesh: Mesh) -> States:
+    """Weights, gradients, Adam's two moments and the average are float32, and spread as the plugin does."""
     if parallel.plugin == "fsdp":
         share = FLOAT * parameters / mesh.world_size
         return States(share, share, 2 * share, share)
@@ -371,7 +361,10 @@ def step_memory(
     """Of one process. `encodes`: autoencoder and text encoder stay loaded while the model trains."""
     parallel, train = cfg.parallel, cfg.train
     sharded = parallel.plugin == "fsdp" and mesh.world_size > 1
-    states = state_bytes(cfg.model, parameters, parallel, mesh, offload=cfg.optim.offload)
+    states = state_bytes(cfg.model, parameters, parallel, mesh)
+    moments = states.optimizer
+    if cfg.optim.offload:  # they and the average lie in host memory
+        states = dataclasses.replace(states, optimizer=0.0, average=0.0)
     activations = activation_bytes(
         cfg.model,
         grid,
@@ -408,7 +401,6 @@ def step_memory(
     working = max(stepping, encoding + max(lasting * states.gradients, aside))
     if cfg.optim.offload:
         parts = STREAMED_CHUNKS if device == "cuda" else 1
-        moments = _spread(cfg.model, parameters, parallel, mesh).optimizer
         working = max(working, states.gradients + min(moments, parts * 2 * FLOAT * CHUNK))
     peak = states.weights + states.optimizer + states.average + encoders + working
     return Memory(states, activations, encoders, encoding, peak)

@@ -87,9 +87,6 @@ class SamplingRun:
     gif: bool = False
     overwrite: bool = False
 
-    def folder(self) -> SampleFolder:
-        return SampleFolder(self.out, self.settings(), self.prompts, gif=self.gif)
-
     def settings(self) -> dict[str, Any]:
         """What decides the samples besides the prompts."""
         cfg, model = self.source.config, self.source.model
@@ -126,7 +123,7 @@ class SamplingRun:
             if not isinstance(conditions, T5Text):
                 raise ConfigError(f"--shard-text: {source.path} has no T5 that could be spread")
             check_shards(source.config.text)
-        folder = self.folder()
+        folder = SampleFolder(self.out, self.settings(), self.prompts, gif=self.gif)
         todo = self.todo(folder)
         memory = ""
         if todo:

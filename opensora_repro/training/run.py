@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +237,6 @@ class _Run:
         clean_leftovers(self.run_dir)
         write_config(self.run_dir, dump_toml(self.cfg))
         if self.report is not None:
-            content = self.report.to_dict()  # with the sha256 of every file that was read
+            content = asdict(self.report)  # with the sha256 of every file that was read
             content["files"] = {name: sha256_of(Path(name)) for name in self.report.files}
             write_text(self.run_dir / WEIGHTS_FILE, json.dumps(content, indent=1) + "\n")

@@ -123,8 +123,8 @@ class Trained:
     time_scale: float | None = None
 
     def __str__(self) -> str:
-        grid = "" if self.places is None else f"{self.rows}x{self.rows}" if self.rows else f"{self.places} places"
-        parts = [f"{grid} places".replace("places places", "places")] if grid else []
+        grid = f"{self.rows}x{self.rows} places" if self.rows else f"{self.places} places"
+        parts = [] if self.places is None else [grid]
         parts += [f"{self.frames} frames"] if self.frames and self.frames > 1 else []
         return " and ".join(parts)
 

@@ -6,11 +6,10 @@ nobody trains from noise by accident.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,10 +93,6 @@ class LoadReport:
         if self.dropped:
             parts.append(f"{' and '.join(self.dropped)} not used: {self.positions}")
         return ", ".join(parts)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return dataclasses.asdict(self)
 
 
 def load_model_weights(
@@ -291,7 +286,7 @@ def _value(value: Any) -> str:
 
 def _positions(model: Network, trained: Trained) -> str:
     """What a reader of the report must know of positions: they follow from the config, not from the file."""
-    if not any(field.name == "space_scale" for field in dataclasses.fields(model.cfg)):
+    if not any(field.name == "space_scale" for field in fields(model.cfg)):
         return "positions follow from the size of the sample"
     here = f"positions are index / {model.cfg.space_scale:.4g}"
     if trained.space_scale is None:

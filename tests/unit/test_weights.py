@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,7 @@ def test_published_pickles(tmp_path: Path, title: str, meta: bool) -> None:
     assert set(report.loaded) == set(model.state_dict())
     assert report.num_parameters == sum(value.numel() for value in model.state_dict().values())
     assert report.dtype == "float32" and report.files == (str(tmp_path / "a name that says nothing"),)
-    assert json.loads(json.dumps(report.to_dict()))["layout"] == title
+    assert json.loads(json.dumps(asdict(report)))["layout"] == title
     assert f"{title} weights" in str(report) and "\n" not in str(report)
 
 

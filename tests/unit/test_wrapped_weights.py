@@ -10,6 +10,7 @@ import sys
 import types
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def test_wrappers_words_are_taken_off_and_told(tmp_path: Path, name: str, kind: 
     assert_same_weights(model, source)
     (note,) = report.notes
     assert note.endswith(" taken off the names") and all(word in note for word in words)
-    assert note in str(report) and json.loads(json.dumps(report.to_dict()))["notes"] == [note]
+    assert note in str(report) and json.loads(json.dumps(asdict(report)))["notes"] == [note]
 
 
 HOLDERS: dict[str, tuple[Callable[[Weights], Any], str]] = {
