@@ -153,6 +153,7 @@ CONDITIONS = {
     "a label for a video model": ("stdit.pth", ("--label", "7"), "stdit.pth is conditioned on text, give --prompt"),
     "words for a class model": ("dit.pt", ("--prompt", "a cat"), "prompt 'a cat': expected a class number, 0 to 9"),
     "words for Latte": ("latte.pt", ("--prompt", "a cat"), "prompt 'a cat': expected a class number, 0 to 9"),
+    "T5 spread where there is none": ("dit.pt", ("--label", "7", "--shard-text"), "dit.pt has no T5 that could"),
     "one class too many": ("dit.pt", ("--label", "10"), "prompt '10': expected a class number, 0 to 9"),
     "a negative class": ("dit.pt", ("--label=-1",), "prompt '-1': expected a class number, 0 to 9"),
     "no class": ("diffusers-dit", ("--label", ""), "--label: prompt 1 is empty"),
