@@ -27,7 +27,8 @@ def check_start(model: STDiT, cfg: Config, report: LoadReport | None, stride: in
     from opensora_repro.weights.insertion import assert_equals_image_model
 
     difference = assert_equals_image_model(model)
-    lines = [f"temporal attention inserted: on every frame the video model is the image model (to {difference:.1e})"]
+    where = "frame" if model.cfg.patch_size[0] == 1 else "still clip"
+    lines = [f"temporal attention inserted: on every {where} the video model is the image model (to {difference:.1e})"]
     if cfg.data.height != cfg.data.width:
         lines.append("note: PixArt stretches positions of frames that are not square, STDiT does not")
     return lines

@@ -1,38 +1,55 @@
-"""The proof that a video model just made from an image model still is that image model on every frame."""
+"""From an image model to a video model that still is that image model: on every frame, or on every still clip."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from einops import rearrange, repeat
+from torch import Tensor
 
 from opensora_repro.errors import TrainingError
 from opensora_repro.models.stdit import STDiT
+from opensora_repro.weights.layouts import KERNEL
 
 TOLERANCE = 1e-5  # of the largest output, float32: two orders of summation apart
+FINAL = ("final_layer.linear.weight", "final_layer.linear.bias")
+
+
+def inflate(weights: Mapping[str, Tensor], frames: int) -> dict[str, Tensor]:
+    """Give an image model's patches `frames` frames, by ViViT's central frame initialisation (arXiv 2103.15691, 4.2).
+
+    The kernel is placed on the central frame, with zeros on the others; every frame of a patch is given out alike.
+    """
+    kernel = weights[KERNEL]  # [D, C, 1, pH, pW]
+    tubelet = kernel.new_zeros(*kernel.shape[:2], frames, *kernel.shape[3:])
+    tubelet[:, :, frames // 2] = kernel[:, :, 0]
+    alike = {key: repeat(weights[key], "n ... -> (t n) ...", t=frames) for key in FINAL if key in weights}
+    return {**weights, KERNEL: tubelet, **alike}
 
 
 @torch.no_grad()
 def assert_equals_image_model(model: STDiT) -> float:
     """Compare with the image model of the same weights on a small random video; return the relative difference.
 
-    The difference is max |video - image| / max |image| over 3 square frames. Raises TrainingError above `TOLERANCE`.
+    The difference is max |video - image| / max |image| over 3 square frames, each as long as a patch. Raises
+    TrainingError above `TOLERANCE`.
     """
     image_model = image_twin(model)
     device, cfg = next(model.parameters()).device, model.cfg
     generator = torch.Generator().manual_seed(0)
     side = 4 * max(cfg.patch_size[1:])
-    frames = 3 * cfg.patch_size[0]
-    latents = torch.randn(2, cfg.in_channels, frames, side, side, generator=generator).to(device)
+    images = torch.randn(2, 3, cfg.in_channels, 1, side, side, generator=generator).to(device)
     text = torch.randn(2, cfg.model_max_length, cfg.caption_channels, generator=generator).to(device)
     mask = torch.arange(cfg.model_max_length)[None] < torch.tensor([[cfg.model_max_length], [1]])
     timestep, mask = torch.tensor([10.0, 900.0], device=device), mask.to(device)
 
-    video = model(latents, timestep, text, mask)
-    images = rearrange(latents, "b c (t p) h w -> (b t) c p h w", p=cfg.patch_size[0])
+    still = {"pattern": "b t c 1 h w -> b c (t p) h w", "p": cfg.patch_size[0]}
+    video = model(repeat(images, **still), timestep, text, mask)
     text, mask, timestep = (repeat(x, "b ... -> (b t) ...", t=3) for x in (text, mask, timestep))
-    expected = rearrange(image_model(images, timestep, text, mask), "(b t) c p h w -> b c (t p) h w", t=3)
+    expected = image_model(rearrange(images, "b t c 1 h w -> (b t) c 1 h w"), timestep, text, mask)
+    expected = repeat(rearrange(expected, "(b t) ... -> b t ...", t=3), **still)
     difference = float((video - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
     if not difference <= TOLERANCE:
         raise TrainingError(
@@ -43,9 +60,12 @@ def assert_equals_image_model(model: STDiT) -> float:
 
 
 def image_twin(model: STDiT) -> STDiT:
-    """The image model that shares the video model's tensors, all but the temporal attention."""
+    """The image model of the video model's tensors: without temporal attention, patches of their central frame."""
+    frames, *patch = model.cfg.patch_size
     with torch.device("meta"):
-        twin = STDiT(replace(model.cfg, temporal_attention=False))
+        twin = STDiT(replace(model.cfg, temporal_attention=False, patch_size=(1, *patch)))
     shared = {name: value for name, value in model.state_dict().items() if ".attn_temp." not in name}
+    shared[KERNEL] = shared[KERNEL][:, :, frames // 2, None]
+    shared |= {key: shared[key][: len(shared[key]) // frames] for key in FINAL}
     twin.load_state_dict(shared, assign=True)
     return twin.train(model.training)

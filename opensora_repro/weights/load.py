@@ -40,7 +40,9 @@ from opensora_repro.weights.files import (
     strip_wrappers,
     use_large_pages,
 )
+from opensora_repro.weights.insertion import inflate
 from opensora_repro.weights.layouts import (
+    KERNEL,
     Layout,
     Trained,
     dtype_name,
@@ -112,7 +114,7 @@ def load_model_weights(
         file = source if isinstance(source, WeightsFile) else open_weights(source, ema=ema)
     where = str(file.path)
     layout = recognise(file.tensors, where)
-    weights, tables = to_ours(layout, file.tensors, where)
+    weights, tables, notes = _as_needed(model, layout, file)
     _check_heads(model, file, where)
     inserted = _check_fit(model, layout, weights, where)
     for path in file.files:
@@ -125,7 +127,7 @@ def load_model_weights(
         layout=layout.title,
         container=file.container,
         wrapper=file.wrapper,
-        notes=file.notes,
+        notes=notes,
         loaded=tuple(weights),
         inserted=tuple(inserted),
         dropped=tuple(tables),
@@ -150,7 +152,22 @@ def check_complete(file: WeightsFile, cfg: ModelConfig) -> list[str]:
     where = str(file.path)
     layout = recognise(file.tensors, where)
     _check_heads(model, file, where)
-    return _check_fit(model, layout, to_ours(layout, file.tensors, where)[0], where)
+    return _check_fit(model, layout, _as_needed(model, layout, file)[0], where)
+
+
+def _as_needed(model: Network, layout: Layout, file: WeightsFile) -> tuple[dict[str, Tensor], dict[str, Tensor], Any]:
+    """(weights under our keys, position tables that are not used, notes); patches of one frame inflated to several."""
+    weights, tables = to_ours(layout, file.tensors, str(file.path))
+    frames, notes = model.cfg.patch_size[0], file.notes
+    if (
+        frames > 1
+        and KERNEL in weights
+        and weights[KERNEL].shape[2] == 1
+        and not inserts_temporal_attention([*weights])
+    ):
+        weights = inflate(weights, frames)
+        notes += (f"patches of one frame inflated to {frames} (model.patch_size)",)
+    return weights, tables, notes
 
 
 def all_finite(tensor: Tensor) -> bool:

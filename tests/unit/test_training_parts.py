@@ -32,7 +32,7 @@ from opensora_repro.training.identity import ids_fingerprint
 from opensora_repro.training.metrics import Quarantine
 from opensora_repro.training.start import changed_settings, find_start
 from opensora_repro.training.step import StepResult, StepTotals, decide, learning_rate
-from opensora_repro.weights.insertion import assert_equals_image_model
+from opensora_repro.weights.insertion import assert_equals_image_model, image_twin
 from opensora_repro.weights.positions import describe_rescaling
 from tests.checkpoints import prepared, write_checkpoint
 
@@ -390,6 +390,23 @@ def test_inserted_at_zero_equals_the_image_model() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert assert_equals_image_model(model) < 1e-5
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("frames", [2, 3])
+def test_patches_of_several_frames_start_as_the_image_model_of_still_clips(frames: int) -> None:
+    from opensora_repro.weights.load import load_model_weights
+
+    image = image_twin(video_model())
+    model = STDiT(dataclasses.replace(TINY, patch_size=(frames, *TINY.patch_size[1:])))
+    report = load_model_weights(model, image.state_dict())
+    assert report.inserted_temporal_attention and f"inflated to {frames}" in str(report)
+    assert assert_equals_image_model(model) < 1e-5
+    kernel = model.x_embedder.proj.weight  # [D, C, pT, pH, pW]
+    assert kernel[:, :, : frames // 2].eq(0).all() and kernel[:, :, frames // 2 + 1 :].eq(0).all()
+    with torch.no_grad():
+        kernel[:, :, 0] += 1e-2
+    with pytest.raises(TrainingError, match="differs from the image model"):
+        assert_equals_image_model(model)
 
 
 def test_a_temporal_branch_that_is_not_zero_is_noticed() -> None:
