@@ -6,7 +6,7 @@ import json
 import shutil
 import sqlite3
 import tempfile
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ def recorded(out: Path, kind: str) -> dict[str, Any]:
     """Return the records of a kind by their keys: of a copy, since who writes them has them alone."""
     with tempfile.TemporaryDirectory() as folder:
         for path in out.glob(f"{RECORDS_FILE}*"):
-            shutil.copy(path, folder)
+            with suppress(FileNotFoundError):  # a journal, whose rows are in the database by now
+                shutil.copy(path, folder)
         if not (copy := Path(folder, RECORDS_FILE)).is_file():
             return {}
         with closing(sqlite3.connect(copy)) as rows:

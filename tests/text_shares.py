@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opensora_repro.config import ParallelConfig, TextConfig
 from opensora_repro.frozen.text import load_text_encoder, open_text_encoder
-from opensora_repro.parallel.build import build_engine, text_shards
+from opensora_repro.parallel.build import build_engine, build_shards
 from opensora_repro.parallel.engine import TorchEngine
 from tests.shares import held
 
@@ -37,7 +37,7 @@ def encode(engine: TorchEngine, cfg: TextConfig, dtype: torch.dtype) -> dict[str
     """Each process has other captions, in as many calls and passes as no other has; the first one has none at all."""
     rank = engine.mesh.rank
     before = held(dtype)
-    text = open_text_encoder(cfg, LENGTH, "cpu", dtype, text_shards(cfg, engine))
+    text = open_text_encoder(cfg, LENGTH, "cpu", dtype, build_shards(engine))
     text.micro_batch_size = AT_ONCE
     found: list[Tensor] = []
     with torch.autocast("cpu", torch.bfloat16):  # as where samples are made

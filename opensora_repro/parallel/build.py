@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from opensora_repro.config import ParallelConfig, TextConfig
+from opensora_repro.config import ParallelConfig
 from opensora_repro.errors import EngineError
 from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.parallel.mesh import launched_as
@@ -35,23 +35,19 @@ def build_engine(cfg: ParallelConfig, device: str | None = None) -> TorchEngine:
         raise _not_installed(str(error.name).split(".")[0]) from None
 
 
-def text_shards(cfg: TextConfig, engine: TorchEngine) -> Shards | None:
-    """The processes over which `text.shard` spreads T5; None where each holds it whole. Collective.
-
-    Raises EngineError.
-    """
-    if not cfg.shard or engine.mesh.world_size == 1:
+def build_shards(engine: TorchEngine) -> Shards | None:
+    """The processes over which `text.shard` spreads T5; None for a single one. Collective. Raises EngineError."""
+    if engine.mesh.world_size == 1:
         return None
-    check_shards(cfg)
+    check_shards()
     from opensora_repro.parallel.shards import Shards
 
     return Shards(engine.device)
 
 
-def check_shards(cfg: TextConfig) -> None:
+def check_shards() -> None:
     """Raise EngineError where torch is too old for `text.shard`."""
-    if cfg.shard:
-        _check_fsdp("text.shard = true", "set text.shard=false")
+    _check_fsdp("text.shard = true", "set text.shard=false")
 
 
 def _check_fsdp(key: str, otherwise: str) -> None:

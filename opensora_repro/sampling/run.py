@@ -15,7 +15,7 @@ from opensora_repro.data.write import write_sample
 from opensora_repro.diffusion.gaussian import NUM_TRAIN_STEPS
 from opensora_repro.frozen.text import ClassLabels, ConditionEncoder, T5Text
 from opensora_repro.kernels.ops import choose
-from opensora_repro.parallel.build import check_shards, text_shards
+from opensora_repro.parallel.build import build_shards, check_shards
 from opensora_repro.parallel.device import choose_device, default_kind
 from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.parallel.mesh import Mesh, launched_as
@@ -122,7 +122,7 @@ class SamplingRun:
         if source.config.text.shard:
             if not isinstance(conditions, T5Text):
                 raise ConfigError(f"--shard-text: {source.path} has no T5 that could be spread")
-            check_shards(source.config.text)
+            check_shards()
         folder = SampleFolder(self.out, self.settings(), self.prompts, gif=self.gif)
         todo = self.todo(folder)
         memory = ""
@@ -188,7 +188,8 @@ class SamplingRun:
         cfg, device, mesh = self.source.config, engine.device, engine.mesh
         # What a run was trained with on a GPU need not run on the device that samples it.
         choose("eager" if cfg.train.kernels == "eager" else "auto", device.type)
-        model, vae, conditions, report = load_models(self.source, device, text_shards(cfg.text, engine))
+        shards = build_shards(engine) if cfg.text.shard else None
+        model, vae, conditions, report = load_models(self.source, device, shards)
         if engine.is_main:
             print(report)
         before = set(range(len(self.prompts))) - set(todo)

@@ -52,7 +52,8 @@ def preflight(
         check_folder("data.cache", cfg.data.cache)
     if device is not None:
         check_installed(cfg.parallel)
-        check_shards(cfg.text)
+        if cfg.text.shard:
+            check_shards()
         choose(cfg.train.kernels, device.type)
     if cfg.init.weights and not start.resumes:
         if dry and weights_to_come(cfg.init.weights):

@@ -20,7 +20,7 @@ from opensora_repro.files import sha256_of, write_text
 from opensora_repro.frozen.encoder import open_encoder, skipped_models
 from opensora_repro.frozen.text import take_null_caption
 from opensora_repro.kernels.ops import choose
-from opensora_repro.parallel.build import build_engine, text_shards
+from opensora_repro.parallel.build import build_engine, build_shards
 from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.parallel.preflight import check_same, config_facts, weights_digest
 from opensora_repro.process import StopSignals
@@ -123,7 +123,7 @@ class _Run:
     def _build_model(self) -> None:
         cfg, device = self.cfg, self.engine.device
         self.kernels = choose(cfg.train.kernels, device.type)  # before the blocks are built and compiled with them
-        self.encoder = open_encoder(cfg, device, text_shards(cfg.text, self.engine))
+        self.encoder = open_encoder(cfg, device, build_shards(self.engine) if cfg.text.shard else None)
         check_fit(cfg, self.encoder.vae, self.encoder.text)
         self.model, self.report = build_model(cfg, device, load_init=not self.start.resumes)
         self.compiles = compiles(cfg, device.type)
