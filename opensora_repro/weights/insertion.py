@@ -45,11 +45,11 @@ def assert_equals_image_model(model: STDiT) -> float:
     mask = torch.arange(cfg.model_max_length)[None] < torch.tensor([[cfg.model_max_length], [1]])
     timestep, mask = torch.tensor([10.0, 900.0], device=device), mask.to(device)
 
-    still = {"pattern": "b t c 1 h w -> b c (t p) h w", "p": cfg.patch_size[0]}
-    video = model(repeat(images, **still), timestep, text, mask)
+    still, length = "b t c 1 h w -> b c (t p) h w", cfg.patch_size[0]
+    video = model(repeat(images, still, p=length), timestep, text, mask)
     text, mask, timestep = (repeat(x, "b ... -> (b t) ...", t=3) for x in (text, mask, timestep))
     expected = image_model(rearrange(images, "b t c 1 h w -> (b t) c 1 h w"), timestep, text, mask)
-    expected = repeat(rearrange(expected, "(b t) ... -> b t ...", t=3), **still)
+    expected = repeat(rearrange(expected, "(b t) ... -> b t ...", t=3), still, p=length)
     difference = float((video - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
     if not difference <= TOLERANCE:
         raise TrainingError(
@@ -61,9 +61,9 @@ def assert_equals_image_model(model: STDiT) -> float:
 
 def image_twin(model: STDiT) -> STDiT:
     """The image model of the video model's tensors: without temporal attention, patches of their central frame."""
-    frames, *patch = model.cfg.patch_size
+    frames, rows, columns = model.cfg.patch_size
     with torch.device("meta"):
-        twin = STDiT(replace(model.cfg, temporal_attention=False, patch_size=(1, *patch)))
+        twin = STDiT(replace(model.cfg, temporal_attention=False, patch_size=(1, rows, columns)))
     shared = {name: value for name, value in model.state_dict().items() if ".attn_temp." not in name}
     shared[KERNEL] = shared[KERNEL][:, :, frames // 2, None]
     shared |= {key: shared[key][: len(shared[key]) // frames] for key in FINAL}
