@@ -138,7 +138,7 @@ def sampled(cases: Sequence[Any], kept: Collection[Any]) -> list[Any]:
     return [pytest.param(*case, marks=() if case in kept else pytest.mark.exhaustive) for case in cases]
 
 
-EVERY_TIME = ("torch sp 2", "ddp x 2", "zero1 x 2", "zero2 x 2", "tp 2", "tp 2, sp 2", "fsdp x 2")
+EVERY_TIME = ("ddp x 2", "zero1 x 2", "zero2 x 2", "tp 2, sp 2", "fsdp x 2")
 
 
 @pytest.mark.parametrize("layout", sampled([(name,) for name in LAYOUTS], [(name,) for name in EVERY_TIME]))

@@ -13,7 +13,7 @@ from tests.tiny_models import make_tiny_text
 from tests.training_world import finish, losses, make_world, newest_tensors, start_processes
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_spread_weights_make_the_same_embeddings(tmp_path: Path, processes: int) -> None:
     """However many captions each process has, and in how many calls; between them each holds its share alone."""
     commands = start_processes("tests.text_shares", [str(make_tiny_text(tmp_path / "text"))], processes, tmp_path)

@@ -46,6 +46,7 @@ def test_memory_of_freed_tensors_is_used_again() -> None:
     assert after < 0.02 * before
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
 def test_a_users_own_settings_stay() -> None:
     kept, before, after = count_faults(MALLOC_ARENA_MAX="4")

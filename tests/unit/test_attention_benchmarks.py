@@ -24,6 +24,7 @@ def short_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(limits.AT_LEAST, "cpu", 0.001)
 
 
+@pytest.mark.exhaustive
 def test_whole_samplings_are_measured_and_end_at_the_same_latents(tmp_path: Path) -> None:
     sides = ("ours", "plain")
     result = sample.measure(TINY, (3, 14), steps=2, checked=3, seconds=0.1, whole=5, one_thread=True, names=sides)

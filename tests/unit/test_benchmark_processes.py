@@ -28,6 +28,7 @@ def left_after_freeing() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.exhaustive
 @linux
 def test_sides_live_on_in_processes_that_treat_memory_as_told(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:

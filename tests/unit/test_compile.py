@@ -59,9 +59,10 @@ def assert_alike(found: list[torch.Tensor], expected: list[torch.Tensor], tolera
 KINDS = [("full", False), ("none", False), ("full", True), ("selective", False), ("selective", True)]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("checkpointing", "offload"),
-    [KINDS[0], *(pytest.param(*kind, marks=pytest.mark.exhaustive) for kind in KINDS[1:])],
+    KINDS,
 )
 def test_one_program_for_all_blocks_and_sizes(checkpointing: str, offload: bool) -> None:
     """Selective checkpointing has another for tokens so many that their attention is costly."""

@@ -164,6 +164,7 @@ def test_initial_weights(golden_dir: Path, kind: str) -> None:
         check_rule(key, value, rule)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.timeout(1500)  # 675 M parameters on whatever cores there are
 def test_full_size(golden_dir: Path) -> None:

@@ -345,11 +345,13 @@ def with_config(model: STDiT, cfg: STDiTConfig) -> STDiT:
     return other.eval()
 
 
+LARGER = ("xl_pixart_1x32x32", "xl_stdit_16x32x32")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)  # 760 M parameters on whatever cores there are
 @pytest.mark.parametrize(
-    "name",
-    ["xl_stdit_2x16x16", "xl_pixart_1x32x32", pytest.param("xl_stdit_16x32x32", marks=pytest.mark.exhaustive)],
+    "name", ["xl_stdit_2x16x16", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in LARGER)]
 )
 def test_full_size(golden_dir: Path, xl_stdit: STDiT, name: str) -> None:
     case = load_case(golden_dir, name)

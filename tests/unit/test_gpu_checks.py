@@ -19,7 +19,9 @@ GRAPHS = "graphs, same samples"
 
 
 @pytest.mark.parametrize(
-    "name", ["stdit parity", "pixart parity", "captions end to end", "samplers", "reference outputs", MEMORY, GRAPHS]
+    "name",
+    ["stdit parity", "pixart parity", "captions end to end", "samplers", "reference outputs"]
+    + [pytest.param(name, marks=pytest.mark.exhaustive) for name in (MEMORY, GRAPHS)],
 )
 def test_comparisons_hold_on_the_cpu(name: str, golden_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENSORA_GOLDEN", str(golden_dir))
@@ -58,6 +60,7 @@ def test_training_measures_and_notices_a_loss_that_does_not_fall(monkeypatch: py
         step.measure(CPU, case, steps=3)
 
 
+@pytest.mark.exhaustive
 def test_a_case_is_measured_with_both_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(limits.SQUARE, "cpu", 128)
     monkeypatch.setitem(limits.AT_LEAST, "cpu", 0.001)
@@ -75,6 +78,7 @@ def test_a_case_is_measured_with_both_kernels(monkeypatch: pytest.MonkeyPatch) -
     assert len(step.report("nothing", [row]).splitlines()) == 6
 
 
+@pytest.mark.exhaustive
 def test_published_cases_count_alike() -> None:
     case = step.CASES["16x256"]  # the others are counted where they run
     assert case.counted_flops() == case.flops

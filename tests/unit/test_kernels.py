@@ -24,7 +24,7 @@ from tests import kernel_world
 from tests.checkpoints import prepared
 
 needs_triton = pytest.mark.skipif(bool(ops.missing_triton()), reason=ops.missing_triton())
-LONG = ("bf16", "fp16", "curve", "memory")
+LONG = ("bf16", "fp16", "models bf16", "curve", "memory")
 QUICK = [name for name in kernel_world.CHECKS if name not in LONG]
 
 

@@ -1,4 +1,4 @@
-"""Two thousand reads at random places, as a training run makes them: the right frames, and no memory kept."""
+"""A thousand reads at random places, as a training run makes them: the right frames, and no memory kept."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from opensora_repro.data.color import to_rgb
 from opensora_repro.data.video import probe, read_frames
 
 COUNT, STEP, TOTAL = 4, 3, 90
-READS, FIRST = 2000, 200
+READS, FIRST = 1000, 200
 
 
 def write_noise(path: Path, ticks: list[int]) -> None:

@@ -31,7 +31,10 @@ def test_the_plain_model_computes_what_ours_does() -> None:
         train_step.check_equal(ours, plain, TINY)
 
 
-@pytest.mark.parametrize("sizes", [ODD, train_step.QUICK, train_step.FULL])
+@pytest.mark.parametrize(
+    "sizes",
+    [ODD, *(pytest.param(sizes, marks=pytest.mark.exhaustive) for sizes in (train_step.QUICK, train_step.FULL))],
+)
 def test_both_counts_of_flops_agree_and_the_plain_model_has_as_many(sizes: sides.Sizes) -> None:
     ours, plain = (sides.model_flops(name, sizes) for name in ("ours", "plain"))
     assert ours == plain
@@ -42,6 +45,7 @@ def test_both_counts_of_flops_agree_and_the_plain_model_has_as_many(sizes: sides
     assert 2.9 * forward < training < 3 * forward
 
 
+@pytest.mark.exhaustive
 def test_diffusers_models_are_as_wide_and_deep() -> None:
     sizes = train_step.FULL
     latte, pixart = (sides.model_flops(name, sizes)["forward"]["counted"] or 0 for name in ("Latte", "PixArt"))
@@ -65,6 +69,7 @@ def test_diffusers_models_make_steps(model: str) -> None:
     assert any(not torch.equal(old, new) for old, new in zip(weights, side.model.parameters(), strict=True))
 
 
+@pytest.mark.exhaustive
 def test_a_training_step_of_every_side_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -64,7 +64,12 @@ def test_full_size_layouts_fit(golden_dir: Path, tmp_path: Path, name: str) -> N
         check_complete(file, replace(cfg, depth=27))
 
 
-@pytest.mark.parametrize("name", ["keys_pixart_xl2_512_alpha", "keys_stdit_xl2_16x512x512", "keys_dit_xl2_256_fb"])
+LARGEST = [
+    pytest.param(name, marks=pytest.mark.exhaustive) for name in ("keys_pixart_xl2_512_alpha", "keys_dit_xl2_256_fb")
+]
+
+
+@pytest.mark.parametrize("name", ["keys_stdit_xl2_16x512x512", *LARGEST])
 def test_full_size_files_load(golden_dir: Path, tmp_path: Path, name: str) -> None:
     wrapper, build, layout, inserts = FILES[name]
     numbers = write_repeated(tmp_path / "weights", published_shapes(golden_dir, name), wrapper)
