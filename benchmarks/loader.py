@@ -134,7 +134,7 @@ def measure_waiting(folder: Path, clip: Path) -> list[dict[str, Any]]:
     from benchmarks import loop
     from opensora_repro.data.dataset import ClipDataset
     from opensora_repro.data.manifest import write_manifest
-    from opensora_repro.data.sampler import BatchSampler, SharedBatches
+    from opensora_repro.data.sampler import BatchSampler, Schedule, SharedBatches, everything
     from opensora_repro.models.config import STDiTConfig
     from opensora_repro.training.batches import ClipFeed
 
@@ -149,7 +149,8 @@ def measure_waiting(folder: Path, clip: Path) -> list[dict[str, Any]]:
         run_dir = folder / f"{workers} workers"
         cfg = loop.loop_config(run_dir, model, size=64, frames=COUNT, batch_size=1, steps=STEPS, dtype="fp32")
         dataset = ClipDataset(folder / "clips.parquet", cfg.data, cfg.run.seed)
-        sampler = SharedBatches(BatchSampler(len(dataset), cfg.train.batch_size, cfg.run.seed), 0, 1)
+        schedule = Schedule(everything(len(dataset)), [cfg.train.batch_size], cfg.run.seed)
+        sampler = SharedBatches(BatchSampler(schedule, [dataset.shape]), 0, 1)
         feed = ClipFeed(dataset, sampler, workers, pinned=False)
         lines = loop.run_loop(loop.build_loop(cfg, encoder, feed, device))
         rows.append({"workers": workers, **loop.times(lines, WARMUP)})

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from opensora_repro.data.dataset import BadSample, Clip
     from opensora_repro.frozen.encoder import Encoded, Encoder
     from opensora_repro.models.config import STDiTConfig
-    from opensora_repro.training.batches import Feed, Sample
+    from opensora_repro.training.batches import Feed, Fetched
 
 PUBLISHED_VAE: dict[str, Any] = {  # Stable Diffusion's
     "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4, "sample_size": 256,
@@ -36,9 +36,11 @@ class MadeUp:
     def __init__(self, make: Callable[[int], Clip | Encoded | BadSample], batch_size: int) -> None:
         self.make, self.batch_size = make, batch_size
 
-    def batches(self, first: int, count: int) -> Iterator[list[Sample]]:
+    def batches(self, first: int, count: int) -> Iterator[Fetched]:
+        from opensora_repro.training.batches import Fetched
+
         for number in range(first, first + count):
-            yield [(0, self.make(number * self.batch_size + i)) for i in range(self.batch_size)]
+            yield Fetched((0, self.make(number * self.batch_size + i)) for i in range(self.batch_size))
 
 
 class Loop(Trainer):
@@ -104,6 +106,7 @@ def build_loop(
     """A run of the torch engine from its first step on, without validation; its lines go to `run.dir`."""
     import torch
 
+    from opensora_repro.data.sampler import Schedule, everything
     from opensora_repro.diffusion.gaussian import build_objective
     from opensora_repro.kernels import ops
     from opensora_repro.models.stdit import STDiT
@@ -128,7 +131,8 @@ def build_loop(
     return kind(
         cfg=cfg, engine=engine, model=model, objective=objective, encoder=encoder,
         ema=Ema(engine, cfg.ema.decay), feed=feed,
-        state=TrainState(global_batch_size=cfg.train.batch_size * cfg.train.accumulation),
+        state=TrainState(),
+        schedule=Schedule(everything(10), [cfg.train.batch_size * cfg.train.accumulation], cfg.run.seed),
         writer=CheckpointWriter(run_dir, engine, "[run]\n", keep=1, background=False),
         log=RunLog(run_dir, resumed_step=0, enabled=True),
         quarantine=Quarantine(run_dir, num_samples=10, max_fraction=0.5), validator=None, stop=StopSignals(),

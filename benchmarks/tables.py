@@ -121,11 +121,12 @@ def loader_memory(table: Any, samples: int = 20_000) -> int:
     from benchmarks.resources import private_memory
     from opensora_repro.config import DataConfig
     from opensora_repro.data.dataset import ClipDataset, build_loader
-    from opensora_repro.data.sampler import BatchSampler
+    from opensora_repro.data.sampler import BatchSampler, Schedule, everything
 
     dataset = ClipDataset(table, DataConfig(num_frames=1 << 30), seed=0)  # more frames than any clip has
     batches = samples // 1000
-    loader = build_loader(dataset, BatchSampler(len(dataset), 1000, 0), 0, batches + 1, 1)
+    sampler = BatchSampler(Schedule(everything(len(dataset)), [1000], 0), [dataset.shape])
+    loader = build_loader(dataset, sampler, 0, batches + 1, 1)
     others = multiprocessing.active_children()
     read = iter(loader)
     for _ in range(batches):

@@ -58,13 +58,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     cfg = load_config(args.config, args.overrides)
     question = ask(args, cfg)
+    from opensora_repro.data.buckets import as_heaviest, buckets_of
     from opensora_repro.planning.budget import make_budget
     from opensora_repro.planning.report import as_json, report
 
+    several, cfg = len(buckets_of(cfg)), as_heaviest(cfg)
     budget = make_budget(cfg, question)
     if args.json:
         print(json.dumps(as_json(budget), indent=1))
     else:
+        if several > 1:
+            print(f"as if all steps were of the heaviest of {several} buckets\n")
         print("\n".join(report(cfg, budget)))
     return 0
 

@@ -13,8 +13,10 @@ from stages._training import run_stage
 def check(cfg: Config) -> None:
     if cfg.model.temporal_attention:
         raise ConfigError("model.temporal_attention = true: stage 1 trains images, set it to false")
-    if cfg.data.num_frames != 1:
-        raise ConfigError(f"data.num_frames = {cfg.data.num_frames}: stage 1 trains images, set it to 1")
+    for size in cfg.data.buckets or (cfg.data,):
+        if size.num_frames != 1:
+            name = "data.buckets: num_frames" if cfg.data.buckets else "data.num_frames"
+            raise ConfigError(f"{name} = {size.num_frames}: stage 1 trains images, set it to 1")
 
 
 STAGE = Stage("stage1_image", "text-to-image training", check)

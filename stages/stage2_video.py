@@ -24,12 +24,13 @@ def check_start(model: STDiT, cfg: Config, report: LoadReport | None, stride: in
     """A video model made from an image model must still be that image model on every frame."""
     if report is None or not report.inserted_temporal_attention:
         return ()
+    from opensora_repro.data.buckets import buckets_of
     from opensora_repro.weights.insertion import assert_equals_image_model
 
     difference = assert_equals_image_model(model)
     where = "frame" if model.cfg.patch_size[0] == 1 else "still clip"
     lines = [f"temporal attention inserted: on every {where} the video model is the image model (to {difference:.1e})"]
-    if cfg.data.height != cfg.data.width:
+    if any(bucket.height != bucket.width for bucket in buckets_of(cfg)):
         lines.append("note: PixArt stretches positions of frames that are not square, STDiT does not")
     return lines
 

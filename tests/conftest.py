@@ -54,6 +54,12 @@ def golden_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
+def golden_1_2_dir() -> Path:
+    """The same of Open-Sora 1.1 and 1.2, with its buckets and their batches."""
+    return shared_folder("golden_1_2", "OPENSORA_GOLDEN_1_2")
+
+
+@pytest.fixture(scope="session")
 def videos_dir() -> Path:
     """Real footage with known cuts, and damaged files with what is expected of them."""
     return shared_folder("videos", "OPENSORA_VIDEOS")

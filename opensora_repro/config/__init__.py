@@ -6,6 +6,7 @@ known one, so that a typing mistake never trains another recipe.
 
 from opensora_repro.config.checks import check_config
 from opensora_repro.config.sections import (
+    BucketConfig,
     CheckpointConfig,
     Config,
     ConfigError,
@@ -33,6 +34,7 @@ from opensora_repro.config.toml import (
 )
 
 __all__ = [
+    "BucketConfig",
     "CheckpointConfig",
     "Config",
     "ConfigError",

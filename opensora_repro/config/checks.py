@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from opensora_repro.config.sections import Config, ConfigError
+from opensora_repro.config.sections import BucketConfig, Config, ConfigError
 from opensora_repro.models.config import ACTIVATION_CHECKPOINTING
 
 _AT_LEAST_ONE = {
@@ -76,6 +76,8 @@ def check_config(config: Config) -> None:
     require("model.patch_size", min(config.model.patch_size) >= 1, "sizes of at least 1")
     shares = config.validation.timesteps
     require("validation.timesteps", bool(shares) and all(0 <= t <= 1 for t in shares), "shares from 0 to 1")
+    for index in range(len(config.data.buckets)):
+        _check_bucket(config.data.buckets, index)
     _check_together(config, require)
     _check_memory(config, require)
     _check_parallel(config, require)
@@ -83,6 +85,19 @@ def check_config(config: Config) -> None:
 
 def _names(keys: dict[str, tuple[str, ...]]) -> Iterator[str]:
     return (f"{section}.{key}" for section in keys for key in keys[section])
+
+
+def _check_bucket(buckets: tuple[BucketConfig, ...], index: int) -> None:
+    bucket, where = buckets[index], f"data.buckets[{index}]"
+    for key, least in (("num_frames", 1), ("batch_size", 0)):
+        if getattr(bucket, key) < least:
+            raise ConfigError(f"{where}.{key} = {getattr(bucket, key)}: expected at least {least}")
+    for share in bucket.keep if isinstance(bucket.keep, tuple) else (bucket.keep,):
+        if not 0 <= share <= 1:
+            raise ConfigError(f"{where}.keep = {share}: expected shares from 0 to 1")
+    for other, found in enumerate(buckets[:index]):
+        if (found.num_frames, found.resolution) == (bucket.num_frames, bucket.resolution):
+            raise ConfigError(f"{where}: data.buckets[{other}] has its num_frames and resolution: make one of them")
 
 
 def _check_together(config: Config, require: Any) -> None:
@@ -139,6 +154,8 @@ def _check_parallel(config: Config, require: Any) -> None:
     width = int(model.hidden_size * model.mlp_ratio)
     if width % tp_size:
         raise ConfigError(f"model.mlp_ratio: the MLP's {width} channels are not divisible by tp_size={tp_size}")
-    frames = -(-config.data.num_frames // model.patch_size[0])
-    if frames < sp_size:
-        raise ConfigError(f"parallel.sp_size = {sp_size}: there are only {frames} latent frames to share")
+    for bucket in config.data.buckets or (config.data,):
+        frames = -(-bucket.num_frames // model.patch_size[0])
+        if frames < sp_size:
+            where = f" of {bucket.resolution} in data.buckets" if isinstance(bucket, BucketConfig) else ""
+            raise ConfigError(f"parallel.sp_size = {sp_size}: there are only {frames} latent frames to share{where}")

@@ -32,6 +32,19 @@ class InitConfig:
     weights: str = ""  # weights to start from (a file, a checkpoint, a run or a fetched name); resuming needs no key
 
 
+Ratios = str | tuple[float | str, ...]
+Keep = float | tuple[float, float]
+
+
+@dataclass(frozen=True)
+class BucketConfig:
+    num_frames: int  # of a sample; 1 takes pictures alone, more take clips of num_frames * data.frame_interval or more
+    resolution: str  # a published name ("144p" to "4k", "256" to "2880"), or as many pixels as "WIDTHxHEIGHT"
+    ratios: Ratios = ""  # its own: "", "square", those of a published name, or a list of "WIDTH:HEIGHT", height / width
+    batch_size: int = 0  # samples a process reads at once; 0: train.batch_size
+    keep: Keep = 1.0  # share taken, the rest falls to fewer pixels; [taken, looked at]: what is not, to fewer frames
+
+
 @dataclass(frozen=True)
 class DataConfig:
     manifest: str = ""  # Parquet or CSV of the training clips
@@ -45,6 +58,7 @@ class DataConfig:
     draws: int = 0  # 0: a new window, crop and flip every epoch; k: cycle through k fixed ones
     cache: str = ""  # folder for encoded latents and text (needs draws > 0); empty: encode every step
     max_bad_fraction: float = 0.1  # stop when more of the samples seen than this cannot be read
+    buckets: tuple[BucketConfig, ...] = ()  # a clip goes to the largest that it fills; none: one size
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -79,15 +80,21 @@ def dump_toml(config: Config) -> str:
     """Every key of the resolved config as TOML; `load_config` of it gives an equal config."""
     import tomli_w
 
-    return tomli_w.dumps(config_dict(config))
+    sections = config_dict(config)
+    if not config.data.buckets:
+        del sections["data"]["buckets"]  # or no [[data.buckets]] could be added to the file
+    return tomli_w.dumps(sections)
 
 
 def config_dict(config: Config) -> dict[str, dict[str, Any]]:
     """`{section: {key: value}}` with lists for tuples, as TOML and JSON have them."""
-    return {
-        name: {key: list(value) if isinstance(value, tuple) else value for key, value in section.items()}
-        for name, section in dataclasses.asdict(config).items()
-    }
+    return {name: _lists(section) for name, section in dataclasses.asdict(config).items()}
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _lists(item) for key, item in value.items()}
+    return [_lists(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _known_keys() -> Iterator[str]:
@@ -156,7 +163,11 @@ _WAS_CHECKPOINTING = {True: "full", False: "none"}
 
 
 def _convert(name: str, value: Any, hint: Any, where: str) -> Any:
-    """`value` as the type `hint`: bool, int, float, str or a tuple of them; strict but for int -> float."""
+    """`value` as `hint`: bool, int, float, str, section, or tuples or choices of these; strict but for int -> float."""
+    if isinstance(hint, types.UnionType):
+        return _convert(name, value, _chosen(value, typing.get_args(hint)), where)
+    if dataclasses.is_dataclass(hint):
+        return _convert_section(name, value, hint, where)
     if typing.get_origin(hint) is tuple:
         return _convert_tuple(name, value, typing.get_args(hint), where)
     exact = type(value) is hint
@@ -171,6 +182,28 @@ def _convert(name: str, value: Any, hint: Any, where: str) -> Any:
         shown = json.dumps(value) if isinstance(value, (str, bool)) else value
         raise ConfigError(f"{where}: {name} = {shown}: expected {expected}")
     return value
+
+
+def _chosen(value: Any, hints: tuple[Any, ...]) -> Any:
+    """Which of them a value is meant as: a list as the one of lists, text as text."""
+    if isinstance(value, (list, tuple)):
+        return next((hint for hint in hints if typing.get_origin(hint) is tuple), hints[0])
+    return next((hint for hint in hints if hint is type(value)), hints[0])
+
+
+def _convert_section(name: str, value: Any, section: Any, where: str) -> Any:
+    """One of a list of sections, as [[data.buckets]] has them."""
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: {name} = {json.dumps(value, default=str)}: expected a section of keys")
+    hints = typing.get_type_hints(section)
+    for key in value:
+        if key not in hints:
+            close = difflib.get_close_matches(key, list(hints), n=1, cutoff=0.0)[0]
+            raise ConfigError(f"{where}: unknown key {name}.{key}; did you mean {close}?")
+    for field in dataclasses.fields(section):
+        if field.default is dataclasses.MISSING and field.name not in value:
+            raise ConfigError(f"{where}: {name} lacks {field.name}")
+    return section(**{key: _convert(f"{name}.{key}", item, hints[key], where) for key, item in value.items()})
 
 
 def _convert_tuple(name: str, value: Any, kinds: tuple[Any, ...], where: str) -> tuple[Any, ...]:

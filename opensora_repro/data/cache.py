@@ -18,10 +18,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opensora_repro.config import Config
 from opensora_repro.files import remove_leftovers, writing
 
 if TYPE_CHECKING:
     import torch
+
+    from opensora_repro.data.sampler import Assignment, Shape
 
 Key = tuple[str, int]  # sample id, draw
 FIELDS = ("moments", "text", "mask")
@@ -181,15 +184,19 @@ def _read_header(path: Path) -> tuple[list[str], str]:
 
 
 class CacheRows:
-    """A manifest's rows under names that change with what they hold.
+    """A manifest's rows under names that change with what they hold, and with the bucket that a draw goes to.
 
     So a clip or caption that was changed is encoded again, and rows that were added leave the others' entries valid.
     """
 
-    def __init__(self, table: Any) -> None:
-        """`table` is what `read_manifest` returned."""
+    def __init__(self, table: Any, cfg: Config, assignment: Assignment) -> None:
+        """`table` is what `read_manifest` returned, `assignment` its rows'."""
         import numpy as np
 
+        from opensora_repro.data.buckets import buckets_of
+
+        self.draws, self._buckets = cfg.data.draws, buckets_of(cfg)
+        self._of = [assignment.buckets(draw) for draw in range(self.draws)] if cfg.data.buckets else []
         self._ids, self._paths = table["id"], table["path"]
         batches = table.select(["path", "caption", "num_frames"]).to_batches(max_chunksize=1 << 14)
         rows = (row for batch in batches for row in zip(*(column.to_pylist() for column in batch), strict=True))
@@ -204,13 +211,22 @@ class CacheRows:
     def path(self, index: int) -> str:
         return str(self._paths[index].as_py())
 
-    def name(self, index: int) -> str:
-        return f"{self.id(index)}#{self._content[index].tobytes().hex()}"
+    def shape(self, index: int, draw: int) -> Shape | None:
+        """What a draw of a row is cut to; None: no bucket takes it."""
+        bucket = self._of[draw][index] if self._of else 0
+        return None if bucket < 0 else self._buckets[bucket].shape
 
-    def keys(self, draws: int) -> Iterator[Key]:
+    def key(self, index: int, draw: int) -> Key:
+        size = "@" + "x".join(map(str, self.shape(index, draw) or ())) if self._of else ""
+        return f"{self.id(index)}#{self._content[index].tobytes().hex()}{size}", draw
+
+    def keys_of(self, index: int) -> Iterator[Key]:
+        """Of all draws that a bucket takes."""
+        return (self.key(index, draw) for draw in range(self.draws) if self.shape(index, draw))
+
+    def keys(self) -> Iterator[Key]:
         for index in range(len(self)):
-            name = self.name(index)
-            yield from ((name, draw) for draw in range(draws))
+            yield from self.keys_of(index)
 
 
 def _row_digest(path: str, caption: str, num_frames: int) -> bytes:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from opensora_repro.config import DataConfig
+from opensora_repro.data.buckets import Bucket, Rule
 from opensora_repro.errors import DataError
 
 ALL_ROWS, SAMPLED_ROWS = 100_000, 10_000  # beyond so many rows, a sample of so many stands for them
@@ -33,6 +34,7 @@ class Survey:
     missing: int
     first_missing: str
     too_short: int
+    too_small: int  # for any bucket of theirs
     resplit: int  # of the too short ones, those that a limit of length has cut, not a scene's end
     longest: int  # frames
     squeezed: int
@@ -40,10 +42,18 @@ class Survey:
     short_side: int  # pixels with which none would be enlarged
     rates: tuple[float, ...]  # frames a second of usable videos, the most frequent first; none where single frames do
     images: bool  # all are single pictures
+    buckets: tuple[Bucket, ...]
+    clips: tuple[float, ...]  # of the usable ones, in an epoch of each bucket, on average
 
     @property
     def usable(self) -> int:
-        return self.looked_at - self.missing - self.too_short
+        return self.looked_at - self.missing - self.too_short - self.too_small
+
+    @property
+    def needed(self) -> int:
+        """Frames of a clip that is not too short."""
+        lengths = [bucket.num_frames for bucket in self.buckets if bucket.num_frames > 1 or self.images]
+        return min(lengths, default=2) * self.data.frame_interval if self.data.buckets else self.data.num_frames
 
     @property
     def window(self) -> int:
@@ -64,7 +74,7 @@ def keyed_sample(table: Any, count: int) -> Any:
 
 
 def survey(table: Any, data: DataConfig, manifest: str | Path) -> Survey:
-    """Look at what `read_manifest` returned, with the data section's size and window."""
+    """Look at what `read_manifest` returned, with the data section's size or buckets, and window."""
     import numpy as np
 
     looked = keyed_sample(table, ALL_ROWS if len(table) <= ALL_ROWS else SAMPLED_ROWS)
@@ -72,15 +82,16 @@ def survey(table: Any, data: DataConfig, manifest: str | Path) -> Survey:
     missing = np.array(_missing(paths), dtype=bool)
     frames, fps = looked["num_frames"].to_numpy(), looked["fps"].to_numpy()
     heights, widths = looked["height"].to_numpy(), looked["width"].to_numpy()
-    too_short = ~missing & (frames < data.num_frames)
-    usable = ~missing & ~too_short
+    target = _targets(data, frames, heights, widths)
+    too_short, too_small = ~missing & (target.lost == "too short"), ~missing & (target.lost == "too small")
+    usable = ~missing & ~too_short & ~too_small
     divided = looked["resplit"].to_pylist() if "resplit" in looked.column_names else [False] * len(looked)
     resplit = np.array([value == 1 for value in divided])
-    factors = np.maximum(data.height / heights, data.width / widths)
+    factors = np.maximum(target.height / heights, target.width / widths)
     enlarged = usable & (factors > 1)
     sides = (np.minimum(heights, widths) * factors)[enlarged]
-    rates = fps[usable & (frames > 1)] if data.num_frames > 1 else fps[:0]
-    window = (data.num_frames - 1) * data.frame_interval + 1
+    rates = fps[usable & (target.num_frames > 1)]
+    window = (target.num_frames - 1) * data.frame_interval + 1
     return Survey(
         manifest=str(manifest),
         data=data,
@@ -89,6 +100,7 @@ def survey(table: Any, data: DataConfig, manifest: str | Path) -> Survey:
         missing=int(missing.sum()),
         first_missing=paths[int(missing.argmax())] if missing.any() else "",
         too_short=int(too_short.sum()),
+        too_small=int(too_small.sum()),
         resplit=int((too_short & resplit).sum()),
         longest=int(frames.max()),
         squeezed=int((usable & (frames < window)).sum()),
@@ -96,7 +108,44 @@ def survey(table: Any, data: DataConfig, manifest: str | Path) -> Survey:
         short_side=math.ceil(sides.max()) if len(sides) else 0,
         rates=tuple(rate for rate, _ in Counter(np.round(rates, 3).tolist()).most_common()),
         images=bool((frames == 1).all()),
+        buckets=target.buckets,
+        clips=tuple((target.shares * usable[:, None]).sum(axis=0).tolist()),
     )
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """What clips are cut to: the largest that each may go to, [N] each."""
+
+    num_frames: Any
+    height: Any
+    width: Any
+    lost: Any  # why no bucket takes it; ""
+    buckets: tuple[Bucket, ...]
+    shares: Any  # [N, buckets]: with what probability it goes there
+
+
+def _targets(data: DataConfig, frames: Any, heights: Any, widths: Any) -> _Targets:
+    import numpy as np
+
+    if not data.buckets:
+        lost = np.where(frames < data.num_frames, "too short", "")
+        shares = np.ones((len(frames), 1))
+        only = (Bucket(data.num_frames, data.height, data.width, 1),)
+        num_frames, height, width = (np.full(len(frames), side) for side in only[0].shape)
+        return _Targets(num_frames, height, width, lost, only, shares)
+    rule = Rule(data, 1)
+    cells, of = np.unique(rule.cells(frames, heights, widths), return_inverse=True)
+    sizes, reasons, shares = [], [], np.zeros((len(cells), len(rule.buckets)))
+    for row, cell in enumerate(map(int, cells)):
+        chances = rule.chances(cell)
+        before = 0.0
+        for bucket, share in chances:
+            shares[row, bucket], before = share - before, share
+        sizes.append(rule.buckets[chances[0][0]].shape if chances else (1, 1, 1))
+        reasons.append("" if chances else rule.why_lost(cell))
+    num_frames, height, width = np.array(sizes).reshape(-1, 3)[of].T
+    return _Targets(num_frames, height, width, np.array(reasons)[of], rule.buckets, shares[of])
 
 
 def _missing(paths: Sequence[str]) -> list[bool]:
@@ -124,9 +173,14 @@ def require_usable(found: Survey) -> None:
         folder = Path(found.manifest).absolute().parent
         reasons.append(f"{found.missing:,} files are missing or empty, first {found.first_missing!r} (paths are "
                        f"relative to {folder}): mend the column path")  # fmt: skip
-    if found.too_short:
+    if found.too_short and not found.data.buckets:
         reasons.append(f"{found.too_short:,} clips have fewer than data.num_frames = {found.data.num_frames} frames, "
                        f"the longest has {found.longest}: lower data.num_frames, or {_longer(found)}")  # fmt: skip
+    elif found.too_short:
+        reasons.append(f"{found.too_short:,} clips have too few frames for all of data.buckets, the longest has "
+                       f"{found.longest}: give one num_frames * data.frame_interval of at most that")  # fmt: skip
+    if found.too_small:
+        reasons.append(f"{found.too_small:,} clips are too small for all of data.buckets: give one less resolution")
     sampled = f" that were looked at of {found.rows:,}" if found.looked_at < found.rows else ""
     raise DataError(
         f"{found.manifest}: none of the {found.looked_at:,} clips{sampled} can be used: {'; '.join(reasons)}"
@@ -139,28 +193,48 @@ def table(found: Survey, title: str) -> Iterator[str]:
     sampled = f"; a keyed sample of {found.looked_at:,} is looked at" if found.looked_at < found.rows else ""
     yield f"{title} {found.manifest}: {found.rows:,}{sampled}"
     by = "" if not factors else f"by {statistics.median(factors):.3g} (median), {factors[-1]:.3g} at most"
-    for name, count, note in (
+    size = "their bucket" if data.buckets else f"{data.height}x{data.width}"
+    kinds = [
         ("usable", found.usable, ""),
         ("missing", found.missing, f"no file, or an empty one; first {found.first_missing!r}"),
-        ("too short", found.too_short, f"fewer than {data.num_frames} frames"),
+        ("too short", found.too_short, f"fewer than {found.needed} frames"),
+        ("too small", found.too_small, "less than .8 of the pixels of all buckets for their length"),
         ("squeezed", found.squeezed, f"shorter than the window of {found.window} frames, so that motion is faster"),
-        ("enlarged", len(factors), f"smaller than {data.height}x{data.width}: {by}"),
-    ):
+        ("enlarged", len(factors), f"smaller than {size}: {by}"),
+    ]
+    if data.buckets:
+        kinds = [kind for kind in kinds if kind[0] != "squeezed"]
+        left_out = found.usable - sum(found.clips)
+        kinds.append(("not kept", round(left_out), "an epoch, on average: keep of data.buckets"))
+    else:
+        kinds = [kind for kind in kinds if kind[0] != "too small"]
+    for name, count, note in kinds:
         yield f"  {name:>9} {count:>9,} {count / found.looked_at:>7.1%}{f'  {note}' if count and note else ''}"
     if found.rates:
         low, high = min(found.rates), max(found.rates)
         yield f"  {'fps':>9} {f'{low:g} to {high:g}, mostly {found.rates[0]:g}' if high > low else f'{low:g}'}"
+    if data.buckets:
+        scale = found.rows / found.looked_at
+        for bucket, clips in zip(found.buckets, found.clips, strict=True):
+            if clips:
+                yield f"  bucket {bucket}: {clips * scale:,.1f} clips an epoch, {clips / found.looked_at:.1%}"
+        unused = sum(not clips for clips in found.clips)
+        if unused:
+            yield f"  {unused} of {len(found.buckets)} buckets: no clip"
 
 
 def warnings(found: Survey) -> Iterator[str]:
     """What to do about it where it concerns more than a tenth of the clips."""
     data, total = found.data, found.looked_at
-    bad = found.missing + found.too_short
+    bad = found.missing + found.too_short * (not data.buckets)
+    lost = found.too_short + found.too_small
+    if data.buckets and lost > NOTABLE * total:
+        yield f"{lost / total:.0%} of the clips in {found.manifest} are too short or too small for all of data.buckets"
     if bad > NOTABLE * total:
         remedies = []
         if found.missing:
             remedies.append("see that the column path is right for the missing ones")
-        if found.too_short:
+        if found.too_short and not data.buckets:
             remedies.append(_longer(found))
         limit = data.max_bad_fraction
         stops = f", and the run stops beyond data.max_bad_fraction = {limit:g}" if bad > limit * total else ""
@@ -171,7 +245,7 @@ def warnings(found: Survey) -> Iterator[str]:
             remedy = f"data_tools.split --short-side {found.short_side} keeps that much where the videos have it"
         yield (
             f"{len(found.factors) / total:.0%} of the clips in {found.manifest} are enlarged, which blurs them: "
-            f"{remedy}, or lower data.height and data.width"
+            f"{remedy}, or lower {'the resolutions of data.buckets' if data.buckets else 'data.height and data.width'}"
         )
     if found.rates and max(found.rates) > MIXED_RATES * min(found.rates):
         yield (

@@ -103,14 +103,17 @@ class Encoder:
 
     @torch.no_grad()
     def _encode(self, clips: Sequence[Clip]) -> list[Encoded]:
-        """Clips of one height and width; their pixels travel to the device as bytes."""
+        """Those of one height and width together; their pixels travel to the device as bytes."""
         if not clips:
             return []
-        videos = [to_tensor(to_device(clip.pixels, self.device)).to(self.vae.dtype) for clip in clips]
-        moments = self.vae.encode_moments(torch.cat(videos, dim=1)).split([v.shape[1] for v in videos], dim=1)
+        sizes, moments = [clip.pixels.shape[1:3] for clip in clips], {}
+        for size in dict.fromkeys(sizes):
+            alike = [number for number, other in enumerate(sizes) if other == size]
+            videos = [to_tensor(to_device(clips[n].pixels, self.device)).to(self.vae.dtype) for n in alike]
+            found = self.vae.encode_moments(torch.cat(videos, dim=1)).split([v.shape[1] for v in videos], dim=1)
+            moments |= dict(zip(alike, found, strict=True))
         captions = self._encode_captions(list(dict.fromkeys(clip.caption for clip in clips)))
-        pairs = zip(clips, moments, strict=True)
-        return [Encoded(clip.id, found, *captions[clip.caption]) for clip, found in pairs]
+        return [Encoded(clip.id, moments[n], *captions[clip.caption]) for n, clip in enumerate(clips)]
 
     def _encode_captions(self, captions: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
         if not self.together:

@@ -54,12 +54,11 @@ class FrameVAE:
     def encode_moments(self, video: Tensor) -> Tensor:
         """Encode frames [C, T, H, W] in [-1, 1]; return float32 [2 * Cz, T, h, w], the mean and the log-variance.
 
+        h and w are H and W divided by the stride; of pixels beyond a whole latent, the convolutions see some.
+
         A frame's moments depend on that frame alone: whatever the micro-batch, bit for bit on a CPU, to rounding on a
         GPU.
         """
-        height, width = video.shape[-2:]
-        if height % self.spatial_stride or width % self.spatial_stride:
-            raise ValueError(f"{height}x{width} pixels are not a multiple of the autoencoder's {self.spatial_stride}")
         frames = rearrange(video, "c t h w -> t c h w")
         return rearrange(self._in_micro_batches(self._moments, frames), "t c h w -> c t h w")
 

@@ -9,6 +9,7 @@ import torch
 
 from opensora_repro.config import Config, ConfigError
 from opensora_repro.config.sections import encodes_after_start
+from opensora_repro.data.buckets import as_heaviest
 from opensora_repro.parallel.device import total_memory
 from opensora_repro.parallel.mesh import Mesh
 from opensora_repro.planning.encoders import frozen_sizes
@@ -66,7 +67,8 @@ def check_memory(cfg: Config, mesh: Mesh, device: torch.device) -> str:
 
 
 def needed_memory(cfg: Config, mesh: Mesh, device_type: str) -> Memory:
-    """Of one process, by the formulas."""
+    """Of one process, by the formulas; of its heaviest bucket's steps."""
+    cfg = as_heaviest(cfg)
     if device_type == "cpu":  # where what is offloaded lies in the same memory
         cfg = replace(cfg, optim=replace(cfg.optim, offload=False), text=replace(cfg.text, offload=False))
     grid = token_grid(cfg.model, latent_shape(cfg))

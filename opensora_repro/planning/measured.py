@@ -55,6 +55,8 @@ def _of_run(path: Path, gpu: Gpu) -> tuple[set[str], float]:
     if not (path.parent / CONFIG_FILE).is_file():
         raise ConfigError(f"--measured {one_line(path)}: the run's {CONFIG_FILE} is not beside it")
     cfg = load_recorded(path.parent / CONFIG_FILE)
+    if cfg.data.buckets:
+        raise ConfigError(f"--measured {one_line(path)}: a run of several sizes: expected one of one, or --utilisation")
     lines = [(line.get("samples"), line.get("seconds")) for line in JsonLines(path).read()]
     steps = [(n, s) for n, s in lines if isinstance(n, int) and isinstance(s, float | int) and n > 0 and s > 0]
     if len(steps) <= FIRST_STEPS:

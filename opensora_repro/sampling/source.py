@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from opensora_repro.config import Config, ConfigError, load_recorded
+from opensora_repro.data.buckets import as_sampled
 from opensora_repro.frozen.pretrained import frozen_dtype
 from opensora_repro.frozen.text import (
     ClassLabels,
@@ -52,7 +53,7 @@ def find_source(path: Path, *, ema: bool = True, num_heads: int | None = None, f
     checkpoint = _own_checkpoint(path)
     if checkpoint is not None:
         recorded_sha256(checkpoint / CONFIG_FILE)
-        config = load_recorded(checkpoint / CONFIG_FILE)
+        config = as_sampled(load_recorded(checkpoint / CONFIG_FILE))
         name = "ema.safetensors" if ema else "model.safetensors"
         return Source(checkpoint, open_weights(checkpoint / name), config.model, config)
     file = open_weights(path, ema=ema)

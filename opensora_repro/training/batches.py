@@ -6,7 +6,7 @@ Every random number comes from the sample's own keyed generators.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from opensora_repro.config import Config
+from opensora_repro.data.buckets import buckets_of
 from opensora_repro.data.cache import CacheRows, LatentCache
 from opensora_repro.data.dataset import BadSample, Clip, ClipDataset, LoaderDied, build_loader
-from opensora_repro.data.sampler import SharedBatches, interleave, keyed_generator
+from opensora_repro.data.sampler import Shape, SharedBatches, interleave, keyed_generator
 from opensora_repro.diffusion.gaussian import Objective
 from opensora_repro.errors import TrainingError
 from opensora_repro.frozen.encoder import Encoded, Encoder
@@ -32,8 +33,16 @@ Sample: TypeAlias = "tuple[int, Clip | Encoded | BadSample]"  # with the epoch i
 HELD_BYTES = 1 << 30  # cached samples kept in memory
 
 
+class Fetched(list[Sample]):
+    """What one process reads of a micro-batch; `shape` is that of its bucket's samples (None: of the run's one)."""
+
+    def __init__(self, samples: Iterable[Sample], shape: Shape | None = None) -> None:
+        super().__init__(samples)
+        self.shape = shape
+
+
 class Feed(Protocol):
-    def batches(self, first: int, count: int) -> Iterator[list[Sample]]:
+    def batches(self, first: int, count: int) -> Iterator[Fetched]:
         """Micro-batches first .. first + count - 1 of this rank, in order. Raises TrainingError, OSError."""
         ...
 
@@ -45,12 +54,12 @@ class ClipFeed:
         """`pinned`: the clips will be encoded on a GPU."""
         self.dataset, self.sampler, self.num_workers, self.pinned = dataset, sampler, num_workers, pinned
 
-    def batches(self, first: int, count: int) -> Iterator[list[Sample]]:
+    def batches(self, first: int, count: int) -> Iterator[Fetched]:
         loader = build_loader(self.dataset, self.sampler, first, count, self.num_workers, pinned=self.pinned)
         try:
             for number, clips in enumerate(loader, start=first):
                 epochs = [epoch for epoch, _ in self.sampler.batch(number)]
-                yield list(zip(epochs, clips, strict=True))
+                yield Fetched(zip(epochs, clips, strict=True), clips.shape)
         except LoaderDied as error:
             raise TrainingError(str(error)) from error
 
@@ -61,18 +70,19 @@ class CacheFeed:
     A sample that is not in the cache could not be read when it was filled.
     """
 
-    def __init__(self, cache: LatentCache, sampler: SharedBatches, rows: CacheRows, draws: int) -> None:
-        self.cache, self.sampler, self.rows, self.draws = cache, sampler, rows, draws
-        self._absent = set(cache.missing(rows.keys(draws)))
+    def __init__(self, cache: LatentCache, sampler: SharedBatches, rows: CacheRows) -> None:
+        self.cache, self.sampler, self.rows = cache, sampler, rows
+        self._absent = set(cache.missing(rows.keys()))
         self._held: dict[tuple[str, int], Encoded] = {}
         self._held_bytes = 0
 
-    def batches(self, first: int, count: int) -> Iterator[list[Sample]]:
+    def batches(self, first: int, count: int) -> Iterator[Fetched]:
         for number in range(first, first + count):
-            yield [(epoch, self._get(index, epoch % self.draws)) for epoch, index in self.sampler.batch(number)]
+            batch = self.sampler.batch(number)
+            yield Fetched(((epoch, self._get(index, epoch % self.rows.draws)) for epoch, index in batch), batch.shape)
 
     def _get(self, index: int, draw: int) -> Encoded | BadSample:
-        key = (self.rows.name(index), draw)
+        key = self.rows.key(index, draw)
         if key in self._held:
             return self._held[key]
         if key in self._absent:
@@ -109,15 +119,8 @@ class BatchBuilder:
 
     def __init__(self, cfg: Config, vae: FrameVAE, objective: Objective, device: torch.device) -> None:
         self.vae, self.objective, self.device = vae, objective, device
-        self.seed, self.batch_size = cfg.run.seed, cfg.train.batch_size
+        self.seed, self.smallest = cfg.run.seed, buckets_of(cfg)[-1]
         self.patch_size, self.drop_probability = cfg.model.patch_size, cfg.model.class_dropout_prob
-        stride = vae.spatial_stride
-        self.latent_shape = (
-            vae.latent_channels,
-            cfg.data.num_frames,
-            cfg.data.height // stride,
-            cfg.data.width // stride,
-        )
         self.text_shape = (cfg.model.model_max_length, cfg.model.caption_channels)
 
     def build(self, samples: Sequence[tuple[int, Encoded]]) -> Batch:
@@ -149,13 +152,15 @@ class BatchBuilder:
             num_tokens=num_tokens * len(samples),
         )
 
-    def stand_in(self) -> Batch:
+    def stand_in(self, shape: Shape | None = None, size: int = 0) -> Batch:
         """Zeros with weight 0: a rank without a readable sample still joins the others' exchange.
 
-        As many samples as a batch has, for which memory is there and compiled blocks exist.
+        As many samples as the batch should have had, for which memory is there and compiled blocks exist; None: any's.
         """
-        size, device = self.batch_size, self.device
-        zeros = torch.zeros(size, *self.latent_shape, device=device)
+        shape, size, device = shape or self.smallest.shape, size or self.smallest.batch_size, self.device
+        frames, height, width = shape
+        stride = self.vae.spatial_stride
+        zeros = torch.zeros(size, self.vae.latent_channels, frames, height // stride, width // stride, device=device)
         return Batch(
             ids=[],
             latents=zeros,
@@ -192,7 +197,7 @@ class Collator:
         """
         self.encoder, self.builder, self.members, self.spread = encoder, builder, members, spread
 
-    def collate(self, samples: list[Sample] | None) -> PreparedBatch:
+    def collate(self, samples: Fetched | None) -> PreparedBatch:
         """Collective among `members`, or all processes where the text encoder is `spread`.
 
         `samples` None: this process cannot read on.
@@ -212,7 +217,7 @@ class Collator:
             return self._lost()
         everyone = interleave(parts)
         good = [(epoch, encoded) for epoch, encoded in everyone if encoded is not None]
-        batch = self.builder.build(good) if good else self.builder.stand_in()
+        batch = self.builder.build(good) if good else self.builder.stand_in(samples.shape, len(everyone))
         return PreparedBatch(batch, bad, len(everyone) - len(good))
 
     def _join(self) -> None:
@@ -231,13 +236,11 @@ class Collator:
 class Prefetcher:
     """A run's micro-batches in order. Whether they are prefetched changes when things are done, not what."""
 
-    def __init__(
-        self, samples: Iterator[list[Sample]], collator: Collator, device: torch.device, *, overlap: bool
-    ) -> None:
+    def __init__(self, samples: Iterator[Fetched], collator: Collator, device: torch.device, *, overlap: bool) -> None:
         """`overlap`: collate the next micro-batch on a stream of its own beside the training, not only fetch it."""
         self._samples, self._collator = samples, collator
         self._side = SideStream(device) if overlap else None
-        self._fetched: list[Sample] | None = None
+        self._fetched: Fetched | None = None
         self._over = False
         self._ready: PreparedBatch | None = None
         self.error: TrainingError | None = None  # why nothing more can be read
@@ -256,7 +259,7 @@ class Prefetcher:
             with self._side.entered():
                 self._ready = self._collator.collate(self._fetched)
 
-    def _next(self) -> list[Sample] | None:
+    def _next(self) -> Fetched | None:
         if self.error is not None:
             return None
         try:

@@ -53,7 +53,7 @@ class TrainState:
     samples_seen: int = 0  # good samples that reached the model
     bad_steps: int = 0  # non-finite steps in a row up to now
     ema_updates: int = 0
-    global_batch_size: int = 0  # samples a step over all ranks and micro-batches
+    global_batch_sizes: list[int] = field(default_factory=list)  # samples a step of each bucket, over all ranks
     data_fingerprint: str = ""  # of the samples' ids, which the sampler's order depends on
     identity: dict[str, Any] = field(default_factory=dict)  # of manifest and frozen models, see identity.py
 
@@ -78,7 +78,9 @@ def read_state(folder: Path) -> tuple[TrainState, dict[str, str]]:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version, hashes = content.pop("schema_version"), content.pop("sha256")
         content.pop("device", None)  # for people, and for plans, see planning/measured.py
-        content.pop("position", None)  # of earlier releases: step * global_batch_size
+        content.pop("position", None)  # of earlier releases, which had one size
+        if "global_batch_size" in content:
+            content["global_batch_sizes"] = [content.pop("global_batch_size")]
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"checkpoint {folder} is damaged: {STATE_FILE} cannot be read ({error})") from None
     if version != SCHEMA_VERSION:

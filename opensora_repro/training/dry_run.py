@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from opensora_repro.config import Config, dump_toml
+from opensora_repro.data.buckets import as_heaviest, buckets_of
 from opensora_repro.parallel.device import choose_device
 from opensora_repro.parallel.mesh import Mesh, launched_as
 from opensora_repro.planning.budget import step_flops
@@ -21,7 +22,7 @@ from opensora_repro.training.ema import horizon_warning
 from opensora_repro.training.identity import check_manifest
 from opensora_repro.training.optim import check_processes
 from opensora_repro.training.preflight import find_manifest, preflight
-from opensora_repro.training.start import Stage, Start, find_start, global_batch_size
+from opensora_repro.training.start import Stage, Start, find_start, global_batch_sizes
 from opensora_repro.weights.files import find_weights, weights_to_come
 
 
@@ -54,12 +55,15 @@ def _plan(
     cfg: Config, stage: Stage, mesh: Mesh, gpu: Gpu | None, start: Start, rows: int | None
 ) -> Iterator[tuple[str, str]]:
     """What follows from the config alone, by name."""
-    samples = global_batch_size(cfg, mesh.data_size)
+    several, cfg = len(buckets_of(cfg)), as_heaviest(cfg)
+    (samples,) = global_batch_sizes(cfg, mesh.data_size)
     shape = latent_shape(cfg)
     grid = token_grid(cfg.model, shape)
     yield "stage", f"{stage.name}, {stage.title}"
     parameters = count_parameters(cfg.model)
     yield "model", f"{parameters:,} parameters" + (", temporal attention" if cfg.model.temporal_attention else "")
+    if several > 1:
+        yield "buckets", f"{several}, told apart below; what follows is of the heaviest one"
     sizes = "x".join(map(str, shape))
     yield "latents", f"{sizes} -> {grid.tokens:,} tokens a sample, {grid.tokens * samples:,} a step"
     yield "processes", f"{mesh.world_size} = {mesh.data_size} data x {mesh.sp_size} sequence x {mesh.tp_size} tensor"
@@ -67,7 +71,7 @@ def _plan(
     flops, again, encoding = step_flops(cfg, forward_products(cfg.model, grid), frozen_sizes(cfg), samples)
     yield "step", f"{samples} samples ({batch}): {operations(flops)} in the transformer"
     yield "overhead", encoding_and_recomputation(encoding, again)
-    if rows is not None:
+    if rows is not None and several == 1:
         yield "data", f"{rows:,} rows; {cfg.train.steps} steps are {cfg.train.steps * samples / rows:.3g} epochs"
     if gpu is not None:
         memory = needed_memory(cfg, mesh, "cuda")

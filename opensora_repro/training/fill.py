@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 from opensora_repro.config import Config
 from opensora_repro.data.cache import CacheRows, LatentCache
 from opensora_repro.data.dataset import BadSample, Clip, ClipDataset, LoaderDied, build_loader
-from opensora_repro.data.sampler import SampleBatch
+from opensora_repro.data.sampler import SampleBatch, Shape
 from opensora_repro.errors import TrainingError, cannot_write
 from opensora_repro.files import Sha256Memo, digest
 from opensora_repro.frozen.encoder import Encoder
@@ -28,7 +28,8 @@ def cache_fingerprint(cfg: Config, encoder: Encoder) -> str:
     The frozen models enter by their files' digests, which `data.cache` remembers.
     """
     hash_file = Sha256Memo.in_file(Path(cfg.data.cache) / FROZEN_HASHES)
-    keys = ("num_frames", "frame_interval", "height", "width", "flip", "draws")
+    keys = ["frame_interval", "flip", "draws"]
+    keys += [] if cfg.data.buckets else ["num_frames", "height", "width"]  # buckets: each sample's key says it
     content = {
         "vae": encoder.vae.fingerprint(hash_file),
         "text": encoder.text.fingerprint(hash_file),
@@ -55,7 +56,7 @@ class CacheFill:
 
     def missing(self) -> set[tuple[str, int]]:
         """(row's name, draw) of what the cache lacks, in any share."""
-        return set(self.cache.missing(self.rows.keys(self.dataset.cfg.draws)))
+        return set(self.cache.missing(self.rows.keys()))
 
     def encode(self) -> Generator[tuple[int, BadSample | None], None, None]:
         """Encode what the share lacks; yields each sample's index, and what could not be read instead of the sample.
@@ -69,11 +70,12 @@ class CacheFill:
         # A share is of all rows, not of those missing: others write while this one looks. A row's draws stay
         # together, so that its caption is encoded once.
         own = range(self.rank, len(self.rows), self.world_size)
-        draws = range(self.dataset.cfg.draws)
-        todo = [(draw, index) for index in own for draw in draws if (self.rows.name(index), draw) in missing]
+        draws = range(self.rows.draws)
+        todo = [(draw, index) for index in own for draw in draws if self.rows.key(index, draw) in missing]
         if not todo:
             return
-        samples = self.encoder.encoded(_load(self.dataset, todo, self.num_workers))
+        shapes = [self.rows.shape(index, draw) for draw, index in todo]
+        samples = self.encoder.encoded(_load(self.dataset, todo, shapes, self.num_workers))
         interval = 0.5 if sys.stderr.isatty() else 15.0
         bar = tqdm(
             total=len(todo), desc="encoding", unit="clip", mininterval=interval, dynamic_ncols=True,
@@ -84,7 +86,7 @@ class CacheFill:
                 bad = sample if isinstance(sample, BadSample) else None
                 if not isinstance(sample, BadSample):
                     entry = {"moments": sample.moments, "text": sample.text, "mask": sample.mask}
-                    self.cache.put((self.rows.name(index), draw), entry)
+                    self.cache.put(self.rows.key(index, draw), entry)
                 if done % FLUSH_EVERY == 0:
                     self.cache.flush()
                 bar.update(1)
@@ -110,8 +112,8 @@ def fill_cache(fill: CacheFill, engine: TorchEngine, quarantine: Quarantine, sto
     A process with too many bad samples in its own share pauses, so that all judge whether there are too many in all.
     Raises, in every process alike, DataError where there are, TrainingError where a process cannot go on.
     """
-    missing = {name for name, _ in fill.missing()}
-    quarantine.saw([index for index in range(len(fill.rows)) if fill.rows.name(index) not in missing])
+    missing = fill.missing()
+    quarantine.saw([index for index in range(len(fill.rows)) if missing.isdisjoint(fill.rows.keys_of(index))])
     while True:
         tried, error = Tried(), None
         try:
@@ -148,24 +150,28 @@ def _try_share(fill: CacheFill, tried: Tried, quarantine: Quarantine, stopped: C
     tried.full, tried.stopped = True, stopped()
 
 
-def load_listed(dataset: ClipDataset, indices: list[int], num_workers: int) -> Iterator[Clip | BadSample]:
-    """The samples of these indexes, in order."""
-    return _load(dataset, [(0, index) for index in indices], num_workers)
+def load_listed(
+    dataset: ClipDataset, indices: Sequence[int], shapes: Sequence[Shape], num_workers: int
+) -> Iterator[Clip | BadSample]:
+    """The samples of these indexes in these shapes, in order."""
+    return _load(dataset, [(0, index) for index in indices], shapes, num_workers)
 
 
 class _Listed:
     """A sampler of listed (draw, index) pairs, one a batch, for the loader."""
 
-    def __init__(self, pairs: list[tuple[int, int]]) -> None:
-        self._pairs = pairs
+    def __init__(self, pairs: Sequence[tuple[int, int]], shapes: Sequence[Shape | None]) -> None:
+        self._pairs, self._shapes = pairs, shapes
 
     def batch(self, step: int) -> SampleBatch:
-        return SampleBatch([self._pairs[step]])
+        return SampleBatch([self._pairs[step]], self._shapes[step])
 
 
-def _load(dataset: ClipDataset, pairs: list[tuple[int, int]], num_workers: int) -> Iterator[Clip | BadSample]:
+def _load(
+    dataset: ClipDataset, pairs: Sequence[tuple[int, int]], shapes: Sequence[Shape | None], num_workers: int
+) -> Iterator[Clip | BadSample]:
     try:
-        for (sample,) in build_loader(dataset, _Listed(pairs), 0, len(pairs), num_workers):
+        for (sample,) in build_loader(dataset, _Listed(pairs, shapes), 0, len(pairs), num_workers):
             yield sample
     except LoaderDied as error:
         raise TrainingError(str(error)) from error

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from opensora_repro.config import Config
-from opensora_repro.data.sampler import drawn
+from opensora_repro.data.buckets import as_sampled
+from opensora_repro.data.sampler import Schedule
 from opensora_repro.diffusion.gaussian import Objective
 from opensora_repro.errors import DataError, TrainingError, cannot_write, is_out_of_memory, out_of_memory
 from opensora_repro.frozen.encoder import Encoder
@@ -53,6 +54,7 @@ class Trainer:
     objective: Objective
     encoder: Encoder
     ema: Ema
+    schedule: Schedule
     feed: Feed
     state: TrainState
     writer: CheckpointWriter
@@ -147,6 +149,7 @@ class Trainer:
         started, waited = time.perf_counter(), self._batches.seconds_waited
         cfg, state = self.cfg, self.state
         pending = PendingStep(state.step + 1, learning_rate(cfg.optim, state.step, cfg.train.steps))
+        pending.rows = self.schedule.step(state.step).rows
         totals = StepTotals(torch.zeros((), dtype=torch.float64, device=self.engine.device))
         for number in range(cfg.train.accumulation):
             self._micro_batch(pending, totals, last=number == cfg.train.accumulation - 1)
@@ -155,7 +158,7 @@ class Trainer:
             self.engine,
             totals,
             stopping=self.stop.received is not None or self._own_error() is not None,
-            global_batch_size=state.global_batch_size,
+            global_batch_size=len(pending.rows),
             clip_norm=cfg.optim.clip_norm,
         )
         pending.result = HostValues(decision.result)
@@ -179,10 +182,10 @@ class Trainer:
         batch = ready.batch
         if self.cfg.optim.in_backward and batch.ids:
             self._moving = True
-            self.engine.step_in_backward(pending.lr, self.state.global_batch_size / len(batch.ids))
+            self.engine.step_in_backward(pending.lr, len(pending.rows) / len(batch.ids))
         with self.engine.accumulating(last=last):
             losses = self._losses(batch)
-            share = batch.weight / (self.cfg.train.batch_size * self.cfg.train.accumulation)
+            share = batch.weight * self.engine.mesh.data_size / len(pending.rows)
             self.engine.backward(losses.sum() * share)
         totals.loss += losses.detach().double().sum() * batch.weight
         totals.samples += len(batch.ids)
@@ -212,9 +215,7 @@ class Trainer:
         if found.lost:  # as if it had not begun
             self.state.step -= 1
             return
-        count = self.state.global_batch_size
-        first = (pending.number - 1) * count  # of its samples, in the order that they are drawn in
-        self.quarantine.saw(drawn(self.quarantine.num_samples, self.cfg.run.seed, first, count))
+        self.quarantine.saw(pending.rows)
         if found.bad:
             self._record_bad_samples(pending)
         if found.stepped:
@@ -317,7 +318,9 @@ class Trainer:
 
     def _sample(self, encoded: EncodedPrompts) -> None:
         try:
-            videos = sample_prompts(self.cfg, self.model, self.engine.eval_forward, self.encoder.vae, encoded)
+            videos = sample_prompts(
+                as_sampled(self.cfg), self.model, self.engine.eval_forward, self.encoder.vae, encoded
+            )
         except NotFinite as error:
             self.progress.say(f"warning: no samples of step {self.state.step}: {error}")
             return

@@ -11,6 +11,7 @@ import torch
 
 from opensora_repro.config import Config, ConfigError
 from opensora_repro.config.sections import validates
+from opensora_repro.data.buckets import as_sampled
 from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.preflight import SAMPLED_ROWS, keyed_sample, require_usable, survey, table, warnings
 from opensora_repro.data.tables import kind_by_name
@@ -25,7 +26,7 @@ from opensora_repro.run_folder import check_folder
 from opensora_repro.sampling.generate import check_fit
 from opensora_repro.training.identity import frozen_identity
 from opensora_repro.training.start import Stage, Start
-from opensora_repro.training.validate import chosen_samples
+from opensora_repro.training.validate import chosen_rows
 from opensora_repro.weights.files import open_weights, weights_to_come
 from opensora_repro.weights.load import check_complete, inserts_temporal_attention
 
@@ -63,7 +64,7 @@ def preflight(
     encoder = None
     try:
         encoder = open_encoder(cfg, device or torch.device("cpu"))
-        check_fit(cfg, encoder.vae, encoder.text)
+        check_fit(as_sampled(cfg), encoder.vae, encoder.text)
         if start.resumes or not dry:
             start.state.identity |= frozen_identity(cfg, start, encoder)
     except ModelNotFound as error:
@@ -81,7 +82,7 @@ def preflight(
         if held_out is None:
             yield to_come("data.val_manifest", cfg.data.val_manifest)
         else:
-            held_out = held_out.take(chosen_samples(held_out["id"].to_pylist(), cfg.validation.max_samples))
+            held_out = held_out.take(chosen_rows(held_out["id"].to_pylist(), cfg.validation.max_samples))
             yield from clips(cfg, held_out, "held-out clips of", cfg.data.val_manifest, here=device is not None)
     if frame is not None and encoder is not None:
         looked = keyed_sample(frame, SAMPLED_ROWS)["caption"].to_pylist()

@@ -11,10 +11,11 @@ from typing import Any
 
 from opensora_repro.config import Config, dump_toml
 from opensora_repro.config.sections import encodes_after_start, encodes_always, validates
+from opensora_repro.data.buckets import as_sampled, assigned, buckets_of
 from opensora_repro.data.cache import CacheRows, LatentCache
 from opensora_repro.data.dataset import ClipDataset
 from opensora_repro.data.manifest import read_manifest
-from opensora_repro.data.sampler import BatchSampler, SharedBatches
+from opensora_repro.data.sampler import BatchSampler, Schedule, SharedBatches
 from opensora_repro.diffusion.gaussian import build_objective
 from opensora_repro.files import sha256_of, write_text
 from opensora_repro.frozen.encoder import open_encoder, skipped_models
@@ -116,15 +117,19 @@ class _Run:
     def _open_data(self) -> None:
         cfg = self.cfg
         self.dataset = ClipDataset(self.table, cfg.data, cfg.run.seed)
-        self.rows = CacheRows(self.table) if cfg.data.cache else None
-        val_manifest = cfg.data.val_manifest if validates(cfg) else None
-        self.held_out = ClipDataset(val_manifest, cfg.data, cfg.run.seed, augment=False) if val_manifest else None
+        self.buckets, assignment = buckets_of(cfg), assigned(self.table, cfg)
+        samples = self.start.state.global_batch_sizes
+        self.schedule = Schedule(assignment, samples, cfg.run.seed, draws=cfg.data.draws)
+        self.rows = CacheRows(self.table, cfg, assignment) if cfg.data.cache else None
+        held_out = read_manifest(cfg.data.val_manifest) if validates(cfg) else None
+        self.held_out = None if held_out is None else ClipDataset(held_out, cfg.data, cfg.run.seed, augment=False)
+        self.chosen = [] if held_out is None else chosen_samples(held_out, cfg)
 
     def _build_model(self) -> None:
         cfg, device = self.cfg, self.engine.device
         self.kernels = choose(cfg.train.kernels, device.type)  # before the blocks are built and compiled with them
         self.encoder = open_encoder(cfg, device, build_shards(self.engine) if cfg.text.shard else None)
-        check_fit(cfg, self.encoder.vae, self.encoder.text)
+        check_fit(as_sampled(cfg), self.encoder.vae, self.encoder.text)
         self.model, self.report = build_model(cfg, device, load_init=not self.start.resumes)
         self.compiles = compiles(cfg, device.type)
         if self.compiles:
@@ -183,10 +188,9 @@ class _Run:
 
     def _build_validator(self) -> Validator:
         assert self.held_out is not None
-        chosen = chosen_samples(self.held_out.rows["id"].to_pylist(), self.cfg.validation.max_samples)
-        with contextlib.closing(self._quarantine(len(chosen), "held-out samples")) as quarantine:
+        with contextlib.closing(self._quarantine(len(self.chosen), "held-out samples")) as quarantine:
             validator = Validator(
-                self.cfg, self.held_out, chosen, self.encoder, self.objective, self.engine, quarantine,
+                self.cfg, self.held_out, self.chosen, self.encoder, self.objective, self.engine, quarantine,
                 stopped=self.stop.requested,
             )  # fmt: skip
             self._tell_bad(quarantine)
@@ -194,9 +198,9 @@ class _Run:
 
     def _build_feed(self, quarantine: Quarantine) -> Feed:
         cfg, engine, mesh = self.cfg, self.engine, self.engine.mesh
-        whole = BatchSampler(
-            len(self.dataset), cfg.train.batch_size, cfg.run.seed, rank=mesh.data_rank, world_size=mesh.data_size
-        )
+        shapes = [bucket.shape for bucket in self.buckets]
+        share = {"rank": mesh.data_rank, "world_size": mesh.data_size, "accumulation": cfg.train.accumulation}
+        whole = BatchSampler(self.schedule, shapes, **share)
         sampler = SharedBatches(whole, mesh.member, mesh.model_size)
         if self.rows is None:
             pinned = engine.device.type == "cuda"
@@ -205,7 +209,7 @@ class _Run:
         fill = CacheFill(self.dataset, self.rows, self.encoder, cache, cfg.data.num_workers, mesh.rank, mesh.world_size)
         fill_cache(fill, engine, quarantine, self.stop.requested)
         self._tell_bad(quarantine)
-        return CacheFeed(cache, sampler, self.rows, cfg.data.draws)
+        return CacheFeed(cache, sampler, self.rows)
 
     def _release_encoder(self) -> None:
         skipped = skipped_models(self.engine.world.gather(self.encoder.not_loaded()))
@@ -224,6 +228,7 @@ class _Run:
             objective=self.objective,
             encoder=self.encoder,
             ema=self.ema,
+            schedule=self.schedule,
             feed=feed,
             state=state,
             writer=CheckpointWriter(self.run_dir, engine, dump_toml(cfg), keep=keep, background=background),

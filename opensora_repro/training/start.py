@@ -73,9 +73,11 @@ class Start:
         return self.checkpoint is not None
 
 
-def global_batch_size(cfg: Config, data_size: int) -> int:
-    """Samples a step over all data ranks and micro-batches."""
-    return cfg.train.batch_size * cfg.train.accumulation * data_size
+def global_batch_sizes(cfg: Config, data_size: int) -> list[int]:
+    """Samples a step of each bucket, over all data ranks and micro-batches."""
+    from opensora_repro.data.buckets import buckets_of
+
+    return [bucket.batch_size * cfg.train.accumulation * data_size for bucket in buckets_of(cfg)]
 
 
 def find_start(cfg: Config, data_size: int, report: Callable[[str], None] = print) -> Start:
@@ -83,18 +85,19 @@ def find_start(cfg: Config, data_size: int, report: Callable[[str], None] = prin
     from opensora_repro.training.checkpoint import TrainState, newest_checkpoint
 
     run_dir = Path(cfg.run.dir)
-    samples = global_batch_size(cfg, data_size)
+    samples = global_batch_sizes(cfg, data_size)
     found = newest_checkpoint(run_dir, report)
     if found is None:
-        return Start(None, TrainState(global_batch_size=samples))
+        return Start(None, TrainState(global_batch_sizes=samples))
     checkpoint, state = found
     changes = changed_settings(load_recorded(checkpoint / CONFIG_FILE), cfg)
-    if state.global_batch_size != samples:
-        parts = f"{cfg.train.batch_size} x {cfg.train.accumulation} x {data_size} data ranks"
-        changes.append(
-            f"samples a step (train.batch_size x train.accumulation x data ranks) = {state.global_batch_size} there, "
-            f"{samples} here ({parts})"
-        )
+    parts = cfg.train.accumulation * data_size
+    for there, here in zip(state.global_batch_sizes, samples, strict=False):
+        if there != here:
+            changes.append(
+                f"samples a step (train.batch_size x train.accumulation x data ranks) = {there} there, {here} here "
+                f"({here // parts} x {cfg.train.accumulation} x {data_size} data ranks)"
+            )
     if changes:
         shown = "; ".join(changes[:6]) + (f"; and {len(changes) - 6} more" if len(changes) > 6 else "")
         raise ConfigError(
@@ -124,7 +127,10 @@ def _check_steps(cfg: Config, recorded: int, done: int) -> None:
 
 def changed_settings(recorded: Config, current: Config) -> list[str]:
     """`section.key = OLD there, NEW here` for every setting that changes the run."""
-    old, new = config_dict(recorded), config_dict(current)
+    old, new = (config_dict(cfg) for cfg in (recorded, current))
+    for buckets in (old["data"]["buckets"], new["data"]["buckets"]):
+        for bucket in buckets:
+            del bucket["batch_size"]  # samples a step are compared as a whole
     return [
         f"{section}.{key} = {_shown(old[section][key])} there, {_shown(new[section][key])} here"
         for section in new

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,6 +57,7 @@ class PendingStep:
     lr: float
     seconds: float = 0.0
     seconds_waited: float = 0.0  # for samples
+    rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # of its samples, in the manifest
     ids: list[str] = field(default_factory=list)
     bad_samples: list[BadSample] = field(default_factory=list)
     result: HostValues | None = None  # once all of the step has been given

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
 from opensora_repro.config import Config
+from opensora_repro.data.buckets import Bucket, buckets_of, largest
 from opensora_repro.data.dataset import BadSample, ClipDataset
 from opensora_repro.data.sampler import keyed_generator, keyed_seed
 from opensora_repro.diffusion.gaussian import Objective
@@ -17,11 +19,19 @@ from opensora_repro.training.fill import load_listed
 from opensora_repro.training.metrics import Quarantine
 from opensora_repro.training.step import ModelRunner
 
+Chosen = tuple[int, Bucket]  # a row, and the largest bucket that takes it
 
-def chosen_samples(ids: Sequence[str], max_samples: int) -> list[int]:
+
+def chosen_rows(ids: Sequence[str], max_samples: int) -> list[int]:
     """Indexes of at most `max_samples`, the same in every run: a keyed choice, so that order in the file is no bias."""
     order = sorted(range(len(ids)), key=lambda index: keyed_seed(0, "validation", ids[index]))
     return sorted(order[:max_samples])
+
+
+def chosen_samples(table: Any, cfg: Config) -> list[Chosen]:
+    """Those of a held-out manifest's chosen rows that a bucket takes."""
+    rows, buckets = chosen_rows(table["id"].to_pylist(), cfg.validation.max_samples), buckets_of(cfg)
+    return [(row, buckets[of]) for row, of in zip(rows, largest(table.take(rows), cfg), strict=True) if of >= 0]
 
 
 class Validator:
@@ -31,7 +41,7 @@ class Validator:
         self,
         cfg: Config,
         dataset: ClipDataset,
-        chosen: Sequence[int],
+        chosen: Sequence[Chosen],
         encoder: Encoder,
         objective: Objective,
         engine: TorchEngine,
@@ -39,23 +49,25 @@ class Validator:
         *,
         stopped: Callable[[], bool] = lambda: False,
     ):
-        """`chosen`: indices of `dataset`. What cannot be read of them goes to `quarantine`, which counts these alone.
+        """`chosen`: of `dataset`. What cannot be read of them goes to `quarantine`, which counts these alone.
 
         Collective. Once `stopped()`, no more are read: nothing will be validated. Raises DataError, in all processes
         alike, where too many cannot be read, TrainingError where a process cannot go on.
         """
         self.cfg, self.encoder, self.objective, self.engine = cfg, encoder, objective, engine
         self.timesteps = objective.fixed_timesteps(cfg.validation.timesteps)
-        self.samples: list[Encoded] = []
+        self.samples: dict[Bucket, list[Encoded]] = {}
         bad: list[BadSample] = []
         error = None
         try:
-            own = list(chosen[engine.mesh.data_rank :: engine.mesh.data_size])
-            for sample in encoder.encoded(load_listed(dataset, own, cfg.data.num_workers)):
+            own = chosen[engine.mesh.data_rank :: engine.mesh.data_size]
+            rows, shapes = [row for row, _ in own], [bucket.shape for _, bucket in own]
+            samples = encoder.encoded(load_listed(dataset, rows, shapes, cfg.data.num_workers))
+            for (_, bucket), sample in zip(own, samples, strict=True):
                 if isinstance(sample, BadSample):
                     bad.append(sample)
                 else:
-                    self.samples.append(sample.cpu())
+                    self.samples.setdefault(bucket, []).append(sample.cpu())
                 if stopped():
                     break
         except TrainingError as found:
@@ -76,9 +88,7 @@ class Validator:
     def losses(self, model: ModelRunner) -> list[float]:
         """Mean loss at each fixed timestep over all held-out samples of all ranks."""
         sums = torch.zeros(len(self.timesteps), dtype=torch.float64, device=self.engine.device)
-        size = self.cfg.train.batch_size
-        for first in range(0, len(self.samples), size):
-            samples = self.samples[first : first + size]
+        for samples in self._batches():
             latents = torch.stack([self.encoder.vae.sample_latents(sample.moments, None) for sample in samples])
             latents = latents.to(self.engine.device)
             generators = [keyed_generator(0, 0, sample.id, "validation noise") for sample in samples]
@@ -91,3 +101,8 @@ class Validator:
                 sums[index] += losses.double().sum()
         sums = self.engine.sum(sums) / self.engine.mesh.model_size  # as many ranks have the same samples
         return (sums / self.num_samples).tolist()
+
+    def _batches(self) -> Iterator[list[Encoded]]:
+        for bucket, samples in self.samples.items():
+            for first in range(0, len(samples), bucket.batch_size):
+                yield samples[first : first + bucket.batch_size]

@@ -8,12 +8,15 @@ from opensora_repro.config import Config, load_recorded
 
 
 def axes(cfg: Config, stride: int) -> dict[str, tuple[int, float]]:
-    """Tokens along each axis and the distance of their positions; `stride` is the autoencoder's, in pixels."""
+    """Most tokens along each axis and the distance of their positions; `stride` is the autoencoder's, in pixels."""
+    from opensora_repro.data.buckets import buckets_of  # late, for stages' --help
+
     frames, rows, columns = cfg.model.patch_size
+    num_frames, height, width = (max(sizes) for sizes in zip(*(b.shape for b in buckets_of(cfg)), strict=True))
     return {
-        "frames": (math.ceil(cfg.data.num_frames / frames), 1 / cfg.model.time_scale),
-        "rows": (math.ceil(cfg.data.height / stride / rows), 1 / cfg.model.space_scale),
-        "columns": (math.ceil(cfg.data.width / stride / columns), 1 / cfg.model.space_scale),
+        "frames": (math.ceil(num_frames / frames), 1 / cfg.model.time_scale),
+        "rows": (math.ceil(height / stride / rows), 1 / cfg.model.space_scale),
+        "columns": (math.ceil(width / stride / columns), 1 / cfg.model.space_scale),
     }
 
 

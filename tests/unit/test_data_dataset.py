@@ -23,7 +23,7 @@ from benchmarks import tables
 from opensora_repro.config import DataConfig
 from opensora_repro.data.dataset import BadSample, Clip, ClipDataset, build_loader, to_tensor
 from opensora_repro.data.manifest import read_manifest
-from opensora_repro.data.sampler import BatchSampler
+from opensora_repro.data.sampler import BatchSampler, Schedule, Shape, everything
 from opensora_repro.data.video import cover_size, read_frames_at
 from tests.frames import write_manifest
 
@@ -127,10 +127,14 @@ def test_unreadable_samples_are_named_never_replaced(manifest: Path) -> None:
         assert sample.path == column(dataset, "path")[column(dataset, "id").index(name)]
 
 
+def sampler_of(dataset: ClipDataset, size: int, seed: int, shape: Shape | None = None) -> BatchSampler:
+    return BatchSampler(Schedule(everything(len(dataset)), [size], seed), [shape or dataset.shape])
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(manifest: Path, workers: int) -> None:
     dataset = ClipDataset(manifest, CONFIG, 5)
-    sampler = BatchSampler(len(dataset), 3, 1)
+    sampler = sampler_of(dataset, 3, 1)
     torch.manual_seed(0)
     plain = list(build_loader(dataset, sampler, 4, 6, 0))
     ahead = list(build_loader(dataset, sampler, 4, 6, workers))
@@ -167,7 +171,7 @@ def test_a_loader_process_has_no_rows_of_its_own(tmp_path: Path) -> None:
 
 def test_batches_of_another_shape(manifest: Path) -> None:
     dataset = ClipDataset(manifest, CONFIG, 5)
-    (batch,) = build_loader(dataset, BatchSampler(len(dataset), 4, 1, shape=(2, 32, 32)), 0, 1, 0)
+    (batch,) = build_loader(dataset, sampler_of(dataset, 4, 1, (2, 32, 32)), 0, 1, 0)
     assert batch.shape == (2, 32, 32)
     assert {tuple(s.pixels.shape) for s in batch if isinstance(s, Clip)} == {(2, 32, 32, 3)}
 
@@ -187,7 +191,7 @@ def load_for_ever(manifest: Path, log: Path, line: Connection) -> None:
     stop: list[int] = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
     dataset = ClipDataset(manifest, CONFIG, 0)
-    sampler = BatchSampler(len(dataset), 2, 0)
+    sampler = sampler_of(dataset, 2, 0)
     for number, batch in enumerate(build_loader(dataset, sampler, 0, 10**6, 2)):
         if number == 0:
             line.send([process.pid for process in multiprocessing.active_children()])

@@ -14,7 +14,7 @@ from torch import nn
 from torch.torch_version import TorchVersion
 
 from opensora_repro.config import ParallelConfig
-from opensora_repro.data.sampler import BatchSampler, SharedBatches, interleave
+from opensora_repro.data.sampler import BatchSampler, Schedule, SharedBatches, everything, interleave
 from opensora_repro.errors import EngineError
 from opensora_repro.parallel.build import build_engine
 from opensora_repro.parallel.mesh import Mesh
@@ -57,7 +57,7 @@ def test_a_cut_takes_the_same_heads_of_queries_keys_and_values() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_a_group_reads_each_sample_once(size: int) -> None:
-    sampler = BatchSampler(7, 4, seed=3)
+    sampler = BatchSampler(Schedule(everything(7), [4], seed=3), [(1, 8, 8)])
     for step in range(4):
         parts = [SharedBatches(sampler, member, size).batch(step) for member in range(size)]
         assert interleave(parts) == list(sampler.batch(step))

@@ -89,3 +89,4 @@ def test_stand_in_has_the_shape_and_no_weight(vae: FrameVAE) -> None:
     assert [x.shape for x in real.tensors()] == [x.shape for x in empty.tensors()]
     assert [x.shape for x in row(real, 0)] == [x.shape for x in row(empty, 0)]
     assert (empty.weight, empty.num_tokens, empty.ids) == (0.0, 0, [])
+    assert build.stand_in((3, 16, 30), 5).latents.shape[2:] == (3, 2, 3)

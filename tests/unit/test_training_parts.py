@@ -19,7 +19,6 @@ import torch
 
 from opensora_repro.config import Config, ConfigError, OptimConfig, dump_toml
 from opensora_repro.data.dataset import BadSample
-from opensora_repro.data.sampler import BatchSampler, drawn
 from opensora_repro.errors import DataError, TrainingError
 from opensora_repro.kernels.adamw import FusedAdamW
 from opensora_repro.models.config import STDiTConfig
@@ -218,15 +217,6 @@ def test_the_share_counts_samples_seen_from_twenty_on(tmp_path: Path) -> None:
         few.check()
 
 
-def test_the_samples_of_a_step_are_those_that_the_ranks_draw() -> None:
-    for step in (0, 3, 7):
-        ranks = [BatchSampler(5, 2, 42, rank=rank, world_size=2).batch(step) for rank in range(2)]
-        expected = [index for batch in ranks for _, index in batch]
-        assert drawn(5, 42, 4 * step, 4).tolist() == expected
-    assert sorted(drawn(3, 1, 2, 7).tolist()[1:4]) == [0, 1, 2]
-    assert drawn(3, 1, 2, 0).tolist() == []
-
-
 def test_quarantine_of_an_earlier_start_is_not_written_twice(tmp_path: Path) -> None:
     for _ in range(2):
         quarantine = Quarantine(tmp_path, num_samples=20, max_fraction=0.1)
@@ -239,7 +229,7 @@ def test_quarantine_of_an_earlier_start_is_not_written_twice(tmp_path: Path) -> 
 
 
 def saved_run(tmp_path: Path, cfg: Config) -> None:
-    write_checkpoint(tmp_path, STDiT(TINY), dump_toml(cfg), TrainState(step=4, global_batch_size=8))
+    write_checkpoint(tmp_path, STDiT(TINY), dump_toml(cfg), TrainState(step=4, global_batch_sizes=[8]))
 
 
 def test_resumes_with_equal_or_freely_changed_settings(tmp_path: Path) -> None:
@@ -296,7 +286,7 @@ def test_steps_that_would_undo_what_was_done(
     tmp_path: Path, steps: int, decay: int, done: int, wanted: int, shown: str | None
 ) -> None:
     cfg = changed(Config(model=TINY), run__dir=str(tmp_path), train__steps=steps, optim__decay_steps=decay)
-    write_checkpoint(tmp_path, STDiT(TINY), dump_toml(cfg), TrainState(step=done, global_batch_size=8))
+    write_checkpoint(tmp_path, STDiT(TINY), dump_toml(cfg), TrainState(step=done, global_batch_sizes=[8]))
     cfg = changed(cfg, train__steps=wanted)
     if shown is None:
         assert find_start(cfg, 1).state.step == done
