@@ -18,8 +18,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-from opensora_repro.config.sections import Config
-from opensora_repro.config.toml import config_dict
+from opensora_repro.config.sections import BucketConfig, Config
+from opensora_repro.config.toml import config_dict, written
 from opensora_repro.files import write_text
 
 PAGE = """<!-- Made by `make configs` from opensora_repro/config/sections.py. -->
@@ -48,20 +48,26 @@ def recipes(folder: Path) -> list[Path]:
 
 def page() -> str:
     """The reference: a row a key."""
-    helps, defaults = helps_of(Config), config_dict(Config())
-    rows = (
-        f"| `{section}.{key}` | `{json.dumps(value)}` | {helps[section][key].replace('|', chr(92) + '|')} |\n"
-        for section, keys in defaults.items()
-        for key, value in keys.items()
-    )
+    helps, rows = helps_of(Config), []
+    for section, keys in config_dict(Config()).items():
+        rows += [_row(f"{section}.{key}", json.dumps(value), helps[section][key]) for key, value in keys.items()]
+        if section == "data":
+            of_buckets = dict(comments(BucketConfig))
+            for field in dataclasses.fields(BucketConfig):
+                default = "" if field.default is dataclasses.MISSING else json.dumps(field.default)
+                rows.append(_row(f"data.buckets[].{field.name}", default, of_buckets[field.name]))
     return PAGE + "".join(rows)
+
+
+def _row(key: str, default: str, text: str) -> str:
+    return f"| `{key}` | {f'`{default}`' if default else 'needed'} | {text.replace('|', chr(92) + '|')} |\n"
 
 
 def complete(text: str) -> str:
     """The config with missing keys at their places, each with its default and comment; all else as it stands."""
     helps, lines = helps_of(Config), text.splitlines()
     end = len(lines)  # of the section before
-    for section, keys in config_dict(Config()).items():
+    for section, keys in written(Config()).items():
         header = next((i for i, line in enumerate(lines) if re.match(rf"\[{section}\]\s*(#|$)", line)), None)
         if header is None:
             lines[end:end] = ["", f"[{section}]"]

@@ -80,15 +80,20 @@ def dump_toml(config: Config) -> str:
     """Every key of the resolved config as TOML; `load_config` of it gives an equal config."""
     import tomli_w
 
-    sections = config_dict(config)
-    if not config.data.buckets:
-        del sections["data"]["buckets"]  # or no [[data.buckets]] could be added to the file
-    return tomli_w.dumps(sections)
+    return tomli_w.dumps(written(config))
 
 
 def config_dict(config: Config) -> dict[str, dict[str, Any]]:
     """`{section: {key: value}}` with lists for tuples, as TOML and JSON have them."""
     return {name: _lists(section) for name, section in dataclasses.asdict(config).items()}
+
+
+def written(config: Config) -> dict[str, dict[str, Any]]:
+    """What a file has of it: no empty `data.buckets`, or no [[data.buckets]] could be added to the file."""
+    sections = config_dict(config)
+    if not config.data.buckets:
+        del sections["data"]["buckets"]
+    return sections
 
 
 def _lists(value: Any) -> Any:
