@@ -153,15 +153,20 @@ def recipe_options(path: str) -> dict[str, Any]:
     speed where clips have the product of both. The short side fits in landscape and portrait. Raises DataError.
     """
     from opensora_repro.config import ConfigError, load_config
+    from opensora_repro.data.buckets import buckets_of
 
     try:
         cfg = load_config(path)
+        buckets = buckets_of(cfg)
     except ConfigError as error:
         raise DataError(f"--for-training: {error}") from None
-    data, pictures = cfg.data, cfg.data.num_frames == 1
+    data, several = cfg.data, bool(cfg.data.buckets)
+    pictures = all(bucket.num_frames == 1 for bucket in buckets)
+    shortest = min(bucket.num_frames for bucket in buckets if pictures or bucket.num_frames > 1)
     return {
-        "min_frames": (data.num_frames - 1) * data.frame_interval + 1,
-        "short_side": max(data.height, data.width),
+        # A bucket takes clips of so many whole intervals, and of about its own ratio
+        "min_frames": shortest * data.frame_interval if several else (shortest - 1) * data.frame_interval + 1,
+        "short_side": max((min if several else max)(bucket.height, bucket.width) for bucket in buckets),
         "fps": "" if pictures else str(data.frame_interval * cfg.sample.fps),
     }
 

@@ -90,7 +90,7 @@ def survey(table: Any, data: DataConfig, manifest: str | Path) -> Survey:
     factors = np.maximum(target.height / heights, target.width / widths)
     enlarged = usable & (factors > 1)
     sides = (np.minimum(heights, widths) * factors)[enlarged]
-    rates = fps[usable & (target.num_frames > 1)]
+    rates = fps[usable & (frames > 1)] if data.buckets or data.num_frames > 1 else fps[:0]
     window = (target.num_frames - 1) * data.frame_interval + 1
     return Survey(
         manifest=str(manifest),
@@ -109,7 +109,7 @@ def survey(table: Any, data: DataConfig, manifest: str | Path) -> Survey:
         rates=tuple(rate for rate, _ in Counter(np.round(rates, 3).tolist()).most_common()),
         images=bool((frames == 1).all()),
         buckets=target.buckets,
-        clips=tuple((target.shares * usable[:, None]).sum(axis=0).tolist()),
+        clips=tuple((np.bincount(target.kind[usable], minlength=len(target.shares)) @ target.shares).tolist()),
     )
 
 
@@ -122,20 +122,19 @@ class _Targets:
     width: Any
     lost: Any  # why no bucket takes it; ""
     buckets: tuple[Bucket, ...]
-    shares: Any  # [N, buckets]: with what probability it goes there
+    kind: Any  # its row of the shares
+    shares: Any  # [kinds, buckets]: of the clips of a kind, on average
 
 
 def _targets(data: DataConfig, frames: Any, heights: Any, widths: Any) -> _Targets:
     import numpy as np
 
     if not data.buckets:
-        lost = np.where(frames < data.num_frames, "too short", "")
-        shares = np.ones((len(frames), 1))
+        lost, kind = np.where(frames < data.num_frames, "too short", ""), np.zeros(len(frames), dtype=int)
         only = (Bucket(data.num_frames, data.height, data.width, 1),)
-        num_frames, height, width = (np.full(len(frames), side) for side in only[0].shape)
-        return _Targets(num_frames, height, width, lost, only, shares)
+        return _Targets(data.num_frames, data.height, data.width, lost, only, kind, np.ones((1, 1)))
     rule = Rule(data, 1)
-    cells, of = np.unique(rule.cells(frames, heights, widths), return_inverse=True)
+    cells, kind = np.unique(rule.cells(frames, heights, widths), return_inverse=True)
     sizes, reasons, shares = [], [], np.zeros((len(cells), len(rule.buckets)))
     for row, cell in enumerate(map(int, cells)):
         chances = rule.chances(cell)
@@ -144,8 +143,8 @@ def _targets(data: DataConfig, frames: Any, heights: Any, widths: Any) -> _Targe
             shares[row, bucket], before = share - before, share
         sizes.append(rule.buckets[chances[0][0]].shape if chances else (1, 1, 1))
         reasons.append("" if chances else rule.why_lost(cell))
-    num_frames, height, width = np.array(sizes).reshape(-1, 3)[of].T
-    return _Targets(num_frames, height, width, np.array(reasons)[of], rule.buckets, shares[of])
+    num_frames, height, width = np.array(sizes).reshape(-1, 3)[kind].T
+    return _Targets(num_frames, height, width, np.array(reasons)[kind], rule.buckets, kind, shares)
 
 
 def _missing(paths: Sequence[str]) -> list[bool]:
@@ -213,14 +212,19 @@ def table(found: Survey, title: str) -> Iterator[str]:
     if found.rates:
         low, high = min(found.rates), max(found.rates)
         yield f"  {'fps':>9} {f'{low:g} to {high:g}, mostly {found.rates[0]:g}' if high > low else f'{low:g}'}"
-    if data.buckets:
-        scale = found.rows / found.looked_at
-        for bucket, clips in zip(found.buckets, found.clips, strict=True):
-            if clips:
-                yield f"  bucket {bucket}: {clips * scale:,.1f} clips an epoch, {clips / found.looked_at:.1%}"
-        unused = sum(not clips for clips in found.clips)
-        if unused:
-            yield f"  {unused} of {len(found.buckets)} buckets: no clip"
+
+
+def bucket_table(found: Survey, samples: Sequence[int]) -> Iterator[str]:
+    """Lines for people, a row a bucket that has clips; `samples`: of a step of each."""
+    scale = found.rows / found.looked_at
+    yield f"  {'bucket':>16} {'clips an epoch':>17} {'samples a step':>15} {'steps an epoch':>15}"
+    for bucket, clips, size in zip(found.buckets, found.clips, samples, strict=True):
+        if clips:
+            share = f"{clips * scale:,.0f} {clips / found.looked_at:>6.1%}"
+            yield f"  {bucket!s:>16} {share:>17} {size:>15,} {clips * scale / size:>15,.1f}"
+    empty = found.clips.count(0)
+    if empty:
+        yield f"  {empty} of {len(found.buckets)} buckets get no clip"
 
 
 def warnings(found: Survey) -> Iterator[str]:

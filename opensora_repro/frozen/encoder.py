@@ -106,7 +106,8 @@ class Encoder:
         """Those of one height and width together; their pixels travel to the device as bytes."""
         if not clips:
             return []
-        sizes, moments = [clip.pixels.shape[1:3] for clip in clips], {}
+        moments: dict[int, Tensor] = {}
+        sizes = [clip.pixels.shape[1:3] for clip in clips]
         for size in dict.fromkeys(sizes):
             alike = [number for number, other in enumerate(sizes) if other == size]
             videos = [to_tensor(to_device(clips[n].pixels, self.device)).to(self.vae.dtype) for n in alike]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,17 @@ import torch
 
 from opensora_repro.config import Config, ConfigError
 from opensora_repro.config.sections import validates
-from opensora_repro.data.buckets import as_sampled
+from opensora_repro.data.buckets import as_sampled, buckets_of
 from opensora_repro.data.manifest import read_manifest
-from opensora_repro.data.preflight import SAMPLED_ROWS, keyed_sample, require_usable, survey, table, warnings
+from opensora_repro.data.preflight import (
+    SAMPLED_ROWS,
+    bucket_table,
+    keyed_sample,
+    require_usable,
+    survey,
+    table,
+    warnings,
+)
 from opensora_repro.data.tables import kind_by_name
 from opensora_repro.frozen.encoder import open_encoder
 from opensora_repro.frozen.pretrained import ModelNotFound
@@ -25,7 +33,7 @@ from opensora_repro.planning.fit import check_memory
 from opensora_repro.run_folder import check_folder
 from opensora_repro.sampling.generate import check_fit
 from opensora_repro.training.identity import frozen_identity
-from opensora_repro.training.start import Stage, Start
+from opensora_repro.training.start import Stage, Start, global_batch_sizes
 from opensora_repro.training.validate import chosen_rows
 from opensora_repro.weights.files import open_weights, weights_to_come
 from opensora_repro.weights.load import check_complete, inserts_temporal_attention
@@ -65,6 +73,10 @@ def preflight(
     try:
         encoder = open_encoder(cfg, device or torch.device("cpu"))
         check_fit(as_sampled(cfg), encoder.vae, encoder.text)
+        stride = encoder.vae.spatial_stride
+        for bucket in buckets_of(cfg):
+            if min(bucket.height, bucket.width) < stride:
+                raise ConfigError(f"data.buckets: {bucket}: a side is below {stride}, the autoencoder's stride")
         if start.resumes or not dry:
             start.state.identity |= frozen_identity(cfg, start, encoder)
     except ModelNotFound as error:
@@ -76,14 +88,15 @@ def preflight(
     if frame is None:
         yield to_come("data.manifest", cfg.data.manifest)
     else:
-        yield from clips(cfg, frame, "clips of", cfg.data.manifest, here=device is not None)
+        samples = global_batch_sizes(cfg, mesh.data_size) if cfg.data.buckets else []
+        yield from clips(cfg, frame, "clips of", cfg.data.manifest, samples, here=device is not None)
     if validates(cfg):
         held_out = find_manifest(cfg.data.val_manifest) if dry else read_manifest(cfg.data.val_manifest)
         if held_out is None:
             yield to_come("data.val_manifest", cfg.data.val_manifest)
         else:
             held_out = held_out.take(chosen_rows(held_out["id"].to_pylist(), cfg.validation.max_samples))
-            yield from clips(cfg, held_out, "held-out clips of", cfg.data.val_manifest, here=device is not None)
+            yield from clips(cfg, held_out, "held-out clips of", cfg.data.val_manifest, (), here=device is not None)
     if frame is not None and encoder is not None:
         looked = keyed_sample(frame, SAMPLED_ROWS)["caption"].to_pylist()
         yield from survey_captions(encoder.text, looked, len(frame), cfg.sample.prompts)
@@ -114,11 +127,16 @@ def check_weights(cfg: Config, stage: Stage) -> Path:
     return file.path
 
 
-def clips(cfg: Config, frame: Any, title: str, manifest: str, *, here: bool) -> Iterator[str]:
-    """The table of a manifest's clips, and what to do about it. Raises DataError where none can be used `here`."""
+def clips(cfg: Config, frame: Any, title: str, manifest: str, samples: Sequence[int], *, here: bool) -> Iterator[str]:
+    """The table of a manifest's clips, that of its buckets, and what to do about it.
+
+    `samples`: of a step of each bucket; none: these are not told. Raises DataError where no clip can be used `here`.
+    """
     found = survey(frame, cfg.data, manifest)
     if here:
         require_usable(found)
     yield from table(found, title)
+    if samples:
+        yield from bucket_table(found, samples)
     for line in warnings(found):
         yield f"warning: {line}"

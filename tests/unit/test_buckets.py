@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from opensora_repro.config import BucketConfig, ConfigError, DataConfig, parse_config
-from opensora_repro.data.buckets import PIXELS, Rule, assign, nearest, published_table
+from opensora_repro.config import BucketConfig, Config, ConfigError, DataConfig, dump_toml, load_config, parse_config
+from opensora_repro.data.buckets import PIXELS, Rule, as_sampled, assign, nearest, published_table
 from opensora_repro.data.sampler import Assignment, Schedule, everything, keyed_words
 
 
@@ -222,3 +223,21 @@ def test_what_a_bucket_lacks() -> None:
         parse_config({"data": {"buckets": [{"num_frames": 1}]}})
     with pytest.raises(ConfigError, match=r"data.buckets\[1\]: data.buckets\[0\] has its num_frames and resolution"):
         parse_config({"data": {"buckets": [{"num_frames": 1, "resolution": "256"}] * 2}})
+
+
+def test_samples_have_the_size_of_a_bucket() -> None:
+    """Of the one most like the section's, in whole latents."""
+    data = replace(CONFIG, num_frames=14, height=50, width=90)
+    cfg = as_sampled(Config(data=data))
+    assert (cfg.data.num_frames, cfg.data.height, cfg.data.width, cfg.data.buckets) == (16, 56, 80, ())
+    odd = as_sampled(Config(data=DataConfig(buckets=(BucketConfig(1, "240p", ("16:9",), batch_size=3),))))
+    assert (odd.data.height, odd.data.width, odd.train.batch_size) == (240, 424, 3)
+    assert as_sampled(Config()) == Config()
+
+
+def test_config_files_round_trip(tmp_path: Path) -> None:
+    cfg = Config(data=CONFIG)
+    (tmp_path / "c.toml").write_text(dump_toml(cfg))
+    assert load_config(tmp_path / "c.toml") == cfg
+    (tmp_path / "c.toml").write_text(dump_toml(Config()) + '[[data.buckets]]\nnum_frames = 1\nresolution = "144p"\n')
+    assert load_config(tmp_path / "c.toml").data.buckets == (BucketConfig(1, "144p"),)

@@ -15,7 +15,16 @@ import pytest
 from opensora_repro.config import ConfigError, DataConfig
 from opensora_repro.data import preflight
 from opensora_repro.data.manifest import read_manifest
-from opensora_repro.data.preflight import SAMPLED_ROWS, Survey, keyed_sample, require_usable, survey, table, warnings
+from opensora_repro.data.preflight import (
+    SAMPLED_ROWS,
+    Survey,
+    bucket_table,
+    keyed_sample,
+    require_usable,
+    survey,
+    table,
+    warnings,
+)
 from opensora_repro.errors import DataError
 from opensora_repro.process import HostMemory, host_memory
 from opensora_repro.run_folder import check_folder
@@ -196,3 +205,31 @@ def test_folders_that_cannot(tmp_path: Path) -> None:
     for name in ("file", "file/run", "link", "n" * 300):
         with pytest.raises(ConfigError, match=r"run\.dir = .*: cannot be used \("):
             check_folder("run.dir", str(tmp_path / name))
+
+
+def test_clips_of_buckets(clip: Path) -> None:
+    buckets = (
+        BucketConfig(8, "256x256", ("16:9", "1:1"), keep=0.25),
+        BucketConfig(8, "64x64", "square"),
+        BucketConfig(1, "64x64"),
+    )
+    data = DataConfig(frame_interval=2, buckets=buckets)
+    usual = {"num_frames": 16}
+    found = look(
+        clip, usual, usual, usual, usual, {**usual, "height": 240, "width": 240}, {**usual, "height": 60, "width": 60},
+        {**usual, "height": 50, "width": 50}, {"num_frames": 15}, {"num_frames": 1}, {"path": "gone.mp4"}, data=data,
+    )  # fmt: skip
+    assert counts(found) == {
+        "usable": 7, "missing": 1, "too short": 1, "too small": 1, "enlarged": 2, "not kept": 0,
+    }  # fmt: skip
+    require_usable(found)
+    assert "7 of the clips" not in "".join(warnings(found))
+    rows = [line.split() for line in bucket_table(found, [2, 2, 4, 4])]
+    assert [row[2:] for row in rows[1:]] == [
+        ["192x344", "1", "10.0%", "2", "0.5"], ["256x256", "0", "2.5%", "2", "0.1"],
+        ["64x64", "5", "47.5%", "4", "1.2"], ["64x64", "1", "10.0%", "4", "0.2"],
+    ]  # fmt: skip
+    with pytest.raises(DataError, match="1 clips have too few frames for all of data.buckets, the longest has 15"):
+        require_usable(look(clip, {"num_frames": 15}, data=data))
+    with pytest.raises(DataError, match="1 clips are too small for all of data.buckets"):
+        require_usable(look(clip, {"height": 9}, data=data))
