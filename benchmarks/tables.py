@@ -3,8 +3,8 @@
     python -m benchmarks.tables [--rows N] [--out FILE]
 
 A manifest of N rows (10 million) is made in a temporary folder, and each tool reads it in a process of its own, whose
-largest resident memory is what the system says at its end. So do `read_manifest`, and training's dataset with a loader
-process, whose private memory is told. The manifest and what came of it are deleted.
+largest resident memory is what the system says at its end. So do `read_manifest`, training's dataset with a loader
+process, whose private memory is told, and the schedule of its steps in buckets. What was made is deleted.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from benchmarks.harness import environment, save
 
 MEMORY_LIMIT_MB = 2000  # of a tool, which holds no table
 READ_LIMIT_MB, READ_LIMIT_CPU_S = 3000, 20.0  # of 10 million rows, which training holds
+SCHEDULE_LIMIT_MB, SCHEDULE_LIMIT_CPU_S = 400, 10.0  # besides them
 GROUP_ROWS = 1 << 18
 FILTER = (
     "--keep", "motion > 0.5 and duration >= 2 and not duplicate and (contains(lower(caption), 'dog') or width >= 640)",
@@ -93,7 +94,7 @@ def measure(module: str, arguments: list[str], rows: int) -> dict[str, Any]:
 
 
 def measure_training(name: str, manifest: Path) -> dict[str, Any]:
-    """Run `read_manifest` or `dataset` below in a process of its own."""
+    """Run `read_manifest`, `dataset` or `schedule` below in a process of its own."""
     code = "import sys; from benchmarks import tables; tables.told(*sys.argv[1:])"
     done = subprocess.run([sys.executable, "-c", code, name, str(manifest)], capture_output=True, text=True)
     if done.returncode:
@@ -103,17 +104,49 @@ def measure_training(name: str, manifest: Path) -> dict[str, Any]:
 
 
 def told(name: str, path: str) -> None:
-    """Read a manifest, for "dataset" also make one with a loader process; print CPU seconds and memory as JSON."""
+    """Read a manifest, for "dataset" also make one with a loader process, for "schedule" the steps of an epoch.
+
+    Prints CPU seconds and memory as JSON.
+    """
     from benchmarks.resources import peak_memory
     from opensora_repro.data.manifest import read_manifest
 
     before = time.process_time()
     table = read_manifest(path)
     found = {"cpu_s": round(time.process_time() - before, 1)}
+    if name == "schedule":
+        found |= schedule_costs(table)
     if name == "dataset":
         found["loader_private_mb"] = round(loader_memory(table) / 1e6)
         found["cpu_s"] = round(time.process_time() - before, 1)
     print(json.dumps({**found, "peak_rss_mb": round(peak_memory() / 2**20)}))
+
+
+def schedule_costs(table: Any) -> dict[str, float]:
+    """CPU seconds and memory of two epochs' steps in buckets, and CPU seconds to resume in the twenty-first."""
+    from benchmarks.resources import peak_memory
+    from opensora_repro.config import BucketConfig, Config, DataConfig
+    from opensora_repro.data.buckets import assigned, buckets_of
+    from opensora_repro.data.sampler import Schedule
+
+    ratios = ("16:9", "4:3", "1:1")
+    wanted = [(64, "360p", 0.5), (16, "360p", 1.0), (32, "240p", 0.5), (8, "144p", 1.0)]
+    buckets = tuple(BucketConfig(frames, name, ratios, 64, keep) for frames, name, keep in wanted)
+    cfg = Config(data=DataConfig(frame_interval=1, buckets=buckets))
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: the peak begins anew
+    held, before = peak_memory(), time.process_time()
+    assignment, sizes = assigned(table, cfg), [bucket.batch_size for bucket in buckets_of(cfg)]
+    schedule = Schedule(assignment, sizes, 0)
+    schedule.step(0)
+    first, before = time.process_time() - before, time.process_time()
+    for step in range(schedule.steps_before(1), schedule.steps_before(1) + 1000):
+        schedule.step(step)
+    second, memory = time.process_time() - before, peak_memory() - held
+    before = time.process_time()
+    Schedule(assignment, sizes, 0).step(20 * schedule.steps_before(1) + 7)
+    resumed = time.process_time() - before
+    times = {"first_epoch_cpu_s": first, "next_epoch_cpu_s": second, "resumed_cpu_s": resumed}
+    return {**{name: round(value, 1) for name, value in times.items()}, "schedule_mb": round(memory / 1e6)}
 
 
 def loader_memory(table: Any, samples: int = 20_000) -> int:
@@ -172,7 +205,7 @@ def main() -> None:
         tools = {"filter": measure("data_tools.filter", [str(manifest), "--out", str(out), *FILTER], args.rows)}
         tools["filter"]["report"] = json.loads((out / "filter.json").read_text(encoding="utf-8"))
         shutil.rmtree(out)
-        for name in ("read_manifest", "dataset"):
+        for name in ("read_manifest", "dataset", "schedule"):
             tools[name] = measure_training(name, manifest)
         tools |= measure_convert(Path(folder), manifest, args.rows)
     result = {
@@ -182,6 +215,7 @@ def main() -> None:
         "manifest_mb": size,
         "memory_limit_mb": MEMORY_LIMIT_MB,
         "read_limits": {"peak_rss_mb": READ_LIMIT_MB, "cpu_s": READ_LIMIT_CPU_S},
+        "schedule_limits": {"first_epoch_cpu_s": SCHEDULE_LIMIT_CPU_S, "schedule_mb": SCHEDULE_LIMIT_MB},
         "within_memory": {
             name: tool["peak_rss_mb"] < (READ_LIMIT_MB if "cpu_s" in tool else MEMORY_LIMIT_MB)
             for name, tool in tools.items()

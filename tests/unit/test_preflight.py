@@ -12,7 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from opensora_repro.config import ConfigError, DataConfig
+from opensora_repro.config import BucketConfig, ConfigError, DataConfig
 from opensora_repro.data import preflight
 from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.preflight import (
@@ -229,7 +229,7 @@ def test_clips_of_buckets(clip: Path) -> None:
         ["192x344", "1", "10.0%", "2", "0.5"], ["256x256", "0", "2.5%", "2", "0.1"],
         ["64x64", "5", "47.5%", "4", "1.2"], ["64x64", "1", "10.0%", "4", "0.2"],
     ]  # fmt: skip
-    with pytest.raises(DataError, match="1 clips have too few frames for all of data.buckets, the longest has 15"):
+    with pytest.raises(DataError, match=r"1 clips have too few frames for all of data\.buckets, the longest has 15"):
         require_usable(look(clip, {"num_frames": 15}, data=data))
-    with pytest.raises(DataError, match="1 clips are too small for all of data.buckets"):
-        require_usable(look(clip, {"height": 9}, data=data))
+    with pytest.raises(DataError, match=r"1 clips are too small for all of data\.buckets"):
+        require_usable(look(clip, {"height": 9, "width": 9}, data=data))

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from opensora_repro.config import Config, ConfigError, OptimConfig, dump_toml
+from opensora_repro.config import BucketConfig, Config, ConfigError, OptimConfig, dump_toml
 from opensora_repro.data.dataset import BadSample
 from opensora_repro.errors import DataError, TrainingError
 from opensora_repro.kernels.adamw import FusedAdamW
@@ -243,6 +243,20 @@ def test_resumes_with_equal_or_freely_changed_settings(tmp_path: Path) -> None:
     )  # fmt: skip
     assert find_start(free, 1).resumes
     assert find_start(changed(cfg, train__batch_size=2), 4).resumes
+
+
+def test_buckets_resume_with_the_samples_of_each_step(tmp_path: Path) -> None:
+    """However the processes share them; a run of an earlier release, whose one size is a number, too."""
+    buckets = (BucketConfig(4, "64x64", batch_size=4), BucketConfig(1, "64x64", batch_size=8))
+    cfg = changed(Config(model=TINY), run__dir=str(tmp_path), data__manifest="m.parquet", data__buckets=buckets)
+    state = TrainState(step=4, global_batch_sizes=[4, 8])
+    write_checkpoint(tmp_path, STDiT(TINY), dump_toml(cfg), state)
+    halves = tuple(dataclasses.replace(bucket, batch_size=bucket.batch_size // 2) for bucket in buckets)
+    assert find_start(changed(cfg, data__buckets=halves), 2).resumes
+    with pytest.raises(ConfigError, match=r"data ranks\) = 8 there, 4 here \(4 x 1 x 1 data ranks\)"):
+        find_start(changed(cfg, data__buckets=(buckets[0], halves[1])), 1)
+    with pytest.raises(ConfigError, match=r"data.buckets = \["):
+        find_start(changed(cfg, data__buckets=buckets[:1]), 1)
 
 
 @pytest.mark.parametrize(
