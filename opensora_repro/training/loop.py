@@ -68,6 +68,7 @@ class Trainer:
         self.builder = BatchBuilder(self.cfg, self.encoder.vae, self.objective, device)
         self.train_runner = ModelRunner(self.engine.train_forward, dtype, device)
         self.eval_runner = ModelRunner(self.engine.eval_forward, dtype, device)
+        self._data_ranks = self.engine.mesh.data_size
         self._saved_step = self.state.step
         self._pending: PendingStep | None = None
         self._stopping = False
@@ -185,7 +186,7 @@ class Trainer:
             self.engine.step_in_backward(pending.lr, len(pending.rows) / len(batch.ids))
         with self.engine.accumulating(last=last):
             losses = self._losses(batch)
-            share = batch.weight * self.engine.mesh.data_size / len(pending.rows)
+            share = batch.weight / (len(pending.rows) // self._data_ranks)
             self.engine.backward(losses.sum() * share)
         totals.loss += losses.detach().double().sum() * batch.weight
         totals.samples += len(batch.ids)

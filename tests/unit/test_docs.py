@@ -15,13 +15,14 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from dataclasses import MISSING, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from opensora_repro.config import Config, config_dict, load_config
+from opensora_repro.config import BucketConfig, Config, config_dict, load_config
 
 REPO = Path(__file__).resolve().parents[2]
 PAGES = sorted([*REPO.glob("*.md"), *REPO.glob("docs/*.md")])
@@ -130,8 +131,11 @@ def test_config_keys_are_keys(page: Path) -> None:
 
 def test_the_reference_lists_every_config_key_with_its_default() -> None:
     text = (REPO / "docs/config.md").read_text(encoding="utf-8")
-    listed = re.findall(r"^\| `([\w.]+)` \| `(.*?)` \| (.+) \|$", text, flags=re.M)
+    listed = re.findall(r"^\| `([\w.\[\]]+)` \| `?(.*?)`? \| (.+) \|$", text, flags=re.M)
     expected = {f"{s}.{k}": json.dumps(v) for s, keys in config_dict(Config()).items() for k, v in keys.items()}
+    for field in fields(BucketConfig):
+        default = "needed" if field.default is MISSING else json.dumps(field.default)
+        expected[f"data.buckets[].{field.name}"] = default
     assert {name: default for name, default, _ in listed} == expected
 
 
