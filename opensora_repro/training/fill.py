@@ -113,7 +113,8 @@ def fill_cache(fill: CacheFill, engine: TorchEngine, quarantine: Quarantine, sto
     Raises, in every process alike, DataError where there are, TrainingError where a process cannot go on.
     """
     missing = fill.missing()
-    quarantine.saw([index for index in range(len(fill.rows)) if missing.isdisjoint(fill.rows.keys_of(index))])
+    keys = (set(fill.rows.keys_of(index)) for index in range(len(fill.rows)))
+    quarantine.saw([index for index, own in enumerate(keys) if own and own.isdisjoint(missing)])
     while True:
         tried, error = Tried(), None
         try:
