@@ -123,7 +123,7 @@ def test_the_run_meets_what_it_is_about(world: World) -> None:
     assert len({shape for shape, _ in steps}) == 5
 
 
-@pytest.mark.parametrize(("count", "accumulation"), [(2, 2), (4, 1)])
+@pytest.mark.parametrize(("count", "accumulation"), [(2, 2), pytest.param(4, 1, marks=pytest.mark.exhaustive)])
 def test_any_number_of_processes_trains_the_same_run(
     world: World, alone: Path, tmp_path: Path, count: int, accumulation: int
 ) -> None:

@@ -11,7 +11,7 @@ from tests.sequence_world import CHECKS, FLOAT32_CASES, run_checks
 TOLERANCE = 1e-5  # largest difference over the tensor's largest value, float32
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All checks, run once on that many processes."""
     found = run_checks(request.param, tmp_path_factory.mktemp("group") / "ranks")

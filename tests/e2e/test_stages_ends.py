@@ -214,6 +214,7 @@ def loader_workers(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+@pytest.mark.exhaustive  # of two processes: tests/distributed
 def test_a_killed_loader_process(world: World, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     endless = arguments(world, run_dir, train__steps=100_000, checkpoint__every=100_000, data__num_workers=2)

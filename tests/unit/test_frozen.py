@@ -273,19 +273,24 @@ def test_two_processes_fill_everything_between_them(tmp_path: Path, monkeypatch:
             return (Encoded(clip, moments, text, mask) for clip in clips)
 
     class Rows:
-        name = "abcde".__getitem__
+        draws = 2
 
         def __len__(self) -> int:
             return 5
 
-        def keys(self, draws: int) -> list[tuple[str, int]]:
-            return [(name, draw) for name in "abcde" for draw in range(draws)]
+        def shape(self, index: int, draw: int) -> None:
+            return None
 
-    rows = Rows()
-    dataset = SimpleNamespace(cfg=SimpleNamespace(draws=2))
-    monkeypatch.setattr(fill, "_load", lambda dataset, pairs, workers: [rows.name(i) for _, i in pairs])
+        def key(self, index: int, draw: int) -> tuple[str, int]:
+            return "abcde"[index], draw
+
+        def keys(self) -> list[tuple[str, int]]:
+            return [self.key(index, draw) for index in range(5) for draw in range(2)]
+
+    rows, dataset = Rows(), SimpleNamespace()
+    monkeypatch.setattr(fill, "_load", lambda dataset, pairs, shapes, workers: [rows.key(i, d)[0] for d, i in pairs])
     caches = [LatentCache(tmp_path, "same"), LatentCache(tmp_path, "same")]
     for rank, cache in enumerate(caches):
         share = fill.CacheFill(dataset, rows, Zeros(), cache, num_workers=0, rank=rank, world_size=2)
         assert all(bad is None for _, bad in share.encode())
-        assert len(cache.missing(rows.keys(2))) == (4 if rank == 0 else 0)
+        assert len(cache.missing(rows.keys())) == (4 if rank == 0 else 0)

@@ -112,6 +112,7 @@ def test_a_bare_file_tells_its_model(golden_dir: Path, tmp_path: Path, name: str
     assert found.config.data.num_frames == frames
 
 
+@pytest.mark.exhaustive
 def test_loading_needs_little_more_memory_than_the_model(tmp_path: Path, repo_dir: Path) -> None:
     """STDiT-XL/2 from a PixArt-XL/2 .pth in float32, in a process of its own."""
     write_file(tmp_path / "PixArt.pth")
