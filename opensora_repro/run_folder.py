@@ -1,4 +1,4 @@
-"""What lies in a run's folder, by name: its checkpoints, its lines of JSON, and the lock of who trains there."""
+"""What lies in a run's folder, by name: checkpoints, lines of JSON, TensorBoard events, and the lock of who trains there."""
 
 from __future__ import annotations
 
@@ -10,17 +10,22 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from opensora_repro.config import ConfigError
 from opensora_repro.errors import TrainingError, cannot_write
 from opensora_repro.files import remove_folder, write_text
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 CONFIG_FILE, WEIGHTS_FILE = "config.toml", "weights.json"
 METRICS_FILE, VALIDATION_FILE = "metrics.jsonl", "validation.jsonl"
 BAD_STEPS_FILE, QUARANTINE_FILE = "bad_steps.jsonl", "quarantine.jsonl"
+EVENTS = "tensorboard"
 # Of a checkpoint
 MODEL_FILE, EMA_FILE, OPTIMIZER_FILE = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
 STATE_FILE = "state.json"
@@ -201,3 +206,63 @@ def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
 def _finite(value: Any) -> Any:
     """JSON has no NaN or infinity."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Events:
+    """TensorBoard events, created by the first of them. `error` as in JsonLines."""
+
+    def __init__(self, folder: Path, resumed_step: int) -> None:
+        self.folder, self.resumed_step = folder, resumed_step
+        self.error: TrainingError | None = None
+        self._file: SummaryWriter | None = None
+        self._hook_before = threading.excepthook
+
+    def add(self, values: Mapping[str, float | None], step: int) -> None:
+        """Curves' points by name; None leaves a gap."""
+        with self._writing() as file:
+            for name, value in values.items():
+                if file is not None and value is not None:
+                    file.add_scalar(name, value, step)
+
+    def add_image(self, name: str, picture: Any, step: int) -> None:
+        with self._writing() as file:
+            if file is not None:
+                file.add_image(name, picture, step, dataformats="HWC")
+
+    def close(self) -> None:
+        if self._file is not None:
+            try:
+                self._file.close()
+            except OSError as error:
+                self._failed(error)
+            self._file = None
+            threading.excepthook = self._hook_before
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[SummaryWriter | None]:
+        """The open file; None once it could not be written."""
+        if self._file is None and self.error is None:
+            try:
+                self._file = self._open()
+            except OSError as error:
+                self._failed(error)
+        try:
+            yield self._file if self.error is None else None
+        except OSError as error:  # of its thread as well, which writes now and then
+            self._failed(error)
+
+    def _failed(self, error: OSError) -> None:
+        self.error = self.error or TrainingError(cannot_write(error, error.filename or self.folder))
+
+    def _open(self) -> SummaryWriter:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # Events of steps that a killed process had gone beyond the checkpoint are hidden.
+        file = SummaryWriter(str(self.folder), purge_step=self.resumed_step + 1, max_queue=1000, flush_secs=20)
+        threading.excepthook = self._on_thread_error
+        return file
+
+    def _on_thread_error(self, args: threading.ExceptHookArgs) -> None:
+        """The events' thread hands what stopped it to whoever writes next: no need for a traceback beside."""
+        if type(args.thread).__name__ != "_AsyncWriterThread":
+            self._hook_before(args)

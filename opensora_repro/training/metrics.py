@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from opensora_repro.data.dataset import BadSample
-from opensora_repro.errors import DataError, TrainingError, cannot_write
-from opensora_repro.run_folder import BAD_STEPS_FILE, METRICS_FILE, QUARANTINE_FILE, VALIDATION_FILE, JsonLines
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from opensora_repro.errors import DataError, TrainingError
+from opensora_repro.run_folder import (
+    BAD_STEPS_FILE,
+    EVENTS,
+    METRICS_FILE,
+    QUARANTINE_FILE,
+    VALIDATION_FILE,
+    Events,
+    JsonLines,
+)
 
 JUDGED_FROM = 20  # samples seen: the share of fewer says little, unless there are no more
 
@@ -31,7 +34,7 @@ class RunLog:
         self.metrics = JsonLines(run_dir / METRICS_FILE)
         self.validation = JsonLines(run_dir / VALIDATION_FILE)
         self.bad_steps = JsonLines(run_dir / BAD_STEPS_FILE)
-        self._events = Events(run_dir / "tensorboard", resumed_step)
+        self._events = Events(run_dir / EVENTS, resumed_step)
         if enabled:
             for file in (self.metrics, self.validation, self.bad_steps):
                 file.truncate_after(resumed_step)
@@ -74,66 +77,6 @@ class RunLog:
     def close(self) -> None:
         for file in (self.metrics, self.validation, self.bad_steps, self._events):
             file.close()
-
-
-class Events:
-    """TensorBoard events, created by the first of them. `error` as in JsonLines."""
-
-    def __init__(self, folder: Path, resumed_step: int) -> None:
-        self.folder, self.resumed_step = folder, resumed_step
-        self.error: TrainingError | None = None
-        self._file: SummaryWriter | None = None
-        self._hook_before = threading.excepthook
-
-    def add(self, values: Mapping[str, float | None], step: int) -> None:
-        """Curves' points by name; None leaves a gap."""
-        with self._writing() as file:
-            for name, value in values.items():
-                if file is not None and value is not None:
-                    file.add_scalar(name, value, step)
-
-    def add_image(self, name: str, picture: Any, step: int) -> None:
-        with self._writing() as file:
-            if file is not None:
-                file.add_image(name, picture, step, dataformats="HWC")
-
-    def close(self) -> None:
-        if self._file is not None:
-            try:
-                self._file.close()
-            except OSError as error:
-                self._failed(error)
-            self._file = None
-            threading.excepthook = self._hook_before
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[SummaryWriter | None]:
-        """The open file; None once it could not be written."""
-        if self._file is None and self.error is None:
-            try:
-                self._file = self._open()
-            except OSError as error:
-                self._failed(error)
-        try:
-            yield self._file if self.error is None else None
-        except OSError as error:  # of its thread as well, which writes now and then
-            self._failed(error)
-
-    def _failed(self, error: OSError) -> None:
-        self.error = self.error or TrainingError(cannot_write(error, error.filename or self.folder))
-
-    def _open(self) -> SummaryWriter:
-        from torch.utils.tensorboard import SummaryWriter
-
-        # Events of steps that a killed process had gone beyond the checkpoint are hidden.
-        file = SummaryWriter(str(self.folder), purge_step=self.resumed_step + 1, max_queue=1000, flush_secs=20)
-        threading.excepthook = self._on_thread_error
-        return file
-
-    def _on_thread_error(self, args: threading.ExceptHookArgs) -> None:
-        """The events' thread hands what stopped it to whoever writes next: no need for a traceback beside."""
-        if type(args.thread).__name__ != "_AsyncWriterThread":
-            self._hook_before(args)
 
 
 class Quarantine:
