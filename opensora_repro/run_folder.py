@@ -1,4 +1,4 @@
-"""What lies in a run's folder, by name: checkpoints, lines of JSON, TensorBoard events, and the lock of who trains there."""
+"""What lies in a run's folder, by name: checkpoints, lines of JSON, events, and the lock of who trains there."""
 
 from __future__ import annotations
 
