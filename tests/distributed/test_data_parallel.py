@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
+from opensora_repro.parallel.build import OLDEST_FSDP
 from tests.training_world import (
     World,
     finish,
@@ -26,6 +28,7 @@ from tests.training_world import (
 
 STAGE = "stages.stage2_video"
 STEPS = 8
+SPREAD = torch.__version__ >= OLDEST_FSDP  # whether the text encoder can be, too
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +79,7 @@ def test_two_processes_equal_one_with_twice_the_batch(world: World, one_process:
 def test_stops_together_and_resumes_on_another_number_of_processes(world: World, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     changes: dict[str, Any] = {"train__batch_size": 1, "train__accumulation": 2, "train__steps": 100_000}
-    changes |= {"checkpoint__every": 100_000, "text__shard": True}
+    changes |= {"checkpoint__every": 100_000, "text__shard": SPREAD}
     commands = start_processes(STAGE, arguments(world, run_dir, **changes), 2, tmp_path / "log")
     wait_for_step(run_dir, 2, commands[0])
     os.kill(commands[1].pid, signal.SIGTERM)  # one rank is told: all stop after the same step
@@ -97,7 +100,7 @@ def test_bad_samples_on_one_rank(world: World, tmp_path: Path) -> None:
         frame.loc[row, "path"] = str(tmp_path / f"absent{row}.mp4")
     frame.to_parquet(tmp_path / "clips.parquet")
     changes: dict[str, Any] = {"data__manifest": str(tmp_path / "clips.parquet"), "data__max_bad_fraction": 0.5}
-    two = arguments(world, tmp_path / "two", train__batch_size=1, text__shard=True, **changes)
+    two = arguments(world, tmp_path / "two", train__batch_size=1, text__shard=SPREAD, **changes)
     finish(start_processes(STAGE, two, 2, tmp_path / "log"))
     succeed(STAGE, arguments(world, tmp_path / "one", train__batch_size=2, **changes), tmp_path / "log" / "one")
     samples = [json.loads(line)["samples"] for line in metrics(tmp_path / "one")]
@@ -134,7 +137,7 @@ def test_nothing_readable_ends_all_alike(world: World, tmp_path: Path, cached: b
 def test_a_killed_loader_of_one_rank_stops_both_after_a_save(world: World, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     changes: dict[str, Any] = {"train__batch_size": 1, "data__num_workers": 1, "checkpoint__every": 100_000}
-    endless = arguments(world, run_dir, **changes, train__steps=100_000, text__shard=True)
+    endless = arguments(world, run_dir, **changes, train__steps=100_000, text__shard=SPREAD)
     commands = start_processes(STAGE, endless, 2, tmp_path / "log")
     wait_for_step(run_dir, 2, commands[0])
     (worker,) = Path(f"/proc/{commands[1].pid}/task/{commands[1].pid}/children").read_text().split()
