@@ -181,7 +181,7 @@ class _Epoch:
     order: list[np.ndarray]  # of each bucket: its rows, uint32
     left: list[Samples]  # of each bucket: what is left of earlier epochs
     buckets: np.ndarray  # of each step
-    turns: np.ndarray  # of each step: which one of its bucket's it is in this epoch
+    ordinals: np.ndarray  # of each step: which one of its bucket's it is in this epoch
 
 
 class Schedule:
@@ -202,12 +202,12 @@ class Schedule:
             self._count_more()
         epoch = int(np.searchsorted(self._first, number, side="right")) - 1
         found, at = self._epoch(epoch), number - int(self._first[epoch])
-        bucket, turn = int(found.buckets[at]), int(found.turns[at])
+        bucket, ordinal = int(found.buckets[at]), int(found.ordinals[at])
         size, left, order = int(self.samples[bucket]), found.left[bucket], found.order[bucket]
-        first = turn * size - len(left.rows)  # place in this epoch's order
+        first = ordinal * size - len(left.rows)  # place in this epoch's order
         rows = order[max(0, first) : first + size].astype(np.int64)
         own = Samples(bucket, np.full(len(rows), epoch), rows)
-        return own if turn else _joined(left, own)
+        return own if ordinal else _joined(left, own)
 
     def draw(self, epoch: int) -> int:
         """Which of the samples' draws an epoch shows."""
@@ -240,8 +240,8 @@ class Schedule:
         while len(self._held) >= HELD_EPOCHS:
             self._held.popitem(last=False)
         steps = after // self.samples - before // self.samples
-        buckets, turns = self._mixed(epoch, steps)
-        found = self._held[epoch] = _Epoch(self._order(epoch, range(len(steps))), left, buckets, turns)
+        buckets, ordinals = self._spread(epoch, steps)
+        found = self._held[epoch] = _Epoch(self._order(epoch, range(len(steps))), left, buckets, ordinals)
         return found
 
     def _left(self, epoch: int, counts: np.ndarray) -> list[Samples]:
@@ -279,14 +279,14 @@ class Schedule:
             found.append(rows[np.argsort(own, kind="stable" if ties else None)])
         return found
 
-    def _mixed(self, epoch: int, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Bucket and turn of each of an epoch's steps: one of n falls anywhere in its n-th part of the epoch."""
+    def _spread(self, epoch: int, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Bucket and ordinal of each of an epoch's steps: one of n falls anywhere in its n-th part of the epoch."""
         buckets = np.repeat(np.arange(len(steps), dtype=np.int32), steps)
-        turns = np.concatenate([np.arange(count, dtype=np.int32) for count in steps])
+        ordinals = np.concatenate([np.arange(count, dtype=np.int32) for count in steps])
         words = np.random.PCG64(keyed_seed(self.seed, epoch, "buckets")).random_raw(len(buckets))
-        places = ((words >> np.uint64(11)) * 2.0**-53 + turns) / steps[buckets]
+        places = ((words >> np.uint64(11)) * 2.0**-53 + ordinals) / steps[buckets]
         order = np.argsort(places, kind="stable")
-        return buckets[order], turns[order]
+        return buckets[order], ordinals[order]
 
 
 def _joined(first: Samples, second: Samples) -> Samples:
