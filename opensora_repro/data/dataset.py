@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from opensora_repro.config import DataConfig
 from opensora_repro.data.manifest import read_manifest
+from opensora_repro.data.sample_frames import frame_window, pick
 from opensora_repro.data.sampler import Shape, keyed_generator
 from opensora_repro.data.video import DecodeError, Size, read_frames_at
 
@@ -134,23 +135,6 @@ class ClipDataset:
 # From a clip to a sample. Random choices take a generator, keyed to the sample; without one the middle is taken.
 
 
-def frame_window(
-    clip_frames: int, num_frames: int, interval: int, generator: torch.Generator | None = None
-) -> list[int] | None:
-    """Return `num_frames` ascending frame indices of a clip, or None if it has fewer frames than that.
-
-    Every `interval`-th frame of a random window of (num_frames - 1) * interval + 1 frames (the middle one without a
-    generator). A clip shorter than the window is taken whole, in evenly spaced frames.
-    """
-    if clip_frames < num_frames:
-        return None
-    window = (num_frames - 1) * interval + 1
-    if clip_frames < window:
-        return [round(i * (clip_frames - 1) / (num_frames - 1)) for i in range(num_frames)]
-    start = pick(clip_frames - window + 1, generator)
-    return list(range(start, start + window, interval))
-
-
 def crop(frames: torch.Tensor, size: Size, generator: torch.Generator | None = None) -> torch.Tensor:
     """Cut [T, H, W, C] to [T, height, width, C] at a random place (the centre without a generator)."""
     height, width = size
@@ -169,13 +153,6 @@ def mirror(frames: torch.Tensor) -> torch.Tensor:
 def to_tensor(frames: torch.Tensor) -> torch.Tensor:
     """uint8 [T, H, W, C] to float32 [C, T, H, W] in [-1, 1]."""
     return rearrange(frames, "t h w c -> c t h w").contiguous().float().div_(127.5).sub_(1.0)
-
-
-def pick(choices: int, generator: torch.Generator | None) -> int:
-    """Return one of `choices` numbers from 0: random, or the middle one without a generator."""
-    if generator is None:
-        return (choices - 1) // 2
-    return int(torch.randint(choices, (), generator=generator))
 
 
 # What of a caption says that there is no writing

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opensora_repro.data.dataset import crop, frame_window, mirror, names_a_side, to_tensor
+from opensora_repro.data.dataset import crop, mirror, names_a_side, to_tensor
+from opensora_repro.data.sample_frames import frame_window
 
 
 @pytest.mark.parametrize(
