@@ -150,10 +150,13 @@ def recipe_options(path: str) -> dict[str, Any]:
     """Return the options with which every clip holds a whole sample of a stage's config, at the config's speed.
 
     A sample takes every `data.frame_interval`-th frame and is shown at `sample.fps`, so what is filmed moves at its own
-    speed where clips have the product of both. The short side fits in landscape and portrait. Raises DataError.
+    speed where clips have the product of both; by time, it takes `data.fps`. The short side fits in landscape and
+    portrait. Raises DataError.
     """
     from opensora_repro.config import ConfigError, load_config
+    from opensora_repro.config.sections import sample_fps
     from opensora_repro.data.buckets import buckets_of
+    from opensora_repro.data.sample_frames import interval_of
 
     try:
         cfg = load_config(path)
@@ -161,13 +164,13 @@ def recipe_options(path: str) -> dict[str, Any]:
     except ConfigError as error:
         raise DataError(f"--for-training: {error}") from None
     data, several = cfg.data, bool(cfg.data.buckets)
-    pictures = all(bucket.num_frames == 1 for bucket in buckets)
+    pictures, interval = all(bucket.num_frames == 1 for bucket in buckets), interval_of(data)
     shortest = min(bucket.num_frames for bucket in buckets if pictures or bucket.num_frames > 1)
     return {
         # A bucket takes clips of so many whole intervals, and of about its own ratio
-        "min_frames": shortest * data.frame_interval if several else (shortest - 1) * data.frame_interval + 1,
+        "min_frames": shortest * interval if several else (shortest - 1) * interval + 1,
         "short_side": max((min if several else max)(bucket.height, bucket.width) for bucket in buckets),
-        "fps": "" if pictures else str(data.frame_interval * cfg.sample.fps),
+        "fps": "" if pictures or data.frame_sampling == "uniform" else f"{data.fps or interval * sample_fps(cfg):g}",
     }
 
 

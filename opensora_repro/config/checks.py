@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from opensora_repro.config.sections import BucketConfig, Config, ConfigError
+from opensora_repro.config.sections import BucketConfig, Config, ConfigError, DataConfig
 from opensora_repro.models.config import ACTIVATION_CHECKPOINTING
 
 _AT_LEAST_ONE = {
@@ -17,18 +17,18 @@ _AT_LEAST_ONE = {
     "train": ("steps", "batch_size", "accumulation", "max_bad_steps"),
     "checkpoint": ("every",),
     "validation": ("max_samples",),
-    "sample": ("steps", "fps"),
+    "sample": ("steps",),
     "parallel": ("tp_size", "sp_size", "timeout"),
 }
 _AT_LEAST_ZERO = {
     "run": ("seed",),
     "model": ("base_size",),
-    "data": ("num_workers", "draws"),
+    "data": ("num_workers", "draws", "fps"),
     "diffusion": ("shift",),
     "optim": ("weight_decay", "warmup_steps", "decay_steps", "clip_norm"),
     "checkpoint": ("keep",),
     "validation": ("every",),
-    "sample": ("every",),
+    "sample": ("every", "fps"),
 }
 _ABOVE_ZERO = {
     "model": ("mlp_ratio", "space_scale", "time_scale"),
@@ -36,6 +36,7 @@ _ABOVE_ZERO = {
     "optim": ("lr", "eps"),
 }
 _CHOICES = {
+    "data.frame_sampling": ("window", "uniform"),
     "diffusion.objective": ("iddpm", "flow"),
     "parallel.engine": ("torch", "colossalai"),
     "parallel.plugin": ("ddp", "fsdp", "zero1", "zero2", "hybrid"),
@@ -110,6 +111,12 @@ def _check_together(config: Config, require: Any) -> None:
         require("model.base_size", not model.base_size, "0 in a video model (PixArt's)")
     sizes = model.hidden_size % 3 == 0 or not model.size_conditioning
     require("model.hidden_size", sizes, "a multiple of 3 with model.size_conditioning (height, width and their ratio)")
+    uniform = data.frame_sampling == "uniform"
+    expected = f'0 with data.frame_sampling = "uniform" (of a whole clip {data.num_frames} frames are taken)'
+    require("data.fps", not (data.fps and uniform), expected)
+    unset = data.frame_interval in (1, DataConfig.frame_interval)
+    other = 'data.frame_sampling = "uniform"' if uniform else f"data.fps = {data.fps:g}"
+    require("data.frame_interval", unset or not (data.fps or uniform), f"1 with {other} (frames are taken by time)")
     require("data.draws", not data.cache or data.draws > 0, "more than 0 with data.cache (a cache holds fixed draws)")
     if config.diffusion.objective == "iddpm":
         require("model.pred_sigma", model.pred_sigma, "true with diffusion.objective = iddpm (it learns the variance)")

@@ -38,7 +38,7 @@ Keep = float | tuple[float, float]
 
 @dataclass(frozen=True)
 class BucketConfig:
-    num_frames: int  # of a sample; 1 takes pictures alone, more take clips of num_frames * data.frame_interval or more
+    num_frames: int  # of a sample; 1: pictures alone; more: clips of as many x data.frame_interval, or at data.fps
     resolution: str  # a published name ("144p" to "4k", "256" to "2880"), or as many pixels as "WIDTHxHEIGHT"
     ratios: Ratios = ""  # its own: "", "square", those of a published name, or a list of "WIDTH:HEIGHT", height / width
     batch_size: int = 0  # samples a process reads at once; 0: train.batch_size
@@ -50,7 +50,9 @@ class DataConfig:
     manifest: str = ""  # Parquet or CSV of the training clips
     val_manifest: str = ""  # held-out clips for the validation loss; empty: none
     num_frames: int = 16  # frames of a sample; 1 trains on images
-    frame_interval: int = 3  # take every n-th frame of the window
+    frame_interval: int = 3  # take every n-th frame of the window, whatever the clip's rate
+    fps: float = 0.0  # frames a second, taken by when they are shown: motion keeps its speed; 0: data.frame_interval
+    frame_sampling: str = "window"  # "window" (at a random place of the clip) or "uniform" (all of the clip, evenly)
     height: int = 256  # pixels
     width: int = 256  # pixels
     flip: bool = True  # mirror half of the clips whose caption names no side and no writing
@@ -136,7 +138,7 @@ class SampleConfig:
     sampler: str = "iddpm"  # "iddpm", "ddim" or "dpm"; flow models always use "euler"
     steps: int = 100  # denoising steps
     guidance: float = 7.0  # classifier-free guidance scale (cfg_scale); 1: none
-    fps: int = 8  # frames a second of the written videos
+    fps: int = 0  # frames a second of the written videos; 0: data.fps, or 8 without
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,11 @@ class Config:
 def validates(cfg: Config) -> bool:
     """Whether a run measures the loss of held-out samples."""
     return cfg.validation.every > 0 and bool(cfg.data.val_manifest)
+
+
+def sample_fps(cfg: Config) -> float:
+    """Frames a second of the videos that are sampled."""
+    return cfg.sample.fps or cfg.data.fps or 8
 
 
 def encodes_always(cfg: Config) -> bool:

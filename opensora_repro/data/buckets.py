@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from opensora_repro.config import BucketConfig, Config, ConfigError, DataConfig
+from opensora_repro.data.sample_frames import frames_at_rate, interval_of
 from opensora_repro.data.sampler import Assignment, Shape, everything, keyed_words
 
 PIXELS = {
@@ -80,7 +81,7 @@ def _row(ratio: str, size: str, scale: float = 1.0) -> Row:
 
 MULTIPLE = 8  # of the sides that no table has: pixels a latent
 TO_FILL = 0.8  # share of a resolution's pixels that a clip needs
-COLUMNS = ("num_frames", "height", "width")
+COLUMNS = ("num_frames", "height", "width", "fps")
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,8 @@ class Rule:
             self.levels.append(Level(pixels, own))
         rungs = [rung for level in self.levels for rung in level.rungs]
         lengths = sorted({rung.num_frames for rung in rungs} - {1})
-        self._needed = np.array([length * data.frame_interval for length in lengths], dtype=np.int64)
+        self._data = data
+        self._needed = np.array([length * interval_of(data) for length in lengths], dtype=np.int64)
         self._kind_of = {length: kind for kind, length in enumerate(lengths, start=2)}
         self._areas = np.array([TO_FILL * level.pixels for level in reversed(self.levels)])
         self._bounds = _ratio_bounds([rung.ratios for rung in rungs])
@@ -151,10 +153,11 @@ class Rule:
         """Whether no clip's bucket is a matter of chance."""
         return all({rung.kept, rung.considered} <= {0.0, 1.0} for level in self.levels for rung in level.rungs)
 
-    def cells(self, num_frames: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
-        """The cell of each clip, uint32 [N], from int64 [N] each."""
+    def cells(self, num_frames: np.ndarray, heights: np.ndarray, widths: np.ndarray, fps: np.ndarray) -> np.ndarray:
+        """The cell of each clip, uint32 [N], from int64 [N] and rates float64 [N]."""
         level = len(self.levels) - np.searchsorted(self._areas, heights * widths, side="right")
-        kind = np.where(num_frames == 1, 0, 1 + np.searchsorted(self._needed, num_frames, side="right"))
+        there = frames_at_rate(self._data, num_frames, fps)
+        kind = np.where(num_frames == 1, 0, 1 + np.searchsorted(self._needed, there, side="right"))
         region = np.searchsorted(self._bounds, heights / widths, side="left")
         found: np.ndarray = ((level * self._kinds + kind) * (len(self._bounds) + 1) + region).astype(np.uint32)
         return found

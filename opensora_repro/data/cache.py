@@ -198,7 +198,7 @@ class CacheRows:
         self.draws, self._buckets = cfg.data.draws, buckets_of(cfg)
         self._of = [assignment.buckets(draw) for draw in range(self.draws)] if cfg.data.buckets else []
         self._ids, self._paths = table["id"], table["path"]
-        batches = table.select(["path", "caption", "num_frames"]).to_batches(max_chunksize=1 << 14)
+        batches = table.select(["path", "caption", "num_frames", "fps"]).to_batches(max_chunksize=1 << 14)
         rows = (row for batch in batches for row in zip(*(column.to_pylist() for column in batch), strict=True))
         self._content = np.frombuffer(b"".join(_row_digest(*row) for row in rows), np.uint64)
 
@@ -229,10 +229,10 @@ class CacheRows:
             yield from self.keys_of(index)
 
 
-def _row_digest(path: str, caption: str, num_frames: int) -> bytes:
+def _row_digest(path: str, caption: str, num_frames: int, fps: float) -> bytes:
     try:
         stat = os.stat(path)
         file = f"{stat.st_size} {stat.st_mtime_ns}"
     except OSError:
         file = "absent"
-    return hashlib.blake2b("\0".join((caption, str(num_frames), file)).encode(), digest_size=8).digest()
+    return hashlib.blake2b("\0".join((caption, str(num_frames), str(fps), file)).encode(), digest_size=8).digest()

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from opensora_repro.config import DataConfig
 from opensora_repro.data.manifest import read_manifest
-from opensora_repro.data.sample_frames import frame_window, pick
+from opensora_repro.data.sample_frames import choose_frames, frames_at_rate, pick
 from opensora_repro.data.sampler import Shape, keyed_generator
 from opensora_repro.data.video import DecodeError, Size, read_frames_at
 
@@ -70,7 +70,7 @@ class ClipDataset:
         """`manifest` is a file, or a table that `read_manifest` returned. Raises DataError for a faulty file."""
         table = read_manifest(manifest) if isinstance(manifest, str | Path) else manifest
         self.cfg, self.seed, self.augment = cfg, seed, augment
-        self.rows = table.select(["id", "path", "caption", "num_frames"])
+        self.rows = table.select(["id", "path", "caption", "num_frames", "fps"])
         self._file: Any = None
 
     def __len__(self) -> int:
@@ -108,15 +108,21 @@ class ClipDataset:
     def load(self, epoch: int, index: int, shape: Shape | None = None) -> Clip | BadSample:
         """Read one sample in the data section's size (or `shape`); what cannot be read comes back as a BadSample."""
         num_frames, height, width = shape or self.shape
-        name, path, caption, available = (column[index].as_py() for column in self.rows.columns)
-        indices = frame_window(available, num_frames, self.cfg.frame_interval, self._generator(epoch, name, "window"))
-        if indices is None:
-            return BadSample(name, path, f"the clip has {available} frames, the sample needs {num_frames}")
+        name, path, caption, clip_frames, fps = (column[index].as_py() for column in self.rows.columns)
+        available = int(frames_at_rate(self.cfg, clip_frames, fps))
+        if available < num_frames:
+            rate = f" at data.fps = {self.cfg.fps:g}" if self.cfg.fps else ""
+            return BadSample(name, path, f"the clip has {available} frames{rate}, the sample needs {num_frames}")
         try:
-            frames = read_frames_at(path, indices, size=(height, width))
+            generator = self._generator(epoch, name, "window")
+            chosen = choose_frames(self.cfg, path, clip_frames, fps, num_frames, generator)
+            read = sorted(set(chosen))
+            frames = read_frames_at(path, read, size=(height, width))
         except (DecodeError, OSError) as error:
             return BadSample(name, path, str(error))
         frames = crop(frames, (height, width), self._generator(epoch, name, "crop"))
+        if len(read) < num_frames:  # a slow clip shows some for longer
+            frames = frames[[read.index(frame) for frame in chosen]]
         flipped = self._flips(epoch, name, caption)
         frames = mirror(frames) if flipped else frames
         return Clip(name, caption, frames.contiguous(), flipped)

@@ -15,17 +15,19 @@ from typing import Any
 
 from opensora_repro.config import DataConfig
 from opensora_repro.data.buckets import Bucket, Rule
+from opensora_repro.data.sample_frames import frames_at_rate, interval_of
 from opensora_repro.errors import DataError
 
 ALL_ROWS, SAMPLED_ROWS = 100_000, 10_000  # beyond so many rows, a sample of so many stands for them
 THREADS = 32  # that wait for a file system; most of a local one's answers come at once
 NOTABLE = 0.1  # share of the clips from which on a warning is due
 MIXED_RATES = 1.5
+SLOW = 0.99  # of data.fps; NTSC's 24000/1001 for 24 repeats a frame in a thousand
 
 
 @dataclass(frozen=True)
 class Survey:
-    """Counts of clips. Too short ones have files; squeezed and enlarged ones are usable."""
+    """Counts of clips. Too short ones have files; squeezed, slow and enlarged ones are usable."""
 
     manifest: str
     data: DataConfig
@@ -36,8 +38,9 @@ class Survey:
     too_short: int
     too_small: int  # for any bucket of theirs
     resplit: int  # of the too short ones, those that a limit of length has cut, not a scene's end
-    longest: int  # frames
+    longest: int  # frames, as `frames_at_rate` counts them
     squeezed: int
+    slow: int  # of fewer frames a second than data.fps
     factors: tuple[float, ...]  # of the enlarged ones, ascending
     short_side: int  # pixels with which none would be enlarged
     rates: tuple[float, ...]  # frames a second of usable videos, the most frequent first; none where single frames do
@@ -53,12 +56,17 @@ class Survey:
     def needed(self) -> int:
         """Frames of a clip that is not too short."""
         lengths = [bucket.num_frames for bucket in self.buckets if bucket.num_frames > 1 or self.images]
-        return min(lengths, default=2) * self.data.frame_interval if self.data.buckets else self.data.num_frames
+        return min(lengths, default=2) * interval_of(self.data) if self.data.buckets else self.data.num_frames
 
     @property
     def window(self) -> int:
         """Frames that a sample is taken from."""
-        return (self.data.num_frames - 1) * self.data.frame_interval + 1
+        return (self.data.num_frames - 1) * interval_of(self.data) + 1
+
+    @property
+    def at_rate(self) -> str:
+        """What to say after a number of frames."""
+        return f" at data.fps = {self.data.fps:g}" if self.data.fps else ""
 
 
 def keyed_sample(table: Any, count: int) -> Any:
@@ -82,7 +90,7 @@ def survey(table: Any, data: DataConfig, manifest: str | Path) -> Survey:
     missing = np.array(_missing(paths), dtype=bool)
     frames, fps = looked["num_frames"].to_numpy(), looked["fps"].to_numpy()
     heights, widths = looked["height"].to_numpy(), looked["width"].to_numpy()
-    target = _targets(data, frames, heights, widths)
+    target, taken = _targets(data, frames, heights, widths, fps), frames_at_rate(data, frames, fps)
     too_short, too_small = ~missing & (target.lost == "too short"), ~missing & (target.lost == "too small")
     usable = ~missing & ~too_short & ~too_small
     divided = looked["resplit"].to_pylist() if "resplit" in looked.column_names else [False] * len(looked)
@@ -90,8 +98,8 @@ def survey(table: Any, data: DataConfig, manifest: str | Path) -> Survey:
     factors = np.maximum(target.height / heights, target.width / widths)
     enlarged = usable & (factors > 1)
     sides = (np.minimum(heights, widths) * factors)[enlarged]
-    rates = fps[usable & (frames > 1)] if data.buckets or data.num_frames > 1 else fps[:0]
-    window = (target.num_frames - 1) * data.frame_interval + 1
+    moving = usable & (frames > 1) & (bool(data.buckets) or data.num_frames > 1)
+    window = (target.num_frames - 1) * interval_of(data) + 1
     return Survey(
         manifest=str(manifest),
         data=data,
@@ -102,11 +110,12 @@ def survey(table: Any, data: DataConfig, manifest: str | Path) -> Survey:
         too_short=int(too_short.sum()),
         too_small=int(too_small.sum()),
         resplit=int((too_short & resplit).sum()),
-        longest=int(frames.max()),
-        squeezed=int((usable & (frames < window)).sum()),
+        longest=int(taken.max()),
+        squeezed=int((usable & (taken < window)).sum()),
+        slow=int((moving & (fps < SLOW * data.fps)).sum()),
         factors=tuple(np.sort(factors[enlarged]).tolist()),
         short_side=math.ceil(sides.max()) if len(sides) else 0,
-        rates=tuple(rate for rate, _ in Counter(np.round(rates, 3).tolist()).most_common()),
+        rates=tuple(rate for rate, _ in Counter(np.round(fps[moving], 3).tolist()).most_common()),
         images=bool((frames == 1).all()),
         buckets=target.buckets,
         clips=tuple((np.bincount(target.kind[usable], minlength=len(target.shares)) @ target.shares).tolist()),
@@ -126,15 +135,16 @@ class _Targets:
     shares: Any  # [kinds, buckets]: of the clips of a kind, on average
 
 
-def _targets(data: DataConfig, frames: Any, heights: Any, widths: Any) -> _Targets:
+def _targets(data: DataConfig, frames: Any, heights: Any, widths: Any, fps: Any) -> _Targets:
     import numpy as np
 
     if not data.buckets:
-        lost, kind = np.where(frames < data.num_frames, "too short", ""), np.zeros(len(frames), dtype=int)
+        lost = np.where(frames_at_rate(data, frames, fps) < data.num_frames, "too short", "")
+        kind = np.zeros(len(frames), dtype=int)
         only = (Bucket(data.num_frames, data.height, data.width, 1),)
         return _Targets(data.num_frames, data.height, data.width, lost, only, kind, np.ones((1, 1)))
     rule = Rule(data, 1)
-    cells, kind = np.unique(rule.cells(frames, heights, widths), return_inverse=True)
+    cells, kind = np.unique(rule.cells(frames, heights, widths, fps), return_inverse=True)
     sizes, reasons, shares = [], [], np.zeros((len(cells), len(rule.buckets)))
     for row, cell in enumerate(map(int, cells)):
         chances = rule.chances(cell)
@@ -173,11 +183,13 @@ def require_usable(found: Survey) -> None:
         reasons.append(f"{found.missing:,} files are missing or empty, first {found.first_missing!r} (paths are "
                        f"relative to {folder}): mend the column path")  # fmt: skip
     if found.too_short and not found.data.buckets:
-        reasons.append(f"{found.too_short:,} clips have fewer than data.num_frames = {found.data.num_frames} frames, "
-                       f"the longest has {found.longest}: lower data.num_frames, or {_longer(found)}")  # fmt: skip
+        reasons.append(f"{found.too_short:,} clips have fewer than data.num_frames = {found.data.num_frames} frames"
+                       f"{found.at_rate}, the longest has {found.longest}: lower data.num_frames, or "
+                       f"{_longer(found)}")  # fmt: skip
     elif found.too_short:
-        reasons.append(f"{found.too_short:,} clips have too few frames for all of data.buckets, the longest has "
-                       f"{found.longest}: give one num_frames * data.frame_interval of at most that")  # fmt: skip
+        interval = " * data.frame_interval" if interval_of(found.data) > 1 else ""
+        reasons.append(f"{found.too_short:,} clips have too few frames{found.at_rate} for all of data.buckets, the "
+                       f"longest has {found.longest}: give one num_frames{interval} of at most that")  # fmt: skip
     if found.too_small:
         reasons.append(f"{found.too_small:,} clips are too small for all of data.buckets: give one less resolution")
     sampled = f" that were looked at of {found.rows:,}" if found.looked_at < found.rows else ""
@@ -193,22 +205,21 @@ def table(found: Survey, title: str) -> Iterator[str]:
     yield f"{title} {found.manifest}: {found.rows:,}{sampled}"
     by = "" if not factors else f"by {statistics.median(factors):.3g} (median), {factors[-1]:.3g} at most"
     size = "their bucket" if data.buckets else f"{data.height}x{data.width}"
+    several, interval = bool(data.buckets), interval_of(data)
     kinds = [
-        ("usable", found.usable, ""),
-        ("missing", found.missing, f"no file, or an empty one; first {found.first_missing!r}"),
-        ("too short", found.too_short, f"fewer than {found.needed} frames"),
-        ("too small", found.too_small, "less than .8 of the pixels of all buckets for their length"),
-        ("squeezed", found.squeezed, f"shorter than the window of {found.window} frames, so that motion is faster"),
-        ("enlarged", len(factors), f"smaller than {size}: {by}"),
-    ]
-    if data.buckets:
-        kinds = [kind for kind in kinds if kind[0] != "squeezed"]
-        left_out = found.usable - sum(found.clips)
-        kinds.append(("not kept", round(left_out), "an epoch, on average: keep of data.buckets"))
-    else:
-        kinds = [kind for kind in kinds if kind[0] != "too small"]
-    for name, count, note in kinds:
-        yield f"  {name:>9} {count:>9,} {count / found.looked_at:>7.1%}{f'  {note}' if count and note else ''}"
+        ("usable", True, found.usable, ""),
+        ("missing", True, found.missing, f"no file, or an empty one; first {found.first_missing!r}"),
+        ("too short", True, found.too_short, f"fewer than {found.needed} frames{found.at_rate}"),
+        ("too small", several, found.too_small, "less than .8 of the pixels of all buckets for their length"),
+        ("squeezed", not several and interval > 1, found.squeezed,
+         f"shorter than the window of {found.window} frames, so that motion is faster"),
+        ("slow", data.fps > 0, found.slow, f"below data.fps = {data.fps:g}, so that frames repeat"),
+        ("enlarged", True, len(factors), f"smaller than {size}: {by}"),
+        ("not kept", several, round(found.usable - sum(found.clips)), "an epoch, on average: keep of data.buckets"),
+    ]  # fmt: skip
+    for name, applies, count, note in kinds:
+        if applies:
+            yield f"  {name:>9} {count:>9,} {count / found.looked_at:>7.1%}{f'  {note}' if count and note else ''}"
     if found.rates:
         low, high = min(found.rates), max(found.rates)
         yield f"  {'fps':>9} {f'{low:g} to {high:g}, mostly {found.rates[0]:g}' if high > low else f'{low:g}'}"
@@ -251,14 +262,25 @@ def warnings(found: Survey) -> Iterator[str]:
             f"{len(found.factors) / total:.0%} of the clips in {found.manifest} are enlarged, which blurs them: "
             f"{remedy}, or lower {'the resolutions of data.buckets' if data.buckets else 'data.height and data.width'}"
         )
-    if found.rates and max(found.rates) > MIXED_RATES * min(found.rates):
+    if found.slow > NOTABLE * total:
+        yield (
+            f"{found.slow / total:.0%} of the clips in {found.manifest} have fewer frames a second than data.fps = "
+            f"{data.fps:g}, so that frames repeat and motion halts: lower data.fps (the slowest have "
+            f"{min(found.rates):g}), or leave them out: data_tools.filter --keep 'fps >= {SLOW * data.fps:g}'"
+        )
+    by_number = not data.fps and data.frame_sampling == "window"
+    if by_number and found.rates and max(found.rates) > MIXED_RATES * min(found.rates):
         yield (
             f"frame rates in {found.manifest} reach from {min(found.rates):g} to {max(found.rates):g}, so the same "
-            f"motion is shown at different speeds: data_tools.split --fps {found.rates[0]:g} makes them equal"
+            f"motion is shown at different speeds: data.fps, such as {found.rates[0] / data.frame_interval:g}, takes "
+            f"frames by time at one speed (as data_tools.split --fps {found.rates[0]:g} would once for all)"
         )
 
 
 def _longer(found: Survey) -> str:
+    if found.data.fps:
+        seconds = (found.data.num_frames - 1) / found.data.fps
+        return f"data_tools.filter --keep 'duration > {seconds:.4g}' leaves out what is too short"
     if found.resplit > found.too_short / 2:
         return f"data_tools.split --max-frames divided them: give it at least {found.window}, or leave it out"
     return f"data_tools.split --min-frames {found.window} leaves out what is too short for a whole window"

@@ -69,6 +69,7 @@ class FrameIndex:
     promised: int  # packets that should be there, 0 if the file does not say
     broken: tuple[int, ...] = ()  # numbers, in decoding order, of packets that have lost bytes
     joined: bool = False  # segments of MPEG-TS one after the other: only decoding tells whether all is there
+    time_base: Fraction = Fraction(1)  # seconds a unit
 
     def damage(self, more_broken: Collection[int] = ()) -> str:
         """Return what the packets show to be wrong, "" if nothing; `more_broken` as `broken`, found otherwise."""
@@ -237,6 +238,14 @@ def frame_index(path: str | Path) -> FrameIndex:
     return _index_file(os.fspath(path), status.st_mtime_ns, status.st_size)
 
 
+def frame_times(path: str | Path) -> np.ndarray:
+    """Return when each frame of a video is shown, in seconds from the first on, float64 [N]; none if no clock tells."""
+    _check_file(path)
+    index = frame_index(path)
+    times = np.array(index.times, dtype=np.int64)
+    return (times - times[:1]) * float(index.time_base)
+
+
 @lru_cache(maxsize=64)
 def _index_file(path: str, _mtime_ns: int, _size: int) -> FrameIndex:
     with open_video(path) as (container, stream):
@@ -255,8 +264,9 @@ def _index_file(path: str, _mtime_ns: int, _size: int) -> FrameIndex:
     keys = sorted(key for key in keys if times and key[0] >= times[0])
     keys = keys if keys_known else keys[:1]
     return FrameIndex(
-        tuple(times), tuple(k for k, _ in keys), tuple(s for _, s in keys), len(packets), promised, broken, joints > 0
-    )
+        tuple(times), tuple(k for k, _ in keys), tuple(s for _, s in keys), len(packets), promised, broken, joints > 0,
+        time_base,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opensora_repro.config import Config
-from opensora_repro.config.sections import encodes_after_start
+from opensora_repro.config.sections import encodes_after_start, sample_fps
 from opensora_repro.parallel.mesh import Mesh
 from opensora_repro.planning.encoders import FrozenSizes, frozen_sizes
 from opensora_repro.planning.flops import Products, forward_products
@@ -71,7 +71,7 @@ class Inference:
     decode_flops: float
     clip_flops: float
     clip_seconds: float
-    clip_duration: float  # seconds of video, at sample.fps
+    clip_duration: float  # seconds of video, as sampled
     clips_a_gpu_hour: float
     video_minutes_a_gpu_hour: float
     cost_a_clip: float | None
@@ -162,7 +162,7 @@ def _inference(
     transformer = float(evaluations * products.forward_flops)
     clip = transformer + frozen.text_flops + frozen.decode_flops
     seconds = clip / (peak * question.utilisation)
-    duration = cfg.data.num_frames / cfg.sample.fps
+    duration = cfg.data.num_frames / sample_fps(cfg)
     price = question.price_per_gpu_hour
     return Inference(
         evaluations=evaluations,

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from opensora_repro.config import Config
+from opensora_repro.config.sections import sample_fps
 from opensora_repro.models.config import ACTIVATION_CHECKPOINTING
 from opensora_repro.planning.budget import SECONDS_AN_HOUR, Budget
 from opensora_repro.planning.gpus import GIB, Gpu
@@ -130,7 +131,7 @@ def _inference(cfg: Config, budget: Budget) -> list[str]:
     else:
         lines.append(
             f"a GPU-hour  {number(found.clips_a_gpu_hour)} clips, {number(found.video_minutes_a_gpu_hour)} minutes of "
-            f"video ({found.clip_duration:.3g} s a clip at {sample.fps} frames/s)"
+            f"video ({found.clip_duration:.3g} s a clip at {sample_fps(cfg):g} frames/s)"
         )
     lines.append(f"break-even  {found.break_even_clips:,.0f} {what}s take as many FLOPs as the training")
     return lines

@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from opensora_repro.config import Config
+from opensora_repro.config.sections import sample_fps
 from opensora_repro.data.write import write_png, write_sample
 from opensora_repro.files import replacing
 from opensora_repro.frozen.text import EncodedPrompts
@@ -35,7 +36,7 @@ def write_samples(cfg: Config, videos: Sequence[np.ndarray], step: int) -> tuple
     with replacing(final) as folder:
         for index, video in enumerate(videos):
             name = f"{index:04d}.png" if len(video) == 1 else f"{index:04d}.mp4"
-            write_sample(folder / name, video, cfg.sample.fps)
+            write_sample(folder / name, video, sample_fps(cfg))
         write_png(folder / "grid.png", grid)
     return final, grid
 

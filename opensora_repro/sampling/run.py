@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from opensora_repro.config import Config, ConfigError, ParallelConfig
+from opensora_repro.config.sections import sample_fps
 from opensora_repro.data.write import write_sample
 from opensora_repro.diffusion.gaussian import NUM_TRAIN_STEPS
 from opensora_repro.frozen.text import ClassLabels, ConditionEncoder, T5Text
@@ -98,7 +99,7 @@ class SamplingRun:
             "num_frames": cfg.data.num_frames,
             "height": cfg.data.height,
             "width": cfg.data.width,
-            "fps": cfg.sample.fps,
+            "fps": sample_fps(cfg),
             "sampler": cfg.sample.sampler,
             "steps": cfg.sample.steps,
             "guidance": cfg.sample.guidance,
@@ -214,7 +215,7 @@ class SamplingRun:
                 if mesh.member:
                     continue  # the group's first process writes
                 for name in reversed(folder.files(index)):  # its own file last: once that is there, all are
-                    write_sample(self.out / name, video, cfg.sample.fps)
+                    write_sample(self.out / name, video, sample_fps(cfg))
                 written.append(index)
                 if mesh.world_size == 1:
                     folder.write(before | set(written))

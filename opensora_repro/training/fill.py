@@ -28,7 +28,7 @@ def cache_fingerprint(cfg: Config, encoder: Encoder) -> str:
     The frozen models enter by their files' digests, which `data.cache` remembers.
     """
     hash_file = Sha256Memo.in_file(Path(cfg.data.cache) / FROZEN_HASHES)
-    keys = ["frame_interval", "flip", "draws"]
+    keys = ["frame_interval", "fps", "frame_sampling", "flip", "draws"]
     keys += [] if cfg.data.buckets else ["num_frames", "height", "width"]  # buckets: each sample's key says it
     content = {
         "vae": encoder.vae.fingerprint(hash_file),

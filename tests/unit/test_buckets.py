@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from opensora_repro.config import BucketConfig, Config, ConfigError, DataConfig, dump_toml, load_config, parse_config
-from opensora_repro.data.buckets import PIXELS, Rule, as_sampled, assign, nearest, published_table
+from opensora_repro.data.buckets import COLUMNS, PIXELS, Rule, as_sampled, assign, nearest, published_table
 from opensora_repro.data.sampler import Assignment, Schedule, everything, keyed_words
 
 
@@ -25,7 +25,7 @@ def section(config: dict[str, Any], interval: int = 1) -> DataConfig:
 
 
 def cell_of(rule: Rule, *clip: int) -> int:
-    return int(rule.cells(*(np.array([value]) for value in clip))[0])
+    return int(rule.cells(*(np.array([value]) for value in (*clip, 24.0)))[0])
 
 
 class Published:
@@ -128,6 +128,7 @@ def manifest(count: int, seed: int = 0) -> pa.Table:
             "num_frames": random.choice([1, 4, 8, 16, 17, 32], count),
             "height": random.integers(20, 100, count),
             "width": random.integers(20, 100, count),
+            "fps": random.choice([12.0, 24.0, 60.0], count),
         }
     )
 
@@ -166,7 +167,7 @@ def test_what_a_clip_may_go_to(clip: tuple[int, int, int], expected: set[Any]) -
 def test_buckets_of_draws_are_shares_and_a_rows_own() -> None:
     table, rule = manifest(4000), Rule(CONFIG, 1)
     assignment = assign(table, rule, 3)
-    columns = [table[name].to_numpy() for name in ("num_frames", "height", "width")]
+    columns = [table[name].to_numpy() for name in COLUMNS]
     cells = rule.cells(*columns)
     draws = np.array([assignment.buckets(draw) for draw in range(40)])
     assert (assignment.counts(np.arange(40)) == [np.bincount(of[of >= 0], minlength=7) for of in draws]).all()

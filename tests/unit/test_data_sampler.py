@@ -92,6 +92,7 @@ MANIFEST = pa.table(
     {
         "id": [f"clip {index}" for index in range(len(CLIPS))],
         **{name: [clip[i] for clip in CLIPS] for i, name in enumerate(("num_frames", "height", "width"))},
+        "fps": [24.0] * len(CLIPS),
     }
 )
 STEPS = 60
@@ -158,6 +159,7 @@ def test_buckets_are_mixed_evenly() -> None:
             "num_frames": [4] * 900 + [1] * 300,
             "height": [40] * 1200,
             "width": [40] * 1200,
+            "fps": [24.0] * 1200,
         }
     )
     found = Schedule(assign(rows, RULE, 1), [4, 4, 3, 3], 0)
