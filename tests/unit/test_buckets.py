@@ -164,6 +164,18 @@ def test_what_a_clip_may_go_to(clip: tuple[int, int, int], expected: set[Any]) -
         assert rule.why_lost(cell) == ("too short" if clip[0] == 7 else "too small")
 
 
+def test_by_time_a_clip_counts_as_it_lasts() -> None:
+    """A second holds 24 frames, whatever it was filmed at."""
+    rule = Rule(replace(CONFIG, frame_interval=3, fps=24.0), 1)
+    rates = np.array([12.0, 24.0, 30.0, 60.0, 12.0, 24.0, 30.0, 60.0, 0.0])
+    frames = np.array([8, 16, 20, 40, 7, 15, 18, 37, 1])
+    sides = np.full(9, 64)
+    found = [rule.buckets[rule.chances(int(cell))[0][0]].num_frames for cell in rule.cells(frames, sides, sides, rates)]
+    assert found == [16, 16, 16, 16, 8, 8, 8, 8, 1]
+    whole = Rule(replace(CONFIG, frame_sampling="uniform"), 1)
+    assert whole.buckets[whole.chances(cell_of(whole, 16, 64, 64))[0][0]].num_frames == 16
+
+
 def test_buckets_of_draws_are_shares_and_a_rows_own() -> None:
     table, rule = manifest(4000), Rule(CONFIG, 1)
     assignment = assign(table, rule, 3)

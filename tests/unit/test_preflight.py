@@ -107,9 +107,30 @@ def test_frame_rates(clip: Path) -> None:
 
     assert rates(24.0, 30.0, 36.0) == []
     (line,) = rates(24.0, 24.0, 60.0, 12.5)
-    assert "from 12.5 to 60" in line and "data_tools.split --fps 24 " in line
+    assert "from 12.5 to 60" in line and "data.fps, such as 8, takes" in line and "data_tools.split --fps 24 " in line
+    assert rates(24.0, 24.0, 60.0, 12.5, fps=8.0) == rates(24.0, 60.0, frame_sampling="uniform") == []
     assert rates(24.0, 60.0, num_frames=1) == []  # single frames do not move
     assert list(warnings(look(clip, {}, {}, *[{}] * 20, {"fps": 60.0, "path": "gone.mp4"}))) == []  # nobody sees it
+
+
+def test_frames_by_time(clip: Path) -> None:
+    """Clips count by how long they last; what is slower than data.fps is told, and a warning from a tenth on."""
+    data = dataclasses.replace(DATA, fps=24.0)
+    rows = [{"num_frames": 18, "fps": 60.0}, {"num_frames": 17, "fps": 60.0}, {"fps": 23.976}, {"fps": 12.0}]
+    found = look(clip, *rows, data=data)
+    assert counts(found) == {"usable": 3, "missing": 0, "too short": 1, "slow": 1, "enlarged": 0}
+    lines = list(table(found, "clips of"))
+    assert "too short         1   25.0%  fewer than 8 frames at data.fps = 24" in lines[3]
+    assert "slow         1   25.0%  below data.fps = 24, so that frames repeat" in lines[4]
+    unusable, slow = warnings(found)
+    assert "data_tools.filter --keep 'duration > 0.2917' leaves out what is too short" in unusable
+    assert "25% of the clips" in slow and "lower data.fps (the slowest have 12)" in slow and "'fps >= 23.76'" in slow
+    assert list(warnings(look(clip, *[{}] * 9, {"fps": 12.0}, data=data))) == []
+    with pytest.raises(DataError, match=r"2 clips have fewer than data\.num_frames = 8 frames at data\.fps = 24, the "):
+        require_usable(look(clip, rows[1], rows[1], data=data))
+    uniform = dataclasses.replace(DATA, frame_sampling="uniform")
+    found = look(clip, {"num_frames": 8}, {"num_frames": 7}, data=uniform)
+    assert counts(found) == {"usable": 1, "missing": 0, "too short": 1, "enlarged": 0}
 
 
 @pytest.mark.parametrize(
@@ -231,5 +252,9 @@ def test_clips_of_buckets(clip: Path) -> None:
     ]  # fmt: skip
     with pytest.raises(DataError, match=r"1 clips have too few frames for all of data\.buckets, the longest has 15"):
         require_usable(look(clip, {"num_frames": 15}, data=data))
+    by_time = dataclasses.replace(data, frame_interval=1, fps=12.0)
+    assert look(clip, {"num_frames": 15}, {"num_frames": 14}, {"num_frames": 1, "fps": 0}, data=by_time).too_short == 1
+    with pytest.raises(DataError, match=r"few frames at data\.fps = 12 for all .* has 7: give one num_frames of at "):
+        require_usable(look(clip, {"num_frames": 14}, data=by_time))
     with pytest.raises(DataError, match=r"1 clips are too small for all of data\.buckets"):
         require_usable(look(clip, {"height": 9, "width": 9}, data=data))
