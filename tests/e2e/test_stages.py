@@ -14,6 +14,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from opensora_repro.data.video import probe
 from stages import stage1_image, stage2_video, stage3_hq
 from tests.training_world import World, losses, make_world, metrics, newest_hashes
 
@@ -67,7 +68,7 @@ def test_the_same_command_again_has_nothing_left_to_do(
 
 
 def test_evaluation_shows_progress_and_changes_nothing(world: World, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"train__steps": 5, "data__frame_interval": 2}
+    settings: dict[str, Any] = {"train__steps": 5, "data__fps": 5}  # of clips with 8 frames a second
     assert train(stage2_video, world, tmp_path / "plain", "clips", **settings) == 0
     settings |= {
         "data__val_manifest": str(world.manifest("val")),
@@ -90,10 +91,11 @@ def test_evaluation_shows_progress_and_changes_nothing(world: World, tmp_path: P
     folders = sorted((tmp_path / "watched" / "samples").iterdir())
     assert [folder.name for folder in folders] == ["step-00000004", "step-00000005"]
     assert {path.name for path in folders[0].iterdir()} == {"0000.mp4", "0001.mp4", "grid.png"}
+    assert probe(folders[0] / "0000.mp4").fps == 5
 
 
 def test_cache_workers_and_micro_batches_change_no_loss(world: World, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"train__steps": 6, "train__batch_size": 4, "data__draws": 2}
+    settings: dict[str, Any] = {"train__steps": 6, "train__batch_size": 4, "data__draws": 2, "data__fps": 5}
     assert train(stage2_video, world, tmp_path / "plain", "clips", **settings) == 0
     expected = metrics(tmp_path / "plain")
 
