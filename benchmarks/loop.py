@@ -187,7 +187,7 @@ def made_up_clip(number: int, frames: int, size: int) -> Clip:
 
     generator = torch.Generator().manual_seed(number)
     pixels = torch.randint(256, (frames, size, size, 3), dtype=torch.uint8, generator=generator)
-    return Clip(f"sample {number}", f"a red circle number {number}", pixels, False)
+    return Clip(f"sample {number}", f"a red circle number {number}", pixels, False, 8.0)
 
 
 def made_up_encoding(number: int, latents: Sequence[int], text: Sequence[int]) -> Encoded:
@@ -199,7 +199,7 @@ def made_up_encoding(number: int, latents: Sequence[int], text: Sequence[int]) -
     generator = torch.Generator().manual_seed(number)
     moments = torch.randn(2 * latents[0], *latents[1:], generator=generator)
     mask = torch.arange(text[0]) <= number % text[0]
-    return Encoded(f"sample {number}", moments, torch.randn(*text, generator=generator), mask)
+    return Encoded(f"sample {number}", moments, torch.randn(*text, generator=generator), mask, torch.tensor(8.0))
 
 
 def random_vae(folder: Path) -> Path:

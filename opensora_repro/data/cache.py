@@ -4,8 +4,9 @@ A cache is a folder of safetensors shards under the fingerprint of everything th
 header lists its entries, so there is no index that could disagree with it, and a shard gets its name only when it is
 whole: work that is killed loses the entries since the last flush and nothing else. Several processes may write.
 
-Captions are kept apart from the clips, once each and without the zeros that pad them: an entry is a tensor
-"moments|DRAW|CAPTION|ID", a caption "text|CAPTION" and "mask|CAPTION", CAPTION being a digest of the two.
+Captions are kept apart from the clips, once each and without the zeros that pad them: an entry is the tensors
+"moments|DRAW|CAPTION|ID" and "fps|DRAW|CAPTION|ID", a caption "text|CAPTION" and "mask|CAPTION", CAPTION being a digest
+of the two.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ if TYPE_CHECKING:
     from opensora_repro.data.sampler import Assignment, Shape
 
 Key = tuple[str, int]  # sample id, draw
-FIELDS = ("moments", "text", "mask")
-CAPTION_FIELDS = ("text", "mask")
+CLIP_FIELDS, CAPTION_FIELDS = ("moments", "fps"), ("text", "mask")
+FIELDS = CLIP_FIELDS + CAPTION_FIELDS
 SHARD_BYTES = 64 * 2**20  # entries held back before they are written on their own
 
 
 class LatentCache:
-    """Tensors of (sample id, draw): "moments", "text" and "mask", returned bit for bit as they were put in."""
+    """Tensors of (sample id, draw), those of FIELDS, returned bit for bit as they were put in."""
 
     def __init__(self, folder: str | Path, fingerprint: str, *, shard_bytes: int = SHARD_BYTES) -> None:
         """`fingerprint` names all that the values depend on (weights, data section, manifest rows)."""
@@ -44,7 +45,7 @@ class LatentCache:
         self._where: dict[Key, tuple[Path, str]] = {}  # an entry's shard and caption
         self._captions: dict[str, Path] = {}
         self._scanned: set[Path] = set()
-        self._pending: dict[Key, tuple[torch.Tensor, str]] = {}
+        self._pending: dict[Key, tuple[dict[str, torch.Tensor], str]] = {}
         self._pending_captions: dict[str, dict[str, torch.Tensor]] = {}
         remove_leftovers(self.folder)
         self._scan()
@@ -66,17 +67,19 @@ class LatentCache:
             raise ValueError(f"a cache entry holds {', '.join(FIELDS)}, got {', '.join(sorted(entry))}")
         if self._known(key):
             return
-        moments, text, mask = (entry[field].detach().cpu().contiguous() for field in FIELDS)
-        text = _without_padding(text)
+        held = {field: entry[field].detach().cpu().contiguous() for field in FIELDS}
+        text, mask = _without_padding(held["text"]), held["mask"]
         caption = _digest(text, mask)
-        self._pending[key] = (moments.clone(), caption)
+        self._pending[key] = ({field: held[field].clone() for field in CLIP_FIELDS}, caption)
         if caption not in self._captions and caption not in self._pending_captions:
             self._pending_captions[caption] = {"text": text.clone(), "mask": mask.clone()}
         if sum(tensor.nbytes for tensor in self._pending_tensors().values()) >= self.shard_bytes:
             self.flush()
 
     def _pending_tensors(self) -> dict[str, torch.Tensor]:
-        tensors = {_name(key, caption): moments for key, (moments, caption) in self._pending.items()}
+        tensors: dict[str, torch.Tensor] = {}
+        for key, (clip, caption) in self._pending.items():
+            tensors |= {_name(field, key, caption): tensor for field, tensor in clip.items()}
         for caption, held in self._pending_captions.items():
             tensors |= {f"{field}|{caption}": tensor for field, tensor in held.items()}
         return tensors
@@ -107,18 +110,18 @@ class LatentCache:
         if not self._known(key):
             raise KeyError(f"no cached entry for sample {key[0]!r}, draw {key[1]}")
         if key in self._pending:
-            moments, caption = self._pending[key]
-            moments = moments.clone()
+            clip, caption = self._pending[key]
+            clip = {field: tensor.clone() for field, tensor in clip.items()}
         else:
             path, caption = self._where[key]
             with safe_open(path, framework="pt") as shard:
-                moments = shard.get_tensor(_name(key, caption))
+                clip = {field: shard.get_tensor(_name(field, key, caption)) for field in CLIP_FIELDS}
         if caption in self._pending_captions:
             text, mask = (self._pending_captions[caption][field].clone() for field in CAPTION_FIELDS)
         else:
             with safe_open(self._captions[caption], framework="pt") as shard:
                 text, mask = (shard.get_tensor(f"{field}|{caption}") for field in CAPTION_FIELDS)
-        return {"moments": moments, "text": _padded(text, len(mask)), "mask": mask}
+        return {**clip, "text": _padded(text, len(mask)), "mask": mask}
 
     def _scan(self) -> None:
         """Take in shards that have appeared since the last look."""
@@ -142,8 +145,8 @@ class LatentCache:
                         self._captions.setdefault(rest, path)
 
 
-def _name(key: Key, caption: str) -> str:
-    return f"moments|{key[1]}|{caption}|{key[0]}"
+def _name(field: str, key: Key, caption: str) -> str:
+    return f"{field}|{key[1]}|{caption}|{key[0]}"
 
 
 def _without_padding(text: torch.Tensor) -> torch.Tensor:

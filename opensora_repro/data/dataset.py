@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from opensora_repro.config import DataConfig
 from opensora_repro.data.manifest import read_manifest
-from opensora_repro.data.sample_frames import choose_frames, frames_at_rate, pick
+from opensora_repro.data.sample_frames import choose_frames, frames_at_rate, pick, rate_of
 from opensora_repro.data.sampler import Shape, keyed_generator
 from opensora_repro.data.video import DecodeError, Size, read_frames_at
 
@@ -36,6 +36,7 @@ class Clip:
     caption: str
     pixels: torch.Tensor  # uint8 [T, H, W, C], already cropped and mirrored
     flipped: bool
+    fps: float  # frames a second as taken; 0: a picture
 
     def pin_memory(self) -> Clip:
         """The loader calls this for what goes to a GPU, in a thread of its own."""
@@ -125,7 +126,7 @@ class ClipDataset:
             frames = frames[[read.index(frame) for frame in chosen]]
         flipped = self._flips(epoch, name, caption)
         frames = mirror(frames) if flipped else frames
-        return Clip(name, caption, frames.contiguous(), flipped)
+        return Clip(name, caption, frames.contiguous(), flipped, rate_of(self.cfg, chosen, fps))
 
     def _flips(self, epoch: int, name: str, caption: str) -> bool:
         generator = self._generator(epoch, name, "flip")

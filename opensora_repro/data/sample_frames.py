@@ -56,6 +56,13 @@ def choose_frames(
     return found
 
 
+def rate_of(data: DataConfig, frames: list[int], fps: float) -> float:
+    """Return how many frames a second a sample has, 0 for a picture: of a clip of `fps`, these `frames`."""
+    if len(frames) == 1:
+        return 0.0
+    return data.fps or fps * (len(frames) - 1) / (frames[-1] - frames[0])
+
+
 def frame_window(
     clip_frames: int, num_frames: int, interval: int, generator: torch.Generator | None = None
 ) -> list[int]:

@@ -34,9 +34,10 @@ class Encoded:
     moments: Tensor  # [2 * Cz, T, h, w] float32: mean and log variance of the latents
     text: Tensor  # [L, Ct] float32 or bfloat16
     mask: Tensor  # [L] bool, in host memory
+    fps: Tensor  # [] float32, in host memory: frames a second as taken; 0: a picture
 
     def cpu(self) -> Encoded:
-        return Encoded(self.id, self.moments.cpu(), self.text.cpu(), self.mask.cpu())
+        return Encoded(self.id, self.moments.cpu(), self.text.cpu(), self.mask.cpu(), self.fps)
 
 
 class Encoder:
@@ -114,7 +115,10 @@ class Encoder:
             found = self.vae.encode_moments(torch.cat(videos, dim=1)).split([v.shape[1] for v in videos], dim=1)
             moments |= dict(zip(alike, found, strict=True))
         captions = self._encode_captions(list(dict.fromkeys(clip.caption for clip in clips)))
-        return [Encoded(clip.id, moments[n], *captions[clip.caption]) for n, clip in enumerate(clips)]
+        return [
+            Encoded(clip.id, moments[n], *captions[clip.caption], torch.tensor(clip.fps))
+            for n, clip in enumerate(clips)
+        ]
 
     def _encode_captions(self, captions: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
         if not self.together:

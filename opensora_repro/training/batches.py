@@ -107,11 +107,12 @@ class Batch:
     text: Tensor  # [B, L, Ct]
     mask: Tensor  # [B, L] bool, in host memory, from where the captions' lengths are read without a wait
     drop_text: Tensor  # [B] bool
+    fps: Tensor  # [B] float32, frames a second; 0: a picture
     weight: float  # 1, or 0 for the stand-in of a micro-batch without a readable sample
     num_tokens: int  # of all samples together
 
     def tensors(self) -> tuple[Tensor, ...]:
-        return self.latents, self.noise, self.timesteps, self.text, self.mask, self.drop_text
+        return self.latents, self.noise, self.timesteps, self.text, self.mask, self.drop_text, self.fps
 
 
 class BatchBuilder:
@@ -148,6 +149,7 @@ class BatchBuilder:
             text=self._to_device(torch.stack([sample.text for _, sample in samples])).float(),
             mask=torch.stack([sample.mask for _, sample in samples]),
             drop_text=self._to_device(chances < self.drop_probability),
+            fps=self._to_device(torch.stack([sample.fps for _, sample in samples])),
             weight=1.0,
             num_tokens=num_tokens * len(samples),
         )
@@ -169,6 +171,7 @@ class BatchBuilder:
             text=torch.zeros(size, *self.text_shape, device=device),
             mask=torch.ones(size, self.text_shape[0], dtype=torch.bool),
             drop_text=torch.zeros(size, dtype=torch.bool, device=device),
+            fps=torch.zeros(size, device=device),
             weight=0.0,
             num_tokens=0,
         )

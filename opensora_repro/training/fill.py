@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from opensora_repro.config import Config
-from opensora_repro.data.cache import CacheRows, LatentCache
+from opensora_repro.data.cache import FIELDS, CacheRows, LatentCache
 from opensora_repro.data.dataset import BadSample, Clip, ClipDataset, LoaderDied, build_loader
 from opensora_repro.data.sampler import SampleBatch, Shape
 from opensora_repro.errors import TrainingError, cannot_write
@@ -85,7 +85,7 @@ class CacheFill:
             for done, ((draw, index), sample) in enumerate(zip(todo, samples, strict=True), start=1):
                 bad = sample if isinstance(sample, BadSample) else None
                 if not isinstance(sample, BadSample):
-                    entry = {"moments": sample.moments, "text": sample.text, "mask": sample.mask}
+                    entry = {name: getattr(sample, name) for name in FIELDS}
                     self.cache.put(self.rows.key(index, draw), entry)
                 if done % FLUSH_EVERY == 0:
                     self.cache.flush()

@@ -96,6 +96,9 @@ def test_clips_fit_the_config_that_they_are_for(
     clips = read_manifest(tmp_path / "out" / "manifest.parquet", need_captions=False)
     assert (len(clips), set(clips["height"])) == (7, {32})
     assert clips["fps"].tolist() == pytest.approx([12] * 7)
+    for keys, rate in (("fps = 12.5", "12.5"), ('frame_sampling = "uniform"', "")):  # every frame of theirs counts
+        config.write_text(f"[data]\nnum_frames = 4\nwidth = 48\n{keys}\n")
+        assert split.recipe_options(str(config)) == {"min_frames": 4, "short_side": 256, "fps": rate}
     with pytest.raises(SystemExit):
         split.main(["--for-training", str(footage), "--out", str(tmp_path / "out")])
     assert "is no .toml; write the input before it" in capsys.readouterr().err

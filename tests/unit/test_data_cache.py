@@ -17,6 +17,7 @@ def entry(key: Key) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(hash(key[1]) + sum(key[0].encode()))
     return {
         "moments": torch.randn(8, 2, 4, 4, generator=generator),
+        "fps": torch.rand((), generator=generator),
         "text": torch.randn(6, 16, generator=generator),
         "mask": torch.rand(6, generator=generator) < 0.5,
     }
@@ -26,6 +27,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
 
 
+FPS = torch.tensor(24.0)
 KEYS: list[Key] = [("a", 0), ("a", 1), ("b|0|x", 0), ("ünï/视频 #1", 12)]
 
 
@@ -55,7 +57,7 @@ def test_a_caption_is_kept_once_without_its_padding(tmp_path: Path) -> None:
     for number, (key, moments) in enumerate(clips.items()):
         cache = caches[number // 4]
         assert cache.missing([key]) == [key]
-        cache.put(key, {"moments": moments, "text": text, "mask": mask})
+        cache.put(key, {"moments": moments, "fps": FPS, "text": text, "mask": mask})
         if number == 3:
             cache.flush()
     caches[1].flush()
@@ -64,7 +66,7 @@ def test_a_caption_is_kept_once_without_its_padding(tmp_path: Path) -> None:
     assert second.stat().st_size < first.stat().st_size - 3 * 128  # the caption is in the other's
     again = LatentCache(tmp_path, "f")
     for key, moments in clips.items():
-        assert same(again.get(key), {"moments": moments, "text": text, "mask": mask})
+        assert same(again.get(key), {"moments": moments, "fps": FPS, "text": text, "mask": mask})
     first.unlink()
     assert LatentCache(tmp_path, "f").missing(clips) == list(clips)  # clips without their caption are encoded again
 
@@ -117,7 +119,7 @@ def test_later_changes_of_a_tensor_do_not_reach_the_cache(tmp_path: Path) -> Non
 
 
 def test_entries_must_be_complete(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="moments, text, mask"):
+    with pytest.raises(ValueError, match="moments, fps, text, mask"):
         LatentCache(tmp_path, "f").put(KEYS[0], {"moments": torch.zeros(1)})
 
 

@@ -89,7 +89,8 @@ def clips(*captions: str) -> list[Clip]:
     sizes = [(1 + i % 3, 16, 16, 3) for i in range(len(captions))]
     pixels = [torch.randint(256, size, generator=generator, dtype=torch.uint8) for size in sizes]
     return [
-        Clip(str(i), caption, frames, False) for i, (frames, caption) in enumerate(zip(pixels, captions, strict=True))
+        Clip(str(i), caption, frames, False, 8.0)
+        for i, (frames, caption) in enumerate(zip(pixels, captions, strict=True))
     ]
 
 
@@ -270,7 +271,7 @@ def test_two_processes_fill_everything_between_them(tmp_path: Path, monkeypatch:
     class Zeros:
         def encoded(self, clips: Iterable[str]) -> Iterator[Encoded]:
             moments, text, mask = torch.zeros(8, 1, 2, 2), torch.zeros(2, 4), torch.ones(2, dtype=torch.bool)
-            return (Encoded(clip, moments, text, mask) for clip in clips)
+            return (Encoded(clip, moments, text, mask, torch.tensor(8.0)) for clip in clips)
 
     class Rows:
         draws = 2

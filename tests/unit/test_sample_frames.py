@@ -11,13 +11,21 @@ import av
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from opensora_repro.config import ConfigError, DataConfig, load_config, parse_config
+from opensora_repro.data.buckets import assigned
+from opensora_repro.data.cache import FIELDS, CacheRows, LatentCache
 from opensora_repro.data.dataset import BadSample, Clip, ClipDataset
+from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.sample_frames import clip_times, evenly, frame_window, frames_at_rate, time_window
-from opensora_repro.data.sampler import keyed_generator
+from opensora_repro.data.sampler import BatchSampler, Schedule, SharedBatches, everything, keyed_generator
+from opensora_repro.frozen.encoder import Encoded, open_encoder
+from opensora_repro.training.batches import CacheFeed, ClipFeed
+from opensora_repro.training.fill import CacheFill, cache_fingerprint
 from tests.frames import write_manifest
 from tests.made_streams import numbers, write_numbered
+from tests.tiny_models import make_tiny_text, make_tiny_vae
 
 TICKS = 600  # a second
 SECONDS, SPEED = 4.0, 56.0  # pixels a second
@@ -142,6 +150,43 @@ def test_a_slow_clip_shows_frames_again(tmp_path: Path) -> None:
     clip = dataset(pd.DataFrame([row]), tmp_path, data, augment=False).load(0, 0)
     assert isinstance(clip, Clip)
     assert numbers(clip.pixels.numpy()) == [2, 2, 3, 3, 4, 4, 5, 5]
+
+
+def test_a_sample_has_a_rate(walks: dict[str, pd.DataFrame], tmp_path: Path) -> None:
+    def rate(name: str, data: DataConfig) -> float:
+        clip = dataset(walks[name], tmp_path, data).load(0, 0)
+        assert isinstance(clip, Clip)
+        return clip.fps
+
+    by_number = replace(DATA, fps=0.0, frame_interval=3)
+    assert [rate(name, DATA) for name in ("12", "60", "variable")] == [8.0, 8.0, 8.0]
+    assert [rate(name, by_number) for name in ("12", "60")] == pytest.approx([4, 20])
+    assert rate("12", replace(by_number, num_frames=24)) == pytest.approx(12 * 23 / 47)  # squeezed
+    uniform = replace(DATA, fps=0.0, frame_sampling="uniform", num_frames=9)
+    assert rate("variable", uniform) == pytest.approx(8 * TICKS / ticks("variable")[-1])
+    assert rate("24", replace(DATA, num_frames=1)) == 0
+
+
+def test_cached_samples_are_the_same_bit_for_bit(walks: dict[str, pd.DataFrame], tmp_path: Path) -> None:
+    vae, text = make_tiny_vae(tmp_path / "vae"), make_tiny_text(tmp_path / "text")
+    data = {"draws": 2, "num_frames": 4, "fps": 8, "height": HEIGHT, "width": 64, "cache": str(tmp_path / "cache")}
+    cfg = parse_config({"vae": {"path": str(vae)}, "text": {"path": str(text)}, "data": data})
+    clips = dataset(pd.concat([walk.assign(id=name) for name, walk in walks.items()]), tmp_path, cfg.data)
+    table = read_manifest(tmp_path / "manifest.parquet")
+    rows, encoder = CacheRows(table, cfg, assigned(table, cfg)), open_encoder(cfg, torch.device("cpu"))
+    cache = LatentCache(cfg.data.cache, cache_fingerprint(cfg, encoder))
+    assert [bad for _, bad in CacheFill(clips, rows, encoder, cache, num_workers=0).encode()] == [None] * 10
+    sampler = SharedBatches(BatchSampler(Schedule(everything(5), [5], 0, draws=2), [clips.shape]), 0, 1)
+    plain = ClipFeed(clips, sampler, 0, pinned=False).batches(0, 3)
+    for read, cached in zip(plain, CacheFeed(cache, sampler, rows).batches(0, 3), strict=True):
+        encoded = encoder.encoded(sample for _, sample in read)
+        for one, (_, other) in zip(encoded, cached, strict=True):
+            assert isinstance(one, Encoded) and isinstance(other, Encoded) and one.id == other.id
+            assert all(torch.equal(getattr(one, name), getattr(other, name)) for name in FIELDS)
+            assert other.fps == 8
+    others = ({"fps": 9.0}, {"fps": 0.0}, {"fps": 0.0, "frame_sampling": "uniform"})
+    changed = {cache_fingerprint(replace(cfg, data=replace(cfg.data, **keys)), encoder) for keys in others}
+    assert len(changed - {cache.fingerprint}) == 3
 
 
 def test_a_multiple_of_the_rate_is_an_interval() -> None:

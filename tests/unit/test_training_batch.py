@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -34,11 +36,12 @@ def builder(vae: FrameVAE, seed: int = 7, drop: float = 0.3, objective: str = "f
 def sample(name: str) -> Encoded:
     generator = torch.Generator().manual_seed(len(name) + ord(name[-1]))
     moments = torch.randn(2 * TINY_LATENT_CHANNELS, 3, 5, 4, generator=generator)
-    return Encoded(name, moments, torch.randn(6, 12, generator=generator), torch.arange(6) < 4)
+    text = torch.randn(6, 12, generator=generator)
+    return Encoded(name, moments, text, torch.arange(6) < 4, torch.tensor(float(ord(name[-1]))))
 
 
 def row(batch: Batch, index: int) -> list[torch.Tensor]:
-    names = ("latents", "noise", "timesteps", "text", "mask", "drop_text")
+    names = ("latents", "noise", "timesteps", "text", "mask", "drop_text", "fps")
     return [getattr(batch, name)[index] for name in names]
 
 
@@ -47,7 +50,7 @@ def test_neighbours_and_places_change_nothing(vae: FrameVAE, objective: str) -> 
     build = builder(vae, objective=objective).build
     together = build([(0, sample("a")), (3, sample("b")), (0, sample("c"))])
     alone = build([(3, sample("b"))])
-    assert together.ids == ["a", "b", "c"]
+    assert together.ids == ["a", "b", "c"] and together.fps.tolist() == [97, 98, 99]
     assert all(torch.equal(x, y) for x, y in zip(row(together, 1), row(alone, 0), strict=True))
     assert together.num_tokens == 3 * (3 * 3 * 2)
 
@@ -57,7 +60,7 @@ def test_seed_epoch_and_sample_each_change_the_draws(vae: FrameVAE) -> None:
     others = [
         builder(vae, seed=8).build([(0, sample("a"))]),
         builder(vae).build([(1, sample("a"))]),
-        builder(vae).build([(0, Encoded("b", sample("a").moments, sample("a").text, sample("a").mask))]),
+        builder(vae).build([(0, replace(sample("a"), id="b"))]),
     ]
     for other in others:
         for name in ("latents", "noise", "timesteps"):
