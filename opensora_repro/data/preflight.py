@@ -98,7 +98,7 @@ def survey(table: Any, data: DataConfig, manifest: str | Path) -> Survey:
     factors = np.maximum(target.height / heights, target.width / widths)
     enlarged = usable & (factors > 1)
     sides = (np.minimum(heights, widths) * factors)[enlarged]
-    moving = usable & (frames > 1) & (bool(data.buckets) or data.num_frames > 1)
+    moving = usable & (frames > 1) & (target.num_frames > 1)
     window = (target.num_frames - 1) * interval_of(data) + 1
     return Survey(
         manifest=str(manifest),
