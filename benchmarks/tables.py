@@ -130,8 +130,8 @@ def schedule_costs(table: Any) -> dict[str, float]:
     from opensora_repro.data.sampler import Schedule
 
     ratios = ("16:9", "4:3", "1:1")
-    wanted = [(64, "360p", 0.5), (16, "360p", 1.0), (32, "240p", 0.5), (8, "144p", 1.0)]
-    buckets = tuple(BucketConfig(frames, name, ratios, 64, keep) for frames, name, keep in wanted)
+    entries = [(64, "360p", 0.5), (16, "360p", 1.0), (32, "240p", 0.5), (8, "144p", 1.0)]
+    buckets = tuple(BucketConfig(frames, name, ratios, 64, keep) for frames, name, keep in entries)
     cfg = Config(data=DataConfig(frame_interval=1, buckets=buckets))
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: the peak begins anew
     held, before = peak_memory(), time.process_time()

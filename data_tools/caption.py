@@ -405,8 +405,8 @@ def from_endpoint(rows: Sequence[Record], args: Arguments, endpoint: Endpoint, r
     how = [METHOD, endpoint.model, instruction, frames, args.max_tokens, endpoint.fields]
     keeping = Keeping(records, ANSWERS[0])
     keys = clip_keys(rows, keeping, how, lambda: how)
-    wanted = {key: partial(about_clip, row, instruction, frames) for key, row in zip(keys, rows, strict=True)}
-    found = answers(wanted, args, endpoint, keeping, "captioning")
+    prompts = {key: partial(about_clip, row, instruction, frames) for key, row in zip(keys, rows, strict=True)}
+    found = answers(prompts, args, endpoint, keeping, "captioning")
     return [judge(found[key]) for key in keys]
 
 
@@ -449,8 +449,8 @@ def rewritten(captions: Sequence[Caption], args: Arguments, endpoint: Endpoint, 
     how += [endpoint.fields] if endpoint.fields else []  # without any, the answers of earlier runs are still right
     keys = [digest([found.text, *how]) if found.text and not found.reason else None for found in captions]
     keys = [None if found.flag in REJECTED else key for key, found in zip(keys, captions, strict=True)]
-    wanted = {key: partial(about_text, found.text) for key, found in zip(keys, captions, strict=True) if key}
-    written = answers(wanted, args, endpoint, Keeping(records, ANSWERS[1]), "rewriting")
+    prompts = {key: partial(about_text, found.text) for key, found in zip(keys, captions, strict=True) if key}
+    written = answers(prompts, args, endpoint, Keeping(records, ANSWERS[1]), "rewriting")
     detailed = [judge(written[key]) if key else short for key, short in zip(keys, captions, strict=True)]
     return [replace(d, reason=d.reason and f"rewriting: {d.reason}") if key else d
             for key, d in zip(keys, detailed, strict=True)]  # fmt: skip
@@ -461,7 +461,7 @@ def about_text(text: str) -> list[Record]:
 
 
 def answers(
-    wanted: Mapping[str, Callable[[], list[Record]]],
+    prompts: Mapping[str, Callable[[], list[Record]]],
     args: Arguments,
     endpoint: Endpoint,
     keeping: Keeping,
@@ -469,7 +469,7 @@ def answers(
 ) -> dict[str, Record]:
     from opensora_repro.data.caption.completions import Prices, Prompt, complete_all
 
-    questions = [Prompt(key, messages) for key, messages in wanted.items()]
+    questions = [Prompt(key, messages) for key, messages in prompts.items()]
     prices = Prices(args.price_in, args.price_out)
     return complete_all(questions, keeping, endpoint, concurrency=args.concurrency, label=label, prices=prices)
 

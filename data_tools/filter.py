@@ -130,7 +130,7 @@ def filter_rows(given: str, out: Path, rules: list[tuple[str, str]], *, thumbnai
     from opensora_repro.data.tables import open_table
 
     check_options(rules, thumbnails)
-    manifest = manifest_of(given, out, Runner(), needs=("id",))
+    manifest = manifest_of(given, out, Runner(), required_columns=("id",))
     table = open_table(manifest)
     if "id" not in table.schema.names:
         raise DataError(f"{manifest}: column id missing")

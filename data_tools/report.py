@@ -116,8 +116,8 @@ def gather(stages: Sequence[Stage], clips: int) -> Report:
             table = last.manifest
             told.columns = summarize(table, advance, before.manifest if before else None)
             told.scores = scores_of(table)
-            wanted = [n for n in (*CLIP_COLUMNS, *told.scores) if n in table.schema.names]
-            told.clips = rows_at(table, spread(table.num_rows, clips), wanted) if clips and wanted else []
+            columns = [n for n in (*CLIP_COLUMNS, *told.scores) if n in table.schema.names]
+            told.clips = rows_at(table, spread(table.num_rows, clips), columns) if clips and columns else []
             if "caption" in table.schema.names:
                 sampled = rows_at(table, spread(table.num_rows, CAPTIONS_READ), ["caption"])
                 told.words = frequent_words((str(row["caption"] or "") for row in sampled), WORDS_SHOWN)
@@ -152,8 +152,8 @@ def groups(
     table = first_with(stages, column)
     if table is None:
         return None
-    wanted = [name for name in CLIP_COLUMNS if name in table.schema.names]
-    return find_groups(table, column, wanted, advance, count=count, members=members)
+    columns = [name for name in CLIP_COLUMNS if name in table.schema.names]
+    return find_groups(table, column, columns, advance, count=count, members=members)
 
 
 def rows_to_read(stages: Sequence[Stage]) -> int:

@@ -100,8 +100,8 @@ def check(args: Arguments) -> None:
 
 def names_of(args: Arguments) -> list[str]:
     """Check the options; return the scores in their usual order. Raises DataError."""
-    wanted = NAMES if args.scores == "all" else [name.strip() for name in args.scores.split(",")]
-    for name in wanted:
+    requested = NAMES if args.scores == "all" else [name.strip() for name in args.scores.split(",")]
+    for name in requested:
         if name not in NAMES:
             raise DataError(f"--scores {args.scores}: no score {name!r}; there are {', '.join(NAMES)}")
     if args.aesthetic and not args.clip:
@@ -109,7 +109,7 @@ def names_of(args: Arguments) -> list[str]:
     for name in ("batch_size", "model_workers"):
         if getattr(args, name) < 1:
             raise DataError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
-    return [name for name in NAMES if name in wanted]
+    return [name for name in NAMES if name in requested]
 
 
 def score(args: Arguments) -> int:

@@ -226,18 +226,18 @@ def sizes(entry: BucketConfig, where: str = "data.buckets") -> tuple[Row, ...]:
         width, height = _sides(entry.resolution)
         return table or ((height / width, height, width),)
     if isinstance(ratios, str) and ratios in PIXELS:
-        wanted = [ratio for ratio, _, _ in published_table(ratios)]
+        chosen = [ratio for ratio, _, _ in published_table(ratios)]
     elif isinstance(ratios, str):
         if ratios != "square":
             raise ConfigError(
                 f'{where}.ratios = {ratios!r}: expected "square", a published table ({", ".join(PIXELS)}), or a list'
             )
-        wanted = [1.0]
+        chosen = [1.0]
     else:
-        wanted = sorted({_ratio(ratio, where) for ratio in ratios})
-        if not wanted:
+        chosen = sorted({_ratio(ratio, where) for ratio in ratios})
+        if not chosen:
             raise ConfigError(f'{where}.ratios = []: expected at least one, such as "3:2"')
-    return tuple(_row_of(ratio, pixels, table) for ratio in wanted)
+    return tuple(_row_of(ratio, pixels, table) for ratio in chosen)
 
 
 def _ratio(ratio: float | str, where: str) -> float:
@@ -302,8 +302,8 @@ def as_sampled(cfg: Config) -> Config:
     """The config of samples: of the bucket most like the data section's size."""
     if not cfg.data.buckets:
         return cfg
-    wanted = np.log([cfg.data.num_frames, cfg.data.height, cfg.data.width])
-    closest = min(buckets_of(cfg), key=lambda bucket: float(np.abs(np.log(bucket.shape) - wanted).sum()))
+    target = np.log([cfg.data.num_frames, cfg.data.height, cfg.data.width])
+    closest = min(buckets_of(cfg), key=lambda bucket: float(np.abs(np.log(bucket.shape) - target).sum()))
     return as_one_size(cfg, closest)
 
 

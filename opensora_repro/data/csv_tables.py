@@ -55,14 +55,14 @@ def csv_schema(path: Path, names: Sequence[str] | None) -> tuple[Any, int]:
     return pa.schema([(name, types.get(name, pa.string())) for name in found]), num_rows
 
 
-def _holds(path: Path, wanted: bytes) -> bool:
+def _holds(path: Path, content: bytes) -> bool:
     """Whether a file holds some bytes anywhere."""
     last = b""
     with open(path, "rb") as file:
         while block := file.read(BLOCK):
-            if wanted in last + block:
+            if content in last + block:
                 return True
-            last = block[1 - len(wanted) :]
+            last = block[1 - len(content) :]
     return False
 
 

@@ -77,12 +77,12 @@ def _turn(image: Image) -> Any:
     """Return what makes the picture upright, by EXIF's orientation; None for nothing."""
     from PIL.Image import Transpose
 
-    turns = {
+    by_orientation = {
         2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
         6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
     }  # fmt: skip
     with suppress(Exception):  # whatever a broken block leads to, the picture itself may be sound
-        return turns.get(image.getexif().get(0x0112, 1))
+        return by_orientation.get(image.getexif().get(0x0112, 1))
     return None
 
 

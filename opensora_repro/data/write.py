@@ -108,5 +108,5 @@ def steady_options(*params: str) -> dict[str, str]:
     """
     import cv2
 
-    wanted = [*params, "asm=avx2"] if cv2.checkHardwareSupport(AVX512) else params
-    return {"x264-params": ":".join(wanted)} if wanted else {}
+    settings = [*params, "asm=avx2"] if cv2.checkHardwareSupport(AVX512) else params
+    return {"x264-params": ":".join(settings)} if settings else {}

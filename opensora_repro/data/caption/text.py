@@ -165,11 +165,11 @@ def is_loop(caption: str) -> bool:
     """True where a phrase follows itself three times (one or two words: five and four), or a sentence comes thrice."""
     words = _WORD.findall(caption.lower())[-LATEST:]
     for period in range(1, len(words) // 3 + 1):
-        wanted = max(FEWEST, period * {1: 5, 2: 4}.get(period, 3))
+        least = max(FEWEST, period * {1: 5, 2: 4}.get(period, 3))
         run = period
         for at in range(period, len(words)):
             run = run + 1 if words[at] == words[at - period] else period
-            if run >= wanted:
+            if run >= least:
                 return True
     sentences = Counter(tuple(_WORD.findall(part)) for part in _SENTENCE.split(caption.lower()))
     return any(count >= 3 and len(sentence) >= 4 for sentence, count in sentences.items())

@@ -42,18 +42,18 @@ def open_class_folders(
     known = read_classes(classes) if classes else {name: Class(at, words(name)) for at, name in enumerate(names)}
     if not all(kind.caption for kind in known.values()):
         print("note: the folders' names give no captions; --classes FILE would", file=sys.stderr)
-    wanted = read_list(listed) if listed else None
+    listed_names = read_list(listed) if listed else None
     columns = {**COLUMNS, "split": "string"} if any(split for split, _ in folders) else COLUMNS
 
     def rows(refuse: Refuse) -> Iterator[Row]:
-        left = dict.fromkeys(sorted(wanted or ()))
-        for name in _loose(root, out, suffixes) if wanted is None else ():
+        left = dict.fromkeys(sorted(listed_names or ()))
+        for name in _loose(root, out, suffixes) if listed_names is None else ():
             refuse(refusal("", "lies in no class folder", name))
         for split, folder in folders:
             for item in files_below(folder, out, suffixes).items:
                 name = f"{folder.name}/{item.name}"
                 keys = {name, name.rpartition(".")[0]}  # ImageNet's own list has no extensions
-                if wanted is not None and not keys & wanted:
+                if listed_names is not None and not keys & listed_names:
                     continue
                 for key in keys:
                     left.pop(key, None)

@@ -348,10 +348,10 @@ def _described(sample: _Sample, data: bytes) -> Row:
     row: Row = {}
     for column, value in found.items() if isinstance(found, dict) else ():
         value = _plain(value)
-        wanted = COLUMNS.get(column)
-        if wanted == "double" and type(value) is int:
+        kind = COLUMNS.get(column)
+        if kind == "double" and type(value) is int:
             value = float(value)
-        if wanted is None or type(value) is {"string": str, "int64": int, "double": float}[wanted]:
+        if kind is None or type(value) is {"string": str, "int64": int, "double": float}[kind]:
             row[column.encode("utf-8", "backslashreplace").decode()] = value
     return row | {"caption": _plain(caption.strip())}
 

@@ -40,9 +40,9 @@ def write_shards(rows: Path, out: Path, records: Records, size: int, runner: Run
         return bool(result.get("stamp") == size_and_time(Path(job.args["tar"])))
 
     done = run_jobs(write_shard, jobs, Keeping(records, "shards", holds), runner=runner, label="writing", unit="shard")
-    wanted = {Path(job.args["tar"]).name for job in jobs}
+    names = {Path(job.args["tar"]).name for job in jobs}
     for old in shards.glob("*.tar"):
-        if re.fullmatch(r"\d{6,}\.tar", old.name) and old.name not in wanted:
+        if re.fullmatch(r"\d{6,}\.tar", old.name) and old.name not in names:
             old.unlink()  # of a longer table before
     for job, result in zip(jobs, done, strict=True):
         for entry in result.get("rejects", [refusal("", result.get("error", ""), Path(job.args["tar"]).name)]):

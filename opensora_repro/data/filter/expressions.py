@@ -231,10 +231,10 @@ class _Compiler:
             raise self.fault(right, "expected a list of values, such as ('a', 'b')")
         value = self.value(left)
         kind = value.kind if value.kind != NULL else TEXT
-        wanted = [self.typed(item, kind) for item in right.elts]
-        if any(item.columns for item in wanted):
+        items = [self.typed(item, kind) for item in right.elts]
+        if any(item.columns for item in items):
             raise self.fault(right, "expected plain values")
-        value, choices = self.typed(left, kind), pa.array([item.of(None).as_py() for item in wanted])
+        value, choices = self.typed(left, kind), pa.array([item.of(None).as_py() for item in items])
 
         def of(batch: Any) -> Any:
             array = value.array(batch)

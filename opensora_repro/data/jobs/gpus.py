@@ -29,22 +29,22 @@ def check_device(device: str, workers: int, *, over_ray: bool) -> bool:
     import torch
 
     try:
-        wanted = torch.device(device)
-        if wanted.type != "cuda":
-            torch.empty(1, device="cpu" if over_ray else wanted)
+        parsed = torch.device(device)
+        if parsed.type != "cuda":
+            torch.empty(1, device="cpu" if over_ray else parsed)
             return False
     except Exception as error:  # of torch's many classes
         raise DataError(f"--device {device}: {' '.join(str(error).split())[:200]}") from None
     if over_ray:
-        if wanted.index is not None:
+        if parsed.index is not None:
             raise DataError(f"--device {device}: over Ray each worker gets a GPU of its own; give --device cuda")
         return True
     count = len(visible_gpus())
-    if (wanted.index or 0) >= count:
+    if (parsed.index or 0) >= count:
         raise DataError(f"--device {device}: {count or 'no'} GPU{'s' * (count > 1)} can be used here")
-    if wanted.index is None and workers > count:
+    if parsed.index is None and workers > count:
         raise DataError(
             f"--model-workers {workers}: more than the {count} GPU{'s' * (count > 1)} here, of which each gets one; "
             "--device cuda:0 lets all of them share the first"
         )
-    return wanted.index is None
+    return parsed.index is None

@@ -30,7 +30,7 @@ class Records:
     def __init__(self, out: Path) -> None:
         self.path, self.lock, self.taken = out / RECORDS_FILE, threading.Lock(), dict[str, int]()
         out.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as failed, self._asking():
+        with ExitStack() as failed, self._locked():
             self.rows = sqlite3.connect(self.path, timeout=1.0, check_same_thread=False)
             failed.callback(self.rows.close)
             self._open()
@@ -55,7 +55,7 @@ class Records:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._asking():
+        with self._locked():
             self.rows.close()
 
     def get(self, kind: str, keys: Collection[str]) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class Records:
 
     def drop(self, kind: str, prefix: str) -> None:
         """Forget the records whose keys begin with `prefix`, of letters and digits."""
-        with self._asking(), self.rows:
+        with self._locked(), self.rows:
             self.rows.execute("DELETE FROM records WHERE kind = ? AND key GLOB ?", (kind, f"{prefix}*"))
 
     def num_taken_over(self, kind: str) -> int:
@@ -86,16 +86,16 @@ class Records:
 
     def _get(self, kind: str, keys: Collection[str]) -> dict[str, Any]:
         chosen = "SELECT key, text FROM records WHERE kind = ? AND key IN (SELECT value FROM json_each(?))"
-        with self._asking():
+        with self._locked():
             found = self.rows.execute(chosen, (kind, json.dumps(list(keys)))).fetchall()
         return {key: json.loads(text) for key, text in found}
 
     def _put(self, rows: Iterable[tuple[str, ...]]) -> None:
-        with self._asking(), self.rows:
+        with self._locked(), self.rows:
             self.rows.executemany("REPLACE INTO records VALUES (?, ?, ?)", rows)
 
     @contextmanager
-    def _asking(self) -> Iterator[None]:
+    def _locked(self) -> Iterator[None]:
         """Let one thread at a time ask, and tell SQLite's errors as ours."""
         try:
             with self.lock:

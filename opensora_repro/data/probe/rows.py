@@ -34,10 +34,10 @@ INPUT_HELP = (
 )
 
 
-def manifest_of(given: str, out: Path, runner: Runner, *, needs: Collection[str] = tuple(MANIFEST)) -> Path:
+def manifest_of(given: str, out: Path, runner: Runner, *, required_columns: Collection[str] = tuple(MANIFEST)) -> Path:
     """Return the manifest that INPUT is or stands for, and see to it that OUT is not its folder.
 
-    A table with the columns `needs` is one. Of anything else (folder, file, pattern, table of paths) the files are
+    A table with `required_columns` is one. Of anything else (folder, file, pattern, table of paths) the files are
     probed into OUT/probe, and that manifest is returned. Raises DataError.
     """
     path = Path(given)
@@ -47,7 +47,7 @@ def manifest_of(given: str, out: Path, runner: Runner, *, needs: Collection[str]
                 f"--out {one_line(out)}: is the manifest's own folder, where it would be replaced; choose another"
             )
         names = read_names(path)
-        if set(needs) <= set(names) or "path" not in names:
+        if set(required_columns) <= set(names) or "path" not in names:
             return path
     probe_all(given, out / "probe", runner, images=True, leave_out=out)
     return out / "probe" / "manifest.parquet"

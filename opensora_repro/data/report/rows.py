@@ -45,9 +45,9 @@ def rows_at(table: Table, positions: Sequence[int], columns: Sequence[str] | Non
     import numpy as np
 
     rows: list[dict[str, Any]] = []
-    wanted, start = np.asarray(positions, dtype=np.int64), 0
+    indices, start = np.asarray(positions, dtype=np.int64), 0
     for batch in batches(table, columns):
-        here = wanted[(wanted >= start) & (wanted < start + batch.num_rows)] - start
+        here = indices[(indices >= start) & (indices < start + batch.num_rows)] - start
         rows += batch.take(here).to_pylist()
         start += batch.num_rows
     return rows
@@ -117,8 +117,8 @@ def _take(batch: Any, column: str, groups: dict[str, Group], members: int) -> No
     open_groups = [value for value, group in groups.items() if len(group.rows) < members]
     if not open_groups:
         return
-    wanted = batch.filter(pc.is_in(batch.column(column), pa.array(open_groups, pa.string())))
+    matching = batch.filter(pc.is_in(batch.column(column), pa.array(open_groups, pa.string())))
     for value in open_groups:
         group = groups[value]
-        own = wanted.filter(pc.equal(wanted.column(column), value)).slice(0, members - len(group.rows))
+        own = matching.filter(pc.equal(matching.column(column), value)).slice(0, members - len(group.rows))
         group.rows += own.to_pylist()

@@ -166,9 +166,9 @@ def _measure(table: Table, tallies: dict[str, _Tally], advance: Callable[[int], 
     """First pass: return what the columns of numbers hold, and add what the others do to `tallies`."""
     measures = {name: _Measure(value) for name, value in number_columns(table.schema).items()}
     read = frozenset(tallies).union(*(measure.value.columns for measure in measures.values()))
-    wanted, start = np.array(spread(table.num_rows, SAMPLE)), 0
+    positions, start = np.array(spread(table.num_rows, SAMPLE)), 0
     for batch in batches(table, sorted(read)):
-        sampled = wanted[(wanted >= start) & (wanted < start + batch.num_rows)] - start
+        sampled = positions[(positions >= start) & (positions < start + batch.num_rows)] - start
         for measure in measures.values():
             measure.add(batch, sampled)
         for name, tally in tallies.items():

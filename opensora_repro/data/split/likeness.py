@@ -164,8 +164,8 @@ def kept(one: np.ndarray, other: np.ndarray, radius: int = 4) -> float:
     """
     alike, known, _ = _compare(one, other, radius)
     side = 2 * radius + 1
-    near = cv2.dilate(alike.reshape(side, side, -1).view(np.uint8), np.ones((3, 3), np.uint8)).reshape(known.shape)
-    hits = (near.view(bool) & known).sum(axis=1)
+    dilated = cv2.dilate(alike.reshape(side, side, -1).view(np.uint8), np.ones((3, 3), np.uint8)).reshape(known.shape)
+    hits = (dilated.view(bool) & known).sum(axis=1)
     count = known.sum(axis=1)
     enough = count >= max(FEWEST, count.max() / 2)
     return float((hits / np.maximum(1, count))[enough].max(initial=0.0))

@@ -224,24 +224,24 @@ class ShotDetector:
         beside = self.changes[first - 1 : first] + self.changes[frame + 1 : frame + 2]
         if blended and o.ratio * max(beside, default=0) > step / (1 + blended):
             return False  # a fade, which goes on as fast
-        near = [
+        neighbours = [
             *range(max(1, self._since(first, o.window)), first),
             *range(frame + 1, self._until(frame, o.window) + 1),
         ]
-        around = [self.changes[i] for i in near]
+        around = [self.changes[i] for i in neighbours]
         if around and step < (1 + blended) * sorted(around)[len(around) // 2]:
             return False  # most frames end here, before anything is searched
-        near = sorted({*near} - {*self.hard[-4:]}, key=lambda i: max(first - i, i - frame))
+        neighbours = sorted({*neighbours} - {*self.hard[-4:]}, key=lambda i: max(first - i, i - frame))
         if blended and not self._is_blend(first - 1, frame):
             return False
         before, after = self.recent[first - 1], self.recent[frame]
         here = residual(before, after) if blended else self._residual(frame)
-        if blended or len(near) < 4:  # a small motion, too, looks like a mixture, or has nothing to be compared with
+        if blended or len(neighbours) < 4:  # a small motion looks like a mixture, too, or has nothing to compare with
             least = max(least, o.unlike * contrast)
-        if here < least or self._restless(near, here / o.ratio - floor):
+        if here < least or self._restless(neighbours, here / o.ratio - floor):
             return False
         here = min(here, residual(after, before))
-        if here < least or self._restless(near, here / o.ratio - floor):
+        if here < least or self._restless(neighbours, here / o.ratio - floor):
             return False
         later = [distance(before, self.recent[i]) / here for i in self._spread(frame, self._until(frame, o.flash))]
         earlier = [
