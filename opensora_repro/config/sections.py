@@ -38,7 +38,7 @@ Keep = float | tuple[float, float]
 
 @dataclass(frozen=True)
 class BucketConfig:
-    num_frames: int  # of a sample; 1: pictures alone; more: clips of as many x data.frame_interval, or at data.fps
+    num_frames: int  # 1: pictures (of clips, too, if all buckets have 1); else of as many x frame_interval, or at fps
     resolution: str  # a published name ("144p" to "4k", "256" to "2880"), or as many pixels as "WIDTHxHEIGHT"
     ratios: Ratios = ""  # its own: "", "square", those of a published name, or a list of "WIDTH:HEIGHT", height / width
     batch_size: int = 0  # samples a process reads at once; 0: train.batch_size

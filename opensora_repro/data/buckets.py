@@ -126,6 +126,7 @@ class Rule:
     def __init__(self, data: DataConfig, batch_size: int) -> None:
         """`batch_size` is that of buckets without one. Raises ConfigError."""
         self.buckets: tuple[Bucket, ...] = ()
+        self.kept: tuple[Bucket, ...] = ()  # of these, what clips are kept in
         self.levels: list[Level] = []
         entries = [(pixels_of(entry.resolution, f"data.buckets[{i}]"), i) for i, entry in enumerate(data.buckets)]
         entries.sort(key=lambda pair: (-pair[0], data.buckets[pair[1]].resolution, -data.buckets[pair[1]].num_frames))
@@ -144,8 +145,10 @@ class Rule:
     def _rung(self, entry: BucketConfig, where: str, batch_size: int) -> Rung:
         rows, first = sizes(entry, where), len(self.buckets)
         size = entry.batch_size or batch_size
-        self.buckets += tuple(Bucket(entry.num_frames, height, width, size) for _, height, width in rows)
         kept, considered = entry.keep if isinstance(entry.keep, tuple) else (entry.keep, 1.0)
+        own = tuple(Bucket(entry.num_frames, height, width, size) for _, height, width in rows)
+        self.buckets += own
+        self.kept += own if kept * considered else ()
         return Rung(entry.num_frames, considered, kept, first, np.array([ratio for ratio, _, _ in rows]))
 
     @property
@@ -176,7 +179,9 @@ class Rule:
             yield [(rung.first + nearest(rung.ratios, ratio), rung.considered, rung.kept) for rung in rungs]
 
     def _takes(self, rung: Rung, kind: int) -> bool:
-        return kind == 0 if rung.num_frames == 1 else kind >= self._kind_of[rung.num_frames]
+        if rung.num_frames == 1:
+            return kind == 0 or not self._kind_of  # where no bucket has more frames, a clip gives one of its own
+        return kind >= self._kind_of[rung.num_frames]
 
     def chances(self, cell: int) -> list[tuple[int, float]]:
         """(bucket, share of the cell's clips that go there or to one before it), in the ladder's order."""
@@ -303,13 +308,21 @@ def as_sampled(cfg: Config) -> Config:
     if not cfg.data.buckets:
         return cfg
     target = np.log([cfg.data.num_frames, cfg.data.height, cfg.data.width])
-    closest = min(buckets_of(cfg), key=lambda bucket: float(np.abs(np.log(bucket.shape) - target).sum()))
+    closest = min(_kept(cfg), key=lambda bucket: float(np.abs(np.log(bucket.shape) - target).sum()))
     return as_one_size(cfg, closest)
 
 
 def as_heaviest(cfg: Config) -> Config:
     """The config of the bucket whose micro-batch has the most pixels, which decides the memory that a run needs."""
-    return as_one_size(cfg, max(buckets_of(cfg), key=lambda bucket: math.prod(bucket.shape) * bucket.batch_size))
+    return as_one_size(cfg, max(_kept(cfg), key=lambda bucket: math.prod(bucket.shape) * bucket.batch_size))
+
+
+def _kept(cfg: Config) -> tuple[Bucket, ...]:
+    """Those of `buckets_of` that keep clips: tables have some that only send them on to fewer pixels."""
+    if not cfg.data.buckets:
+        return buckets_of(cfg)
+    rule = Rule(cfg.data, cfg.train.batch_size)
+    return rule.kept or rule.buckets
 
 
 def assigned(table: Any, cfg: Config) -> Assignment:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from opensora_repro.config import BucketConfig, Config, ConfigError, DataConfig, dump_toml, load_config, parse_config
-from opensora_repro.data.buckets import COLUMNS, PIXELS, Rule, as_sampled, assign, nearest, published_table
+from opensora_repro.data.buckets import COLUMNS, PIXELS, Rule, as_heaviest, as_sampled, assign, nearest, published_table
 from opensora_repro.data.sampler import Assignment, Schedule, everything, keyed_words
 
 
@@ -246,6 +246,20 @@ def test_samples_have_the_size_of_a_bucket() -> None:
     odd = as_sampled(Config(data=DataConfig(buckets=(BucketConfig(1, "240p", ("16:9",), batch_size=3),))))
     assert (odd.data.height, odd.data.width, odd.train.batch_size) == (240, 424, 3)
     assert as_sampled(Config()) == Config()
+
+
+def test_what_keeps_no_clip_decides_nothing() -> None:
+    """The published tables have buckets that only send clips on to fewer pixels, with no batch size of their own."""
+    data = replace(CONFIG, num_frames=99, buckets=(BucketConfig(99, "64x64", keep=0.0), *CONFIG.buckets))
+    assert as_heaviest(Config(data=data)).data.num_frames == as_sampled(Config(data=data)).data.num_frames == 16
+    assert as_heaviest(Config(data=replace(data, buckets=data.buckets[:1]))).data.num_frames == 99
+
+
+def test_where_all_buckets_are_of_pictures_clips_give_theirs() -> None:
+    pictures = Rule(DataConfig(frame_interval=3, buckets=(BucketConfig(1, "64x64"), BucketConfig(1, "32x32"))), 1)
+    for frames in (1, 2, 500):
+        assert pictures.chances(cell_of(pictures, frames, 64, 64))[0] == (0, 1.0)
+    assert not Rule(CONFIG, 1).chances(cell_of(Rule(CONFIG, 1), 2, 64, 64))
 
 
 def test_config_files_round_trip(tmp_path: Path) -> None:

@@ -258,3 +258,6 @@ def test_clips_of_buckets(clip: Path) -> None:
         require_usable(look(clip, {"num_frames": 14}, data=by_time))
     with pytest.raises(DataError, match=r"1 clips are too small for all of data\.buckets"):
         require_usable(look(clip, {"height": 9, "width": 9}, data=data))
+    pictures = look(clip, {"fps": 24.0}, {"fps": 60.0}, {"num_frames": 1}, data=DataConfig(buckets=buckets[-1:]))
+    assert counts(pictures)["usable"] == 3 and not pictures.rates  # of clips a frame, which does not move
+    assert list(warnings(pictures)) == []
