@@ -88,16 +88,16 @@ def demo_encoder(device: torch.device, max_length: int, vae: Path | None = None)
 
     from opensora_repro.config import TextConfig, VaeConfig
     from opensora_repro.frozen.encoder import Encoder
-    from opensora_repro.frozen.text import load_text_encoder
-    from opensora_repro.frozen.vae import load_vae
+    from opensora_repro.frozen.text import open_text_encoder
+    from opensora_repro.frozen.vae import open_vae
 
     folder, dtype = REPO / "checkpoints" / "demo", torch.bfloat16 if device.type == "cuda" else torch.float32
     return Encoder(
-        load_vae(VaeConfig(path=str(vae or folder / "vae")), device, dtype),
-        load_text_encoder(TextConfig(path=str(folder / "text")), max_length, device, dtype),
+        open_vae(VaeConfig(path=str(vae or folder / "vae")), device, dtype),
+        open_text_encoder(TextConfig(path=str(folder / "text")), max_length, device, dtype),
         device,
         half=dtype == torch.bfloat16,
-    )
+    ).load()
 
 
 def build_loop(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opensora_repro.config import ParallelConfig, TextConfig
-from opensora_repro.frozen.text import load_text_encoder, open_text_encoder
+from opensora_repro.frozen.text import open_text_encoder
 from opensora_repro.parallel.build import build_engine, build_shards
 from opensora_repro.parallel.engine import TorchEngine
 from tests.shares import held
@@ -55,7 +55,7 @@ def encode(engine: TorchEngine, cfg: TextConfig, dtype: torch.dtype) -> dict[str
     results = sum(value.numel() for value in found) if dtype == torch.float32 else 0
     shares = held(dtype) - before - results
     gathered = max(most) - before - results - shares
-    whole = load_text_encoder(cfg, LENGTH, "cpu", dtype)
+    whole = open_text_encoder(cfg, LENGTH, "cpu", dtype)
     whole.micro_batch_size = AT_ONCE
     wanted = [whole.encode(CAPTIONS[call : call + rank + 1])[0] for call in range(rank)] * 2
     differences = [(a - b).abs().max().item() for a, b in zip(found, wanted, strict=True)]

@@ -271,13 +271,6 @@ class EncodedPrompts:
         return torch.stack(embeddings), torch.stack(masks)
 
 
-def load_text_encoder(cfg: TextConfig, max_length: int, device: torch.device | str, dtype: torch.dtype) -> T5Text:
-    """Load the encoder and tokenizer of `cfg.path`, a local folder or a hub name. Raises ModelNotFound."""
-    text = open_text_encoder(cfg, max_length, device, dtype)
-    text.frozen.get()
-    return text
-
-
 def open_text_encoder(
     cfg: TextConfig,
     max_length: int,
@@ -285,7 +278,10 @@ def open_text_encoder(
     dtype: torch.dtype,
     shards: Shards | None = None,
 ) -> T5Text:
-    """As `load_text_encoder`, but read when first needed. Raises ModelNotFound for what can be seen without."""
+    """Encoder and tokenizer of `cfg.path`, a local folder or a hub name, read when first needed.
+
+    Raises ModelNotFound for what can be seen without.
+    """
     device = torch.device(device)
 
     def load(path: str, **options: Any) -> tuple[Any, Any]:
@@ -370,18 +366,12 @@ class ClipText(_TextModel):
         return torch.cat(pooled)[:, None], None
 
 
-def load_clip_text(cfg: TextConfig, device: torch.device | str, dtype: torch.dtype) -> ClipText:
-    """Load the text half of a CLIP model from `cfg.path`, a local folder or a hub name. Raises ModelNotFound.
-
-    Open-Sora conditioned DiT and Latte on openai/clip-vit-base-patch32.
-    """
-    text = open_clip_text(cfg, device, dtype)
-    text.frozen.get()
-    return text
-
-
 def open_clip_text(cfg: TextConfig, device: torch.device | str, dtype: torch.dtype) -> ClipText:
-    """As `load_clip_text`, but read when first needed. Raises ModelNotFound for what can be seen without."""
+    """The text half of a CLIP model, `cfg.path`, a local folder or a hub name, read when first needed.
+
+    Open-Sora conditioned DiT and Latte on openai/clip-vit-base-patch32. Raises ModelNotFound for what can be seen
+    without.
+    """
 
     def load(path: str, **options: Any) -> tuple[Any, Any]:
         from transformers import CLIPTextModel

@@ -96,15 +96,11 @@ class FrameVAE:
         return torch.cat(outputs)
 
 
-def load_vae(cfg: VaeConfig, device: torch.device | str, dtype: torch.dtype) -> FrameVAE:
-    """Load the autoencoder `cfg.path`, a local folder or a hub name. Raises ModelNotFound."""
-    vae = open_vae(cfg, device, dtype)
-    vae.frozen.get()
-    return vae
-
-
 def open_vae(cfg: VaeConfig, device: torch.device | str, dtype: torch.dtype) -> FrameVAE:
-    """As `load_vae`, but the weights are read when first needed. Raises ModelNotFound for what can be seen without."""
+    """The autoencoder `cfg.path`, a local folder or a hub name; its weights are read when first needed.
+
+    Raises ModelNotFound for what can be seen without them.
+    """
 
     def load(path: str, **options: Any) -> Any:
         # diffusers imports bitsandbytes where it is installed, which then warns of a kernel that nobody asked for

@@ -20,7 +20,6 @@ class Gpu:
     memory_gib: float
     half_tflops: float  # bfloat16, summed in float32; float16 where there is no bfloat16
     float_tflops: float  # float32 without tensor cores
-    terabytes_per_second: float  # of its memory
     bfloat16: bool = True
 
     def peak(self, dtype: str) -> float:
@@ -41,29 +40,29 @@ def usable_bytes(total: float) -> float:
 
 
 GPUS = (
-    Gpu("B200", 180, 2250, 75, 7.7),
-    Gpu("H200", 141, 989, 67, 4.8),
-    Gpu("H100", 80, 989, 67, 3.35),  # SXM
-    Gpu("H100-PCIe", 80, 756, 51, 2.0),
-    Gpu("H100-NVL", 94, 835, 60, 3.9),
-    Gpu("H800", 80, 989, 67, 3.35),
-    Gpu("H20", 96, 148, 44, 4.0),
-    Gpu("A100-80GB", 80, 312, 19.5, 2.039),  # SXM
-    Gpu("A100-40GB", 40, 312, 19.5, 1.555),
-    Gpu("A800", 80, 312, 19.5, 2.039),
-    Gpu("A40", 48, 149.7, 37.4, 0.696),
-    Gpu("A30", 24, 165, 10.3, 0.933),
-    Gpu("A10", 24, 125, 31.2, 0.6),
-    Gpu("L40S", 48, 362, 91.6, 0.864),
-    Gpu("L40", 48, 181, 90.5, 0.864),
-    Gpu("L4", 24, 121, 30.3, 0.3),
-    Gpu("RTX-5090", 32, 209.5, 104.8, 1.792),
-    Gpu("RTX-4090", 24, 165.2, 82.6, 1.008),
-    Gpu("RTX-4080", 16, 97.5, 48.7, 0.717),
-    Gpu("RTX-3090", 24, 71, 35.6, 0.936),
-    Gpu("V100-32GB", 32, 125, 15.7, 0.9, bfloat16=False),  # SXM2
-    Gpu("V100-16GB", 16, 125, 15.7, 0.9, bfloat16=False),
-    Gpu("T4", 16, 65, 8.1, 0.32, bfloat16=False),
+    Gpu("B200", 180, 2250, 75),
+    Gpu("H200", 141, 989, 67),
+    Gpu("H100", 80, 989, 67),  # SXM
+    Gpu("H100-PCIe", 80, 756, 51),
+    Gpu("H100-NVL", 94, 835, 60),
+    Gpu("H800", 80, 989, 67),
+    Gpu("H20", 96, 148, 44),
+    Gpu("A100-80GB", 80, 312, 19.5),  # SXM
+    Gpu("A100-40GB", 40, 312, 19.5),
+    Gpu("A800", 80, 312, 19.5),
+    Gpu("A40", 48, 149.7, 37.4),
+    Gpu("A30", 24, 165, 10.3),
+    Gpu("A10", 24, 125, 31.2),
+    Gpu("L40S", 48, 362, 91.6),
+    Gpu("L40", 48, 181, 90.5),
+    Gpu("L4", 24, 121, 30.3),
+    Gpu("RTX-5090", 32, 209.5, 104.8),
+    Gpu("RTX-4090", 24, 165.2, 82.6),
+    Gpu("RTX-4080", 16, 97.5, 48.7),
+    Gpu("RTX-3090", 24, 71, 35.6),
+    Gpu("V100-32GB", 32, 125, 15.7, bfloat16=False),  # SXM2
+    Gpu("V100-16GB", 16, 125, 15.7, bfloat16=False),
+    Gpu("T4", 16, 65, 8.1, bfloat16=False),
 )
 # Short names for what has several
 DEFAULT_VARIANT = {"a100": "a10080gb", "v100": "v10032gb", "h100sxm": "h100", "h200sxm": "h200", "h800sxm": "h800"}

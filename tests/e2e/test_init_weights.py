@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from opensora_repro.config import Config, TextConfig, dump_toml
-from opensora_repro.frozen.text import load_text_encoder
+from opensora_repro.frozen.text import open_text_encoder
 from stages import stage1_image, stage2_video, stage3_hq
 from tests.published_files import IMAGE, VIDEO, make_model, publish
 from tests.training_world import World, make_world, metrics, newest_tensors
@@ -132,7 +132,7 @@ def test_diffusers_weights_take_the_empty_text(
     file = path / "diffusion_pytorch_model.safetensors"
     assert report["files"] == {str(file): sha256(file)}
 
-    text = load_text_encoder(TextConfig(path=str(world.text)), world.max_length, "cpu", torch.float32)
+    text = open_text_encoder(TextConfig(path=str(world.text)), world.max_length, "cpu", torch.float32)
     (expected,), _ = text.encode([""])
     assert expected.abs().max() > 0.01
     for name in ("model", "ema"):

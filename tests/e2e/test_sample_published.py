@@ -96,14 +96,14 @@ def test_without_a_null_caption_the_empty_text_is_taken(
     home: Path, published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from opensora_repro.config import TextConfig
-    from opensora_repro.frozen.text import load_text_encoder
+    from opensora_repro.frozen.text import open_text_encoder
 
     found = sample_published(home, published / "diffusers-pixart", tmp_path / "a", condition=TEXT)
     assert "no null caption in them: the empty text is encoded instead" in capsys.readouterr().out
 
     folder = tmp_path / "complete"
     shutil.copytree(published / "diffusers-pixart", folder)
-    text = load_text_encoder(TextConfig(path=str(home / "text")), 120, "cpu", torch.float32)
+    text = open_text_encoder(TextConfig(path=str(home / "text")), 120, "cpu", torch.float32)
     for caption, same in (("", True), ("a red circle", False)):
         encoded, _ = text.encode([caption])
         save_file({"y_embedder.y_embedding": encoded[0]}, folder / NULL_CAPTION_FILE)

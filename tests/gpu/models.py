@@ -165,20 +165,20 @@ def frozen_models(device: torch.device) -> dict[str, Any]:
     import torch
 
     from opensora_repro.config import TextConfig, VaeConfig
-    from opensora_repro.frozen.text import load_text_encoder
-    from opensora_repro.frozen.vae import load_vae
+    from opensora_repro.frozen.text import open_text_encoder
+    from opensora_repro.frozen.vae import open_vae
 
     vae_folder, text_folder = REPO / "checkpoints" / "demo" / "vae", REPO / "checkpoints" / "demo" / "text"
     video = torch.rand(3, 5, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     captions = ["a red circle moving left", "", "a cyan triangle"]
     found: list[dict[str, Tensor]] = []
     for where in (torch.device("cpu"), device):
-        vae = load_vae(VaeConfig(path=str(vae_folder), micro_batch_size=2), where, torch.float32)
+        vae = open_vae(VaeConfig(path=str(vae_folder), micro_batch_size=2), where, torch.float32)
         moments = vae.encode_moments(video.to(where))
         pixels = vae.decode(vae.sample_latents(moments, None)[None])
-        text = load_text_encoder(TextConfig(path=str(text_folder)), 12, where, torch.float32)
+        text = open_text_encoder(TextConfig(path=str(text_folder)), 12, where, torch.float32)
         embedded, mask = text.encode(captions)
-        streamed = load_text_encoder(TextConfig(path=str(text_folder), offload=True), 12, where, torch.float32)
+        streamed = open_text_encoder(TextConfig(path=str(text_folder), offload=True), 12, where, torch.float32)
         assert torch.equal(streamed.encode(captions)[0], embedded), "text.offload changes the embeddings"
         found.append({"moments": moments, "pixels": pixels, "text": embedded, "mask": mask.float()})
     on_cpu, on_gpu = found

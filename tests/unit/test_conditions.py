@@ -13,8 +13,8 @@ from torch import nn
 from opensora_repro.config import Config, ConfigError, DataConfig, DiffusionConfig, SampleConfig, TextConfig, VaeConfig
 from opensora_repro.diffusion.flow import build_flow
 from opensora_repro.frozen.pretrained import ModelNotFound
-from opensora_repro.frozen.text import ClassLabels, ClipText, ConditionEncoder, load_clip_text
-from opensora_repro.frozen.vae import FrameVAE, load_vae
+from opensora_repro.frozen.text import ClassLabels, ClipText, ConditionEncoder, open_clip_text
+from opensora_repro.frozen.vae import FrameVAE, open_vae
 from opensora_repro.models.config import DiTConfig, STDiTConfig
 from opensora_repro.models.dit import DiT
 from opensora_repro.models.stdit import STDiT
@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def clip(folder: Path) -> ClipText:
-    return load_clip_text(TextConfig(str(folder)), "cpu", torch.float32)
+    return open_clip_text(TextConfig(str(folder)), "cpu", torch.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ def test_wrong_folders_end_in_one_line(tmp_path: Path) -> None:
         (make_tiny_text(tmp_path / "t5"), "cannot be loaded"),
     ):
         with pytest.raises(ModelNotFound, match=reason) as error:
-            load_clip_text(TextConfig(str(path)), "cpu", torch.float32)
+            open_clip_text(TextConfig(str(path)), "cpu", torch.float32).frozen.get()
         message = str(error.value)
         assert message.startswith(f"text.path={path}: ") and "CLIP text model" in message and "\n" not in message
 
@@ -105,7 +105,7 @@ TEXT = replace(LABELS, condition="text", caption_channels=CHANNELS)
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory: pytest.TempPathFactory) -> FrameVAE:
     path = make_tiny_vae(tmp_path_factory.mktemp("vae"))
-    return load_vae(VaeConfig(str(path)), torch.device("cpu"), torch.float32)
+    return open_vae(VaeConfig(str(path)), torch.device("cpu"), torch.float32)
 
 
 def make_model(cfg: DiTConfig) -> DiT:

@@ -31,8 +31,8 @@ from opensora_repro.config import (
 )
 from opensora_repro.data.dataset import BadSample, Clip
 from opensora_repro.frozen.encoder import Encoded, Encoder
-from opensora_repro.frozen.text import load_text_encoder
-from opensora_repro.frozen.vae import load_vae
+from opensora_repro.frozen.text import open_text_encoder
+from opensora_repro.frozen.vae import open_vae
 from opensora_repro.models.config import STDiTConfig
 from opensora_repro.training.loop import Trainer
 from tests.tiny_models import TINY_TEXT_CHANNELS, make_tiny_text, make_tiny_vae
@@ -119,8 +119,8 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
     folder = tmp_path_factory.mktemp("frozen")
     make_tiny_vae(folder / "vae")
     make_tiny_text(folder / "text")
-    vae = load_vae(VaeConfig(path=str(folder / "vae")), CPU, torch.float32)
-    text = load_text_encoder(TextConfig(path=str(folder / "text")), LENGTH, CPU, torch.float32)
+    vae = open_vae(VaeConfig(path=str(folder / "vae")), CPU, torch.float32)
+    text = open_text_encoder(TextConfig(path=str(folder / "text")), LENGTH, CPU, torch.float32)
     return Encoder(vae, text, CPU, half=False)
 
 

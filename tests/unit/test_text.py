@@ -15,7 +15,7 @@ import torch
 
 from opensora_repro.config import TextConfig
 from opensora_repro.frozen.pretrained import ModelNotFound
-from opensora_repro.frozen.text import MAX_CHARACTERS, T5Text, apply_offload, clean_caption, load_text_encoder
+from opensora_repro.frozen.text import MAX_CHARACTERS, T5Text, apply_offload, clean_caption, open_text_encoder
 from tests.tiny_models import TINY_TEXT_CHANNELS, make_tiny_text
 
 CAPTIONS = ["A red circle", "", "a", "a blue square moving left, then right"]
@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(folder: Path, max_length: int = 20, dtype: torch.dtype = torch.float32) -> T5Text:
-    return load_text_encoder(TextConfig(str(folder)), max_length, "cpu", dtype)
+    return open_text_encoder(TextConfig(str(folder)), max_length, "cpu", dtype)
 
 
 @pytest.fixture(scope="module")
@@ -163,14 +163,14 @@ def test_offload_gives_the_same_bits(folder: Path, dtype: torch.dtype) -> None:
         for expected, found in zip(plain.encode(CAPTIONS), streamed.encode(CAPTIONS), strict=True):
             assert torch.equal(expected, found)
         assert {parameter.device.type for parameter in streamed.model.parameters()} == {"meta"}
-    asked = load_text_encoder(TextConfig(str(folder), offload=True), 20, "cpu", dtype)
+    asked = open_text_encoder(TextConfig(str(folder), offload=True), 20, "cpu", dtype)
     assert {parameter.device.type for parameter in asked.model.parameters()} == {"cpu"}
     assert asked.fingerprint() == plain.fingerprint()
 
 
 def check_error(path: str, reason: str) -> None:
     with pytest.raises(ModelNotFound, match=reason) as error:
-        load_text_encoder(TextConfig(path), 20, "cpu", torch.float32)
+        open_text_encoder(TextConfig(path), 20, "cpu", torch.float32).frozen.get()
     message = str(error.value)
     assert message.startswith(f"text.path={path}: ") and "\n" not in message and len(message) < 600
 
@@ -216,11 +216,11 @@ def test_hub_names_are_looked_up_in_the_cache_alone(folder: Path, tmp_path: Path
     script = (
         "import time, torch\n"
         "from opensora_repro.config import TextConfig\n"
-        "from opensora_repro.frozen.text import load_text_encoder\n"
-        "print(load_text_encoder(TextConfig('owner/cached'), 20, 'cpu', torch.float32).fingerprint())\n"
+        "from opensora_repro.frozen.text import open_text_encoder\n"
+        "print(open_text_encoder(TextConfig('owner/cached'), 20, 'cpu', torch.float32).fingerprint())\n"
         "start = time.monotonic()\n"
         "try:\n"
-        "    load_text_encoder(TextConfig('owner/absent'), 20, 'cpu', torch.float32)\n"
+        "    open_text_encoder(TextConfig('owner/absent'), 20, 'cpu', torch.float32)\n"
         "except ValueError as error:\n"
         "    print(error)\n"
         "print(time.monotonic() - start)\n"

@@ -10,7 +10,7 @@ import torch
 from opensora_repro.config import Config, DataConfig, DiffusionConfig, RunConfig, TrainConfig, VaeConfig
 from opensora_repro.diffusion.gaussian import build_objective
 from opensora_repro.frozen.encoder import Encoded
-from opensora_repro.frozen.vae import FrameVAE, load_vae
+from opensora_repro.frozen.vae import FrameVAE, open_vae
 from opensora_repro.models.config import STDiTConfig
 from opensora_repro.training.batches import Batch, BatchBuilder
 from tests.tiny_models import TINY_LATENT_CHANNELS, make_tiny_vae
@@ -19,7 +19,7 @@ from tests.tiny_models import TINY_LATENT_CHANNELS, make_tiny_vae
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory: pytest.TempPathFactory) -> FrameVAE:
     folder = make_tiny_vae(tmp_path_factory.mktemp("vae"))
-    return load_vae(VaeConfig(path=str(folder)), "cpu", torch.float32)
+    return open_vae(VaeConfig(path=str(folder)), "cpu", torch.float32)
 
 
 def builder(vae: FrameVAE, seed: int = 7, drop: float = 0.3, objective: str = "flow") -> BatchBuilder:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from opensora_repro.config import Config, DataConfig, VaeConfig
 from opensora_repro.frozen.pretrained import ModelNotFound
-from opensora_repro.frozen.vae import SD_LATENT_SCALE, FrameVAE, load_vae
+from opensora_repro.frozen.vae import SD_LATENT_SCALE, FrameVAE, open_vae
 from opensora_repro.planning.encoders import frozen_sizes
 from tests.live_bytes import LiveBytes
 from tests.tiny_models import TINY_LATENT_CHANNELS, TINY_STRIDE, make_tiny_vae
@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(folder: Path, micro_batch_size: int = 4, dtype: torch.dtype = torch.float32) -> FrameVAE:
-    return load_vae(VaeConfig(str(folder), micro_batch_size), "cpu", dtype)
+    return open_vae(VaeConfig(str(folder), micro_batch_size), "cpu", dtype)
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def test_wrong_folders_end_in_one_line(folder: Path, tmp_path: Path) -> None:
 
 def check_error(path: Path, reason: str) -> None:
     with pytest.raises(ModelNotFound, match=reason) as error:
-        load(path)
+        load(path).frozen.get()
     message = str(error.value)
     assert message.startswith(f"vae.path={path}: ") and "\n" not in message and len(message) < 500
 
