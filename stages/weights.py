@@ -32,6 +32,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
     source = "a weights file, a checkpoint, a run, a folder of Open-Sora's training or of diffusers, or a fetched NAME"
     add("list", run_list, "show the published weights that can be fetched, with size and licence")
+    models = add("models", run_models, "show the sizes of models that can be trained, with their parameters")
+    models.add_argument(
+        "--caption-channels", type=int, default=4096, metavar="N", help="of the text encoder (default: %(default)s)"
+    )
     inspect = add("inspect", run_inspect, "say whose weights these are, the model they make, and how to use them")
     fetch = add("fetch", run_fetch, "fetch published weights into the hub's cache, resuming, and verify them")
     fetch.add_argument("name", metavar="NAME", help="as `list` shows it")
@@ -65,6 +69,27 @@ def run_list(args: argparse.Namespace) -> int:
 
 def _size(entry: Entry) -> str:
     return f"{entry.about_bytes / 1e9:.2f} GB" if entry.about_bytes else "?"
+
+
+def run_models(args: argparse.Namespace) -> int:
+    from opensora_repro.models.config import SIZES, STDiTConfig
+    from opensora_repro.planning.parameters import count_parameters
+
+    print(f"{'':>5} {'hidden_size':>12} {'depth':>6} {'num_heads':>10} {'PixArt':>13} {'STDiT':>13}  parameters")
+    for name, (width, depth, heads) in SIZES.items():
+        models = [
+            STDiTConfig(
+                hidden_size=width,
+                depth=depth,
+                num_heads=heads,
+                caption_channels=args.caption_channels,
+                temporal_attention=temporal,
+            )
+            for temporal in (False, True)
+        ]
+        counts = " ".join(f"{count_parameters(model):>13,}" for model in models)
+        print(f"{name + '/2':>5} {width:>12} {depth:>6} {heads:>10} {counts}")
+    return 0
 
 
 def run_fetch(args: argparse.Namespace) -> int:

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 
 ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
+# DiT's models by name (arXiv 2212.09748, table 1), PixArt's and STDiT's alike: hidden_size, depth, num_heads
+SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 
 
 def is_costly(products: int, width: int) -> bool:

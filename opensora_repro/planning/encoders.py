@@ -15,9 +15,18 @@ from opensora_repro.planning.sizes import read_model_config
 
 PUBLISHED_VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4}
 PUBLISHED_T5 = {
-    "d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "vocab_size": 32128,
-    "relative_attention_num_buckets": 32, "feed_forward_proj": "gated-gelu",
-}  # fmt: skip
+    "d_kv": 64,
+    "vocab_size": 32128,
+    "relative_attention_num_buckets": 32,
+    "feed_forward_proj": "gated-gelu",
+}
+T5_SIZES = {  # of T5 1.1, whose hub names end in them
+    "small": {"d_model": 512, "d_ff": 1024, "num_heads": 6, "num_layers": 8},
+    "base": {"d_model": 768, "d_ff": 2048, "num_heads": 12, "num_layers": 12},
+    "large": {"d_model": 1024, "d_ff": 2816, "num_heads": 16, "num_layers": 24},
+    "xl": {"d_model": 2048, "d_ff": 5120, "num_heads": 32, "num_layers": 24},
+    "xxl": {"d_model": 4096, "d_ff": 10240, "num_heads": 64, "num_layers": 24},
+}
 # Feature maps at full size, each of the first width, that are alive at the largest moment (counted on a CPU).
 MAPS_ENCODING, MAPS_DECODING = 5, 6
 
@@ -39,7 +48,8 @@ class FrozenSizes:
 
 def frozen_sizes(cfg: Config) -> FrozenSizes:
     vae = {**PUBLISHED_VAE, **read_model_config(cfg.vae.path)}
-    text = {**PUBLISHED_T5, **read_model_config(cfg.text.path)}
+    size = T5_SIZES.get(cfg.text.path.rpartition("-")[2], T5_SIZES["xxl"])
+    text = {**PUBLISHED_T5, **size, **read_model_config(cfg.text.path)}
     height, width, frames = cfg.data.height, cfg.data.width, cfg.data.num_frames
     values = height * width * vae["block_out_channels"][0]  # of the largest feature map of a frame
     alone, together = (min(cfg.vae.micro_batch_size, count) for count in (frames, frames * cfg.train.batch_size))

@@ -174,7 +174,7 @@ def number(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    for unit, value in (("days", DAY), ("hours", SECONDS_AN_HOUR), ("min", 60), ("s", 1)):
+    for unit, value in (("days", DAY), ("hours", SECONDS_AN_HOUR), ("min", 60)):
         if seconds >= 2 * value:
             return f"{seconds / value:.3g} {unit}"
-    return f"{seconds * 1000:.3g} ms"
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"

@@ -17,7 +17,7 @@ from opensora_repro.models import layers
 from opensora_repro.models.config import ACTIVATION_CHECKPOINTING, DiTConfig, STDiTConfig
 from opensora_repro.models.dit import DiT
 from opensora_repro.models.stdit import STDiT
-from opensora_repro.planning.encoders import frozen_sizes
+from opensora_repro.planning.encoders import PUBLISHED_T5, T5_SIZES, frozen_sizes
 from opensora_repro.planning.flops import forward_products
 from opensora_repro.planning.parameters import TIMESTEP_CHANNELS, count_parameters, cut_parameters
 from opensora_repro.planning.sizes import Grid, latent_shape, token_grid
@@ -136,9 +136,15 @@ def test_frozen_models_are_counted_from_their_configs(tmp_path: Path) -> None:
 
 
 def test_the_published_frozen_models() -> None:
+    from transformers import T5Config, T5EncoderModel
+
     sizes = frozen_sizes(Config())  # hub names: nothing is read
     assert sizes.vae_parameters == 83_653_863
     assert sizes.text_parameters == 4_762_310_656
+    small = T5Config(**PUBLISHED_T5, **T5_SIZES["small"])
+    with torch.device("meta"):
+        expected = sum(parameter.numel() for parameter in T5EncoderModel(small).parameters())
+    assert frozen_sizes(Config(text=TextConfig(path="google/t5-v1_1-small"))).text_parameters == expected == 35_332_800
 
 
 def test_a_config_that_is_no_models_falls_back_to_the_published_one(tmp_path: Path) -> None:
