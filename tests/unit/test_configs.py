@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import json
 import re
 import shutil
 import subprocess
@@ -15,6 +17,7 @@ import pytest
 from opensora_repro.config import Config, load_config
 from opensora_repro.config.renew import complete, page, recipes
 from opensora_repro.config.toml import written
+from opensora_repro.models.config import SIZES
 from stages import configs
 
 if sys.version_info >= (3, 11):
@@ -37,6 +40,91 @@ PUBLISHED = {
     "stage2_360x512x512": (360, 1, 512, 1, "full", 1.0, 2 / 3, None),
     "stage3_hq_16x256x256": (16, 3, 256, 8, "full", 0.5, 1.0, 24_000),
     "stage3_hq_16x512x512": (16, 3, 512, 2, "selective", 1.0, 1.0, 20_000),
+}
+
+# Frames : share kept / share looked at @ samples a GPU, of each resolution; a share of 0 has no samples
+BUCKETS = {
+    "opensora_1_1/image": """
+        256: 1:1@256
+        512: 1:1@80
+        480p: 1:1@52
+        1024: 1:1@20
+        1080p: 1:1@8
+    """,
+    "opensora_1_1/stage1": """
+        144p: 1:.5@48 16:1@6 32:1@3 96:1@1
+        256: 1:.5@24 16:.5@3 48:.5@1 64:0
+        240p: 16:.3@2 32:.3@1 64:0
+        512: 1:.4@12
+        1024: 1:.3@3
+    """,
+    "opensora_1_1/stage2": """
+        144p: 1:1@48 16:1@17 32:1@9 64:1@4 128:1@1
+        256: 1:.8@254 16:.5@17 32:.5@9 64:.5@4 128:.5@1
+        240p: 1:.1@20 16:.9@17 32:.8@9 64:.8@4 128:.8@2
+        512: 1:.5@86 16:.2@4 32:.2@2 64:.2@1 128:0
+        480p: 1:.4@54 16:.4@4 32:0
+        720p: 1:.1@20 16:.1@2 32:0
+        1024: 1:.3@20
+        1080p: 1:.4@8
+    """,
+    "opensora_1_1/stage3": """
+        144p: 1:1@200 16:1@36 32:1@18 64:1@9 128:1@4
+        256: 1:.8@200 16:.5@22 32:.5@11 64:.5@6 128:.8@4
+        240p: 1:.8@200 16:.5@22 32:.5@10 64:.5@6 128:.5@3
+        360p: 1:.5@120 16:.5@9 32:.5@4 64:.5@2 128:.5@1
+        512: 1:.5@120 16:.5@9 32:.5@4 64:.5@2 128:.8@1
+        480p: 1:.4@80 16:.6@6 32:.6@3 64:.6@1 128:0
+        720p: 1:.4@40 16:.6@3 32:.6@1 96:0
+        1024: 1:.3@40
+    """,
+    "opensora_1_2/stage1": """
+        144p: 1:1@475 51:1@51 102:1/.33@27 204:1/.1@13 408:1/.1@6
+        256: 1:.4@297 51:.5@20 102:.5/.33@10 204:.5/.1@5 408:.5/.1@2
+        240p: 1:.3@297 51:.4@20 102:.4/.33@10 204:.4/.1@5 408:.4/.1@2
+        360p: 1:.2@141 51:.15@8 102:.15/.33@4 204:.15/.1@2 408:.15/.1@1
+        512: 1:.1@141
+        480p: 1:.1@89
+        720p: 1:.05@36
+        1024: 1:.05@36
+        1080p: 1:.1@5
+        2048: 1:.1@5
+    """,
+    "opensora_1_2/stage2": """
+        144p: 1:1@475 51:1@51 102:1/.33@27 204:1/.1@13 408:1/.1@6
+        256: 1:.4@297 51:.5@20 102:.5/.33@10 204:.5/1@5 408:.5/1@2
+        240p: 1:.3@297 51:.4@20 102:.4/.33@10 204:.4/1@5 408:.4/1@2
+        360p: 1:.5@141 51:.15@8 102:.3/.5@4 204:.3/1@2 408:.5/.5@1
+        512: 1:.4@141 51:.15@8 102:.2/.4@4 204:.2/1@2 408:.4/.5@1
+        480p: 1:.5@89 51:.2@5 102:.2@2 204:.1@1
+        720p: 1:.1@36 51:.03@1
+        1024: 1:.1@36 51:.02@1
+        1080p: 1:.01@5
+        2048: 1:.01@5
+    """,
+    "opensora_1_2/stage3": """
+        144p: 1:1@475 51:1@51 102:1@27 204:1@13 408:1@6
+        256: 1:1@297 51:.5@20 102:.5@10 204:.5@5 408:.5/.5@2
+        240p: 1:1@297 51:.5@20 102:.5@10 204:.5@5 408:.5/.4@2
+        360p: 1:1@141 51:.5@8 102:.5@4 204:.5@2 408:.5/.3@1
+        512: 1:1@141 51:.5@8 102:.5@4 204:.5@2 408:.5/.2@1
+        480p: 1:1@89 51:.5@5 102:.5@3 204:.5/.5@1 408:0
+        720p: 1:.3@36 51:.2@2 102:.1@1 204:0
+        1024: 1:.3@36 51:.1@2 102:.1@1 204:0
+        1080p: 1:.1@5
+        2048: 1:.05@5
+    """,
+    "opensora_1_2/adapt": """
+        144p: 1:.5@48 34:1@2 51:1@4 102:1@2 204:1@1
+        256: 1:.6@20 34:.5@2 51:.5@1 68:.5@1 136:0
+        240p: 1:.6@20 34:.5@2 51:.5@1 68:.5@1 136:0
+        360p: 1:.5@8 34:.2@1 102:0
+        512: 1:.5@8 34:.2@1 102:0
+        480p: 1:.2@4 17:.3@1 68:0
+        720p: 1:.1@2
+        1024: 1:.1@2
+        1080p: 1:.1@1
+    """,
 }
 
 
@@ -159,3 +247,69 @@ def test_recipes_of_the_table_are_all_here() -> None:
 def test_long_videos_are_split_over_gpus(name: str) -> None:
     parallel = load(name).parallel
     assert (parallel.engine, parallel.plugin, parallel.sp_size) == ("colossalai", "zero2", SPLIT_OVER_GPUS[name])
+
+
+Entries = dict[tuple[str, int], tuple[float, float, int]]  # (resolution, frames): share kept, share looked at, samples
+
+
+def entries_of(name: str) -> Entries:
+    found: Entries = {}
+    for bucket in load(name).data.buckets:
+        kept, looked_at = bucket.keep if isinstance(bucket.keep, tuple) else (bucket.keep, 1.0)
+        assert bucket.ratios == ""  # the resolution's own table
+        found[bucket.resolution, bucket.num_frames] = kept, looked_at, bucket.batch_size
+    return found
+
+
+@pytest.mark.parametrize("name", BUCKETS)
+def test_buckets_are_the_published_ones(name: str) -> None:
+    expected: Entries = {}
+    for line in BUCKETS[name].split("\n"):
+        resolution, _, entries = line.strip().partition(": ")
+        for frames, kept, looked_at, size in re.findall(r"(\d+):([\d.]+)(?:/([\d.]+))?(?:@(\d+))?", entries):
+            expected[resolution, int(frames)] = float(kept), float(looked_at or 1), int(size or 0)
+    assert entries_of(name) == expected
+    cfg = load(name)
+    assert cfg.data.frame_interval == (3 if "1_1" in name else 1)
+    assert (cfg.optim.lr, cfg.optim.eps, cfg.ema.decay) == (
+        (2e-5, 1e-8, 0.9999) if "1_1" in name else (1e-4, 1e-15, 0.99)
+    )
+    assert cfg.diffusion.objective == ("iddpm" if "1_1" in name else "flow")
+    assert "Not yet: STDiT" in (REPO / "configs" / f"{name}.toml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "case"), [("opensora_1_1/stage2", "v11_stage2"), ("opensora_1_2/stage1", "v12_stage1")]
+)
+def test_buckets_are_those_of_the_golden_assignments(name: str, case: str, golden_1_2_dir: Path) -> None:
+    golden = json.loads((golden_1_2_dir / "buckets.json").read_text(encoding="utf-8"))["configs"][case]
+    expected: Entries = {}
+    for resolution, entries in golden.items():
+        for frames, (keep, size) in entries.items():
+            kept, looked_at = keep if isinstance(keep, list) else (keep, 1.0)
+            expected[resolution, int(frames)] = kept, looked_at, size or 0
+    assert entries_of(name) == expected
+
+
+def test_every_published_bucket_recipe_is_here() -> None:
+    found = {path.relative_to(REPO / "configs") for path in FILES if path.parent.name.startswith("opensora_")}
+    assert {str(path.with_suffix("")) for path in found} == set(BUCKETS)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_small_recipes_are_one_run_of_each_model(stage: int) -> None:
+    """Of the table's sizes, which go on from each other; pictures beside clips, in three ratios."""
+    names = {"S": f"small/stage{stage}", "B": f"small/stage{stage}_b2"}
+    for size, name in names.items():
+        cfg = load(name)
+        assert (cfg.model.hidden_size, cfg.model.depth, cfg.model.num_heads) == SIZES[size]
+        assert cfg.model.patch_size == (1, 2, 2)
+        assert cfg.model.temporal_attention == (stage > 1)
+        assert cfg.diffusion.objective == "flow"
+        assert (cfg.vae.path, cfg.text.path) == ("stabilityai/sd-vae-ft-mse", "google/t5-v1_1-small")
+        before = name.replace(f"stage{stage}", f"stage{stage - 1}")
+        assert cfg.init.weights == (load(before).run.dir if stage > 1 else "")
+        assert all(bucket.ratios == ("16:9", "1:1", "9:16") for bucket in cfg.data.buckets)
+        assert {bucket.num_frames for bucket in cfg.data.buckets} == ({1} if stage == 1 else {1, 16, 32})
+    small, larger = (dataclasses.replace(load(name), run=Config().run, init=Config().init) for name in names.values())
+    assert dataclasses.replace(larger, model=small.model) == small

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from opensora_repro.config import Config, ConfigError, TrainConfig, dump_toml, load_config
+from opensora_repro.models.config import SIZES
 from opensora_repro.parallel.mesh import Mesh
 from opensora_repro.planning.encoders import frozen_sizes
 from opensora_repro.planning.flops import forward_products
@@ -17,12 +18,18 @@ from opensora_repro.planning.gpus import GPUS, find_gpu, gpu_of_device
 from opensora_repro.planning.memory import step_memory
 from opensora_repro.planning.parameters import count_parameters
 from opensora_repro.planning.sizes import latent_shape, token_grid
+from stages import weights
 from stages.plan import PUBLISHED_UTILISATION, main
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RECIPES = sorted(path for path in CONFIGS.rglob("*.toml") if path.parent.name != "data")
 LONG = str(CONFIGS / "stage2_64x512x512.toml")
+SMALL_RECIPES = sorted((CONFIGS / "small").glob("*.toml"))
 SMALL = str(CONFIGS / "demo" / "stage2.toml")
+
+
+def header(path: Path) -> str:
+    return path.read_text(encoding="utf-8").partition("\n[")[0]
 
 
 def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
@@ -115,15 +122,40 @@ def test_every_recipe_has_a_plan(path: Path, capsys: pytest.CaptureFixture[str])
     assert found["smallest"]
 
 
-@pytest.mark.parametrize("path", [path for path in RECIPES if path.parent.name != "demo"], ids=lambda path: path.stem)
+def names_a_card(path: Path) -> bool:
+    return path.parent.name in (CONFIGS.name, "profiles", "small") or "--gpu " in header(path)
+
+
+@pytest.mark.parametrize("path", filter(names_a_card, RECIPES), ids=lambda path: path.stem)
 def test_every_recipe_fits_the_card_its_header_names(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With a tenth to spare of what is usable, as it is: layout, batch, encoders beside the model."""
-    header = path.read_text(encoding="utf-8").partition("\n[")[0]
-    (name,) = set(re.findall(r"--gpu (\S+)", header))
-    gpus = re.findall(r"--gpus (\d+)", header) or ["1"]
+    (name,) = set(re.findall(r"--gpu (\S+)", header(path)))
+    gpus = re.findall(r"--gpus (\d+)", header(path)) or ["1"]
     fit = planned(capsys, str(path), "--gpu", name, "--gpus", *gpus)["configured"]
     assert not fit["refused"]
     assert fit["memory"]["peak"] < 0.9 * find_gpu(name).usable_bytes
+
+
+@pytest.mark.parametrize("path", SMALL_RECIPES, ids=lambda path: path.stem)
+def test_small_recipes_take_what_their_header_says(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ((arguments, told),) = re.findall(r"python -m stages\.plan (.*?) +# (.*)", header(path))
+    config, *options = arguments.split()
+    assert main([str(CONFIGS.parent / config), *options]) == 0
+    out = capsys.readouterr().out
+    peak, step, run = re.fullmatch(r"(\S+ GiB) at most; a step (\S+ s), the run (\S+ \w+)", told).groups()
+    assert re.search(rf"at most +{peak} ", out)
+    assert re.search(rf"a step +{step};", out)
+    assert re.search(rf"the run +{run},", out)
+    fit = planned(capsys, str(path), "--gpu", "RTX-4060", "train.activation_checkpointing=full")["configured"]
+    assert fit["memory"]["peak"] < 0.9 * find_gpu("RTX-4060").usable_bytes  # 8 GB, the larger model's, too
+
+
+def test_model_sizes_are_printed_as_the_documentation_has_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert weights.main(["models"]) == 0
+    out = capsys.readouterr().out
+    assert out in (CONFIGS.parent / "docs/training.md").read_text(encoding="utf-8")
+    assert SIZES == {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+    assert "XL/2         1152     28         16   610,856,096   759,620,768" in out  # the published ones
 
 
 # Layouts
