@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import json
 import re
 import shutil
@@ -313,3 +314,12 @@ def test_small_recipes_are_one_run_of_each_model(stage: int) -> None:
         assert {bucket.num_frames for bucket in cfg.data.buckets} == ({1} if stage == 1 else {1, 16, 32})
     small, larger = (dataclasses.replace(load(name), run=Config().run, init=Config().init) for name in names.values())
     assert dataclasses.replace(larger, model=small.model) == small
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_stage_that_a_header_names_takes_the_recipe(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    names = set(re.findall(r"^# .*-m stages\.(stage\w+) (\S+)", text, re.MULTILINE))
+    assert {file for _, file in names} == {path.relative_to(REPO).as_posix()}
+    for stage, _ in names:
+        importlib.import_module(f"stages.{stage}").STAGE.check(load_config(path))
