@@ -47,6 +47,8 @@ class Survey:
     images: bool  # all are single pictures
     buckets: tuple[Bucket, ...]
     clips: tuple[float, ...]  # of the usable ones, in an epoch of each bucket, on average
+    enlarged: tuple[float, ...]  # of these
+    cropped: tuple[float, ...]  # pictures' worth of these that is cut away
 
     @property
     def usable(self) -> int:
@@ -118,8 +120,21 @@ def survey(table: Any, data: DataConfig, manifest: str | Path) -> Survey:
         rates=tuple(rate for rate, _ in Counter(np.round(fps[moving], 3).tolist()).most_common()),
         images=bool((frames == 1).all()),
         buckets=target.buckets,
-        clips=tuple((np.bincount(target.kind[usable], minlength=len(target.shares)) @ target.shares).tolist()),
+        **_in_buckets(target, usable, heights, widths),
     )
+
+
+def _in_buckets(target: _Targets, usable: Any, heights: Any, widths: Any) -> dict[str, tuple[float, ...]]:
+    """What a survey tells of each bucket."""
+    import numpy as np
+
+    clips, enlarged, cropped = np.zeros((3, len(target.buckets)))
+    for number in np.flatnonzero(target.shares.any(axis=0)):
+        share = target.shares[target.kind, number] * usable
+        up, across = target.buckets[number].height / heights, target.buckets[number].width / widths
+        clips[number], enlarged[number] = share.sum(), share[np.maximum(up, across) > 1].sum()
+        cropped[number] = share @ (1 - np.minimum(up, across) / np.maximum(up, across))  # scaled to cover the bucket
+    return {"clips": tuple(clips.tolist()), "enlarged": tuple(enlarged.tolist()), "cropped": tuple(cropped.tolist())}
 
 
 @dataclass(frozen=True)
@@ -225,15 +240,49 @@ def table(found: Survey, title: str) -> Iterator[str]:
         yield f"  {'fps':>9} {f'{low:g} to {high:g}, mostly {found.rates[0]:g}' if high > low else f'{low:g}'}"
 
 
-def bucket_table(found: Survey, samples: Sequence[int]) -> Iterator[str]:
-    """Lines for people, a row a bucket that has clips; `samples`: of a step of each."""
+@dataclass(frozen=True)
+class BucketRow:
+    """What an epoch has of a bucket, on average."""
+
+    bucket: Bucket
+    clips: float
+    share: float  # of all rows
+    enlarged: float  # share of its clips
+    cropped: float  # mean share of a picture that is cut away
+    samples: int  # of a step
+    steps: float
+    tokens: int  # of a sample
+    time: float  # share of the epoch's, by FLOPs
+
+
+def bucket_rows(found: Survey, samples: Sequence[int], costs: Sequence[tuple[int, float]]) -> list[BucketRow]:
+    """Of the buckets that get clips. `samples`: of a step; `costs`: tokens and FLOPs of a sample; by bucket each."""
     scale = found.rows / found.looked_at
-    yield f"  {'bucket':>16} {'clips an epoch':>17} {'samples a step':>15} {'steps an epoch':>15}"
-    for bucket, clips, size in zip(found.buckets, found.clips, samples, strict=True):
-        if clips:
-            share = f"{clips * scale:,.0f} {clips / found.looked_at:>6.1%}"
-            yield f"  {bucket!s:>16} {share:>17} {size:>15,} {clips * scale / size:>15,.1f}"
-    empty = found.clips.count(0)
+    work = sum(clips * flops for clips, (_, flops) in zip(found.clips, costs, strict=True))
+    columns = zip(found.buckets, found.clips, found.enlarged, found.cropped, samples, costs, strict=True)
+    return [
+        BucketRow(
+            bucket, clips * scale, clips / found.looked_at, enlarged / clips, cropped / clips, size,
+            clips * scale / size, tokens, clips * flops / work,
+        )
+        for bucket, clips, enlarged, cropped, size, (tokens, flops) in columns if clips
+    ]  # fmt: skip
+
+
+def bucket_table(found: Survey, rows: Sequence[BucketRow]) -> Iterator[str]:
+    """Lines for people."""
+    if rows:
+        yield (
+            f"  {'bucket':>16} {'clips an epoch':>17} {'enlarged':>9} {'cropped':>8} {'samples a step':>15} "
+            f"{'steps an epoch':>15} {'tokens a sample':>16} {'a step':>11} {'time':>6}"
+        )
+    for row in rows:
+        clips, step = f"{row.clips:,.0f} {row.share:>6.1%}", row.tokens * row.samples
+        yield (
+            f"  {row.bucket!s:>16} {clips:>17} {row.enlarged:>9.1%} {row.cropped:>8.1%} {row.samples:>15,} "
+            f"{row.steps:>15,.1f} {row.tokens:>16,} {step:>11,} {row.time:>6.1%}"
+        )
+    empty = len(found.buckets) - len(rows)
     if empty:
         yield f"  {empty} of {len(found.buckets)} buckets get no clip"
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from opensora_repro.config import Config
 from opensora_repro.config.sections import encodes_after_start, sample_fps
+from opensora_repro.data.buckets import as_one_size, buckets_of
 from opensora_repro.parallel.mesh import Mesh
 from opensora_repro.planning.encoders import FrozenSizes, frozen_sizes
 from opensora_repro.planning.flops import Products, forward_products
@@ -135,6 +136,16 @@ def step_flops(cfg: Config, products: Products, frozen: FrozenSizes, samples: in
     again = products.recomputed_flops(cfg.train.activation_checkpointing)
     encoding = 0.0 if cfg.data.cache else frozen.encode_flops + frozen.text_flops
     return float(samples * products.training_flops), float(samples * again), samples * encoding
+
+
+def bucket_costs(cfg: Config) -> list[tuple[int, float]]:
+    """Tokens of a sample of each of `buckets_of`, and all FLOPs of `step_flops` for it. Raises ConfigError."""
+    found = []
+    for bucket in buckets_of(cfg):
+        own = as_one_size(cfg, bucket)
+        grid = token_grid(own.model, latent_shape(own))
+        found.append((grid.tokens, sum(step_flops(own, forward_products(own.model, grid), frozen_sizes(own), 1))))
+    return found
 
 
 def _time(cfg: Config, question: Question, work: Work, peak: float) -> Time:

@@ -15,6 +15,7 @@ from opensora_repro.data.buckets import as_sampled, buckets_of
 from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.preflight import (
     SAMPLED_ROWS,
+    bucket_rows,
     bucket_table,
     keyed_sample,
     require_usable,
@@ -29,6 +30,7 @@ from opensora_repro.frozen.text import survey_captions
 from opensora_repro.kernels.ops import choose
 from opensora_repro.parallel.build import check_installed, check_shards
 from opensora_repro.parallel.mesh import Mesh
+from opensora_repro.planning.budget import bucket_costs
 from opensora_repro.planning.fit import check_memory
 from opensora_repro.run_folder import check_folder
 from opensora_repro.sampling.generate import check_fit
@@ -88,7 +90,7 @@ def preflight(
     if frame is None:
         yield to_come("data.manifest", cfg.data.manifest)
     else:
-        samples = global_batch_sizes(cfg, mesh.data_size) if cfg.data.buckets else []
+        samples = global_batch_sizes(cfg, mesh.data_size)
         yield from clips(cfg, frame, "clips of", cfg.data.manifest, samples, here=device is not None)
     if validates(cfg):
         held_out = find_manifest(cfg.data.val_manifest) if dry else read_manifest(cfg.data.val_manifest)
@@ -137,6 +139,6 @@ def clips(cfg: Config, frame: Any, title: str, manifest: str, samples: Sequence[
         require_usable(found)
     yield from table(found, title)
     if samples:
-        yield from bucket_table(found, samples)
+        yield from bucket_table(found, bucket_rows(found, samples, bucket_costs(cfg)))
     for line in warnings(found):
         yield f"warning: {line}"

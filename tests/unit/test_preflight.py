@@ -18,6 +18,7 @@ from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.preflight import (
     SAMPLED_ROWS,
     Survey,
+    bucket_rows,
     bucket_table,
     keyed_sample,
     require_usable,
@@ -245,11 +246,18 @@ def test_clips_of_buckets(clip: Path) -> None:
     }  # fmt: skip
     require_usable(found)
     assert "7 of the clips" not in "".join(warnings(found))
-    rows = [line.split() for line in bucket_table(found, [2, 2, 4, 4])]
-    assert [row[2:] for row in rows[1:]] == [
-        ["192x344", "1", "10.0%", "2", "0.5"], ["256x256", "0", "2.5%", "2", "0.1"],
-        ["64x64", "5", "47.5%", "4", "1.2"], ["64x64", "1", "10.0%", "4", "0.2"],
+    rows = bucket_rows(found, [2, 2, 4, 4], [(100, 40.0), (100, 40.0), (10, 1.0), (5, 0.5)])
+    # To 192x344 go pictures of 256x456; to squares these (each cut to 256 of 456) and others that are squares already
+    assert [(row.clips, row.enlarged, row.steps) for row in rows] == [
+        (1, 0, 0.5), (0.25, 1, 0.125), (4.75, 1 / 4.75, 1.1875), (1, 0, 0.25),
     ]  # fmt: skip
+    wide, square = 1 - (456 / 256) / (344 / 192), 1 - 256 / 456
+    assert [row.cropped for row in rows] == pytest.approx([wide, 0, 3 * square / 4.75, square])
+    assert [row.time for row in rows] == pytest.approx([part / 55.25 for part in (40, 10, 4.75, 0.5)])
+    lines = [line.split() for line in bucket_table(found, rows)]
+    assert lines[1] == ["8", "x", "192x344", "1", "10.0%", "0.0%", "0.6%", "2", "0.5", "100", "200", "72.4%"]
+    assert lines[3] == ["8", "x", "64x64", "5", "47.5%", "21.1%", "27.7%", "4", "1.2", "10", "40", "8.6%"]
+    assert len(lines) == 5
     with pytest.raises(DataError, match=r"1 clips have too few frames for all of data\.buckets, the longest has 15"):
         require_usable(look(clip, {"num_frames": 15}, data=data))
     by_time = dataclasses.replace(data, frame_interval=1, fps=12.0)
