@@ -37,6 +37,8 @@ class Clip:
     pixels: torch.Tensor  # uint8 [T, H, W, C], already cropped and mirrored
     flipped: bool
     fps: float  # frames a second as taken; 0: a picture
+    indices: tuple[int, ...] = ()  # of its frames in the file
+    corner: Size = (0, 0)  # top and left of the crop, in pictures scaled to cover it
 
     def pin_memory(self) -> Clip:
         """The loader calls this for what goes to a GPU, in a thread of its own."""
@@ -121,12 +123,12 @@ class ClipDataset:
             frames = read_frames_at(path, read, size=(height, width))
         except (DecodeError, OSError) as error:
             return BadSample(name, path, str(error))
-        frames = crop(frames, (height, width), self._generator(epoch, name, "crop"))
+        frames, corner = crop(frames, (height, width), self._generator(epoch, name, "crop"))
         if len(read) < num_frames:  # a slow clip shows some for longer
             frames = frames[[read.index(frame) for frame in chosen]]
         flipped = self._flips(epoch, name, caption)
         frames = mirror(frames) if flipped else frames
-        return Clip(name, caption, frames.contiguous(), flipped, rate_of(self.cfg, chosen, fps))
+        return Clip(name, caption, frames.contiguous(), flipped, rate_of(self.cfg, chosen, fps), tuple(chosen), corner)
 
     def _flips(self, epoch: int, name: str, caption: str) -> bool:
         generator = self._generator(epoch, name, "flip")
@@ -142,14 +144,17 @@ class ClipDataset:
 # From a clip to a sample. Random choices take a generator, keyed to the sample; without one the middle is taken.
 
 
-def crop(frames: torch.Tensor, size: Size, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Cut [T, H, W, C] to [T, height, width, C] at a random place (the centre without a generator)."""
+def crop(frames: torch.Tensor, size: Size, generator: torch.Generator | None = None) -> tuple[torch.Tensor, Size]:
+    """Cut [T, H, W, C] to [T, height, width, C] at a random place (the centre without a generator).
+
+    Also returns that place, top and left.
+    """
     height, width = size
     if frames.shape[1] < height or frames.shape[2] < width:
         raise ValueError(f"frames of {frames.shape[1]}x{frames.shape[2]} are smaller than the crop of {height}x{width}")
     top = pick(frames.shape[1] - height + 1, generator)
     left = pick(frames.shape[2] - width + 1, generator)
-    return frames[:, top : top + height, left : left + width]
+    return frames[:, top : top + height, left : left + width], (top, left)
 
 
 def mirror(frames: torch.Tensor) -> torch.Tensor:

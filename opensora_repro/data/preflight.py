@@ -49,6 +49,8 @@ class Survey:
     clips: tuple[float, ...]  # of the usable ones, in an epoch of each bucket, on average
     enlarged: tuple[float, ...]  # of these
     cropped: tuple[float, ...]  # pictures' worth of these that is cut away
+    looked: Any  # the rows that were looked at
+    lost: Any  # why each of them is: "missing", "too short", "too small"; "" for usable ones, [N]
 
     @property
     def usable(self) -> int:
@@ -121,6 +123,8 @@ def survey(table: Any, data: DataConfig, manifest: str | Path) -> Survey:
         images=bool((frames == 1).all()),
         buckets=target.buckets,
         **_in_buckets(target, usable, heights, widths),
+        looked=looked,
+        lost=np.where(missing, "missing", np.where(usable, "", target.lost)),
     )
 
 

@@ -73,7 +73,8 @@ class Reading:
     tokens: int  # of the whole text, with those that the tokenizer adds
     words: int
     unknown: int  # words in which the tokenizer meets something that it does not know
-    dropped: str  # the text's end, which lies beyond the model's tokens; empty where all is read
+    read: str  # the text's beginning, up to its end or to
+    dropped: str  # what lies beyond the model's tokens; empty where all is read
 
 
 def read_texts(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[Reading]:
@@ -89,12 +90,13 @@ def read_texts(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[Re
 def _reading(tokenizer: Any, words: Sequence[str], ids: Sequence[Sequence[int]], max_length: int) -> Reading:
     added = tokenizer.num_special_tokens_to_add()
     unknown = sum(tokenizer.unk_token_id in tokens for tokens in ids)
-    reading = Reading(added + sum(map(len, ids)), len(words), unknown, "")
+    reading = Reading(added + sum(map(len, ids)), len(words), unknown, " ".join(words), "")
     room = max_length - added
     for number, tokens in enumerate(ids):
         if len(tokens) > room:  # of a word that is cut, such as a sentence without spaces, the rest
-            rest = words[number] if room <= 0 else tokenizer.decode(tokens[room:])
-            return replace(reading, dropped=" ".join([rest, *words[number + 1 :]]))
+            part, rest = ("", words[number]) if room <= 0 else map(tokenizer.decode, (tokens[:room], tokens[room:]))
+            read, dropped = " ".join([*words[:number], part]), " ".join([rest, *words[number + 1 :]])
+            return replace(reading, read=read, dropped=dropped)
         room -= len(tokens)
     return reading
 

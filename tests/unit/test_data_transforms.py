@@ -110,9 +110,9 @@ def test_window_without_a_generator(clip: int, count: int, interval: int, expect
 def test_crop_reaches_every_corner() -> None:
     frames = torch.arange(6 * 5).reshape(1, 6, 5, 1)
     generator = torch.Generator().manual_seed(0)
-    corners = {int(crop(frames, (4, 4), generator)[0, 0, 0, 0]) for _ in range(100)}
+    corners = {int(crop(frames, (4, 4), generator)[0][0, 0, 0, 0]) for _ in range(100)}
     assert corners == {0, 1, 5, 6, 10, 11}
-    assert int(crop(frames, (4, 3))[0, 0, 0, 0]) == 6
+    assert int(crop(frames, (4, 3))[0][0, 0, 0, 0]) == 6
     with pytest.raises(ValueError, match="smaller than the crop"):
         crop(frames, (7, 5))
 

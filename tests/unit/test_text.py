@@ -75,6 +75,8 @@ def test_what_of_a_caption_is_read(text: T5Text) -> None:
     captions = ["A Red circle", "", "one two three forty six", "abcdefghijklmnopqrstuvwxyz end", "röt circle ☃"]
     readings = text.read(captions)
     assert [reading.dropped for reading in readings] == ["", "", "y six", "stuvwxyz end", ""]
+    read = ["a red circle", "", "one two three fort", "abcdefghijklmnopqr", "röt circle ☃"]
+    assert [reading.read for reading in readings] == read
     assert [(reading.words, reading.unknown) for reading in readings] == [(3, 0), (0, 0), (5, 0), (2, 0), (3, 2)]
     # ... exactly where the model's own tokens end
     ids, _ = text._tokenize(["one two three four", "one two three forty"])

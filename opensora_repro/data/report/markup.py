@@ -31,7 +31,8 @@ def render(template: Path, filters: Mapping[str, Callable[..., Any]] = MappingPr
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"shown": shown, "slug": slug, "sha256": _digest, "thousands": "{:,}".format, **filters}
+    own = {"shown": shown, "number": number, "slug": slug, "sha256": _digest, "thousands": "{:,}".format}
+    environment.filters |= {**own, **filters}
     return environment.get_template(template.name).render(values)
 
 
@@ -39,6 +40,12 @@ def shown(text: object, limit: int = 500) -> str:
     """Return somebody's text on one line, cut at `limit` characters."""
     plain = " ".join(str(text)[: 4 * limit].split())
     return plain if len(plain) <= limit else plain[: limit - 1] + "…"
+
+
+def number(value: float, digits: int = 4) -> str:
+    """Return a number for people: the digits that count, thousands apart."""
+    whole = value == round(value) or abs(value) >= 10**digits
+    return f"{value:,.0f}" if whole and abs(value) < 1e12 else f"{value:.{digits}g}"
 
 
 def _plain(value: object) -> object:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from opensora_repro.data.report.markup import TEMPLATES, render, shown
+from opensora_repro.data.report.markup import TEMPLATES, number, render, shown
 from opensora_repro.data.report.rows import Groups
 from opensora_repro.data.report.stages import SOURCES_COUNTED, Counts, Source
 from opensora_repro.data.report.summary import CHARACTERS, WORDS, Numbers, Summary
@@ -50,24 +50,23 @@ def page(report: Report) -> str:
     return render(
         TEMPLATES / "dataset.html",
         {
-            "number": number,
             "cell": _cell,
             "clock": clock,
-            "facts": _facts,
+            "facts": facts,
             "sources": _sources,
             "drawing": partial(draw, marks=_thresholds(report.rules)),
         },
         title="Dataset report",
         plays_files=True,
         report=report,
-        pictures=_Room(MAX_PICTURES),
+        pictures=Room(MAX_PICTURES),
         SOURCES_SHOWN=SOURCES_SHOWN,
         REASONS_SHOWN=REASONS_SHOWN,
         LENGTHS=LENGTHS,
     )
 
 
-class _Room:
+class Room:
     """Room for pictures: the page stays small enough to open anywhere."""
 
     def __init__(self, size: int) -> None:
@@ -80,7 +79,7 @@ class _Room:
         return fits
 
 
-def _facts(row: Row, scores: Sequence[str]) -> list[str]:
+def facts(row: Row, scores: Sequence[str]) -> list[str]:
     """Return a clip's size, length and scores in words."""
     frames, fps, height, width = (_number(row.get(name)) for name in ("num_frames", "fps", "height", "width"))
     parts = [f"{width:.0f}×{height:.0f}"] if height and width else []
@@ -153,12 +152,6 @@ def _number(value: object) -> float | None:
     """Return a finite number, None for anything else."""
     usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if usable and isinstance(value, int | float) else None
-
-
-def number(value: float, digits: int = 4) -> str:
-    """Return a number for people: the digits that count, thousands apart."""
-    whole = value == round(value) or abs(value) >= 10**digits
-    return f"{value:,.0f}" if whole and abs(value) < 1e12 else f"{value:.{digits}g}"
 
 
 def _cell(value: object, digits: int = 4) -> str:
