@@ -217,15 +217,13 @@ def require_usable(found: Survey) -> None:
     )
 
 
-def table(found: Survey, title: str) -> Iterator[str]:
-    """Lines for people, a row a kind."""
+def kinds(found: Survey) -> list[tuple[str, int, str]]:
+    """The clips by what becomes of them: a name, how many, a note for people."""
     data, factors = found.data, found.factors
-    sampled = f"; a keyed sample of {found.looked_at:,} is looked at" if found.looked_at < found.rows else ""
-    yield f"{title} {found.manifest}: {found.rows:,}{sampled}"
     by = "" if not factors else f"by {statistics.median(factors):.3g} (median), {factors[-1]:.3g} at most"
     size = "their bucket" if data.buckets else f"{data.height}x{data.width}"
     several, interval = bool(data.buckets), interval_of(data)
-    kinds = [
+    rows = [
         ("usable", True, found.usable, ""),
         ("missing", True, found.missing, f"no file, or an empty one; first {found.first_missing!r}"),
         ("too short", True, found.too_short, f"fewer than {found.needed} frames{found.at_rate}"),
@@ -236,9 +234,15 @@ def table(found: Survey, title: str) -> Iterator[str]:
         ("enlarged", True, len(factors), f"smaller than {size}: {by}"),
         ("not kept", several, round(found.usable - sum(found.clips)), "an epoch, on average: keep of data.buckets"),
     ]  # fmt: skip
-    for name, applies, count, note in kinds:
-        if applies:
-            yield f"  {name:>9} {count:>9,} {count / found.looked_at:>7.1%}{f'  {note}' if count and note else ''}"
+    return [(name, count, note) for name, applies, count, note in rows if applies]
+
+
+def table(found: Survey, title: str) -> Iterator[str]:
+    """Lines for people, a row a kind."""
+    sampled = f"; a keyed sample of {found.looked_at:,} is looked at" if found.looked_at < found.rows else ""
+    yield f"{title} {found.manifest}: {found.rows:,}{sampled}"
+    for name, count, note in kinds(found):
+        yield f"  {name:>9} {count:>9,} {count / found.looked_at:>7.1%}{f'  {note}' if count and note else ''}"
     if found.rates:
         low, high = min(found.rates), max(found.rates)
         yield f"  {'fps':>9} {f'{low:g} to {high:g}, mostly {found.rates[0]:g}' if high > low else f'{low:g}'}"

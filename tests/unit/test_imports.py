@@ -39,7 +39,8 @@ STANDS_ON = {  # of what stands outside the library
     "stages.demo": (LIBRARY, "stages", "data_tools"),
     "stages.__main__": (LIBRARY, "stages", "data_tools"),
     "data_tools": tuple(
-        f"{LIBRARY}.{room}" for room in ("errors", "files", "process", "config", "data", "weights", "frozen")
+        f"{LIBRARY}.{room}"
+        for room in ("errors", "files", "process", "config", "data", "weights", "frozen", "planning")
     ),
     "benchmarks": (LIBRARY, "data_tools", "stages", "tests.golden", "tests.gpu"),
 }
@@ -60,6 +61,7 @@ COMMANDS = [
     "data_tools.filter",
     "data_tools.convert",
     "data_tools.download",
+    "data_tools.preview",
     "data_tools.report",
     "data_tools.pipeline",
 ]
@@ -140,11 +142,12 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 
 
 def test_packages_of_data_stand_on_its_root_and_on_jobs() -> None:
-    """One package a tool, and `jobs`, which runs their work; pipeline also builds on what report knows of stages."""
+    """One package a tool, and `jobs`, which runs their work; pipeline and preview build on report's pages, too."""
     data = REPO / "opensora_repro" / "data"
     packages = {path.parent.name for path in data.glob("*/__init__.py")}
     assert packages == {path.stem for path in (REPO / "data_tools").glob("[!_]*.py")} | {"jobs"}
-    allowed = {name: {name, "jobs"} for name in packages} | {"pipeline": {"pipeline", "jobs", "report"}}
+    allowed = {name: {name, "jobs"} for name in packages}
+    allowed |= {name: {name, "jobs", "report"} for name in ("pipeline", "preview")}
     wrong = []
     for path in python_files("opensora_repro/data"):
         own = path.relative_to(data).parts[0]  # of a module at the root its file name, which may import no package

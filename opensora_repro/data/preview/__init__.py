@@ -1,0 +1,1 @@
+"""Behind data_tools.preview: what training will read of a manifest, on one page."""
