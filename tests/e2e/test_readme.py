@@ -144,7 +144,17 @@ def told(lines: list[str], word: str) -> Iterator[str]:
 @pytest.mark.slow
 def test_from_phone_videos_to_a_sampled_one(home: Path, run: Any, repo_dir: Path) -> None:
     lines = lines_of(repo_dir / "README.md", "Your own videos")
-    kinds = ("pipeline", "--template", "--sidecar", "--model", "fetch", "--dry-run", "stages.plan", "stages.sample")
+    kinds = (
+        "pipeline",
+        "--template",
+        "--sidecar",
+        "--model",
+        "fetch",
+        "preview",
+        "--dry-run",
+        "stages.plan",
+        "stages.sample",
+    )
     assert all(any(told(lines, kind)) for kind in kinds)
     for line in lines:
         if "stages.weights fetch" in line:
@@ -163,6 +173,9 @@ def test_from_phone_videos_to_a_sampled_one(home: Path, run: Any, repo_dir: Path
             clips = read_manifest(home / "data/clips/manifest.parquet")
             cameras = dict(zip(VIDEOS, range(5), strict=True))
             assert all(f"camera {cameras[row['source']]}" in row["caption"] for row in clips.to_dict("records"))
+        elif "data_tools.preview" in line:
+            page = (home / "data/preview/preview.html").read_text(encoding="utf-8")
+            assert "cut away" in page and "seen by camera" in page and "but whole" not in page
         elif "--dry-run" in line:
             assert re.search(r"usable +\d+ +100.0%", output) and "not yet there" not in output
     video = probe(home / "out" / "0000.mp4")

@@ -42,7 +42,7 @@ def test_every_path_key_of_a_config(home: Path) -> None:
     assert cfg.sample.prompts == ("~/ is text",)
 
 
-@pytest.mark.parametrize("name", [*pipeline.TOOLS, "pipeline", "report"])
+@pytest.mark.parametrize("name", [*pipeline.TOOLS, "pipeline", "preview", "report"])
 def test_every_path_option_of_the_data_tools(home: Path, name: str) -> None:
     parser = importlib.import_module(f"data_tools.{name}").build_parser()
     taken = [action for action in parser._actions if (action.metavar or action.dest) in PATHS]
