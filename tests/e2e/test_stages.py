@@ -220,6 +220,8 @@ def test_a_start_tells_what_a_dry_run_does(world: World, tmp_path: Path, capsys:
         "warning: captions: 9 % of the words are unknown to this tokenizer",
     ):
         assert line in out.splitlines() and f"# {line}" in planned.splitlines(), line
+    (row,) = (line for line in out.splitlines() if line.split()[:3] == ["4", "x", "64x32"])  # without buckets, too
+    assert row.split()[3:7] == ["5", "71.4%", "100.0%", "50.0%"] and f"# {row}" in planned.splitlines()
     for words in ("warning: 29% of the clips", "data_tools.split --short-side 64", "data_tools.split --fps 8"):
         assert words in out and words in planned
     assert "a process, this machine has" in out and "a process, this machine has" in planned
