@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -133,11 +134,17 @@ def _in_buckets(target: _Targets, usable: Any, heights: Any, widths: Any) -> dic
     import numpy as np
 
     clips, enlarged, cropped = np.zeros((3, len(target.buckets)))
-    for number in np.flatnonzero(target.shares.any(axis=0)):
-        share = target.shares[target.kind, number] * usable
-        up, across = target.buckets[number].height / heights, target.buckets[number].width / widths
-        clips[number], enlarged[number] = share.sum(), share[np.maximum(up, across) > 1].sum()
-        cropped[number] = share @ (1 - np.minimum(up, across) / np.maximum(up, across))  # scaled to cover the bucket
+    sides = np.array([(bucket.height, bucket.width) for bucket in target.buckets])
+    rows = np.flatnonzero(usable)
+    rows = rows[np.argsort(target.kind[rows], kind="stable")]
+    bounds = np.searchsorted(target.kind[rows], np.arange(len(target.shares) + 1))
+    for kind, (first, end) in enumerate(pairwise(bounds)):  # whose clips may all go to the same few
+        own, to = rows[first:end], np.flatnonzero(target.shares[kind])
+        up, across = sides[to, 0] / heights[own, None], sides[to, 1] / widths[own, None]  # [clips, buckets]
+        scale, share = np.maximum(up, across), target.shares[kind, to]
+        clips[to] += share * len(own)
+        enlarged[to] += share * (scale > 1).sum(axis=0)
+        cropped[to] += share * (1 - np.minimum(up, across) / scale).sum(axis=0)  # scaled to cover the bucket
     return {"clips": tuple(clips.tolist()), "enlarged": tuple(enlarged.tolist()), "cropped": tuple(cropped.tolist())}
 
 
