@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from opensora_repro.config import Config
     from opensora_repro.data.preflight import BucketRow, Survey
-    from opensora_repro.data.preview.page import Loss, Preview, Sample
+    from opensora_repro.data.preview.page import Loss, Preview
     from opensora_repro.data.report.summary import Numbers
     from opensora_repro.frozen.text import Reading
 
@@ -71,11 +71,12 @@ def run(args: Arguments) -> int:
     told = gather(args.config, cfg, found, args.samples, Path(args.out), runner)
     path = Path(args.out) / "preview.html"
     write_text(path, page(told))
-    shown = [sample for samples in told.buckets.values() for sample in samples]
+    shown = [sample for _, samples in told.buckets for sample in samples]
     bad = [sample for sample in shown if "error" in sample.picture]
     for sample in bad:
         print(f"warning: {sample.row['path']}: {sample.picture['error']}", file=sys.stderr)
-    print(f"{len(told.buckets)} buckets, {len(shown)} samples, {len(bad)} of them cannot be read: {path}")
+    plural = "" if len(told.buckets) == 1 else "s"
+    print(f"{len(told.buckets)} bucket{plural}, {len(shown)} samples, {len(bad)} of them cannot be read: {path}")
     require_usable(found)
     return 0
 
@@ -92,16 +93,14 @@ def gather(config: str, cfg: Config, found: Survey, count: int, out: Path, runne
     taken = bucket_of_each(cfg, found)
     lost = losses(found, taken)
     strips = read_strips([row for loss in lost for row in loss.examples], Path("/"), out, runner)
-    clips = [
-        (bucket, row)
+    shown = [
+        (bucket, chosen(found, np.flatnonzero(taken == number), count))
         for number, bucket in zip(np.flatnonzero(found.clips), table_of(cfg, found), strict=True)
-        for row in chosen(found, np.flatnonzero(taken == number), count)
     ]
-    pictures = read_samples([(row, bucket.bucket.shape) for bucket, row in clips], cfg.data, cfg.run.seed, out, runner)
-    captions = read_captions(cfg, found, [row["caption"] for _, row in clips])
-    buckets: dict[BucketRow, list[Sample]] = {bucket: [] for bucket in table_of(cfg, found)}
-    for (bucket, row), picture, reading in zip(clips, pictures, captions.shown, strict=True):
-        buckets[bucket].append(Sample(row, picture, reading))
+    clips = [(row, bucket.bucket.shape) for bucket, rows in shown for row in rows]
+    captions = read_captions(cfg, found, [row["caption"] for row, _ in clips])
+    seen = zip(read_samples(clips, cfg.data, cfg.run.seed, out, runner), captions.shown, strict=True)
+    buckets = [(bucket, [Sample(row, *next(seen)) for row in rows]) for bucket, rows in shown]
     return Preview(
         config, cfg.run.seed, found, buckets, lost, [*warnings(found), *captions.lines], captions.not_read,
         [*charts(found), *captions.chart], {FRAMES: [found.needed], TOKENS: [cfg.model.model_max_length]}, strips,

@@ -50,7 +50,7 @@ class Preview:
     config: str
     seed: int
     found: Survey
-    buckets: Mapping[BucketRow, Sequence[Sample]]
+    buckets: Sequence[tuple[BucketRow, Sequence[Sample]]]
     losses: Sequence[Loss]
     lines: Sequence[str]  # warnings, and what is told of the captions
     not_read: str  # why captions are shown whole
