@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import environment, save, side_by_side, table
-from benchmarks.resources import peak_memory
+from opensora_repro.process import peak_memory
 
 SIDES = ("ours", "other")
 

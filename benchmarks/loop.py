@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_repro.training.loop import Trainer
+from opensora_repro.training.measure import Loop
 
 if TYPE_CHECKING:
     import torch
 
     from opensora_repro.config import Config
-    from opensora_repro.data.dataset import BadSample, Clip
+    from opensora_repro.data.dataset import Clip
     from opensora_repro.frozen.encoder import Encoded, Encoder
     from opensora_repro.models.config import STDiTConfig
-    from opensora_repro.training.batches import Feed, Fetched
+    from opensora_repro.training.batches import Feed
 
 PUBLISHED_VAE: dict[str, Any] = {  # Stable Diffusion's
     "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4, "sample_size": 256,
@@ -28,26 +29,6 @@ PUBLISHED_VAE: dict[str, Any] = {  # Stable Diffusion's
 
 REPO = Path(__file__).resolve().parent.parent
 DEMO_CAPTION = 64  # channels of the demo's text encoder
-
-
-class MadeUp:
-    """A feed of samples that are made from their number alone."""
-
-    def __init__(self, make: Callable[[int], Clip | Encoded | BadSample], batch_size: int) -> None:
-        self.make, self.batch_size = make, batch_size
-
-    def batches(self, first: int, count: int) -> Iterator[Fetched]:
-        from opensora_repro.training.batches import Fetched
-
-        for number in range(first, first + count):
-            yield Fetched((0, self.make(number * self.batch_size + i)) for i in range(self.batch_size))
-
-
-class Loop(Trainer):
-    """Saves nothing, but waits for the device where a run would save."""
-
-    def _save(self) -> None:
-        self._await_device()
 
 
 class Strict(Loop):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.harness import clock_of, timed
-from benchmarks.resources import peak_memory
+from opensora_repro.process import peak_memory
 
 Ask = Callable[..., Any]  # (what, *about) -> the side's answer
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,21 +15,6 @@ if TYPE_CHECKING:
 
 SETTLE_SECONDS = 1.0  # a card tells its power as the mean of up to so long
 SAMPLE_SECONDS = 0.05
-
-
-def peak_memory() -> int:
-    """This program's largest resident memory so far, in bytes.
-
-    Not getrusage's where it can be helped: that counts the memory of the process that started this one, too.
-    """
-    try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-    except OSError:  # not Linux
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def private_memory(pid: int) -> int:

@@ -35,7 +35,7 @@ FILTER = (
 # Run in a process of its own; the last line is its largest resident memory in MB.
 INSIDE = """
 import importlib, sys
-from benchmarks.resources import peak_memory
+from opensora_repro.process import peak_memory
 code = importlib.import_module(sys.argv[1]).main(sys.argv[2:])
 print(peak_memory() / 2**20)
 sys.exit(code)
@@ -108,8 +108,8 @@ def told(name: str, path: str) -> None:
 
     Prints CPU seconds and memory as JSON.
     """
-    from benchmarks.resources import peak_memory
     from opensora_repro.data.manifest import read_manifest
+    from opensora_repro.process import peak_memory
 
     before = time.process_time()
     table = read_manifest(path)
@@ -124,10 +124,10 @@ def told(name: str, path: str) -> None:
 
 def schedule_costs(table: Any) -> dict[str, float]:
     """CPU seconds and memory of two epochs' steps in buckets, and CPU seconds to resume in the twenty-first."""
-    from benchmarks.resources import peak_memory
     from opensora_repro.config import BucketConfig, Config, DataConfig
     from opensora_repro.data.buckets import assigned, buckets_of
     from opensora_repro.data.sampler import Schedule
+    from opensora_repro.process import peak_memory
 
     ratios = ("16:9", "4:3", "1:1")
     entries = [(64, "360p", 0.5), (16, "360p", 1.0), (32, "240p", 0.5), (8, "144p", 1.0)]

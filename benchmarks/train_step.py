@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.harness import Run, add_options, clock_of, in_turns, side_by_side, table, taking_turns, timed
 from benchmarks.limits import layer_shapes, matmul_limit, matmuls, share_of_limit
 from benchmarks.processes import Ask, Worker, in_processes, memory_columns, seconds_of
-from benchmarks.resources import peak_memory
 from benchmarks.sides import CALLS, SIDES, Sizes, inputs, model_flops
+from opensora_repro.process import peak_memory
 
 if TYPE_CHECKING:
     from torch import nn

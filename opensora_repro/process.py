@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,6 +52,29 @@ def available_cpus() -> int:
         return min(count, max(1, round(int(quota) / int(period))))
     except (OSError, ValueError):  # no control groups, or "max": no quota
         return count
+
+
+def peak_memory() -> int:
+    """This program's largest resident memory so far, in bytes.
+
+    Not getrusage's where it can be helped: that counts the memory of the process that started this one, too.
+    """
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    except OSError:  # not Linux
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def forget_peak() -> None:
+    """Give freed memory back, and let `peak_memory` count from what is left, where the system can do so (Linux)."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 @dataclass(frozen=True)

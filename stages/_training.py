@@ -78,13 +78,7 @@ def _dry_run(cfg: Config, stage: Stage, gpu: str | None) -> int:
 
 def _train(cfg: Config, stage: Stage) -> int:
     started = time.monotonic()
-    from opensora_repro.parallel.device import default_kind
-    from opensora_repro.process import keep_freed_memory
-
-    limit_threads()
-    if default_kind() == "cpu":
-        keep_freed_memory()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it would warn at every fork of a loader process
+    settle_process()
     from opensora_repro.training.run import train
 
     outcome = train(cfg, stage, say=lambda line: print(line, flush=True))
@@ -93,6 +87,17 @@ def _train(cfg: Config, stage: Stage) -> int:
     if outcome.finished or (outcome.signal != signal.SIGINT and outcome.checkpoint is not None):
         return 0
     return 128 + (outcome.signal or signal.SIGTERM)
+
+
+def settle_process() -> None:
+    """Threads and memory as training has them."""
+    from opensora_repro.parallel.device import default_kind
+    from opensora_repro.process import keep_freed_memory
+
+    limit_threads()
+    if default_kind() == "cpu":
+        keep_freed_memory()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it would warn at every fork of a loader process
 
 
 def _report(cfg: Config, stage: Stage, outcome: Outcome, seconds: float) -> None:

@@ -13,11 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
+from opensora_repro.config.edit import find
 from opensora_repro.config.sections import BucketConfig, Config
 from opensora_repro.config.toml import config_dict, written
 from opensora_repro.files import write_text
@@ -80,24 +76,6 @@ def complete(text: str) -> str:
                 found = end, end + 1
             end = max(end, found[1])
     return "\n".join(lines) + "\n"
-
-
-def find(lines: list[str], header: int, key: str) -> tuple[int, int] | None:
-    """First and last line (exclusive) of a key in the section whose header is there; None where it is missing."""
-    for start in range(header + 1, len(lines)):
-        if lines[start].startswith("["):
-            return None
-        if re.match(rf"{key}\s*=", lines[start]):
-            return start, next(end for end in range(start + 1, len(lines) + 1) if is_toml(lines[start:end]))
-    return None
-
-
-def is_toml(lines: list[str]) -> bool:
-    try:
-        tomllib.loads("\n".join(lines))
-    except tomllib.TOMLDecodeError:
-        return False
-    return True
 
 
 def helps_of(config: type) -> dict[str, dict[str, str]]:

@@ -133,6 +133,7 @@ class Rule:
         for (pixels, _), group in groupby(entries, key=lambda pair: (pair[0], data.buckets[pair[1]].resolution)):
             own = tuple(self._rung(data.buckets[i], f"data.buckets[{i}]", batch_size) for _, i in group)
             self.levels.append(Level(pixels, own))
+        self.entries = tuple(i for _, i in entries for _ in sizes(data.buckets[i]))  # of data.buckets, each bucket's
         rungs = [rung for level in self.levels for rung in level.rungs]
         lengths = sorted({rung.num_frames for rung in rungs} - {1})
         self._data = data

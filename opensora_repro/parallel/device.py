@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from opensora_repro import process
 from opensora_repro.errors import EngineError
 
 
@@ -59,6 +60,20 @@ def return_memory(device: torch.device) -> None:
     """Give freed memory back to the device, for others to take."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def forget_peak(device: torch.device) -> None:
+    """Give freed memory back, and let `peak_memory` count from here."""
+    return_memory(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        process.forget_peak()
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes of a GPU's memory in tensors at a time; on a CPU, of the whole process."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process.peak_memory()
 
 
 class HostValues:

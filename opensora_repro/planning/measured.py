@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from opensora_repro.config import Config, ConfigError, load_recorded
+from opensora_repro.data.buckets import as_one_size, buckets_of
 from opensora_repro.files import one_line
 from opensora_repro.planning.budget import step_flops
 from opensora_repro.planning.encoders import frozen_sizes
@@ -55,22 +56,46 @@ def _of_run(path: Path, gpu: Gpu) -> tuple[set[str], float]:
     if not (path.parent / CONFIG_FILE).is_file():
         raise ConfigError(f"--measured {one_line(path)}: the run's {CONFIG_FILE} is not beside it")
     cfg = load_recorded(path.parent / CONFIG_FILE)
-    if cfg.data.buckets:
-        raise ConfigError(f"--measured {one_line(path)}: a run of several sizes: expected one of one, or --utilisation")
-    lines = [(line.get("samples"), line.get("seconds")) for line in JsonLines(path).read()]
-    steps = [(n, s) for n, s in lines if isinstance(n, int) and isinstance(s, float | int) and n > 0 and s > 0]
+    sizes = _by_tokens(cfg)
+    steps = list(_steps(JsonLines(path).read(), sizes))
     if len(steps) <= FIRST_STEPS:
         raise ConfigError(
             f"--measured {one_line(path)}: {len(steps)} step(s) with samples and seconds, "
             f"expected more than {FIRST_STEPS}"
         )
     steps = steps[FIRST_STEPS:]
-    rate = statistics.median(samples / seconds for samples, seconds in steps)
-    data_ranks = -(-max(samples for samples, _ in steps) // (cfg.train.batch_size * cfg.train.accumulation))
+    rate = statistics.median(samples * found.flops / seconds for samples, seconds, found in steps)
+    data_ranks = max(-(-samples // (found.batch_size * cfg.train.accumulation)) for samples, _, found in steps)
     gpus = data_ranks * cfg.parallel.tp_size * cfg.parallel.sp_size
-    products = forward_products(cfg.model, token_grid(cfg.model, latent_shape(cfg)))
-    useful, _, encoding = step_flops(cfg, products, frozen_sizes(cfg), samples=1)
-    return _run_devices(path.parent), rate * (useful + encoding) / (gpus * gpu.peak(cfg.train.dtype))
+    return _run_devices(path.parent), rate / (gpus * gpu.peak(cfg.train.dtype))
+
+
+class _Size(NamedTuple):
+    flops: float  # of a sample, the encoders' among them
+    batch_size: int
+
+
+def _by_tokens(cfg: Config) -> dict[int, _Size]:
+    """The run's sizes by a sample's tokens: where several have as many, they work as much, but for little."""
+    found: dict[int, _Size] = {}
+    for bucket in buckets_of(cfg):
+        one = as_one_size(cfg, bucket)
+        grid = token_grid(cfg.model, latent_shape(one))
+        useful, _, encoding = step_flops(one, forward_products(cfg.model, grid), frozen_sizes(one), samples=1)
+        most = max(bucket.batch_size, found[grid.tokens].batch_size if grid.tokens in found else 0)
+        found[grid.tokens] = _Size(useful + encoding, most)
+    return found
+
+
+def _steps(lines: Sequence[dict[str, Any]], sizes: dict[int, _Size]) -> Iterator[tuple[int, float, _Size]]:
+    """Samples, seconds and size of each step that tells them; a run of one size need not tell that."""
+    only = next(iter(sizes)) if len(sizes) == 1 else None
+    for line in lines:
+        samples, seconds, tokens = (line.get(name) for name in ("samples", "seconds", "tokens"))
+        if isinstance(samples, int) and isinstance(seconds, float | int) and samples > 0 and seconds > 0:
+            of_sample = only or (tokens // samples if isinstance(tokens, int) else None)
+            if of_sample in sizes:
+                yield samples, seconds, sizes[of_sample]
 
 
 def _run_devices(run_dir: Path) -> set[str]:

@@ -1,4 +1,4 @@
-"""AdamW, by the config."""
+"""AdamW and the weights' average, by the config."""
 
 from __future__ import annotations
 
@@ -7,9 +7,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from opensora_repro.config import ConfigError, OptimConfig
+from opensora_repro.config import Config, ConfigError, OptimConfig
 from opensora_repro.kernels.adamw import FusedAdamW
+from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.parallel.offload import HostAdamW
+from opensora_repro.training.ema import Ema
+
+
+def prepare_engine(engine: TorchEngine, model: nn.Module, cfg: Config, kernels: str) -> Ema:
+    """Give the engine the model and its optimizer; the average that follows them. `kernels`: "eager" or "triton"."""
+    # ColossalAI's plugins and FSDP hand the optimizer weights of their own.
+    fused = kernels == "triton" and (cfg.parallel.engine, cfg.parallel.plugin) == ("torch", "ddp")
+    engine.prepare(model, build_optimizer(model, cfg.optim, fused=fused), half=cfg.train.dtype == "bf16")
+    return Ema(engine, cfg.ema.decay, offload=cfg.optim.offload)
 
 
 def build_optimizer(model: nn.Module, cfg: OptimConfig, *, fused: bool = False) -> torch.optim.AdamW:

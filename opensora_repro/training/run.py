@@ -29,13 +29,13 @@ from opensora_repro.run_folder import WEIGHTS_FILE, claimed_run_folder, clean_le
 from opensora_repro.sampling.generate import check_fit
 from opensora_repro.training.batches import CacheFeed, ClipFeed, Feed
 from opensora_repro.training.checkpoint import load_checkpoint, read_state
-from opensora_repro.training.ema import Ema, horizon_warning
+from opensora_repro.training.ema import horizon_warning
 from opensora_repro.training.fill import CacheFill, cache_fingerprint, fill_cache
 from opensora_repro.training.identity import check_manifest, ids_fingerprint
 from opensora_repro.training.loop import Trainer
 from opensora_repro.training.metrics import Quarantine, RunLog
 from opensora_repro.training.model import apply_compile, build_model, compiles
-from opensora_repro.training.optim import build_optimizer, check_processes
+from opensora_repro.training.optim import check_processes, prepare_engine
 from opensora_repro.training.preflight import preflight
 from opensora_repro.training.save import CheckpointWriter
 from opensora_repro.training.start import Stage, Start, find_start
@@ -169,14 +169,9 @@ class _Run:
 
     def _prepare_engine(self) -> None:
         """Optimizer and average; where the run resumes, the checkpoint's, which needs the engine's pieces of all."""
-        cfg, engine = self.cfg, self.engine
-        # ColossalAI's plugins and FSDP hand the optimizer weights of their own.
-        fused = self.kernels == "triton" and (cfg.parallel.engine, cfg.parallel.plugin) == ("torch", "ddp")
-        optimizer = build_optimizer(self.model, cfg.optim, fused=fused)
-        engine.prepare(self.model, optimizer, half=cfg.train.dtype == "bf16")
-        self.ema = Ema(engine, cfg.ema.decay, offload=cfg.optim.offload)
+        self.ema = prepare_engine(self.engine, self.model, self.cfg, self.kernels)
         if self.start.checkpoint is not None:
-            load_checkpoint(self.start.checkpoint, self.start.state, engine, self.ema)
+            load_checkpoint(self.start.checkpoint, self.start.state, self.engine, self.ema)
 
     def _quarantine(self, num_samples: int, kind: str = "samples") -> Quarantine:
         fraction, writes = self.cfg.data.max_bad_fraction, self.engine.is_main

@@ -22,11 +22,12 @@ def loop_without_waiting(device: torch.device) -> dict[str, Any]:
     """Training steps on cached samples, with fused and eager kernels, under CUDA's ban on waiting for the device."""
     from benchmarks import loop
     from opensora_repro.models.config import STDiTConfig
+    from opensora_repro.training.measure import MadeUp
     from tests.gpu.kernel_cases import using
 
     model = STDiTConfig(hidden_size=144, depth=2, num_heads=4, caption_channels=loop.DEMO_CAPTION, model_max_length=12)
     encoder = loop.demo_encoder(device, model.model_max_length)
-    feed = loop.MadeUp(lambda number: loop.made_up_encoding(number, (4, 2, 4, 4), (12, loop.DEMO_CAPTION)), 2)
+    feed = MadeUp(lambda number: loop.made_up_encoding(number, (4, 2, 4, 4), (12, loop.DEMO_CAPTION)), 2)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for kernels in ("auto", "eager"):
@@ -52,11 +53,12 @@ def encoders_beside(
     """STDiT-XL/2 on clips that an autoencoder of Stable Diffusion's size encodes, beside the step and in turn."""
     from benchmarks import loop
     from opensora_repro.models.config import STDiTConfig
+    from opensora_repro.training.measure import MadeUp
     from tests.gpu.kernel_cases import using
 
     model = model or STDiTConfig(caption_channels=loop.DEMO_CAPTION, space_scale=0.5)
     clips = [loop.made_up_clip(number, frames, size) for number in range(batch_size)]  # making them takes time
-    feed = loop.MadeUp(lambda number: replace(clips[number % batch_size], id=f"sample {number}"), batch_size)
+    feed = MadeUp(lambda number: replace(clips[number % batch_size], id=f"sample {number}"), batch_size)
     with tempfile.TemporaryDirectory() as folder, using("auto", device):
         encoder = loop.demo_encoder(device, model.model_max_length, (vae or loop.random_vae)(Path(folder) / "vae"))
         run_dir = Path(folder) / "run"

@@ -51,6 +51,7 @@ COMMANDS = [
     "stages.stage3_hq",
     "stages.sample",
     "stages.plan",
+    "stages.buckets",
     "stages.weights",
     "stages.configs",
     "stages.demo",

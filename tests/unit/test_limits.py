@@ -65,7 +65,7 @@ def test_energy_is_power_over_time() -> None:
 
 def test_memory_is_the_largest_so_far() -> None:
     code = (
-        "from benchmarks.resources import peak_memory\n"
+        "from opensora_repro.process import peak_memory\n"
         "before = peak_memory(); block = bytearray(b'x') * (64 << 20); del block\n"
         "print(peak_memory() - before)"
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.loop import MadeUp, build_loop, made_up_clip, made_up_encoding, run_loop
+from benchmarks.loop import build_loop, made_up_clip, made_up_encoding, run_loop
 from opensora_repro.config import (
     CheckpointConfig,
     Config,
@@ -35,6 +35,7 @@ from opensora_repro.frozen.text import open_text_encoder
 from opensora_repro.frozen.vae import open_vae
 from opensora_repro.models.config import STDiTConfig
 from opensora_repro.training.loop import Trainer
+from opensora_repro.training.measure import MadeUp
 from tests.tiny_models import TINY_TEXT_CHANNELS, make_tiny_text, make_tiny_vae
 
 CPU = torch.device("cpu")
