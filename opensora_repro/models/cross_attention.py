@@ -106,7 +106,7 @@ class PackedCaptions(WholeCaptions):
     """All captions' tokens end to end, nothing in between."""
 
     def __init__(
-        self, sources: Sequence[int], varlen: Varlen, index: Tensor, ends: Tensor, width: int, **how: Any
+        self, sources: Sequence[int], varlen: Varlen | None, index: Tensor, ends: Tensor, width: int, **how: Any
     ) -> None:
         super().__init__(sources, **how)
         self.varlen = varlen
@@ -118,6 +118,7 @@ class PackedCaptions(WholeCaptions):
         return text.flatten(0, 1)[self.index]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        assert self.varlen is not None
         samples, queries = q.shape[:2]
         starts = queries * torch.arange(samples + 1, dtype=torch.int32, device=q.device)
         # No caption is longer than the width; the longest's own length would be compiled anew for every batch.
@@ -126,6 +127,36 @@ class PackedCaptions(WholeCaptions):
 
     def changing_axes(self) -> list[tuple[Tensor | None, list[int]]]:
         return [*super().changing_axes(), (self.ends, [0])]
+
+
+def positions_under(mask: Tensor) -> list[list[int]]:
+    """Where each caption's tokens are under a mask [B, L] in host memory."""
+    return [[i for i, there in enumerate(row) if there] for row in mask.tolist()]
+
+
+def end_to_end(
+    tokens: list[list[int]],
+    width: int,
+    device: torch.device,
+    varlen: Varlen | None = None,
+    *,
+    sources: Sequence[int] | None = None,
+    **how: Any,
+) -> PackedCaptions:
+    """Captions of `width` tokens, of which sample i reads those at tokens[i] of caption sources[i]; None: of its own.
+
+    Without `varlen`, `attend` is left to others.
+    """
+    sources = list(range(len(tokens))) if sources is None else list(sources)
+    read = [positions or [0] for positions in tokens]
+    counts = torch.tensor(list(map(len, read)))
+    if not all(tokens):
+        present = torch.tensor(list(map(bool, tokens)))
+        how["present"] = to_device(present.repeat_interleave(counts).view(-1, 1, 1), device)
+    index = torch.tensor([source * width + i for source, at in zip(sources, read, strict=True) for i in at])
+    ends = F.pad(counts.cumsum(0), (1, 0)).int()
+    how["tokens"] = tokens
+    return PackedCaptions(sources, varlen, to_device(index, device), to_device(ends, device), width, **how)
 
 
 def lay_out(
@@ -155,19 +186,13 @@ def lay_out(
         present = mask.any(dim=-1, keepdim=True)
         return PaddedCaptions(sources, mask | ~present, present=present, **how)
 
-    how["tokens"] = tokens = [[i for i, there in enumerate(row) if there] for row in mask.tolist()]
+    tokens = positions_under(mask)
     read = [positions or [0] for positions in tokens]
-    present = torch.tensor(list(map(bool, tokens)))
     length = max(positions[-1] for positions in read) + 1
     if min(map(len, read)) < length and varlen is not None:
-        counts = torch.tensor(list(map(len, read)))
-        if not all(tokens):
-            how["present"] = to_device(present.repeat_interleave(counts).view(-1, 1, 1), device)
-        pairs = zip(sources, read, strict=True)
-        index = torch.tensor([source * mask.shape[1] + i for source, positions in pairs for i in positions])
-        ends = F.pad(counts.cumsum(0), (1, 0)).int()
-        return PackedCaptions(sources, varlen, to_device(index, device), to_device(ends, device), mask.shape[1], **how)
-    how["length"] = length
+        return end_to_end(tokens, mask.shape[1], device, varlen, sources=sources, **how)
+    present = torch.tensor(list(map(bool, tokens)))
+    how |= {"tokens": tokens, "length": length}
     present = present.view(-1, 1, 1, 1)
     if not all(tokens):
         how["present"] = to_device(present, device)
@@ -193,7 +218,7 @@ class CrossAttention(nn.Module):
             return self._attend_folded(x, text)
         samples, frames = x.shape[:2]
         q = rearrange(self.q_linear(x), "b t s (h d) -> b (t s) h d", h=self.num_heads)
-        k, v = text if isinstance(text, KeysValues) else self._split(self.kv_linear(text), captions)
+        k, v = text if isinstance(text, KeysValues) else self.split(self.kv_linear(text), captions)
         out = captions.attend(q, k, v)  # [B, T * S, H, d]
         return self.proj(rearrange(out, "b (t s) h d -> b t s (h d)", b=samples, t=frames))
 
@@ -202,9 +227,9 @@ class CrossAttention(nn.Module):
         kv = self.kv_linear(text)
         if captions.tokens is not None and self._folds(kv, captions.tokens):
             return self._fold(kv, captions.sources, captions.tokens)
-        return self._split(captions.take(kv), captions)
+        return self.split(captions.take(kv), captions)
 
-    def _split(self, kv: Tensor, captions: WholeCaptions) -> KeysValues:
+    def split(self, kv: Tensor, captions: WholeCaptions) -> KeysValues:
         axes = "b l (two h d) -> two b h l d" if kv.ndim == 3 else "n (two h d) -> two n h d"
         k, v = rearrange(kv, axes, two=2, h=self.num_heads).unbind(0)
         return KeysValues(k, v if captions.present is None else v * captions.present)

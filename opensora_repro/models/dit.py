@@ -59,11 +59,14 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        vectors = rearrange(self.adaLN_modulation(condition), "b (six d) -> six b 1 1 d", six=6)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = vectors.unbind(0)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.vectors(condition)
         y = self.attn(ops.norm_modulate(x, shift_msa, scale_msa))
         x, normed = ops.residual_norm_modulate(x, gate_msa, y, shift_mlp, scale_mlp)
         return ops.gate_residual(x, gate_mlp, self.mlp(normed))
+
+    def vectors(self, condition: Tensor) -> tuple[Tensor, ...]:
+        """Shift, scale and gate of attention, then of the MLP, each [B, 1, 1, D]."""
+        return rearrange(self.adaLN_modulation(condition), "b (six d) -> six b 1 1 d", six=6).unbind(0)
 
 
 class DiTFinalLayer(nn.Module):
@@ -99,6 +102,8 @@ class DiT(nn.Module):
             else CaptionEmbedder(cfg.caption_channels, dim, cfg.model_max_length)
         )
         axes = ("space", "time") if cfg.factorised else ("space_time", "space_time")
+        # DiT knows the frames' order, if at all, from the start; Latte from its first block over time on.
+        self.temporal_from = 1 if cfg.factorised else 0
         self.blocks = nn.ModuleList(DiTBlock(cfg, over=axes[i % 2]) for i in range(cfg.depth))
         self.final_layer = DiTFinalLayer(dim, math.prod(cfg.patch_size), cfg.out_channels)
         if not self.x_embedder.proj.weight.is_meta:
@@ -111,27 +116,18 @@ class DiT(nn.Module):
         `num_classes` means none) or text [B, 1, Ct]. mask: None, for neither has tokens to mask; it is here because
         samplers call every model alike.
         """
-        self._check_inputs(latents, timestep, condition, mask)
-        dtype = self.x_embedder.proj.weight.dtype
-        frames, height, width = latents.shape[2:]
-
+        self.check_inputs(latents, timestep, condition, mask)
         y = self.y_embedder(condition)  # [B, 1, D]
         c = self.t_embedder(timestep) + rearrange(y, "b 1 d -> b d")
 
-        x = self.x_embedder(latents.to(dtype))  # [B, T', S, D]
-        rows = -(-height // self.cfg.patch_size[1])
-        space, time = self._position_tables(x, rows)
-        x = x + space
-        # DiT knows the frames' order, if at all, from the start; Latte from its first block over time on.
-        temporal_from = 1 if self.cfg.factorised else 0
+        x, time = self.embed(latents)  # [B, T', S, D]
         for i, block in enumerate(self.blocks):
-            if time is not None and i == temporal_from:
+            if time is not None and i == self.temporal_from:
                 x = x + time
             x = block(x, c)
 
         x = self.final_layer(x, c)  # [B, T', S, pT * pH * pW * C_out]
-        x = unpatchify(x, self.cfg.patch_size, rows)
-        return x[:, :, :frames, :height, :width].float()
+        return unpatchify(x, self.cfg.patch_size, latents.shape[2:])
 
     def null_condition(self) -> Tensor:
         """Return what stands for no condition: the class number after the last, [], or the null text, [1, Ct]."""
@@ -139,16 +135,21 @@ class DiT(nn.Module):
             return torch.tensor(self.cfg.num_classes)
         return self.y_embedder.y_embedding
 
-    def _position_tables(self, x: Tensor, rows: int) -> tuple[Tensor, Tensor | None]:
-        """Return the spatial table [S, D] and the temporal one [T, 1, D] for tokens [B, T, S, D]."""
-        frames, places, dim = x.shape[1:]
-        dtype = self.x_embedder.proj.weight.dtype
-        space = spatial_table(dim, rows, places // rows, 1.0, None, x.device, dtype)
-        if not self.cfg.factorised and self.cfg.no_temporal_pos_emb:
-            return space, None
-        return space, temporal_table(dim, frames, 1.0, x.device, dtype)
+    def embed(self, latents: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Latents [B, C, T, H, H] -> tokens [B, T', S, D] with their places, and the table of their frames [T', 1, D].
 
-    def _check_inputs(self, latents: Tensor, timestep: Tensor, condition: Tensor, mask: None) -> None:
+        The table joins the input of block `temporal_from`.
+        """
+        dtype = self.x_embedder.proj.weight.dtype
+        x = self.x_embedder(latents.to(dtype))
+        frames, places, dim = x.shape[1:]
+        rows = -(-latents.shape[3] // self.cfg.patch_size[1])
+        x = x + spatial_table(dim, rows, places // rows, 1.0, None, x.device, dtype)
+        if not self.cfg.factorised and self.cfg.no_temporal_pos_emb:
+            return x, None
+        return x, temporal_table(dim, frames, 1.0, x.device, dtype)
+
+    def check_inputs(self, latents: Tensor, timestep: Tensor, condition: Tensor, mask: None) -> None:
         cfg = self.cfg
         check_latents(latents, timestep, cfg.in_channels)
         batch, (height, width) = latents.shape[0], latents.shape[3:]

@@ -153,6 +153,11 @@ class Mlp(nn.Module):
         return self.fc2(ops.bias_gelu(self.fc1(x), None))
 
 
+def computing_dtype(weight: Tensor, device: torch.device) -> torch.dtype:
+    """What a linear layer with this weight gives there: autocast's dtype where that is on, else the weight's."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
+
+
 def is_plain(layer: nn.Linear) -> bool:
     """Whether the layer is no more than its weight and bias: parallelism may have replaced it or wrapped these."""
     return type(layer) is nn.Linear and type(layer.bias) is nn.Parameter
@@ -204,10 +209,12 @@ class FinalLayer(nn.Module):
         return self.linear(ops.norm_modulate(x, shift, scale))
 
 
-def unpatchify(x: Tensor, patch_size: tuple[int, int, int], rows: int) -> Tensor:
-    """Patches [B, T', S, pT * pH * pW * C] with channels fastest -> [B, C, T, H, W]."""
+def unpatchify(x: Tensor, patch_size: tuple[int, int, int], size: Sequence[int]) -> Tensor:
+    """Patches [B, T', S, pT * pH * pW * C] with channels fastest -> float32 [B, C, T, H, W], `size` the last three."""
     p, q, r = patch_size
-    return rearrange(x, "b t (h w) (p q r c) -> b c (t p) (h q) (w r)", h=rows, p=p, q=q, r=r)
+    frames, height, width = size
+    x = rearrange(x, "b t (h w) (p q r c) -> b c (t p) (h q) (w r)", h=-(-height // q), p=p, q=q, r=r)
+    return x[:, :, :frames, :height, :width].float()
 
 
 def count_tokens(shape: Sequence[int], patch_size: Sequence[int]) -> int:

@@ -12,7 +12,7 @@ from functools import lru_cache, partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -29,7 +29,7 @@ _ATTENTION = (  # what scaled_dot_product_attention becomes on one device or ano
 LEAVING = 2  # inputs on their way to host memory at once; the last ones stay, as they are needed first
 
 
-def run_block(keep: str, block: nn.Module, x: Tensor, *rest: Any) -> Tensor:
+def run_block(keep: str, block: Any, x: Tensor, *rest: Any) -> Tensor:
     """Return block(x, *rest), of which autograd keeps what `keep` says, one of ACTIVATION_CHECKPOINTING.
 
     The block must draw no random numbers, and tell the channels of `x` in its `hidden_size`.

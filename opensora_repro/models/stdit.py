@@ -30,6 +30,7 @@ from opensora_repro.models.layers import (
     TimestepEmbedder,
     check_latents,
     check_sizes,
+    computing_dtype,
     spatial_table,
     temporal_table,
     unpatchify,
@@ -72,7 +73,7 @@ class STDiTBlock(nn.Module):
         Returns the tokens. Where the `following` block is given, its first norm is fused with this one's last residual:
         the result is then (tokens, what that block takes as `normed`).
         """
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self._vectors(modulation)  # [B, 1, 1, D] each
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.vectors(modulation)  # [B, 1, 1, D] each
         repeats = len(gate_mlp) // len(x)
         if repeats > 1:
             shift_msa, scale_msa, gate_msa = (vector[: len(x)] for vector in (shift_msa, scale_msa, gate_msa))
@@ -90,10 +91,10 @@ class STDiTBlock(nn.Module):
 
         if following is None:
             return ops.gate_residual(x, gate_mlp, y)
-        shift, scale, *_ = following._vectors(modulation)
+        shift, scale, *_ = following.vectors(modulation)
         return ops.residual_norm_modulate(x, gate_mlp, y, shift, scale)
 
-    def _vectors(self, modulation: Tensor) -> tuple[Tensor, ...]:
+    def vectors(self, modulation: Tensor) -> tuple[Tensor, ...]:
         """Shift, scale and gate of attention, then of the MLP, each [B, 1, 1, D]."""
         return (self.scale_shift_table[:, None, None, None] + modulation).unbind(0)
 
@@ -165,14 +166,7 @@ class STDiT(nn.Module):
             raise ValueError(
                 f"first_frame={first_frame} must be a multiple of patch_size[0]={self.cfg.patch_size[0]}, 0 or more"
             )
-        dtype = self.x_embedder.proj.weight.dtype
-        frames, height, width = latents.shape[2:]
-
-        t = self.t_embedder(timestep)  # [B, D]
-        if self.cfg.size_conditioning:
-            t = t + self._embed_size(latents, image_size, aspect_ratio)
-        elif image_size is not None or aspect_ratio is not None:
-            raise ValueError("image_size and aspect_ratio need model.size_conditioning=true")
+        t = self.embed_condition(latents, timestep, image_size, aspect_ratio)  # [B, D]
         texts, captions, repeats = self._read_text(text, mask, drop_text, len(latents))
         modulation = rearrange(self.t_block(t), "b (six d) -> six b 1 1 d", six=6)
         if repeats > 1:
@@ -180,13 +174,10 @@ class STDiT(nn.Module):
         # Contiguous, or one sample's strides would differ from several samples', for which blocks are compiled again.
         modulation = modulation.contiguous()
 
-        x = self.x_embedder(latents.to(dtype))  # [B, T', S, D]
-        rows = -(-height // self.cfg.patch_size[1])
-        x, temporal = self._add_positions(x, rows, first_frame // self.cfg.patch_size[0])
+        x, temporal = self.embed(latents, first_frame)  # [B, T', S, D]
         x = self._run_blocks(x, texts, modulation, captions, temporal)
         x = self.final_layer(x, t)  # [B, T', S, pT * pH * pW * C_out]
-        x = unpatchify(x, self.cfg.patch_size, rows)
-        return x[:, :, :frames, :height, :width].float()
+        return unpatchify(x, self.cfg.patch_size, latents.shape[2:])
 
     def prepare_text(self, text: Tensor, mask: Tensor | None = None, *, null: Tensor | None = None) -> PreparedText:
         """What `forward` takes in place of text [B, L, Ct] and mask [B, L], to compute it once for many calls.
@@ -194,7 +185,7 @@ class STDiT(nn.Module):
         With `null` [L, Ct] B more samples follow, the null caption under each mask. It holds for these weights and
         this autocast alone, and keeps no gradients where there are none to keep: call it under no_grad to sample.
         """
-        self._check_text(text, mask, len(text))
+        self.check_text(text, mask, len(text))
         samples, rows = len(text), None
         if null is not None:
             rows = [*range(samples), *[samples] * samples]
@@ -217,7 +208,7 @@ class STDiT(nn.Module):
             if text.num_samples % num_latents:
                 raise ValueError(f"{num_latents} latents cannot be repeated over {text.num_samples} prepared captions")
             return text.blocks, text.captions, text.num_samples // num_latents
-        self._check_text(text, mask, num_latents)
+        self.check_text(text, mask, num_latents)
         y = self.y_embedder(text, drop_text)  # [B, L, D]
         if mask is None:
             return [y] * len(self.blocks), ALL, 1
@@ -227,9 +218,7 @@ class STDiT(nn.Module):
     def _lay_out(
         self, mask: Tensor, num_samples: int, device: torch.device, rows: Sequence[int] | None = None
     ) -> WholeCaptions:
-        dtype = self.x_embedder.proj.weight.dtype
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
+        dtype = computing_dtype(self.x_embedder.proj.weight, device)
         varlen = varlen_kernel(device, dtype, self.cfg.hidden_size // self.cfg.num_heads)
         return lay_out(mask, num_samples, device, varlen=varlen, rows=rows)
 
@@ -282,6 +271,17 @@ class STDiT(nn.Module):
         """Return the null caption [L, Ct], what the model sees where a caption was dropped."""
         return self.y_embedder.y_embedding
 
+    def embed_condition(
+        self, latents: Tensor, timestep: Tensor, image_size: Tensor | None, aspect_ratio: Tensor | None
+    ) -> Tensor:
+        """Return [B, D] of the timesteps and, with size conditioning, of the sizes."""
+        t = self.t_embedder(timestep)
+        if self.cfg.size_conditioning:
+            return t + self._embed_size(latents, image_size, aspect_ratio)
+        if image_size is not None or aspect_ratio is not None:
+            raise ValueError("image_size and aspect_ratio need model.size_conditioning=true")
+        return t
+
     def _embed_size(self, latents: Tensor, image_size: Tensor | None, aspect_ratio: Tensor | None) -> Tensor:
         """Return [B, D]: two thirds for height and width, one for their ratio."""
         batch, (height, width) = len(latents), latents.shape[3:]
@@ -297,7 +297,13 @@ class STDiT(nn.Module):
         size = rearrange(self.csize_embedder(image_size.flatten()), "(b two) d -> b (two d)", two=2)
         return torch.cat([size, self.ar_embedder(aspect_ratio.flatten())], dim=1)
 
-    def _add_positions(self, x: Tensor, rows: int, first: int = 0) -> tuple[Tensor, Tensor | None]:
+    def embed(self, latents: Tensor, first_frame: int = 0) -> tuple[Tensor, Tensor | None]:
+        """Latents [B, C, T, H, W] -> tokens [B, T', S, D] with their places, and the table for the temporal branch."""
+        x = self.x_embedder(latents.to(self.x_embedder.proj.weight.dtype))
+        rows = -(-latents.shape[3] // self.cfg.patch_size[1])
+        return self.add_positions(x, rows, first_frame // self.cfg.patch_size[0])
+
+    def add_positions(self, x: Tensor, rows: int, first: int = 0) -> tuple[Tensor, Tensor | None]:
         """Add the spatial table to tokens [B, T, S, D]; return them and the table for the temporal branch.
 
         `first` is the index of the first token frame.
@@ -312,7 +318,7 @@ class STDiT(nn.Module):
         temporal = temporal_table(dim, first + frames, cfg.time_scale, x.device, dtype)[first:]
         return (x, temporal) if cfg.temporal_attention else (x + temporal, None)
 
-    def _check_text(self, text: Tensor, mask: Tensor | None, batch: int) -> None:
+    def check_text(self, text: Tensor, mask: Tensor | None, batch: int) -> None:
         cfg = self.cfg
         if text.ndim != 3 or text.shape[0] != batch or text.shape[2] != cfg.caption_channels:
             raise ValueError(f"expected text [{batch}, L, {cfg.caption_channels}], got {list(text.shape)}")

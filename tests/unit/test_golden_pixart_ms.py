@@ -103,10 +103,10 @@ def test_base_size_stretches_a_picture_that_is_not_square() -> None:
     frequencies = 10000.0 ** (-torch.arange(12).double() / 12)
     places = [(row / 2 * 8 / 3 * frequencies, col / 2 * 8 / 5 * frequencies) for row in range(3) for col in range(5)]
     expected = torch.stack([torch.cat([col.sin(), col.cos(), row.sin(), row.cos()]) for row, col in places])
-    table, _ = model._add_positions(torch.zeros(1, 1, 15, 48), rows=3)
+    table, _ = model.add_positions(torch.zeros(1, 1, 15, 48), rows=3)
     torch.testing.assert_close(table[0, 0].double(), expected, atol=1e-6, rtol=0)
     square = layers.spatial_positions(48, 3, 5, scale=2.0, base_size=3)  # without: the root of 15 places
-    table, _ = make_model(replace(TINY, space_scale=2.0))._add_positions(torch.zeros(1, 1, 15, 48), rows=3)
+    table, _ = make_model(replace(TINY, space_scale=2.0)).add_positions(torch.zeros(1, 1, 15, 48), rows=3)
     torch.testing.assert_close(table[0, 0].double(), square, atol=1e-6, rtol=0)
 
 

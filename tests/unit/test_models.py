@@ -432,4 +432,4 @@ def test_tokens_and_patches_are_laid_out_row_by_row() -> None:
         patch.proj.weight.copy_(rearrange(torch.eye(32)[order], "d (c p q r) -> d c p q r", c=4, p=2, q=2))
         patch.proj.bias.zero_()
         latents = torch.randn(2, 4, 4, 6, 8)
-        assert torch.equal(layers.unpatchify(patch(latents), (2, 2, 2), rows=3), latents)
+        assert torch.equal(layers.unpatchify(patch(latents), (2, 2, 2), latents.shape[2:]), latents)
