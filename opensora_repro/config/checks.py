@@ -23,7 +23,7 @@ _AT_LEAST_ONE = {
 _AT_LEAST_ZERO = {
     "run": ("seed",),
     "model": ("base_size",),
-    "data": ("num_workers", "draws", "fps"),
+    "data": ("num_workers", "draws", "fps", "packing_tokens"),
     "diffusion": ("shift",),
     "optim": ("weight_decay", "warmup_steps", "decay_steps", "clip_norm"),
     "checkpoint": ("keep",),
@@ -82,6 +82,7 @@ def check_config(config: Config) -> None:
     _check_together(config, require)
     _check_memory(config, require)
     _check_parallel(config, require)
+    _check_packing(config, require)
 
 
 def _names(keys: dict[str, tuple[str, ...]]) -> Iterator[str]:
@@ -143,6 +144,26 @@ def _check_memory(config: Config, require: Any) -> None:
         (not optim.offload, "optim.offload = false"),
     ):
         require("optim.in_backward", holds or not optim.in_backward, f"false, or {expected}")
+
+
+def _check_packing(config: Config, require: Any) -> None:
+    """Rows of clips differ from one to the next in all that others count on."""
+    if not config.data.packing_tokens:
+        return
+    parallel = config.parallel
+    require("data.packing_tokens", bool(config.data.buckets), "0, or [[data.buckets]], which give clips their shapes")
+    for index, bucket in enumerate(config.data.buckets):
+        if bucket.batch_size:
+            raise ConfigError(
+                f"data.buckets[{index}].batch_size = {bucket.batch_size}: expected none with data.packing_tokens: "
+                "train.batch_size counts clips of any bucket"
+            )
+    where = "with data.packing_tokens"
+    require("parallel.engine", parallel.engine == "torch", f"torch {where}")
+    require("parallel.plugin", parallel.plugin == "ddp", f"ddp {where} (others alter the blocks)")
+    require("parallel.sp_size", parallel.sp_size == 1, f"1 {where}")
+    require("train.compile", config.train.compile != "on", f"off or auto {where} (no row is like another)")
+    require("optim.in_backward", not config.optim.in_backward, f"false {where} (a step has several rows)")
 
 
 def _check_parallel(config: Config, require: Any) -> None:

@@ -60,6 +60,7 @@ class DataConfig:
     draws: int = 0  # 0: a new window, crop and flip every epoch; k: cycle through k fixed ones
     cache: str = ""  # folder for encoded latents and text (needs draws > 0); empty: encode every step
     max_bad_fraction: float = 0.1  # stop when more of the samples seen than this cannot be read
+    packing_tokens: int = 0  # packing: clips of all buckets share rows of at most so many tokens; 0: a step is one's
     buckets: tuple[BucketConfig, ...] = ()  # a clip goes to the largest that it fills; none: one size
 
 

@@ -214,7 +214,9 @@ class _Batches(Dataset[ClipBatch]):
 
     def __getitem__(self, pairs: Any) -> ClipBatch:
         shape = getattr(pairs, "shape", None) or self.dataset.shape
-        return ClipBatch((self.dataset.load(epoch, index, shape) for epoch, index in pairs), shape)
+        shapes = getattr(pairs, "shapes", None) or [shape] * len(pairs)
+        samples = zip(pairs, shapes, strict=True)
+        return ClipBatch((self.dataset.load(epoch, index, shape) for (epoch, index), shape in samples), shape)
 
 
 class _Steps:

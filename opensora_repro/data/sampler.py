@@ -295,11 +295,19 @@ def _joined(first: Samples, second: Samples) -> Samples:
 
 
 class SampleBatch(list[tuple[int, int]]):
-    """(epoch, index) of each sample of a batch; `shape` is what they are cut to (None: the data section's size)."""
+    """(epoch, index) of each sample of a batch; `shape` is what they are cut to (None: the data section's size).
 
-    def __init__(self, samples: Iterable[tuple[int, int]] = (), shape: Shape | None = None) -> None:
+    `shapes`: of each, where they differ.
+    """
+
+    def __init__(
+        self,
+        samples: Iterable[tuple[int, int]] = (),
+        shape: Shape | None = None,
+        shapes: Sequence[Shape] | None = None,
+    ) -> None:
         super().__init__(samples)
-        self.shape = shape
+        self.shape, self.shapes = shape, shapes
 
 
 class BatchSampler:
@@ -339,6 +347,8 @@ class SharedBatches:
 
     def batch(self, number: int) -> SampleBatch:
         whole = self.sampler.batch(number)
+        if self.size == 1:
+            return whole
         return SampleBatch(whole[self.member :: self.size], whole.shape)
 
 

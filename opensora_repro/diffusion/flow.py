@@ -74,8 +74,17 @@ class RectifiedFlow:
 
     def losses(self, model_fn: ModelFn, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Mean squared error of the velocity for each sample: [B, C, T, H, W] twice and [B] -> float32 [B]."""
+        x_t = self.noised(latents, noise, timesteps)
+        return self.losses_of(model_fn(x_t, timesteps), x_t, latents, noise, timesteps)
+
+    def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t, what the model sees."""
         t = rearrange(timesteps.to(latents) / NUM_TIMESTEPS, "b -> b 1 1 1 1")
-        velocity = model_fn((1 - t) * latents + t * noise, timesteps)[:, : latents.shape[1]]
+        return (1 - t) * latents + t * noise
+
+    def losses_of(self, output: Tensor, x_t: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """`losses` of a model's output at x_t."""
+        velocity = output[:, : latents.shape[1]]
         return reduce((velocity.float() - (noise - latents).float()).square(), "b c t h w -> b", "mean")
 
 

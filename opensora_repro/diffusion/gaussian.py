@@ -208,10 +208,18 @@ class GaussianDiffusion:
 
     def losses(self, model_fn: ModelFn, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The training loss of each sample: [B, C, T, H, W] twice and step numbers [B] -> float32 [B]."""
+        x_t = self.noised(latents, noise, timesteps)
+        return self.losses_of(model_fn(x_t, timesteps), x_t, latents, noise, timesteps)
+
+    def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t, what the model sees."""
         assert self.num_steps == NUM_TRAIN_STEPS, "training is never respaced"
-        t = timesteps.round().long()
-        x_t = self.q_sample(latents, t, noise)
-        return torch.stack(list(self.loss_terms(model_fn(x_t, timesteps), latents, x_t, t, noise).values())).sum(0)
+        return self.q_sample(latents, timesteps.round().long(), noise)
+
+    def losses_of(self, output: Tensor, x_t: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """`losses` of a model's output at x_t."""
+        terms = self.loss_terms(output, latents, x_t, timesteps.round().long(), noise)
+        return torch.stack(list(terms.values())).sum(0)
 
 
 # Both draw, and name, timesteps as the network sees them: float32 in [0, 1000].

@@ -128,75 +128,60 @@ def _attention_of_clip(*qkv: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
 
 
-def forward_packed(
-    model: STDiT | DiT,
-    latents: Sequence[Tensor],
-    timestep: Tensor,
-    condition: Tensor,
-    mask: Tensor | None = None,
-    **conditions: Any,
-) -> list[Tensor]:
-    """Predict float32 [B, C_out, T, H, W] for each batch of latents [B, C, T, H, W], all in one row.
-
-    timestep, condition (captions, or a DiT's), mask and the STDiT's drop_text, image_size and aspect_ratio are as the
-    model's own `forward` takes them, one for each clip, in the order of the batches. A mask in a GPU's memory is waited
-    for. Outputs and gradients are those of a `forward` of each batch.
-    """
-    if isinstance(model, STDiT):
-        return _forward_stdit(model, latents, timestep, condition, mask, **conditions)
-    return _forward_dit(model, latents, timestep, condition, mask, **conditions)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # PixArt and STDiT
 
 
 class PackedSTDiT(STDiT):
-    """An STDiT that also takes a list of batches, and then returns a list, see `forward_packed`."""
+    """An STDiT that also takes a list of batches of different shapes; it packs them and returns a list."""
 
     def forward(self, latents: Any, *inputs: Any, **conditions: Any) -> Any:
         if isinstance(latents, Tensor):
             return super().forward(latents, *inputs, **conditions)
-        return forward_packed(self, latents, *inputs, **conditions)
+        return self.forward_packed(latents, *inputs, **conditions)
 
+    def forward_packed(
+        self,
+        latents: Sequence[Tensor],
+        timestep: Tensor,
+        text: Tensor,
+        mask: Tensor | None = None,
+        *,
+        drop_text: Tensor | None = None,
+        image_size: Tensor | None = None,
+        aspect_ratio: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Predict float32 [B, C_out, T, H, W] for each batch of latents [B, C, T, H, W], all in one row.
 
-def _forward_stdit(
-    model: STDiT,
-    latents: Sequence[Tensor],
-    timestep: Tensor,
-    text: Tensor,
-    mask: Tensor | None,
-    *,
-    drop_text: Tensor | None = None,
-    image_size: Tensor | None = None,
-    aspect_ratio: Tensor | None = None,
-) -> list[Tensor]:
-    model.check_text(text, mask, len(timestep))
-    counts = [len(batch) for batch in latents]
-    sizes = [[None] * len(counts) if x is None else x.split(counts) for x in (image_size, aspect_ratio)]
-    conditions, embedded, tables = [], [], []
-    for batch, *of_batch in zip(latents, timestep.split(counts), *sizes, strict=True):
-        check_latents(batch, of_batch[0], model.cfg.in_channels)
-        conditions.append(model.embed_condition(batch, *of_batch))
-        tokens, table = model.embed(batch)
-        embedded.append(tokens)
-        tables.append(table)
-    row, t = Row(embedded, _varlen_of(model, text.device)), torch.cat(conditions)  # [clips, D]
-    modulation = rearrange(model.t_block(t), "b (six d) -> six b 1 1 d", six=6)
-    if mask is not None and len(mask) != len(text):
-        raise ValueError(f"expected a caption mask of {len(text)} rows, one a clip, got {len(mask)}")
-    read = positions_under(mask) if mask is not None else [list(range(text.shape[1]))] * len(text)
-    captions = end_to_end(read, text.shape[1], text.device)
-    y = captions.take(model.y_embedder(text, drop_text))  # [N', D]
+        The rest is as `STDiT.forward` takes it, a row for each clip, in the order of the batches. A mask in a GPU's
+        memory is waited for. Outputs and gradients are those of a `forward` of each batch.
+        """
+        self.check_text(text, mask, len(timestep))
+        if mask is not None and len(mask) != len(text):
+            raise ValueError(f"expected a caption mask of {len(text)} rows, one a clip, got {len(mask)}")
+        counts = [len(batch) for batch in latents]
+        sizes = [[None] * len(counts) if x is None else x.split(counts) for x in (image_size, aspect_ratio)]
+        conditions, embedded, tables = [], [], []
+        for batch, *of_batch in zip(latents, timestep.split(counts), *sizes, strict=True):
+            check_latents(batch, of_batch[0], self.cfg.in_channels)
+            conditions.append(self.embed_condition(batch, *of_batch))
+            tokens, table = self.embed(batch)
+            embedded.append(tokens)
+            tables.append(table)
+        row, t = Row(embedded, _varlen_of(self, text.device)), torch.cat(conditions)  # [clips, D]
+        modulation = rearrange(self.t_block(t), "b (six d) -> six b 1 1 d", six=6)
+        read = positions_under(mask) if mask is not None else [list(range(text.shape[1]))] * len(text)
+        captions = end_to_end(read, text.shape[1], text.device)
+        y = captions.take(self.y_embedder(text, drop_text))  # [N', D]
 
-    x, temporal = row.join(embedded), tables
-    keep = model.activation_checkpointing if torch.is_grad_enabled() else "none"
-    host = HostStack(x.device) if keep != "none" and model.offload_activations else None
-    for block in model.blocks:
-        with contextlib.nullcontext() if host is None else host.holding(x):
-            x = run_block(keep, _Packed(block, row), x, y, modulation, captions, temporal)
-        temporal = [None] * len(latents)
-    return _predictions(model, row, x, t, latents)
+        x, temporal = row.join(embedded), tables
+        keep = self.activation_checkpointing if torch.is_grad_enabled() else "none"
+        host = HostStack(x.device) if keep != "none" and self.offload_activations else None
+        for block in self.blocks:
+            with contextlib.nullcontext() if host is None else host.holding(x):
+                x = run_block(keep, _Packed(block, row), x, y, modulation, captions, temporal)
+            temporal = [None] * len(latents)
+        return _predictions(self, row, x, t, latents)
 
 
 class _Packed:
@@ -234,19 +219,28 @@ class _Packed:
 # DiT and Latte
 
 
-def _forward_dit(
-    model: DiT, latents: Sequence[Tensor], timestep: Tensor, condition: Tensor, mask: Any = None
-) -> list[Tensor]:
-    counts = [len(batch) for batch in latents]
-    for batch in zip(latents, timestep.split(counts), condition.split(counts), strict=True):
-        model.check_inputs(*batch, mask)
-    c = model.t_embedder(timestep) + rearrange(model.y_embedder(condition), "b 1 d -> b d")
-    embedded, tables = zip(*(model.embed(batch) for batch in latents), strict=True)
-    row = Row(embedded, _varlen_of(model, timestep.device))
-    x, none = row.join(embedded), [None] * len(latents)
-    for i, block in enumerate(model.blocks):
-        x = _run_dit_block(block, row, x, c, tables if i == model.temporal_from else none)
-    return _predictions(model, row, x, c, latents)
+class PackedDiT(DiT):
+    """A DiT, or Latte, that also takes a list of batches of different shapes; it packs them and returns a list."""
+
+    def forward(self, latents: Any, *inputs: Any) -> Any:
+        return (
+            super().forward(latents, *inputs) if isinstance(latents, Tensor) else self.forward_packed(latents, *inputs)
+        )
+
+    def forward_packed(
+        self, latents: Sequence[Tensor], timestep: Tensor, condition: Tensor, mask: None = None
+    ) -> list[Tensor]:
+        """As PackedSTDiT's; the rest is as `DiT.forward` takes it, a row for each clip."""
+        counts = [len(batch) for batch in latents]
+        for batch in zip(latents, timestep.split(counts), condition.split(counts), strict=True):
+            self.check_inputs(*batch, mask)
+        c = self.t_embedder(timestep) + rearrange(self.y_embedder(condition), "b 1 d -> b d")
+        embedded, tables = zip(*(self.embed(batch) for batch in latents), strict=True)
+        row = Row(embedded, _varlen_of(self, timestep.device))
+        x, none = row.join(embedded), [None] * len(latents)
+        for i, block in enumerate(self.blocks):
+            x = _run_dit_block(block, row, x, c, tables if i == self.temporal_from else none)
+        return _predictions(self, row, x, c, latents)
 
 
 def _run_dit_block(block: Any, row: Row, x: Tensor, condition: Tensor, times: Sequence[Tensor | None]) -> Tensor:

@@ -359,7 +359,8 @@ def step_memory(
     device: str = "cuda",
 ) -> Memory:
     """Of one process. `encodes`: autoencoder and text encoder stay loaded while the model trains."""
-    parallel, train = cfg.parallel, cfg.train
+    parallel, train, row = cfg.parallel, cfg.train, cfg.data.packing_tokens
+    samples = min(train.batch_size, -(-row // grid.tokens)) if row else train.batch_size  # that a row has, at most
     sharded = parallel.plugin == "fsdp" and mesh.world_size > 1
     states = state_bytes(cfg.model, parameters, parallel, mesh)
     moments = states.optimizer
@@ -368,7 +369,7 @@ def step_memory(
     activations = activation_bytes(
         cfg.model,
         grid,
-        train.batch_size,
+        samples,
         dtype=train.dtype,
         checkpointing=train.activation_checkpointing,
         offload=train.offload_activations,
@@ -388,8 +389,8 @@ def step_memory(
         between = device != "cuda" or (cfg.text.shard and mesh.world_size > 1)  # its steps, not beside them
         if cfg.train.overlap and not cfg.data.cache and not between:
             beside = float(size * encoded)
-    # Other processes' sums, or a second micro-batch, need gradients that stay.
-    lasting = mesh.world_size > 1 or cfg.train.accumulation > 1
+    # Other processes' sums, a second micro-batch or row, need gradients that stay.
+    lasting = mesh.world_size > 1 or cfg.train.accumulation > 1 or row > 0
     stepping = activations.peak_with(states.gradients, lasting=lasting, freed=cfg.optim.in_backward) + beside
     if sharded:
         stepping += gathered_bytes(cfg.model, train.dtype)

@@ -18,6 +18,7 @@ from opensora_repro.config import Config
 from opensora_repro.data.buckets import buckets_of
 from opensora_repro.data.cache import CacheRows, LatentCache
 from opensora_repro.data.dataset import BadSample, Clip, ClipDataset, LoaderDied, build_loader
+from opensora_repro.data.packing import first_fit_decreasing
 from opensora_repro.data.sampler import Shape, SharedBatches, interleave, keyed_generator
 from opensora_repro.diffusion.gaussian import Objective
 from opensora_repro.errors import TrainingError
@@ -115,17 +116,48 @@ class Batch:
         return self.latents, self.noise, self.timesteps, self.text, self.mask, self.drop_text, self.fps
 
 
+@dataclass(frozen=True)
+class PackedBatch:
+    """Batches of one shape each that go through the model as one row of tokens."""
+
+    parts: list[Batch]
+
+    @property
+    def ids(self) -> list[str]:
+        return [name for part in self.parts for name in part.ids]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(part.num_tokens for part in self.parts)
+
+    @property
+    def weight(self) -> float:
+        return self.parts[0].weight
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(tensor for part in self.parts for tensor in part.tensors())
+
+
 class BatchBuilder:
     """Draws posterior sample, noise, timestep and text dropout, keyed by (seed, epoch, sample id)."""
 
     def __init__(self, cfg: Config, vae: FrameVAE, objective: Objective, device: torch.device) -> None:
         self.vae, self.objective, self.device = vae, objective, device
-        self.seed, self.smallest = cfg.run.seed, buckets_of(cfg)[-1]
+        self.seed, self.smallest, self.packing_tokens = cfg.run.seed, buckets_of(cfg)[-1], cfg.data.packing_tokens
         self.patch_size, self.drop_probability = cfg.model.patch_size, cfg.model.class_dropout_prob
         self.text_shape = (cfg.model.model_max_length, cfg.model.caption_channels)
 
+    def rows(self, samples: Sequence[tuple[int, Encoded]]) -> list[PackedBatch]:
+        """A micro-batch of (epoch, sample) pairs of any shapes, packed into rows of at most `data.packing_tokens`."""
+        shapes = [sample.moments.shape for _, sample in samples]
+        found = []
+        for row in first_fit_decreasing([count_tokens(s, self.patch_size) for s in shapes], self.packing_tokens):
+            alike = ([samples[i] for i in row if shapes[i] == shape] for shape in dict.fromkeys(shapes[i] for i in row))
+            found.append(PackedBatch(list(map(self.build, alike))))
+        return found
+
     def build(self, samples: Sequence[tuple[int, Encoded]]) -> Batch:
-        """A micro-batch of (epoch, sample) pairs; at least one."""
+        """A micro-batch of (epoch, sample) pairs of one shape; at least one."""
 
         def generators(stream: str) -> list[torch.Generator]:
             return [keyed_generator(self.seed, epoch, sample.id, stream) for epoch, sample in samples]
@@ -158,7 +190,9 @@ class BatchBuilder:
         """Zeros with weight 0: a rank without a readable sample still joins the others' exchange.
 
         As many samples as the batch should have had, for which memory is there and compiled blocks exist; None: any's.
+        Of rows one sample, which fits into any.
         """
+        shape, size = (None, 1) if self.packing_tokens else (shape, size)
         shape, size, device = shape or self.smallest.shape, size or self.smallest.batch_size, self.device
         frames, height, width = shape
         stride = self.vae.spatial_stride
@@ -184,7 +218,7 @@ class BatchBuilder:
 class PreparedBatch:
     """A micro-batch and what could not become part of it."""
 
-    batch: Batch
+    batches: Sequence[Batch | PackedBatch]  # one, or a row each
     bad_samples: list[BadSample]  # those that this process has read
     num_bad: int  # of all processes that work on this micro-batch
     lost: bool = False  # one of them could not read on
@@ -220,15 +254,19 @@ class Collator:
             return self._lost()
         everyone = interleave(parts)
         good = [(epoch, encoded) for epoch, encoded in everyone if encoded is not None]
-        batch = self.builder.build(good) if good else self.builder.stand_in(samples.shape, len(everyone))
-        return PreparedBatch(batch, bad, len(everyone) - len(good))
+        batches: Sequence[Batch | PackedBatch]
+        if not good:
+            batches = [self.builder.stand_in(samples.shape, len(everyone))]
+        else:
+            batches = self.builder.rows(good) if self.builder.packing_tokens else [self.builder.build(good)]
+        return PreparedBatch(batches, bad, len(everyone) - len(good))
 
     def _join(self) -> None:
         if self.spread:
             self.encoder.join()
 
     def _lost(self) -> PreparedBatch:
-        return PreparedBatch(self.builder.stand_in(), [], 0, lost=True)
+        return PreparedBatch([self.builder.stand_in()], [], 0, lost=True)
 
     def _good(self, sample: Encoded | BadSample) -> Encoded | None:
         if isinstance(sample, BadSample):
@@ -284,5 +322,5 @@ class Prefetcher:
             return self._collator.collate(self._fetched)
         assert self._ready is not None
         ready, self._ready = self._ready, None
-        self._side.hand_over(ready.batch.tensors())
+        self._side.hand_over([tensor for batch in ready.batches for tensor in batch.tensors()])
         return ready

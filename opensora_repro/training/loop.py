@@ -24,12 +24,20 @@ from opensora_repro.process import StopSignals
 from opensora_repro.run_folder import list_checkpoints
 from opensora_repro.sampling.generate import NotFinite
 from opensora_repro.sampling.grids import sample_prompts, write_samples
-from opensora_repro.training.batches import Batch, BatchBuilder, Collator, Feed, Prefetcher
+from opensora_repro.training.batches import Batch, BatchBuilder, Collator, Feed, PackedBatch, Prefetcher
 from opensora_repro.training.checkpoint import TrainState, UnwritableCheckpoint
 from opensora_repro.training.ema import Ema
 from opensora_repro.training.metrics import Progress, Quarantine, RunLog
 from opensora_repro.training.save import CheckpointWriter
-from opensora_repro.training.step import ModelRunner, PendingStep, StepResult, StepTotals, decide, learning_rate
+from opensora_repro.training.step import (
+    ModelRunner,
+    PendingStep,
+    StepResult,
+    StepTotals,
+    decide,
+    learning_rate,
+    packed_losses,
+)
 from opensora_repro.training.validate import Validator
 
 MAX_EMPTY_STEPS = 8  # in a row: nothing is learned, and more of the same is to be expected
@@ -140,8 +148,10 @@ class Trainer:
             self.engine.backward(self._losses(batch).sum() * batch.weight)
             self.engine.zero_grad()
 
-    def _losses(self, batch: Batch) -> Tensor:
+    def _losses(self, batch: Batch | PackedBatch) -> Tensor:
         """Of each sample, float32 [B]."""
+        if isinstance(batch, PackedBatch):
+            return packed_losses(self.train_runner, self.objective, batch)
         model_fn = self.train_runner.conditioned(batch.text, batch.mask, batch.drop_text)
         return self.objective.losses(model_fn, batch.latents, batch.noise, batch.timesteps)
 
@@ -180,7 +190,13 @@ class Trainer:
         """Forward and backward; gradients gather as if every sample of the step were good."""
         self.engine.watchdog.progress(f"step {pending.number}")
         ready = self._batches.take()
-        batch = ready.batch
+        for batch in ready.batches:
+            self._backward(pending, totals, batch, last=last and batch is ready.batches[-1])
+        totals.bad += ready.num_bad
+        totals.lost |= ready.lost
+        pending.bad_samples += ready.bad_samples
+
+    def _backward(self, pending: PendingStep, totals: StepTotals, batch: Batch | PackedBatch, *, last: bool) -> None:
         if self.cfg.optim.in_backward and batch.ids:
             self._moving = True
             self.engine.step_in_backward(pending.lr, len(pending.rows) / len(batch.ids))
@@ -190,11 +206,8 @@ class Trainer:
             self.engine.backward(losses.sum() * share)
         totals.loss += losses.detach().double().sum() * batch.weight
         totals.samples += len(batch.ids)
-        totals.bad += ready.num_bad
-        totals.lost |= ready.lost
         totals.tokens += batch.num_tokens
         pending.ids += batch.ids
-        pending.bad_samples += ready.bad_samples
 
     # What becomes of a step
 

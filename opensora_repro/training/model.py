@@ -6,6 +6,7 @@ import torch
 
 from opensora_repro.config import Config
 from opensora_repro.kernels.ops import missing_triton
+from opensora_repro.models.packing import PackedSTDiT
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.weights.load import LoadReport, load_model_weights
 
@@ -16,21 +17,22 @@ def build_model(cfg: Config, device: torch.device, *, load_init: bool) -> tuple[
     Raises WeightsError where the weights are absent or made for another model.
     """
     report = None
+    build = PackedSTDiT if cfg.data.packing_tokens else STDiT
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.run.seed)
         if load_init and cfg.init.weights:
             with torch.device("meta"):  # nothing is drawn that the file would overwrite
-                model = STDiT(cfg.model)
+                model = build(cfg.model)
             report = load_model_weights(model, cfg.init.weights)
         else:
-            model = STDiT(cfg.model)
+            model = build(cfg.model)
     model.activation_checkpointing = cfg.train.activation_checkpointing
     model.offload_activations = cfg.train.offload_activations
     return model.to(device).train(), report
 
 
 def compiles(cfg: Config, device_type: str) -> bool:
-    """ "auto" does on CUDA devices where Triton imports, unless a layout alters the blocks.
+    """ "auto" does on CUDA devices where Triton imports, unless a layout or packing alters the blocks.
 
     On a CPU compiled blocks were as fast as the others, and each run would wait half a minute for them.
     """
@@ -38,6 +40,7 @@ def compiles(cfg: Config, device_type: str) -> bool:
         return cfg.train.compile == "on"
     parallel = cfg.parallel
     whole = parallel.plugin != "fsdp" and parallel.tp_size == parallel.sp_size == 1
+    whole = whole and not cfg.data.packing_tokens
     return device_type == "cuda" and whole and not missing_triton()
 
 

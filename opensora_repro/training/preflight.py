@@ -11,7 +11,7 @@ import torch
 
 from opensora_repro.config import Config, ConfigError
 from opensora_repro.config.sections import validates
-from opensora_repro.data.buckets import as_sampled, buckets_of
+from opensora_repro.data.buckets import Bucket, as_sampled, buckets_of
 from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.preflight import (
     SAMPLED_ROWS,
@@ -32,6 +32,7 @@ from opensora_repro.parallel.build import check_installed, check_shards
 from opensora_repro.parallel.mesh import Mesh
 from opensora_repro.planning.budget import bucket_costs
 from opensora_repro.planning.fit import check_memory
+from opensora_repro.planning.sizes import token_grid
 from opensora_repro.run_folder import check_folder
 from opensora_repro.sampling.generate import check_fit
 from opensora_repro.training.identity import frozen_identity
@@ -79,6 +80,7 @@ def preflight(
         for bucket in buckets_of(cfg):
             if min(bucket.height, bucket.width) < stride:
                 raise ConfigError(f"data.buckets: {bucket}: a side is below {stride}, the autoencoder's stride")
+            check_row(cfg, bucket, stride)
         if start.resumes or not dry:
             start.state.identity |= frozen_identity(cfg, start, encoder)
     except ModelNotFound as error:
@@ -91,6 +93,12 @@ def preflight(
         yield to_come("data.manifest", cfg.data.manifest)
     else:
         samples = global_batch_sizes(cfg, mesh.data_size)
+        if cfg.data.packing_tokens:
+            yield (
+                f"packing: a step has {samples[0]:,} clips of any buckets, in rows of at most "
+                f"{cfg.data.packing_tokens:,} tokens"
+            )
+            samples *= len(buckets_of(cfg))
         yield from clips(cfg, frame, "clips of", cfg.data.manifest, samples, here=device is not None)
     if validates(cfg):
         held_out = find_manifest(cfg.data.val_manifest) if dry else read_manifest(cfg.data.val_manifest)
@@ -102,6 +110,16 @@ def preflight(
     if frame is not None and encoder is not None:
         looked = keyed_sample(frame, SAMPLED_ROWS)["caption"].to_pylist()
         yield from survey_captions(encoder.text, looked, len(frame), cfg.sample.prompts)
+
+
+def check_row(cfg: Config, bucket: Bucket, stride: int) -> None:
+    """Raise ConfigError where a row of `data.packing_tokens` has no room for a bucket's clips."""
+    shape = (bucket.num_frames, bucket.height // stride, bucket.width // stride)
+    tokens, room = token_grid(cfg.model, (0, *shape)).tokens, cfg.data.packing_tokens
+    if 0 < room < tokens:
+        raise ConfigError(
+            f"data.packing_tokens = {room}: expected at least {tokens}, the tokens of a clip of data.buckets ({bucket})"
+        )
 
 
 def is_to_come(path: str) -> bool:

@@ -15,6 +15,7 @@ from opensora_repro.data.buckets import as_sampled, assigned, buckets_of
 from opensora_repro.data.cache import CacheRows, LatentCache
 from opensora_repro.data.dataset import ClipDataset
 from opensora_repro.data.manifest import read_manifest
+from opensora_repro.data.packing import PackedSampler, Together
 from opensora_repro.data.sampler import BatchSampler, Schedule, SharedBatches
 from opensora_repro.diffusion.gaussian import build_objective
 from opensora_repro.files import sha256_of, write_text
@@ -119,7 +120,8 @@ class _Run:
         self.dataset = ClipDataset(self.table, cfg.data, cfg.run.seed)
         self.buckets, assignment = buckets_of(cfg), assigned(self.table, cfg)
         samples = self.start.state.global_batch_sizes
-        self.schedule = Schedule(assignment, samples, cfg.run.seed, draws=cfg.data.draws)
+        scheduled = Together(assignment) if cfg.data.packing_tokens else assignment
+        self.schedule = Schedule(scheduled, samples, cfg.run.seed, draws=cfg.data.draws)
         self.rows = CacheRows(self.table, cfg, assignment) if cfg.data.cache else None
         held_out = read_manifest(cfg.data.val_manifest) if validates(cfg) else None
         self.held_out = None if held_out is None else ClipDataset(held_out, cfg.data, cfg.run.seed, augment=False)
@@ -195,7 +197,8 @@ class _Run:
         cfg, engine, mesh = self.cfg, self.engine, self.engine.mesh
         shapes = [bucket.shape for bucket in self.buckets]
         share = {"rank": mesh.data_rank, "world_size": mesh.data_size, "accumulation": cfg.train.accumulation}
-        whole = BatchSampler(self.schedule, shapes, **share)
+        kind = PackedSampler if cfg.data.packing_tokens else BatchSampler
+        whole = kind(self.schedule, shapes, **share)
         sampler = SharedBatches(whole, mesh.member, mesh.model_size)
         if self.rows is None:
             pinned = engine.device.type == "cuda"

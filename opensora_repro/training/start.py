@@ -74,9 +74,11 @@ class Start:
 
 
 def global_batch_sizes(cfg: Config, data_size: int) -> list[int]:
-    """Samples a step of each bucket, over all data ranks and micro-batches."""
+    """Samples a step of each bucket, over all data ranks and micro-batches; with packing, of all buckets together."""
     from opensora_repro.data.buckets import buckets_of
 
+    if cfg.data.packing_tokens:
+        return [cfg.train.batch_size * cfg.train.accumulation * data_size]
     return [bucket.batch_size * cfg.train.accumulation * data_size for bucket in buckets_of(cfg)]
 
 
@@ -131,6 +133,8 @@ def changed_settings(recorded: Config, current: Config) -> list[str]:
     for buckets in (old["data"]["buckets"], new["data"]["buckets"]):
         for bucket in buckets:
             del bucket["batch_size"]  # samples a step are compared as a whole
+    if old["data"]["packing_tokens"] and new["data"]["packing_tokens"]:  # how long rows are changes no step
+        old["data"]["packing_tokens"] = new["data"]["packing_tokens"]
     return [
         f"{section}.{key} = {_shown(old[section][key])} there, {_shown(new[section][key])} here"
         for section in new

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from opensora_repro.config import OptimConfig
 from opensora_repro.data.dataset import BadSample
+from opensora_repro.diffusion.gaussian import Objective
 from opensora_repro.kernels.ops import to_device
 from opensora_repro.parallel.device import HostValues
 from opensora_repro.parallel.engine import TorchEngine
+from opensora_repro.training.batches import PackedBatch
 
 
 def learning_rate(cfg: OptimConfig, step: int, num_steps: int) -> float:
@@ -47,6 +50,18 @@ class ModelRunner:
             return output
 
         return call
+
+
+def packed_losses(model: ModelRunner, objective: Objective, batch: PackedBatch) -> Tensor:
+    """The loss of each sample of a row, float32 [B]."""
+    parts = batch.parts
+    fields = ("text", "mask", "drop_text", "timesteps")
+    *captions, timesteps = (torch.cat([getattr(part, name) for part in parts]) for name in fields)
+    drawn = [(part.latents, part.noise, part.timesteps) for part in parts]
+    seen: Any = [objective.noised(*of) for of in drawn]
+    outputs = model.conditioned(*captions)(seen, timesteps)
+    losses = map(objective.losses_of, outputs, seen, *zip(*drawn, strict=True))
+    return torch.cat(list(losses))
 
 
 @dataclass

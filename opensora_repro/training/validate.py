@@ -14,6 +14,7 @@ from opensora_repro.data.sampler import keyed_generator, keyed_seed
 from opensora_repro.diffusion.gaussian import Objective
 from opensora_repro.errors import DataError, TrainingError
 from opensora_repro.frozen.encoder import Encoded, Encoder
+from opensora_repro.models.layers import count_tokens
 from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.training.fill import load_listed
 from opensora_repro.training.metrics import Quarantine
@@ -104,5 +105,8 @@ class Validator:
 
     def _batches(self) -> Iterator[list[Encoded]]:
         for bucket, samples in self.samples.items():
-            for first in range(0, len(samples), bucket.batch_size):
-                yield samples[first : first + bucket.batch_size]
+            size, row = bucket.batch_size, self.cfg.data.packing_tokens
+            if row:  # for so many tokens there is memory
+                size = max(1, row // count_tokens(samples[0].moments.shape, self.cfg.model.patch_size))
+            for first in range(0, len(samples), size):
+                yield samples[first : first + size]

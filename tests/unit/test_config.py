@@ -253,3 +253,27 @@ def test_recipes_and_the_demos_models_are_found_from_anywhere(tmp_path: Path, mo
     assert load_config(recipe).run.dir == "mine"  # what is here comes first
     for name in ("opensora_repro/config", "configs/absent.toml", ""):
         assert here_or_shipped(name) == Path(name)
+
+
+PACKED = '[data]\npacking_tokens = 64\n[[data.buckets]]\nnum_frames = 1\nresolution = "144p"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "said"),
+    [
+        (BASE, ["data.packing_tokens=64"], "data.packing_tokens = 64: expected 0, or [[data.buckets]]"),
+        (PACKED + "batch_size = 4\n", [], "data.buckets[0].batch_size = 4: expected none with data.packing_tokens"),
+        (PACKED, ["parallel.engine=colossalai"], 'parallel.engine = "colossalai": expected torch with data.packing'),
+        (PACKED, ["parallel.plugin=fsdp"], 'parallel.plugin = "fsdp": expected ddp with data.packing_tokens'),
+        (PACKED.replace("= 1", "= 4"), ["parallel.sp_size=2"], "parallel.sp_size = 2: expected 1 with data.packing_"),
+        (PACKED, ["train.compile=on"], 'train.compile = "on": expected off or auto with data.packing_tokens'),
+        (
+            PACKED,
+            ["optim.in_backward=true", "optim.clip_norm=0", "train.max_bad_steps=1"],
+            "optim.in_backward = true: ",
+        ),
+    ],
+)
+def test_what_packing_cannot_go_with(tmp_path: Path, text: str, overrides: list[str], said: str) -> None:
+    assert load(tmp_path, PACKED).data.packing_tokens == 64
+    assert said in error(tmp_path, text, *overrides)

@@ -12,7 +12,7 @@ from benchmarks.sides import random_weights
 from opensora_repro.models import packing
 from opensora_repro.models.config import DiTConfig, ModelConfig, STDiTConfig
 from opensora_repro.models.dit import DiT
-from opensora_repro.models.packing import PackedSTDiT, forward_packed
+from opensora_repro.models.packing import PackedDiT, PackedSTDiT
 from opensora_repro.models.stdit import STDiT
 from tests.unit.test_cross_attention import plain_varlen
 
@@ -31,10 +31,11 @@ SQUARE = [(2, 4, 4, 4), (1, 1, 8, 8), (3, 5, 5, 5), (1, 3, 4, 4)]  # which alone
 LENGTHS = [7, 1, 0, 4, 3, 7, 2]  # of the captions
 
 
-def make_model(cfg: ModelConfig, packed: bool = False) -> Any:
+def make_model(cfg: ModelConfig, packed: bool = True) -> Any:
     torch.manual_seed(0)
-    model = DiT(cfg) if isinstance(cfg, DiTConfig) else (PackedSTDiT if packed else STDiT)(cfg)
-    return random_weights(model)
+    if isinstance(cfg, DiTConfig):
+        return random_weights((PackedDiT if packed else DiT)(cfg))
+    return random_weights((PackedSTDiT if packed else STDiT)(cfg))
 
 
 def make_inputs(cfg: ModelConfig) -> tuple[list[Tensor], list[list[Tensor]], list[dict[str, Tensor]]]:
@@ -68,7 +69,7 @@ def work(model: Any, cfg: ModelConfig, packed: bool) -> dict[str, Tensor]:
     latents, given, named = make_inputs(cfg)
     if packed:
         whole = {name: torch.cat([of[name] for of in named]) for name in named[0]}
-        outputs = forward_packed(model, latents, *map(torch.cat, zip(*given, strict=True)), **whole)
+        outputs = model(latents, *map(torch.cat, zip(*given, strict=True)), **whole)
     else:
         outputs = [model(x, *rest, **named) for x, rest, named in zip(latents, given, named, strict=True)]
     torch.stack([out.square().mean() for out in outputs]).sum().backward()
@@ -112,16 +113,16 @@ def test_a_clip_is_untouched_by_what_shares_its_row() -> None:
     latents, given, _ = make_inputs(cfg)
     rest = list(map(torch.cat, zip(*given, strict=True)))
     with torch.no_grad():
-        wanted = forward_packed(model, latents, *rest)
+        wanted = model(latents, *rest)
         latents[1] = torch.full_like(latents[1], torch.nan)
-        found = forward_packed(model, latents, *rest)
+        found = model(latents, *rest)
     assert found[1].isnan().all()
     assert all(torch.equal(found[i], wanted[i]) for i in (0, 2, 3))
 
 
 def test_a_packed_model_takes_lists_and_single_batches() -> None:
     cfg = MODELS["STDiT"]
-    packed, plain = make_model(cfg, packed=True), make_model(cfg)
+    packed, plain = make_model(cfg), make_model(cfg, packed=False)
     assert packed.state_dict().keys() == plain.state_dict().keys()
     latents, given, _ = make_inputs(cfg)
     with torch.no_grad():
@@ -131,4 +132,4 @@ def test_a_packed_model_takes_lists_and_single_batches() -> None:
         torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-5)
         with pytest.raises(ValueError, match="mask of 7 rows, one a clip, got 1"):
             text = torch.cat([values[1] for values in given])
-            forward_packed(plain, latents, torch.zeros(7), text, given[0][2][:1])
+            packed(latents, torch.zeros(7), text, given[0][2][:1])
