@@ -67,6 +67,7 @@ BENCHMARKS = {
     "train_step": Benchmark(("--quick",)),
     "sample": Benchmark(("--quick",)),
     "attention": Benchmark(("--quick",)),
+    "packing": Benchmark(("--quick",)),
     "kernels": Benchmark(()),
     "loader": Benchmark(("--seconds", "10")),
     "collectives": Benchmark((), counted),

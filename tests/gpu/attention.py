@@ -61,6 +61,46 @@ def captions_end_to_end(device: torch.device) -> dict[str, Any]:
     return found
 
 
+def packed_rows(device: torch.device) -> dict[str, Any]:
+    """bf16, batches of four shapes in a row, through the kernel for sequences end to end; no waiting.
+
+    Against the same model in float32 on the CPU, which goes batch by batch.
+    """
+    import torch
+
+    from opensora_repro.models.config import STDiTConfig
+    from opensora_repro.models.packing import PackedSTDiT
+
+    torch.manual_seed(0)
+    model = random_weights(
+        PackedSTDiT(STDiTConfig(hidden_size=144, depth=3, num_heads=2, caption_channels=32, model_max_length=12))
+    )
+    generator = torch.Generator().manual_seed(1)
+    sizes = [(2, 4, 4, 8, 16), (1, 4, 1, 12, 8), (3, 4, 5, 6, 6), (1, 4, 3, 8, 16)]
+    latents = [torch.randn(size, generator=generator) for size in sizes]
+    timestep, text = 1000 * torch.rand(7, generator=generator), torch.randn(7, 12, 32, generator=generator)
+    mask = torch.arange(12) < torch.tensor([12, 9, 0, 1, 5, 5, 12])[:, None]
+
+    def work(where: torch.device, packed: bool, half: bool, strict: bool = False) -> dict[str, Tensor]:
+        model.to(where).zero_grad(set_to_none=True)
+        batches, *rest = [x.to(where) for x in latents], timestep.to(where), text.to(where), mask
+        with waiting_forbidden(strict and where.type == "cuda"):
+            with torch.autocast(where.type, torch.bfloat16, enabled=half):
+                counts = [len(batch) for batch in batches]
+                alone = zip(batches, *(value.split(counts) for value in rest), strict=True)
+                outputs = model(batches, *rest) if packed else [model(*batch) for batch in alone]
+            torch.stack([out.square().mean() for out in outputs]).sum().backward()
+        found = {"output": torch.cat([out.detach().flatten() for out in outputs])}
+        return found | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = {name: value.cpu() for name, value in work(torch.device("cpu"), packed=False, half=False).items()}
+    work(device, packed=True, half=True)  # fills tables that are kept
+    results = work(device, packed=True, half=True, strict=True)
+    errors = {key: rms_error(results[key], value) for key, value in expected.items() if value.any()}
+    worst = {"output": errors.pop("output"), "gradients": max(errors.values())}
+    return {what: require(error, TOLERANCE[what], what) for what, error in worst.items()}
+
+
 @contextlib.contextmanager
 def waiting_forbidden(forbidden: bool) -> Iterator[None]:
     """Whatever would make the host wait for the GPU raises."""

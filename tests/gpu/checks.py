@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.comparisons import Skip
 from benchmarks.harness import environment, save
-from tests.gpu.attention import captions_end_to_end, sampling_full_size
+from tests.gpu.attention import captions_end_to_end, packed_rows, sampling_full_size
 from tests.gpu.graphs import full_size, same_samples, unrecordable
 from tests.gpu.kernels import kernel_bandwidth, kernel_curves, kernel_parity, kernel_repeatability
 from tests.gpu.loop import encoders_beside, loop_without_waiting
@@ -58,6 +58,7 @@ CHECKS: dict[str, tuple[Callable[[Any], dict[str, Any]], tuple[str, ...]]] = {
     "stdit parity": (lambda device: parity(device, True), ()),
     "pixart parity": (lambda device: parity(device, False), ()),
     "captions end to end": (captions_end_to_end, ()),
+    "packed rows": (packed_rows, ()),
     "kernels, parity": (kernel_parity, ("triton",)),
     "kernels, repeatability": (kernel_repeatability, ("triton",)),
     "kernels, bandwidth": (kernel_bandwidth, ("triton",)),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import collectives, harness, loader, suite, tables
+from benchmarks import collectives, harness, loader, packing, suite, tables
+from benchmarks.sides import Sizes
 
 
 def test_both_readers_return_the_frames_drawn_into_the_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,6 +30,20 @@ def test_waiting_for_samples_is_a_share_of_the_step(tmp_path: Path, monkeypatch:
     assert row["workers"] == 0
     assert row["step_ms"] > 0
     assert 0 < row["waiting_share"] < 1  # without other processes every sample is waited for
+
+
+def test_packed_rows_and_buckets_have_the_same_clips() -> None:
+    buckets = packing.bucket_passes()
+    rows = packing.packed_passes(packing.in_random_order(buckets))
+    clips = [Counter() for _ in range(2)]
+    for found, passes in zip(clips, (buckets, rows), strict=True):
+        for one in passes:
+            assert sum(count * packing.tokens_of(shape) for shape, count in one) <= packing.ROOM
+            found.update(dict(one))
+    assert clips[0] == clips[1] and clips[0].keys() == set(packing.SHAPES)
+    assert packing.padding([(1, 8, 8), (1, 4, 8)]) == pytest.approx(0.25)
+    result = packing.measure(Sizes(hidden_size=24, num_heads=2, depth=1, caption_channels=8, caption_tokens=6), 0.0)
+    assert all(result["rows"][0][side]["tokens_per_s"] > 0 for side in ("ours", "other"))
 
 
 def test_calls_are_interleaved_and_compared_round_by_round(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ GRAPHS = "graphs, same samples"
 
 @pytest.mark.parametrize(
     "name",
-    ["stdit parity", "pixart parity", "captions end to end", "samplers", "reference outputs"]
+    ["stdit parity", "pixart parity", "captions end to end", "packed rows", "samplers", "reference outputs"]
     + [pytest.param(name, marks=pytest.mark.exhaustive) for name in (MEMORY, GRAPHS)],
 )
 def test_comparisons_hold_on_the_cpu(name: str, golden_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
