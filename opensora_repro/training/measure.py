@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from opensora_repro.config import Config, ConfigError
-from opensora_repro.config.sections import encodes_after_start
+from opensora_repro.config.sections import encodes_after_start, sample_fps
 from opensora_repro.data.buckets import Bucket
 from opensora_repro.data.dataset import BadSample, Clip
 from opensora_repro.data.sampler import Schedule, everything
@@ -141,15 +141,16 @@ class Bench:
 
     def _maker(self, cfg: Config) -> Callable[[int], Clip | Encoded]:
         """Samples of one content and ids of their own: clips as loaders give them, or what a cache holds of them."""
-        data, length = cfg.data, cfg.model.model_max_length
+        data, length, rate = cfg.data, cfg.model.model_max_length, float(sample_fps(cfg))
         if not data.cache:
             pixels = torch.randint(256, (data.num_frames, data.height, data.width, 3), dtype=torch.uint8)
             words = " a" * length  # enough for the model to read nothing else
-            return lambda number: Clip(str(number), f"{number}{words}", pixels, False)
+            return lambda number: Clip(str(number), f"{number}{words}", pixels, False, rate)
         channels, *sizes = latent_shape(cfg)
         moments = torch.randn(2 * channels, *sizes)
         text = torch.randn(length, cfg.model.caption_channels, dtype=self.encoder.text_dtype)
-        return lambda number: Encoded(str(number), moments, text, torch.ones(length, dtype=torch.bool))
+        mask = torch.ones(length, dtype=torch.bool)
+        return lambda number: Encoded(str(number), moments, text, mask, torch.tensor(rate))
 
 
 class Line:

@@ -133,7 +133,7 @@ def test_losses_of_rows_are_those_of_their_clips(objective: str) -> None:
     samples = []
     for number, (name, shape) in enumerate(SHAPES.items()):
         moments, text = torch.randn(8, *shape, generator=generator), torch.randn(7, 16, generator=generator)
-        samples.append((number, Encoded(name, moments, text, torch.arange(7) <= number)))
+        samples.append((number, Encoded(name, moments, text, torch.arange(7) <= number, torch.tensor(8.0))))
     rows = builder.rows(samples)
     assert [sorted(row.ids) for row in rows] == [["a", "d"], ["b", "c", "e"]]
     assert [row.num_tokens for row in rows] == [36, 36]
