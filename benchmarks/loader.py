@@ -1,10 +1,14 @@
-"""Our frame reader against OpenCV's, on clips written on the fly.
+"""Random windows of videos: our frame reader against OpenCV's, decord's and torchcodec's.
 
-    python -m benchmarks.loader [--seconds S] [--out FILE]
+    python -m benchmarks.loader [VIDEO ...] [--windows N] [--out FILE]
 
-Each side reads the same random windows (16 frames, every third) of a 1280x720 H.264 clip and scales them to cover
-256x256. OpenCV comes in its two usual forms: decoding from the start of the file, and seeking by frame number. Before
-anything is timed, every side's frames are checked against the frame numbers drawn into the clip.
+Each side reads the same random windows (16 frames, every third, scaled to cover 256x256) of each video, by default
+long_dev and long_dev_vfr of ../shared/videos, else a clip written on the fly, and of the clips that `data_tools.split
+--for-training` makes of the first. A side is a process of its own. In a first pass its frames are compared with a
+decoding from first to last: a side with a wrong one is marked and counts for nothing. In a second pass CPU seconds are
+counted, of all its threads, the sides taking turns. Videos stay open or indexed from the first pass on where a side
+can do that; a clip is read once, as in an epoch, so its opening counts. A side that is not installed is said to be
+missing (decord and torchcodec need no more than to be importable; torchcodec finds FFmpeg by LD_LIBRARY_PATH).
 
 Then a small model trains on such windows, with some numbers of loader processes: which share of a step is spent waiting
 for samples.
@@ -13,23 +17,28 @@ for samples.
 from __future__ import annotations
 
 import argparse
-import itertools
+import random
+import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import environment, interleaved, save, side_by_side, table
+from benchmarks.harness import environment, save, summary, table
+from benchmarks.processes import Ask, Worker, in_processes
+from benchmarks.readers import COUNT, LONGEST, READERS, SIZE, STEP, Size, build, reference, wrong_frames
+from benchmarks.split import NAMES, VIDEOS, make_clips
 
 FRAMES, HEIGHT, WIDTH, FPS = 480, 720, 1280, 24
-COUNT, STEP, SIZE = 16, 3, 256
-BITS, CELL = 10, 64  # the frame number, drawn as a row of black and white squares
 WORKERS, STEPS, WARMUP = (0, 1, 2), 16, 4
-GOPS = {"long video, a key frame each 250": 250, "prepared clip, a key frame each 16": 16}
+
+Window = tuple[str, int, Size]  # file, first frame, height and width to scale to
 
 
 def write_clip(path: Path, gop: int) -> None:
-    """A moving pattern with each frame's number in its first rows."""
+    """A moving pattern, each frame unlike its neighbours."""
     import av
     import numpy as np
 
@@ -40,90 +49,93 @@ def write_clip(path: Path, gop: int) -> None:
         for number in range(FRAMES):
             wave = 127 + 60 * np.sin((x + 6 * number) / 47) + 60 * np.cos((y - 4 * number) / 31)
             image = np.repeat(wave.astype(np.uint8)[..., None], 3, axis=2)
-            for bit in range(BITS):
-                image[:CELL, bit * CELL : (bit + 1) * CELL] = 255 * (number >> bit & 1)
             for packet in stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")):
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)
 
 
-def numbers(frames: Any) -> list[int]:
-    """The numbers drawn into frames [T, h, w, 3], read from the middle of each square."""
-    scale = frames.shape[1] / HEIGHT
-    row = int(CELL / 2 * scale)
-    columns = [int((bit + 0.5) * CELL * scale) for bit in range(BITS)]
-    return [sum(int(frame[row, column, 1] > 127) << bit for bit, column in enumerate(columns)) for frame in frames]
+@dataclass(frozen=True)
+class Case:
+    """`timed` are the windows of `checked`, or those of copies where a file is to be read for the first time."""
+
+    name: str
+    checked: list[Window]
+    timed: list[Window]
 
 
-def read_ours(path: Path, start: int) -> Any:
-    from opensora_repro.data.video import read_frames
+def window_of(path: Path, draw: random.Random) -> Window:
+    from opensora_repro.data.video import cover_size, probe
 
-    return read_frames(path, start=start, count=COUNT, step=STEP, size=(SIZE, SIZE)).numpy()
-
-
-def read_opencv(path: Path, start: int, seek: bool) -> Any:
-    import cv2
-    import numpy as np
-
-    capture = cv2.VideoCapture(str(path))
-    try:
-        if seek:
-            capture.set(cv2.CAP_PROP_POS_FRAMES, start)
-        else:
-            for _ in range(start):
-                capture.grab()
-        width = round(SIZE * WIDTH / HEIGHT)
-        frames = []
-        for i in range((COUNT - 1) * STEP + 1):
-            if not capture.grab():
-                raise RuntimeError(f"{path.name}: OpenCV stopped at frame {start + i}")
-            if i % STEP == 0:
-                picture = cv2.resize(capture.retrieve()[1], (width, SIZE), interpolation=cv2.INTER_AREA)
-                frames.append(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB))
-        return np.stack(frames)
-    finally:
-        capture.release()
+    info = probe(path)
+    return str(path), draw.randrange(info.num_frames - LONGEST + 1), cover_size(info.height, info.width, (SIZE, SIZE))
 
 
-SIDES: dict[str, Callable[[Path, int], Any]] = {
-    "OpenCV from the start": lambda path, start: read_opencv(path, start, seek=False),
-    "OpenCV with a seek": lambda path, start: read_opencv(path, start, seek=True),
-}
+def video_case(video: Path, windows: int) -> Case:
+    draw = random.Random(0)
+    drawn = [window_of(video, draw) for _ in range(windows)]
+    return Case(video.name, drawn, drawn)
 
 
-def starts() -> list[int]:
-    import random
+def clips_case(video: Path, folder: Path, windows: int) -> Case:
+    """Every clip once, in random order."""
+    draw, clips, copies = random.Random(0), folder / "clips", folder / "copies"
+    clips.mkdir()
+    make_clips(video, clips)
+    shutil.copytree(clips, copies)
+    files = sorted(clips.iterdir())
+    checked = [window_of(path, draw) for path in draw.sample(files, min(windows, len(files)))]
+    timed = [(str(copies / Path(path).name), start, size) for path, start, size in checked]
+    return Case(f"--for-training clips of {video.name}", checked, timed)
 
-    return random.Random(0).sample(range(FRAMES - (COUNT - 1) * STEP), 24)
+
+def count_wrong(ask: Ask, windows: Sequence[Window], references: Mapping[str, Any]) -> int:
+    return sum(wrong_frames(ask("thumbnails", *window), window[1], references[window[0]]) for window in windows)
 
 
-def calls(path: Path, read: Callable[[Path, int], Any]) -> Callable[[], Any]:
-    """A call that reads the next window each time; every side gets the same sequence."""
-    order: Iterator[int] = itertools.cycle(starts())
-    return lambda: read(path, next(order))
+def measure(case: Case, sides: Mapping[str, Ask]) -> list[dict[str, Any]]:
+    """A row for each side but ours."""
+    references = {path: reference(path) for path in {window[0] for window in case.checked}}
+    wrong = {name: count_wrong(ask, case.checked, references) for name, ask in sides.items()}
+    if wrong["ours"]:
+        raise SystemExit(f"error: {case.name}: {wrong['ours']} of our frames are wrong")
+    marks = {name: [ask("cpu_seconds")] for name, ask in sides.items()}
+    for window in case.timed:
+        for name, ask in sides.items():
+            ask("read", *window)
+            marks[name].append(ask("cpu_seconds"))
+    times = {name: [after - before for before, after in pairwise(m)] for name, m in marks.items()}
+    return [
+        {
+            "case": case.name,
+            "other_side": name if not wrong[name] else f"{name} (wrong frames)",
+            "wrong_frames": wrong[name],
+            "frames": COUNT * len(case.checked),
+            "ours": {**summary(times["ours"]), "clips_a_cpu_second": clips_a_second(times["ours"])},
+            "other": {**summary(times[name]), "clips_a_cpu_second": clips_a_second(times[name])},
+            "ratio": round(sum(times[name]) / sum(times["ours"]), 3),
+        }
+        for name in sides
+        if name != "ours"
+    ]
 
 
-def measure(folder: Path, seconds: float) -> list[dict[str, Any]]:
-    rows = []
-    for name, gop in GOPS.items():
-        path = folder / f"gop{gop}.mp4"
-        write_clip(path, gop)
-        start = starts()[0]
-        expected = list(range(start, start + COUNT * STEP, STEP))
-        for side, read in {"ours": read_ours, **SIDES}.items():
-            if (found := numbers(read(path, start))) != expected:
-                raise SystemExit(f"error: {side} read frames {found} instead of {expected}")
-        readers = {"ours": read_ours, **SIDES}
-        times = interleaved(
-            {side: calls(path, read) for side, read in readers.items()},
-            rounds=len(starts()),
-            seconds=seconds / len(GOPS),
-            warmup=1,
-        )
-        for side in SIDES:
-            rows.append({"case": name, "other_side": side, **side_by_side(times["ours"], times[side])})
-    return rows
+def clips_a_second(times: Sequence[float]) -> float:
+    return round(len(times) / sum(times), 2)
+
+
+def measure_all(videos: Sequence[Path], folder: Path, windows: int) -> dict[str, Any]:
+    workers = {name: Worker(build, (name,), keeps_memory=False) for name in READERS}
+    with in_processes(workers, one_thread=True) as asking:
+        missing = {name: why for name, ask in asking.items() if (why := ask("missing"))}
+        sides = {name: ask for name, ask in asking.items() if name not in missing}
+        cases = [video_case(video, windows) for video in videos] + [clips_case(videos[0], folder, windows)]
+        rows = [row for case in cases for row in measure(case, sides)]
+    best = {
+        case.name: min(row["ratio"] for row in rows if row["case"] == case.name and not row["wrong_frames"])
+        for case in cases
+    }
+    return {"rows": rows, "against_the_best": best, "not_installed": missing}
 
 
 def measure_waiting(folder: Path, clip: Path) -> list[dict[str, Any]]:
@@ -159,29 +171,34 @@ def measure_waiting(folder: Path, clip: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=30.0, help="time to spend measuring (default: %(default)s)")
+    parser.add_argument("videos", nargs="*", type=Path, metavar="VIDEO")
+    parser.add_argument("--windows", type=int, default=16, help="of each video (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/loader.json)")
     args = parser.parse_args()
 
     where = environment()
-    with tempfile.TemporaryDirectory() as folder:
-        rows = measure(Path(folder), args.seconds)
-        waiting = measure_waiting(Path(folder), Path(folder) / f"gop{min(GOPS.values())}.mp4")
+    with tempfile.TemporaryDirectory() as name:
+        folder, written = Path(name), Path(name) / "written.mp4"
+        write_clip(written, gop=250)
+        there = [path for path in (VIDEOS / f"{name}.mp4" for name in NAMES) if path.exists()]
+        found = measure_all(args.videos or there or [written], folder, args.windows)
+        waiting = measure_waiting(folder, written)
     result = {
         "benchmark": "loader",
         "environment": where,
-        "clip": {"frames": FRAMES, "height": HEIGHT, "width": WIDTH, "codec": "H.264"},
         "window": {"count": COUNT, "step": STEP, "size": SIZE},
-        "rows": rows,
+        **found,
         "waiting": waiting,
     }
     path = save("loader", result, args.out)
+    rate = "clips_a_cpu_second"
     shown = [
-        (r["case"], r["other_side"], r["ours"]["median_ms"], r["other"]["median_ms"], f"{r['ratio']:.2f}x")
-        for r in rows
+        (r["case"], r["other_side"], r["ours"][rate], r["other"][rate], f"{r['ratio']:.2f}x") for r in found["rows"]
     ]
-    title = f"A window of {COUNT} frames, every {STEP}rd, from {WIDTH}x{HEIGHT} (medians)"
-    print(table(title, ("source", "against", "ours ms", "other ms", "speed"), shown))
+    title = f"Windows of {COUNT} frames, every {STEP}rd, {SIZE} px high, a CPU second"
+    print(table(title, ("source", "against", "ours", "other", "speed"), shown))
+    for side, why in found["not_installed"].items():
+        print(f"{side} is not compared: {why}")
     steps = [(row["workers"], row["step_ms"], f"{row['waiting_share']:.0%}") for row in waiting]
     print(table("Training steps on such windows", ("loader processes", "step ms", "waiting for samples"), steps))
     print(f"written to {path}")

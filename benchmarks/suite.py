@@ -69,7 +69,7 @@ BENCHMARKS = {
     "attention": Benchmark(("--quick",)),
     "packing": Benchmark(("--quick",)),
     "kernels": Benchmark(()),
-    "loader": Benchmark(("--seconds", "10")),
+    "loader": Benchmark(("--windows", "4")),
     "collectives": Benchmark((), counted),
     "tables": Benchmark(("--rows", "200000"), tools),
     "split": Benchmark(None, videos),

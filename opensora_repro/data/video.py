@@ -3,8 +3,9 @@
 Frame i is the i-th frame that is shown, whatever the frame rate does and wherever the clock starts: what an edit list
 hides does not count, nor what lies before the first frame that decodes. A pass over the packets lists the presentation
 times (nothing is decoded but the head of a stream that begins between key frames); a read then seeks to the key frame
-before the first wanted frame and decodes forward, checking every decoded time against that list. Where packets carry no
-usable times, or the list and the decoder disagree, frames are counted from the start of the file instead.
+before the first wanted frame, and again wherever another one lies between two wanted ones, and decodes forward what the
+wanted frames need, checking every decoded time against that list. Where packets carry no usable times, or the list and
+the decoder disagree, frames are counted from the start of the file instead.
 
 Frames come out as a player shows them: the display matrix (rotation, mirroring) and the pixel aspect are applied, a
 mirrored or rotated EXIF orientation of a picture too; HDR is tone-mapped (see color.py). Interlaced frames are returned
@@ -20,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,8 @@ DEFAULT, ATTACHED_PICTURE = 0x1, 0x400  # ffmpeg's AV_DISPOSITION_DEFAULT, _ATTA
 # Seconds between two frames of an MPEG-TS from which on its clock was set anew: what ffmpeg takes for that, and where
 # segments were joined the longest time without a time stamp that the standard allows (ISO/IEC 13818-1, 2.7.4).
 CLOCK_GAP, JOINED_GAP = 10.0, 0.7
+PROGRESSIVE = 1  # ffmpeg's AV_FIELD_PROGRESSIVE
+WORTH_A_SEEK = 2  # frames before a key frame that nobody wants: fewer are sooner decoded than passed over
 Size = tuple[int, int]  # height, width
 
 
@@ -95,6 +98,23 @@ class FrameIndex:
         if times and not (lost and has_clock and not one_a_field):
             return ""
         return self.ended_early(len(times))
+
+    def runs(self, indices: Sequence[int]) -> list[tuple[int, list[int]]]:
+        """Split ascending frames where a seek saves decoding: each part with the key frame to begin at.
+
+        Key frame 0 stands for the start of the file, whatever lies there.
+        """
+        runs: list[tuple[int, list[int]]] = []
+        for frame in indices:
+            key = max(0, bisect_right(self.key_times, self.times[frame]) - 1)
+            if not runs or self.key_position(key) - runs[-1][1][-1] > WORTH_A_SEEK:
+                runs.append((key, []))
+            runs[-1][1].append(frame)
+        return runs
+
+    def key_position(self, key: int) -> int:
+        """Return which frame a key frame is."""
+        return bisect_left(self.times, self.key_times[key]) if key else 0
 
     def ended_early(self, decoded: int) -> str:
         """Return what is wrong with a file of which only so many frames decode."""
@@ -343,26 +363,110 @@ def _read_by_time(
     container: Any, stream: Any, index: FrameIndex, indices: Sequence[int], to_picture: PictureConverter
 ) -> list[np.ndarray] | None:
     """Seek and decode; None where the decoded times are not the indexed ones."""
-    key = bisect_right(index.key_times, index.times[indices[0]]) - 1
-    position = 0
-    if key >= 0 and index.key_times[key] > index.times[0]:
-        position = bisect_left(index.times, index.key_times[key])
-        container.seek(index.key_seeks[key], stream=stream, backward=True)
-    reached = False
-    wanted, pictures = set(indices), []
-    for frame in decoded_frames(container, stream):
-        expected = index.times[position] if position < len(index.times) else None
-        if not reached and frame.pts is not None and frame.pts < expected:
-            continue  # the seek landed earlier, or these lead the key frame and belong to the scene before it
-        if frame.pts != expected:
+    pictures: list[np.ndarray] = []
+    for key, run in index.runs(indices):
+        packets = _packets_from(container, stream, index, key)
+        found = packets and _read_run(packets, stream.codec_context, index, key, run, to_picture)
+        if found is None:
             return None
-        reached = True
-        if position in wanted:
-            pictures.append(to_picture(frame))
-            if position == indices[-1]:
-                break
-        position += 1
+        pictures += found
+        if len(found) < len(run):
+            break
     return pictures
+
+
+def _packets_from(container: Any, stream: Any, index: FrameIndex, key: int) -> Iterator[Any] | None:
+    """Return the packets from a key frame on, for number 0 from the start of the file; None if no seek leads there.
+
+    MP4 and Matroska find it by its presentation time (MP4 lands a key frame earlier by its decoding time), others by
+    its decoding time. Where a seek lands earlier, what lies between is read but not decoded.
+    """
+    if key == 0:
+        return iter(container.demux(stream))
+    time = index.key_times[key]
+    for target in (time, index.key_seeks[key]):
+        container.seek(target, stream=stream, backward=True)
+        packets = iter(container.demux(stream))
+        for packet in packets:
+            if packet.is_keyframe and packet.pts is not None and packet.pts >= time:
+                if packet.pts == time:
+                    return chain([packet], packets)
+                break
+    return None
+
+
+def _read_run(
+    packets: Iterator[Any], codec: Any, index: FrameIndex, key: int, run: Sequence[int], to_picture: PictureConverter
+) -> list[np.ndarray] | None:
+    """Return the pictures of ascending frames, decoded from a key frame on; None as `_read_by_time`.
+
+    Of progressive H.264, pictures that no other one refers to are decoded only where they are wanted, and the last one
+    wanted is drained from the decoder instead of pushed out by those that follow.
+    """
+    position, reached = index.key_position(key), False
+    wanted = {index.times[i] for i in run}
+    to_send, sent, pictures = set(wanted), set(), []
+    sparing = codec.name == "h264" and codec.field_order == PROGRESSIVE
+    length_size = _length_size(codec) if sparing else 0
+    for packet in packets:
+        if not packet.size and packet.dts is not None:
+            continue  # shows nothing new; the last one is empty, too: it flushes the decoder
+        if sparing and packet.size and packet.pts not in wanted and _is_spare(memoryview(packet), length_size):
+            continue
+        frames = packet.decode()
+        sent.add(packet.pts)
+        to_send.discard(packet.pts)
+        if sparing and packet.size and not to_send:
+            frames += codec.decode(None)
+        for frame in frames:
+            while sparing and position < len(index.times) and index.times[position] not in sent:
+                position += 1
+            expected = index.times[position] if position < len(index.times) else None
+            if not reached and frame.pts is not None and frame.pts < expected:
+                continue  # the seek landed earlier, or these lead the key frame and belong to the scene before it
+            if frame.pts != expected or (sparing and frame.interlaced_frame):
+                return None
+            reached = True
+            if expected in wanted:
+                pictures.append(to_picture(frame))
+                if len(pictures) == len(run):
+                    return pictures
+            position += 1
+        if sparing and packet.size and not to_send:
+            return None
+    return pictures
+
+
+def _length_size(codec: Any) -> int:
+    """Return the bytes of the length before each unit of H.264 as MP4 stores it, 0 for start codes (14496-15, 5.3)."""
+    head = codec.extradata or b""
+    return (head[4] & 3) + 1 if len(head) > 6 and head[0] == 1 else 0
+
+
+def _is_spare(data: memoryview, length_size: int) -> bool:
+    """Whether no other picture refers to this one: nal_ref_idc of all its slices is 0 (ITU-T H.264, 7.4.1)."""
+    slices = 0
+    for header in _unit_headers(data, length_size):
+        if 1 <= header & 0x1F <= 5:
+            if header & 0x60:
+                return False
+            slices += 1
+    return slices > 0
+
+
+def _unit_headers(data: memoryview, length_size: int) -> Iterator[int]:
+    """The first byte of each unit of a coded picture."""
+    if length_size:
+        at = 0
+        while at + length_size < len(data):
+            yield data[at + length_size]
+            at += length_size + int.from_bytes(data[at : at + length_size], "big")
+        return
+    content = bytes(data)
+    at = content.find(b"\0\0\1") + 3
+    while 3 <= at < len(content):
+        yield content[at]
+        at = content.find(b"\0\0\1", at) + 3
 
 
 def _read_by_count(

@@ -9,21 +9,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import collectives, harness, loader, packing, suite, tables
+from benchmarks import collectives, harness, loader, packing, readers, suite, tables
 from benchmarks.sides import Sizes
 
 
-def test_both_readers_return_the_frames_drawn_into_the_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_frame_of_a_reader_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"FRAMES": 80, "HEIGHT": 360, "WIDTH": 640}.items():
         monkeypatch.setattr(loader, name, value)
-    path = tmp_path / "clip.mp4"
-    loader.write_clip(path, gop=16)
-    for read in (loader.read_ours, *loader.SIDES.values()):
-        assert loader.numbers(read(path, 21)) == list(range(21, 21 + 48, 3))
+    path = str(tmp_path / "clip.mp4")
+    loader.write_clip(Path(path), gop=16)
+    whole = readers.reference(path)
+    for side in (readers.ours, readers.opencv):
+        found = readers.thumbnails(side()(path, 21, (256, 455)))
+        assert readers.wrong_frames(found, 21, whole) == 0
+        assert readers.wrong_frames(found, 22, whole) == readers.COUNT
 
 
 def test_waiting_for_samples_is_a_share_of_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"FRAMES": 60, "HEIGHT": 96, "WIDTH": 128, "BITS": 1, "WORKERS": (0,), "STEPS": 5}.items():
+    for name, value in {"FRAMES": 60, "HEIGHT": 96, "WIDTH": 128, "WORKERS": (0,), "STEPS": 5}.items():
         monkeypatch.setattr(loader, name, value)
     loader.write_clip(tmp_path / "clip.mp4", gop=16)
     (row,) = loader.measure_waiting(tmp_path, tmp_path / "clip.mp4")

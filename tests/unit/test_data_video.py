@@ -20,6 +20,7 @@ from opensora_repro.data.video import DecodeError, cover_size, frame_index, prob
 BAD = Path(os.environ.get("OPENSORA_VIDEOS", Path(__file__).parents[3] / "shared/videos")) / "bad/expected.json"
 EXPECTED = json.loads(BAD.read_text(encoding="utf-8")) if BAD.exists() else {}
 # Both files carry a pixel aspect (16:9 and 3856:2889) that the list's display sizes leave out; players apply it.
+B_PICTURE = 3  # ffmpeg's AV_PICTURE_TYPE_B
 ANAMORPHIC = {"odd_321x241_yuv444.mp4": (241, 428), "tiny_16x16.mp4": (16, 28)}
 
 
@@ -144,6 +145,33 @@ def test_every_start_in_every_kind_of_stream(tmp_path: Path, name: str, first: i
         frames = read_frames(path, start=start, count=2, step=3).numpy()
         assert np.array_equal(frames[0], reference[start]), start
         assert np.array_equal(frames[1], reference[start + 3]), start
+    apart = [2, 17, 18, 39]  # with key frames between them
+    for i, frame in zip(apart, read_frames_at(path, apart).numpy(), strict=True):
+        assert np.array_equal(frame, reference[i]), i
+
+
+def test_only_pictures_that_the_wanted_ones_need_are_decoded(tmp_path: Path) -> None:
+    """B-frames that cannot be decoded do no harm to the others."""
+    whole, spoiled = tmp_path / "whole.mp4", tmp_path / "spoiled.mp4"
+    write_numbered(whole, 40, g="20", bf="2", **{"x264-params": "b-adapt=0:b-pyramid=none:scenecut=0"})
+    reference = decode_in_order(whole, range(40))
+    with av.open(str(whole)) as container:
+        kinds = {frame.pts: int(frame.pict_type) for frame in container.decode(video=0)}
+    times = sorted(kinds)
+    spare = [i for i, time in enumerate(times) if kinds[time] == B_PICTURE]
+    with av.open(str(whole)) as container:
+        places = {p.pts: (p.pos, p.size) for p in container.demux(video=0) if p.size}
+    content = bytearray(whole.read_bytes())
+    for i in spare:
+        place, size = places[times[i]]
+        content[place + 8 : place + size] = bytes(size - 8)  # the length and the header stay
+    spoiled.write_bytes(content)
+    needed = [i for i in range(40) if i not in spare]
+    assert 10 < len(spare) < 30
+    for start in range(len(needed) - 1):
+        pair = needed[start : start + 2]
+        for i, frame in zip(pair, read_frames_at(spoiled, pair).numpy(), strict=True):
+            assert np.array_equal(frame, reference[i]), i
 
 
 def test_frames_that_are_never_shown_do_not_count(tmp_path: Path) -> None:
