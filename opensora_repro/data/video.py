@@ -366,7 +366,9 @@ def _read_by_time(
     pictures: list[np.ndarray] = []
     for key, run in index.runs(indices):
         packets = _packets_from(container, stream, index, key)
-        found = packets and _read_run(packets, stream.codec_context, index, key, run, to_picture)
+        if packets is None:
+            return None
+        found = _read_run(packets, stream.codec_context, index, key, run, to_picture)
         if found is None:
             return None
         pictures += found
