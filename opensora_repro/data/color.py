@@ -91,7 +91,10 @@ def keeps_color(frame: Any) -> bool:
 
 
 def to_rgb(reformatter: Any, frame: Any, height: int, width: int) -> np.ndarray:
-    """Return a decoded frame as uint8 RGB [height, width, 3] in BT.709; HDR is tone-mapped."""
+    """Return a decoded frame as uint8 RGB [height, width, 3] in BT.709; HDR is tone-mapped.
+
+    In memory its channels lie one after the other, as swscale writes them and models want them.
+    """
     if _has_halved_sides(frame):
         padded = _with_even_sides(frame)
         if (height, width) == (frame.height, frame.width):
@@ -102,8 +105,12 @@ def to_rgb(reformatter: Any, frame: Any, height: int, width: int) -> np.ndarray:
     # Planar: the same values as rgb24 at half the cost, for swscale's fast code writes planes.
     planar = "gbrp16le" if is_hdr(frame) else "gbrp"
     rgb = reformatter.reformat(frame, width=width, height=height, format=planar, interpolation=BICUBIC, threads=1)
-    rgb = rgb.to_ndarray()
-    return tone_map(rgb, frame.color_trc, frame.color_primaries) if is_hdr(frame) else rgb
+    if is_hdr(frame):
+        return tone_map(rgb.to_ndarray(), frame.color_trc, frame.color_primaries)
+    channels = np.empty((3, height, width), np.uint8)
+    for channel, plane in zip((1, 2, 0), rgb.planes, strict=True):  # green, blue, red
+        channels[channel] = np.frombuffer(plane, np.uint8).reshape(height, -1)[:, :width]
+    return channels.transpose(1, 2, 0)
 
 
 def yuv_to_yuv(reformatter: Any, frame: Any, height: int, width: int) -> Any:

@@ -34,7 +34,7 @@ class Clip:
 
     id: str
     caption: str
-    pixels: torch.Tensor  # uint8 [T, H, W, C], already cropped and mirrored
+    pixels: torch.Tensor  # uint8 [T, H, W, C], in memory [T, C, H, W]; already cropped and mirrored
     flipped: bool
     fps: float  # frames a second as taken; 0: a picture
     indices: tuple[int, ...] = ()  # of its frames in the file
@@ -128,7 +128,8 @@ class ClipDataset:
             frames = frames[[read.index(frame) for frame in chosen]]
         flipped = self._flips(epoch, name, caption)
         frames = mirror(frames) if flipped else frames
-        return Clip(name, caption, frames.contiguous(), flipped, rate_of(self.cfg, chosen, fps), tuple(chosen), corner)
+        pixels = rearrange(frames, "t h w c -> t c h w").contiguous().permute(0, 2, 3, 1)
+        return Clip(name, caption, pixels, flipped, rate_of(self.cfg, chosen, fps), tuple(chosen), corner)
 
     def _flips(self, epoch: int, name: str, caption: str) -> bool:
         generator = self._generator(epoch, name, "flip")

@@ -39,6 +39,7 @@ DEFAULT, ATTACHED_PICTURE = 0x1, 0x400  # ffmpeg's AV_DISPOSITION_DEFAULT, _ATTA
 # segments were joined the longest time without a time stamp that the standard allows (ISO/IEC 13818-1, 2.7.4).
 CLOCK_GAP, JOINED_GAP = 10.0, 0.7
 PROGRESSIVE = 1  # ffmpeg's AV_FIELD_PROGRESSIVE
+MAX_STREAMS = 16
 WORTH_A_SEEK = 2  # frames before a key frame that nobody wants: fewer are sooner decoded than passed over
 Size = tuple[int, int]  # height, width
 
@@ -148,22 +149,29 @@ def read_frames(path: str | Path, *, start: int, count: int, step: int = 1, size
 
 
 def read_frames_at(path: str | Path, indices: Sequence[int], *, size: Size | None = None) -> torch.Tensor:
-    """Return the frames of the given strictly ascending indices as uint8 [T, H, W, 3]; see `read_frames`."""
+    """Return the frames of the given strictly ascending indices as uint8 [T, H, W, 3]; see `read_frames`.
+
+    In memory a video's frames are [T, 3, H, W]: what comes after them is fastest so.
+    """
     import torch
 
-    return torch.from_numpy(read_pictures_at(path, indices, size=size))
+    return torch.from_numpy(_read_at(path, indices, size))
 
 
 def read_pictures_at(path: str | Path, indices: Sequence[int], *, size: Size | None = None) -> np.ndarray:
-    """Return what `read_frames_at` does, as an array: a process that only looks at pictures needs no torch."""
+    """Return what `read_frames_at` does as a contiguous array: a process that only looks at pictures needs no torch."""
+    return np.ascontiguousarray(_read_at(path, indices, size))
+
+
+def _read_at(path: str | Path, indices: Sequence[int], size: Size | None) -> np.ndarray:
     if not indices or indices[0] < 0 or any(b <= a for a, b in pairwise(indices)):
         raise ValueError(f"frame indices must be non-negative and ascending, got {list(indices)[:8]}")
     if is_image(path):
         if indices[-1] > 0:
             raise DecodeError(_short(path, 1 if indices[0] == 0 else 0, indices, 1))
         return _read_image(path, size)[None]
-    with open_video(path) as (container, stream):
-        index = frame_index(path)
+    index = frame_index(path)
+    with open_video(path, by_header=True) as (container, stream):
         if index.times and indices[-1] >= len(index.times):
             available = sum(i < len(index.times) for i in indices)
             raise DecodeError(_short(path, available, indices, len(index.times)))
@@ -174,7 +182,7 @@ def read_pictures_at(path: str | Path, indices: Sequence[int], *, size: Size | N
             pictures = _read_by_count(container, stream, indices, to_picture)
     if len(pictures) < len(indices):
         raise DecodeError(_short(path, len(pictures), indices, None))
-    return np.stack(pictures)
+    return np.stack([picture.transpose(2, 0, 1) for picture in pictures]).transpose(0, 2, 3, 1)
 
 
 def probe(path: str | Path) -> VideoInfo:
@@ -211,19 +219,20 @@ def cover_size(height: int, width: int, size: Size) -> Size:
 
 
 @contextmanager
-def open_video(path: str | Path, *, threads: int = 1) -> Iterator[tuple[Any, Any]]:
+def open_video(path: str | Path, *, threads: int = 1, by_header: bool = False) -> Iterator[tuple[Any, Any]]:
     """Open a file's video: yields (container, stream) and closes both; PyAV's errors become DecodeError.
 
     Of several streams it is the default one, then the largest (cover art is none). `threads` is 1 because training
-    decodes in many worker processes; 0 lets ffmpeg choose.
+    decodes in many worker processes; 0 lets ffmpeg choose. `by_header`: of MP4, believe the header, and do not decode
+    the first frames to learn what it does not say, such as the pixel format.
     """
     import av
 
     _check_file(path)
     try:
-        with av.open(
-            f"file:{os.fspath(path)}", **_any_metadata()
-        ) as container:  # the prefix keeps ':' or '%' in a name plain
+        hurry = _undecoded() if by_header and _is_mp4(path) else {}
+        # the prefix keeps ':' or '%' in a name plain
+        with av.open(f"file:{os.fspath(path)}", **_any_metadata(), **hurry) as container:
             streams = [s for s in container.streams.video if not int(s.disposition) & ATTACHED_PICTURE]
             if not streams:
                 raise DecodeError(f"{path}: no video stream")
@@ -236,6 +245,19 @@ def open_video(path: str | Path, *, threads: int = 1) -> Iterator[tuple[Any, Any
     except av.FFmpegError as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise DecodeError(f"{path}: cannot be decoded: {reason}") from error
+
+
+def _is_mp4(path: str | Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(8)[4:] == b"ftyp"
+
+
+def _undecoded() -> dict[str, Any]:
+    """Keywords for av.open: one packet of each stream tells enough, and none is decoded, of up to so many streams."""
+    return {
+        "options": {"analyzeduration": "1", "fpsprobesize": "0"},
+        "stream_options": [{"skip_frame": "all"}] * MAX_STREAMS,
+    }
 
 
 def _rank(stream: Any) -> tuple[bool, bool, int]:
@@ -268,7 +290,7 @@ def frame_times(path: str | Path) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def _index_file(path: str, _mtime_ns: int, _size: int) -> FrameIndex:
-    with open_video(path) as (container, stream):
+    with open_video(path, by_header=True) as (container, stream):
         codec, in_segments = stream.codec_context.name, container.format.name == "mpegts"
         keys_known = container.format.name != "avi" or len(stream.index_entries) > 1  # without, all are called so
         packets = [_entry(packet, codec) for packet in container.demux(stream) if packet.size]
@@ -421,12 +443,14 @@ def _read_run(
         if sparing and packet.size and not to_send:
             frames += codec.decode(None)
         for frame in frames:
-            while sparing and position < len(index.times) and index.times[position] not in sent:
+            if frame.pts is None or position == len(index.times) or (sparing and frame.interlaced_frame):
+                return None
+            while sparing and index.times[position] < frame.pts and index.times[position] not in sent:
                 position += 1
-            expected = index.times[position] if position < len(index.times) else None
-            if not reached and frame.pts is not None and frame.pts < expected:
+            expected = index.times[position]
+            if not reached and frame.pts < expected:
                 continue  # the seek landed earlier, or these lead the key frame and belong to the scene before it
-            if frame.pts != expected or (sparing and frame.interlaced_frame):
+            if frame.pts != expected:
                 return None
             reached = True
             if expected in wanted:
@@ -515,7 +539,7 @@ class PictureConverter:
         self.target = self.target or self.output_size(frame)
         turn = self.turn(frame)
         height, width = self.target[::-1] if turn.transpose else self.target
-        return np.ascontiguousarray(turn.apply(to_rgb(self.reformatter, frame, height, width)))
+        return turn.apply(to_rgb(self.reformatter, frame, height, width))
 
 
 def _any_metadata() -> dict[str, str]:

@@ -19,8 +19,8 @@ from opensora_repro.data.video import DecodeError, cover_size, frame_index, prob
 
 BAD = Path(os.environ.get("OPENSORA_VIDEOS", Path(__file__).parents[3] / "shared/videos")) / "bad/expected.json"
 EXPECTED = json.loads(BAD.read_text(encoding="utf-8")) if BAD.exists() else {}
-# Both files carry a pixel aspect (16:9 and 3856:2889) that the list's display sizes leave out; players apply it.
 B_PICTURE = 3  # ffmpeg's AV_PICTURE_TYPE_B
+# Both files carry a pixel aspect (16:9 and 3856:2889) that the list's display sizes leave out; players apply it.
 ANAMORPHIC = {"odd_321x241_yuv444.mp4": (241, 428), "tiny_16x16.mp4": (16, 28)}
 
 
