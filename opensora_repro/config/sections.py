@@ -57,6 +57,7 @@ class DataConfig:
     width: int = 256  # pixels
     flip: bool = True  # mirror half of the clips whose caption names no side and no writing
     num_workers: int = 2  # processes that prefetch
+    decode_timeout: float = 120.0  # seconds after which reading a clip is ended and the clip set aside; 0: never
     draws: int = 0  # 0: a new window, crop and flip every epoch; k: cycle through k fixed ones
     cache: str = ""  # folder for encoded latents and text (needs draws > 0); empty: encode every step
     max_bad_fraction: float = 0.1  # stop when more of the samples seen than this cannot be read

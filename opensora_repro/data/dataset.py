@@ -5,24 +5,26 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 import tempfile
 import threading
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from einops import rearrange
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from opensora_repro.config import DataConfig
 from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.sample_frames import choose_frames, frames_at_rate, pick, rate_of
 from opensora_repro.data.sampler import Shape, keyed_generator
+from opensora_repro.data.stuck import Readings, watching
 from opensora_repro.data.video import DecodeError, Size, read_frames_at
 
 JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # what a terminal or a scheduler sends to every process of a job
@@ -74,6 +76,7 @@ class ClipDataset:
         table = read_manifest(manifest) if isinstance(manifest, str | Path) else manifest
         self.cfg, self.seed, self.augment = cfg, seed, augment
         self.rows = table.select(["id", "path", "caption", "num_frames", "fps"])
+        self.stuck: set[str] = set()  # files whose reading had to be ended
         self._file: Any = None
 
     def __len__(self) -> int:
@@ -116,6 +119,8 @@ class ClipDataset:
         if available < num_frames:
             rate = f" at data.fps = {self.cfg.fps:g}" if self.cfg.fps else ""
             return BadSample(name, path, f"the clip has {available} frames{rate}, the sample needs {num_frames}")
+        if path in self.stuck:
+            return BadSample(name, path, f"its reading did not end within {_limit(self.cfg)}")
         try:
             generator = self._generator(epoch, name, "window")
             chosen = choose_frames(self.cfg, path, clip_frames, fps, num_frames, generator)
@@ -210,14 +215,20 @@ class BatchSource(Protocol):
 class _Batches(Dataset[ClipBatch]):
     """Map from a micro-batch's (epoch, index) pairs to its samples: what a worker process computes."""
 
-    def __init__(self, dataset: ClipDataset) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: ClipDataset, readings: Readings) -> None:
+        self.dataset, self.readings = dataset, readings
 
     def __getitem__(self, pairs: Any) -> ClipBatch:
+        worker = get_worker_info()
+        reader = 0 if worker is None else worker.id
         shape = getattr(pairs, "shape", None) or self.dataset.shape
         shapes = getattr(pairs, "shapes", None) or [shape] * len(pairs)
-        samples = zip(pairs, shapes, strict=True)
-        return ClipBatch((self.dataset.load(epoch, index, shape) for (epoch, index), shape in samples), shape)
+
+        def load(epoch: int, index: int, shape: Shape) -> Clip | BadSample:
+            with self.readings.reading(reader, index):
+                return self.dataset.load(epoch, index, shape)
+
+        return ClipBatch((load(*pair, shape) for pair, shape in zip(pairs, shapes, strict=True)), shape)
 
 
 class _Steps:
@@ -225,12 +236,13 @@ class _Steps:
 
     def __init__(self, sampler: BatchSource, steps: range) -> None:
         self.sampler, self.steps = sampler, steps
+        self.done = 0  # not to be drawn again
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return map(self.sampler.batch, self.steps)
+        return map(self.sampler.batch, self.steps[self.done :])
 
     def __len__(self) -> int:
-        return len(self.steps)
+        return len(self.steps) - self.done
 
 
 class LoaderDied(RuntimeError):
@@ -239,6 +251,29 @@ class LoaderDied(RuntimeError):
 
 class _Loader(DataLoader[ClipBatch]):
     def __iter__(self) -> Any:
+        """The batches. A worker that is stuck in a file is ended, and all begin anew without that file.
+
+        Raises LoaderDied for a worker that was killed by others or has no memory.
+        """
+        clips: _Batches = self.dataset  # type: ignore[assignment]
+        steps: _Steps = self.sampler  # type: ignore[assignment]
+        steps.done = 0
+        while True:
+            batches = self._started()
+            workers = list(batches._workers) if self.num_workers else []
+            ended: set[int] = set()
+            end = partial(_end_stuck, clips.dataset, workers, ended)
+            with watching(clips.readings, clips.dataset.cfg.decode_timeout, end):
+                try:
+                    for batch in batches:
+                        steps.done += 1
+                        yield batch
+                    return
+                except (RuntimeError, MemoryError, OSError, EOFError) as error:
+                    _tell(error, workers, ended)
+            batches._shutdown_workers()
+
+    def _started(self) -> Any:
         """Start the workers with the job's signals blocked: one that comes before they are set up waits."""
         before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
         main = threading.current_thread() is threading.main_thread()
@@ -251,21 +286,40 @@ class _Loader(DataLoader[ClipBatch]):
                 # torch's handler would raise a worker's death wherever the program is, be it between two weights'
                 # steps; waiting for the next batch finds it as well, some seconds later.
                 signal.signal(signal.SIGCHLD, on_child)
-        return _telling(batches) if self.num_workers else batches
+        return batches
 
 
-def _telling(batches: Any) -> Iterator[ClipBatch]:
-    """Raises LoaderDied for a worker that was killed or has no memory."""
-    workers = list(batches._workers)
-    try:
-        yield from batches
-    except (RuntimeError, MemoryError, OSError, EOFError) as error:
-        if isinstance(error, OSError | EOFError):  # a dead worker's pipes close before it can be told how it ended
-            connection.wait([worker.sentinel for worker in workers], timeout=5)
-        ends = {worker.pid: worker.exitcode for worker in workers if worker.exitcode}
-        if not ends and not isinstance(error, MemoryError):
-            raise
+def _end_stuck(dataset: ClipDataset, workers: Sequence[Any], ended: set[int], reader: int, row: int) -> None:
+    """End the process that reads the row; where that is this one, the run ends with it."""
+    path = dataset.rows["path"][row].as_py()
+    dataset.stuck.add(path)
+    if workers:
+        ended.add(workers[reader].pid)
+        workers[reader].kill()
+        return
+    print(
+        f"error: reading {path} has not ended within {_limit(dataset.cfg)}; remove it from the manifest, or set "
+        "data.num_workers = 1: a run goes on without what a process of its own is stuck in",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)  # the main thread is where no exception gets
+
+
+def _limit(cfg: DataConfig) -> str:
+    return f"data.decode_timeout = {cfg.decode_timeout:g} seconds"
+
+
+def _tell(error: Exception, workers: Sequence[Any], ended: Collection[int]) -> None:
+    """Raise what has happened to the workers; returns where they did not end but in `ended`, on purpose."""
+    if isinstance(error, OSError | EOFError) and workers:
+        # A dead worker's pipes close before it can be told how it ended.
+        connection.wait([worker.sentinel for worker in workers], timeout=5)
+    ends = {worker.pid: worker.exitcode for worker in workers if worker.exitcode and worker.pid not in ended}
+    if ends or isinstance(error, MemoryError):
         raise LoaderDied(_end_of_loader(ends, len(workers))) from error
+    if not ended:
+        raise error
 
 
 def _end_of_loader(ends: dict[int, int], num_workers: int) -> str:
@@ -302,7 +356,7 @@ def build_loader(
     whole run. `pinned`: pixels come in memory that a GPU copies from by itself.
     """
     return _Loader(
-        _Batches(dataset),
+        _Batches(dataset, Readings(max(1, num_workers))),
         batch_size=None,
         sampler=_Steps(sampler, range(first_batch, first_batch + num_batches)),
         collate_fn=_as_is,

@@ -41,6 +41,7 @@ FREE_KEYS = (
     "text.path",
     "data.val_manifest",
     "data.num_workers",
+    "data.decode_timeout",
     "data.cache",
     "data.max_bad_fraction",
     "vae.micro_batch_size",

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -25,7 +26,9 @@ from opensora_repro.data.dataset import BadSample, Clip, ClipDataset, build_load
 from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.sampler import BatchSampler, Schedule, Shape, everything
 from opensora_repro.data.video import cover_size, read_frames_at
+from opensora_repro.training.fill import load_listed
 from tests.frames import write_manifest
+from tests.made_streams import write_numbered
 
 CONFIG = DataConfig(num_frames=4, frame_interval=2, height=48, width=40, num_workers=0)
 CAPTIONS = ["a walk", "a bright day", "turning left", "a ride"]
@@ -250,3 +253,44 @@ def test_memory_and_files_stay_bounded(manifest: Path) -> None:
             sizes.append((process.memory_info().rss, process.num_fds()))
     assert sizes[1][1] == sizes[0][1]
     assert sizes[1][0] - sizes[0][0] < 24 * 2**20, np.diff(sizes, axis=0)
+
+
+@pytest.fixture
+def with_stuck(manifest: Path, tmp_path: Path) -> Path:
+    """The manifest with a row more, of a file that decoding does not get through: a terabyte follows its last frame."""
+    endless = tmp_path / "endless.mkv"
+    write_numbered(endless, range(20))
+    os.truncate(endless, 1 << 40)  # holes: it takes no room
+    frame = pd.read_parquet(manifest)
+    row = {**frame.iloc[0].to_dict(), "id": "stuck", "path": str(endless), "num_frames": 20}
+    rows = pd.concat([frame.iloc[:2], pd.DataFrame([row]), frame.iloc[2:]], ignore_index=True)
+    write_manifest(rows, tmp_path / "manifest.parquet")
+    return tmp_path / "manifest.parquet"
+
+
+def test_a_loader_stuck_in_a_file_is_replaced(manifest: Path, with_stuck: Path) -> None:
+    dataset = ClipDataset(with_stuck, replace(CONFIG, decode_timeout=1.0), 5)
+    whole = ClipDataset(manifest, CONFIG, 5)
+    expected = {s.id: s for s in (whole.load(0, index) for index in range(len(whole)))}
+    for _ in range(2):  # the second time nobody tries that file
+        samples = list(load_listed(dataset, range(9), [dataset.shape] * 9, 2))
+        assert [s.id for s in samples] == column(dataset, "id")
+        (stuck,) = [s for s in samples if s.id == "stuck"]
+        assert isinstance(stuck, BadSample) and stuck.path.endswith("endless.mkv")
+        assert stuck.reason == "its reading did not end within data.decode_timeout = 1 seconds"
+        assert all(same(s, expected[s.id]) for s in samples if s.id != "stuck")
+        assert dataset.stuck == {stuck.path}
+
+
+def test_a_process_stuck_in_a_file_ends_with_its_name(with_stuck: Path, tmp_path: Path) -> None:
+    def read_all() -> None:
+        sys.stderr = (tmp_path / "log").open("w")
+        dataset = ClipDataset(with_stuck, replace(CONFIG, decode_timeout=0.5), 5)
+        list(load_listed(dataset, range(9), [dataset.shape] * 9, 0))
+
+    process = multiprocessing.get_context("fork").Process(target=read_all)
+    process.start()
+    process.join(60)
+    (line,) = (tmp_path / "log").read_text().splitlines()
+    assert process.exitcode == 1
+    assert "endless.mkv has not ended within data.decode_timeout = 0.5 seconds" in line and line.startswith("error: ")
