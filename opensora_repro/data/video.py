@@ -276,13 +276,13 @@ def decoded_frames(container: Any, stream: Any) -> Iterator[Any]:
 
 def frame_index(path: str | Path) -> FrameIndex:
     """Return the file's frame index; kept for recently read files."""
+    _check_file(path)
     status = os.stat(path)
     return _index_file(os.fspath(path), status.st_mtime_ns, status.st_size)
 
 
 def frame_times(path: str | Path) -> np.ndarray:
     """Return when each frame of a video is shown, in seconds from the first on, float64 [N]; none if no clock tells."""
-    _check_file(path)
     index = frame_index(path)
     times = np.array(index.times, dtype=np.int64)
     return (times - times[:1]) * float(index.time_base)

@@ -56,7 +56,7 @@ def mixed_rows() -> tuple[Any, Rule]:
     names = ("num_frames", "height", "width")
     table = {name: list(values) for name, values in zip(names, columns, strict=True)}
     ids = pa.array([f"clip {row}" for row in range(ROWS)])
-    return pa.table({"id": ids, **table}), Rule(DataConfig(frame_interval=1, buckets=BUCKETS), 1)
+    return pa.table({"id": ids, **table, "fps": [24.0] * ROWS}), Rule(DataConfig(frame_interval=1, buckets=BUCKETS), 1)
 
 
 def samplers(world_size: int, accumulation: int = 1) -> list[PackedSampler]:
