@@ -1,6 +1,6 @@
 """Random windows of videos: our frame reader against OpenCV's, decord's and torchcodec's.
 
-    python -m benchmarks.loader [VIDEO ...] [--windows N] [--out FILE]
+    python -m benchmarks.loader [VIDEO ...] [--windows N] [--samples N] [--out FILE]
 
 Each side reads the same random windows (16 frames, every third, scaled to cover 256x256) of each video, by default
 long_dev and long_dev_vfr of ../shared/videos, else a clip written on the fly, and of the clips that `data_tools.split
@@ -11,7 +11,8 @@ can do that; a clip is read once, as in an epoch, so its opening counts. A side 
 missing (decord and torchcodec need no more than to be importable; torchcodec finds FFmpeg by LD_LIBRARY_PATH).
 
 Then a small model trains on such windows, with some numbers of loader processes: which share of a step is spent waiting
-for samples.
+for samples. At last a loader process reads N samples of small clips, of a short manifest and of a long one: its private
+memory after a tenth of them and after all.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from benchmarks.split import NAMES, VIDEOS, make_clips
 
 FRAMES, HEIGHT, WIDTH, FPS = 480, 720, 1280, 24
 WORKERS, STEPS, WARMUP = (0, 1, 2), 16, 4
+ROWS = (1000, 1_000_000)  # of the manifests that memory is measured with
+SMALL = {"libx264": "mp4", "mpeg4": "avi", "libvpx-vp9": "webm"}  # a small clip's codec and container
 
 Window = tuple[str, int, Size]  # file, first frame, height and width to scale to
 
@@ -169,10 +172,59 @@ def measure_waiting(folder: Path, clip: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def write_small(folder: Path) -> list[Path]:
+    """Clips of 48 codecs, sizes and lengths."""
+    import av
+    import numpy as np
+
+    paths = []
+    for number in range(48):
+        codec = list(SMALL)[number % len(SMALL)]
+        paths.append(folder / f"{number}.{SMALL[codec]}")
+        with av.open(str(paths[-1]), "w") as container:
+            stream = container.add_stream(codec, rate=FPS)
+            stream.width, stream.height, stream.pix_fmt = 32 + 2 * (number % 7), 32 + 2 * (number % 5), "yuv420p"
+            for shade in range(4 + number % 9):
+                image = np.full((stream.height, stream.width, 3), 20 * shade, np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            container.mux(stream.encode())
+    return paths
+
+
+def measure_memory(clips: Sequence[Path], rows: int, samples: int) -> dict[str, Any]:
+    """Private megabytes of a loader process after a tenth of the samples and after all, drawn from all rows."""
+    import multiprocessing
+
+    import pyarrow as pa
+
+    from benchmarks.resources import private_memory
+    from opensora_repro.config import DataConfig
+    from opensora_repro.data.dataset import BadSample, ClipDataset, build_loader
+    from opensora_repro.data.sampler import BatchSampler, Schedule, everything
+
+    names = [f"clip {row}" for row in range(rows)]
+    columns = {"id": names, "path": [str(clips[row % len(clips)]) for row in range(rows)]}
+    columns["caption"] = [f"a scene like no other, number {row}, in a caption of some length" for row in range(rows)]
+    table = pa.table({**columns, "num_frames": pa.repeat(4, rows)})
+    dataset = ClipDataset(table, DataConfig(num_frames=2, height=32, width=32), seed=0)
+    size = samples // 100
+    sampler = BatchSampler(Schedule(everything(rows), [size], 0), [dataset.shape])
+    others = multiprocessing.active_children()
+    found = []
+    for number, batch in enumerate(build_loader(dataset, sampler, 0, 101, 1), start=1):
+        if bad := [sample for sample in batch if isinstance(sample, BadSample)]:
+            raise SystemExit(f"error: {bad[0].path}: {bad[0].reason}")
+        if number in (10, 100):
+            (worker,) = (child for child in multiprocessing.active_children() if child not in others)
+            found.append(round(private_memory(worker.pid or 0) / 1e6, 1))
+    return {"rows": rows, "samples": samples, "private_mb_early": found[0], "private_mb": found[1]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("videos", nargs="*", type=Path, metavar="VIDEO")
     parser.add_argument("--windows", type=int, default=16, help="of each video (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=50_000, help="to measure memory with (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/loader.json)")
     args = parser.parse_args()
 
@@ -183,12 +235,15 @@ def main() -> None:
         there = [path for path in (VIDEOS / f"{name}.mp4" for name in NAMES) if path.exists()]
         found = measure_all(args.videos or there or [written], folder, args.windows)
         waiting = measure_waiting(folder, written)
+        clips = write_small(folder)
+        memory = [measure_memory(clips, rows, args.samples) for rows in ROWS]
     result = {
         "benchmark": "loader",
         "environment": where,
         "window": {"count": COUNT, "step": STEP, "size": SIZE},
         **found,
         "waiting": waiting,
+        "memory": memory,
     }
     path = save("loader", result, args.out)
     rate = "clips_a_cpu_second"
@@ -201,6 +256,9 @@ def main() -> None:
         print(f"{side} is not compared: {why}")
     steps = [(row["workers"], row["step_ms"], f"{row['waiting_share']:.0%}") for row in waiting]
     print(table("Training steps on such windows", ("loader processes", "step ms", "waiting for samples"), steps))
+    held = [(f"{row['rows']:,}", row["private_mb_early"], row["private_mb"]) for row in memory]
+    title = "Private memory of a loader process"
+    print(table(title, ("rows", f"MB after {args.samples // 10:,} samples", f"MB after {args.samples:,}"), held))
     print(f"written to {path}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
@@ -195,7 +196,7 @@ def _pattern() -> re.Pattern[str]:
     )
 
 
-@lru_cache(maxsize=1 << 14)
+@lru_cache(maxsize=1 << 10)  # for few captions that come again and again; more would only be memory
 def names_a_side(caption: str) -> bool:
     """True if the caption tells left from right, or names writing: a mirrored sample would contradict it."""
     caption = unicodedata.normalize("NFC", caption)
@@ -363,7 +364,7 @@ def build_loader(
         num_workers=num_workers,
         pin_memory=pinned,
         prefetch_factor=2 if num_workers else None,
-        worker_init_fn=_outlive_stray_signals,
+        worker_init_fn=_settle_worker,
         generator=torch.Generator(),  # or the loader would draw from the global stream
     )
 
@@ -372,7 +373,12 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def _outlive_stray_signals(_worker: int) -> None:
+def _settle_worker(_worker: int) -> None:
+    gc.freeze()  # what is inherited: a collection would write to all of it, and the pages would be the worker's own
+    _outlive_stray_signals()
+
+
+def _outlive_stray_signals() -> None:
     """Let only the parent end a worker.
 
     A scheduler, or Ctrl-C, signals every process of a job. The parent then finishes its step and saves, for which its

@@ -25,6 +25,15 @@ def test_a_wrong_frame_of_a_reader_is_seen(tmp_path: Path, monkeypatch: pytest.M
         assert readers.wrong_frames(found, 22, whole) == readers.COUNT
 
 
+@pytest.mark.exhaustive
+def test_a_loader_process_keeps_no_memory(tmp_path: Path) -> None:
+    clips = loader.write_small(tmp_path)
+    few, many = (loader.measure_memory(clips, rows, 20_000) for rows in loader.ROWS)
+    for row in (few, many):
+        assert row["private_mb"] < 1.1 * row["private_mb_early"]
+    assert many["private_mb"] < 1.1 * few["private_mb"]
+
+
 def test_waiting_for_samples_is_a_share_of_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"FRAMES": 60, "HEIGHT": 96, "WIDTH": 128, "WORKERS": (0,), "STEPS": 5}.items():
         monkeypatch.setattr(loader, name, value)
