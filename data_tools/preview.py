@@ -86,7 +86,7 @@ def gather(config: str, cfg: Config, found: Survey, count: int, out: Path, runne
     import numpy as np
 
     from opensora_repro.data.preflight import warnings
-    from opensora_repro.data.preview.page import FRAMES, TOKENS, Preview, Sample
+    from opensora_repro.data.preview.page import FRAMES, RATES, TOKENS, Preview, Sample
     from opensora_repro.data.preview.samples import read_samples
     from opensora_repro.data.report.thumbnails import read_strips
 
@@ -101,20 +101,21 @@ def gather(config: str, cfg: Config, found: Survey, count: int, out: Path, runne
     captions = read_captions(cfg, found, [row["caption"] for row, _ in clips])
     seen = zip(read_samples(clips, cfg.data, cfg.run.seed, out, runner), captions.shown, strict=True)
     buckets = [(bucket, [Sample(row, *next(seen)) for row in rows]) for bucket, rows in shown]
+    marks = {FRAMES + found.at_rate: [found.needed], TOKENS: [cfg.model.model_max_length]}
+    marks |= {RATES: [cfg.data.fps]} if cfg.data.fps else {}
     return Preview(
         config, cfg.run.seed, found, buckets, lost, [*warnings(found), *captions.lines], captions.not_read,
-        [*charts(found), *captions.chart], {FRAMES: [found.needed], TOKENS: [cfg.model.model_max_length]}, strips,
+        [*charts(found), *captions.chart], marks, strips,
     )  # fmt: skip
 
 
 def table_of(cfg: Config, found: Survey) -> list[BucketRow]:
     """What `--dry-run` prints of each bucket that gets clips, on one process."""
-    from opensora_repro.data.buckets import buckets_of
+    from opensora_repro.data.buckets import global_batch_sizes
     from opensora_repro.data.preflight import bucket_rows
     from opensora_repro.planning.budget import bucket_costs
 
-    samples = [bucket.batch_size * cfg.train.accumulation for bucket in buckets_of(cfg)]
-    return bucket_rows(found, samples, bucket_costs(cfg))
+    return bucket_rows(found, global_batch_sizes(cfg, 1), bucket_costs(cfg))
 
 
 def bucket_of_each(cfg: Config, found: Survey) -> np.ndarray:
@@ -153,14 +154,15 @@ def chosen(found: Survey, rows: np.ndarray, count: int) -> list[dict[str, Any]]:
 
 def charts(found: Survey) -> list[Numbers]:
     """Rates and lengths, of videos unless there are pictures alone."""
-    from opensora_repro.data.preview.page import FRAMES, chart
+    from opensora_repro.data.preview.page import FRAMES, RATES, chart
+    from opensora_repro.data.sample_frames import frames_at_rate
 
     moving = found.looked["num_frames"].to_numpy() > (0 if found.images else 1)
     frames, fps = (found.looked[name].to_numpy()[moving] for name in ("num_frames", "fps"))
     usable = (found.lost == "")[moving]
-    drawn = chart(FRAMES, frames, usable)
+    drawn = chart(FRAMES + found.at_rate, frames_at_rate(found.data, frames, fps), usable)
     if not found.images:
-        drawn = [*chart("frames a second", fps, usable), *drawn, *chart("seconds", frames / fps, usable)]
+        drawn = [*chart(RATES, fps, usable), *drawn, *chart("seconds", frames / fps, usable)]
     return drawn
 
 

@@ -295,6 +295,13 @@ def buckets_of(cfg: Config) -> tuple[Bucket, ...]:
     return (Bucket(data.num_frames, data.height, data.width, cfg.train.batch_size),)
 
 
+def global_batch_sizes(cfg: Config, data_size: int) -> list[int]:
+    """Samples a step of each bucket, over all data ranks and micro-batches; with packing, of all buckets together."""
+    if cfg.data.packing_tokens:
+        return [cfg.train.batch_size * cfg.train.accumulation * data_size]
+    return [bucket.batch_size * cfg.train.accumulation * data_size for bucket in buckets_of(cfg)]
+
+
 def as_one_size(cfg: Config, bucket: Bucket) -> Config:
     """The config of a run that has this bucket's size alone, in whole latents."""
     if not cfg.data.buckets:
@@ -309,16 +316,16 @@ def as_sampled(cfg: Config) -> Config:
     if not cfg.data.buckets:
         return cfg
     target = np.log([cfg.data.num_frames, cfg.data.height, cfg.data.width])
-    closest = min(_kept(cfg), key=lambda bucket: float(np.abs(np.log(bucket.shape) - target).sum()))
+    closest = min(kept_buckets(cfg), key=lambda bucket: float(np.abs(np.log(bucket.shape) - target).sum()))
     return as_one_size(cfg, closest)
 
 
 def as_heaviest(cfg: Config) -> Config:
     """The config of the bucket whose micro-batch has the most pixels, which decides the memory that a run needs."""
-    return as_one_size(cfg, max(_kept(cfg), key=lambda bucket: math.prod(bucket.shape) * bucket.batch_size))
+    return as_one_size(cfg, max(kept_buckets(cfg), key=lambda bucket: math.prod(bucket.shape) * bucket.batch_size))
 
 
-def _kept(cfg: Config) -> tuple[Bucket, ...]:
+def kept_buckets(cfg: Config) -> tuple[Bucket, ...]:
     """Those of `buckets_of` that keep clips: tables have some that only send them on to fewer pixels."""
     if not cfg.data.buckets:
         return buckets_of(cfg)

@@ -264,15 +264,24 @@ class BucketRow:
     share: float  # of all rows
     enlarged: float  # share of its clips
     cropped: float  # mean share of a picture that is cut away
-    samples: int  # of a step
+    samples: float  # of a step; where clips of all buckets share steps, on average
     steps: float
     tokens: int  # of a sample
     time: float  # share of the epoch's, by FLOPs
 
+    @property
+    def samples_shown(self) -> str:
+        return f"{self.samples:,}" if isinstance(self.samples, int) else f"{self.samples:,.1f}"
 
-def bucket_rows(found: Survey, samples: Sequence[int], costs: Sequence[tuple[int, float]]) -> list[BucketRow]:
-    """Of the buckets that get clips. `samples`: of a step; `costs`: tokens and FLOPs of a sample; by bucket each."""
-    scale = found.rows / found.looked_at
+
+def bucket_rows(found: Survey, samples: Sequence[float], costs: Sequence[tuple[int, float]]) -> list[BucketRow]:
+    """Of the buckets that get clips.
+
+    `samples`: of a step of each bucket, or of one that has clips of all; `costs`: tokens and FLOPs of a sample of each.
+    """
+    scale, total = found.rows / found.looked_at, sum(found.clips)
+    if len(samples) < len(found.buckets):
+        samples = [samples[0] * clips / total if total else 0 for clips in found.clips]
     work = sum(clips * flops for clips, (_, flops) in zip(found.clips, costs, strict=True))
     columns = zip(found.buckets, found.clips, found.enlarged, found.cropped, samples, costs, strict=True)
     return [
@@ -292,9 +301,9 @@ def bucket_table(found: Survey, rows: Sequence[BucketRow]) -> Iterator[str]:
             f"{'steps an epoch':>15} {'tokens a sample':>16} {'a step':>11} {'time':>6}"
         )
     for row in rows:
-        clips, step = f"{row.clips:,.0f} {row.share:>6.1%}", row.tokens * row.samples
+        clips, step = f"{row.clips:,.0f} {row.share:>6.1%}", round(row.tokens * row.samples)
         yield (
-            f"  {row.bucket!s:>16} {clips:>17} {row.enlarged:>9.1%} {row.cropped:>8.1%} {row.samples:>15,} "
+            f"  {row.bucket!s:>16} {clips:>17} {row.enlarged:>9.1%} {row.cropped:>8.1%} {row.samples_shown:>15} "
             f"{row.steps:>15,.1f} {row.tokens:>16,} {step:>11,} {row.time:>6.1%}"
         )
     empty = len(found.buckets) - len(rows)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from opensora_repro.config import Config, dump_toml
-from opensora_repro.data.buckets import as_heaviest, buckets_of
+from opensora_repro.data.buckets import as_heaviest, buckets_of, global_batch_sizes
 from opensora_repro.parallel.device import choose_device
 from opensora_repro.parallel.mesh import Mesh, launched_as
 from opensora_repro.planning.budget import step_flops
@@ -22,7 +22,7 @@ from opensora_repro.training.ema import horizon_warning
 from opensora_repro.training.identity import check_manifest
 from opensora_repro.training.optim import check_processes
 from opensora_repro.training.preflight import find_manifest, preflight
-from opensora_repro.training.start import Stage, Start, find_start, global_batch_sizes
+from opensora_repro.training.start import Stage, Start, find_start
 from opensora_repro.weights.files import find_weights, weights_to_come
 
 
@@ -63,7 +63,8 @@ def _plan(
     parameters = count_parameters(cfg.model)
     yield "model", f"{parameters:,} parameters" + (", temporal attention" if cfg.model.temporal_attention else "")
     if several > 1:
-        yield "buckets", f"{several}, told apart below; what follows is of the heaviest one"
+        follows = "if all of a step's clips were of the heaviest" if cfg.data.packing_tokens else "of the heaviest one"
+        yield "buckets", f"{several}, told apart below; what follows is {follows}"
     sizes = "x".join(map(str, shape))
     yield "latents", f"{sizes} -> {grid.tokens:,} tokens a sample, {grid.tokens * samples:,} a step"
     yield "processes", f"{mesh.world_size} = {mesh.data_size} data x {mesh.sp_size} sequence x {mesh.tp_size} tensor"

@@ -11,7 +11,7 @@ import torch
 
 from opensora_repro.config import Config, ConfigError
 from opensora_repro.config.sections import validates
-from opensora_repro.data.buckets import Bucket, as_sampled, buckets_of
+from opensora_repro.data.buckets import Bucket, as_sampled, global_batch_sizes, kept_buckets
 from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.preflight import (
     SAMPLED_ROWS,
@@ -36,7 +36,7 @@ from opensora_repro.planning.sizes import token_grid
 from opensora_repro.run_folder import check_folder
 from opensora_repro.sampling.generate import check_fit
 from opensora_repro.training.identity import frozen_identity
-from opensora_repro.training.start import Stage, Start, global_batch_sizes
+from opensora_repro.training.start import Stage, Start
 from opensora_repro.training.validate import chosen_rows
 from opensora_repro.weights.files import open_weights, weights_to_come
 from opensora_repro.weights.load import check_complete, inserts_temporal_attention
@@ -77,7 +77,7 @@ def preflight(
         encoder = open_encoder(cfg, device or torch.device("cpu"))
         check_fit(as_sampled(cfg), encoder.vae, encoder.text)
         stride = encoder.vae.spatial_stride
-        for bucket in buckets_of(cfg):
+        for bucket in kept_buckets(cfg):
             if min(bucket.height, bucket.width) < stride:
                 raise ConfigError(f"data.buckets: {bucket}: a side is below {stride}, the autoencoder's stride")
             check_row(cfg, bucket, stride)
@@ -98,7 +98,6 @@ def preflight(
                 f"packing: a step has {samples[0]:,} clips of any buckets, in rows of at most "
                 f"{cfg.data.packing_tokens:,} tokens"
             )
-            samples *= len(buckets_of(cfg))
         yield from clips(cfg, frame, "clips of", cfg.data.manifest, samples, here=device is not None)
     if validates(cfg):
         held_out = find_manifest(cfg.data.val_manifest) if dry else read_manifest(cfg.data.val_manifest)
@@ -150,7 +149,7 @@ def check_weights(cfg: Config, stage: Stage) -> Path:
 def clips(cfg: Config, frame: Any, title: str, manifest: str, samples: Sequence[int], *, here: bool) -> Iterator[str]:
     """The table of a manifest's clips, that of its buckets, and what to do about it.
 
-    `samples`: of a step of each bucket; none: these are not told. Raises DataError where no clip can be used `here`.
+    `samples`: as `bucket_rows` takes them; none: of held-out clips. Raises DataError where no clip can be used `here`.
     """
     found = survey(frame, cfg.data, manifest)
     if here:

@@ -74,17 +74,9 @@ class Start:
         return self.checkpoint is not None
 
 
-def global_batch_sizes(cfg: Config, data_size: int) -> list[int]:
-    """Samples a step of each bucket, over all data ranks and micro-batches; with packing, of all buckets together."""
-    from opensora_repro.data.buckets import buckets_of
-
-    if cfg.data.packing_tokens:
-        return [cfg.train.batch_size * cfg.train.accumulation * data_size]
-    return [bucket.batch_size * cfg.train.accumulation * data_size for bucket in buckets_of(cfg)]
-
-
 def find_start(cfg: Config, data_size: int, report: Callable[[str], None] = print) -> Start:
     """Look into `run.dir`. Raises ConfigError when it holds a run with other settings, CheckpointError when damaged."""
+    from opensora_repro.data.buckets import global_batch_sizes
     from opensora_repro.training.checkpoint import TrainState, newest_checkpoint
 
     run_dir = Path(cfg.run.dir)

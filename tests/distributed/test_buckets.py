@@ -15,11 +15,10 @@ import pandas as pd
 import pytest
 
 from opensora_repro.config import load_config
-from opensora_repro.data.buckets import assigned, buckets_of
+from opensora_repro.data.buckets import assigned, buckets_of, global_batch_sizes
 from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.sampler import BatchSampler, Schedule
 from opensora_repro.data.write import write_png, write_video
-from opensora_repro.training.start import global_batch_sizes
 from tests.frames import write_manifest
 from tests.processes import forked
 from tests.training_world import World, _end_with, free_port, losses, make_world, newest_tensors

@@ -15,12 +15,12 @@ from PIL import Image
 
 from data_tools import preview
 from opensora_repro.config import Config, DataConfig, load_config
+from opensora_repro.data.buckets import global_batch_sizes
 from opensora_repro.data.dataset import Clip, ClipDataset
 from opensora_repro.data.manifest import MANIFEST, read_manifest
 from opensora_repro.data.preview.samples import make_sample
 from opensora_repro.data.write import write_png, write_video
 from opensora_repro.training.preflight import clips
-from opensora_repro.training.start import global_batch_sizes
 from tests.frames import write_manifest
 from tests.tiny_models import make_tiny_text
 

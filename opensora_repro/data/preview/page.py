@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 TEMPLATE = Path(__file__).with_name("templates") / "preview.html"
 MAX_PICTURES = 10_000_000  # bytes of all pictures; what is beyond is named instead of shown
-TOKENS, FRAMES = "tokens of a caption", "frames"
+TOKENS, FRAMES, RATES = "tokens of a caption", "frames", "frames a second"
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,10 @@ QUALITY = 74
 SEEN = 0.02  # share of a picture from which on what is cut away is shown
 EDGE = (255, 176, 32)
 PATIENCE = 120.0  # seconds for a clip
-NOT_OF_SAMPLES = ("manifest", "val_manifest", "num_workers", "cache", "max_bad_fraction", "buckets")
+NOT_OF_SAMPLES = (
+    "manifest", "val_manifest", "num_workers", "decode_timeout", "cache", "max_bad_fraction", "buckets",
+    "packing_tokens",
+)  # fmt: skip
 Picture = dict[str, Any]  # as `make_sample` returns it, or {"error": reason}
 
 
@@ -54,8 +57,8 @@ def read_samples(
 def make_sample(args: dict[str, Any]) -> Picture:
     """Job: some frames of a sample side by side, and the first one's picture with what is cut away; JPEG in base64.
 
-    With them: what share of the picture is cut away, by how much it was scaled, the frames' numbers, and whether they
-    are mirrored.
+    With them: what share of the picture is cut away, by how much it was scaled, the frames' numbers and rate, how
+    many of them come again, and whether they are mirrored.
     """
     import numpy as np
     import pyarrow as pa
@@ -83,6 +86,8 @@ def make_sample(args: dict[str, Any]) -> Picture:
         "scale": whole.shape[0] / row["height"],
         "first": sample.indices[0],
         "last": sample.indices[-1],
+        "fps": sample.fps,
+        "again": len(sample.indices) - len(set(sample.indices)),
         "flipped": sample.flipped,
     }
 
