@@ -64,7 +64,9 @@ def run(args: argparse.Namespace) -> int:
     choices = balance(entries, cost_of, limit, seconds=args.seconds, most=args.max_batch)
     print("\n".join(report(cfg, choices, data_ranks)))
     out = args.out or Path(args.config).with_name(f"{Path(args.config).stem}-buckets.toml")
-    write_text(out, with_batch_sizes(text, [choice.batch_size for choice in choices]))
+    found = {choice.entry.key: choice.batch_size for choice in choices}
+    keys = [f"data.buckets[{own}].batch_size" for own in range(len(cfg.data.buckets))] or ["train.batch_size"]
+    write_text(out, with_batch_sizes(text, [found.get(key) for key in keys]))
     print(f"written: {out}" + (", without the overrides" if args.overrides else ""))
     return 0
 
@@ -88,6 +90,11 @@ def check(args: argparse.Namespace) -> None:
 
 def read(args: argparse.Namespace, cfg: Config) -> str:
     """The config's text, into which batch sizes can be written. Raises ConfigError."""
+    if cfg.data.packing_tokens:
+        raise ConfigError(
+            f"data.packing_tokens = {cfg.data.packing_tokens}: expected 0, to write a batch size for each bucket: "
+            "packed steps have clips of all buckets, train.batch_size of them together"
+        )
     if any(override.partition("=")[0].strip() == "data.buckets" for override in args.overrides):
         raise ConfigError("override data.buckets: expected [[data.buckets]] in the config, to write batch sizes there")
     text = here_or_shipped(args.config).read_bytes().decode("utf-8")

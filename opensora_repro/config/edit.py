@@ -33,22 +33,25 @@ def _is_toml(lines: Sequence[str]) -> bool:
     return True
 
 
-def with_batch_sizes(text: str, batch_sizes: Sequence[int]) -> str:
+def with_batch_sizes(text: str, batch_sizes: Sequence[int | None]) -> str:
     """The config with these batch sizes of its `[[data.buckets]]`, or without any with the one of `[train]`.
 
-    Raises ConfigError where they are written in another way.
+    None: a bucket's stays as it stands. Raises ConfigError where they are written in another way.
     """
     expected = tomllib.loads(text)
     buckets = expected.get("data", {}).get("buckets", [])
     tables: list[dict[str, Any]] = buckets or [expected.setdefault("train", {})]
     for table, batch_size in zip(tables, batch_sizes, strict=False):
-        table["batch_size"] = batch_size
+        if batch_size is not None:
+            table["batch_size"] = batch_size
     lines = text.splitlines(keepends=True)
     pattern = r"\s*\[\[\s*data\s*\.\s*buckets\s*\]\]" if buckets else r"\s*\[\s*train\s*\]"
     headers = [number for number, line in enumerate(lines) if re.match(pattern, line)]
     if not buckets and not headers:
         headers, lines = [len(lines) + 1], [*lines, "\n", "[train]\n"]
     for header, batch_size in reversed(list(zip(headers, batch_sizes, strict=False))):
+        if batch_size is None:
+            continue
         place = find(lines, header, "batch_size")
         if place is None:
             _insert(lines, header, f"batch_size = {batch_size}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from opensora_repro.config import Config, ConfigError
-from opensora_repro.data.buckets import Bucket, Rule, as_one_size, buckets_of
+from opensora_repro.data.buckets import Bucket, Rule, as_one_size, buckets_of, kept_buckets
 from opensora_repro.parallel.mesh import Mesh
 from opensora_repro.planning.budget import step_flops
 from opensora_repro.planning.encoders import frozen_sizes
@@ -77,12 +77,17 @@ def of_one_size(cfg: Config, bucket: Bucket, batch_size: int) -> Config:
 
 
 def entries_of(cfg: Config, clips: Sequence[float] | None = None) -> list[Entry]:
-    """In the config's order. `clips`: an epoch's, of each of `buckets_of`. Raises ConfigError."""
-    buckets = buckets_of(cfg)
+    """Those that keep clips, in the config's order. `clips`: an epoch's, of each of `buckets_of`.
+
+    Raises ConfigError.
+    """
+    buckets, kept = buckets_of(cfg), set(kept_buckets(cfg))
     numbers = Rule(cfg.data, cfg.train.batch_size).entries if cfg.data.buckets else (0,)
     found = []
     for own in range(max(numbers) + 1):
         places = [place for place, entry in enumerate(numbers) if entry == own]
+        if not any(buckets[place] in kept for place in places):
+            continue
         tokens, flops, place = max((*_of_sample(cfg, buckets[place]), place) for place in places)
         key, resolution = "train.batch_size", ""
         if cfg.data.buckets:

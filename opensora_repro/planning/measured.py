@@ -56,6 +56,11 @@ def _of_run(path: Path, gpu: Gpu) -> tuple[set[str], float]:
     if not (path.parent / CONFIG_FILE).is_file():
         raise ConfigError(f"--measured {one_line(path)}: the run's {CONFIG_FILE} is not beside it")
     cfg = load_recorded(path.parent / CONFIG_FILE)
+    if cfg.data.packing_tokens:
+        raise ConfigError(
+            f"--measured {one_line(path)}: the run's steps are packed (data.packing_tokens), so they do not tell which "
+            "sizes their clips had: expected a run without, or --utilisation"
+        )
     sizes = _by_tokens(cfg)
     steps = list(_steps(JsonLines(path).read(), sizes))
     if len(steps) <= FIRST_STEPS:
