@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_repro.data.jobs.run import Runner, RunnerArguments, runner_of
-from opensora_repro.data.options import argument, option, parse, parser_of
+from opensora_repro.data.options import argument, option, parser_of
 from opensora_repro.errors import DataError, run_command
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ build_parser = partial(parser_of, Arguments, "data_tools.preview", __doc__)
 
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
-    args = parse(Arguments, build_parser(), argv)
+    args = Arguments(**vars(build_parser().parse_intermixed_args(argv)))  # changes may follow the options
     return run_command(lambda: run(args))
 
 

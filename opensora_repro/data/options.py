@@ -75,7 +75,7 @@ def parser_of(arguments: type, prog: str, description: str | None) -> argparse.A
 
 def parse(arguments: type[T], parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> T:
     """Return the dataclass filled with a command line's words."""
-    return arguments(**vars(parser.parse_intermixed_args(argv)))
+    return arguments(**vars(parser.parse_args(argv)))
 
 
 def options_table(arguments: type) -> str:
