@@ -16,7 +16,7 @@ from opensora_repro.files import one_line
 USER_MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes
 GOES_ON = "the same command goes on from here"
 TRAIN_WITH_LESS = (
-    "Lower train.batch_size and raise train.accumulation by as much (the run stays the same), "
+    "Lower train.batch_size and raise train.accumulation by as much (the run stays the same), or data.packing_tokens, "
     'or set train.activation_checkpointing = "full"; configs/profiles has recipes by a card\'s memory'
 )
 _WRONG_NAME = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)

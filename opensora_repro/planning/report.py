@@ -96,6 +96,8 @@ def _advice(cfg: Config, budget: Budget) -> str:
         if helped:
             return f"with train.activation_checkpointing={kind} {helped[0].overrides} would"
     remedies = ["lower train.batch_size"] * (cfg.train.batch_size > 1) + ["lower vae.micro_batch_size"]
+    if cfg.data.packing_tokens:
+        remedies[0] = "lower data.packing_tokens"
     spread = "text.shard=true, " * (budget.gpus > 1)
     remedies.append(f"set {spread}text.offload=true or optim.offload=true")
     return ", or ".join([*remedies, "take more or larger GPUs"])

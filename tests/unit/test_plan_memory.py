@@ -254,6 +254,19 @@ def one_card(train: TrainConfig, **changes: Any) -> float:
     return step_memory(config, grid, parameters, frozen, Mesh(), encodes=False).peak
 
 
+def test_a_row_bounds_what_a_packed_step_takes() -> None:
+    """However many clips a step has; between its rows gradients stay."""
+    grid, parameters = token_grid(TINY, (4, 2, 8, 8)), count_parameters(TINY)
+
+    def peak(train: TrainConfig, row: int = 0) -> float:
+        config = Config(train=train, data=DataConfig(packing_tokens=row), model=TINY)
+        return step_memory(config, grid, parameters, frozen_sizes(config), Mesh(), encodes=False).peak
+
+    wanted = peak(TrainConfig(batch_size=3, accumulation=2))
+    assert peak(TrainConfig(batch_size=64), row=2 * grid.tokens + 1) == wanted
+    assert peak(TrainConfig(batch_size=3), row=99 * grid.tokens) == wanted
+
+
 @pytest.mark.parametrize("kernels", ["eager", "auto"])
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])
 def test_64_frames_of_512_pixels_on_one_card(checkpointing: str, kernels: str) -> None:
