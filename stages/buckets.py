@@ -113,7 +113,7 @@ def look(cfg: Config) -> list[Entry]:
 
     table = find_manifest(cfg.data.manifest) if cfg.data.manifest else None
     if table is None:
-        print("without a manifest: set data.manifest to see clips and shares of time")
+        print("no manifest yet (data.manifest): clips and shares of time are not known")
         return entries_of(cfg)
     found = survey(table, cfg.data, cfg.data.manifest)
     return entries_of(cfg, [clips * found.rows / found.looked_at for clips in found.clips])

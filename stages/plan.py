@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(as_json(budget), indent=1))
     else:
         if several > 1:
-            print(f"as if all steps were of the heaviest of {several} buckets\n")
+            print(f"as if all steps were of the heaviest of {several} buckets; stages.buckets --plan tells of each\n")
         print("\n".join(report(cfg, budget)))
     return 0
 

@@ -47,7 +47,7 @@ class Entry:
 
     @property
     def name(self) -> str:
-        return f"{self.key.removesuffix('.batch_size')} ({self.bucket})"
+        return f"{self.key.removesuffix('.batch_size')} ({self.bucket})" if self.resolution else str(self.bucket)
 
 
 class Cost(Protocol):

@@ -108,7 +108,7 @@ class Bench:
         cfg = replace(
             cfg,
             train=replace(cfg.train, steps=FIRST_STEPS + TIMED_STEPS + LAST_STEPS),
-            optim=replace(cfg.optim, lr=0.0),  # the weights of random samples would be worth nothing
+            optim=replace(cfg.optim, lr=0.0),  # made-up samples shall not spoil the weights
             sample=replace(cfg.sample, every=0),
         )
         check_fit(cfg, self.encoder.vae, self.encoder.text)
@@ -162,6 +162,8 @@ class Line:
 
     def add(self, batch_size: int, step: Step) -> None:
         """Ascending; beyond the last one nothing is known to fit until `most` is set."""
+        for before in self.steps.values():  # more samples never take less: what else is measured is others' work
+            step = Step(max(step.seconds, before.seconds), max(step.memory, before.memory))
         self.steps[batch_size], self.most = step, batch_size
 
     def seconds(self, batch_size: int) -> float:

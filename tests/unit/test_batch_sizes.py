@@ -212,6 +212,9 @@ def test_one_measured_batch_size_is_a_line_too() -> None:
     line = Line(a_sample=5.0)
     line.add(2, Step(3.0, 30.0))
     assert (line.seconds(4), line.memory(1)) == (6.0, 25.0)
+    line.add(4, Step(2.5, 40.0))  # no sign of faster steps with more samples
+    line.most = 9
+    assert (line.seconds(9), line.memory(6)) == (3.0, 50.0)
 
 
 def test_utilisation_of_a_run_in_buckets(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
