@@ -166,6 +166,16 @@ def test_the_text_stays_as_it_is() -> None:
             with_batch_sizes(text, [2])
 
 
+def test_a_bucket_that_keeps_no_clip_stays_as_it_is(config: Path) -> None:
+    """It would set the time: its samples are the largest."""
+    unused = TEXT.replace("batch_size = 4   # by hand", "keep = 0.0")
+    config.write_text(unused)
+    assert buckets.main([str(config), "--plan", "--gpu", "4090"]) == 0
+    written = load_config(config.with_name("run-buckets.toml")).data.buckets
+    assert written[0].batch_size == 0 and written[1].batch_size > 0
+    assert [entry.key for entry in entries_of(load_config(config))] == [f"data.buckets[{i}].batch_size" for i in (1, 2)]
+
+
 # Measured, as far as it can be without steps; tests/e2e/test_bucket_times.py makes some
 
 
@@ -232,6 +242,14 @@ def test_utilisation_of_a_run_in_buckets(config: Path, capsys: pytest.CaptureFix
 
 
 # Mistakes: one line, exit 2
+
+
+def test_packed_steps_have_no_bucket(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config.write_text("[data]\npacking_tokens = 9000\n[[data.buckets]]\nnum_frames = 1\nresolution = '256'\n")
+    assert "data.packing_tokens = 9000: expected 0, to write a batch size" in refused(capsys, str(config), "--plan")
+    run = write_run(config.parent / "run", load_config(config), [])
+    assert plan.main([str(config), "--measured", str(run)]) == 2
+    assert "the run's steps are packed (data.packing_tokens)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -258,6 +258,11 @@ def test_clips_of_buckets(clip: Path) -> None:
     assert lines[1] == ["8", "x", "192x344", "1", "10.0%", "0.0%", "0.6%", "2", "0.5", "100", "200", "72.4%"]
     assert lines[3] == ["8", "x", "64x64", "5", "47.5%", "21.1%", "27.7%", "4", "1.2", "10", "40", "8.6%"]
     assert len(lines) == 5
+    packed = bucket_rows(found, [14], [(100, 40.0), (100, 40.0), (10, 1.0), (5, 0.5)])
+    assert [(row.samples, row.steps) for row in packed] == [(2, 0.5), (0.5, 0.5), (9.5, 0.5), (2, 0.5)]
+    assert [row.time for row in packed] == [row.time for row in rows]
+    line = list(bucket_table(found, packed))[3].split()
+    assert line[7:11] == ["9.5", "0.5", "10", "95"]
     with pytest.raises(DataError, match=r"1 clips have too few frames for all of data\.buckets, the longest has 15"):
         require_usable(look(clip, {"num_frames": 15}, data=data))
     by_time = dataclasses.replace(data, frame_interval=1, fps=12.0)

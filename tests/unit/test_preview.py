@@ -156,6 +156,18 @@ def test_samples_are_those_of_training(folder: Path) -> None:
     assert flipped == {False, True}
 
 
+def test_a_packed_run_by_time(folder: Path, tmp_path: Path) -> None:
+    """Figures are the dry run's; clips of 12 frames a second show each frame twice."""
+    given = ["data.fps=24", "data.frame_interval=1", "data.packing_tokens=4096", f"text.path={tmp_path / 'gone'}"]
+    given = [*overrides(folder, '[{num_frames = 8, resolution = "48x48"}]'), *given]
+    assert run(folder, tmp_path, *given) == 0
+    source = (tmp_path / "preview.html").read_text(encoding="utf-8")
+    cfg = load_config(folder / "empty.toml", given)
+    assert table_of(source) == dry_run(cfg, folder / "manifest.parquet")
+    assert "taken at 24 fps" in source and "4 of them come again" in source
+    assert "<h3>frames at data.fps = 24</h3>" in source and "so that frames repeat and motion halts" in source
+
+
 def picture(found: dict[str, Any]) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(found["jpeg"])))).astype(int)
 
