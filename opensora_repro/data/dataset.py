@@ -11,6 +11,7 @@ import tempfile
 import threading
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from multiprocessing import connection
@@ -259,20 +260,21 @@ class _Loader(DataLoader[ClipBatch]):
         clips: _Batches = self.dataset  # type: ignore[assignment]
         steps: _Steps = self.sampler  # type: ignore[assignment]
         steps.done = 0
-        while True:
-            batches = self._started()
-            workers = list(batches._workers) if self.num_workers else []
-            ended: set[int] = set()
-            end = partial(_end_stuck, clips.dataset, workers, ended)
-            with watching(clips.readings, clips.dataset.cfg.decode_timeout, end):
-                try:
-                    for batch in batches:
-                        steps.done += 1
-                        yield batch
-                    return
-                except (RuntimeError, MemoryError, OSError, EOFError) as error:
-                    _tell(error, workers, ended)
-            batches._shutdown_workers()
+        with _shared_with_workers() if self.num_workers else nullcontext():
+            while True:
+                batches = self._started()
+                workers = list(batches._workers) if self.num_workers else []
+                ended: set[int] = set()
+                end = partial(_end_stuck, clips.dataset, workers, ended)
+                with watching(clips.readings, clips.dataset.cfg.decode_timeout, end):
+                    try:
+                        for batch in batches:
+                            steps.done += 1
+                            yield batch
+                        return
+                    except (RuntimeError, MemoryError, OSError, EOFError) as error:
+                        _tell(error, workers, ended)
+                batches._shutdown_workers()
 
     def _started(self) -> Any:
         """Start the workers with the job's signals blocked: one that comes before they are set up waits."""
@@ -288,6 +290,17 @@ class _Loader(DataLoader[ClipBatch]):
                 # steps; waiting for the next batch finds it as well, some seconds later.
                 signal.signal(signal.SIGCHLD, on_child)
         return batches
+
+
+@contextmanager
+def _shared_with_workers() -> Iterator[None]:
+    """Meanwhile leave what there is to no collection: it writes to every object, and a forked worker's pages part."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _end_stuck(dataset: ClipDataset, workers: Sequence[Any], ended: set[int], reader: int, row: int) -> None:
@@ -364,7 +377,7 @@ def build_loader(
         num_workers=num_workers,
         pin_memory=pinned,
         prefetch_factor=2 if num_workers else None,
-        worker_init_fn=_settle_worker,
+        worker_init_fn=_outlive_stray_signals,
         generator=torch.Generator(),  # or the loader would draw from the global stream
     )
 
@@ -373,12 +386,7 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def _settle_worker(_worker: int) -> None:
-    gc.freeze()  # what is inherited: a collection would write to all of it, and the pages would be the worker's own
-    _outlive_stray_signals()
-
-
-def _outlive_stray_signals() -> None:
+def _outlive_stray_signals(_worker: int) -> None:
     """Let only the parent end a worker.
 
     A scheduler, or Ctrl-C, signals every process of a job. The parent then finishes its step and saves, for which its
