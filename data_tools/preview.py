@@ -101,7 +101,7 @@ def gather(config: str, cfg: Config, found: Survey, count: int, out: Path, runne
     captions = read_captions(cfg, found, [row["caption"] for row, _ in clips])
     seen = zip(read_samples(clips, cfg.data, cfg.run.seed, out, runner), captions.shown, strict=True)
     buckets = [(bucket, [Sample(row, *next(seen)) for row in rows]) for bucket, rows in shown]
-    marks = {FRAMES + found.at_rate: [found.needed], TOKENS: [cfg.model.model_max_length]}
+    marks: dict[str, list[float]] = {FRAMES + found.at_rate: [found.needed], TOKENS: [cfg.model.model_max_length]}
     marks |= {RATES: [cfg.data.fps]} if cfg.data.fps else {}
     return Preview(
         config, cfg.run.seed, found, buckets, lost, [*warnings(found), *captions.lines], captions.not_read,

@@ -230,7 +230,8 @@ class _Batches(Dataset[ClipBatch]):
             with self.readings.reading(reader, index):
                 return self.dataset.load(epoch, index, shape)
 
-        return ClipBatch((load(*pair, shape) for pair, shape in zip(pairs, shapes, strict=True)), shape)
+        samples = zip(pairs, shapes, strict=True)
+        return ClipBatch((load(epoch, index, shape) for (epoch, index), shape in samples), shape)
 
 
 class _Steps:
