@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -26,9 +26,10 @@ from opensora_repro.config import DataConfig
 from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.sample_frames import choose_frames, frames_at_rate, pick, rate_of
 from opensora_repro.data.sampler import Shape, keyed_generator
-from opensora_repro.data.stuck import Readings, watching
 from opensora_repro.data.video import DecodeError, Size, read_frames_at
 
+IDLE = -1  # instead of a row that is read
+LOOKS, LONGEST_PAUSE = 4, 1.0  # looks at a reading within its limit at least; seconds between two of them at most
 JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # what a terminal or a scheduler sends to every process of a job
 
 
@@ -214,6 +215,59 @@ class BatchSource(Protocol):
     def batch(self, step: int, /) -> list[tuple[int, int]]: ...
 
 
+class Readings:
+    """Which row of the manifest each reader is at, for all processes to see."""
+
+    def __init__(self, num_readers: int) -> None:
+        # Row and number of the reading: a reader may come back to the same row.
+        self._rows = torch.full((num_readers, 2), IDLE, dtype=torch.int64).share_memory_()
+
+    @contextmanager
+    def reading(self, reader: int, row: int) -> Iterator[None]:
+        mine = self._rows[reader].numpy()
+        mine[1] += 1
+        mine[0] = row
+        try:
+            yield
+        finally:
+            mine[0] = IDLE
+
+    def now(self) -> list[tuple[int, int]]:
+        """Return (row or IDLE, number of the reading) of each reader."""
+        return [(int(row), int(number)) for row, number in self._rows.numpy()]
+
+
+@contextmanager
+def _watching(readings: Readings, limit: float, end: Callable[[int, int], None]) -> Iterator[None]:
+    """Meanwhile call `end(reader, row)`, in a thread, once for a reading that takes `limit` seconds; 0: never.
+
+    A decoder that hangs cannot be asked. The thread counts its own looks, not the clock, so that a job that was stopped
+    as a whole is not taken for a stuck one.
+    """
+    over = threading.Event()
+    pause = min(LONGEST_PAUSE, limit / LOOKS)
+
+    def watch() -> None:
+        seen = readings.now()
+        looks = [0] * len(seen)
+        while not over.wait(pause):
+            for reader, now in enumerate(readings.now()):
+                looks[reader] = looks[reader] + 1 if now == seen[reader] and now[0] != IDLE else 0
+                if looks[reader] == round(limit / pause):
+                    end(reader, now[0])
+                seen[reader] = now
+
+    thread = threading.Thread(target=watch, daemon=True)
+    if limit:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        if limit:
+            thread.join()
+
+
 class _Batches(Dataset[ClipBatch]):
     """Map from a micro-batch's (epoch, index) pairs to its samples: what a worker process computes."""
 
@@ -267,7 +321,7 @@ class _Loader(DataLoader[ClipBatch]):
                 workers = list(batches._workers) if self.num_workers else []
                 ended: set[int] = set()
                 end = partial(_end_stuck, clips.dataset, workers, ended)
-                with watching(clips.readings, clips.dataset.cfg.decode_timeout, end):
+                with _watching(clips.readings, clips.dataset.cfg.decode_timeout, end):
                     try:
                         for batch in batches:
                             steps.done += 1

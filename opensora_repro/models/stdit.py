@@ -312,7 +312,8 @@ class STDiT(nn.Module):
         dtype = self.x_embedder.proj.weight.dtype
         frames, places, dim = x.shape[1:]
         # PixArt stretches the longer side's positions back to a square; STDiT does not.
-        x = x + spatial_table(dim, rows, places // rows, cfg.space_scale, cfg.stretched_to(places), x.device, dtype)
+        base_size = None if cfg.temporal_attention else cfg.stretched_to(places)
+        x = x + spatial_table(dim, rows, places // rows, cfg.space_scale, base_size, x.device, dtype)
         if not cfg.temporal_attention and cfg.no_temporal_pos_emb:
             return x, None
         temporal = temporal_table(dim, first + frames, cfg.time_scale, x.device, dtype)[first:]

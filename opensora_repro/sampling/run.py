@@ -215,7 +215,7 @@ class SamplingRun:
                 if mesh.member:
                     continue  # the group's first process writes
                 for name in reversed(folder.files(index)):  # its own file last: once that is there, all are
-                    write_sample(self.out / name, video, sample_fps(cfg))
+                    write_sample(self.out / name, video, folder.settings["fps"])
                 written.append(index)
                 if mesh.world_size == 1:
                     folder.write(before | set(written))
