@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import fcntl
 import multiprocessing
 import os
 import pickle
@@ -27,7 +28,6 @@ from opensora_repro.data.sampler import BatchSampler, Schedule, Shape, everythin
 from opensora_repro.data.video import cover_size, read_frames_at
 from opensora_repro.training.fill import load_listed
 from tests.frames import write_manifest
-from tests.made_streams import write_numbered
 
 CONFIG = DataConfig(num_frames=4, frame_interval=2, height=48, width=40, num_workers=0)
 CAPTIONS = ["a walk", "a bright day", "turning left", "a ride"]
@@ -253,28 +253,30 @@ def test_memory_and_files_stay_bounded(manifest: Path) -> None:
 
 
 @pytest.fixture
-def with_stuck(manifest: Path, tmp_path: Path) -> Path:
-    """The manifest with a row more, of a file that decoding does not get through: a terabyte follows its last frame."""
-    endless = tmp_path / "endless.mkv"
-    write_numbered(endless, range(20))
-    os.truncate(endless, 1 << 40)  # holes: it takes no room
+def with_stuck(manifest: Path, tmp_path: Path) -> Iterator[Path]:
+    """The manifest with a row more, of a file that nobody gets open: for 45 s Linux lets others wait for a lease."""
+    leased = tmp_path / "leased.mp4"
     frame = pd.read_parquet(manifest)
-    row = {**frame.iloc[0].to_dict(), "id": "stuck", "path": str(endless), "num_frames": 20}
-    rows = pd.concat([frame.iloc[:2], pd.DataFrame([row]), frame.iloc[2:]], ignore_index=True)
-    write_manifest(rows, tmp_path / "manifest.parquet")
-    return tmp_path / "manifest.parquet"
+    leased.write_bytes(Path(frame["path"][0]).read_bytes())
+    row = pd.DataFrame([{**frame.iloc[0].to_dict(), "id": "stuck", "path": str(leased)}])
+    write_manifest(pd.concat([frame.iloc[:2], row, frame.iloc[2:]], ignore_index=True), tmp_path / "manifest.parquet")
+    told = signal.signal(signal.SIGIO, signal.SIG_IGN)  # that somebody waits
+    with leased.open("r+b") as holder:
+        fcntl.fcntl(holder, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        yield tmp_path / "manifest.parquet"
+    signal.signal(signal.SIGIO, told)
 
 
 def test_a_loader_stuck_in_a_file_is_replaced(manifest: Path, with_stuck: Path) -> None:
-    dataset = ClipDataset(with_stuck, replace(CONFIG, decode_timeout=3.0), 5)
+    dataset = ClipDataset(with_stuck, replace(CONFIG, decode_timeout=5), 5)
     whole = ClipDataset(manifest, CONFIG, 5)
     expected = {s.id: s for s in (whole.load(0, index) for index in range(len(whole)))}
     for _ in range(2):  # the second time nobody tries that file
         samples = list(load_listed(dataset, range(9), [dataset.shape] * 9, 2))
         assert [s.id for s in samples] == column(dataset, "id")
         (stuck,) = [s for s in samples if s.id == "stuck"]
-        assert isinstance(stuck, BadSample) and stuck.path.endswith("endless.mkv")
-        assert stuck.reason == "its reading did not end within data.decode_timeout = 3 seconds"
+        assert isinstance(stuck, BadSample) and stuck.path.endswith("leased.mp4")
+        assert stuck.reason == "its reading did not end within data.decode_timeout = 5 seconds"
         assert all(same(s, expected[s.id]) for s in samples if s.id != "stuck")
         assert dataset.stuck == {stuck.path}
 
@@ -282,7 +284,7 @@ def test_a_loader_stuck_in_a_file_is_replaced(manifest: Path, with_stuck: Path) 
 def test_a_process_stuck_in_a_file_ends_with_its_name(with_stuck: Path, tmp_path: Path) -> None:
     def read_all() -> None:
         sys.stderr = (tmp_path / "log").open("w")
-        dataset = ClipDataset(with_stuck, replace(CONFIG, decode_timeout=3.0), 5)
+        dataset = ClipDataset(with_stuck, replace(CONFIG, decode_timeout=5), 5)
         list(load_listed(dataset, range(9), [dataset.shape] * 9, 0))
 
     process = multiprocessing.get_context("fork").Process(target=read_all)
@@ -290,4 +292,4 @@ def test_a_process_stuck_in_a_file_ends_with_its_name(with_stuck: Path, tmp_path
     process.join(60)
     (line,) = (tmp_path / "log").read_text().splitlines()
     assert process.exitcode == 1
-    assert "endless.mkv has not ended within data.decode_timeout = 3 seconds" in line and line.startswith("error: ")
+    assert "leased.mp4 has not ended within data.decode_timeout = 5 seconds" in line and line.startswith("error: ")
