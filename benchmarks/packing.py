@@ -105,7 +105,9 @@ def measure(sizes: Sizes, seconds: float, *, one_thread: bool = False) -> dict[s
     import torch
 
     from opensora_repro.models.packing import PackedSTDiT
+    from opensora_repro.process import keep_freed_memory
 
+    keep_freed_memory()  # as our commands do
     torch.manual_seed(0)
     model = random_weights(PackedSTDiT(sizes.config)).train()
     buckets = bucket_passes()
