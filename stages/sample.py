@@ -55,7 +55,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("by default as in the checkpoint's config, or its release's").add_argument
     add("--steps", type=int, metavar="N", help="denoising steps (sample.steps)")
     add("--guidance", type=float, metavar="X", help="classifier-free guidance; 1 is none (sample.guidance)")
-    add("--sampler", choices=("iddpm", "ddim", "dpm", "euler"), help="(sample.sampler)")
+    add("--sampler", choices=("iddpm", "ddim", "dpm", "euler", "ab2"), help="(sample.sampler)")
     add("--num-frames", type=int, metavar="N", help="frames; 1 writes a png (data.num_frames)")
     add("--height", type=int, metavar="N", help="pixels (data.height)")
     add("--width", type=int, metavar="N", help="pixels (data.width)")

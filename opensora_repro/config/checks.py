@@ -44,7 +44,7 @@ _CHOICES = {
     "train.kernels": ("auto", "eager", "triton"),
     "train.compile": ("auto", "on", "off"),
     "train.activation_checkpointing": ACTIVATION_CHECKPOINTING,
-    "sample.sampler": ("iddpm", "ddim", "dpm", "euler"),
+    "sample.sampler": ("iddpm", "ddim", "dpm", "euler", "ab2"),
 }
 
 
@@ -122,7 +122,9 @@ def _check_together(config: Config, require: Any) -> None:
     if config.diffusion.objective == "iddpm":
         require("model.pred_sigma", model.pred_sigma, "true with diffusion.objective = iddpm (it learns the variance)")
         sampler, steps = config.sample.sampler, config.sample.steps
-        require("sample.sampler", sampler != "euler", "iddpm, ddim or dpm with diffusion.objective = iddpm")
+        require(
+            "sample.sampler", sampler not in ("euler", "ab2"), "iddpm, ddim or dpm with diffusion.objective = iddpm"
+        )
         require("sample.steps", steps <= 1000 or sampler == "dpm", f"at most 1000 with sample.sampler = {sampler}")
 
 

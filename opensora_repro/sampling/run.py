@@ -14,6 +14,7 @@ from opensora_repro.config import Config, ConfigError, ParallelConfig
 from opensora_repro.config.sections import sample_fps
 from opensora_repro.data.write import write_sample
 from opensora_repro.diffusion.gaussian import NUM_TRAIN_STEPS
+from opensora_repro.diffusion.samplers import FLOW_SAMPLERS
 from opensora_repro.frozen.text import ClassLabels, ConditionEncoder, T5Text
 from opensora_repro.kernels.ops import choose
 from opensora_repro.parallel.build import build_shards, check_shards
@@ -38,8 +39,8 @@ def with_options(
     `sizes`: num_frames, height, width, steps, guidance, fps and dtype.
     """
     flow = cfg.diffusion.objective == "flow"
-    if sampler is not None and (sampler == "euler") != flow:
-        fitting = "euler" if flow else "iddpm, ddim or dpm"
+    if sampler is not None and (sampler in FLOW_SAMPLERS) != flow:
+        fitting = "euler or ab2" if flow else "iddpm, ddim or dpm"
         raise ConfigError(f"--sampler {sampler}: this {cfg.diffusion.objective} model needs {fitting}")
 
     def given(section: Any, **options: Any) -> Any:
@@ -50,7 +51,7 @@ def with_options(
         data=given(cfg.data, **{key: sizes[key] for key in ("num_frames", "height", "width")}),
         sample=given(
             cfg.sample,
-            sampler="euler" if flow else sampler,
+            sampler=(sampler or ("ab2" if cfg.sample.sampler == "ab2" else "euler")) if flow else sampler,
             **{key: sizes[key] for key in ("steps", "guidance", "fps")},
         ),
         vae=given(cfg.vae, path=vae),

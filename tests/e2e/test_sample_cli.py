@@ -160,7 +160,10 @@ MISTAKES = {
         "height 30 and width 46 must be",
     ),
     "no frames": (["{home}/flow", "--prompt", "x", "--num-frames", "0"], "--num-frames 0: expected at least 1"),
-    "sampler": (["{home}/flow", "--prompt", "x", "--sampler", "dpm"], "--sampler dpm: this flow model needs euler"),
+    "sampler": (
+        ["{home}/flow", "--prompt", "x", "--sampler", "dpm"],
+        "this flow model needs euler or ab2",
+    ),
     "euler": (["{home}/iddpm", "--prompt", "x", "--sampler", "euler"], "this iddpm model needs iddpm, ddim or dpm"),
     "guidance": (["{home}/flow", "--prompt", "x", "--guidance", "nan"], "--guidance nan: expected a finite number"),
     "steps": (["{home}/iddpm", "--prompt", "x", "--sampler", "ddim", "--steps", "1001"], "trained with 1000"),

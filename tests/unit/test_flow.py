@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from statistics import NormalDist
 
@@ -20,7 +21,7 @@ from opensora_repro.diffusion.flow import (
     shift_time,
 )
 from opensora_repro.diffusion.gaussian import GaussianDiffusion, build_objective
-from opensora_repro.diffusion.samplers import euler_sample
+from opensora_repro.diffusion.samplers import ab2_sample, euler_sample
 from opensora_repro.models.layers import count_tokens
 
 
@@ -140,9 +141,10 @@ def test_unknown_objective_is_named() -> None:
         build_objective(DiffusionConfig(objective="ddpm"))
 
 
+@pytest.mark.parametrize("follow", [euler_sample, ab2_sample])
 @pytest.mark.parametrize("steps", [1, 2, 7])
-def test_a_point_target_is_reached_in_any_number_of_steps(steps: int) -> None:
-    """With one data point every path is straight, so Euler steps of any size are exact."""
+def test_a_point_target_is_reached_in_any_number_of_steps(steps: int, follow: Callable[..., Tensor]) -> None:
+    """With one data point every path is straight, so steps of any size are exact."""
     target, noise = torch.randn(4, 2, 3, 3), torch.randn(2, 4, 2, 3, 3)
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
@@ -150,11 +152,12 @@ def test_a_point_target_is_reached_in_any_number_of_steps(steps: int) -> None:
 
     times = RectifiedFlow(shift=3.0).sampling_times(steps, 1)
     assert times.shape == (steps + 1,) and times[0] == 1 and times[-1] == 0
-    torch.testing.assert_close(euler_sample(velocity, noise, times), target.expand_as(noise), rtol=0, atol=1e-5)
+    torch.testing.assert_close(follow(velocity, noise, times), target.expand_as(noise), rtol=0, atol=1e-5)
 
 
-def test_a_gaussian_target_is_reached_to_first_order() -> None:
-    """Data N(m, s^2): the exact flow maps noise n to m + s n, and Euler's error falls with the step."""
+@pytest.mark.parametrize(("follow", "left"), [(euler_sample, 0.6), (ab2_sample, 0.3)])
+def test_a_gaussian_target_is_reached_to_the_order(follow: Callable[..., Tensor], left: float) -> None:
+    """Data N(m, s^2): the exact flow maps noise n to m + s n; half the step leaves half the error, or a quarter."""
     m, s = 0.7, 0.3
     noise = torch.randn(2, 4, 2, 3, 3, dtype=torch.float64)
 
@@ -164,9 +167,9 @@ def test_a_gaussian_target_is_reached_to_first_order() -> None:
         return -m + (x - (1 - t) * m) * (t - (1 - t) * s**2) / spread
 
     errors = [
-        (euler_sample(velocity, noise, RectifiedFlow(shift=1.0).sampling_times(n, 1)) - (m + s * noise)).abs().max()
+        (follow(velocity, noise, RectifiedFlow(shift=1.0).sampling_times(n, 1)) - (m + s * noise)).abs().max()
         for n in (20, 40, 80, 160)
     ]
     assert errors[0] < 0.3
     for coarse, fine in pairwise(errors):
-        assert fine < 0.6 * coarse
+        assert fine < left * coarse

@@ -156,7 +156,8 @@ def sample(model: STDiT | DiT, rows: list[int], *, objective: str, sampler: str,
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("model_class", [STDiT, DiT])
 @pytest.mark.parametrize(
-    ("objective", "sampler"), [("flow", "euler"), ("iddpm", "iddpm"), ("iddpm", "ddim"), ("iddpm", "dpm")]
+    ("objective", "sampler"),
+    [("flow", "euler"), ("flow", "ab2"), ("iddpm", "iddpm"), ("iddpm", "ddim"), ("iddpm", "dpm")],
 )
 def test_every_sampler_and_model(objective: str, sampler: str, model_class: type[STDiT | DiT], bf16: bool) -> None:
     torch.manual_seed(0)

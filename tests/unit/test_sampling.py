@@ -72,7 +72,7 @@ def sample(
     )
 
 
-ALL = [("flow", "euler"), ("iddpm", "iddpm"), ("iddpm", "ddim"), ("iddpm", "dpm")]
+ALL = [("flow", "euler"), ("flow", "ab2"), ("iddpm", "iddpm"), ("iddpm", "ddim"), ("iddpm", "dpm")]
 
 
 @pytest.mark.parametrize(("objective", "sampler"), ALL)
