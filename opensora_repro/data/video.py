@@ -428,14 +428,14 @@ def _read_run(
     wanted is drained from the decoder instead of pushed out by those that follow.
     """
     position, reached = index.key_position(key), False
-    wanted = {index.times[i] for i in run}
-    to_send, sent, pictures = set(wanted), set(), []
+    asked_times = {index.times[i] for i in run}
+    to_send, sent, pictures = set(asked_times), set(), []
     sparing = codec.name == "h264" and codec.field_order == PROGRESSIVE
     length_size = _length_size(codec) if sparing else 0
     for packet in packets:
         if not packet.size and packet.dts is not None:
             continue  # shows nothing new; the last one is empty, too: it flushes the decoder
-        if sparing and packet.size and packet.pts not in wanted and _is_spare(memoryview(packet), length_size):
+        if sparing and packet.size and packet.pts not in asked_times and _is_spare(memoryview(packet), length_size):
             continue
         frames = packet.decode()
         sent.add(packet.pts)
@@ -453,7 +453,7 @@ def _read_run(
             if frame.pts != expected:
                 return None
             reached = True
-            if expected in wanted:
+            if expected in asked_times:
                 pictures.append(to_picture(frame))
                 if len(pictures) == len(run):
                     return pictures
@@ -498,9 +498,9 @@ def _unit_headers(data: memoryview, length_size: int) -> Iterator[int]:
 def _read_by_count(
     container: Any, stream: Any, indices: Sequence[int], to_picture: PictureConverter
 ) -> list[np.ndarray]:
-    wanted, pictures = set(indices), []
+    asked, pictures = set(indices), []
     for position, frame in enumerate(decoded_frames(container, stream)):
-        if position in wanted:
+        if position in asked:
             pictures.append(to_picture(frame))
         if position == indices[-1]:
             break

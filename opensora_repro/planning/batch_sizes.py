@@ -147,12 +147,12 @@ def balance(
     source = "as asked for"
     if seconds is None:
         first = max(entries, key=lambda entry: entry.flops)
-        wanted = min(first.bucket.batch_size, most or first.bucket.batch_size)
-        cost = known[first.key] = cost_of(first, math.inf, wanted)
+        configured = min(first.bucket.batch_size, most or first.bucket.batch_size)
+        cost = known[first.key] = cost_of(first, math.inf, configured)
         require_one(first, cost, limit)
-        own = largest(lambda count: count <= wanted and cost.memory(count) <= limit)
+        own = largest(lambda count: count <= configured and cost.memory(count) <= limit)
         seconds, source = cost.seconds(own), f"as of {first.name} at batch size {own}"
-        source += f", as {first.bucket.batch_size} do not fit" if own < wanted else ""
+        source += f", as {first.bucket.batch_size} do not fit" if own < configured else ""
     say(f"aim: {duration(seconds)} a step, {source}; at most {size(limit)} a process")
     return [
         choose(entry, known.get(entry.key) or cost_of(entry, seconds, most), seconds, limit, most) for entry in entries
