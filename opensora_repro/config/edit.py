@@ -34,9 +34,10 @@ def _is_toml(lines: Sequence[str]) -> bool:
 
 
 def with_batch_sizes(text: str, batch_sizes: Sequence[int | None]) -> str:
-    """The config with these batch sizes of its `[[data.buckets]]`, or without any with the one of `[train]`.
+    """The config with these batch sizes of its buckets, or without any with the one of `[train]`.
 
-    None: a bucket's stays as it stands. Raises ConfigError where they are written in another way.
+    Buckets are `[[data.buckets]]`, or rows `{ ... }` of `buckets` in `[data]`. None: a bucket's stays as it stands.
+    Raises ConfigError where they are written in another way.
     """
     expected = tomllib.loads(text)
     buckets = expected.get("data", {}).get("buckets", [])
@@ -47,6 +48,8 @@ def with_batch_sizes(text: str, batch_sizes: Sequence[int | None]) -> str:
     lines = text.splitlines(keepends=True)
     pattern = r"\s*\[\[\s*data\s*\.\s*buckets\s*\]\]" if buckets else r"\s*\[\s*train\s*\]"
     headers = [number for number, line in enumerate(lines) if re.match(pattern, line)]
+    if buckets and not headers:
+        lines = _with_rows(lines, batch_sizes)
     if not buckets and not headers:
         headers, lines = [len(lines) + 1], [*lines, "\n", "[train]\n"]
     for header, batch_size in reversed(list(zip(headers, batch_sizes, strict=False))):
@@ -59,9 +62,29 @@ def with_batch_sizes(text: str, batch_sizes: Sequence[int | None]) -> str:
             lines[place[0]] = re.sub(r"(=\s*)[\w+]+", rf"\g<1>{batch_size}", lines[place[0]], count=1)
     found = "".join(lines)
     if len(tables) != len(batch_sizes) or not _is_toml([found]) or tomllib.loads(found) != expected:
-        where = "[[data.buckets]] with a line for each key" if buckets else "[train] with a line batch_size = N"
+        rows = "[[data.buckets]] with a line for each key, or buckets = [{ ... }, ...] in [data]"
+        where = rows if buckets else "[train] with a line batch_size = N"
         raise ConfigError(f"the batch sizes cannot be written into the config: expected {where}")
     return found
+
+
+def _with_rows(lines: list[str], batch_sizes: Sequence[int | None]) -> list[str]:
+    """Lines with the batch sizes in the inline tables of `buckets` in `[data]`."""
+    header = next((number for number, line in enumerate(lines) if re.match(r"\s*\[\s*data\s*\]", line)), len(lines))
+    place = find(lines, header, "buckets")
+    if place is None:
+        return lines
+    sizes = iter(batch_sizes)
+
+    def put(row: re.Match[str]) -> str:
+        size = next(sizes, None)
+        if size is None:
+            return row[0]
+        text, found = re.subn(r"\b(batch_size\s*=\s*)[\w+]+", rf"\g<1>{size}", row[0])
+        return text if found else re.sub(r"\s*\}$", f", batch_size = {size} }}", row[0])
+
+    first, end = place
+    return [*lines[:first], re.sub(r"\{[^{}]*\}", put, "".join(lines[first:end])), *lines[end:]]
 
 
 def _insert(lines: list[str], header: int, text: str) -> None:

@@ -13,7 +13,7 @@ from typing import Protocol
 from opensora_repro.config import Config, ConfigError
 from opensora_repro.data.buckets import Bucket, Rule, as_one_size, buckets_of, kept_buckets
 from opensora_repro.parallel.mesh import Mesh
-from opensora_repro.planning.budget import step_flops
+from opensora_repro.planning.budget import bucket_costs, step_flops
 from opensora_repro.planning.encoders import frozen_sizes
 from opensora_repro.planning.fit import needed_memory
 from opensora_repro.planning.flops import forward_products
@@ -21,9 +21,7 @@ from opensora_repro.planning.gpus import Gpu
 from opensora_repro.planning.report import duration, number, size
 from opensora_repro.planning.sizes import latent_shape, token_grid
 
-NEAR = math.sqrt(1.5)  # from the time aimed at, up or down: so any two steps are within 1.5 x of each other
-
-
+TOLERANCE = math.sqrt(1.5)  # of the time aimed at, up or down: so any two steps are within 1.5 x of each other
 SINGLE_SAMPLES = "single samples"  # are too long for a time between one's and two's, or below one's
 
 
@@ -81,27 +79,20 @@ def entries_of(cfg: Config, clips: Sequence[float] | None = None) -> list[Entry]
 
     Raises ConfigError.
     """
-    buckets, kept = buckets_of(cfg), set(kept_buckets(cfg))
+    buckets, kept, costs = buckets_of(cfg), set(kept_buckets(cfg)), bucket_costs(cfg)
     numbers = Rule(cfg.data, cfg.train.batch_size).entries if cfg.data.buckets else (0,)
     found = []
     for own in range(max(numbers) + 1):
         places = [place for place, entry in enumerate(numbers) if entry == own]
         if not any(buckets[place] in kept for place in places):
             continue
-        tokens, flops, place = max((*_of_sample(cfg, buckets[place]), place) for place in places)
+        tokens, flops, place = max((*costs[place], place) for place in places)
         key, resolution = "train.batch_size", ""
         if cfg.data.buckets:
             key, resolution = f"data.buckets[{own}].batch_size", cfg.data.buckets[own].resolution
         count = None if clips is None else sum(clips[place] for place in places)
         found.append(Entry(key, resolution, buckets[place], len(places), tokens, flops, count))
     return found
-
-
-def _of_sample(cfg: Config, bucket: Bucket) -> tuple[int, float]:
-    """Tokens, and all FLOPs of its part of a step."""
-    cfg = of_one_size(cfg, bucket, 1)
-    grid = token_grid(cfg.model, latent_shape(cfg))
-    return grid.tokens, sum(step_flops(cfg, forward_products(cfg.model, grid), frozen_sizes(cfg), 1))
 
 
 class Formula:
@@ -176,7 +167,7 @@ def choose(entry: Entry, cost: Cost, aim: float, limit: float, most: int | None)
     bound = held(found + 1)
     if not bound and above * below < 1:
         found, below = found + 1, above
-    if 1 / NEAR <= below <= NEAR:
+    if 1 / TOLERANCE <= below <= TOLERANCE:
         return Choice(entry, cost, found)
     return Choice(entry, cost, found, bound if bound and below < 1 else SINGLE_SAMPLES)
 

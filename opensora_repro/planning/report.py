@@ -95,9 +95,9 @@ def _advice(cfg: Config, budget: Budget) -> str:
         helped = [fit for fit in budget.layouts if kind in fit.peaks and fit.peaks[kind] <= usable]
         if helped:
             return f"with train.activation_checkpointing={kind} {helped[0].overrides} would"
-    remedies = ["lower train.batch_size"] * (cfg.train.batch_size > 1) + ["lower vae.micro_batch_size"]
-    if cfg.data.packing_tokens:
-        remedies[0] = "lower data.packing_tokens"
+    packed = cfg.data.packing_tokens > 0
+    smaller = ["lower data.packing_tokens"] if packed else ["lower train.batch_size"] * (cfg.train.batch_size > 1)
+    remedies = [*smaller, "lower vae.micro_batch_size"]
     spread = "text.shard=true, " * (budget.gpus > 1)
     remedies.append(f"set {spread}text.offload=true or optim.offload=true")
     return ", or ".join([*remedies, "take more or larger GPUs"])

@@ -46,12 +46,14 @@ def with_options(
     def given(section: Any, **options: Any) -> Any:
         return replace(section, **{key: value for key, value in options.items() if value is not None})
 
+    if flow and sampler is None and cfg.sample.sampler not in FLOW_SAMPLERS:
+        sampler = "euler"
     cfg = replace(
         cfg,
         data=given(cfg.data, **{key: sizes[key] for key in ("num_frames", "height", "width")}),
         sample=given(
             cfg.sample,
-            sampler=(sampler or ("ab2" if cfg.sample.sampler == "ab2" else "euler")) if flow else sampler,
+            sampler=sampler,
             **{key: sizes[key] for key in ("steps", "guidance", "fps")},
         ),
         vae=given(cfg.vae, path=vae),

@@ -13,7 +13,7 @@ from opensora_repro.config import ConfigError, load_config
 from opensora_repro.config.edit import with_batch_sizes
 from opensora_repro.data.buckets import Bucket
 from opensora_repro.parallel.mesh import Mesh
-from opensora_repro.planning.batch_sizes import NEAR, Formula, balance, choose, entries_of
+from opensora_repro.planning.batch_sizes import TOLERANCE, Formula, balance, choose, entries_of
 from opensora_repro.planning.gpus import find_gpu
 from opensora_repro.training.measure import Bench, Line, OutOfMemory, Step, explore
 from stages import buckets, plan
@@ -122,7 +122,7 @@ def test_choices_are_within_one_and_a_half_unless_bounded(config: Path) -> None:
         for start in (0.0, 0.2):
             cost = Even(each, start)
             found = choose(entry, cost, 1.0, 2.0**40, None)
-            near = 1 / NEAR <= cost.seconds(found.batch_size) <= NEAR
+            near = 1 / TOLERANCE <= cost.seconds(found.batch_size) <= TOLERANCE
             assert near == (found.held_by == ""), (each, start, found)
             assert near or found.batch_size <= 2
     assert choose(entry, Even(), 10.0, 7.5 * 2**30, None).held_by == "memory"
@@ -161,9 +161,38 @@ def test_the_text_stays_as_it_is() -> None:
     windows = TEXT.replace("\n", "\r\n")
     assert with_batch_sizes(windows, [7, 8, 90]) == expected.replace("\n", "\r\n")
     assert with_batch_sizes("[train]\n  batch_size = 1_0 # x", [3]) == "[train]\n  batch_size = 3 # x"
-    for text in ("[data]\nbuckets = [{num_frames = 1, resolution = '256'}]", "train.batch_size = 3"):
+    for text in ("data.buckets = [{num_frames = 1, resolution = '256'}]", "train.batch_size = 3"):
         with pytest.raises(ConfigError, match="cannot be written into the config"):
             with_batch_sizes(text, [2])
+
+
+def test_rows_of_buckets_stay_as_they_are() -> None:
+    rows = """[data]
+fps = 8.0
+buckets = [  # two
+    { num_frames = 1, resolution = "256", ratios = ["1:1", "3:2"], batch_size = 475, keep = 1.0 },  # pictures
+    { num_frames = 16, resolution = "256" },
+    { batch_size=2, num_frames = 32, resolution = "256" },
+]
+
+[train]
+batch_size = 5
+"""
+    expected = rows.replace("475", "9").replace("batch_size=2", "batch_size=4")
+    expected = expected.replace('16, resolution = "256" }', '16, resolution = "256", batch_size = 3 }')
+    assert with_batch_sizes(rows, [9, 3, 4]) == expected
+    assert with_batch_sizes(rows, [None, 3, 4]) == expected.replace("= 9,", "= 475,")
+    one_line = "[data]\nbuckets = [{num_frames = 1, resolution = '256'}]\n"
+    assert with_batch_sizes(one_line, [2]) == one_line.replace("'}", "', batch_size = 2 }")
+
+
+@pytest.mark.parametrize("recipe", sorted(Path("configs").glob("[os]*/*.toml")), ids=str)
+def test_every_recipe_can_be_written(recipe: Path, tmp_path: Path) -> None:
+    cfg, path = load_config(recipe), tmp_path / "recipe.toml"
+    path.write_text(with_batch_sizes(recipe.read_text(), [7] * (len(cfg.data.buckets) or 1)))
+    written = load_config(path)
+    assert {bucket.batch_size for bucket in written.data.buckets} <= {7}
+    assert cfg.data.buckets or written.train.batch_size == 7
 
 
 def test_a_bucket_that_keeps_no_clip_stays_as_it_is(config: Path) -> None:

@@ -28,7 +28,6 @@ PIXELS = 96 * 170  # of a frame on the page
 QUALITY = 74
 SEEN = 0.02  # share of a picture from which on what is cut away is shown
 EDGE = (255, 176, 32)
-PATIENCE = 120.0  # seconds for a clip
 NOT_OF_SAMPLES = (
     "manifest", "val_manifest", "num_workers", "decode_timeout", "cache", "max_bad_fraction", "buckets",
     "packing_tokens",
@@ -46,7 +45,7 @@ def read_samples(
         own = {name: row[name] for name in MANIFEST}
         key = digest([METHOD, EPOCH, {**own, "path": ""}, shape, decides, seed])
         args = {"row": own, "shape": shape, "data": decides, "seed": seed}
-        jobs.append(Job(key, Path(own["path"]).name, args, PATIENCE, (Path(own["path"]),)))
+        jobs.append(Job(key, Path(own["path"]).name, args, data.decode_timeout or None, (Path(own["path"]),)))
     if not jobs:
         return []
     with Records(out) as records:
