@@ -205,7 +205,7 @@ def measure_memory(clips: Sequence[Path], rows: int, samples: int) -> dict[str, 
     names = [f"clip {row}" for row in range(rows)]
     columns = {"id": names, "path": [str(clips[row % len(clips)]) for row in range(rows)]}
     columns["caption"] = [f"a scene like no other, number {row}, in a caption of some length" for row in range(rows)]
-    table = pa.table({**columns, "num_frames": pa.repeat(4, rows)})
+    table = pa.table({**columns, "num_frames": pa.repeat(4, rows), "fps": pa.repeat(float(FPS), rows)})
     dataset = ClipDataset(table, DataConfig(num_frames=2, height=32, width=32), seed=0)
     size = samples // 100
     sampler = BatchSampler(Schedule(everything(rows), [size], 0), [dataset.shape])
