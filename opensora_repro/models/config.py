@@ -59,6 +59,72 @@ class STDiTConfig:
 
 
 @dataclass(frozen=True)
+class STDiT2Config:
+    """Open-Sora 1.1's network; the defaults are the published XL/2 size, names as in its constructor."""
+
+    architecture: str = "stdit2"
+    in_channels: int = 4  # channels of the latents
+    patch_size: tuple[int, int, int] = (1, 2, 2)  # latent frames, rows and columns in a token
+    hidden_size: int = 1152  # channels of a token
+    depth: int = 28  # blocks
+    num_heads: int = 16  # attention heads
+    mlp_ratio: float = 4.0  # width of the MLP over hidden_size
+    caption_channels: int = 4096  # channels of the text encoder
+    model_max_length: int = 200  # caption tokens; longer captions are cut
+    class_dropout_prob: float = 0.1  # share of training samples that see the null caption, for guidance
+    pred_sigma: bool = True  # also predict the variance (IDDPM): twice the output channels; flow models need none
+    qk_norm: bool = True  # RMSNorm of queries and keys
+    qk_norm_legacy: bool = True  # temporal attention: rotary before the norm, as the published weights have it
+    input_sq_size: int = 512  # side in pixels of the square at which spatial positions count tokens
+    freeze_y_embedder: bool = False  # do not train the caption MLP
+
+    # As STDiTConfig has them
+    conditioning = "t5"
+    num_classes = 0
+    square = False
+    temporal_attention = True
+    # What forward is told of each sample beside its caption and timestep, by name
+    conditions = ("fps", "height", "width", "num_frames", "ar")
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels * (2 if self.pred_sigma else 1)
+
+
+@dataclass(frozen=True)
+class STDiT3Config:
+    """Open-Sora 1.2's network; the defaults are the published XL/2 size, names as in its constructor."""
+
+    architecture: str = "stdit3"
+    in_channels: int = 4  # channels of the latents
+    patch_size: tuple[int, int, int] = (1, 2, 2)  # latent frames, rows and columns in a token
+    hidden_size: int = 1152  # channels of a token
+    depth: int = 28  # pairs of a spatial and a temporal block
+    num_heads: int = 16  # attention heads
+    mlp_ratio: float = 4.0  # width of the MLP over hidden_size
+    caption_channels: int = 4096  # channels of the text encoder
+    model_max_length: int = 300  # caption tokens; longer captions are cut
+    class_dropout_prob: float = 0.1  # share of training samples that see the null caption, for guidance
+    pred_sigma: bool = True  # twice the output channels; flow leaves the second half unused, published weights have it
+    qk_norm: bool = True  # RMSNorm of queries and keys
+    input_sq_size: int = 512  # side in pixels of the square at which spatial positions count tokens
+    freeze_y_embedder: bool = False  # do not train the caption MLP
+    skip_y_embedder: bool = False  # captions come embedded and packed, [1, tokens, hidden_size]
+    only_train_temporal: bool = False  # train the temporal blocks alone
+
+    # As STDiT2Config has them
+    conditioning = "t5"
+    num_classes = 0
+    square = False
+    temporal_attention = True
+    conditions = ("fps", "height", "width")
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels * (2 if self.pred_sigma else 1)
+
+
+@dataclass(frozen=True)
 class DiTConfig:
     """DiT (`factorised=False`) or Latte (`factorised=True`).
 
