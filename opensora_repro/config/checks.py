@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Any
 
 from opensora_repro.config.sections import BucketConfig, Config, ConfigError, DataConfig
-from opensora_repro.models.config import ACTIVATION_CHECKPOINTING
+from opensora_repro.models.config import ACTIVATION_CHECKPOINTING, ARCHITECTURES, TrainedConfig
 
 _AT_LEAST_ONE = {
-    "model": ("in_channels", "hidden_size", "depth", "num_heads", "caption_channels", "model_max_length"),
+    "model": (
+        "in_channels",
+        "hidden_size",
+        "depth",
+        "num_heads",
+        "caption_channels",
+        "model_max_length",
+        "input_sq_size",
+    ),
     "data": ("num_frames", "frame_interval", "height", "width"),
     "vae": ("micro_batch_size",),
     "text": ("micro_batch_size",),
@@ -59,11 +68,11 @@ def check_config(config: Config) -> None:
         if not holds:
             raise ConfigError(f"{name} = {json.dumps(value(name))}: expected {expected}")
 
-    for name in _names(_AT_LEAST_ONE):
+    for name in _names(_AT_LEAST_ONE, config):
         require(name, value(name) >= 1, "at least 1")
-    for name in _names(_AT_LEAST_ZERO):
+    for name in _names(_AT_LEAST_ZERO, config):
         require(name, value(name) >= 0, "0 or more")
-    for name in _names(_ABOVE_ZERO):
+    for name in _names(_ABOVE_ZERO, config):
         require(name, value(name) > 0, "more than 0")
     if config.parallel.plugin == "gemini":
         expected = "parallel.engine=torch parallel.plugin=fsdp, which spreads as much and goes on with its checkpoints"
@@ -85,8 +94,10 @@ def check_config(config: Config) -> None:
     _check_packing(config, require)
 
 
-def _names(keys: dict[str, tuple[str, ...]]) -> Iterator[str]:
-    return (f"{section}.{key}" for section in keys for key in keys[section])
+def _names(keys: dict[str, tuple[str, ...]], config: Config) -> Iterator[str]:
+    """Those of them that the config has: `[model]` has its architecture's."""
+    known = {section: {field.name for field in dataclasses.fields(getattr(config, section))} for section in keys}
+    return (f"{section}.{key}" for section in keys for key in keys[section] if key in known[section])
 
 
 def _check_bucket(buckets: tuple[BucketConfig, ...], index: int) -> None:
@@ -107,11 +118,7 @@ def _check_together(config: Config, require: Any) -> None:
     divides = model.hidden_size % model.num_heads == 0
     require("model.num_heads", divides, f"a divisor of model.hidden_size = {model.hidden_size}")
     require("model.hidden_size", model.hidden_size % 4 == 0, "a multiple of 4 (sine and cosine of rows and columns)")
-    if model.temporal_attention:
-        require("model.size_conditioning", not model.size_conditioning, "false in a video model (PixArt-1024-MS's)")
-        require("model.base_size", not model.base_size, "0 in a video model (PixArt's)")
-    sizes = model.hidden_size % 3 == 0 or not model.size_conditioning
-    require("model.hidden_size", sizes, "a multiple of 3 with model.size_conditioning (height, width and their ratio)")
+    _check_model(config.model, require)
     uniform = data.frame_sampling == "uniform"
     expected = f'0 with data.frame_sampling = "uniform" (of a whole clip {data.num_frames} frames are taken)'
     require("data.fps", not (data.fps and uniform), expected)
@@ -126,6 +133,21 @@ def _check_together(config: Config, require: Any) -> None:
             "sample.sampler", sampler not in ("euler", "ab2"), "iddpm, ddim or dpm with diffusion.objective = iddpm"
         )
         require("sample.steps", steps <= 1000 or sampler == "dpm", f"at most 1000 with sample.sampler = {sampler}")
+
+
+def _check_model(model: TrainedConfig, require: Any) -> None:
+    named = type(model) is ARCHITECTURES.get(model.architecture)
+    require("model.architecture", named, f"what {type(model).__name__} is called")
+    if model.architecture == "stdit" and model.temporal_attention:
+        require("model.size_conditioning", not model.size_conditioning, "false in a video model (PixArt-1024-MS's)")
+        require("model.base_size", not model.base_size, "0 in a video model (PixArt's)")
+    thirds = model.size_conditioning or "ar" in model.conditions
+    told = "size_conditioning" if model.size_conditioning else f'architecture = "{model.architecture}"'
+    expected = f"a multiple of 3 with model.{told} (height, width and their ratio)"
+    require("model.hidden_size", model.hidden_size % 3 == 0 or not thirds, expected)
+    pairs = model.hidden_size // model.num_heads % 2 == 0
+    require("model.num_heads", pairs or not model.rotary, "heads of an even width (rotary positions turn pairs)")
+    require("model.skip_y_embedder", not model.skip_y_embedder, "false in a run, whose captions the model embeds")
 
 
 def _check_memory(config: Config, require: Any) -> None:

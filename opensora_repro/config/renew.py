@@ -8,25 +8,30 @@ import inspect
 import json
 import re
 import sys
-import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 from opensora_repro.config.edit import find
-from opensora_repro.config.sections import BucketConfig, Config
+from opensora_repro.config.sections import BucketConfig, Config, section_classes
 from opensora_repro.config.toml import config_dict, written
 from opensora_repro.files import write_text
+from opensora_repro.models.config import ARCHITECTURES, STDiTConfig
 
 PAGE = """<!-- Made by `make configs` from opensora_repro/config/sections.py. -->
 
 # Config reference
 
-Every key, its default, and what it means. `configs/*.toml` write all of them out.
+Every key, its default, and what it means. `configs/*.toml` write all of them out. `model.architecture` says whose keys
+`[model]` has: those of `"stdit"` stand in the first table, the others' below.
 
-| key | default | |
-|---|---|---|
 """
+TABLE = "| key | default | |\n|---|---|---|\n"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,16 +48,25 @@ def recipes(folder: Path) -> list[Path]:
 
 
 def page() -> str:
-    """The reference: a row a key."""
-    helps, rows = helps_of(Config), []
-    for section, keys in config_dict(Config()).items():
-        rows += [_row(f"{section}.{key}", json.dumps(value), helps[section][key]) for key, value in keys.items()]
+    """The reference: a row a key, and a table more for each other kind of model."""
+    tables = [PAGE + TABLE + "".join(_rows(config_dict(Config()), section_classes()))]
+    for name, model in list(ARCHITECTURES.items())[1:]:
+        section = {"model": config_dict(Config(model=model()))["model"]}
+        rows = _rows(section, {"model": model})
+        tables.append(f'\n## `[model]` with `architecture = "{name}"`\n\n' + TABLE + "".join(rows))
+    return "".join(tables)
+
+
+def _rows(sections: dict[str, dict[str, Any]], classes: dict[str, Any]) -> Iterator[str]:
+    helps = helps_of(classes)
+    for section, keys in sections.items():
+        for key, value in keys.items():
+            yield _row(f"{section}.{key}", json.dumps(value), helps[section][key])
         if section == "data":
             of_buckets = dict(comments(BucketConfig))
             for field in dataclasses.fields(BucketConfig):
                 default = "" if field.default is dataclasses.MISSING else json.dumps(field.default)
-                rows.append(_row(f"data.buckets[].{field.name}", default, of_buckets[field.name]))
-    return PAGE + "".join(rows)
+                yield _row(f"data.buckets[].{field.name}", default, of_buckets[field.name])
 
 
 def _row(key: str, default: str, text: str) -> str:
@@ -61,9 +75,10 @@ def _row(key: str, default: str, text: str) -> str:
 
 def complete(text: str) -> str:
     """The config with missing keys at their places, each with its default and comment; all else as it stands."""
-    helps, lines = helps_of(Config), text.splitlines()
+    architecture = tomllib.loads(text).get("model", {}).get("architecture", STDiTConfig.architecture)
+    helps, lines = helps_of(section_classes(architecture)), text.splitlines()
     end = len(lines)  # of the section before
-    for section, keys in written(Config()).items():
+    for section, keys in written(Config(model=ARCHITECTURES[architecture]())).items():
         header = next((i for i, line in enumerate(lines) if re.match(rf"\[{section}\]\s*(#|$)", line)), None)
         if header is None:
             lines[end:end] = ["", f"[{section}]"]
@@ -78,9 +93,9 @@ def complete(text: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def helps_of(config: type) -> dict[str, dict[str, str]]:
+def helps_of(classes: dict[str, Any]) -> dict[str, dict[str, str]]:
     """{section: {key: help}}: what the comment behind each key says where its class defines it."""
-    return {section: dict(comments(cls)) for section, cls in typing.get_type_hints(config).items()}
+    return {section: dict(comments(cls)) for section, cls in classes.items()}
 
 
 def comments(section: type[Any]) -> Iterator[tuple[str, str]]:

@@ -5,10 +5,12 @@ A new key is one edit, here: `make configs` writes it into every recipe and into
 
 from __future__ import annotations
 
+import typing
 from dataclasses import dataclass, field
+from typing import Any
 
 from opensora_repro.errors import UserError
-from opensora_repro.models.config import STDiTConfig
+from opensora_repro.models.config import ARCHITECTURES, STDiTConfig, TrainedConfig
 
 
 class ConfigError(UserError):
@@ -156,7 +158,7 @@ class ParallelConfig:
 class Config:
     run: RunConfig = field(default_factory=RunConfig)
     init: InitConfig = field(default_factory=InitConfig)
-    model: STDiTConfig = field(default_factory=STDiTConfig)
+    model: TrainedConfig = field(default_factory=STDiTConfig)
     data: DataConfig = field(default_factory=DataConfig)
     vae: VaeConfig = field(default_factory=VaeConfig)
     text: TextConfig = field(default_factory=TextConfig)
@@ -168,6 +170,11 @@ class Config:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+
+def section_classes(architecture: str = STDiTConfig.architecture) -> dict[str, Any]:
+    """The class of each section, by name; `model.architecture` says which one [model] has."""
+    return {**typing.get_type_hints(Config), "model": ARCHITECTURES[architecture]}
 
 
 def validates(cfg: Config) -> bool:

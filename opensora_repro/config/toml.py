@@ -20,8 +20,9 @@ else:
     import tomli as tomllib
 
 from opensora_repro.config.checks import check_config
-from opensora_repro.config.sections import PATH_KEYS, Config, ConfigError
+from opensora_repro.config.sections import PATH_KEYS, Config, ConfigError, section_classes
 from opensora_repro.files import here_or_shipped
+from opensora_repro.models.config import ARCHITECTURES
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -55,18 +56,25 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 def parse_config(table: dict[str, Any], overrides: Sequence[str] = (), *, where: str = "config") -> Config:
     """Build a Config from parsed TOML (`{section: {key: value}}`) and overrides. Raises ConfigError."""
-    sections = typing.get_type_hints(Config)
+    architecture = _architecture(table, where)
+    there = section_classes(architecture)
+    for override in overrides:
+        if override.partition("=")[0].strip() == _ARCHITECTURE:
+            architecture = _known_architecture(toml_value(override.partition("=")[2].strip()), f"override {override!r}")
+    sections = section_classes(architecture)
     values: dict[str, dict[str, Any]] = {name: {} for name in sections}
     for section, content in table.items():
         if section not in sections:
-            raise ConfigError(f"{where}: unknown section [{section}]; did you mean {_closest_section(section)}?")
+            raise ConfigError(f"{where}: unknown section [{section}]; did you mean {_closest_section(section, there)}?")
         if not isinstance(content, dict):
             raise ConfigError(f"{where}: [{section}] must be a section of keys, found {section} = {content!r}")
         for key, value in content.items():
-            hint = _hint(section, key, where)
+            hint = _hint(section, key, where, there)
             values[section][key] = _convert(f"{section}.{key}", value, hint, where)
+    if sections["model"] is not there["model"]:
+        values["model"] = dict(_still_known(values["model"], there["model"], sections["model"], where))
     for override in overrides:
-        section, key, value = _parse_override(override)
+        section, key, value = _parse_override(override, sections)
         values[section][key] = value
     for section, key in (name.split(".") for name in PATH_KEYS):
         if key in values[section]:
@@ -102,29 +110,68 @@ def _lists(value: Any) -> Any:
     return [_lists(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _known_keys() -> Iterator[str]:
-    for section, cls in typing.get_type_hints(Config).items():
+_ARCHITECTURE = "model.architecture"
+Sections = dict[str, Any]  # the class of each
+
+
+def _architecture(table: dict[str, Any], where: str) -> str:
+    """What the file's [model] is; a file of an earlier release does not say, and has STDiT."""
+    model = table.get("model")
+    if not isinstance(model, dict) or "architecture" not in model:
+        return str(Config().model.architecture)
+    return _known_architecture(model["architecture"], where)
+
+
+def _known_architecture(value: Any, where: str) -> str:
+    if not isinstance(value, str) or value not in ARCHITECTURES:
+        raise ConfigError(
+            f"{where}: {_ARCHITECTURE} = {json.dumps(value, default=str)}: expected one of {', '.join(ARCHITECTURES)}"
+        )
+    return value
+
+
+def _still_known(values: dict[str, Any], old: Any, new: Any, where: str) -> Iterator[tuple[str, Any]]:
+    """A file's [model] where an override names another architecture: keys that this lacks may say nothing but
+    what is so anyway."""
+    fresh, usual = new(), old()
+    for key, value in values.items():
+        if key == "architecture":
+            continue
+        if hasattr(fresh, key) and key in typing.get_type_hints(new):
+            yield key, value
+        elif value != getattr(usual, key):
+            raise ConfigError(
+                f"{where}: model.{key} = {json.dumps(value)} has no place with {_ARCHITECTURE} = "
+                f"{json.dumps(fresh.architecture)}: leave it out"
+            )
+
+
+def _known_keys(sections: Sections) -> Iterator[str]:
+    for section, cls in sections.items():
         for item in dataclasses.fields(cls):
             yield f"{section}.{item.name}"
 
 
-def _hint(section: str, key: str, where: str) -> Any:
-    hints = typing.get_type_hints(typing.get_type_hints(Config)[section])
-    if key not in hints:
-        raise ConfigError(f"{where}: unknown key {section}.{key}; did you mean {_closest_key(section, key)}?")
-    return hints[key]
+def _hint(section: str, key: str, where: str, sections: Sections) -> Any:
+    hints = typing.get_type_hints(sections[section])
+    if key in hints:
+        return hints[key]
+    having = [name for name, cls in ARCHITECTURES.items() if section == "model" and key in typing.get_type_hints(cls)]
+    if having:
+        own = json.dumps(sections["model"].architecture)
+        raise ConfigError(f"{where}: unknown key model.{key} with {_ARCHITECTURE} = {own} (of {' and '.join(having)})")
+    raise ConfigError(f"{where}: unknown key {section}.{key}; did you mean {_closest_key(section, key, sections)}?")
 
 
-def _closest_section(section: str) -> str:
-    known = list(typing.get_type_hints(Config))
-    if section in (name.split(".")[1] for name in _known_keys()):
-        return _closest_key("", section)
-    return "[" + difflib.get_close_matches(section, known, n=1, cutoff=0.0)[0] + "]"
+def _closest_section(section: str, sections: Sections) -> str:
+    if section in (name.split(".")[1] for name in _known_keys(sections)):
+        return _closest_key("", section, sections)
+    return "[" + difflib.get_close_matches(section, list(sections), n=1, cutoff=0.0)[0] + "]"
 
 
-def _closest_key(section: str, key: str) -> str:
+def _closest_key(section: str, key: str, sections: Sections) -> str:
     """The key itself in another section, else the most alike here, else the most alike anywhere."""
-    known = list(_known_keys())
+    known = list(_known_keys(sections))
     same = [name for name in known if name.split(".")[1] == key]
     here = [name.split(".")[1] for name in known if name.split(".")[0] == section]
     alike = difflib.get_close_matches(key, here, n=1, cutoff=0.6)
@@ -135,17 +182,16 @@ def _closest_key(section: str, key: str) -> str:
     return difflib.get_close_matches(f"{section}.{key}", known, n=1, cutoff=0.0)[0]
 
 
-def _parse_override(override: str) -> tuple[str, str, Any]:
+def _parse_override(override: str, sections: Sections) -> tuple[str, str, Any]:
     name, equals, raw = override.partition("=")
     section, dot, key = name.strip().partition(".")
     if not equals or not dot:
-        guess = _closest_key("", section)
+        guess = _closest_key("", section, sections)
         raise ConfigError(f"override {override!r}: expected section.key=value, such as {guess}=...")
-    sections = typing.get_type_hints(Config)
     if section not in sections:
-        guess = _closest_key(_closest_section(section).strip("[]"), key)
+        guess = _closest_key(_closest_section(section, sections).strip("[]"), key, sections)
         raise ConfigError(f"override {override!r}: unknown key {section}.{key}; did you mean {guess}?")
-    hint = _hint(section, key, f"override {override!r}")
+    hint = _hint(section, key, f"override {override!r}", sections)
     value = toml_value(raw.strip())
     # A path such as `run.dir=2024` is text whatever TOML would make of it.
     if hint is str and not isinstance(value, str):

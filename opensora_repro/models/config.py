@@ -27,6 +27,7 @@ class STDiTConfig:
     count are not here because the model takes any at call time.
     """
 
+    architecture: str = "stdit"  # "stdit" (PixArt, too), "stdit2" (Open-Sora 1.1), "stdit3" (1.2): whose keys follow
     in_channels: int = 4  # channels of the latents
     patch_size: tuple[int, int, int] = (1, 2, 2)  # latent frames, rows and columns in a token
     hidden_size: int = 1152  # channels of a token
@@ -48,6 +49,10 @@ class STDiTConfig:
     conditioning = "t5"  # how prompts are read: "t5", many tokens; "clip", one pooled token; "class", a number
     num_classes = 0
     square = False  # whether it makes squares alone
+    conditions = ()  # what forward is told of each sample beside its caption and timestep, by name
+    rotary = False  # whether temporal attention turns queries and keys, in place of a table of positions
+    input_sq_size = 0  # see STDiT2Config; 0: positions count on, whatever the size
+    freeze_y_embedder = only_train_temporal = skip_y_embedder = False  # see STDiT3Config
 
     @property
     def out_channels(self) -> int:
@@ -62,7 +67,7 @@ class STDiTConfig:
 class STDiT2Config:
     """Open-Sora 1.1's network; the defaults are the published XL/2 size, names as in its constructor."""
 
-    architecture: str = "stdit2"
+    architecture: str = "stdit2"  # Open-Sora 1.1's
     in_channels: int = 4  # channels of the latents
     patch_size: tuple[int, int, int] = (1, 2, 2)  # latent frames, rows and columns in a token
     hidden_size: int = 1152  # channels of a token
@@ -83,19 +88,25 @@ class STDiT2Config:
     num_classes = 0
     square = False
     temporal_attention = True
-    # What forward is told of each sample beside its caption and timestep, by name
+    space_scale = time_scale = 1.0
+    base_size = 0
+    size_conditioning = only_train_temporal = skip_y_embedder = False
+    rotary = True
     conditions = ("fps", "height", "width", "num_frames", "ar")
 
     @property
     def out_channels(self) -> int:
         return self.in_channels * (2 if self.pred_sigma else 1)
 
+    def stretched_to(self, places: int) -> None:
+        return None
+
 
 @dataclass(frozen=True)
 class STDiT3Config:
     """Open-Sora 1.2's network; the defaults are the published XL/2 size, names as in its constructor."""
 
-    architecture: str = "stdit3"
+    architecture: str = "stdit3"  # Open-Sora 1.2's
     in_channels: int = 4  # channels of the latents
     patch_size: tuple[int, int, int] = (1, 2, 2)  # latent frames, rows and columns in a token
     hidden_size: int = 1152  # channels of a token
@@ -117,11 +128,18 @@ class STDiT3Config:
     num_classes = 0
     square = False
     temporal_attention = True
+    space_scale = time_scale = 1.0
+    base_size = 0
+    size_conditioning = False
+    rotary = True
     conditions = ("fps", "height", "width")
 
     @property
     def out_channels(self) -> int:
         return self.in_channels * (2 if self.pred_sigma else 1)
+
+    def stretched_to(self, places: int) -> None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -150,6 +168,7 @@ class DiTConfig:
     space_scale = time_scale = 1.0
     base_size = 0
     square = True
+    conditions = ()
 
     @property
     def conditioning(self) -> str:
@@ -163,4 +182,9 @@ class DiTConfig:
         return None
 
 
-ModelConfig = STDiTConfig | DiTConfig
+TrainedConfig = STDiTConfig | STDiT2Config | STDiT3Config  # what a run's [model] may be
+ModelConfig = TrainedConfig | DiTConfig
+# By what model.architecture says
+ARCHITECTURES: dict[str, type[TrainedConfig]] = {
+    config().architecture: config for config in (STDiTConfig, STDiT2Config, STDiT3Config)
+}

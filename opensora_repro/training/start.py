@@ -133,7 +133,9 @@ def changed_settings(recorded: Config, current: Config) -> list[str]:
         for section in new
         if section not in FREE_SECTIONS
         for key in new[section]
-        if f"{section}.{key}" not in FREE_KEYS and old[section][key] != new[section][key]
+        if key in old[section]  # of another architecture, [model] has other keys
+        and f"{section}.{key}" not in FREE_KEYS
+        and old[section][key] != new[section][key]
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
 from opensora_repro.config import Config, load_recorded
 
@@ -11,13 +12,15 @@ def axes(cfg: Config, stride: int) -> dict[str, tuple[int, float]]:
     """Most tokens along each axis and the distance of their positions; `stride` is the autoencoder's, in pixels."""
     from opensora_repro.data.buckets import buckets_of  # late, for stages' --help
 
-    frames, rows, columns = cfg.model.patch_size
+    model, (frames, rows, columns) = cfg.model, cfg.model.patch_size
     num_frames, height, width = (max(sizes) for sizes in zip(*(b.shape for b in buckets_of(cfg)), strict=True))
-    return {
-        "frames": (math.ceil(num_frames / frames), 1 / cfg.model.time_scale),
-        "rows": (math.ceil(height / stride / rows), 1 / cfg.model.space_scale),
-        "columns": (math.ceil(width / stride / columns), 1 / cfg.model.space_scale),
-    }
+    counts = [math.ceil(num_frames / frames), math.ceil(height / stride / rows), math.ceil(width / stride / columns)]
+    down = across = 1 / model.space_scale
+    if model.input_sq_size:  # both axes stretch to as many steps as a square of those pixels has tokens
+        reach = round(math.sqrt(counts[1] * counts[2])) * model.input_sq_size / math.sqrt(height * width)
+        down, across = reach / counts[1], reach / counts[2]
+    distances = (1 / model.time_scale, down, across)
+    return dict(zip(("frames", "rows", "columns"), zip(counts, distances, strict=True), strict=True))
 
 
 def describe_rescaling(cfg: Config, source: Config | None, stride: int) -> list[str]:
@@ -31,11 +34,11 @@ def describe_rescaling(cfg: Config, source: Config | None, stride: int) -> list[
         old_count, old_distance = before[axis]
         known, reached = (old_count - 1) * old_distance, (count - 1) * distance
         if reached > known + max(old_distance, distance):
+            line = f"note: positions of {axis} reach {reached:g}, the weights know them up to {known:g}"
             scale = "time_scale" if axis == "frames" else "space_scale"
-            lines.append(
-                f"note: positions of {axis} reach {reached:g}, the weights know them up to {known:g}; "
-                f"model.{scale} = {count / (old_count * old_distance):g} would keep them there"
-            )
+            if any(field.name == scale for field in fields(cfg.model)):
+                line += f"; model.{scale} = {count / (old_count * old_distance):g} would keep them there"
+            lines.append(line)
     return lines
 
 

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from opensora_repro.config import Config, ConfigError, ParallelConfig, dump_toml, load_config, load_recorded
+from opensora_repro.config import (
+    Config,
+    ConfigError,
+    ParallelConfig,
+    check_config,
+    dump_toml,
+    load_config,
+    load_recorded,
+)
 from opensora_repro.files import here_or_shipped, shipped
+from opensora_repro.models.config import STDiT2Config, STDiT3Config, STDiTConfig
 
 BASE = """
 [model]
@@ -277,3 +287,67 @@ PACKED = '[data]\npacking_tokens = 64\n[[data.buckets]]\nnum_frames = 1\nresolut
 def test_what_packing_cannot_go_with(tmp_path: Path, text: str, overrides: list[str], said: str) -> None:
     assert load(tmp_path, PACKED).data.packing_tokens == 64
     assert said in error(tmp_path, text, *overrides)
+
+
+# The kind of model
+
+
+STDIT3 = '[model]\narchitecture = "stdit3"\nhidden_size = 64\nnum_heads = 4\n'
+
+
+def test_the_architecture_chooses_the_sections_class(tmp_path: Path) -> None:
+    assert load(tmp_path, BASE).model == STDiTConfig(hidden_size=64, num_heads=4)  # as files of earlier releases
+    config = load(tmp_path, STDIT3, "model.qk_norm=false", "model.depth=2")
+    assert config.model == STDiT3Config(hidden_size=64, num_heads=4, depth=2, qk_norm=False)
+    assert config.model.model_max_length == 300
+    again = load(tmp_path, dump_toml(config))
+    assert again == config
+    (tmp_path / "recorded").mkdir()
+    (tmp_path / "recorded/config.toml").write_text(dump_toml(config), encoding="utf-8")
+    assert load_recorded(tmp_path / "recorded/config.toml") == config
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_an_override_of_the_architecture(tmp_path: Path, order: int) -> None:
+    """The keys that the other overrides may name are the new one's, wherever it stands among them."""
+    overrides = ["model.architecture=stdit2", "model.qk_norm_legacy=false", "model.hidden_size=48"][::order]
+    expected = STDiT2Config(hidden_size=48, num_heads=4, qk_norm_legacy=False)
+    assert load(tmp_path, BASE, *overrides).model == expected
+    assert load(tmp_path, STDIT3, "model.architecture=stdit").model == STDiTConfig(hidden_size=64, num_heads=4)
+    whole = dump_toml(load(tmp_path, BASE))  # what stdit2 has not says what is so anyway
+    assert load(tmp_path, whole, *overrides).model == replace(expected, model_max_length=120)
+    scaled = dump_toml(load(tmp_path, BASE, "model.space_scale=0.5"))
+    message = error(tmp_path, scaled, *overrides)
+    assert 'model.space_scale = 0.5 has no place with model.architecture = "stdit2": leave it out' in message
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "said"),
+    [
+        (BASE, ["model.architecture=stdit4"], 'model.architecture = "stdit4": expected one of stdit, stdit2, stdit3'),
+        ("[model]\narchitecture = 3", [], "model.architecture = 3: expected one of stdit, stdit2, stdit3"),
+        (
+            BASE,
+            ["model.qk_norm=false"],
+            'unknown key model.qk_norm with model.architecture = "stdit" (of stdit2 and stdit3)',
+        ),
+        (
+            STDIT3 + "space_scale = 0.5",
+            [],
+            'unknown key model.space_scale with model.architecture = "stdit3" (of stdit',
+        ),
+        (STDIT3, ["model.qk_nrom=false"], "did you mean model.qk_norm?"),
+        (STDIT3, ["model.input_sq_size=0"], "model.input_sq_size = 0: expected at least 1"),
+        (STDIT3, ["model.skip_y_embedder=true"], "model.skip_y_embedder = true: expected false in a run"),
+        (STDIT3, ["model.num_heads=64"], "model.num_heads = 64: expected heads of an even width"),
+        (STDIT3, ["model.architecture=stdit2"], "model.hidden_size = 64: expected a multiple of 3 with model.archi"),
+        (STDIT3, ["model.pred_sigma=false"], "model.pred_sigma = false: expected true with diffusion.objective"),
+    ],
+)
+def test_keys_and_values_of_another_architecture(tmp_path: Path, text: str, overrides: list[str], said: str) -> None:
+    assert said in error(tmp_path, text, *overrides)
+
+
+def test_a_config_names_its_class() -> None:
+    with pytest.raises(ConfigError, match=r'model\.architecture = "stdit": expected what STDiT3Config'):
+        check_config(Config(model=STDiT3Config(architecture="stdit")))

@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 
 from opensora_repro.config import BucketConfig, Config, config_dict, load_config
+from opensora_repro.models.config import ARCHITECTURES
 
 REPO = Path(__file__).resolve().parents[2]
 PAGES = sorted([*REPO.glob("*.md"), *REPO.glob("docs/*.md")])
@@ -122,7 +123,8 @@ def test_modules_and_files_are_there(page: Path) -> None:
 
 @every_page
 def test_config_keys_are_keys(page: Path) -> None:
-    keys = config_dict(Config())
+    keys = {section: {*names} for section, names in config_dict(Config()).items()}
+    keys["model"] |= {field.name for kind in ARCHITECTURES.values() for field in fields(kind)}
     for span in code_spans(page.read_text(encoding="utf-8")):
         found = re.match(r"([a-z]+)\.([a-z_]+)(?![\w./*-])", span)
         if found and found[1] in keys and not span.endswith((".toml", ".py", ".json")):
@@ -131,7 +133,12 @@ def test_config_keys_are_keys(page: Path) -> None:
 
 def test_the_reference_lists_every_config_key_with_its_default() -> None:
     text = (REPO / "docs/config.md").read_text(encoding="utf-8")
-    listed = re.findall(r"^\| `([\w.\[\]]+)` \| `?(.*?)`? \| (.+) \|$", text, flags=re.M)
+    text, *others = text.split("\n## ")
+    row = re.compile(r"^\| `([\w.\[\]]+)` \| `?(.*?)`? \| (.+) \|$", flags=re.M)
+    for kind, table in zip(list(ARCHITECTURES.values())[1:], others, strict=True):
+        expected = {f"model.{k}": json.dumps(v) for k, v in config_dict(Config(model=kind()))["model"].items()}
+        assert {name: default for name, default, _ in row.findall(table)} == expected
+    listed = row.findall(text)
     expected = {f"{s}.{k}": json.dumps(v) for s, keys in config_dict(Config()).items() for k, v in keys.items()}
     for field in fields(BucketConfig):
         default = "needed" if field.default is MISSING else json.dumps(field.default)

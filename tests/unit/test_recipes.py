@@ -76,6 +76,7 @@ class PlainConfig:
     space_scale = time_scale = 1.0
     base_size = 0
     square = False
+    conditions = ()
 
     @property
     def out_channels(self) -> int:
