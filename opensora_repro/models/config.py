@@ -50,6 +50,7 @@ class STDiTConfig:
     num_classes = 0
     square = False  # whether it makes squares alone
     conditions = ()  # what forward is told of each sample beside its caption and timestep, by name
+    qk_norm = False  # whether queries and keys are normed
     rotary = False  # whether temporal attention turns queries and keys, in place of a table of positions
     input_sq_size = 0  # see STDiT2Config; 0: positions count on, whatever the size
     freeze_y_embedder = only_train_temporal = skip_y_embedder = False  # see STDiT3Config
@@ -57,6 +58,11 @@ class STDiTConfig:
     @property
     def out_channels(self) -> int:
         return self.in_channels * (2 if self.pred_sigma else 1)
+
+    @property
+    def block_spans(self) -> tuple[tuple[str, ...], ...]:
+        """What the self-attentions of each kind of block attend over; such blocks take turns, `depth` times."""
+        return (("space", "time"),) if self.temporal_attention else (("space_time",),)
 
     def stretched_to(self, places: int) -> int | None:
         """Steps that either axis's positions are stretched to in a frame of so many places; None: they count on."""
@@ -92,6 +98,7 @@ class STDiT2Config:
     base_size = 0
     size_conditioning = only_train_temporal = skip_y_embedder = False
     rotary = True
+    block_spans = (("space", "time"),)
     conditions = ("fps", "height", "width", "num_frames", "ar")
 
     @property
@@ -132,6 +139,7 @@ class STDiT3Config:
     base_size = 0
     size_conditioning = False
     rotary = True
+    block_spans = (("space",), ("time",))
     conditions = ("fps", "height", "width")
 
     @property

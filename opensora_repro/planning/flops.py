@@ -7,16 +7,25 @@ count it as one. Softmax, norms, activations and modulation are left out, as the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opensora_repro.models.config import DiTConfig, ModelConfig, STDiTConfig, is_costly
+from opensora_repro.models.config import (
+    DiTConfig,
+    ModelConfig,
+    STDiT2Config,
+    STDiT3Config,
+    STDiTConfig,
+    TrainedConfig,
+    is_costly,
+)
 from opensora_repro.planning.parameters import (
     TIMESTEP_CHANNELS,
     caption_weights,
     mlp_width,
-    size_weights,
+    scalar_embedders,
+    scalar_weights,
     timestep_weights,
     token_weights,
 )
@@ -50,30 +59,33 @@ def forward_products(cfg: ModelConfig, grid: Grid) -> Products:
     return PRODUCTS[type(cfg)](cfg, grid)
 
 
-def _stdit_products(cfg: STDiTConfig, grid: Grid) -> Products:
+def _stdit_products(cfg: TrainedConfig, grid: Grid) -> Products:
     dim, text, tokens = cfg.hidden_size, cfg.model_max_length, grid.tokens
-    # Tokens that a token looks at: of its frame and of its place, or of the whole sample; then the caption's.
-    seen = grid.places + grid.frames if cfg.temporal_attention else tokens
-    block = tokens * (token_weights(cfg) + 2 * dim * (seen + text)) + text * 2 * dim**2
+    blocks = costly = 0
+    for spans in cfg.block_spans:
+        seen = sum(attended(cfg, grid, spans))
+        blocks += tokens * (token_weights(cfg, spans) + 2 * dim * seen) + text * 2 * dim**2
+        costly += _costly_products(cfg, grid, spans)
     patch = dim * math.prod(cfg.patch_size)
-    sinusoids = TIMESTEP_CHANNELS * (dim + (dim if cfg.size_conditioning else 0))  # 3 of a third of the width
+    scalars = scalar_embedders(cfg)
+    sinusoids = TIMESTEP_CHANNELS * (dim + sum(width * numbers for width, numbers in scalars))
     inputs = tokens * patch * cfg.in_channels + sinusoids + text * cfg.caption_channels * dim
     outside = tokens * patch * (cfg.in_channels + cfg.out_channels) + text * caption_weights(cfg)
-    outside += timestep_weights(cfg) + 3 * size_weights(cfg)  # of height, width and their ratio
-    return Products(cfg.depth * block, outside, inputs, cfg.depth * _costly_products(cfg, grid))
+    outside += timestep_weights(cfg) + sum(scalar_weights(width) * numbers for width, numbers in scalars)
+    return Products(cfg.depth * blocks, outside, inputs, cfg.depth * costly)
 
 
-def attended(cfg: STDiTConfig, grid: Grid) -> tuple[int, ...]:
+def attended(cfg: TrainedConfig, grid: Grid, spans: Sequence[str]) -> tuple[int, ...]:
     """Tokens that a token looks at in each of a block's attentions."""
-    own = (grid.places, grid.frames) if cfg.temporal_attention else (grid.tokens,)
-    return (*own, cfg.model_max_length)
+    lengths = {"space": grid.places, "time": grid.frames, "space_time": grid.tokens}
+    return (*(lengths[span] for span in spans), cfg.model_max_length)
 
 
-def _costly_products(cfg: STDiTConfig, grid: Grid) -> int:
+def _costly_products(cfg: TrainedConfig, grid: Grid, spans: Sequence[str]) -> int:
     """Of one block; as models/recompute.py decides, call by call."""
     dim, wide = cfg.hidden_size, mlp_width(cfg)
     found = dim * wide if is_costly(wide, dim) else 0
-    found += sum(2 * dim * seen for seen in attended(cfg, grid) if is_costly(2 * seen, dim))
+    found += sum(2 * dim * seen for seen in attended(cfg, grid, spans) if is_costly(2 * seen, dim))
     return grid.tokens * found
 
 
@@ -90,4 +102,9 @@ def _dit_products(cfg: DiTConfig, grid: Grid) -> Products:
     return Products(cfg.depth * block + tokens * 2 * dim * seen, outside, inputs)
 
 
-PRODUCTS: dict[type[Any], Callable[[Any, Grid], Products]] = {STDiTConfig: _stdit_products, DiTConfig: _dit_products}
+PRODUCTS: dict[type[Any], Callable[[Any, Grid], Products]] = {
+    STDiTConfig: _stdit_products,
+    STDiT2Config: _stdit_products,
+    STDiT3Config: _stdit_products,
+    DiTConfig: _dit_products,
+}

@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from opensora_repro.config import Config, ParallelConfig
-from opensora_repro.models.config import STDiTConfig, is_costly
+from opensora_repro.models.config import TrainedConfig, is_costly
 from opensora_repro.parallel.mesh import Mesh
 from opensora_repro.planning.encoders import FrozenSizes, text_values
 from opensora_repro.planning.flops import attended
 from opensora_repro.planning.parameters import (
     block_weights,
+    count_parameters,
     cut_parameters,
     input_weights,
     mlp_width,
+    modulations,
     outside_weights,
+    trained_parameters,
 )
 from opensora_repro.planning.sizes import Grid
 
@@ -83,18 +86,24 @@ class Memory:
 # From step to step
 
 
-def state_bytes(cfg: STDiTConfig, parameters: int, parallel: ParallelConfig, mesh: Mesh) -> States:
-    """Weights, gradients, Adam's two moments and the average are float32, and spread as the plugin does."""
+def state_bytes(cfg: TrainedConfig, parameters: int, parallel: ParallelConfig, mesh: Mesh) -> States:
+    """Weights, gradients, Adam's two moments and the average are float32, and spread as the plugin does.
+
+    What is not trained has weights alone, which DDP and ZeRO leave whole.
+    """
+    idle = count_parameters(cfg) - trained_parameters(cfg)
     if parallel.plugin == "fsdp":
-        share = FLOAT * parameters / mesh.world_size
-        return States(share, share, 2 * share, share)
+        share = FLOAT * (parameters - idle) / mesh.world_size
+        return States(share + FLOAT * idle / mesh.world_size, share, 2 * share, share)
     own = parameters - cut_parameters(cfg) * (1 - 1 / mesh.tp_size)
+    trained = own * (parameters - idle) / parameters if idle else own  # of tensor parallelism's cut, about
     sharers = 1 if parallel.plugin == "ddp" else mesh.world_size // mesh.tp_size
-    gradients = own / sharers if parallel.plugin == "zero2" else own
-    return States(FLOAT * own, FLOAT * gradients, 2 * FLOAT * own / sharers, FLOAT * own / sharers)
+    gradients = trained / sharers if parallel.plugin == "zero2" else trained
+    moments = FLOAT * trained / sharers
+    return States(FLOAT * own, FLOAT * gradients, 2 * moments, moments)
 
 
-def gathered_bytes(cfg: STDiTConfig, dtype: str) -> float:
+def gathered_bytes(cfg: TrainedConfig, dtype: str) -> float:
     """What FSDP has of weights and gradients that are whole for a while.
 
     A block that runs again in the backward pass, its largest part as that arrives, and of the part after it the
@@ -102,7 +111,8 @@ def gathered_bytes(cfg: STDiTConfig, dtype: str) -> float:
     """
     size = HALF if dtype == "bf16" else FLOAT
     part = 2 * cfg.hidden_size * mlp_width(cfg)
-    return float(size * block_weights(cfg) + (size + size + FLOAT) * part)
+    block = max(block_weights(cfg, spans) for spans in cfg.block_spans)
+    return float(size * block + (size + size + FLOAT) * part)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,7 +120,7 @@ def gathered_bytes(cfg: STDiTConfig, dtype: str) -> float:
 
 
 def activation_bytes(
-    cfg: STDiTConfig,
+    cfg: TrainedConfig,
     grid: Grid,
     batch_size: int,
     *,
@@ -131,24 +141,29 @@ def activation_bytes(
     """
     tokens = batch_size * -(-grid.frames // sp_size) * grid.places
     half = dtype == "bf16"
-    block = _Block(
-        cfg,
-        batch_size,
-        tokens,
-        tp_size,
-        loss_latents=LOSS_LATENTS[objective],
-        compute=HALF if half else FLOAT,
-        gated=HALF if half and (fused or device == "cpu") else FLOAT,
-        copies=half and not half_weights,
-        fused=fused,
-        attentions=tuple(_attentions(cfg, grid, batch_size, sp_size, in_place=fused)),
-        pads=half and device == "cuda",
-    )
+    blocks = [
+        _Block(
+            cfg,
+            spans,
+            batch_size,
+            tokens,
+            tp_size,
+            loss_latents=LOSS_LATENTS[objective],
+            compute=HALF if half else FLOAT,
+            gated=HALF if half and (fused or device == "cpu") else FLOAT,
+            copies=half and not half_weights,
+            fused=fused,
+            attentions=tuple(_attentions(cfg, spans, grid, batch_size, sp_size, in_place=fused)),
+            pads=half and device == "cuda",
+        )
+        for spans in cfg.block_spans
+    ]
     if checkpointing == "none":
-        found = _without_checkpointing(block)
+        found = _without_checkpointing(blocks)
     else:
-        found = _with_checkpointing(block, selective=checkpointing == "selective", offload=offload)
-    return dataclasses.replace(found, workspace=max(map(block.workspace, block.attentions)))
+        found = _with_checkpointing(blocks, selective=checkpointing == "selective", offload=offload)
+    workspace = max(block.workspace(each) for block in blocks for each in block.attentions)
+    return dataclasses.replace(found, workspace=workspace)
 
 
 @dataclass(frozen=True)
@@ -161,24 +176,28 @@ class _Attention:
     in_place: bool = False  # one kernel that needs no memory of its own, see kernels/fused/attention.py
 
 
-def _attentions(cfg: STDiTConfig, grid: Grid, batch_size: int, sp_size: int, *, in_place: bool) -> Iterator[_Attention]:
+def _attentions(
+    cfg: TrainedConfig, spans: Sequence[str], grid: Grid, batch_size: int, sp_size: int, *, in_place: bool
+) -> Iterator[_Attention]:
     """The last one first, as the backward pass goes. `in_place`: whether short videos have a kernel of their own."""
     frames, places = -(-grid.frames // sp_size), -(-grid.places // sp_size)
-    *own, captions = attended(cfg, grid)
+    *own, captions = attended(cfg, grid, spans)
     yield _Attention(batch_size, frames * grid.places, captions)
-    if cfg.temporal_attention:
-        in_place = in_place and grid.frames <= SHORT_FRAMES
-        yield _Attention(batch_size * places, grid.frames, grid.frames, in_place)
-        yield _Attention(batch_size * frames, grid.places, grid.places)
-    else:
-        yield _Attention(batch_size, frames * grid.places, own[0])
+    for span, seen in reversed(list(zip(spans, own, strict=True))):
+        if span == "time":
+            yield _Attention(batch_size * places, grid.frames, seen, in_place and grid.frames <= SHORT_FRAMES)
+        elif span == "space":
+            yield _Attention(batch_size * frames, grid.places, seen)
+        else:
+            yield _Attention(batch_size, frames * grid.places, seen)
 
 
 @dataclass(frozen=True)
 class _Block:
     """Bytes within one block, and of the layers before and after all blocks."""
 
-    cfg: STDiTConfig
+    cfg: TrainedConfig
+    spans: tuple[str, ...]  # of the block's self-attentions
     batch_size: int
     tokens: int  # of the micro-batch, on this process
     tp_size: int
@@ -212,12 +231,13 @@ class _Block:
         the reordered input, then as before. Cross: input, queries, result. MLP: as spatial, with two wide tensors.
         Fused kernels compute norms again from their inputs.
         """
-        attentions = 2 if self.cfg.temporal_attention else 1
+        attentions = len(self.spans)
         whole = attentions + 2  # what enters the matrices of each branch
         cut = attentions * 4 + 2
         gated = (attentions + 1) * self.gated * self.tokens * self.cfg.hidden_size
         wide = self.values(2 * self.widening)
-        streams = (2 if self.fused else 4) * self.stream
+        norms = (modulations(self.cfg) // 3 if attentions > 1 else 2) * (1 if self.fused else 2)
+        streams = norms * self.stream
         return streams + self.values(whole + cut / self.tp_size) + gated + wide + self._small + self.weights
 
     @property
@@ -241,7 +261,7 @@ class _Block:
     @property
     def weights(self) -> float:
         """Autocast's copies of one block's matrices, kept for the inputs' gradients."""
-        return HALF * block_weights(self.cfg) / self.tp_size if self.copies else 0.0
+        return HALF * block_weights(self.cfg, self.spans) / self.tp_size if self.copies else 0.0
 
     @property
     def latents(self) -> int:
@@ -273,7 +293,7 @@ class _Block:
     @property
     def last_gradients(self) -> float:
         """The gradients that come last: a block's and the embedders'."""
-        return FLOAT * (block_weights(self.cfg) / self.tp_size + outside_weights(self.cfg))
+        return FLOAT * (block_weights(self.cfg, self.spans) / self.tp_size + outside_weights(self.cfg))
 
     @property
     def backward_extra(self) -> float:
@@ -318,26 +338,31 @@ class _Block:
         return 4 * self.stream - self.values(1)
 
 
-def _without_checkpointing(block: _Block) -> Activations:
-    kept = block.cfg.depth * block.kept + block.ends
-    begin = max(kept + block.final_extra, kept - block.final + block.backward_extra)
-    end = block.ends - block.final + block.kept + block.backward_extra - block.last_gradients
-    return Activations(kept + block.loss, kept + block.loss_peak, begin, end)
+def _without_checkpointing(blocks: Sequence[_Block]) -> Activations:
+    first, last = blocks[0], blocks[-1]
+    kept = first.cfg.depth * sum(block.kept for block in blocks) + first.ends
+    begin = max(kept + last.final_extra, kept - last.final + last.backward_extra)
+    end = first.ends - first.final + first.kept + first.backward_extra - first.last_gradients
+    return Activations(kept + first.loss, kept + first.loss_peak, begin, end)
 
 
-def _with_checkpointing(block: _Block, *, selective: bool, offload: bool) -> Activations:
+def _with_checkpointing(blocks: Sequence[_Block], *, selective: bool, offload: bool) -> Activations:
     """A block keeps its input and what is costly, and runs again when its gradients are due."""
-    depth = block.cfg.depth
-    costly = block.costly if selective else 0.0
-    inputs = min(depth, IN_TRANSIT) if offload else depth
-    kept = inputs * block.stream + depth * costly + block.ends
+    first, last = blocks[0], blocks[-1]
+    depth = first.cfg.depth
+    costly = sum(block.costly for block in blocks) if selective else 0.0
+    inputs = depth * len(blocks)
+    inputs = min(inputs, IN_TRANSIT) if offload else inputs
+    kept = inputs * first.stream + depth * costly + first.ends
     # Autocast forgets its copies at the end of the forward pass; until then there is one of every matrix.
-    in_forward = inputs * block.stream + depth * (costly + block.weights) + block.ends - block.final
-    in_forward += block.stream + block.values(1 + 2 * block.widening)  # in the last block's MLP
-    again = block.kept - block.stream + block.backward_extra
-    begin = max(kept + block.final_extra, kept - block.final + again - costly)
-    end = block.ends - block.final + block.stream + again - block.last_gradients
-    return Activations(kept + block.loss, max(in_forward, kept + block.loss_peak), begin, end)
+    copies = sum(block.weights for block in blocks)
+    in_forward = inputs * first.stream + depth * (costly + copies) + first.ends - first.final
+    in_forward += first.stream + first.values(1 + 2 * first.widening)  # in the last block's MLP
+    again = last.kept - last.stream + last.backward_extra
+    begin = max(kept + last.final_extra, kept - last.final + again - (last.costly if selective else 0.0))
+    again = first.kept - first.stream + first.backward_extra
+    end = first.ends - first.final + first.stream + again - first.last_gradients
+    return Activations(kept + first.loss, max(in_forward, kept + first.loss_peak), begin, end)
 
 
 def _round_up(count: int, multiple: int) -> int:

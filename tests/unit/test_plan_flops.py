@@ -14,12 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from opensora_repro.config import Config, DataConfig, TextConfig, VaeConfig
 from opensora_repro.models import layers
-from opensora_repro.models.config import ACTIVATION_CHECKPOINTING, DiTConfig, STDiTConfig
+from opensora_repro.models.config import ACTIVATION_CHECKPOINTING, DiTConfig, STDiT2Config, STDiT3Config, STDiTConfig
 from opensora_repro.models.dit import DiT
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.planning.encoders import PUBLISHED_T5, T5_SIZES, frozen_sizes
 from opensora_repro.planning.flops import forward_products
-from opensora_repro.planning.parameters import TIMESTEP_CHANNELS, count_parameters, cut_parameters
+from opensora_repro.planning.parameters import TIMESTEP_CHANNELS, count_parameters, cut_parameters, trained_parameters
 from opensora_repro.planning.sizes import Grid, latent_shape, token_grid
 from tests.tiny_models import make_tiny_text, make_tiny_vae
 
@@ -72,6 +72,21 @@ def test_published_parameters() -> None:
     assert count_parameters(STDiTConfig()) == 759_620_768
     assert count_parameters(STDiTConfig(temporal_attention=False)) == 610_856_096
     assert TIMESTEP_CHANNELS == layers.TIMESTEP_CHANNELS
+
+
+@pytest.mark.parametrize(("config", "name"), [(STDiT2Config, "keys_stdit2_xl2"), (STDiT3Config, "keys_stdit3_xl2")])
+def test_published_parameters_of_1_1_and_1_2(config: Any, name: str, golden_1_2_dir: Path) -> None:
+    keys = json.loads((golden_1_2_dir / f"{name}.json").read_text(encoding="utf-8"))
+    assert count_parameters(config()) == keys["n_parameters"]
+    assert trained_parameters(config()) == keys["n_trainable"]
+
+
+def test_parameters_that_1_2_leaves_as_they_are(golden_1_2_dir: Path) -> None:
+    diff = json.loads((golden_1_2_dir / "keys_diff_pixart_to_stdit3.json").read_text(encoding="utf-8"))
+    told = diff["trainable_parameters"]
+    for key in ("freeze_y_embedder", "only_train_temporal"):
+        assert trained_parameters(STDiT3Config(**{key: True})) == told[key]
+    assert count_parameters(STDiT3Config(hidden_size=1872, num_heads=26)) == told["stdit3_3b_parameters"]
 
 
 def test_what_tensor_parallelism_cuts() -> None:
