@@ -103,7 +103,10 @@ class PublishedDiffusion(GaussianDiffusion):
         sigma = eta * torch.sqrt((1 - cleaner) / (1 - signal)) * torch.sqrt(1 - signal / cleaner)
         return torch.sqrt(cleaner) * x_0 + torch.sqrt(1 - cleaner - sigma**2) * eps + sigma * noise  # none at step 0
 
-    def loss_terms(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    def loss_terms(
+        self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor, *, frame_mask: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        assert frame_mask is None
         if self.loss == "kl":
             return {"vb": self.bound_bits(output, x_0, x_t, t) * self.num_steps}
         if self.variance == "learned_range":
