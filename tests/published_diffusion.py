@@ -45,6 +45,15 @@ def stride_timesteps(num_steps: int, count: int) -> list[int]:
     )
 
 
+class Float32Diffusion(GaussianDiffusion):
+    """The process as Open-Sora 1.1 computes it: respaced betas are rounded to float32, and so is all that follows."""
+
+    def __init__(self, kept_steps: Sequence[int] | None = None) -> None:
+        super().__init__(kept_steps)
+        tables = schedule_tables(self.tables["betas"].astype(np.float32))
+        self.tables |= {name: table.astype(np.float32) for name, table in tables.items()}
+
+
 class PublishedDiffusion(GaussianDiffusion):
     """`loss`: "mse" (the recipe's: MSE + bound, unscaled), "rescaled_mse" (bound times steps / 1000) or "kl" (bound
     times steps alone). `variance`: "learned_range", "fixed_large" or "fixed_small"; fixed ones train on MSE alone.

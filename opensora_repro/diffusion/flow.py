@@ -122,9 +122,7 @@ class RectifiedFlow:
         output = model_fn(x_t, timesteps)
         return self.losses_of(output, x_t, latents, noise, timesteps, frame_mask=frame_mask)
 
-    def noised(
-        self, latents: Tensor, noise: Tensor, timesteps: Tensor, *, frame_mask: Tensor | None = None
-    ) -> Tensor:
+    def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor, *, frame_mask: Tensor | None = None) -> Tensor:
         """x_t, what the model sees."""
         t = rearrange(timesteps.to(latents) / NUM_TIMESTEPS, "b -> b 1 1 1 1")
         x_t = (1 - t) * latents + t * noise

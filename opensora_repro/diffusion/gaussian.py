@@ -271,9 +271,7 @@ class GaussianDiffusion:
         output = model_fn(x_t, timesteps)
         return self.losses_of(output, x_t, latents, noise, timesteps, frame_mask=frame_mask)
 
-    def noised(
-        self, latents: Tensor, noise: Tensor, timesteps: Tensor, *, frame_mask: Tensor | None = None
-    ) -> Tensor:
+    def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor, *, frame_mask: Tensor | None = None) -> Tensor:
         """x_t, what the model sees."""
         assert self.num_steps == NUM_TRAIN_STEPS, "training is never respaced"
         t = timesteps.round().long()
