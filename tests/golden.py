@@ -15,9 +15,11 @@ from einops import rearrange
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from opensora_repro.models.config import DiTConfig, STDiTConfig
+from opensora_repro.models.config import DiTConfig, STDiT2Config, STDiT3Config, STDiTConfig
 from opensora_repro.models.dit import DiT
 from opensora_repro.models.stdit import STDiT
+from opensora_repro.models.stdit2 import STDiT2
+from opensora_repro.models.stdit3 import STDiT3
 
 
 @dataclass
@@ -63,6 +65,64 @@ def build_model(case: Case) -> STDiT:
     model = STDiT(model_config(case.info, temporal_attention="STDiT" in case.info["kind"]))
     model.load_state_dict(case.group("param"))
     return model
+
+
+# The models of Open-Sora 1.1 and 1.2
+
+
+def video_config(info: dict[str, Any]) -> STDiT2Config | STDiT3Config:
+    """Return our config for the reference constructor's arguments; v1.1.0 knew one order of rotary and norm alone."""
+    if "STDiT3" in info["kind"]:
+        return STDiT3Config(**_known_values(info, STDiT3Config))
+    return STDiT2Config(**_known_values(info, STDiT2Config))
+
+
+def new_video_model(cfg: STDiT2Config | STDiT3Config) -> STDiT2 | STDiT3:
+    return STDiT3(cfg) if isinstance(cfg, STDiT3Config) else STDiT2(cfg)
+
+
+def build_video_model(case: Case) -> STDiT2 | STDiT3:
+    """Return the case's model with the reference weights."""
+    model = new_video_model(video_config(case.info))
+    model.load_state_dict(case.group("param"))
+    return model
+
+
+def video_inputs(case: Case, cfg: STDiT2Config | STDiT3Config) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What `forward` takes, by position and by name."""
+    given = case.tensors
+    drop = given["in.rand"] < cfg.class_dropout_prob if "in.rand" in given else None
+    named = {name: given[f"in.{name}"] for name in cfg.conditions}
+    named |= {"frame_mask": given.get("in.x_mask"), "drop_text": drop}
+    return (given["in.x"], given["in.timestep"], given["in.y"], given.get("in.mask")), named
+
+
+def check_video_case(model: STDiT2 | STDiT3, case: Case) -> None:
+    """Assert that outputs, activations and gradients are the case's.
+
+    At given frames the reference's final layer slips; `out_clean` is without it, and there ours has to be.
+    """
+    tolerances, expected_acts = case.info["tolerances"], case.group("act")
+    inputs, named = video_inputs(case, model.cfg)
+    with_gradients = [inputs[0].requires_grad_(), inputs[2].requires_grad_()]
+    acts = module_outputs(model, list(expected_acts))
+    out = model(*inputs, **named)
+    assert out.dtype == torch.float32
+    assert relative_error(out, case.tensors.get("out_clean", case["out"])) <= tolerances["out_rel"]
+    generated = case.tensors.get("in.x_mask")
+    for key, expected in expected_acts.items():
+        got = reference_layout(key, acts[key])
+        if key == "final_layer" and generated is not None:
+            got, expected = (x.unflatten(1, (generated.shape[1], -1))[generated] for x in (got, expected))
+        assert relative_error(got, expected) <= tolerances["out_rel"], key
+    if "gout" not in case.tensors:
+        return
+    (out * case["gout"]).sum().backward()
+    grads = {name: value.grad for name, value in model.named_parameters()}
+    grads |= dict(zip(("input.x", "input.y"), (x.grad for x in with_gradients), strict=True))
+    assert set(case.group("grad")) == set(case.info["grads"])
+    for key, expected in case.group("grad").items():
+        assert relative_error(grads[key], expected) <= tolerances["grad_rel"], key
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
@@ -142,8 +202,10 @@ def module_outputs(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
 
 def reference_layout(name: str, value: Tensor) -> Tensor:
     """Lay one of our activations out as the reference's: it flattens frames and places into one axis."""
-    if name.endswith("attn_temp"):
+    if name.endswith("attn_temp") or (name.startswith("temporal_blocks.") and name.endswith(".attn")):
         return rearrange(value, "b t s d -> (b s) t d")
+    if name.endswith(".attn"):
+        return rearrange(value, "b t s d -> (b t) s d")
     if name == "y_embedder":
         return rearrange(value, "b l d -> b 1 l d")
     return rearrange(value, "b t s d -> b (t s) d") if value.ndim == 4 else value

@@ -45,6 +45,15 @@ def stride_timesteps(num_steps: int, count: int) -> list[int]:
     )
 
 
+class Float32Diffusion(GaussianDiffusion):
+    """The process as Open-Sora 1.1 computes it: respaced betas are rounded to float32, and so is all that follows."""
+
+    def __init__(self, kept_steps: Sequence[int] | None = None) -> None:
+        super().__init__(kept_steps)
+        tables = schedule_tables(self.tables["betas"].astype(np.float32))
+        self.tables |= {name: table.astype(np.float32) for name, table in tables.items()}
+
+
 class PublishedDiffusion(GaussianDiffusion):
     """`loss`: "mse" (the recipe's: MSE + bound, unscaled), "rescaled_mse" (bound times steps / 1000) or "kl" (bound
     times steps alone). `variance`: "learned_range", "fixed_large" or "fixed_small"; fixed ones train on MSE alone.
@@ -103,7 +112,10 @@ class PublishedDiffusion(GaussianDiffusion):
         sigma = eta * torch.sqrt((1 - cleaner) / (1 - signal)) * torch.sqrt(1 - signal / cleaner)
         return torch.sqrt(cleaner) * x_0 + torch.sqrt(1 - cleaner - sigma**2) * eps + sigma * noise  # none at step 0
 
-    def loss_terms(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    def loss_terms(
+        self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor, *, frame_mask: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        assert frame_mask is None
         if self.loss == "kl":
             return {"vb": self.bound_bits(output, x_0, x_t, t) * self.num_steps}
         if self.variance == "learned_range":

@@ -41,12 +41,14 @@ _AT_LEAST_ZERO = {
 }
 _ABOVE_ZERO = {
     "model": ("mlp_ratio", "space_scale", "time_scale"),
-    "diffusion": ("logit_std",),
+    "diffusion": ("logit_std", "transform_scale"),
     "optim": ("lr", "eps"),
 }
 _CHOICES = {
     "data.frame_sampling": ("window", "uniform"),
     "diffusion.objective": ("iddpm", "flow"),
+    "diffusion.schedule": ("", "open_sora_1_2"),
+    "diffusion.timestep_sampling": ("", "logit-normal", "uniform", "discrete", "speed"),
     "parallel.engine": ("torch", "colossalai"),
     "parallel.plugin": ("ddp", "fsdp", "zero1", "zero2", "hybrid"),
     "train.dtype": ("bf16", "fp32"),
@@ -55,6 +57,8 @@ _CHOICES = {
     "train.activation_checkpointing": ACTIVATION_CHECKPOINTING,
     "sample.sampler": ("iddpm", "ddim", "dpm", "euler", "ab2"),
 }
+
+ROUNDING = 1e-6  # of a sum of shares
 
 
 def check_config(config: Config) -> None:
@@ -89,6 +93,7 @@ def check_config(config: Config) -> None:
     for index in range(len(config.data.buckets)):
         _check_bucket(config.data.buckets, index)
     _check_together(config, require)
+    _check_diffusion(config, require)
     _check_memory(config, require)
     _check_parallel(config, require)
     _check_packing(config, require)
@@ -126,13 +131,27 @@ def _check_together(config: Config, require: Any) -> None:
     other = 'data.frame_sampling = "uniform"' if uniform else f"data.fps = {data.fps:g}"
     require("data.frame_interval", unset or not (data.fps or uniform), f"1 with {other} (frames are taken by time)")
     require("data.draws", not data.cache or data.draws > 0, "more than 0 with data.cache (a cache holds fixed draws)")
-    if config.diffusion.objective == "iddpm":
-        require("model.pred_sigma", model.pred_sigma, "true with diffusion.objective = iddpm (it learns the variance)")
-        sampler, steps = config.sample.sampler, config.sample.steps
-        require(
-            "sample.sampler", sampler not in ("euler", "ab2"), "iddpm, ddim or dpm with diffusion.objective = iddpm"
-        )
+
+
+def _check_diffusion(config: Config, require: Any) -> None:
+    """What goes with which objective, and what `[frame_masks]` leaves of all samples."""
+    diffusion, sampler, steps = config.diffusion, config.sample.sampler, config.sample.steps
+    iddpm = diffusion.objective == "iddpm"
+    where = f"with diffusion.objective = {diffusion.objective}"
+    if iddpm:
+        require("model.pred_sigma", config.model.pred_sigma, f"true {where} (it learns the variance)")
+        require("sample.sampler", sampler not in ("euler", "ab2"), f"iddpm, ddim or dpm {where}")
         require("sample.steps", steps <= 1000 or sampler == "dpm", f"at most 1000 with sample.sampler = {sampler}")
+    require("diffusion.schedule", not (iddpm and diffusion.schedule), f'"" {where} (it is a flow\'s)')
+    choices = ("uniform", "speed") if iddpm else ("logit-normal", "uniform", "discrete")
+    drawn = diffusion.timestep_sampling in ("", *choices)
+    require("diffusion.timestep_sampling", drawn, f"{', '.join(choices[:-1])} or {choices[-1]} {where}")
+    shares = config.frame_masks.shares()
+    for mode, share in shares.items():
+        require(f"frame_masks.{mode}", 0 <= share <= 1, "a share from 0 to 1")
+    total = sum(shares.values())
+    if total > 1 + ROUNDING:
+        raise ConfigError(f"frame_masks: the shares add up to {total:.6g}: expected at most 1, the rest is given none")
 
 
 def _check_model(model: TrainedConfig, require: Any) -> None:

@@ -6,7 +6,7 @@ A new key is one edit, here: `make configs` writes it into every recipe and into
 from __future__ import annotations
 
 import typing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from opensora_repro.errors import UserError
@@ -87,6 +87,32 @@ class DiffusionConfig:
     logit_mean: float = 0.0  # flow: timesteps are sigmoid(normal(mean, std)) before the shift
     logit_std: float = 1.0  # flow: see logit_mean
     shift: float = 0.0  # flow: above 0, the shift towards noise; 0: by the numbers of tokens and frames, 6 at most
+    schedule: str = ""  # flow: "open_sora_1_2", its direction and its shift by pixels and frames; "": this project's
+    transform_scale: float = 1.0  # flow with schedule "open_sora_1_2": factor of its shift
+    timestep_sampling: str = ""  # iddpm: "uniform" or "speed"; flow: "logit-normal", "uniform", "discrete"; "": first
+
+
+@dataclass(frozen=True)
+class FrameMasksConfig:
+    """Shares of training samples of which some latent frames are given, as a condition, by how they are chosen.
+
+    Open-Sora 1.2 calls them alike, but for interpolate, its "intepolate"; 1.1 writes "mask_" before each.
+    """
+
+    quarter_random: float = 0.0  # share of samples given up to a quarter of their frames, together, anywhere
+    quarter_head: float = 0.0  # share given up to a quarter of their frames, the first ones (to go on with a clip)
+    quarter_tail: float = 0.0  # share given up to a quarter of their frames, the last ones
+    quarter_head_tail: float = 0.0  # share given up to a quarter at the start, and as many at the end
+    image_random: float = 0.0  # share given one frame anywhere
+    image_head: float = 0.0  # share given the first frame (image to video)
+    image_tail: float = 0.0  # share given the last frame
+    image_head_tail: float = 0.0  # share given the first and the last frame
+    random: float = 0.0  # share given each frame with a probability that is drawn from 0.1 to 0.9
+    interpolate: float = 0.0  # share given every second frame
+
+    def shares(self) -> dict[str, float]:
+        """By mode; what they leave of 1 are samples of which no frame is given."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -163,6 +189,7 @@ class Config:
     vae: VaeConfig = field(default_factory=VaeConfig)
     text: TextConfig = field(default_factory=TextConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    frame_masks: FrameMasksConfig = field(default_factory=FrameMasksConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)

@@ -2,7 +2,8 @@
 
 The published models (DiT, PixArt, Open-Sora 1.0) train over all 1000 steps of a linear schedule, predict the noise and
 an interpolation of the log variance, and minimise MSE plus the variational bound in bits. Sampling keeps a spaced
-subset of the steps; the network always sees the original step number.
+subset of the steps; the network always sees the original step number. Frames that are given as a condition are noised
+to step 0, as Open-Sora 1.1 does, and not counted in the loss.
 
 Index t below is an int64 tensor [B] into the (possibly respaced) steps. Tables are float64, rounded once, to float32.
 """
@@ -15,10 +16,11 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from einops import rearrange, reduce
+from einops import rearrange
 from torch import Tensor
 
-from opensora_repro.diffusion.flow import ModelFn, RectifiedFlow, build_flow
+from opensora_repro.diffusion.flow import ModelFn, RectifiedFlow, Size, build_flow
+from opensora_repro.diffusion.frame_masks import mean_over, per_frame
 
 if TYPE_CHECKING:
     from opensora_repro.config import DiffusionConfig
@@ -74,9 +76,9 @@ def discretized_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tens
     return torch.where(x < -0.999, below_upper, inside).clamp(min=_TINY).log()
 
 
-def _mean_bits(nats: Tensor) -> Tensor:
+def _mean_bits(nats: Tensor, frame_mask: Tensor | None = None) -> Tensor:
     """[B, C, T, H, W] nats -> [B] bits a dimension."""
-    return reduce(nats, "b c t h w -> b", "mean") / math.log(2.0)
+    return mean_over(nats, frame_mask) / math.log(2.0)
 
 
 def respaced(alphas_cumprod: np.ndarray, kept: Sequence[int]) -> np.ndarray:
@@ -109,18 +111,37 @@ def schedule_tables(betas: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
+SPEED_MIRROR = 700  # step around which "speed" sampling mirrors its draws
+
+
+def speed_probabilities() -> np.ndarray:
+    """How likely "speed" sampling draws each step before it mirrors one half, float64 [1000].
+
+    SpeeD (arXiv:2405.17403) as Open-Sora 1.1 has it: steps past about 640, where the noise hardly grows any more, are
+    drawn a fifth as often as others.
+    """
+    growth = np.gradient(np.sqrt(1 - np.cumprod(1 - linear_betas())))
+    weights = np.tanh(1e6 * (growth - 1e-4)) + 1.5
+    found: np.ndarray = weights / weights.sum()
+    return found
+
+
 class GaussianDiffusion:
     """The process over a subset of the 1000 steps; all of them (the default) for training.
 
-    The model tells the noise and where the log variance lies between its bounds.
+    The model tells the noise and where the log variance lies between its bounds. `timestep_sampling`: how training
+    draws its steps, "uniform", or "speed" (see `speed_probabilities`), which weighs the MSE by 1 - alphas_cumprod.
     """
 
-    def __init__(self, kept_steps: Sequence[int] | None = None) -> None:
+    def __init__(self, kept_steps: Sequence[int] | None = None, *, timestep_sampling: str = "uniform") -> None:
         signal = np.cumprod(1 - linear_betas())
         self.timestep_map = list(range(len(signal)) if kept_steps is None else kept_steps)
         self.tables = schedule_tables(respaced(signal, self.timestep_map))
         self.tables["timestep_map"] = np.array(self.timestep_map, dtype=np.float64)
         self.num_steps = len(self.timestep_map)
+        self.timestep_sampling = timestep_sampling
+        self._speed = torch.from_numpy(speed_probabilities()) if timestep_sampling == "speed" else None
+        self.tables["speed_weights"] = 1 - self.tables["alphas_cumprod"]
         self._on_device: dict[tuple[str, torch.device], Tensor] = {}
 
     @classmethod
@@ -166,59 +187,111 @@ class GaussianDiffusion:
         share = (output[:, num_channels:] + 1) / 2  # -1: the posterior's variance, 1: beta
         return Prediction(mean, share * self._at("log_betas", t) + (1 - share) * smallest, x_0)
 
-    def p_sample(self, model_fn: ModelFn, x_t: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """One ancestral step: x_{t-1} and the denoised x_0. Nothing is added at step 0."""
-        p = self.predict(model_fn(x_t, self._seen_by_model(t)), x_t, t)
+    def p_sample(
+        self, model_fn: ModelFn, x_t: Tensor, t: Tensor, noise: Tensor, *masks: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """One ancestral step: x_{t-1} and the denoised x_0. Nothing is added at step 0.
+
+        `masks`: the frame mask, where there is one, for the model.
+        """
+        p = self.predict(model_fn(x_t, self._seen_by_model(t), *masks), x_t, t)
         noisy = rearrange(t > 0, "b -> b 1 1 1 1")
         return torch.where(noisy, p.mean + torch.exp(0.5 * p.log_variance) * noise, p.mean), p.x_0
 
-    def ddim_sample(self, model_fn: ModelFn, x_t: Tensor, t: Tensor) -> Tensor:
+    def ddim_sample(self, model_fn: ModelFn, x_t: Tensor, t: Tensor, *masks: Tensor) -> Tensor:
         """One deterministic DDIM step (Song et al. 2021, arXiv:2010.02502, eq. 12 without noise): x_{t-1}."""
-        x_0 = self.predict(model_fn(x_t, self._seen_by_model(t)), x_t, t).x_0
+        x_0 = self.predict(model_fn(x_t, self._seen_by_model(t), *masks), x_t, t).x_0
         eps = (self._at("sqrt_recip_alphas_cumprod", t) * x_t - x_0) / self._at("sqrt_recipm1_alphas_cumprod", t)
         cleaner = self._at("alphas_cumprod_prev", t)
         return torch.sqrt(cleaner) * x_0 + torch.sqrt(1 - cleaner) * eps
 
     # Training
 
-    def draw_timesteps(self, generators: Sequence[torch.Generator], num_tokens: int, frames: int = 1) -> Tensor:
-        """Return float32 [B] step numbers on the CPU, uniform whatever the size, one from each sample's generator."""
-        draws = [torch.randint(self.num_steps, (1,), generator=g, device=g.device).cpu() for g in generators]
-        return self._seen_by_model(torch.cat(draws))
+    def draw_timesteps(
+        self, generators: Sequence[torch.Generator], num_tokens: int, frames: int = 1, *, size: Size | None = None
+    ) -> Tensor:
+        """Return float32 [B] step numbers on the CPU, one from each sample's generator, whatever the size."""
+        return self._seen_by_model(torch.cat([self._draw(generator).cpu() for generator in generators]))
+
+    def _draw(self, generator: torch.Generator) -> Tensor:
+        if self._speed is None:
+            return torch.randint(self.num_steps, (1,), generator=generator, device=generator.device)
+        step = torch.multinomial(self._speed, 1, generator=generator)
+        mirrored = torch.where(step < SPEED_MIRROR, SPEED_MIRROR - step, step - SPEED_MIRROR)
+        return torch.where(torch.rand(1, generator=generator) < 0.5, step, mirrored)
 
     def fixed_timesteps(self, shares: Sequence[float]) -> list[float]:
         """Step numbers at fixed shares of the noise range."""
         return [float(self.timestep_map[round(share * (self.num_steps - 1))]) for share in shares]
 
-    def bound_bits(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    def bound_bits(
+        self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, *, frame_mask: Tensor | None = None
+    ) -> Tensor:
         """The variational bound's term of step t: float32 [B] bits a dimension (at step 0 the decoder's likelihood)."""
         true_mean, _, true_log_variance = self.q_posterior(x_0, x_t, t)
         p = self.predict(output, x_t, t)
-        kl = _mean_bits(normal_kl(true_mean, true_log_variance, p.mean, p.log_variance))
-        decoder = -_mean_bits(discretized_log_likelihood(x_0, p.mean, 0.5 * p.log_variance))
+        kl = _mean_bits(normal_kl(true_mean, true_log_variance, p.mean, p.log_variance), frame_mask)
+        decoder = -_mean_bits(discretized_log_likelihood(x_0, p.mean, 0.5 * p.log_variance), frame_mask)
         return torch.where(t == 0, decoder, kl)
 
-    def loss_terms(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    def loss_terms(
+        self,
+        output: Tensor,
+        x_0: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        *,
+        frame_mask: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """The terms whose sum is the loss, float32 [B] each, for a model's output at x_t."""
         output = output.float()
         mean_part, variance_part = output.chunk(2, dim=1)
         # The bound trains the variance alone; MSE looks after the mean.
-        bound = self.bound_bits(torch.cat([mean_part.detach(), variance_part], dim=1), x_0, x_t, t)
-        return {"mse": reduce((noise - mean_part).square(), "b c t h w -> b", "mean"), "vb": bound}
+        both = torch.cat([mean_part.detach(), variance_part], dim=1)
+        mse = mean_over((noise - mean_part).square(), frame_mask)
+        if self.timestep_sampling == "speed":
+            mse = mse * self._lookup("speed_weights", t)
+        return {"mse": mse, "vb": self.bound_bits(both, x_0, x_t, t, frame_mask=frame_mask)}
 
-    def losses(self, model_fn: ModelFn, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The training loss of each sample: [B, C, T, H, W] twice and step numbers [B] -> float32 [B]."""
-        x_t = self.noised(latents, noise, timesteps)
-        return self.losses_of(model_fn(x_t, timesteps), x_t, latents, noise, timesteps)
+    def losses(
+        self,
+        model_fn: ModelFn,
+        latents: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        *,
+        frame_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The training loss of each sample: [B, C, T, H, W] twice and step numbers [B] -> float32 [B].
 
-    def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        Frames that `frame_mask` [B, T] gives (False) are noised to step 0 and not counted. `model_fn` knows of them.
+        """
+        x_t = self.noised(latents, noise, timesteps, frame_mask=frame_mask)
+        output = model_fn(x_t, timesteps)
+        return self.losses_of(output, x_t, latents, noise, timesteps, frame_mask=frame_mask)
+
+    def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor, *, frame_mask: Tensor | None = None) -> Tensor:
         """x_t, what the model sees."""
         assert self.num_steps == NUM_TRAIN_STEPS, "training is never respaced"
-        return self.q_sample(latents, timesteps.round().long(), noise)
+        t = timesteps.round().long()
+        x_t = self.q_sample(latents, t, noise)
+        if frame_mask is None:
+            return x_t
+        return torch.where(per_frame(frame_mask), x_t, self.q_sample(latents, torch.zeros_like(t), noise))
 
-    def losses_of(self, output: Tensor, x_t: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def losses_of(
+        self,
+        output: Tensor,
+        x_t: Tensor,
+        latents: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        *,
+        frame_mask: Tensor | None = None,
+    ) -> Tensor:
         """`losses` of a model's output at x_t."""
-        terms = self.loss_terms(output, latents, x_t, timesteps.round().long(), noise)
+        terms = self.loss_terms(output, latents, x_t, timesteps.round().long(), noise, frame_mask=frame_mask)
         return torch.stack(list(terms.values())).sum(0)
 
 
@@ -231,5 +304,5 @@ def build_objective(cfg: DiffusionConfig) -> Objective:
     if cfg.objective == "flow":
         return build_flow(cfg)
     if cfg.objective == "iddpm":
-        return GaussianDiffusion()
+        return GaussianDiffusion(timestep_sampling=cfg.timestep_sampling or "uniform")
     raise ValueError(f"diffusion.objective={cfg.objective!r} is unknown; expected 'iddpm' or 'flow'")

@@ -1,9 +1,13 @@
-"""From noise to latents: classifier-free guidance and the samplers of both objectives."""
+"""From noise to latents: classifier-free guidance and the samplers of both objectives.
+
+With frames that are given (`GivenFrames`) the loops are those of Open-Sora 1.1 (IDDPM) and 1.2 (flow), but what is to
+be kept is kept: 1.1 lets the last step alter it.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,7 +17,8 @@ import torch
 from torch import Tensor
 
 from opensora_repro.diffusion.dpm_solver import ContinuousSchedule, dpm_solver_sample
-from opensora_repro.diffusion.flow import NUM_TIMESTEPS, ModelFn, build_flow
+from opensora_repro.diffusion.flow import NUM_TIMESTEPS, ModelFn, Size, build_flow
+from opensora_repro.diffusion.frame_masks import GivenFrames, per_frame
 from opensora_repro.diffusion.gaussian import GaussianDiffusion, linear_betas
 from opensora_repro.kernels.ops import to_device
 from opensora_repro.models.layers import count_frames, count_tokens
@@ -46,6 +51,7 @@ def guided_model(
     guidance: float,
     num_guided: int | None = None,
     prepare_text: PrepareText | None = None,
+    conditions: Mapping[str, Tensor] | None = None,
 ) -> ModelFn:
     """Classifier-free guidance (Ho & Salimans 2022) in one forward of [conditional; null].
 
@@ -53,27 +59,35 @@ def guided_model(
     is cut by each prompt's own mask [B, L], as in the published model. The output's first `num_guided` channels (None:
     all) are guided; the others are the conditional half's. A guidance of 1 needs no null half.
     With the model's `prepare_text` what it makes of the text alone is computed here, once, and both halves share their
-    latents.
+    latents. `conditions`: what else the model is told, [B] each. The guided model takes a frame mask [B, T] third,
+    where frames are given.
     """
+    told = dict(conditions or {})
+
+    def given(frame_mask: Tensor | None) -> dict[str, Tensor]:
+        return told if frame_mask is None else told | {"frame_mask": frame_mask}
+
     if guidance == 1:
         if prepare_text is not None:
             condition, mask = prepare_text(condition, mask, null=None), None
-        return lambda x, timestep: model(x, timestep, condition, mask)
+        return lambda x, timestep, frame_mask=None: model(x, timestep, condition, mask, **given(frame_mask))
     if prepare_text is not None:
         prepared = prepare_text(condition, mask, null=null_condition)
 
-        def both_halves(x: Tensor, timestep: Tensor) -> Tensor:
-            return model(x, timestep, prepared)
+        def both_halves(x: Tensor, timestep: Tensor, frame_mask: Tensor | None) -> Tensor:
+            return model(x, timestep, prepared, **given(frame_mask))
 
     else:
         both = torch.cat([condition, null_condition.to(condition).expand_as(condition)])
         both_mask = None if mask is None else torch.cat([mask, mask])
+        told = {name: torch.cat([value, value]) for name, value in told.items()}
 
-        def both_halves(x: Tensor, timestep: Tensor) -> Tensor:
-            return model(torch.cat([x, x]), torch.cat([timestep, timestep]), both, both_mask)
+        def both_halves(x: Tensor, timestep: Tensor, frame_mask: Tensor | None) -> Tensor:
+            frame_mask = None if frame_mask is None else torch.cat([frame_mask, frame_mask])
+            return model(torch.cat([x, x]), torch.cat([timestep, timestep]), both, both_mask, **given(frame_mask))
 
-    def guided(x: Tensor, timestep: Tensor) -> Tensor:
-        cond, null = both_halves(x, timestep).chunk(2)  # each [B, C_out, T, H, W]
+    def guided(x: Tensor, timestep: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+        cond, null = both_halves(x, timestep, frame_mask).chunk(2)  # each [B, C_out, T, H, W]
         mixed = null + guidance * (cond - null)
         return mixed if num_guided is None else torch.cat([mixed[:, :num_guided], cond[:, num_guided:]], dim=1)
 
@@ -108,6 +122,41 @@ def ab2_sample(model_fn: ModelFn, x: Tensor, times: Tensor, progress: Progress |
     return x
 
 
+def masked_flow_sample(
+    model_fn: ModelFn,
+    x: Tensor,
+    times: Tensor,
+    given: GivenFrames,
+    next_noise: Callable[[], Tensor],
+    *,
+    second_order: bool = False,
+    progress: Progress | None = None,
+) -> Tensor:
+    """As `euler_sample` (`second_order`: `ab2_sample`) where frames are given.
+
+    A frame of edit ratio w below 1 stays as it is while t > w; then it is noised to t, and moves from there on.
+    x and every `next_noise()`, one a step, are [B, C, T, H, W].
+    """
+    grid, num_channels = times.tolist(), x.shape[1]
+    ratios = NUM_TIMESTEPS * given.ratios.to(x.device)  # [B, T]
+    x, moving = given.into(x), ratios >= NUM_TIMESTEPS
+    before, step_before = torch.zeros_like(x), math.inf
+    for i, (now, after) in enumerate(pairwise(grid)):
+        frame_mask, noise = ratios >= NUM_TIMESTEPS * now, next_noise()
+        joining, moving = per_frame(frame_mask & ~moving), frame_mask
+        x = torch.where(joining, (1 - now) * x + now * noise, x)
+        timestep = torch.full((len(x),), NUM_TIMESTEPS * now, device=x.device)
+        velocity, step = model_fn(x, timestep, frame_mask)[:, :num_channels], after - now
+        change = velocity
+        if second_order and math.isfinite(step_before):  # a frame's first step is Euler's
+            change = velocity + step / (2 * step_before) * torch.where(joining, 0.0, velocity - before)
+        x = torch.where(per_frame(frame_mask), x + step * change, x)
+        before, step_before = velocity, step
+        if progress is not None:
+            progress(i + 1, len(grid) - 1)
+    return x
+
+
 def iddpm_sample(
     diffusion: GaussianDiffusion,
     model_fn: ModelFn,
@@ -131,6 +180,37 @@ def ddim_sample(
     """Deterministic DDIM sampling (eta 0) over all steps of `diffusion`; x is [B, C, T, H, W]."""
     for i in reversed(range(diffusion.num_steps)):
         x = diffusion.ddim_sample(model_fn, x, torch.full((len(x),), i, device=x.device))
+        if progress is not None:
+            progress(diffusion.num_steps - i, diffusion.num_steps)
+    return x
+
+
+def masked_iddpm_sample(
+    diffusion: GaussianDiffusion,
+    model_fn: ModelFn,
+    x: Tensor,
+    given: GivenFrames,
+    next_noise: Callable[[], Tensor],
+    *,
+    deterministic: bool = False,
+    progress: Progress | None = None,
+) -> Tensor:
+    """As `iddpm_sample` (`deterministic`: `ddim_sample`) where frames are given.
+
+    A frame of edit ratio w stays as it is until the step int(w * steps), counted down; there it is noised to that step,
+    and moves from there on. Frames whose ratio comes to step 0 are kept: the model sees them noised in the last step,
+    as in training. Draws two noises a step, for the frames that join and for the step, or with DDIM one.
+    """
+    joins = (given.ratios.to(x.device) * diffusion.num_steps).int()  # [B, T]
+    x = given.into(x)
+    for i in reversed(range(diffusion.num_steps)):
+        t = torch.full((len(x),), i, device=x.device)
+        seen = torch.where(per_frame(joins == i), diffusion.q_sample(x, t, next_noise()), x)
+        if deterministic:
+            moved = diffusion.ddim_sample(model_fn, seen, t, joins > i)
+        else:
+            moved, _ = diffusion.p_sample(model_fn, seen, t, next_noise(), joins > i)
+        x = torch.where(per_frame(joins >= max(i, 1)), moved, x)
         if progress is not None:
             progress(diffusion.num_steps - i, diffusion.num_steps)
     return x
@@ -171,12 +251,18 @@ class LatentSampler:
         *,
         shape: Sequence[int],
         generators: Sequence[torch.Generator],
+        size: Size | None = None,
+        conditions: Mapping[str, Tensor] | None = None,
+        given: GivenFrames | None = None,
     ) -> Tensor:
         """Return float32 latents [B, *shape] on the condition's device; `shape` is (C, T, H, W) of one sample.
 
         `condition` is text [B, L, Ct] with its `mask` [B, L], or labels [B]; `null_condition` is a single sample's.
-        Sample i draws from `generators[i]` alone.
+        Sample i draws from `generators[i]` alone. `size`: frames, height and width in pixels, which the flow of Open-Sora
+        1.2 needs. `conditions`: what else the model is told of each sample, [B] each. `given`: frames to start from.
         """
+        if given is not None and self.name == "dpm":
+            raise ValueError("sampler 'dpm' takes no given frames; choose iddpm or ddim")
 
         def next_noise() -> Tensor:
             return draw_noise(shape, generators, condition.device)
@@ -192,18 +278,34 @@ class LatentSampler:
                 guidance=self.guidance,
                 num_guided=NUM_GUIDED_CHANNELS if not flow and self.name in ("iddpm", "ddim") else None,
                 prepare_text=self.prepare_text,
+                conditions=conditions,
             )
             noise = next_noise()
             with self.call_context(model_fn) as model_fn:
                 if flow:
                     tokens, frames = count_tokens(shape, self.patch_size), count_frames(shape, self.patch_size)
-                    times = build_flow(self.objective).sampling_times(self.steps, tokens, frames)
-                    follow = ab2_sample if self.name == "ab2" else euler_sample
-                    return follow(model_fn, noise, times, self.progress)
+                    path, second_order = build_flow(self.objective), self.name == "ab2"
+                    times = path.sampling_times(self.steps, tokens, frames, size=size)
+
+                    def velocity_fn(x: Tensor, timestep: Tensor, *masks: Tensor) -> Tensor:
+                        return path.velocity(model_fn(x, timestep, *masks), shape[0])
+
+                    if given is not None:
+                        return masked_flow_sample(
+                            velocity_fn, noise, times, given, next_noise,
+                            second_order=second_order, progress=self.progress,
+                        )  # fmt: skip
+                    follow = ab2_sample if second_order else euler_sample
+                    return follow(velocity_fn, noise, times, self.progress)
                 if self.name == "dpm":
                     schedule = ContinuousSchedule(linear_betas())
                     return dpm_solver_sample(model_fn, noise, schedule, self.steps, self.progress)
                 diffusion = GaussianDiffusion.spaced(self.steps)
+                if given is not None:
+                    return masked_iddpm_sample(
+                        diffusion, model_fn, noise, given, next_noise,
+                        deterministic=self.name == "ddim", progress=self.progress,
+                    )  # fmt: skip
                 if self.name == "ddim":
                     return ddim_sample(diffusion, model_fn, noise, progress=self.progress)
                 return iddpm_sample(diffusion, model_fn, noise, next_noise, progress=self.progress)

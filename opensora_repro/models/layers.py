@@ -1,4 +1,4 @@
-"""Layers of the DiT, Latte, PixArt and STDiT models: patch embedding, attention, embedders, position tables.
+"""Layers of the models: patch embedding, attention, embedders, position tables, modulation by frame.
 
 Tokens are four-dimensional everywhere, [B, T, S, D]: samples, latent frames, places in a frame (row by row), channels.
 Module and parameter names follow the published state dicts.
@@ -7,7 +7,7 @@ Module and parameter names follow the published state dicts.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import torch
@@ -16,8 +16,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from opensora_repro.kernels import eager, ops
+from opensora_repro.kernels.ops import to_device
 
 TIMESTEP_CHANNELS = 256  # width of the timestep's sinusoid
+BASE = 10000.0  # of all sinusoids' frequencies
+RMS_NORM_EPS = 1e-6
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -26,19 +29,24 @@ TIMESTEP_CHANNELS = 256  # width of the timestep's sinusoid
 
 def _sincos(positions: Tensor, dim: int) -> Tensor:
     """Return float64 [N, dim]: the sines, then the cosines, of positions [N] at dim / 2 frequencies."""
-    frequencies = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64, device="cpu") / (dim / 2))
+    steps = torch.arange(dim // 2, dtype=torch.float64, device=positions.device)
+    frequencies = BASE ** -(steps / (dim / 2))
     angles = positions.double()[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def spatial_positions(dim: int, rows: int, cols: int, *, scale: float = 1.0, base_size: int | None = None) -> Tensor:
+def spatial_positions(
+    dim: int, rows: int, cols: int, *, scale: float | Tensor = 1.0, base_size: int | None = None
+) -> Tensor:
     """Return float64 [rows * cols, dim], row by row; the column's sinusoid first, then the row's.
 
     A position is index / scale; with `base_size` the axes are also stretched to `base_size` steps each, as PixArt does.
+    Where the scale is a tensor, []: on its device, which nobody waits for.
     """
+    device = scale.device if isinstance(scale, Tensor) else "cpu"
     # Positions are rounded to float32 before the angle, as in the published tables.
-    row = torch.arange(rows, dtype=torch.float32, device="cpu") / scale
-    col = torch.arange(cols, dtype=torch.float32, device="cpu") / scale
+    row = torch.arange(rows, dtype=torch.float32, device=device) / scale
+    col = torch.arange(cols, dtype=torch.float32, device=device) / scale
     if base_size is not None:
         row, col = row * (base_size / rows), col * (base_size / cols)
     by_row = _sincos(row, dim // 2)[:, None].expand(rows, cols, dim // 2)
@@ -66,6 +74,23 @@ def temporal_table(dim: int, frames: int, scale: float, device: torch.device, dt
     with torch.inference_mode(False):
         table = temporal_positions(dim, frames, scale=scale).float().to(device, dtype)
         return rearrange(table, "t d -> t 1 d")
+
+
+@lru_cache(maxsize=64)
+def rotary_table(dim: int, frames: int, device: torch.device) -> Tensor:
+    """Return float32 [frames, 1, dim]: the cosines, then the sines, of each frame's angles for heads of `dim` channels.
+
+    After "RoFormer: Enhanced Transformer with Rotary Position Embedding" (arXiv:2104.09864).
+    """
+    with torch.inference_mode(False):
+        angles = torch.arange(frames, dtype=torch.float64, device="cpu")[:, None] * rotary_frequencies(dim).double()
+        table = torch.cat([angles.cos(), angles.sin()], dim=1).float().to(device)
+        return rearrange(table, "t d -> t 1 d")
+
+
+def rotary_frequencies(dim: int) -> Tensor:
+    """Return float32 [dim / 2], radians a frame."""
+    return BASE ** -(torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
 
 
 @lru_cache(maxsize=16)
@@ -104,6 +129,12 @@ class PatchEmbed3D(nn.Module):
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
+def draw_patch_kernel(embedder: PatchEmbed3D, generator: torch.Generator | None) -> None:
+    """Xavier-uniform, as a matrix over patches."""
+    kernel = embedder.proj.weight.flatten(1)  # a view: fills the kernel itself
+    nn.init.xavier_uniform_(kernel, generator=generator)
+
+
 class TimestepEmbedder(nn.Module):
     """Timesteps, or other numbers, [B] -> [B, D].
 
@@ -119,6 +150,16 @@ class TimestepEmbedder(nn.Module):
     def forward(self, timestep: Tensor) -> Tensor:
         sinusoid = timestep_sinusoid(timestep, TIMESTEP_CHANNELS)
         return self.mlp(sinusoid.to(next(self.parameters()).dtype))
+
+
+class SizeEmbedder(TimestepEmbedder):
+    """Numbers [B, n] or [B] -> [B, n * D], those of a sample side by side."""
+
+    def forward(self, sizes: Tensor, samples: int | None = None) -> Tensor:
+        """Fewer rows than `samples` are repeated, all one after the other. Numbers may lie in host memory."""
+        sizes = to_device(sizes if sizes.ndim == 2 else sizes[:, None], next(self.parameters()).device)
+        embedded = rearrange(super().forward(sizes.flatten()), "(b n) d -> b (n d)", n=sizes.shape[1])
+        return embedded if samples is None else tiled(embedded, samples, "sizes")
 
 
 class CaptionEmbedder(nn.Module):
@@ -167,29 +208,147 @@ def is_plain(layer: nn.Linear) -> bool:
 # Attention
 
 
+class RMSNorm(nn.Module):
+    """x / root mean square of its channels, times a weight, [..., D] -> float32 [..., D] (arXiv:1910.07467)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), RMS_NORM_EPS)
+
+
+class Rotary(nn.Module):
+    """Holds the frequencies that published files have; never trained.
+
+    They are not read, for in a bf16 model they would be rounded: `rotary_table` has the same ones.
+    """
+
+    def __init__(self, head_size: int) -> None:
+        super().__init__()
+        self.freqs = nn.Parameter(torch.empty(head_size // 2), requires_grad=False)
+        if not self.freqs.is_meta:
+            self.initialize()
+
+    def initialize(self) -> None:
+        self.freqs.data.copy_(rotary_frequencies(2 * len(self.freqs)))
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turn neighbouring channels of [..., d] by angles, of which `table` [..., d] has the cosines, then the sines."""
+    cos, sin = table.chunk(2, dim=-1)
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+
+
 class Attention(nn.Module):
-    """Self-attention on [B, T, S, D] within a frame ("space"), a place ("time") or a whole video ("space_time")."""
+    """Self-attention on [B, T, S, D] within a frame ("space"), a place ("time") or a whole video ("space_time").
+
+    With `qk_norm` each head's queries and keys are normed. Attention over time may be given a `rotary_table`, by which
+    they are turned after the norm, or with `rotary_first` before it. All of it in float32, rounded once.
+    """
 
     attend = staticmethod(ops.time_attention)  # of frames of other processes, too, see parallel/sequence.py
 
-    def __init__(self, hidden_size: int, num_heads: int, over: str = "space") -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        over: str = "space",
+        *,
+        qk_norm: bool = False,
+        rotary_first: bool = False,
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.over = over
+        self.rotary_first = rotary_first
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.q_norm = RMSNorm(hidden_size // num_heads) if qk_norm else None
+        self.k_norm = RMSNorm(hidden_size // num_heads) if qk_norm else None
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor | None = None) -> Tensor:
+        """`rotary` [T, 1, d] is for attention over time alone."""
         samples, over = len(x), self.over
         if over == "time" and ops.attends_in_place(x):
-            return self.proj(self.attend(self.qkv(x), self.num_heads))
+            return self.proj(self.attend(self.turned(self.qkv(x), rotary), self.num_heads))
         if over == "time":  # one copy here, before the projection triples the channels; then places are frames of time
             x, over = rearrange(x, "b t s d -> (b s) 1 t d"), "space"
         # Views: attention takes any strides, so a copy in its own layout, which the fused split makes, costs more.
-        q, k, v = eager.split_heads(self.qkv(x), self.num_heads, over)
+        q, k, v = eager.split_heads(self.qkv(x), self.num_heads, over)  # [N, H, L, d]
+        q, k = self.turn(q, k, rotary[:, 0] if rotary is not None and self.over == "time" else None)
         out = eager.attention(q, k, v)
         out = self.proj(eager.merge_heads(out, x.shape[1], x.shape[2], over))
         return rearrange(out, "(b s) 1 t d -> b t s d", b=samples) if self.over == "time" else out
+
+    def turned(self, qkv: Tensor, rotary: Tensor | None) -> Tensor:
+        """[B, T, S, 3 * H * d] for attention over time, queries and keys normed and turned by `rotary` [T, 1, d]."""
+        if self.q_norm is None and rotary is None:
+            return qkv
+        q, k, v = qkv.chunk(3, dim=-1)
+        q, k = (x.unflatten(-1, (self.num_heads, -1)) for x in (q, k))  # [B, T, S, H, d]
+        q, k = self.turn(q, k, None if rotary is None else rotary[:, None])
+        return torch.cat([q.flatten(-2), k.flatten(-2), v], dim=-1)
+
+    def turn(self, q: Tensor, k: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Queries and keys [..., d], normed and turned by angles that can be broadcast over them."""
+        return _turn(q, self.q_norm, table, self.rotary_first), _turn(k, self.k_norm, table, self.rotary_first)
+
+
+def _turn(x: Tensor, norm: RMSNorm | None, table: Tensor | None, rotary_first: bool) -> Tensor:
+    dtype = x.dtype
+    if table is not None and rotary_first:
+        x = rotate(x, table)
+    if norm is not None:
+        x = norm(x)
+    if table is not None and not rotary_first:
+        x = rotate(x, table)
+    return x.to(dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frames that are given, and read at timestep 0, beside those that are generated
+
+
+def tiled(rows: Tensor, samples: int, what: str) -> Tensor:
+    """[n, ...] -> [samples, ...], all rows one after the other as often as it takes."""
+    if len(rows) == 0 or samples % len(rows):
+        raise ValueError(f"{what} of {len(rows)} rows cannot be repeated over {samples} samples")
+    return rows if len(rows) == samples else rows.repeat(samples // len(rows), *[1] * (rows.ndim - 1))
+
+
+def generated_frames(frame_mask: Tensor | None, latents: Tensor, patch_frames: int) -> Tensor | None:
+    """Which frames of tokens are generated, bool [B, T'], of a mask of latents' frames [B, T] or of tokens' [B, T'].
+
+    Fewer rows are repeated. A token is given where all its frames are. None: all are generated, which costs nothing;
+    so a mask is taken that lies in host memory and is true everywhere. Into a GPU's nobody looks.
+    """
+    if frame_mask is None:
+        return None
+    frames = latents.shape[2]
+    tokens = -(-frames // patch_frames)
+    if frame_mask.ndim != 2 or frame_mask.shape[1] not in (frames, tokens):
+        raise ValueError(f"expected a frame mask [{len(latents)}, {frames}], got {list(frame_mask.shape)}")
+    mask = tiled(frame_mask.bool(), len(latents), "a frame mask")
+    if mask.shape[1] != tokens:
+        mask = F.pad(mask, (0, tokens * patch_frames - frames)).unflatten(1, (tokens, patch_frames)).any(dim=2)
+    if mask.device.type == "cpu" and mask.all():
+        return None
+    return to_device(mask, latents.device)
+
+
+def of_frames(vectors: Iterable[Tensor], generated: Tensor | None) -> Tensor:
+    """Vectors [B, C] of generated frames, and where some are given these frames' -> [B, T', C], else [B, C]."""
+    now, *given = vectors
+    return now if generated is None else torch.where(generated[..., None], now[:, None], given[0][:, None])
+
+
+def by_vector(modulation: Tensor, count: int) -> Tensor:
+    """[B, count * D], or of frames [B, T, count * D] -> [count, B, 1 or T, 1, D], as blocks take it."""
+    modulation = modulation[:, None] if modulation.ndim == 2 else modulation
+    return rearrange(modulation, "b t (n d) -> n b t 1 d", n=count)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,7 +356,10 @@ class Attention(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens [B, T, S, D] and the timestep embedding [B, D] -> patches [B, T, S, pT * pH * pW * C_out]."""
+    """Tokens [B, T, S, D] -> patches [B, T, S, pT * pH * pW * C_out].
+
+    The timestep embeddings are [B, D], or of frames [B, T, D].
+    """
 
     def __init__(self, hidden_size: int, patch_volume: int, out_channels: int) -> None:
         super().__init__()
@@ -205,7 +367,8 @@ class FinalLayer(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(2, hidden_size) / hidden_size**0.5)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        shift, scale = (self.scale_shift_table[:, None, None, None] + t[None, :, None, None]).unbind(0)
+        t = t[:, None, None] if t.ndim == 2 else t[:, :, None]  # [B, 1 or T, 1, D]
+        shift, scale = (self.scale_shift_table[:, None, None, None] + t).unbind(0)
         return self.linear(ops.norm_modulate(x, shift, scale))
 
 

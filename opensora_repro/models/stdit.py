@@ -7,11 +7,9 @@ state-dict keys are those of the published models, PixArt-1024-MS with its size 
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,23 +17,22 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from opensora_repro.kernels import ops
+from opensora_repro.models.captioned import Block, BlockInputs, CaptionedModel, PreparedText
 from opensora_repro.models.config import STDiTConfig
-from opensora_repro.models.cross_attention import ALL, BlockText, CrossAttention, WholeCaptions, lay_out, varlen_kernel
 from opensora_repro.models.layers import (
     Attention,
     CaptionEmbedder,
     FinalLayer,
-    Mlp,
     PatchEmbed3D,
     TimestepEmbedder,
-    check_latents,
+    by_vector,
     check_sizes,
-    computing_dtype,
+    draw_patch_kernel,
+    generated_frames,
+    of_frames,
     spatial_table,
     temporal_table,
-    unpatchify,
 )
-from opensora_repro.models.recompute import HostStack, run_block
 
 # Published files carry these tables; here they follow from the size of the call and from space_scale, time_scale.
 POSITION_TABLES = ("pos_embed", "pos_embed_temporal")
@@ -45,85 +42,37 @@ STD_002 = ("t_embedder.", "t_block.", "y_embedder.", "csize_embedder.", "ar_embe
 PIXELS_A_LATENT = 8  # of the Stable Diffusion autoencoders, which PixArt-1024-MS was trained with
 
 
-class STDiTBlock(nn.Module):
-    """Spatial attention -> temporal attention -> cross-attention -> MLP, on tokens [B, T, S, D]."""
+class STDiTBlock(Block):
+    """Spatial attention -> temporal attention -> cross-attention -> MLP, on tokens [B, T, S, D].
 
-    def __init__(self, cfg: STDiTConfig) -> None:
-        super().__init__()
-        self.hidden_size = dim = cfg.hidden_size
-        self.attn = Attention(dim, cfg.num_heads, over="space" if cfg.temporal_attention else "space_time")
-        self.attn_temp = Attention(dim, cfg.num_heads, over="time") if cfg.temporal_attention else None
-        self.cross_attn = CrossAttention(dim, cfg.num_heads)
-        self.mlp = Mlp(dim, int(dim * cfg.mlp_ratio), dim)
-        self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
-
-    def forward(
-        self,
-        x: Tensor,
-        text: BlockText,
-        modulation: Tensor,
-        captions: WholeCaptions,
-        temporal: Tensor | None,
-        normed: Tensor | None = None,
-        following: STDiTBlock | None = None,
-    ) -> Any:
-        """`modulation` is [6, B, 1, 1, D]; `temporal` [T, 1, D] joins the temporal branch's input (first block).
-
-        Where several captions read the same tokens, `x` may hold these once, and the modulation a row a caption.
-        Returns the tokens. Where the `following` block is given, its first norm is fused with this one's last residual:
-        the result is then (tokens, what that block takes as `normed`).
-        """
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.vectors(modulation)  # [B, 1, 1, D] each
-        repeats = len(gate_mlp) // len(x)
-        if repeats > 1:
-            shift_msa, scale_msa, gate_msa = (vector[: len(x)] for vector in (shift_msa, scale_msa, gate_msa))
-
-        if normed is None:
-            normed = ops.norm_modulate(x, shift_msa, scale_msa)
-        x = ops.gate_residual(x, gate_msa, self.attn(normed))  # [B, T, S, D] everywhere
-        if self.attn_temp is not None:  # reads the raw residual stream, shares the spatial branch's gate
-            x = ops.gate_residual(x, gate_msa, self.attn_temp(x if temporal is None else x + temporal))
-        if repeats > 1:  # from here on each caption has tokens of its own
-            x = x.repeat(repeats, 1, 1, 1)
-        y = self.cross_attn(x, text, captions)
-        x, normed = ops.residual_norm_modulate(x, None, y, shift_mlp, scale_mlp)  # x + y, and its modulated norm
-        y = self.mlp(normed)
-
-        if following is None:
-            return ops.gate_residual(x, gate_mlp, y)
-        shift, scale, *_ = following.vectors(modulation)
-        return ops.residual_norm_modulate(x, gate_mlp, y, shift, scale)
-
-    def vectors(self, modulation: Tensor) -> tuple[Tensor, ...]:
-        """Shift, scale and gate of attention, then of the MLP, each [B, 1, 1, D]."""
-        return (self.scale_shift_table[:, None, None, None] + modulation).unbind(0)
-
-
-@dataclass(frozen=True)
-class PreparedText:
-    """What every block makes of the captions, which is the same at all steps of sampling; from `STDiT.prepare_text`."""
-
-    blocks: Sequence[BlockText]
-    captions: WholeCaptions
-    num_samples: int
-
-
-class STDiT(nn.Module):
-    """Text-conditional diffusion transformer on latents [B, C, T, H, W]; an image is a video of one frame.
-
-    With `temporal_attention=False` it is PixArt: every block attends over all tokens of the sample at once.
-    Any latent size and frame count may be given at call time. `activation_checkpointing` ("none", "selective", "full")
-    trades time for memory, see recompute.py; with `offload_activations` what it keeps of a block's input waits in host
-    memory.
+    `temporal` [T, 1, D] joins the temporal branch's input (first block).
     """
 
     def __init__(self, cfg: STDiTConfig) -> None:
-        super().__init__()
+        dim, heads = cfg.hidden_size, cfg.num_heads
+        attn = Attention(dim, heads, over="space" if cfg.temporal_attention else "space_time")
+        super().__init__(cfg, attn, Attention(dim, heads, over="time") if cfg.temporal_attention else None)
+
+    def attend(self, x: Tensor, normed: Tensor, vectors: Sequence[Tensor], temporal: Tensor | None) -> Tensor:
+        gate = vectors[2]
+        x = ops.gate_residual(x, gate, self.attn(normed))
+        if self.attn_temp is not None:  # reads the raw residual stream, shares the spatial branch's gate
+            x = ops.gate_residual(x, gate, self.attn_temp(x if temporal is None else x + temporal))
+        return x
+
+
+class STDiT(CaptionedModel):
+    """Text-conditional diffusion transformer on latents [B, C, T, H, W]; an image is a video of one frame.
+
+    With `temporal_attention=False` it is PixArt: every block attends over all tokens of the sample at once.
+    Any latent size and frame count may be given at call time.
+    """
+
+    temporal_everywhere = False
+
+    def __init__(self, cfg: STDiTConfig) -> None:
         _check(cfg)
-        self.cfg = cfg
-        self.activation_checkpointing = "none"
-        self.offload_activations = False
-        self._compiled_block: Callable[..., Tensor] | None = None
+        super().__init__(cfg)
         dim = cfg.hidden_size
         self.x_embedder = PatchEmbed3D(cfg.patch_size, cfg.in_channels, dim)
         self.t_embedder = TimestepEmbedder(dim)
@@ -147,6 +96,7 @@ class STDiT(nn.Module):
         drop_text: Tensor | None = None,
         image_size: Tensor | None = None,
         aspect_ratio: Tensor | None = None,
+        frame_mask: Tensor | None = None,
         first_frame: int = 0,
     ) -> Tensor:
         """Predict float32 [B, C_out, T, H, W].
@@ -158,118 +108,35 @@ class STDiT(nn.Module):
         and the output has n * B rows.
         With size conditioning also image_size: [B, 2], height and width in pixels, and
         aspect_ratio: [B] or [B, 1], height / width; None: those of the latents.
+        frame_mask: [B, T] bool, which frames are generated; the others are given and read at timestep 0. None: all
+        are. See `generated_frames`.
         first_frame: index of the first latent frame where the latents are a part of a longer video, a multiple of
         patch_size[0]; it moves the temporal positions.
         """
-        check_latents(latents, timestep, self.cfg.in_channels)
-        if first_frame < 0 or first_frame % self.cfg.patch_size[0]:
-            raise ValueError(
-                f"first_frame={first_frame} must be a multiple of patch_size[0]={self.cfg.patch_size[0]}, 0 or more"
-            )
-        t = self.embed_condition(latents, timestep, image_size, aspect_ratio)  # [B, D]
-        texts, captions, repeats = self._read_text(text, mask, drop_text, len(latents))
-        modulation = rearrange(self.t_block(t), "b (six d) -> six b 1 1 d", six=6)
-        if repeats > 1:
-            t, modulation = t.repeat(repeats, 1), modulation.repeat(1, repeats, 1, 1, 1)
-        # Contiguous, or one sample's strides would differ from several samples', for which blocks are compiled again.
-        modulation = modulation.contiguous()
+        given = {"image_size": image_size, "aspect_ratio": aspect_ratio, "frame_mask": frame_mask}
+        inputs = self.inputs(latents, timestep, first_frame=first_frame, **given)
+        return self.predict(latents, inputs, *self.read_text(text, mask, drop_text, len(latents)))
 
-        x, temporal = self.embed(latents, first_frame)  # [B, T', S, D]
-        x = self._run_blocks(x, texts, modulation, captions, temporal)
-        x = self.final_layer(x, t)  # [B, T', S, pT * pH * pW * C_out]
-        return unpatchify(x, self.cfg.patch_size, latents.shape[2:])
-
-    def prepare_text(self, text: Tensor, mask: Tensor | None = None, *, null: Tensor | None = None) -> PreparedText:
-        """What `forward` takes in place of text [B, L, Ct] and mask [B, L], to compute it once for many calls.
-
-        With `null` [L, Ct] B more samples follow, the null caption under each mask. It holds for these weights and
-        this autocast alone, and keeps no gradients where there are none to keep: call it under no_grad to sample.
-        """
-        self.check_text(text, mask, len(text))
-        samples, rows = len(text), None
-        if null is not None:
-            rows = [*range(samples), *[samples] * samples]
-            text = torch.cat([text, null[None, : text.shape[1]].to(text)])
-            samples *= 2
-            # Without a mask: the same, for the samples must still be told apart from the captions
-            mask = torch.ones(samples, text.shape[1], dtype=torch.bool) if mask is None else mask
-        y = self.y_embedder(text)
-        captions = ALL if mask is None else self._lay_out(mask, samples, y.device, rows)
-        attentions: list[Any] = [block.cross_attn for block in self.blocks]
-        return PreparedText([attention.prepare(y, captions) for attention in attentions], captions, samples)
-
-    def _read_text(
-        self, text: Tensor | PreparedText, mask: Tensor | None, drop_text: Tensor | None, num_latents: int
-    ) -> tuple[Sequence[BlockText], WholeCaptions, int]:
-        """What each block reads, how it lies, and how many captions there are to a latent."""
-        if isinstance(text, PreparedText):
-            if mask is not None or drop_text is not None:
-                raise ValueError("prepared text has its mask already, and no caption of it can be dropped")
-            if text.num_samples % num_latents:
-                raise ValueError(f"{num_latents} latents cannot be repeated over {text.num_samples} prepared captions")
-            return text.blocks, text.captions, text.num_samples // num_latents
-        self.check_text(text, mask, num_latents)
-        y = self.y_embedder(text, drop_text)  # [B, L, D]
-        if mask is None:
-            return [y] * len(self.blocks), ALL, 1
-        captions = self._lay_out(mask, len(text), y.device)
-        return [captions.take(y)] * len(self.blocks), captions, 1
-
-    def _lay_out(
-        self, mask: Tensor, num_samples: int, device: torch.device, rows: Sequence[int] | None = None
-    ) -> WholeCaptions:
-        dtype = computing_dtype(self.x_embedder.proj.weight, device)
-        varlen = varlen_kernel(device, dtype, self.cfg.hidden_size // self.cfg.num_heads)
-        return lay_out(mask, num_samples, device, varlen=varlen, rows=rows)
-
-    def compile_blocks(self, *, backend: str = "inductor") -> None:
-        """Let torch.compile make one program of a block, which serves all blocks; it does so at the first call.
-
-        For training alone: without gradients blocks run as they are, or validation and sampling would need programs of
-        their own. Numbers of samples, frames, places and caption tokens are variables of the program; only where one
-        of them is 1, all captions have one length, or one is empty, it is compiled again. The compiler fuses torch's
-        own operations, not the kernels of `train.kernels`.
-        """
-        self._compiled_block = torch.compile(run_block, backend=backend)
-
-    def _run_blocks(
+    def inputs(
         self,
-        x: Tensor,
-        texts: Sequence[BlockText],
-        modulation: Tensor,
-        captions: WholeCaptions,
-        temporal: Tensor | None,
-    ) -> Tensor:
-        keep = self.activation_checkpointing if torch.is_grad_enabled() else "none"
-        compiled = self._compiled_block if torch.is_grad_enabled() else None
-        plain = compiled is None and keep == "none"
-        run: Callable[..., Any] = nn.Module.__call__ if plain else partial(compiled or run_block, keep)
-        # With a block's last residual and the next one's first norm in one kernel, two tensors pass from block to
-        # block. Recomputing would keep both.
-        pairs = plain and ops.fused(x)
-        later = None  # what joins the temporal branch's input after the first block
-        if compiled is not None:
-            if temporal is not None:
-                # A block that adds nothing would be compiled by itself, and so would one that is given a view. Zeros
-                # that are added while tokens are copied cost nothing.
-                later = torch.zeros_like(temporal)
-                temporal = temporal + later
-            _mark_sizes(x, texts[0], modulation, captions, temporal, later)
-        host = HostStack(x.device) if keep != "none" and self.offload_activations else None
-        normed = None
-        for block, following, text in zip(self.blocks, [*self.blocks[1:], None], texts, strict=True):
-            rest = (text, modulation, captions, temporal)
-            with contextlib.nullcontext() if host is None else host.holding(x):
-                if pairs and following is not None:
-                    x, normed = run(block, x, *rest, normed, following)
-                else:
-                    x = run(block, x, *rest, normed)
-            temporal = later
-        return x
+        latents: Tensor,
+        timestep: Tensor,
+        *,
+        image_size: Tensor | None = None,
+        aspect_ratio: Tensor | None = None,
+        frame_mask: Tensor | None = None,
+        first_frame: int = 0,
+    ) -> BlockInputs:
+        self.check_inputs(latents, timestep, first_frame)
+        generated = generated_frames(frame_mask, latents, self.cfg.patch_size[0])
+        times = [timestep] if generated is None else [timestep, torch.zeros_like(timestep)]
+        conditions = [self.embed_condition(latents, time, image_size, aspect_ratio) for time in times]  # [B, D] each
+        modulation = of_frames(map(self.t_block, conditions), generated)
+        x, temporal = self.embed(latents, first_frame)  # [B, T', S, D]
+        return BlockInputs(x, by_vector(modulation, 6), of_frames(conditions, generated), temporal)
 
-    def null_condition(self) -> Tensor:
-        """Return the null caption [L, Ct], what the model sees where a caption was dropped."""
-        return self.y_embedder.y_embedding
+    def in_order(self) -> list[Block]:
+        return list(self.blocks)  # type: ignore[arg-type]  # a ModuleList does not tell what it holds
 
     def embed_condition(
         self, latents: Tensor, timestep: Tensor, image_size: Tensor | None, aspect_ratio: Tensor | None
@@ -319,49 +186,19 @@ class STDiT(nn.Module):
         temporal = temporal_table(dim, first + frames, cfg.time_scale, x.device, dtype)[first:]
         return (x, temporal) if cfg.temporal_attention else (x + temporal, None)
 
-    def check_text(self, text: Tensor, mask: Tensor | None, batch: int) -> None:
-        cfg = self.cfg
-        if text.ndim != 3 or text.shape[0] != batch or text.shape[2] != cfg.caption_channels:
-            raise ValueError(f"expected text [{batch}, L, {cfg.caption_channels}], got {list(text.shape)}")
-        if text.shape[1] > cfg.model_max_length:
-            raise ValueError(f"captions of {text.shape[1]} tokens exceed model.model_max_length={cfg.model_max_length}")
-        if mask is not None and (mask.ndim != 2 or mask.shape[1] != text.shape[1]):
-            raise ValueError(f"expected a caption mask [B, {text.shape[1]}], got {list(mask.shape)}")
+    def initial_std(self, name: str) -> float | None:
+        return 0.0 if name.endswith(ZERO_INITIALISED) else 0.02 if name.startswith(STD_002) else None
 
     def initialize_weights(self, only: str = "", generator: torch.Generator | None = None) -> None:
         """Draw initial weights as Open-Sora 1.0 does; `only` in the modules that have it in their names."""
-        for name, module in self.named_modules():
-            if not isinstance(module, nn.Linear) or only not in name:
-                continue
-            nn.init.zeros_(module.bias)
-            if name.endswith(ZERO_INITIALISED):
-                nn.init.zeros_(module.weight)
-            elif name.startswith(STD_002):
-                nn.init.normal_(module.weight, std=0.02, generator=generator)
-            else:
-                nn.init.xavier_uniform_(module.weight, generator=generator)
+        super().initialize_weights(only, generator)
         if not only:
-            kernel = self.x_embedder.proj.weight.flatten(1)  # a view: fills the kernel itself
-            nn.init.xavier_uniform_(kernel, generator=generator)
+            draw_patch_kernel(self.x_embedder, generator)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load as usual, but pass over the position tables that published files carry."""
         weights = {key: value for key, value in state_dict.items() if key not in POSITION_TABLES}
         return super().load_state_dict(weights, strict=strict, assign=assign)
-
-
-def _mark_sizes(
-    x: Tensor, text: BlockText, modulation: Tensor, captions: WholeCaptions, *temporal: Tensor | None
-) -> None:
-    """Tell the compiler which axes of a block's inputs change from batch to batch, before it sees them change."""
-    from torch._dynamo import maybe_mark_dynamic
-
-    axes: list[tuple[Any, list[int]]] = [(x, [0, 1, 2]), (modulation, [1]), *((table, [0]) for table in temporal)]
-    if isinstance(text, Tensor):
-        axes.append((text, [0, 1] if text.ndim == 3 else [0]))  # [B, L, D], or [N, D] end to end
-    for tensor, changing in [*axes, *captions.changing_axes()]:
-        if tensor is not None:
-            maybe_mark_dynamic(tensor, changing)
 
 
 def _check(cfg: STDiTConfig) -> None:

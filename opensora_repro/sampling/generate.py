@@ -14,11 +14,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from opensora_repro.config import Config, ConfigError
+from opensora_repro.config.sections import sample_fps
+from opensora_repro.data.sample_frames import interval_of
 from opensora_repro.data.sampler import keyed_generator
 from opensora_repro.diffusion.samplers import CallContext, LatentSampler, PrepareText
 from opensora_repro.errors import TrainingError
 from opensora_repro.frozen.text import ClassLabels, ConditionEncoder, EncodedPrompts
 from opensora_repro.models.config import ModelConfig
+from opensora_repro.models.conditions import conditions_of
 from opensora_repro.models.layers import is_plain
 from opensora_repro.parallel.sequence import FrameParallel
 from opensora_repro.sampling.graphs import StepGraphs
@@ -112,7 +115,9 @@ def generate(
         prepare_text=_text_preparation(model, forward),
         call_context=call_context,
     )
+    size = (data.num_frames, data.height, data.width)
     for done, indices in enumerate(batches):
+        fps = torch.full((len(indices),), sample_fps(cfg) if data.num_frames > 1 else 0.0, device=device)
         condition, mask = encoder.encode([prompts[i] for i in indices])
         with evaluating(model):
             latents = replace(sampler, progress=_counted(progress, done, len(batches)))(
@@ -122,6 +127,8 @@ def generate(
                 model.null_condition(),
                 shape=shape,
                 generators=[keyed_generator(seed, 0, str(i), "sample") for i in indices],
+                size=size,
+                conditions=conditions_of(model.cfg, size, fps, frame_interval=interval_of(data)),
             )
         for i, latent in zip(indices, latents, strict=True):
             if not latent.isfinite().all():

@@ -1,6 +1,6 @@
 """CUDA graphs for sampling: a step's kernels are recorded once and launched as one at all later steps.
 
-From step to step latents and timesteps alone differ, so the model's call on one set of buffers serves them all. A graph
+From step to step latents, timesteps and masks alone differ, so the model's call on one set of buffers serves them all. A graph
 lives for one batch of prompts: it reads the weights where they lie, the text that was prepared for this batch, and the
 copies of weights that the autocast around it keeps.
 """
@@ -50,11 +50,14 @@ class Replayed:
         self._calls = 0
         self.usable = True
 
-    def __call__(self, x: Tensor, timestep: Tensor) -> Tensor:
-        """The result is the caller's own: later calls leave it as it is."""
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Latents, timesteps and, where frames are given, their mask.
+
+        The result is the caller's own: later calls leave it as it is.
+        """
         if not self.usable:
-            return self._model_fn(x, timestep)
-        graph = self._graph_for([x, timestep])
+            return self._model_fn(*inputs)
+        graph = self._graph_for(list(inputs))
         self._calls += 1
         if self._calls <= WARM_UP:
             return graph.warm_up(self._run).clone()
@@ -63,13 +66,12 @@ class Replayed:
                 self._output = graph.capture(self._run)
             except Exception as error:  # whatever this GPU, its driver or this version of torch cannot record
                 self._give_up(error)
-                return self._model_fn(x, timestep)
+                return self._model_fn(*inputs)
         graph.replay()
         return self._output.clone()
 
     def _run(self) -> Tensor:
-        x, timestep = self._inputs
-        return self._model_fn(x, timestep)
+        return self._model_fn(*self._inputs)
 
     def _graph_for(self, given: list[Tensor]) -> CudaGraph:
         """The graph whose inputs now hold the given values; a new one where they do not fit."""

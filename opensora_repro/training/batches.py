@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 import torch
@@ -19,12 +19,16 @@ from opensora_repro.data.buckets import buckets_of
 from opensora_repro.data.cache import CacheRows, LatentCache
 from opensora_repro.data.dataset import BadSample, Clip, ClipDataset, LoaderDied, build_loader
 from opensora_repro.data.packing import first_fit_decreasing
+from opensora_repro.data.sample_frames import interval_of
 from opensora_repro.data.sampler import Shape, SharedBatches, interleave, keyed_generator
+from opensora_repro.diffusion.flow import Size
+from opensora_repro.diffusion.frame_masks import FrameMasks
 from opensora_repro.diffusion.gaussian import Objective
 from opensora_repro.errors import TrainingError
 from opensora_repro.frozen.encoder import Encoded, Encoder
 from opensora_repro.frozen.vae import FrameVAE
 from opensora_repro.kernels.ops import to_device
+from opensora_repro.models.conditions import conditions_of
 from opensora_repro.models.layers import count_frames, count_tokens
 from opensora_repro.parallel.device import SideStream
 from opensora_repro.parallel.engine import Collectives
@@ -111,9 +115,14 @@ class Batch:
     fps: Tensor  # [B] float32, frames a second; 0: a picture
     weight: float  # 1, or 0 for the stand-in of a micro-batch without a readable sample
     num_tokens: int  # of all samples together
+    size: Size  # of each sample in pixels: frames, height, width
+    frame_mask: Tensor | None = None  # [B, T] bool, True: generated, False: given; None: all are generated
+    conditions: dict[str, Tensor] = field(default_factory=dict)  # what else the model is told, [B] each, by name
 
     def tensors(self) -> tuple[Tensor, ...]:
-        return self.latents, self.noise, self.timesteps, self.text, self.mask, self.drop_text, self.fps
+        given = () if self.frame_mask is None else (self.frame_mask,)
+        own = (self.latents, self.noise, self.timesteps, self.text, self.mask, self.drop_text, self.fps)
+        return *own, *given, *self.conditions.values()
 
 
 @dataclass(frozen=True)
@@ -139,13 +148,16 @@ class PackedBatch:
 
 
 class BatchBuilder:
-    """Draws posterior sample, noise, timestep and text dropout, keyed by (seed, epoch, sample id)."""
+    """Draws posterior sample, noise, timestep, text dropout and frame mask, keyed by (seed, epoch, sample id)."""
 
     def __init__(self, cfg: Config, vae: FrameVAE, objective: Objective, device: torch.device) -> None:
         self.vae, self.objective, self.device = vae, objective, device
         self.seed, self.smallest, self.packing_tokens = cfg.run.seed, buckets_of(cfg)[-1], cfg.data.packing_tokens
         self.patch_size, self.drop_probability = cfg.model.patch_size, cfg.model.class_dropout_prob
         self.text_shape = (cfg.model.model_max_length, cfg.model.caption_channels)
+        self.frame_masks = FrameMasks(cfg.frame_masks, cfg.model.patch_size[0])
+        self.model_cfg, self.frame_interval = cfg.model, interval_of(cfg.data)
+        self.sizes = {self._latent_size(bucket.shape): bucket.shape for bucket in buckets_of(cfg)}
 
     def rows(self, samples: Sequence[tuple[int, Encoded]]) -> list[PackedBatch]:
         """A micro-batch of (epoch, sample) pairs of any shapes, packed into rows of at most `data.packing_tokens`."""
@@ -171,7 +183,10 @@ class BatchBuilder:
         num_tokens = count_tokens(latents.shape[1:], self.patch_size)
         noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators("noise")])
         frames = count_frames(latents.shape[1:], self.patch_size)
-        timesteps = self.objective.draw_timesteps(generators("timestep"), num_tokens, frames)
+        size = self._size_of(latents.shape[2:])
+        timesteps = self.objective.draw_timesteps(generators("timestep"), num_tokens, frames, size=size)
+        frame_mask = self.frame_masks.draw(latents.shape[2], generators("frame mask")) if self.frame_masks else None
+        fps = self._to_device(torch.stack([sample.fps for _, sample in samples]))
         chances = torch.cat([torch.rand(1, generator=g) for g in generators("text dropout")])
         return Batch(
             ids=[sample.id for _, sample in samples],
@@ -181,9 +196,12 @@ class BatchBuilder:
             text=self._to_device(torch.stack([sample.text for _, sample in samples])).float(),
             mask=torch.stack([sample.mask for _, sample in samples]),
             drop_text=self._to_device(chances < self.drop_probability),
-            fps=self._to_device(torch.stack([sample.fps for _, sample in samples])),
+            fps=fps,
             weight=1.0,
             num_tokens=num_tokens * len(samples),
+            size=size,
+            frame_mask=None if frame_mask is None else self._to_device(frame_mask),
+            conditions=self._conditions(size, fps),
         )
 
     def stand_in(self, shape: Shape | None = None, size: int = 0) -> Batch:
@@ -194,9 +212,8 @@ class BatchBuilder:
         """
         shape, size = (None, 1) if self.packing_tokens else (shape, size)
         shape, size, device = shape or self.smallest.shape, size or self.smallest.batch_size, self.device
-        frames, height, width = shape
-        stride = self.vae.spatial_stride
-        zeros = torch.zeros(size, self.vae.latent_channels, frames, height // stride, width // stride, device=device)
+        zeros = torch.zeros(size, self.vae.latent_channels, *self._latent_size(shape), device=device)
+        fps = torch.zeros(size, device=device)
         return Batch(
             ids=[],
             latents=zeros,
@@ -205,10 +222,26 @@ class BatchBuilder:
             text=torch.zeros(size, *self.text_shape, device=device),
             mask=torch.ones(size, self.text_shape[0], dtype=torch.bool),
             drop_text=torch.zeros(size, dtype=torch.bool, device=device),
-            fps=torch.zeros(size, device=device),
+            fps=fps,
             weight=0.0,
             num_tokens=0,
+            size=shape,
+            conditions=self._conditions(shape, fps),
         )
+
+    def _latent_size(self, size: Size) -> Size:
+        """Latent frames, rows and columns of a sample of so many frames and pixels."""
+        frames, height, width = size
+        return frames, height // self.vae.spatial_stride, width // self.vae.spatial_stride
+
+    def _size_of(self, latent_size: Sequence[int]) -> Size:
+        """The pixels of samples of so many latents: those of their bucket, from whose shape alone they can be told."""
+        frames, rows, columns = latent_size
+        stride = self.vae.spatial_stride
+        return self.sizes.get((frames, rows, columns), (frames, rows * stride, columns * stride))
+
+    def _conditions(self, size: Size, fps: Tensor) -> dict[str, Tensor]:
+        return conditions_of(self.model_cfg, size, fps, frame_interval=self.frame_interval)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return to_device(tensor, self.device)

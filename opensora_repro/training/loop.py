@@ -152,8 +152,11 @@ class Trainer:
         """Of each sample, float32 [B]."""
         if isinstance(batch, PackedBatch):
             return packed_losses(self.train_runner, self.objective, batch)
-        model_fn = self.train_runner.conditioned(batch.text, batch.mask, batch.drop_text)
-        return self.objective.losses(model_fn, batch.latents, batch.noise, batch.timesteps)
+        model_fn = self.train_runner.conditioned(
+            batch.text, batch.mask, batch.drop_text, frame_mask=batch.frame_mask, **batch.conditions
+        )
+        drawn = batch.latents, batch.noise, batch.timesteps
+        return self.objective.losses(model_fn, *drawn, frame_mask=batch.frame_mask)
 
     def _step(self) -> None:
         """Give the device a global batch to train on; meanwhile see what has become of the step before."""

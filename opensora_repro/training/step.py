@@ -40,13 +40,18 @@ class ModelRunner:
         self.forward, self.half, self.device = forward, dtype == "bf16", device
 
     def conditioned(
-        self, text: Tensor, mask: Tensor, drop_text: Tensor | None = None
+        self, text: Tensor, mask: Tensor, drop_text: Tensor | None = None, **conditions: Any
     ) -> Callable[[Tensor, Tensor], Tensor]:
-        """`(x_t [B, C, T, H, W], timestep [B]) -> [B, C_out, T, H, W]` for these captions."""
+        """`(x_t [B, C, T, H, W], timestep [B]) -> [B, C_out, T, H, W]` for these captions.
+
+        `conditions`: what else the model is told of each sample (see `conditions_of`), and its `frame_mask`; None is
+        not handed on, for not every model knows it.
+        """
+        told = {name: value for name, value in conditions.items() if value is not None}
 
         def call(x: Tensor, timestep: Tensor) -> Tensor:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-                output: Tensor = self.forward(x, timestep, text, mask, drop_text=drop_text)
+                output: Tensor = self.forward(x, timestep, text, mask, drop_text=drop_text, **told)
             return output
 
         return call
@@ -57,11 +62,17 @@ def packed_losses(model: ModelRunner, objective: Objective, batch: PackedBatch) 
     parts = batch.parts
     fields = ("text", "mask", "drop_text", "timesteps")
     *captions, timesteps = (torch.cat([getattr(part, name) for part in parts]) for name in fields)
+    conditions = {name: torch.cat([part.conditions[name] for part in parts]) for name in parts[0].conditions}
+    masks = [part.frame_mask for part in parts]
+    given = {"frame_mask": masks} if any(mask is not None for mask in masks) else {}
     drawn = [(part.latents, part.noise, part.timesteps) for part in parts]
-    seen: Any = [objective.noised(*of) for of in drawn]
-    outputs = model.conditioned(*captions)(seen, timesteps)
-    losses = map(objective.losses_of, outputs, seen, *zip(*drawn, strict=True))
-    return torch.cat(list(losses))
+    seen: Any = [objective.noised(*of, frame_mask=mask) for of, mask in zip(drawn, masks, strict=True)]
+    outputs = model.conditioned(*captions, **conditions, **given)(seen, timesteps)
+    losses = [
+        objective.losses_of(output, x_t, *of, frame_mask=mask)
+        for output, x_t, of, mask in zip(outputs, seen, drawn, masks, strict=True)
+    ]
+    return torch.cat(losses)
 
 
 @dataclass

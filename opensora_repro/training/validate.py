@@ -1,4 +1,7 @@
-"""Validation loss: held-out samples, fixed timesteps, noise keyed by the sample, so that only the weights change it."""
+"""Validation loss: held-out samples, fixed timesteps, noise keyed by the sample, so that only the weights change it.
+
+Every frame is generated, whatever `[frame_masks]` gives in training.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,12 @@ import torch
 from opensora_repro.config import Config
 from opensora_repro.data.buckets import Bucket, buckets_of, largest
 from opensora_repro.data.dataset import BadSample, ClipDataset
+from opensora_repro.data.sample_frames import interval_of
 from opensora_repro.data.sampler import keyed_generator, keyed_seed
 from opensora_repro.diffusion.gaussian import Objective
 from opensora_repro.errors import DataError, TrainingError
 from opensora_repro.frozen.encoder import Encoded, Encoder
+from opensora_repro.models.conditions import conditions_of
 from opensora_repro.models.layers import count_tokens
 from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.training.fill import load_listed
@@ -89,24 +94,26 @@ class Validator:
     def losses(self, model: ModelRunner) -> list[float]:
         """Mean loss at each fixed timestep over all held-out samples of all ranks."""
         sums = torch.zeros(len(self.timesteps), dtype=torch.float64, device=self.engine.device)
-        for samples in self._batches():
+        for bucket, samples in self._batches():
             latents = torch.stack([self.encoder.vae.sample_latents(sample.moments, None) for sample in samples])
             latents = latents.to(self.engine.device)
             generators = [keyed_generator(0, 0, sample.id, "validation noise") for sample in samples]
             noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators]).to(latents)
             text = torch.stack([sample.text for sample in samples]).to(latents)
             mask = torch.stack([sample.mask for sample in samples])
+            fps = torch.stack([sample.fps for sample in samples]).to(latents)
+            told = conditions_of(self.cfg.model, bucket.shape, fps, frame_interval=interval_of(self.cfg.data))
             for index, timestep in enumerate(self.timesteps):
                 timesteps = torch.full((len(samples),), timestep, device=latents.device)
-                losses = self.objective.losses(model.conditioned(text, mask), latents, noise, timesteps)
+                losses = self.objective.losses(model.conditioned(text, mask, **told), latents, noise, timesteps)
                 sums[index] += losses.double().sum()
         sums = self.engine.sum(sums) / self.engine.mesh.model_size  # as many ranks have the same samples
         return (sums / self.num_samples).tolist()
 
-    def _batches(self) -> Iterator[list[Encoded]]:
+    def _batches(self) -> Iterator[tuple[Bucket, list[Encoded]]]:
         for bucket, samples in self.samples.items():
             size, row = bucket.batch_size, self.cfg.data.packing_tokens
             if row:  # for so many tokens there is memory
                 size = max(1, row // count_tokens(samples[0].moments.shape, self.cfg.model.patch_size))
             for first in range(0, len(samples), size):
-                yield samples[first : first + size]
+                yield bucket, samples[first : first + size]
