@@ -90,7 +90,6 @@ def build_loop(
     from opensora_repro.data.sampler import Schedule, everything
     from opensora_repro.diffusion.gaussian import build_objective
     from opensora_repro.kernels import ops
-    from opensora_repro.models.stdit import STDiT
     from opensora_repro.parallel.engine import TorchEngine
     from opensora_repro.process import StopSignals
     from opensora_repro.training.checkpoint import TrainState
@@ -98,13 +97,14 @@ def build_loop(
     from opensora_repro.training.metrics import Quarantine, RunLog
     from opensora_repro.training.optim import build_optimizer
     from opensora_repro.training.save import CheckpointWriter
+    from opensora_repro.weights.families import family_of
 
     run_dir = Path(cfg.run.dir)
     run_dir.mkdir(parents=True)
     engine = TorchEngine(cfg.parallel, str(device))
     torch.manual_seed(cfg.run.seed)
     with device:
-        model = STDiT(cfg.model)
+        model = family_of(cfg.model).network(cfg.model)
     model.activation_checkpointing = cfg.train.activation_checkpointing
     fused = ops.fused(model.x_embedder.proj.weight)
     engine.prepare(model, build_optimizer(model, cfg.optim, fused=fused))

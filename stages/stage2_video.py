@@ -11,7 +11,7 @@ from opensora_repro.training.start import Stage
 from stages._training import run_stage
 
 if TYPE_CHECKING:
-    from opensora_repro.models.stdit import STDiT
+    from opensora_repro.models.captioned import CaptionedModel
     from opensora_repro.weights.load import LoadReport
 
 
@@ -20,9 +20,12 @@ def check(cfg: Config) -> None:
         raise ConfigError("model.temporal_attention = false: stage 2 trains video, set it to true")
 
 
-def check_start(model: STDiT, cfg: Config, report: LoadReport | None, stride: int) -> Sequence[str]:
-    """A video model made from an image model must still be that image model on every frame."""
-    if report is None or not report.inserted_temporal_attention:
+def check_start(model: CaptionedModel, cfg: Config, report: LoadReport | None, stride: int) -> Sequence[str]:
+    """An STDiT made from an image model must still be that image model on every frame.
+
+    Its successors are not: they norm queries and keys, and the image model does not.
+    """
+    if report is None or not report.inserted_temporal_attention or cfg.model.architecture != "stdit":
         return ()
     from opensora_repro.data.buckets import buckets_of
     from opensora_repro.weights.insertion import assert_equals_image_model

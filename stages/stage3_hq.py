@@ -12,7 +12,7 @@ from opensora_repro.weights.positions import describe_rescaling, source_config
 from stages._training import run_stage
 
 if TYPE_CHECKING:
-    from opensora_repro.models.stdit import STDiT
+    from opensora_repro.models.captioned import CaptionedModel
     from opensora_repro.weights.load import LoadReport
 
 
@@ -23,7 +23,7 @@ def check(cfg: Config) -> None:
         raise ConfigError("init.weights is not set: stage 3 goes on from a stage 2 run, name its folder")
 
 
-def check_start(model: STDiT, cfg: Config, report: LoadReport | None, stride: int) -> Sequence[str]:
+def check_start(model: CaptionedModel, cfg: Config, report: LoadReport | None, stride: int) -> Sequence[str]:
     return describe_rescaling(cfg, source_config(cfg.init.weights), stride)
 
 

@@ -8,12 +8,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING
 
 from opensora_repro.errors import FAILURE, GOES_ON, run_command
 from opensora_repro.files import user_path
 
 if TYPE_CHECKING:
+    from opensora_repro.models.config import TrainedConfig
     from opensora_repro.weights.catalog import Entry
     from opensora_repro.weights.files import WeightsFile
     from opensora_repro.weights.published import Published
@@ -42,7 +44,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     verify = add("verify", run_verify, "read everything: complete, finite, and unchanged where a sha256 is known")
     convert = add("convert", run_convert, "write weights in another layout")
     convert.add_argument("--to", choices=FORMATS, required=True)
-    convert.add_argument("--out", type=user_path, required=True, metavar="PATH", help="a file; for diffusers a folder")
+    places = "a file; for diffusers a folder, as of a release"
+    convert.add_argument("--out", type=user_path, required=True, metavar="PATH", help=places)
     for command in (inspect, verify, convert):
         command.add_argument("source", metavar="FILE", type=user_path, help=source)
         command.add_argument("--no-ema", action="store_true", help="the trained weights, not their moving average")
@@ -72,23 +75,25 @@ def _size(entry: Entry) -> str:
 
 
 def run_models(args: argparse.Namespace) -> int:
-    from opensora_repro.models.config import SIZES, STDiTConfig
+    from opensora_repro.models.config import SIZES, STDiT2Config, STDiT3Config, STDiTConfig
     from opensora_repro.planning.parameters import count_parameters
 
-    print(f"{'':>5} {'hidden_size':>12} {'depth':>6} {'num_heads':>10} {'PixArt':>13} {'STDiT':>13}  parameters")
+    kinds: dict[str, Callable[..., TrainedConfig]] = {
+        "PixArt": partial(STDiTConfig, temporal_attention=False),
+        "STDiT": STDiTConfig,
+        "STDiT2": STDiT2Config,
+        "STDiT3": STDiT3Config,
+    }
+    columns = " ".join(f"{kind:>13}" for kind in kinds)
+    print(f"{'':>5} {'hidden_size':>12} {'depth':>6} {'num_heads':>10} {columns}  parameters")
     for name, (width, depth, heads) in SIZES.items():
-        models = [
-            STDiTConfig(
-                hidden_size=width,
-                depth=depth,
-                num_heads=heads,
-                caption_channels=args.caption_channels,
-                temporal_attention=temporal,
-            )
-            for temporal in (False, True)
-        ]
-        counts = " ".join(f"{count_parameters(model):>13,}" for model in models)
-        print(f"{name + '/2':>5} {width:>12} {depth:>6} {heads:>10} {counts}")
+        counts = []
+        for build in kinds.values():
+            size = {"hidden_size": width, "depth": depth, "num_heads": heads}
+            cfg = build(**size, caption_channels=args.caption_channels)
+            fits = width % 3 == 0 or "ar" not in cfg.conditions  # a third for each of height, width and their ratio
+            counts.append(f"{count_parameters(cfg):>13,}" if fits else f"{'-':>13}")
+        print(f"{name + '/2':>5} {width:>12} {depth:>6} {heads:>10} {' '.join(counts)}")
     return 0
 
 
@@ -114,6 +119,7 @@ def open_source(args: argparse.Namespace) -> tuple[WeightsFile, Published]:
 
 
 def run_inspect(args: argparse.Namespace) -> int:
+    from opensora_repro.weights.families import architectures_from
     from opensora_repro.weights.layouts import dtype_name, num_elements, to_ours
 
     file, found = open_source(args)
@@ -136,8 +142,9 @@ def run_inspect(args: argparse.Namespace) -> int:
         print(f"{'model.' + key:>32} = {value}")
     source = shlex.quote(str(args.source))
     print(f"sample it: python -m stages.sample {source} {_options(args, found)} --out OUT --seed 0")
-    if found.family.trains:
-        print(f"train from it: init.weights={source}")
+    for architecture in architectures_from(found.family):
+        chosen = "" if architecture == "stdit" else f" with model.architecture={architecture}"
+        print(f"train from it: init.weights={source}{chosen}")
     return 0
 
 
@@ -200,9 +207,13 @@ def run_convert(args: argparse.Namespace) -> int:
     )
     export(weights, found.model, grid, args.to, args.out)
     print(f"{found.layout.title} weights, {len(weights)} tensors, written as {args.to}: {args.out}")
-    if found.config.diffusion.objective == "flow":
-        print("note: trained with diffusion.objective=flow, which the file does not tell: stages.sample would take it")
-        print("      for IDDPM; sample the checkpoint, or train on from this with diffusion.objective=flow")
+    trained, assumed = found.config.diffusion, found.family.diffusion
+    if (trained.objective, trained.schedule) != (assumed.objective, assumed.schedule):
+        told = f"diffusion.objective={trained.objective}"
+        told += f" diffusion.schedule={trained.schedule}" if trained.schedule else ""
+        taken = assumed.schedule or {"iddpm": "IDDPM"}.get(assumed.objective, assumed.objective)
+        print(f"note: trained with {told}, which the file does not tell: stages.sample would take it")
+        print(f"      for {taken}; sample the checkpoint, or train on from this with {told}")
     return 0
 
 

@@ -17,7 +17,7 @@ from opensora_repro.diffusion.gaussian import Objective
 from opensora_repro.errors import DataError, TrainingError, cannot_write, is_out_of_memory, out_of_memory
 from opensora_repro.frozen.encoder import Encoder
 from opensora_repro.frozen.text import EncodedPrompts
-from opensora_repro.models.stdit import STDiT
+from opensora_repro.models.captioned import CaptionedModel
 from opensora_repro.parallel.device import HostValues
 from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.process import StopSignals
@@ -58,7 +58,7 @@ class Trainer:
 
     cfg: Config
     engine: TorchEngine
-    model: STDiT
+    model: CaptionedModel
     objective: Objective
     encoder: Encoder
     ema: Ema

@@ -6,18 +6,19 @@ import torch
 
 from opensora_repro.config import Config
 from opensora_repro.kernels.ops import missing_triton
+from opensora_repro.models.captioned import CaptionedModel
 from opensora_repro.models.packing import PackedSTDiT
-from opensora_repro.models.stdit import STDiT
+from opensora_repro.weights.families import family_of
 from opensora_repro.weights.load import LoadReport, load_model_weights
 
 
-def build_model(cfg: Config, device: torch.device, *, load_init: bool) -> tuple[STDiT, LoadReport | None]:
+def build_model(cfg: Config, device: torch.device, *, load_init: bool) -> tuple[CaptionedModel, LoadReport | None]:
     """The model in float32, its initial weights from `run.seed` or, with `load_init`, from `init.weights`.
 
     Raises WeightsError where the weights are absent or made for another model.
     """
     report = None
-    build = PackedSTDiT if cfg.data.packing_tokens else STDiT
+    build: type[CaptionedModel] = PackedSTDiT if cfg.data.packing_tokens else family_of(cfg.model).network
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.run.seed)
         if load_init and cfg.init.weights:
@@ -49,7 +50,7 @@ def compiles(cfg: Config, device_type: str) -> bool:
 MOST_PROGRAMS = 32
 
 
-def apply_compile(model: STDiT, cfg: Config) -> None:
+def apply_compile(model: CaptionedModel, cfg: Config) -> None:
     """Compile the blocks. What the compiler cannot do runs as it is, with a warning, unless "on" insists."""
     import torch._dynamo
 

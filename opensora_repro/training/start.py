@@ -15,7 +15,7 @@ from opensora_repro.config import Config, ConfigError, config_dict, load_recorde
 from opensora_repro.run_folder import CONFIG_FILE
 
 if TYPE_CHECKING:
-    from opensora_repro.models.stdit import STDiT
+    from opensora_repro.models.captioned import CaptionedModel
     from opensora_repro.training.checkpoint import TrainState
     from opensora_repro.weights.load import LoadReport
 
@@ -27,7 +27,7 @@ class Stage:
     check: Callable[[Config], None]  # raises ConfigError
     # After the initial weights are loaded, at a run's first start alone; returns lines to print, raises on a fault.
     # Takes the model, the config, what was loaded (None: nothing) and the autoencoder's stride in pixels.
-    check_start: Callable[[STDiT, Config, LoadReport | None, int], Sequence[str]] = lambda *_: ()
+    check_start: Callable[[CaptionedModel, Config, LoadReport | None, int], Sequence[str]] = lambda *_: ()
     takes_image_models: bool = True  # whether `init.weights` may be an image model's
 
 

@@ -20,7 +20,7 @@ from opensora_repro.files import replacing
 from opensora_repro.models.config import ModelConfig
 from opensora_repro.models.layers import spatial_positions, temporal_positions
 from opensora_repro.weights.families import CLASSES_ONLY, family_of
-from opensora_repro.weights.files import FACTS_KEY, NULL_CAPTION, NULL_CAPTION_FILE, WeightsError
+from opensora_repro.weights.files import FACTS_KEY, NULL_CAPTION, NULL_CAPTION_FILE, SUFFIXES, WeightsError
 from opensora_repro.weights.layouts import KERNEL
 
 FORMATS = ("opensora", "pixart", "diffusers", "safetensors")
@@ -37,6 +37,8 @@ class Grid:
 
 def export(weights: Mapping[str, Tensor], model: ModelConfig, grid: Grid, to: str, out: Path) -> None:
     """Write `weights` (our keys) as `to`, one of FORMATS: a file, or for diffusers a folder, that must not exist yet.
+
+    As "opensora", STDiT2 and STDiT3 become a folder, as they are released, unless `out` is named as a file of weights.
 
     Raises WeightsError where the layout has no place for the model, OSError when the disk has none.
     """
@@ -55,6 +57,8 @@ def export(weights: Mapping[str, Tensor], model: ModelConfig, grid: Grid, to: st
                 _write_diffusers(weights, model, grid, unfinished)
             elif to == "pixart":
                 torch.save({"state_dict": _image_layout(weights, model, grid)}, unfinished)
+            elif not family_of(model).table and out.suffix not in SUFFIXES:
+                _write_release(weights, model, unfinished)
             else:
                 torch.save({**weights, **position_tables(model, grid)}, unfinished)
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk: torch, safetensors and Python differ
@@ -62,7 +66,9 @@ def export(weights: Mapping[str, Tensor], model: ModelConfig, grid: Grid, to: st
 
 
 def position_tables(model: ModelConfig, grid: Grid) -> dict[str, Tensor]:
-    """The buffers of Open-Sora's models, float32 [1, S, D] and [1, T, D], under their names there."""
+    """The buffers of Open-Sora's models, float32 [1, S, D] and [1, T, D], under their names there; of 1.1 on, none."""
+    if not family_of(model).table:
+        return {}
     dim, base_size = model.hidden_size, model.stretched_to(grid.rows * grid.cols)
     spatial = spatial_positions(dim, grid.rows, grid.cols, scale=model.space_scale, base_size=base_size)
     temporal = temporal_positions(dim, grid.frames, scale=model.time_scale)
@@ -95,6 +101,16 @@ def _write_diffusers(weights: Mapping[str, Tensor], model: ModelConfig, grid: Gr
     save_file(_contiguous(tensors), folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     if NULL_CAPTION in weights:
         save_file({NULL_CAPTION: weights[NULL_CAPTION].contiguous()}, folder / NULL_CAPTION_FILE, {"format": "pt"})
+
+
+def _write_release(weights: Mapping[str, Tensor], model: ModelConfig, folder: Path) -> None:
+    """As 1.1's and 1.2's models are released, whose code reads such a folder: the weights, and a config.json."""
+    folder.mkdir()
+    name = type(model).__name__.removesuffix("Config")
+    fields = {key: value for key, value in asdict(model).items() if key != "architecture"}
+    config = {"architectures": [name], "model_type": name, **fields}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_file(_contiguous(weights), folder / "model.safetensors", {"format": "pt"})
 
 
 def _sample_size(model: ModelConfig, grid: Grid) -> int:

@@ -15,10 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opensora_repro.config import SampleConfig
-from opensora_repro.models.config import DiTConfig, ModelConfig, STDiTConfig
+from opensora_repro.config import DataConfig, DiffusionConfig, SampleConfig, VaeConfig
+from opensora_repro.models.captioned import CaptionedModel
+from opensora_repro.models.config import DiTConfig, ModelConfig, STDiT2Config, STDiT3Config, STDiTConfig
 from opensora_repro.models.dit import DiT
 from opensora_repro.models.stdit import STDiT
+from opensora_repro.models.stdit2 import STDiT2
+from opensora_repro.models.stdit3 import STDiT3
 from opensora_repro.weights.diffusers_layout import (
     dit_diffusers_config,
     dit_from_diffusers,
@@ -28,9 +31,18 @@ from opensora_repro.weights.diffusers_layout import (
     pixart_to_diffusers,
 )
 from opensora_repro.weights.files import NULL_CAPTION, WeightsError
-from opensora_repro.weights.layouts import KERNEL, SIZE_KEY, Layout, Trained, dit_facts, stdit_facts
+from opensora_repro.weights.layouts import (
+    KERNEL,
+    SIZE_KEY,
+    Layout,
+    Trained,
+    dit_facts,
+    stdit2_facts,
+    stdit3_facts,
+    stdit_facts,
+)
 
-Network = STDiT | DiT
+Network = CaptionedModel | DiT
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,15 @@ class Diffusers:
 
     config: Callable[[Any, int], dict[str, Any]]
     tensors: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a model begins from another family's weights."""
+
+    lacks: tuple[str, ...]  # patterns of the keys that these lack, all of them
+    renames: Mapping[str, str] = field(default_factory=dict)  # how keys begin there, and here
+    fits_captions: bool = False  # whether the null caption is cut, or lengthened by its last row, to the model's length
 
 
 @dataclass(frozen=True)
@@ -55,16 +76,37 @@ class Family:
     from_tables: Callable[[Trained], dict[str, Any]]  # fields of the config that stored position tables tell
     frames: int = 1  # of a sample, where a file does not tell
     trains: bool = False  # whether our stages start from its weights
-    # Other families whose weights it may be started from, with patterns of the keys that these lack.
-    starts_from: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    table: str = "pos_embed"  # what Open-Sora calls the spatial position table
+    starts_from: Mapping[str, Start] = field(default_factory=dict)  # by name, others whose weights it may start from
+    table: str = "pos_embed"  # what Open-Sora calls the spatial position table; "": it has none
+    data: DataConfig | None = None  # what its release samples; None: by position tables, else squares
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    vae: VaeConfig = field(default_factory=VaeConfig)
     diffusers: Diffusers | None = None
     no_place: Mapping[str, str] = field(default_factory=dict)  # formats (export.py) that cannot hold it, and why
 
 
+# Patterns of the keys of temporal attention
 TEMPORAL_KEYS = r"blocks\.\d+\.attn_temp\.(qkv|proj)\.(weight|bias)"
 _PIXART_KEYS = ("t_block.1.weight", "blocks.0.cross_attn.q_linear.weight", "blocks.0.scale_shift_table")
 _TEMPORAL_KEY = "blocks.0.attn_temp.qkv.weight"
+_STDIT2_KEYS = ("t_block_temp.1.weight", "fl_embedder.mlp.0.weight", _TEMPORAL_KEY)
+_STDIT3_KEYS = ("t_block.1.weight", "fps_embedder.mlp.0.weight", "spatial_blocks.0.cross_attn.q_linear.weight")
+_LINEAR = r"\.(weight|bias)"
+# What 1.1's model has beside PixArt-1024-MS's tensors, and 1.2's beside PixArt-Sigma's
+_OF_STDIT2 = (
+    TEMPORAL_KEYS,
+    r"blocks\.\d+\.attn(_temp)?\.[qk]_norm\.weight",
+    r"blocks\.\d+\.scale_shift_table_temporal",
+    rf"(fl|fps)_embedder\.mlp\.[02]{_LINEAR}",
+    rf"t_block_temp\.1{_LINEAR}",
+    r"rope\.freqs",
+)
+_OF_STDIT3 = (
+    r"spatial_blocks\.\d+\.attn\.[qk]_norm\.weight",
+    r"temporal_blocks\..+",
+    rf"fps_embedder\.mlp\.[02]{_LINEAR}",
+    r"rope\.freqs",
+)
 _DIT_KEYS = ("blocks.0.adaLN_modulation.1.weight", "final_layer.adaLN_modulation.1.weight")
 _THEIR_PIXART_KEY = "adaln_single.linear.weight"
 _THEIR_SIZE_KEY = "adaln_single.emb.resolution_embedder.linear_1.weight"
@@ -77,22 +119,57 @@ _DIT_OR_LATTE = Layout("Open-Sora DiT or Latte", _DIT_KEYS, ("temp_embed",))
 _PIXART_SAMPLING = SampleConfig(sampler="dpm", steps=20, guidance=4.5)
 _DIFFUSERS_PIXART = Diffusers(pixart_diffusers_config, pixart_to_diffusers)
 _NO_TEMPORAL = "it has no place for temporal attention (a video model); use opensora or safetensors"
+_NO_DIFFUSERS = "diffusers has no model of this kind; use opensora or safetensors"
 _NOT_PIXART = "these are DiT or Latte weights, expected PixArt's; use opensora or diffusers"
 CLASSES_ONLY = "its DiT knows classes and single images only; use opensora or safetensors"
 
 FAMILIES = (
     Family(
+        name="stdit2",
+        config=STDiT2Config,
+        network=STDiT2,
+        has=lambda cfg: True,
+        layouts=(Layout("Open-Sora STDiT2", (*_PIXART_KEYS, *_STDIT2_KEYS)),),
+        facts=stdit2_facts,
+        sampling=SampleConfig(sampler="iddpm", steps=100, guidance=7.0, fps=8),  # every third frame of 24 a second
+        from_tables=lambda found: {},
+        frames=16,
+        trains=True,
+        starts_from={"pixart-ms": Start(_OF_STDIT2, fits_captions=True)},
+        table="",
+        data=DataConfig(num_frames=16, frame_interval=3, height=240, width=426),
+        no_place={"pixart": _NO_TEMPORAL, "diffusers": _NO_DIFFUSERS},
+    ),
+    Family(
+        name="stdit3",
+        config=STDiT3Config,
+        network=STDiT3,
+        has=lambda cfg: True,
+        layouts=(Layout("Open-Sora STDiT3", _STDIT3_KEYS),),
+        facts=stdit3_facts,
+        sampling=SampleConfig(sampler="euler", steps=30, guidance=7.0, fps=24),
+        from_tables=lambda found: {},
+        frames=51,
+        trains=True,
+        starts_from={"pixart": Start(_OF_STDIT3, {"blocks.": "spatial_blocks."}, fits_captions=True)},
+        table="",
+        data=DataConfig(num_frames=51, frame_interval=1, height=240, width=426),
+        diffusion=DiffusionConfig(objective="flow", schedule="open_sora_1_2"),
+        vae=VaeConfig(path="hpcai-tech/OpenSora-VAE-v1.2", micro_batch_size=4),
+        no_place={"pixart": _NO_TEMPORAL, "diffusers": _NO_DIFFUSERS},
+    ),
+    Family(
         name="stdit",
         config=STDiTConfig,
         network=STDiT,
         has=lambda cfg: cfg.temporal_attention,
-        layouts=(Layout("Open-Sora STDiT", (*_PIXART_KEYS, _TEMPORAL_KEY)),),
+        layouts=(Layout("Open-Sora STDiT", (*_PIXART_KEYS, _TEMPORAL_KEY), (_STDIT2_KEYS[0],)),),
         facts=stdit_facts,
         sampling=SampleConfig(sampler="iddpm", steps=100, guidance=7.0),
         from_tables=lambda found: {"space_scale": found.space_scale, "time_scale": found.time_scale},
         frames=16,
         trains=True,
-        starts_from={"pixart": (TEMPORAL_KEYS,)},
+        starts_from={"pixart": Start((TEMPORAL_KEYS,))},
         no_place={"pixart": _NO_TEMPORAL, "diffusers": _NO_TEMPORAL},
     ),
     Family(
@@ -189,7 +266,7 @@ def recognise(tensors: Mapping[str, Tensor], where: str) -> Layout:
         if marked and layout.kernel_axes in (None, None if kernel is None else kernel.ndim):
             return layout
     some = ", ".join(list(tensors)[:3])
-    raise WeightsError(f"{where}: these are not PixArt, STDiT, DiT or Latte weights (its first keys: {some})")
+    raise WeightsError(f"{where}: these are not PixArt, STDiT (1 to 3), DiT or Latte weights (its first keys: {some})")
 
 
 def families_of(layout: Layout) -> dict[str, Family]:
@@ -197,9 +274,20 @@ def families_of(layout: Layout) -> dict[str, Family]:
     return {family.name: family for family in FAMILIES if layout in family.layouts}
 
 
-def may_lack(layout: Layout, target: Family) -> tuple[str, ...] | None:
-    """Patterns of keys that these weights need not have for a model of that family; None: they do not fit it."""
+def start_of(layout: Layout, target: Family) -> Start | None:
+    """How a model of that family begins from these weights, where they are another family's; else None."""
     sources = families_of(layout)
     if target.name in sources:
-        return layout.lacks
-    return next(((*keys, *layout.lacks) for name, keys in target.starts_from.items() if name in sources), None)
+        return None
+    return next((start for name, start in target.starts_from.items() if name in sources), None)
+
+
+def fits(layout: Layout, target: Family) -> bool:
+    """Whether these weights are for a model of that family: its own, or those of one that it starts from."""
+    return target.name in families_of(layout) or start_of(layout, target) is not None
+
+
+def architectures_from(family: Family) -> list[str]:
+    """What `model.architecture` may be of models that our stages start from such weights."""
+    takers = [taker for taker in FAMILIES if taker.trains and (taker is family or family.name in taker.starts_from)]
+    return list(dict.fromkeys(taker.config().architecture for taker in takers))

@@ -30,6 +30,14 @@ from opensora_repro.weights.inert import inert_containers
 
 # In this order in a folder; the averaged ones only when they are wanted.
 EMA_FILES = ("ema.safetensors", "ema.pt")
+OPEN_SORA_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+# Of the fields of 1.1's and 1.2's config.json, those that tell what the network is
+OPEN_SORA_FIELDS: dict[str, type] = {
+    "in_channels": int, "patch_size": list, "hidden_size": int, "depth": int, "num_heads": int, "mlp_ratio": float,
+    "caption_channels": int, "model_max_length": int, "class_dropout_prob": float, "pred_sigma": bool,
+    "qk_norm": bool, "qk_norm_legacy": bool, "input_sq_size": int,
+}  # fmt: skip
+EXPECTED = {int: "an integer", float: "a number", bool: "true or false", list: "three integers"}
 MODEL_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -43,7 +51,8 @@ MODEL_FILES = (
     "model/pytorch_model.bin",
 )
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")  # of a folder's only weights file, whatever its name
-NO_WEIGHTS = ("optimizer", "scheduler", "null_caption")  # how files begin that lie beside weights
+# How files begin that lie beside weights
+NO_WEIGHTS = ("optimizer", "scheduler", "lr_scheduler", "sampler", "null_caption")
 FACTS_KEY = "opensora_repro.model"  # of a safetensors file's metadata: fields of the model's config, as JSON
 NULL_CAPTION_FILE = "null_caption.safetensors"  # beside a diffusers model, which has no place for it
 # Within the names of low-rank adapters as PEFT, diffusers, kohya's scripts and LyCORIS write them
@@ -51,8 +60,9 @@ LORA = re.compile(r"(^|[._])(lora|hada|lokr)[._]")
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 NULL_CAPTION = "y_embedder.y_embedding"
 TABLES = ("pos_embed", "pos_embed_spatial", "pos_embed_temporal", "temp_embed")
+ROTARY = "rope.freqs"  # frequencies of rotary positions
 _READ = Sha256Memo()  # what this process has read
-BUFFERS = (NULL_CAPTION, *TABLES)  # not trained, so that an average of parameters leaves them out
+BUFFERS = (NULL_CAPTION, ROTARY, *TABLES)  # not trained, so that an average of parameters leaves them out
 
 # Keys of dicts that hold the weights, averaged ones first
 EMA_HOLDERS = ("state_dict_ema", "ema", "ema_model", "model_ema", "ema_state_dict")
@@ -96,8 +106,10 @@ def open_weights(path: str | Path, *, ema: bool = True) -> WeightsFile:
     found = find_weights(path, ema=ema)
     weights = _open_shards(found, ema) if found.name.endswith(".index.json") else _open_file(found, ema)
     weights = replace(strip_wrappers(weights, ema=ema), config=_own_config(Path(path), found))
-    if found.name == "ema.pt":  # the average leaves the null caption out: it is never trained
-        weights.tensors.update(_null_caption_of_model(found.parent, weights.tensors))
+    if found.name == "ema.pt":  # the average leaves out what is never trained
+        weights.tensors.update(_buffers_of_model(found.parent, weights.tensors))
+    if found.name in OPEN_SORA_FILES:
+        weights.facts.update(_open_sora_facts(found.parent))
     if found.name.startswith("diffusion_pytorch_model"):
         beside = found.parent / NULL_CAPTION_FILE
         if beside.is_file():
@@ -336,13 +348,36 @@ def _shard_names(index: Path) -> Iterator[str]:
         yield name
 
 
-def _null_caption_of_model(folder: Path, average: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if NULL_CAPTION in average:
+def _buffers_of_model(folder: Path, average: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Null caption and rotary frequencies of the trained weights beside an average, where it lacks them."""
+    lacking = [name for name in (NULL_CAPTION, ROTARY) if name not in average]
+    if lacking == [ROTARY] and "fps_embedder.mlp.0.weight" not in average:  # a model without rotary positions
         return {}
     try:
-        return {NULL_CAPTION: open_weights(folder, ema=False).tensors[NULL_CAPTION]}
-    except (WeightsError, KeyError):
+        trained = open_weights(folder, ema=False).tensors
+    except WeightsError:
         return {}  # told as missing when the weights are checked against the model
+    return {name: trained[name] for name in lacking if name in trained}
+
+
+def _open_sora_facts(folder: Path) -> dict[str, Any]:
+    """What 1.1's or 1.2's config.json says of the network; of its training, nothing. Raises WeightsError."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(config, dict) or "caption_channels" not in config or "_class_name" in config:
+        return {}
+    facts = {key: config[key] for key in OPEN_SORA_FIELDS if key in config}
+    for key, value in facts.items():
+        expected = OPEN_SORA_FIELDS[key]
+        good = type(value) is expected or (expected is float and type(value) is int)
+        if key == "patch_size":
+            good = good and len(value) == 3 and all(type(size) is int for size in value)
+        if not good:
+            raise WeightsError(f"{path}: {key} = {json.dumps(value)}: expected {EXPECTED[expected]}")
+    return facts
 
 
 def _diffusers_facts(folder: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from opensora_repro.errors import TrainingError
+from opensora_repro.models.captioned import CaptionedModel
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.weights.layouts import KERNEL
 
@@ -30,7 +31,7 @@ def inflate(weights: Mapping[str, Tensor], frames: int) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def assert_equals_image_model(model: STDiT) -> float:
+def assert_equals_image_model(model: CaptionedModel) -> float:
     """Compare with the image model of the same weights on a small random video; return the relative difference.
 
     The difference is max |video - image| / max |image| over 3 square frames, each as long as a patch. Raises
@@ -59,7 +60,7 @@ def assert_equals_image_model(model: STDiT) -> float:
     return difference
 
 
-def image_twin(model: STDiT) -> STDiT:
+def image_twin(model: CaptionedModel) -> STDiT:
     """The image model of the video model's tensors: without temporal attention, patches of their central frame."""
     frames, rows, columns = model.cfg.patch_size
     with torch.device("meta"):

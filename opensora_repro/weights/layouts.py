@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opensora_repro.weights.files import NULL_CAPTION, TABLES, WeightsError
+from opensora_repro.weights.files import NULL_CAPTION, ROTARY, TABLES, WeightsError
 
 KERNEL = "x_embedder.proj.weight"
 SIZE_KEY = "csize_embedder.mlp.0.weight"  # of models that are told the picture's size
@@ -77,6 +77,28 @@ def stdit_facts(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     return facts
 
 
+def stdit2_facts(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """STDiT2Config fields that the shapes of its weights tell; raises ValueError as `stdit_facts`."""
+    return _rotary_facts(weights, "blocks.")
+
+
+def stdit3_facts(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """STDiT3Config fields that the shapes of its weights tell; raises ValueError as `stdit_facts`."""
+    return _rotary_facts(weights, "spatial_blocks.")
+
+
+def _rotary_facts(weights: Mapping[str, Tensor], blocks: str) -> dict[str, Any]:
+    with _not_whole():
+        shapes = {key: tuple(value.shape) for key, value in weights.items()}
+        facts = _common_facts(shapes, blocks)
+        return facts | {
+            "num_heads": facts["hidden_size"] // (2 * shapes[ROTARY][0]),
+            "caption_channels": shapes["y_embedder.y_proj.fc1.weight"][1],
+            "model_max_length": shapes[NULL_CAPTION][0],
+            "qk_norm": f"{blocks}0.attn.q_norm.weight" in shapes,
+        }
+
+
 def dit_facts(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """DiTConfig fields that the shapes of DiT or Latte weights (our keys) tell; raises ValueError as `stdit_facts`."""
     with _not_whole():
@@ -95,19 +117,19 @@ def _not_whole() -> Iterator[None]:
         yield
     except KeyError as error:
         raise ValueError(f"{error.args[0]} missing") from None
-    except (ValueError, IndexError):
+    except (ValueError, IndexError, ZeroDivisionError):
         raise ValueError("tensors of shapes that no such model has") from None
 
 
-def _common_facts(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def _common_facts(shapes: Mapping[str, tuple[int, ...]], blocks: str = "blocks.") -> dict[str, Any]:
     hidden_size, in_channels, *patch_size = shapes[KERNEL]
     out_channels = shapes["final_layer.linear.weight"][0] // math.prod(patch_size)
     return {
         "in_channels": in_channels,
         "patch_size": tuple(patch_size),
         "hidden_size": hidden_size,
-        "depth": len({match[1] for key in shapes if (match := re.match(r"blocks\.(\d+)\.", key))}),
-        "mlp_ratio": shapes["blocks.0.mlp.fc1.weight"][0] / hidden_size,
+        "depth": len({match[1] for key in shapes if (match := re.match(rf"{re.escape(blocks)}(\d+)\.", key))}),
+        "mlp_ratio": shapes[f"{blocks}0.mlp.fc1.weight"][0] / hidden_size,
         "pred_sigma": out_channels == 2 * in_channels,
     }
 

@@ -6,7 +6,7 @@ nobody trains from noise by accident.
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -14,20 +14,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from opensora_repro.models.config import ModelConfig
 from opensora_repro.run_folder import STATE_FILE
 from opensora_repro.weights.families import (
-    TEMPORAL_KEYS,
     Network,
     empty_model,
     families_of,
     family_of,
-    may_lack,
+    fits,
     recognise,
+    start_of,
 )
 from opensora_repro.weights.files import (
     NULL_CAPTION,
@@ -40,6 +39,7 @@ from opensora_repro.weights.files import (
     strip_wrappers,
     use_large_pages,
 )
+from opensora_repro.weights.initial import fill_initial
 from opensora_repro.weights.insertion import inflate
 from opensora_repro.weights.layouts import (
     KERNEL,
@@ -65,7 +65,7 @@ class LoadReport:
     wrapper: str  # the keys that held the weights, as "module.state_dict"; empty: none
     notes: tuple[str, ...]  # what was taken off the names or left out, in words
     loaded: tuple[str, ...]
-    inserted: tuple[str, ...]  # temporal attention or null caption that the file does not have; both start at zero
+    inserted: tuple[str, ...]  # what the file does not have: temporal attention, a null caption; they begin anew
     dropped: tuple[str, ...]  # position tables, which follow from the config
     num_parameters: int  # elements loaded
     dtype: str  # in the file
@@ -88,8 +88,11 @@ class LoadReport:
         ]
         parts += self.notes
         temporal = sum(".attn_temp." in key for key in self.inserted)
-        if temporal:
+        others = [key for key in self.inserted if key != NULL_CAPTION]
+        if temporal and temporal == len(others):
             parts.append(f"temporal attention inserted at zero ({temporal} tensors)")
+        elif others:
+            parts.append(f"what the model has besides begins anew ({_counted(others)})")
         if self.lacks_null_caption:
             parts.append("no null caption in them: the empty text is encoded instead")
         if self.dropped:
@@ -140,7 +143,13 @@ def load_model_weights(
 
 def inserts_temporal_attention(inserted: Sequence[str]) -> bool:
     """Whether such keys make a video model of an image model."""
-    return any(".attn_temp." in key for key in inserted)
+    return any(".attn_temp.qkv." in key or key.startswith("temporal_blocks.") for key in inserted)
+
+
+def _counted(keys: Sequence[str]) -> str:
+    """How many tensors of each module there are."""
+    counts = Counter(key.split(".")[0] for key in keys)
+    return ", ".join(f"{count} of {module}" for module, count in counts.items())
 
 
 def check_complete(file: WeightsFile, cfg: ModelConfig) -> list[str]:
@@ -159,6 +168,14 @@ def _as_needed(model: Network, layout: Layout, file: WeightsFile) -> tuple[dict[
     """(weights under our keys, position tables that are not used, notes); patches of one frame inflated to several."""
     weights, tables = to_ours(layout, file.tensors, str(file.path))
     frames, notes = model.cfg.patch_size[0], file.notes
+    start = start_of(layout, family_of(model.cfg))
+    if start is not None:
+        for old, new in start.renames.items():
+            weights = {key.replace(old, new, 1) if key.startswith(old) else key: x for key, x in weights.items()}
+        null, length = weights.get(NULL_CAPTION), getattr(model.cfg, "model_max_length", 0)
+        if start.fits_captions and null is not None and null.ndim == 2 and len(null) not in (0, length):
+            weights[NULL_CAPTION] = torch.cat([null[:length], null[-1:].expand(max(0, length - len(null)), -1)])
+            notes += (f"null caption of {len(null)} tokens brought to {length} (model.model_max_length)",)
     if (
         frames > 1
         and KERNEL in weights
@@ -208,24 +225,13 @@ def _fill(model: Network, weights: Mapping[str, Tensor], inserted: list[str], *,
 
     @torch.no_grad()
     def start(key: str) -> bool:
-        """As in a new model whose temporal attention is silent; the same whatever else is drawn before or beside."""
-        if not key.endswith(".attn_temp.qkv.weight"):
-            own[key].zero_()
-        elif fresh:
-            draw_xavier_uniform(own[key], (torch.initial_seed(), names.index(key)))
+        """As in a new model; the same whatever else is drawn before or beside."""
+        if fresh or not key.endswith(".attn_temp.qkv.weight"):
+            fill_initial(model, key, own[key], (torch.initial_seed(), names.index(key)))
         return True
 
     names = list(own)
     return all(_side_by_side([partial(copy if key in weights else start, key) for key in names]))
-
-
-def draw_xavier_uniform(weight: Tensor, seed: Sequence[int]) -> None:
-    """As torch.nn.init.xavier_uniform_, from a faster generator: 28 blocks' draws would take as long as the copying."""
-    bound = math.sqrt(6 / sum(weight.shape))
-    generator = np.random.SFC64(np.random.SeedSequence(seed))
-    for part in weight.view(-1).split(1 << 17):  # small enough for a core's cache
-        bits = generator.random_raw(-(-len(part) // 2)).view(np.int32)
-        torch.mul(torch.from_numpy(bits)[: len(part)], bound / 2**31, out=part)
 
 
 def _side_by_side(jobs: Sequence[Callable[[], bool]]) -> list[bool]:
@@ -255,15 +261,15 @@ def _check_fit(model: Network, layout: Layout, weights: Mapping[str, Tensor], wh
     extra = [key for key in weights if key not in expected]
     other = [key for key in expected if key in weights and weights[key].shape != expected[key]]
     family = family_of(model.cfg)
-    patterns = may_lack(layout, family)
-    if patterns is not None and not extra and not other:
-        whole = set(matching(expected, (TEMPORAL_KEYS,)))  # all of it or none
-        allowed = set(matching(missing, patterns))
-        if allowed == set(missing) and (not whole & allowed or whole <= allowed):
+    fitting, start = fits(layout, family), start_of(layout, family)
+    if fitting and not extra and not other:
+        anew = set(matching(expected, start.lacks)) if start is not None else set()  # all of them or none
+        rest = set(missing) - anew
+        if rest == set(matching(rest, layout.lacks)) and (anew <= set(missing) or not anew & set(missing)):
             return missing
     share = 100 * (len(expected) - len(missing) - len(other)) / len(expected)
     parts = [f"{layout.title} weights, {share:.1f} % of the model's {len(expected)} tensors found"]
-    if patterns is None:
+    if not fitting:
         parts.append(f"they are a {' or '.join(families_of(layout))} model's, this is a {family.name}")
     if other:
         parts.append(f"{len(other)} shapes differ ({_shapes(other[0], weights[other[0]].shape, expected[other[0]])})")
@@ -282,7 +288,8 @@ def _shapes(key: str, there: torch.Size, here: torch.Size) -> str:
 def _advice(model: Network, layout: Layout, weights: Mapping[str, Tensor]) -> str:
     """Name the config keys under which the weights would fit, or say that they are another model's."""
     family = family_of(model.cfg)
-    if all(other.network is not family.network for other in families_of(layout).values()):
+    related = fits(layout, family) or any(other.network is family.network for other in families_of(layout).values())
+    if not related:
         return f"; {layout.title} weights fit no {family.name} model"
     try:
         facts = family.facts(weights)

@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from opensora_repro.config import Config, DataConfig, TextConfig, load_recorded
-from opensora_repro.models.config import ModelConfig
+from opensora_repro.models.config import ARCHITECTURES, ModelConfig
 from opensora_repro.models.stdit import PIXELS_A_LATENT
 from opensora_repro.weights.families import Family, families_of, family_of, recognise
 from opensora_repro.weights.files import WeightsError, WeightsFile
@@ -49,11 +49,13 @@ def describe(file: WeightsFile, *, num_heads: int | None = None, family: str | N
     height = (trained.rows * model.patch_size[1] if trained.rows else told) * PIXELS_A_LATENT
     frames = (trained.frames or int(file.facts.get("sample_frames", kind.frames))) * model.patch_size[0]
     config = Config(
-        data=DataConfig(num_frames=frames, height=height, width=height),
+        data=kind.data or DataConfig(num_frames=frames, height=height, width=height),
+        vae=kind.vae,
+        diffusion=kind.diffusion,
         sample=kind.sampling,
         text=TextConfig(path=CLIP) if model.conditioning == "clip" else TextConfig(),
     )
-    if isinstance(config.model, kind.config):
+    if kind.config in ARCHITECTURES.values():
         config = replace(config, model=cast(Any, model))
     return Published(layout, kind, model, trained, config)
 
@@ -77,14 +79,15 @@ def _model(
         facts = family.facts(weights)
     except ValueError as error:
         raise WeightsError(f"{file.path}: not whole weights: {error}") from None
-    facts["num_heads"] = _heads(file, facts["hidden_size"], num_heads)
+    facts["num_heads"] = _heads(file, facts["hidden_size"], facts.get("num_heads"), num_heads)
     facts |= {key: value for key, value in family.from_tables(trained).items() if value is not None}
     model: ModelConfig = replace(family.config(), **{**facts, **_known(family.config, file.facts)})
     return model
 
 
-def _heads(file: WeightsFile, width: int, asked: int | None) -> int:
-    told = file.facts.get("num_heads")
+def _heads(file: WeightsFile, width: int, shown: int | None, asked: int | None) -> int:
+    """`shown`: what its shapes tell."""
+    told = file.facts.get("num_heads", shown)
     if asked is not None and told not in (None, asked):
         raise WeightsError(f"--num-heads {asked}: {file.path} was made with {told}")
     heads = asked if asked is not None else told or HEADS_BY_WIDTH.get(width)
