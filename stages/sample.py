@@ -12,11 +12,15 @@ import sys
 from collections.abc import Sequence
 from os.path import expanduser
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from opensora_repro.config import ConfigError
 from opensora_repro.config.prompts import check_prompts, read_prompts
 from opensora_repro.errors import GOES_ON, run_command
 from opensora_repro.files import user_path
+
+if TYPE_CHECKING:
+    from opensora_repro.sampling.source import Source
 
 SIZES = ("steps", "guidance", "num_frames", "height", "width", "fps", "sampler", "vae", "text", "dtype", "shard_text")
 
@@ -56,15 +60,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", type=int, metavar="N", help="denoising steps (sample.steps)")
     add("--guidance", type=float, metavar="X", help="classifier-free guidance; 1 is none (sample.guidance)")
     add("--sampler", choices=("iddpm", "ddim", "dpm", "euler", "ab2"), help="(sample.sampler)")
-    add("--num-frames", type=int, metavar="N", help="frames; 1 writes a png (data.num_frames)")
+    add("--num-frames", metavar="N", help="frames, or 1.2's name of so many: 4s, 2x; 1 writes a png (data.num_frames)")
     add("--height", type=int, metavar="N", help="pixels (data.height)")
     add("--width", type=int, metavar="N", help="pixels (data.width)")
+    add("--resolution", metavar="NAME", help="in place of height and width: 144p to 4k, 256 to 2880")
+    add("--aspect-ratio", metavar="H:W", help="with --resolution: the shape, height to width (9:16)")
+    add("--seconds", type=float, metavar="X", help="in place of --num-frames: how long; of 1.2's models 2, 4, 8 or 16")
     add("--fps", type=int, metavar="N", help="frames a second of the written file (sample.fps)")
     add("--vae", type=expanduser, metavar="PATH", help="autoencoder: hub name or local folder (vae.path)")
     add("--text", type=expanduser, metavar="PATH", help="text encoder: hub name or local folder (text.path)")
     shares = "each process of torchrun holds an equal share of T5, and gathers it part by part (text.shard)"
     add("--shard-text", action=argparse.BooleanOptionalAction, help=shares)
     add("--dtype", choices=("bf16", "fp32"), help="autocast (train.dtype)")
+    add = parser.add_argument_group("words that 1.2's captions end with, added to each prompt").add_argument
+    add("--aesthetic", metavar="X", help="aesthetic score, 1 to 10; none: no such words (6.5 with 1.2's release)")
+    add("--motion", type=float, metavar="X", help="motion score, from 0 on; about 5 is usual")
+    add("--camera", metavar="TEXT", help='camera motion, such as "pan left"')
     return parser.parse_args(argv)
 
 
@@ -97,12 +108,46 @@ def published(name: Path) -> Path:
 
 
 def check_numbers(args: argparse.Namespace) -> None:
+    from opensora_repro.config.prompts import is_blank
+    from opensora_repro.sampling.named_sizes import FRAMES, parse_frames
+
+    if args.num_frames is not None:
+        try:
+            args.num_frames = parse_frames(args.num_frames)
+        except ValueError:
+            expected = f"a number, or one of {', '.join(FRAMES)}"
+            raise ConfigError(f"--num-frames {args.num_frames}: expected {expected}") from None
     for name in ("steps", "num_frames", "height", "width", "fps", "batch_size", "sp_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: expected at least 1")
     if args.guidance is not None and not math.isfinite(args.guidance):
         raise ConfigError(f"--guidance {args.guidance}: expected a finite number")
+    if args.seconds is not None and not (math.isfinite(args.seconds) and args.seconds > 0):
+        raise ConfigError(f"--seconds {args.seconds:g}: expected more than 0")
+    if args.seconds is not None and args.num_frames is not None:
+        raise ConfigError("--seconds and --num-frames both say how long: give one")
+    if args.resolution is not None and (args.height is not None or args.width is not None):
+        raise ConfigError("--resolution stands for --height and --width: give it with --aspect-ratio alone")
+    if args.aspect_ratio is not None and args.resolution is None:
+        raise ConfigError(f"--aspect-ratio {args.aspect_ratio}: give --resolution, too, whose shapes it chooses from")
+    if args.aesthetic not in (None, "none"):
+        args.aesthetic = score(args.aesthetic, "aesthetic", 1, 10)
+    if args.motion is not None:
+        args.motion = score(args.motion, "motion", 0, math.inf)
+    if args.camera is not None and is_blank(args.camera):
+        raise ConfigError("--camera: expected words, such as pan left")
+
+
+def score(text: str | float, name: str, least: float, most: float) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not least <= value <= most or math.isinf(value):
+        expected = f"a number from {least} on" if math.isinf(most) else f"a number from {least} to {most}"
+        raise ConfigError(f"--{name} {text}: expected {expected}")
+    return value
 
 
 def given_prompts(args: argparse.Namespace) -> list[str]:
@@ -122,10 +167,14 @@ def sample(args: argparse.Namespace, prompts: list[str]) -> int:
     from opensora_repro.sampling.source import find_source
 
     source = find_source(args.source, ema=not args.no_ema, num_heads=args.num_heads, family=args.family)
-    source = replace(source, config=with_options(source.config, **{name: getattr(args, name) for name in SIZES}))
+    given = {name: getattr(args, name) for name in SIZES} | named(args, source)
+    source = replace(source, config=with_options(source.config, **given))
     check_prompts_fit(source, prompts, labels=args.label is not None)
+    scores = score_words(args, source)
     same = ("out", "seed", "batch_size", "sp_size", "device", "gif", "overwrite")
-    run = SamplingRun(source, prompts, ema=not args.no_ema, **{name: getattr(args, name) for name in same})
+    run = SamplingRun(
+        source, prompts, scores=scores, ema=not args.no_ema, **{name: getattr(args, name) for name in same}
+    )
     rank, world_size, local_rank = launched_as()
     device = pick_device(args.device, world_size, local_rank)
     # The run checks its processes, too; a dry run may be asked without torchrun what they would do.
@@ -142,6 +191,35 @@ def sample(args: argparse.Namespace, prompts: list[str]) -> int:
     if rank == 0:
         print(told)
     return 0
+
+
+def named(args: argparse.Namespace, source: Source) -> dict[str, int]:
+    """Height, width and frames that were asked for by name. Raises ConfigError."""
+    from opensora_repro.sampling.named_sizes import DEFAULT_RATIO, frames_of_seconds, named_size
+
+    found = {}
+    if args.resolution is not None:
+        ratio = args.aspect_ratio or ("1:1" if source.model.square else DEFAULT_RATIO)
+        size = named_size(args.resolution, ratio, whole=not source.model.conditions)
+        found["height"], found["width"] = size
+    if args.seconds is not None:
+        config = source.config
+        if args.fps is not None:
+            from dataclasses import replace
+
+            config = replace(config, sample=replace(config.sample, fps=args.fps))
+        found["num_frames"] = frames_of_seconds(config, source.model, args.seconds)
+    return found
+
+
+def score_words(args: argparse.Namespace, source: Source) -> dict[str, float | str]:
+    """What is added to the prompts. Raises ConfigError for a model that reads none."""
+    aesthetic = source.aesthetic if args.aesthetic is None else args.aesthetic
+    given = {"aesthetic": None if aesthetic == "none" else aesthetic, "motion": args.motion, "camera": args.camera}
+    found = {name: value for name, value in given.items() if value is not None}
+    if found and source.model.conditioning == "class":
+        raise ConfigError(f"--{next(iter(found))}: {source.path} is conditioned on a class, it reads no words")
+    return found
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def run_fetch(args: argparse.Namespace) -> int:
     with progress("verifying") as on_bytes:
         path = fetch(entry, progress=on_bytes)
     print(path)
-    if entry.layout not in ("diffusers-vae", "transformers-t5"):  # those are found by their names
+    if entry.layout not in ("diffusers-vae", "opensora-vae", "transformers-t5"):  # those are found by their names
         print(f"look into it: python -m stages.weights inspect {shlex.quote(str(path))}")
     return 0
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from opensora_repro.parallel.device import choose_device, default_kind
 from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.parallel.mesh import Mesh, launched_as
 from opensora_repro.process import keep_freed_memory, limit_threads
+from opensora_repro.sampling.conditions import with_scores
 from opensora_repro.sampling.generate import ProgressBar, generate
 from opensora_repro.sampling.sample_folder import SampleFolder
 from opensora_repro.sampling.source import Source, check_memory, load_models, open_frozen, weights_sha256
@@ -90,6 +92,12 @@ class SamplingRun:
     ema: bool = True  # which weights the source has
     gif: bool = False
     overwrite: bool = False
+    scores: Mapping[str, Any] = field(default_factory=dict)  # aesthetic, motion, camera: what prompts are told of them
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """What the model reads: the prompts and the words of their scores."""
+        return [with_scores(prompt, **self.scores) for prompt in self.prompts] if self.scores else list(self.prompts)
 
     def settings(self) -> dict[str, Any]:
         """What decides the samples besides the prompts."""
@@ -111,6 +119,7 @@ class SamplingRun:
             "dtype": cfg.train.dtype,
             "model": asdict(model),
             "diffusion": asdict(cfg.diffusion),
+            **self.scores,
         }
 
     def check(self, device: torch.device, *, alone: bool) -> Check:
@@ -127,7 +136,7 @@ class SamplingRun:
             if not isinstance(conditions, T5Text):
                 raise ConfigError(f"--shard-text: {source.path} has no T5 that could be spread")
             check_shards()
-        folder = SampleFolder(self.out, self.settings(), self.prompts, gif=self.gif)
+        folder = SampleFolder(self.out, self.settings(), self.texts, gif=self.gif)
         todo = self.todo(folder)
         memory = ""
         if todo:
@@ -140,7 +149,7 @@ class SamplingRun:
                 sp_size=self.sp_size,
                 world_size=world_size,
             )
-        return Check(folder, todo, memory, tuple(unread_words(conditions, self.prompts)))
+        return Check(folder, todo, memory, tuple(unread_words(conditions, self.texts)))
 
     def todo(self, folder: SampleFolder) -> list[int]:
         """Numbers of the prompts to sample. Raises ConfigError where samples of others are in the way."""
@@ -207,7 +216,7 @@ class SamplingRun:
                 vae,
                 conditions,
                 cfg,
-                self.prompts,
+                self.texts,
                 seed=self.seed,
                 batch_size=self.batch_size,
                 progress=bar,

@@ -43,6 +43,7 @@ class Source:
     weights: WeightsFile
     model: ModelConfig
     config: Config
+    aesthetic: float | None = None  # the score that its release adds to prompts
 
 
 def find_source(path: Path, *, ema: bool = True, num_heads: int | None = None, family: str | None = None) -> Source:
@@ -58,7 +59,8 @@ def find_source(path: Path, *, ema: bool = True, num_heads: int | None = None, f
         return Source(checkpoint, open_weights(checkpoint / name), config.model, config)
     file = open_weights(path, ema=ema)
     found = describe(file, num_heads=num_heads, family=family)
-    return Source(path, file, found.model, found.config)
+    own = file.config is not None  # a run's, whose captions need not end with scores
+    return Source(path, file, found.model, found.config, None if own else found.family.aesthetic)
 
 
 def _own_checkpoint(path: Path) -> Path | None:
@@ -108,7 +110,10 @@ def check_memory(
     world_size: int = 1,
 ) -> str:
     """A line on what a process needs and this machine has. Raises ConfigError where it does not have that at all."""
-    cfg = replace(source.config, vae=replace(source.config.vae, path=str(vae.frozen.folder)))
+    data, stride = source.config.data, vae.spatial_stride
+    whole = {side: getattr(data, side) // stride * stride for side in ("height", "width")}
+    vae_cfg = replace(source.config.vae, path=str(vae.frozen.folder))
+    cfg = replace(source.config, vae=vae_cfg, data=replace(data, **whole))
     if isinstance(conditions, T5Text):
         cfg = replace(cfg, text=replace(cfg.text, path=str(conditions.frozen.folder)))
     need = sampling_memory(

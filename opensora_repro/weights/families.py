@@ -81,6 +81,7 @@ class Family:
     data: DataConfig | None = None  # what its release samples; None: by position tables, else squares
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     vae: VaeConfig = field(default_factory=VaeConfig)
+    aesthetic: float | None = None  # score that its release adds to prompts
     diffusers: Diffusers | None = None
     no_place: Mapping[str, str] = field(default_factory=dict)  # formats (export.py) that cannot hold it, and why
 
@@ -156,6 +157,7 @@ FAMILIES = (
         data=DataConfig(num_frames=51, frame_interval=1, height=240, width=426),
         diffusion=DiffusionConfig(objective="flow", schedule="open_sora_1_2"),
         vae=VaeConfig(path="hpcai-tech/OpenSora-VAE-v1.2", micro_batch_size=4),
+        aesthetic=6.5,
         no_place={"pixart": _NO_TEMPORAL, "diffusers": _NO_DIFFUSERS},
     ),
     Family(

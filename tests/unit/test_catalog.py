@@ -45,10 +45,10 @@ def test_the_catalog_is_sound() -> None:
     entries = load_catalog()
     names = [entry.name for entry in entries]
     assert len(names) == len(set(names)) >= 15
-    layouts = {"pixart", "pixart-ms", "stdit", "dit", "latte", "diffusers-pixart", "diffusers-dit"}
+    layouts = {"pixart", "pixart-ms", "stdit", "stdit2", "stdit3", "dit", "latte", "diffusers-pixart", "diffusers-dit"}
     for entry in entries:
         assert entry.licence and entry.about and "\n" not in entry.about
-        assert entry.layout in layouts | {"diffusers-vae", "transformers-t5"}
+        assert entry.layout in layouts | {"diffusers-vae", "opensora-vae", "transformers-t5"}
         assert bool(entry.repository) != bool(entry.url)
         assert entry.about_bytes > 10**8
         for file in entry.files:
@@ -57,6 +57,20 @@ def test_the_catalog_is_sound() -> None:
             assert not (file.size and file.about_bytes)
         assert entry.folder or len(entry.files) == 1
         assert find_entry(entry.name) == entry
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("hpcai-tech/OpenSora-STDiT-v2-stage2", "keys_stdit2_xl2"),
+        ("hpcai-tech/OpenSora-STDiT-v2-stage3", "keys_stdit2_xl2"),
+        ("hpcai-tech/OpenSora-STDiT-v3", "keys_stdit3_xl2"),
+        ("hpcai-tech/OpenSora-VAE-v1.2", "keys_vae_pipeline_v12"),
+    ],
+)
+def test_the_estimates_of_1_1_and_1_2(golden_1_2_dir: Path, name: str, keys: str) -> None:
+    numbers = json.loads((golden_1_2_dir / f"{keys}.json").read_text())["n_state_dict_elements"]
+    assert find_entry(name).about_bytes == 4 * numbers
 
 
 def test_the_estimates_agree_with_the_published_key_lists(golden_dir: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from opensora_repro.models.config import DiTConfig, STDiTConfig
+from opensora_repro.models.config import DiTConfig, STDiT2Config, STDiT3Config, STDiTConfig
 from opensora_repro.models.dit import DiT
 from opensora_repro.models.layers import spatial_positions
 from opensora_repro.models.stdit import STDiT
@@ -27,7 +27,8 @@ from opensora_repro.weights.diffusers_layout import (
 )
 from opensora_repro.weights.families import FAMILIES, empty_model, family_of
 from opensora_repro.weights.files import NULL_CAPTION_FILE, WeightsError, find_weights
-from opensora_repro.weights.load import draw_xavier_uniform, load_model_weights
+from opensora_repro.weights.initial import draw_xavier_uniform
+from opensora_repro.weights.load import load_model_weights
 
 TINY = STDiTConfig(hidden_size=48, depth=2, num_heads=4, caption_channels=16, model_max_length=10)
 IMAGE = replace(TINY, temporal_attention=False)
@@ -49,7 +50,7 @@ Config = STDiTConfig | DiTConfig
 def make_model(cfg: Config = TINY, seed: int = 0) -> Any:
     """Return a model none of whose branches is silent."""
     torch.manual_seed(seed)
-    model = (STDiT(cfg) if isinstance(cfg, STDiTConfig) else DiT(cfg)).eval()
+    model = family_of(cfg).network(cfg).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -89,7 +90,9 @@ def save_checkpoint(folder: Path, model: Model, ema: Model | None = None) -> Pat
 # ---------------------------------------------------------------------------------------------------------------------
 # Families
 
-EXAMPLES: dict[str, Config] = {
+EXAMPLES: dict[str, Any] = {
+    "stdit2": STDiT2Config(hidden_size=48, depth=2, num_heads=4, caption_channels=16, model_max_length=10),
+    "stdit3": STDiT3Config(hidden_size=48, depth=2, num_heads=4, caption_channels=16, model_max_length=10),
     "stdit": TINY,
     "pixart": IMAGE,
     "pixart-ms": MS,
