@@ -208,7 +208,10 @@ class VideoAutoencoder(nn.Module):
 
     def decode(self, z: Tensor, *, num_frames: int) -> Tensor:
         """Codes [B, Cz, T', h, w] of a clip of `num_frames` -> [B, 3, num_frames, H, W]."""
-        z = z * self.scale.to(z) + self.shift.to(z)
+        return self.decode_codes(z * self.scale + self.shift, num_frames=num_frames)
+
+    def decode_codes(self, z: Tensor, *, num_frames: int) -> Tensor:
+        """As `decode`, of codes before shift and scale, as `encode_moments` tells them."""
         sizes = self.cfg.chunks(num_frames)
         chunks = z.split([-(-size // self.cfg.temporal.stride) for size in sizes], dim=2)
         latents = [self.temporal_vae.decode(chunk, num_frames=n) for chunk, n in zip(chunks, sizes, strict=True)]
