@@ -60,13 +60,15 @@ def token_grid(model: ModelConfig, shape: tuple[int, ...]) -> Grid:
     return Grid(frames, rows * columns)
 
 
+def autoencoder_kind(path: str) -> str:
+    """The class of a local folder's autoencoder; an image autoencoder's for what cannot be read."""
+    return OPEN_SORA_KIND if path == OPEN_SORA_VAE else kind_in(here_or_shipped(path), read_model_config(path))
+
+
 def autoencoder_geometry(path: str) -> Geometry:
     """Of a local folder's config.json; of the published autoencoders for a hub name, or what cannot be read."""
-    if path == OPEN_SORA_VAE:
-        return geometry_of({}, OPEN_SORA_KIND)
-    config = read_model_config(path)
     try:
-        return geometry_of(config, kind_in(here_or_shipped(path), config))
+        return geometry_of(read_model_config(path), autoencoder_kind(path))
     except (KeyError, TypeError, ValueError):
         return PUBLISHED
 
