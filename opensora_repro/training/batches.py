@@ -26,7 +26,7 @@ from opensora_repro.diffusion.frame_masks import FrameMasks
 from opensora_repro.diffusion.gaussian import Objective
 from opensora_repro.errors import TrainingError
 from opensora_repro.frozen.encoder import Encoded, Encoder
-from opensora_repro.frozen.vae import FrameVAE
+from opensora_repro.frozen.vae import Autoencoder
 from opensora_repro.kernels.ops import to_device
 from opensora_repro.models.conditions import conditions_of
 from opensora_repro.models.layers import count_frames, count_tokens
@@ -150,7 +150,7 @@ class PackedBatch:
 class BatchBuilder:
     """Draws posterior sample, noise, timestep, text dropout and frame mask, keyed by (seed, epoch, sample id)."""
 
-    def __init__(self, cfg: Config, vae: FrameVAE, objective: Objective, device: torch.device) -> None:
+    def __init__(self, cfg: Config, vae: Autoencoder, objective: Objective, device: torch.device) -> None:
         self.vae, self.objective, self.device = vae, objective, device
         self.seed, self.smallest, self.packing_tokens = cfg.run.seed, buckets_of(cfg)[-1], cfg.data.packing_tokens
         self.patch_size, self.drop_probability = cfg.model.patch_size, cfg.model.class_dropout_prob
@@ -231,8 +231,9 @@ class BatchBuilder:
 
     def _latent_size(self, size: Size) -> Size:
         """Latent frames, rows and columns of a sample of so many frames and pixels."""
-        frames, height, width = size
-        return frames, height // self.vae.spatial_stride, width // self.vae.spatial_stride
+        _, *found = self.vae.latent_shape(*size)
+        frames, rows, columns = found
+        return frames, rows, columns
 
     def _size_of(self, latent_size: Sequence[int]) -> Size:
         """The pixels of samples of so many latents: those of their bucket, from whose shape alone they can be told."""
