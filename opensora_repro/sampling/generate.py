@@ -20,8 +20,8 @@ from opensora_repro.data.sampler import keyed_generator
 from opensora_repro.diffusion.samplers import CallContext, LatentSampler, PrepareText
 from opensora_repro.errors import TrainingError
 from opensora_repro.frozen.text import ClassLabels, ConditionEncoder, EncodedPrompts
-from opensora_repro.models.config import ModelConfig
 from opensora_repro.models.conditions import conditions_of
+from opensora_repro.models.config import ModelConfig
 from opensora_repro.models.layers import is_plain
 from opensora_repro.parallel.sequence import FrameParallel
 from opensora_repro.sampling.graphs import StepGraphs
