@@ -6,8 +6,8 @@ Training times follow Esser et al. 2024 (arXiv:2403.03206): logit-normal, then s
 Their shift is for pictures, whose noise more pixels average away. Frames of a video repeat one another, so they count
 less here, as their fourth root, and the shift has an end: else a long video would be trained near pure noise alone.
 
-`OpenSoraFlow` is the same objective as Open-Sora 1.2 has it, whose published weights need it: the velocity points to the
-data, and the shift is by pixels and the square root of the frames, without an end.
+`OpenSoraFlow` is the same objective as Open-Sora 1.2 has it, whose published weights need it: the velocity points to
+the data, and the shift is by pixels and the square root of the frames, without an end.
 """
 
 from __future__ import annotations

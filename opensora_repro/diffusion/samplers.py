@@ -258,8 +258,9 @@ class LatentSampler:
         """Return float32 latents [B, *shape] on the condition's device; `shape` is (C, T, H, W) of one sample.
 
         `condition` is text [B, L, Ct] with its `mask` [B, L], or labels [B]; `null_condition` is a single sample's.
-        Sample i draws from `generators[i]` alone. `size`: frames, height and width in pixels, which the flow of Open-Sora
-        1.2 needs. `conditions`: what else the model is told of each sample, [B] each. `given`: frames to start from.
+        Sample i draws from `generators[i]` alone. `size`: frames, height and width in pixels, which the flow of
+        Open-Sora 1.2 needs. `conditions`: what else the model is told of each sample, [B] each. `given`: frames to
+        start from; "dpm" takes none.
         """
         if given is not None and self.name == "dpm":
             raise ValueError("sampler 'dpm' takes no given frames; choose iddpm or ddim")

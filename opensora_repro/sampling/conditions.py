@@ -57,7 +57,7 @@ def _parse_condition(part: str, text: str | None) -> Condition:
 
 
 def aligned(start: int, align: int, total: int) -> int:
-    """The start of a chunk of `align` frames next to `start`, of `total` frames: the later one if a whole one follows."""
+    """The start of a chunk of `align` frames next to `start`, of `total`: the later one if a whole one follows."""
     first = start // align * align
     later = start % align > align / 2 and first + 2 * align <= total
     return first + align if later else first
@@ -73,8 +73,8 @@ def insert_references(
 ) -> tuple[Tensor, Tensor]:
     """Latents [C, T, h, w] with what round `loop` gives of references [C, T', h, w], and edit ratios [T], 1 elsewhere.
 
-    What does not fit is cut. `align`: move starts to whole chunks of so many latent frames, as 1.2 does (which puts "the
-    last frame" at the start of the last chunk); None: as they are told. Raises ConfigError.
+    What does not fit is cut. `align`: move starts to whole chunks of so many latent frames, as 1.2 does (which puts
+    "the last frame" at the start of the last chunk); None: as they are told. Raises ConfigError.
     """
     latents, total = latents.clone(), latents.shape[1]
     ratios = torch.ones(total)
@@ -103,16 +103,16 @@ def _place(start: int, total: int, align: int | None, where: str) -> int:
 
 
 def append_generated(strategy: str | None, num_references: int, *, loop: int, length: int, edit_ratio: float) -> str:
-    """The strategy with the last `length` latent frames of the clip before, its new last reference, given to round `loop`.
+    """The strategy by which round `loop` is given the last `length` latent frames of the clip before.
 
-    `num_references`: how many there were without it.
+    That clip is a new reference, after the `num_references` that there were.
     """
     added = Condition(loop, num_references, -length, 0, length, edit_ratio)
     return f"{strategy};{added}" if strategy else str(added)
 
 
 def frames_of_chunks(latent_frames: int) -> int:
-    """Frames that whole chunks of latent frames are decoded to by 1.2's autoencoder: 17 for each 5. Raises ConfigError."""
+    """Frames that 1.2's autoencoder makes of whole chunks of latent frames: 17 of each 5. Raises ConfigError."""
     if latent_frames % ALIGN:
         raise ConfigError(f"{latent_frames} latent frames are no whole chunks of {ALIGN}")
     return latent_frames // ALIGN * CHUNK

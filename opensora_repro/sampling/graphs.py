@@ -1,8 +1,8 @@
 """CUDA graphs for sampling: a step's kernels are recorded once and launched as one at all later steps.
 
-From step to step latents, timesteps and masks alone differ, so the model's call on one set of buffers serves them all. A graph
-lives for one batch of prompts: it reads the weights where they lie, the text that was prepared for this batch, and the
-copies of weights that the autocast around it keeps.
+From step to step latents, timesteps and frame masks alone differ, so the model's call on one set of buffers serves them
+all. A graph lives for one batch of prompts: it reads the weights where they lie, the text that was prepared for this
+batch, and the copies of weights that the autocast around it keeps.
 """
 
 from __future__ import annotations

@@ -7,11 +7,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from opensora_repro.config import Config, DataConfig, DiffusionConfig, RunConfig, TrainConfig, VaeConfig
+from opensora_repro.config import (
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    FrameMasksConfig,
+    RunConfig,
+    TrainConfig,
+    VaeConfig,
+)
+from opensora_repro.diffusion.flow import OPEN_SORA_1_2
 from opensora_repro.diffusion.gaussian import build_objective
 from opensora_repro.frozen.encoder import Encoded
 from opensora_repro.frozen.vae import FrameVAE, open_vae
-from opensora_repro.models.config import STDiTConfig
+from opensora_repro.models.conditions import conditions_of
+from opensora_repro.models.config import STDiT2Config, STDiT3Config, STDiTConfig
 from opensora_repro.training.batches import Batch, BatchBuilder
 from tests.tiny_models import TINY_LATENT_CHANNELS, make_tiny_vae
 
@@ -93,3 +103,57 @@ def test_stand_in_has_the_shape_and_no_weight(vae: FrameVAE) -> None:
     assert [x.shape for x in row(real, 0)] == [x.shape for x in row(empty, 0)]
     assert (empty.weight, empty.num_tokens, empty.ids) == (0.0, 0, [])
     assert build.stand_in((3, 16, 30), 5).latents.shape[2:] == (3, 2, 3)
+
+
+def test_frame_masks_are_the_samples_own_and_change_no_other_draw(vae: FrameVAE) -> None:
+    plain, masked = builder(vae), builder(vae)
+    masked.frame_masks.shares = FrameMasksConfig(random=0.5, image_head=0.5).shares()
+    samples = [(epoch, sample(name)) for epoch in range(4) for name in "abc"]
+    without, batch = plain.build(samples), masked.build(samples)
+    assert without.frame_mask is None and batch.frame_mask is not None
+    assert batch.frame_mask.shape == (12, 3) and batch.frame_mask.dtype == torch.bool
+    assert len({tuple(mask.tolist()) for mask in batch.frame_mask}) > 2
+    for index in (0, 7):
+        assert all(torch.equal(x, y) for x, y in zip(row(without, index), row(batch, index), strict=True))
+        alone = masked.build([samples[index]])
+        assert alone.frame_mask is not None and torch.equal(alone.frame_mask[0], batch.frame_mask[index])
+    assert any(tensor is batch.frame_mask for tensor in batch.tensors())
+    masked.frame_masks.shares = {}
+    assert masked.build(samples).frame_mask is None
+
+
+def test_the_size_in_pixels_is_the_buckets(vae: FrameVAE) -> None:
+    """Also where it is no multiple of the autoencoder's stride; of another shape it follows from the latents."""
+    stride = vae.spatial_stride
+    cfg = Config(data=DataConfig(num_frames=3, height=5 * stride + 2, width=4 * stride + 7))
+    objective = build_objective(DiffusionConfig(objective="flow", schedule=OPEN_SORA_1_2))
+    build = BatchBuilder(cfg, vae, objective, torch.device("cpu"))
+    drawn = build.build([(0, sample("a"))])
+    assert drawn.size == build.stand_in().size == (3, 5 * stride + 2, 4 * stride + 7)
+    cut = replace(sample("a"), moments=sample("a").moments[:, :2])
+    assert build.build([(0, cut)]).size == (2, 5 * stride, 4 * stride)
+    bent = BatchBuilder(cfg, vae, build_objective(DiffusionConfig(objective="flow")), torch.device("cpu"))
+    assert not torch.equal(bent.build([(0, sample("a"))]).timesteps, drawn.timesteps)  # another shift
+
+
+def test_models_are_told_what_their_configs_name(vae: FrameVAE) -> None:
+    size, fps = (48, 240, 426), torch.tensor([8.0, 0.0])
+    assert conditions_of(STDiTConfig(), size, fps, frame_interval=3) == {}
+    told = conditions_of(STDiT3Config(), size, fps, frame_interval=3)
+    assert {name: value.tolist() for name, value in told.items()} == {
+        "fps": [8.0, 120.0],
+        "height": [240.0, 240.0],
+        "width": [426.0, 426.0],
+    }
+    told = conditions_of(STDiT2Config(), size, fps, frame_interval=3)
+    assert list(told) == ["fps", "height", "width", "num_frames", "ar"]
+    assert told["fps"].tolist() == [24.0, 120.0]  # of the source, of which every third frame was taken
+    assert told["num_frames"].tolist() == [48.0, 48.0]
+    assert told["ar"].tolist() == pytest.approx([426 / 240] * 2)
+
+    build = builder(vae)
+    build.model_cfg = STDiT3Config()  # type: ignore[assignment]
+    drawn, empty = build.build([(0, sample("a")), (0, sample("b"))]), build.stand_in()
+    assert drawn.conditions["fps"].tolist() == [97.0, 98.0]
+    assert empty.conditions.keys() == drawn.conditions.keys() == {"fps", "height", "width"}
+    assert [x.shape for x in drawn.tensors()] == [x.shape for x in empty.tensors()]

@@ -1,0 +1,87 @@
+"""Runs of which some samples' frames are given: the same run resumed, over processes, and at its limits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.training_world import (
+    Command,
+    World,
+    finish,
+    losses,
+    make_world,
+    metrics,
+    newest_hashes,
+    newest_tensors,
+    start_processes,
+    succeed,
+)
+
+STAGE = "stages.stage2_video"
+STEPS = 6
+MASKS = {"frame_masks__image_head": 0.4, "frame_masks__random": 0.4}
+KINDS: dict[str, dict[str, Any]] = {
+    "iddpm": {"diffusion__timestep_sampling": "speed"},
+    "flow of 1.2": {"diffusion__objective": "flow", "diffusion__schedule": "open_sora_1_2"},
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def arguments(world: World, run_dir: Path, **changes: Any) -> list[str]:
+    settings = {"train__steps": STEPS, "train__batch_size": 4, "checkpoint__every": 3, **MASKS, **changes}
+    settings |= {"data__val_manifest": str(world.manifest("val")), "validation__every": STEPS}
+    return [str(world.root / "empty.toml"), *world.arguments(run_dir, "clips", **settings)]
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def one_process(world: World, request: pytest.FixtureRequest) -> tuple[Path, dict[str, Any]]:
+    run_dir = world.root / request.param
+    changes = KINDS[request.param]
+    succeed(STAGE, arguments(world, run_dir, **changes), world.root / "log" / request.param)
+    return run_dir, changes
+
+
+def test_masks_resume_and_spread(world: World, one_process: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    whole, changes = one_process
+    assert np.isfinite(losses(whole)).all()
+
+    resumed = tmp_path / "resumed"
+    for steps in (3, STEPS):
+        succeed(STAGE, arguments(world, resumed, **changes, train__steps=steps), tmp_path / "log" / f"to{steps}")
+    assert metrics(resumed) == metrics(whole) and newest_hashes(resumed) == newest_hashes(whole)
+
+    two = tmp_path / "two"
+    finish(start_processes(STAGE, arguments(world, two, **changes, train__batch_size=2), 2, tmp_path / "log"))
+    np.testing.assert_allclose(losses(two), losses(whole), rtol=1e-5)
+    weights, wanted = newest_tensors(two), newest_tensors(whole)
+    for key in wanted:
+        np.testing.assert_allclose(weights[key], wanted[key], rtol=1e-3, atol=2e-5, err_msg=key)
+    both = [json.loads((path / "validation.jsonl").read_text())["losses"] for path in (two, whole)]
+    np.testing.assert_allclose(*both, rtol=1e-4)
+
+
+def test_shares_belong_to_a_run(world: World, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    succeed(STAGE, arguments(world, run_dir, train__steps=1), tmp_path / "log" / "first")
+    free = dict.fromkeys(MASKS, 0.0)
+    succeed(STAGE, arguments(world, tmp_path / "free", train__steps=1, **free), tmp_path / "log" / "free")
+    assert losses(run_dir) != losses(tmp_path / "free")
+    again = Command(STAGE, arguments(world, run_dir, frame_masks__random=0.1), tmp_path / "log" / "again")
+    assert again.wait() == 2
+    assert "frame_masks.random = 0.4 there, 0.1 here" in again.err
+    packed = Command(
+        STAGE,
+        [*arguments(world, run_dir), "data.packing_tokens=100", 'data.buckets=[{num_frames=4, resolution="32x32"}]'],
+        tmp_path / "log" / "packed",
+    )
+    assert packed.wait() == 2
+    assert "frame_masks.image_head = 0.4: expected 0 with data.packing_tokens" in packed.err
