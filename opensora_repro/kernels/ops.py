@@ -112,8 +112,8 @@ def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = LAYER_NO
     from opensora_repro.kernels.fused.norm import norm_modulate as kernel
 
     dtype = _normed_dtype(x, shift, scale)
-    normed = kernel(*_as_samples(x, shift, scale, like=shift), eps, dtype)
-    return _as_frames(normed, x)
+    tokens, shift, scale = _as_samples(x, shift, scale, like=shift)
+    return _as_frames(kernel(tokens, shift, scale, eps, dtype), x)
 
 
 def gate_residual(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
@@ -137,7 +137,8 @@ def residual_norm_modulate(
 
     given = None if gate is None else _of_each(x, gate)
     dtype = _normed_dtype(x, shift, scale)
-    total, normed = kernel(*_as_samples(x, given, y, shift, scale, like=shift), eps, dtype)
+    tokens, given, y, shift, scale = _as_samples(x, given, y, shift, scale, like=shift)
+    total, normed = kernel(tokens, given, y, shift, scale, eps, dtype)
     return _as_frames(total, x), _as_frames(normed, x)
 
 

@@ -150,13 +150,16 @@ class CaptionedModel(nn.Module):
             modulation = modulation.repeat(1, repeats, 1, 1, 1)
         # Contiguous, or one sample's strides would differ from several samples', for which blocks are compiled again.
         modulation = modulation.contiguous()
-        dtype = self.x_embedder.proj.weight.dtype
-        # Tokens that are more precise than the weights stay so, as under autocast.
-        mixed = x.dtype != dtype and not torch.is_autocast_enabled(x.device.type)
-        with torch.autocast(x.device.type, dtype) if mixed else contextlib.nullcontext():
+        with self.as_precise_as(x):
             x = self._run_blocks(x, texts, modulation, captions, temporal)
             x = self.final_layer(x, final)  # [B, T', S, pT * pH * pW * C_out]
         return unpatchify(x, self.cfg.patch_size, latents.shape[2:])
+
+    def as_precise_as(self, x: Tensor) -> contextlib.AbstractContextManager[Any]:
+        """Autocast, where tokens are more precise than the weights: so they stay, and so does what is added to them."""
+        dtype, kind = self.x_embedder.proj.weight.dtype, x.device.type
+        mixed = x.dtype != dtype and not torch.is_autocast_enabled(kind)
+        return torch.autocast(kind, dtype) if mixed else contextlib.nullcontext()
 
     def prepare_text(self, text: Tensor, mask: Tensor | None = None, *, null: Tensor | None = None) -> PreparedText:
         """What `forward` takes in place of text [B, L, Ct] and mask [B, L], to compute it once for many calls.
