@@ -1,4 +1,7 @@
-"""Stage 1: an image model (PixArt) learns what things look like, from images or single frames with captions."""
+"""Stage 1: an image model learns what things look like, from images or single frames with captions.
+
+PixArt does; STDiT2 and STDiT3 do, too, whose pictures are clips of one frame.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from stages._training import run_stage
 
 
 def check(cfg: Config) -> None:
-    if cfg.model.temporal_attention:
+    # What came after STDiT sees pictures as clips of one frame, and is trained on them as it is.
+    if cfg.model.architecture == "stdit" and cfg.model.temporal_attention:
         raise ConfigError("model.temporal_attention = true: stage 1 trains images, set it to false")
     for size in cfg.data.buckets or (cfg.data,):
         if size.num_frames != 1:

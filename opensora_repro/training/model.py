@@ -7,9 +7,14 @@ import torch
 from opensora_repro.config import Config
 from opensora_repro.kernels.ops import missing_triton
 from opensora_repro.models.captioned import CaptionedModel
-from opensora_repro.models.packing import PackedSTDiT
+from opensora_repro.models.packing import PackedSTDiT, PackedSTDiT2, PackedSTDiT3
+from opensora_repro.models.stdit import STDiT
+from opensora_repro.models.stdit2 import STDiT2
+from opensora_repro.models.stdit3 import STDiT3
 from opensora_repro.weights.families import family_of
 from opensora_repro.weights.load import LoadReport, load_model_weights
+
+PACKED = {STDiT: PackedSTDiT, STDiT2: PackedSTDiT2, STDiT3: PackedSTDiT3}
 
 
 def build_model(cfg: Config, device: torch.device, *, load_init: bool) -> tuple[CaptionedModel, LoadReport | None]:
@@ -18,7 +23,8 @@ def build_model(cfg: Config, device: torch.device, *, load_init: bool) -> tuple[
     Raises WeightsError where the weights are absent or made for another model.
     """
     report = None
-    build: type[CaptionedModel] = PackedSTDiT if cfg.data.packing_tokens else family_of(cfg.model).network
+    network = family_of(cfg.model).network
+    build: type[CaptionedModel] = PACKED[network] if cfg.data.packing_tokens else network
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.run.seed)
         if load_init and cfg.init.weights:

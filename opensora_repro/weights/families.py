@@ -268,7 +268,7 @@ def recognise(tensors: Mapping[str, Tensor], where: str) -> Layout:
         if marked and layout.kernel_axes in (None, None if kernel is None else kernel.ndim):
             return layout
     some = ", ".join(list(tensors)[:3])
-    raise WeightsError(f"{where}: these are not PixArt, STDiT (1 to 3), DiT or Latte weights (its first keys: {some})")
+    raise WeightsError(f"{where}: these are not PixArt, STDiT, DiT or Latte weights (its first keys: {some})")
 
 
 def families_of(layout: Layout) -> dict[str, Family]:

@@ -18,7 +18,7 @@ import pytest
 from opensora_repro.config import Config, load_config
 from opensora_repro.config.renew import complete, page, recipes
 from opensora_repro.config.toml import written
-from opensora_repro.models.config import SIZES
+from opensora_repro.models.config import SIZES, STDiT2Config, STDiT3Config
 from stages import configs
 
 if sys.version_info >= (3, 11):
@@ -276,7 +276,36 @@ def test_buckets_are_the_published_ones(name: str) -> None:
         (2e-5, 1e-8, 0.9999) if "1_1" in name else (1e-4, 1e-15, 0.99)
     )
     assert cfg.diffusion.objective == ("iddpm" if "1_1" in name else "flow")
-    assert "Not yet: STDiT" in (REPO / "configs" / f"{name}.toml").read_text(encoding="utf-8")
+
+
+# Shares of section 9 of the facts on 1.1 and 1.2, in the order of FrameMasksConfig's fields
+MASKS = {
+    "opensora_1_1/image": (0.0,) * 10,
+    "opensora_1_1": (0.025, 0.025, 0.025, 0.05, 0.025, 0.025, 0.025, 0.05, 0.0, 0.0),
+    "opensora_1_2/adapt": (0.01, 0.01, 0.01, 0.01, 0.05, 0.1, 0.05, 0.05, 0.2, 0.01),
+    "opensora_1_2": (0.005, 0.005, 0.005, 0.005, 0.025, 0.05, 0.025, 0.025, 0.05, 0.005),
+    "opensora_1_2/stage3": (0.002, 0.002, 0.002, 0.002, 0.0, 0.22, 0.005, 0.005, 0.01, 0.002),
+}
+
+
+@pytest.mark.parametrize("name", BUCKETS)
+def test_recipes_of_1_1_and_1_2_have_their_own_models(name: str) -> None:
+    cfg, release = load(name), name.split("/")[0]
+    assert tuple(cfg.frame_masks.shares().values()) == MASKS.get(name, MASKS[release])
+    if release == "opensora_1_1":
+        assert cfg.model == STDiT2Config()
+        assert cfg.diffusion.timestep_sampling == ("speed" if name.endswith("image") else "")
+        assert (cfg.sample.steps, cfg.sample.guidance, cfg.sample.fps) == (100, 7.0, 8)
+    else:
+        assert cfg.model == STDiT3Config(freeze_y_embedder=not name.endswith("adapt"))
+        assert (cfg.diffusion.schedule, cfg.vae.path) == ("open_sora_1_2", "hpcai-tech/OpenSora-VAE-v1.2")
+        assert (cfg.sample.steps, cfg.sample.guidance, cfg.sample.fps) == (30, 7.0, 24)
+    assert cfg.optim.warmup_steps == (1000 if name in ("opensora_1_2/stage1", "opensora_1_2/stage3") else 0)
+    assert cfg.optim.clip_norm == 1.0 and cfg.optim.weight_decay == 0.0
+    starts = {"opensora_1_1/image": "PixArt-XL-2-1024-MS.pth", "opensora_1_2/adapt": "PixArt-Sigma-XL-2-2K-MS.pth"}
+    before = {"stage1": "adapt" if release == "opensora_1_2" else "image", "stage2": "stage1", "stage3": "stage2"}
+    stage = name.split("/")[1]
+    assert cfg.init.weights == (starts.get(name) or f"runs/{release}/{before[stage]}")
 
 
 @pytest.mark.parametrize(
