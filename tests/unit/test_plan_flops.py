@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from opensora_repro.config import Config, DataConfig, TextConfig, VaeConfig
 from opensora_repro.models import layers
+from opensora_repro.models.conditions import conditions_of
 from opensora_repro.models.config import ACTIVATION_CHECKPOINTING, DiTConfig, STDiT2Config, STDiT3Config, STDiTConfig
 from opensora_repro.models.dit import DiT
 from opensora_repro.models.stdit import STDiT
@@ -21,6 +22,7 @@ from opensora_repro.planning.encoders import PUBLISHED_T5, T5_SIZES, frozen_size
 from opensora_repro.planning.flops import forward_products
 from opensora_repro.planning.parameters import TIMESTEP_CHANNELS, count_parameters, cut_parameters, trained_parameters
 from opensora_repro.planning.sizes import Grid, latent_shape, token_grid
+from opensora_repro.weights.families import family_of
 from tests.tiny_models import make_tiny_text, make_tiny_vae
 
 TINY = STDiTConfig(hidden_size=48, depth=2, num_heads=4, caption_channels=12, model_max_length=6)
@@ -111,6 +113,44 @@ def test_stdit_flops_are_what_torch_counts(name: str, recompute: str) -> None:
 
     def forward() -> torch.Tensor:
         return model(latents, torch.tensor([5.0, 7.0]), text, mask)
+
+    with torch.no_grad():
+        assert count(forward) == 2 * products.forward_flops
+    expected = products.training_flops + products.recomputed_flops(recompute)
+    assert count(lambda: forward().sum().backward()) == 2 * expected
+
+
+SUCCESSORS: dict[str, Any] = {
+    "STDiT2": STDiT2Config(hidden_size=48, depth=2, num_heads=4, caption_channels=12, model_max_length=6),
+    "STDiT2 without q/k norm": STDiT2Config(
+        hidden_size=36, depth=1, num_heads=3, caption_channels=12, model_max_length=6, qk_norm=False
+    ),
+    "STDiT3": STDiT3Config(hidden_size=48, depth=2, num_heads=4, caption_channels=12, model_max_length=6),
+    "STDiT3 of tubelets": STDiT3Config(
+        hidden_size=36,
+        depth=2,
+        num_heads=3,
+        caption_channels=12,
+        model_max_length=6,
+        patch_size=(2, 4, 2),
+        mlp_ratio=2.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("recompute", ACTIVATION_CHECKPOINTING)
+@pytest.mark.parametrize("name", SUCCESSORS)
+def test_flops_of_1_1_and_1_2_are_what_torch_counts(name: str, recompute: str) -> None:
+    cfg = SUCCESSORS[name]
+    model = family_of(cfg).network(cfg)
+    assert count_parameters(cfg) == sum(parameter.numel() for parameter in model.parameters())
+    model.activation_checkpointing = recompute
+    latents, text, mask = torch.randn(2, 4, 3, 12, 8), torch.randn(2, 6, 12), torch.ones(2, 6, dtype=torch.bool)
+    told = conditions_of(cfg, (3, 96, 64), torch.full((2,), 24.0), frame_interval=1)
+    products = forward_products(cfg, token_grid(cfg, latents.shape[1:]))
+
+    def forward() -> torch.Tensor:
+        return model(latents, torch.tensor([5.0, 7.0]), text, mask, **told)
 
     with torch.no_grad():
         assert count(forward) == 2 * products.forward_flops

@@ -15,8 +15,8 @@ from opensora_repro.diffusion.gaussian import build_objective
 from opensora_repro.kernels import ops
 from opensora_repro.kernels.ops import SHORT_FRAMES
 from opensora_repro.models import layers
-from opensora_repro.models.config import ACTIVATION_CHECKPOINTING, STDiTConfig
-from opensora_repro.models.stdit import STDiT
+from opensora_repro.models.conditions import conditions_of
+from opensora_repro.models.config import ACTIVATION_CHECKPOINTING, STDiT2Config, STDiT3Config, STDiTConfig, TrainedConfig
 from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.parallel.mesh import Mesh
 from opensora_repro.parallel.offload import CHUNK
@@ -28,6 +28,7 @@ from opensora_repro.planning.sizes import token_grid
 from opensora_repro.training.ema import Ema
 from opensora_repro.training.optim import build_optimizer
 from opensora_repro.training.step import ModelRunner
+from opensora_repro.weights.families import family_of
 from tests.live_bytes import LiveBytes
 
 CPU = torch.device("cpu")
@@ -64,7 +65,7 @@ class Step:
 
     def __init__(
         self,
-        cfg: STDiTConfig,
+        cfg: TrainedConfig,
         sizes: tuple[int, int, int, int],
         dtype: str,
         checkpointing: str,
@@ -72,19 +73,22 @@ class Step:
         masked: bool = True,
     ) -> None:
         samples, *latents = sizes
-        self.model = STDiT(cfg)
+        self.model = family_of(cfg).network(cfg)
         self.model.activation_checkpointing = checkpointing
         self.batch = torch.randn(2, samples, cfg.in_channels, *latents)
         self.text = torch.randn(samples, cfg.model_max_length, cfg.caption_channels)
         self.mask = torch.ones(samples, cfg.model_max_length, dtype=torch.bool) if masked else None
         drop_text = torch.zeros(samples, dtype=torch.bool)
-        self.model_fn = ModelRunner(self.model, dtype, CPU).conditioned(self.text, self.mask, drop_text)
+        size = (latents[0], 8 * latents[1], 8 * latents[2])
+        self.told = conditions_of(cfg, size, torch.full((samples,), 24.0), frame_interval=1)
+        self.model_fn = ModelRunner(self.model, dtype, CPU).conditioned(self.text, self.mask, drop_text, **self.told)
         self.timesteps = torch.full((samples,), 500.0)
         self.objective = build_objective(Config().diffusion)
 
     def given(self) -> list[torch.Tensor]:
         """All that is there before the step."""
-        return [*self.model.state_dict().values(), self.batch, self.text, *([] if self.mask is None else [self.mask])]
+        own = [self.batch, self.text, *self.told.values()]
+        return [*self.model.state_dict().values(), *own, *([] if self.mask is None else [self.mask])]
 
     def loss(self) -> torch.Tensor:
         latents, noise = self.batch
@@ -143,7 +147,7 @@ def peak_of_step(step: Step, optim: OptimConfig | None = None, *, lasting_gradie
 
 
 def planned_peak(
-    cfg: STDiTConfig,
+    cfg: TrainedConfig,
     sizes: tuple[int, int, int, int],
     dtype: str,
     checkpointing: str,
