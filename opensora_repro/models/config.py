@@ -50,7 +50,7 @@ class STDiTConfig:
     num_classes = 0
     square = False  # whether it makes squares alone
     conditions = ()  # what forward is told of each sample beside its caption and timestep, by name
-    qk_norm = False  # whether queries and keys are normed
+    qk_norm = qk_norm_legacy = False  # whether queries and keys are normed, and after the rotation
     rotary = False  # whether temporal attention turns queries and keys, in place of a table of positions
     input_sq_size = 0  # see STDiT2Config; 0: positions count on, whatever the size
     freeze_y_embedder = only_train_temporal = skip_y_embedder = False  # see STDiT3Config
@@ -137,7 +137,7 @@ class STDiT3Config:
     temporal_attention = True
     space_scale = time_scale = 1.0
     base_size = 0
-    size_conditioning = False
+    size_conditioning = qk_norm_legacy = False
     rotary = True
     block_spans = (("space",), ("time",))
     conditions = ("fps", "height", "width")

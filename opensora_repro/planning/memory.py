@@ -235,10 +235,22 @@ class _Block:
         whole = attentions + 2  # what enters the matrices of each branch
         cut = attentions * 4 + 2
         gated = (attentions + 1) * self.gated * self.tokens * self.cfg.hidden_size
+        turned = sum(map(self._turned, self.spans)) / self.tp_size
         wide = self.values(2 * self.widening)
         norms = (modulations(self.cfg) // 3 if attentions > 1 else 2) * (1 if self.fused else 2)
         streams = norms * self.stream
-        return streams + self.values(whole + cut / self.tp_size) + gated + wide + self._small + self.weights
+        return streams + self.values(whole + cut / self.tp_size) + turned + gated + wide + self._small + self.weights
+
+    def _turned(self, span: str) -> float:
+        """What norm and rotary positions add to one self-attention: new queries and keys, and a copy of the result.
+
+        The norm keeps what it reads in float32, unless that was kept anyway, and what it gives before its gain.
+        """
+        cfg, rotates = self.cfg, self.cfg.rotary and span == "time"
+        if not (cfg.qk_norm or rotates):
+            return 0.0
+        reads = 2 if self.compute == HALF or (rotates and cfg.qk_norm_legacy) else 0
+        return self.values(3) + (cfg.qk_norm and (2 + reads) * self.stream)
 
     @property
     def costly(self) -> float:
@@ -274,7 +286,12 @@ class _Block:
         cfg = self.cfg
         caption = self.batch_size * cfg.model_max_length * (cfg.caption_channels + 3 * cfg.hidden_size)
         vectors = 10 * self.batch_size * cfg.hidden_size  # the timestep's, the modulation
-        copies = HALF * (outside_weights(cfg) - input_weights(cfg)) if self.copies else 0
+        # Where positions turn, conditions are computed in float32: captions and the final layer alone are rounded.
+        last = math.prod(cfg.patch_size) * cfg.out_channels
+        rounded = cfg.hidden_size * (cfg.hidden_size + last)
+        if not cfg.rotary:
+            rounded = outside_weights(cfg) - input_weights(cfg)
+        copies = HALF * rounded if self.copies else 0
         return self.compute * (self.latents + caption + vectors) + self.final + copies
 
     @property
