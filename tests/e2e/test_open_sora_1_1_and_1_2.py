@@ -37,6 +37,9 @@ def image_weights(world: World, architecture: str) -> Path:
     more = {"size_conditioning": True, "base_size": 4} if architecture == "stdit2" else {}
     torch.manual_seed(1)
     model = STDiT(STDiTConfig(**size, **more, model_max_length=6, temporal_attention=False))
+    with torch.no_grad():  # a new one's last layer is zero, and nothing before it would get gradients
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
     torch.save({"state_dict": model.state_dict()}, path)
     return path
 
@@ -44,7 +47,8 @@ def image_weights(world: World, architecture: str) -> Path:
 def overrides(world: World, architecture: str, run_dir: Path, **changes: Any) -> list[str]:
     """The recipe's own objective, masks, warm-up and freezing, on tiny models and clips."""
     settings = {
-        "run.dir": run_dir, "init.weights": image_weights(world, architecture), "data.manifest": world.manifest("clips"),
+        "run.dir": run_dir, "init.weights": image_weights(world, architecture),
+        "data.manifest": world.manifest("clips"),
         "data.buckets": [{"num_frames": 8, "resolution": "32x32", "batch_size": 2},
                          {"num_frames": 1, "resolution": "40x24", "batch_size": 2}],
         "data.frame_interval": 1, "data.num_frames": 8, "data.height": 32, "data.width": 32, "data.num_workers": 0,
