@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from einops import rearrange
 from safetensors.torch import load_file
@@ -95,6 +99,41 @@ def video_inputs(case: Case, cfg: STDiT2Config | STDiT3Config) -> tuple[tuple[An
     named = {name: given[f"in.{name}"] for name in cfg.conditions}
     named |= {"frame_mask": given.get("in.x_mask"), "drop_text": drop}
     return (given["in.x"], given["in.timestep"], given["in.y"], given.get("in.mask")), named
+
+
+def recipe_model(cfg: STDiT2Config | STDiT3Config, case: Case, recipe: ModuleType) -> STDiT2 | STDiT3:
+    """A model of the case's weights, which recipe.py beside the cases gives by their names."""
+    model = new_video_model(cfg)
+    weights = {
+        key: torch.from_numpy(recipe.weight(case.info["seed"], key, tuple(value.shape)))
+        for key, value in model.state_dict().items()
+        if key not in recipe.FIXED
+    }
+    model.load_state_dict(weights, strict=False)
+    return model.eval()
+
+
+def load_recipe(golden_dir: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("golden_recipe", golden_dir / "recipe.py")
+    assert spec is not None and spec.loader is not None
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    return recipe
+
+
+def check_rule(key: str, value: Tensor, rule: str) -> None:
+    """Compare a drawn tensor with 'zeros', 'ones', 'xavier_uniform(bound x)' or 'random std x absmax y'."""
+    if rule in ("zeros", "ones"):
+        assert value.eq(rule == "ones").all(), key
+    elif bound := re.fullmatch(r"xavier_uniform\(bound ([\d.]+)\)", rule):
+        limit = float(bound[1])
+        assert 0.98 * limit <= value.abs().max().item() <= limit + 1e-4, key
+        assert value.std().item() == pytest.approx(limit / 3**0.5, rel=0.03), key
+    else:
+        std, largest = map(float, re.fullmatch(r"random std ([\d.]+) absmax ([\d.]+)", rule).groups())
+        # both sides are samples: allow four standard errors, more for small tensors
+        assert value.std().item() == pytest.approx(std, rel=4 / value.numel() ** 0.5 + 0.01), key
+        assert value.abs().max().item() == pytest.approx(largest, rel=0.5), key
 
 
 def check_video_case(model: STDiT2 | STDiT3, case: Case) -> None:

@@ -120,9 +120,11 @@ def check_models(dtype: str) -> Errors:
     """
     import torch
 
-    from opensora_repro.models.config import DiTConfig, STDiTConfig
+    from opensora_repro.models.config import DiTConfig, STDiT2Config, STDiT3Config, STDiTConfig
     from opensora_repro.models.dit import DiT
     from opensora_repro.models.stdit import STDiT
+    from opensora_repro.models.stdit2 import STDiT2
+    from opensora_repro.models.stdit3 import STDiT3
     from tests.gpu import kernel_cases
 
     cpu, generator = torch.device("cpu"), torch.Generator().manual_seed(0)
@@ -137,6 +139,15 @@ def check_models(dtype: str) -> Errors:
         "pixart": (lambda: STDiT(STDiTConfig(**tiny, **captions, temporal_attention=False)), (text, mask), "none"),
         "latte": (lambda: DiT(DiTConfig(**tiny, num_classes=3, factorised=True)), (torch.tensor([1, 3]),), "none"),
     }
+    told = {name: torch.tensor([24.0, 16.0]) for name in STDiT2Config.conditions}
+    given = {"frame_mask": torch.tensor([[True, False], [True, True]])}
+    named: dict[str, dict[str, Any]] = {"stdit2": told | given, "stdit3": {k: told[k] for k in STDiT3Config.conditions}}
+    named |= {"stdit3, given frames": named["stdit3"] | given}
+    runs |= {
+        "stdit2": (lambda: STDiT2(STDiT2Config(**tiny, **captions)), (text, mask), "none"),
+        "stdit3": (lambda: STDiT3(STDiT3Config(**tiny, **captions)), (text, mask), "none"),
+        "stdit3, given frames": (lambda: STDiT3(STDiT3Config(**tiny, **captions)), (text, mask), "full"),
+    }
     found: Errors = {}
     for name, (build, condition, recompute) in runs.items():
         results: list[dict[str, torch.Tensor]] = []
@@ -149,7 +160,7 @@ def check_models(dtype: str) -> Errors:
                     parameter.add_(torch.randn_like(parameter) * 0.1)
             with kernel_cases.using(kernels, cpu):
                 with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                    out = model(latents, timestep, *condition)
+                    out = model(latents, timestep, *condition, **named.get(name, {}))
                 out.square().mean().backward()
             gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
             results.append({"output": out.detach(), **gradients})

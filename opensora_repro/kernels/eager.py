@@ -1,6 +1,7 @@
 """The kernels' twins in plain torch: what each computes, readable, and the reference that they are tested against.
 
-Tokens are [B, T, S, D]; shift, scale and gate are one vector a sample, [B, 1, 1, D]. Gradients are autograd's.
+Tokens are [B, T, S, D]; shift, scale and gate are one vector a sample, [B, 1, 1, D], or a frame, [B, T, 1, D].
+Gradients are autograd's.
 """
 
 from __future__ import annotations

@@ -111,7 +111,9 @@ def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = LAYER_NO
         return norm(x, shift, scale, eps)
     from opensora_repro.kernels.fused.norm import norm_modulate as kernel
 
-    return kernel(x, shift, scale, eps, _normed_dtype(x, shift, scale))
+    dtype = _normed_dtype(x, shift, scale)
+    tokens, shift, scale = _as_samples(x, shift, scale, like=shift)
+    return _as_frames(kernel(tokens, shift, scale, eps, dtype), x)
 
 
 def gate_residual(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
@@ -119,7 +121,7 @@ def gate_residual(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
         return eager.gate_residual(x, gate, y)
     from opensora_repro.kernels.fused.gate import gate_residual as kernel
 
-    return kernel(x, _of_each(x, gate), y)
+    return _as_frames(kernel(*_as_samples(x, _of_each(x, gate), y, like=gate)), x)
 
 
 def residual_norm_modulate(
@@ -134,7 +136,10 @@ def residual_norm_modulate(
     from opensora_repro.kernels.fused.norm import residual_norm_modulate as kernel
 
     given = None if gate is None else _of_each(x, gate)
-    return kernel(x, given, y, shift, scale, eps, _normed_dtype(x, shift, scale))
+    dtype = _normed_dtype(x, shift, scale)
+    tokens, given, y, shift, scale = _as_samples(x, given, y, shift, scale, like=shift)
+    total, normed = kernel(tokens, given, y, shift, scale, eps, dtype)
+    return _as_frames(total, x), _as_frames(normed, x)
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
@@ -176,7 +181,8 @@ def pays(x: Tensor, *vectors: Tensor) -> bool:
     """Whether to take `norm_by_sample`; "eager" kernels are the twins, and torch.compile fuses by itself."""
     large = x.device.type == "cpu" and x.ndim == 4 and x[0].numel() >= LARGE
     one_type = all(vector.dtype == x.dtype for vector in vectors)
-    return large and one_type and chosen() != "eager" and not torch.compiler.is_compiling()
+    of_samples = all(vector.shape[1] == 1 for vector in vectors)
+    return large and one_type and of_samples and chosen() != "eager" and not torch.compiler.is_compiling()
 
 
 def norm_by_sample(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -190,6 +196,18 @@ def norm_by_sample(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tenso
 def _of_each(x: Tensor, vector: Tensor) -> Tensor:
     """One vector a sample, where there may be one for all."""
     return vector if len(vector) == len(x) else vector.expand(len(x), -1, -1, -1)
+
+
+def _as_samples(*tensors: Tensor | None, like: Tensor) -> list[Any]:
+    """Tokens and vectors as kernels take them: where vectors `like` these are of frames, frames become samples."""
+    frames = like.shape[1]
+    if frames == 1:
+        return list(tensors)
+    return [None if x is None else x.expand(-1, frames, -1, -1).flatten(0, 1)[:, None] for x in tensors]
+
+
+def _as_frames(x: Tensor, tokens: Tensor) -> Tensor:
+    return x if x.shape == tokens.shape else x.view(tokens.shape)
 
 
 def _normed_dtype(x: Tensor, shift: Tensor, scale: Tensor) -> torch.dtype:

@@ -149,9 +149,17 @@ class CaptionedModel(nn.Module):
             final = final.repeat(repeats, *[1] * (final.ndim - 1))
             modulation = modulation.repeat(1, repeats, 1, 1, 1)
         # Contiguous, or one sample's strides would differ from several samples', for which blocks are compiled again.
-        x = self._run_blocks(x, texts, modulation.contiguous(), captions, temporal)
-        x = self.final_layer(x, final)  # [B, T', S, pT * pH * pW * C_out]
+        modulation = modulation.contiguous()
+        with self.as_precise_as(x):
+            x = self._run_blocks(x, texts, modulation, captions, temporal)
+            x = self.final_layer(x, final)  # [B, T', S, pT * pH * pW * C_out]
         return unpatchify(x, self.cfg.patch_size, latents.shape[2:])
+
+    def as_precise_as(self, x: Tensor) -> contextlib.AbstractContextManager[Any]:
+        """Autocast, where tokens are more precise than the weights: so they stay, and so does what is added to them."""
+        dtype, kind = self.x_embedder.proj.weight.dtype, x.device.type
+        mixed = x.dtype != dtype and not torch.is_autocast_enabled(kind)
+        return torch.autocast(kind, dtype) if mixed else contextlib.nullcontext()
 
     def prepare_text(self, text: Tensor, mask: Tensor | None = None, *, null: Tensor | None = None) -> PreparedText:
         """What `forward` takes in place of text [B, L, Ct] and mask [B, L], to compute it once for many calls.
@@ -272,7 +280,7 @@ class CaptionedModel(nn.Module):
         size = [to_device(side[:1].float(), x.device) for side in (height, width)]
         scale = (size[0] * size[1]).sqrt()[0] / self.cfg.input_sq_size
         table = spatial_positions(dim, rows, places // rows, scale=scale, base_size=round(math.sqrt(places)))
-        return (x + table.float()).to(x.dtype)
+        return x + table.float()
 
     def null_condition(self) -> Tensor:
         """Return the null caption [L, Ct], what the model sees where a caption was dropped."""

@@ -141,19 +141,33 @@ class TimestepEmbedder(nn.Module):
     The sinusoid is float32 whatever the weights are: in bf16, 999 would become 1000.
     """
 
-    def __init__(self, hidden_size: int) -> None:
+    def __init__(self, hidden_size: int, linear: type[nn.Linear] = nn.Linear) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(TIMESTEP_CHANNELS, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        self.mlp = nn.Sequential(linear(TIMESTEP_CHANNELS, hidden_size), nn.SiLU(), linear(hidden_size, hidden_size))
 
     def forward(self, timestep: Tensor) -> Tensor:
         sinusoid = timestep_sinusoid(timestep, TIMESTEP_CHANNELS)
-        return self.mlp(sinusoid.to(next(self.parameters()).dtype))
+        exact = isinstance(self.mlp[0], Float32Linear)
+        return self.mlp(sinusoid if exact else sinusoid.to(next(self.parameters()).dtype))
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer that computes in float32, under autocast as well and with weights in half precision.
+
+    For conditions: their layers are small, and what they are rounded by is in every token of all blocks.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
 
 class SizeEmbedder(TimestepEmbedder):
     """Numbers [B, n] or [B] -> [B, n * D], those of a sample side by side."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__(hidden_size, Float32Linear)
 
     def forward(self, sizes: Tensor, samples: int | None = None) -> Tensor:
         """Fewer rows than `samples` are repeated, all one after the other. Numbers may lie in host memory."""

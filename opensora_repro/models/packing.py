@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from opensora_repro.kernels import eager, ops
 from opensora_repro.kernels.ops import to_device
+from opensora_repro.models.captioned import Block, BlockInputs, CaptionedModel
 from opensora_repro.models.cross_attention import (
     CrossAttention,
     PackedCaptions,
@@ -31,21 +32,26 @@ from opensora_repro.models.cross_attention import (
     varlen_kernel,
 )
 from opensora_repro.models.dit import DiT
-from opensora_repro.models.layers import Attention, check_latents, computing_dtype, unpatchify
+from opensora_repro.models.layers import Attention, computing_dtype, unpatchify
 from opensora_repro.models.recompute import HostStack, run_block
 from opensora_repro.models.stdit import STDiT
+from opensora_repro.models.stdit2 import STDiT2, STDiT2Block
+from opensora_repro.models.stdit3 import STDiT3
 
 
 class Row:
     """How batches of tokens [B, T, S, D] lie in a row [N, D]: end to end, each in its own order."""
 
-    def __init__(self, batches: Sequence[Tensor], varlen: Varlen | None) -> None:
-        """`varlen`: attention of sequences end to end; None: each batch's by itself."""
+    def __init__(
+        self, batches: Sequence[Tensor], varlen: Varlen | None, rotary: Sequence[Tensor | None] | None = None
+    ) -> None:
+        """`varlen`: attention of sequences end to end; None: each batch's by itself. `rotary`: each one's table."""
         self.grids = [(len(x), x.shape[1], x.shape[2]) for x in batches]  # clips, frames of tokens, places
         self.sizes = [math.prod(grid) for grid in self.grids]
         self.samples = [clips for clips, _, _ in self.grids]
         self.clips = [frames * places for clips, frames, places in self.grids for _ in range(clips)]  # tokens of each
         self.varlen = varlen
+        self.rotary = [None] * len(batches) if rotary is None else rotary
         if varlen is not None:
             self._lay_sequences(batches[0].device)
 
@@ -68,6 +74,12 @@ class Row:
             first += size
         order = torch.cat(by_place)
         self.by_place, self.by_frame = to_device(order, device), to_device(order.argsort(), device)
+        tables = [
+            None if table is None else table.repeat(clips * places, 1, 1)
+            for table, (clips, _, places) in zip(self.rotary, self.grids, strict=True)
+        ]
+        # Of the row's tokens place by place, [N, 1, d]
+        self.turns = None if tables[0] is None else torch.cat([table for table in tables if table is not None])
 
     def join(self, batches: Iterable[Tensor]) -> Tensor:
         """Batches [B, T, S, D] -> the row [N, D]; of one batch a view."""
@@ -86,11 +98,13 @@ class Row:
         """The layer's self-attention on the row [N, D]."""
         heads, over = layer.num_heads, layer.over
         if self.varlen is None:
-            qkv = self.split(layer.qkv(x))
+            tables = self.rotary if over == "time" else [None] * len(self.grids)
+            qkv = map(layer.turned, self.split(layer.qkv(x)), tables)
             return layer.proj(self.join(_attention_of_batch(part, heads, over) for part in qkv))
         if over == "time":  # once here, before the projection triples the channels
             x = x.index_select(0, self.by_place)
         q, k, v = layer.qkv(x).unflatten(-1, (3, heads, -1)).unbind(1)  # [N, H, d] each
+        q, k = layer.turn(q, k, self.turns if over == "time" else None)
         ends, longest = self.ends[over]
         out = layer.proj(self.varlen(q, k, v, ends, ends, longest, longest).flatten(1))
         return out.index_select(0, self.by_frame) if over == "time" else out
@@ -129,11 +143,13 @@ def _attention_of_clip(*qkv: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# PixArt and STDiT
+# PixArt and the STDiTs
 
 
-class PackedSTDiT(STDiT):
-    """An STDiT that also takes a list of batches of different shapes; it packs them and returns a list."""
+class PackedModel(CaptionedModel):
+    """One that also takes a list of batches of different shapes; it packs them and returns a list."""
+
+    inputs: Callable[..., BlockInputs]
 
     def forward(self, latents: Any, *inputs: Any, **conditions: Any) -> Any:
         if isinstance(latents, Tensor):
@@ -148,71 +164,105 @@ class PackedSTDiT(STDiT):
         mask: Tensor | None = None,
         *,
         drop_text: Tensor | None = None,
-        image_size: Tensor | None = None,
-        aspect_ratio: Tensor | None = None,
+        frame_mask: Sequence[Tensor | None] | None = None,
+        **conditions: Tensor | None,
     ) -> list[Tensor]:
         """Predict float32 [B, C_out, T, H, W] for each batch of latents [B, C, T, H, W], all in one row.
 
-        The rest is as `STDiT.forward` takes it, a row for each clip, in the order of the batches. A mask in a GPU's
-        memory is waited for. Outputs and gradients are those of a `forward` of each batch.
+        The rest is as the model's `forward` takes it, a row for each clip, in the order of the batches; of masks over
+        frames one a batch. A caption mask in a GPU's memory is waited for. Outputs and gradients are those of a
+        `forward` of each batch.
         """
+        text, mask = self.unpack_text(text, mask)
         self.check_text(text, mask, len(timestep))
         if mask is not None and len(mask) != len(text):
             raise ValueError(f"expected a caption mask of {len(text)} rows, one a clip, got {len(mask)}")
         counts = [len(batch) for batch in latents]
-        sizes = [[None] * len(counts) if x is None else x.split(counts) for x in (image_size, aspect_ratio)]
-        conditions, embedded, tables = [], [], []
-        for batch, *of_batch in zip(latents, timestep.split(counts), *sizes, strict=True):
-            check_latents(batch, of_batch[0], self.cfg.in_channels)
-            conditions.append(self.embed_condition(batch, *of_batch))
-            tokens, table = self.embed(batch)
-            embedded.append(tokens)
-            tables.append(table)
-        row, t = Row(embedded, _varlen_of(self, text.device)), torch.cat(conditions)  # [clips, D]
-        modulation = rearrange(self.t_block(t), "b (six d) -> six b 1 1 d", six=6)
+        given: list[dict[str, Any]] = [{"frame_mask": mask} for mask in frame_mask or [None] * len(counts)]
+        for name, values in conditions.items():
+            if values is not None:
+                for of_batch, part in zip(given, values.split(counts), strict=True):
+                    of_batch[name] = part
+        batches = zip(latents, timestep.split(counts), given, strict=True)
+        inputs = [self.inputs(batch, times, **of_batch) for batch, times, of_batch in batches]
+        tokens, vectors, final, temporal = zip(*inputs, strict=True)
+        row = Row(tokens, _varlen_of(self, text.device), temporal if self.temporal_everywhere else None)
+        of_samples = all(each.shape[2] == 1 for each in vectors)  # then all in one piece
+        modulation = torch.cat(vectors, dim=1) if of_samples else vectors
         read = positions_under(mask) if mask is not None else [list(range(text.shape[1]))] * len(text)
         captions = end_to_end(read, text.shape[1], text.device)
-        y = captions.take(self.y_embedder(text, drop_text))  # [N', D]
+        y = captions.take(self.embed_text(text, drop_text))  # [N', D]
 
-        x, temporal = row.join(embedded), tables
+        x = row.join(tokens)
+        later = temporal if self.temporal_everywhere else (None,) * len(latents)
         keep = self.activation_checkpointing if torch.is_grad_enabled() else "none"
         host = HostStack(x.device) if keep != "none" and self.offload_activations else None
-        for block in self.blocks:
-            with contextlib.nullcontext() if host is None else host.holding(x):
-                x = run_block(keep, _Packed(block, row), x, y, modulation, captions, temporal)
-            temporal = [None] * len(latents)
-        return _predictions(self, row, x, t, latents)
+        with self.as_precise_as(x):
+            for block in self.in_order():
+                with contextlib.nullcontext() if host is None else host.holding(x):
+                    x = run_block(keep, _Packed(block, row), x, y, modulation, captions, temporal)
+                temporal = later
+            return _predictions(self, row, x, final, latents)
+
+
+class PackedSTDiT(PackedModel, STDiT):
+    """An STDiT, or PixArt, that also takes lists."""
+
+
+class PackedSTDiT2(PackedModel, STDiT2):
+    """An STDiT2 that also takes lists."""
+
+
+class PackedSTDiT3(PackedModel, STDiT3):
+    """An STDiT3 that also takes lists."""
 
 
 class _Packed:
     """A block as `run_block` takes it."""
 
-    def __init__(self, block: Any, row: Row) -> None:
+    def __init__(self, block: Block, row: Row) -> None:
         self.block, self.row, self.hidden_size = block, row, block.hidden_size
 
     def __call__(
         self,
         x: Tensor,
         text: Tensor,
-        modulation: Tensor,
+        modulation: Tensor | Sequence[Tensor],
         captions: PackedCaptions,
         temporal: Sequence[Tensor | None],
     ) -> Tensor:
-        """x [N, D]; `temporal` [T, 1, D] of each batch joins the temporal branch's input."""
+        """x [N, D]; `modulation` of all clips, or of each batch; `temporal` [T, 1, .] of each batch."""
         row, block = self.row, self.block
-        vectors = map(row.share, block.vectors(modulation))
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = vectors
+        if isinstance(modulation, Tensor):
+            vectors = [row.share(vector) for vector in block.vectors(modulation)]
+        else:
+            vectors = list(zip(*map(block.vectors, modulation), strict=True))
+        shift_mlp, scale_mlp, gate_mlp = vectors[3:6]
 
-        parts = row.split(x)  # [B, T, S, D] each
-        y = row.split(row.attend(block.attn, row.join(map(ops.norm_modulate, parts, shift_msa, scale_msa))))
-        parts = list(map(ops.gate_residual, parts, gate_msa, y))
-        if block.attn_temp is not None:
-            y = row.split(row.attend(block.attn_temp, row.join(_add(parts, temporal))))
-            parts = list(map(ops.gate_residual, parts, gate_msa, y))
+        parts = self._attend(row.split(x), vectors, temporal)  # [B, T, S, D] each
         y = row.split(row.read(block.cross_attn, row.join(parts), text, captions))
         both = list(map(ops.residual_norm_modulate, parts, [None] * len(parts), y, shift_mlp, scale_mlp))
         y = row.split(block.mlp(row.join(normed for _, normed in both)))
         return row.join(map(ops.gate_residual, (x for x, _ in both), gate_mlp, y))
+
+    def _attend(
+        self, parts: list[Tensor], vectors: Sequence[Sequence[Tensor]], temporal: Sequence[Tensor | None]
+    ) -> list[Tensor]:
+        """As the blocks' `attend` does it."""
+        row, block = self.row, self.block
+        shift, scale, gate, *_ = vectors
+        y = row.split(row.attend(block.attn, row.join(map(ops.norm_modulate, parts, shift, scale))))
+        if isinstance(block, STDiT2Block):
+            assert block.attn_temp is not None
+            shift, scale, gate_temp = vectors[6:]
+            both = list(map(ops.residual_norm_modulate, parts, gate, y, shift, scale))
+            y = row.split(row.attend(block.attn_temp, row.join(normed for _, normed in both)))
+            return list(map(ops.gate_residual, (x for x, _ in both), gate_temp, y))
+        parts = list(map(ops.gate_residual, parts, gate, y))
+        if block.attn_temp is None:
+            return parts
+        y = row.split(row.attend(block.attn_temp, row.join(_add(parts, temporal))))
+        return list(map(ops.gate_residual, parts, gate, y))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -240,7 +290,7 @@ class PackedDiT(DiT):
         x, none = row.join(embedded), [None] * len(latents)
         for i, block in enumerate(self.blocks):
             x = _run_dit_block(block, row, x, c, tables if i == self.temporal_from else none)
-        return _predictions(self, row, x, c, latents)
+        return _predictions(self, row, x, row.share(c), latents)
 
 
 def _run_dit_block(block: Any, row: Row, x: Tensor, condition: Tensor, times: Sequence[Tensor | None]) -> Tensor:
@@ -262,13 +312,15 @@ def _add(batches: Sequence[Tensor], tables: Sequence[Tensor | None]) -> list[Ten
     return [x if table is None else x + table for x, table in zip(batches, tables, strict=True)]
 
 
-def _predictions(model: STDiT | DiT, row: Row, x: Tensor, condition: Tensor, latents: Sequence[Tensor]) -> list[Tensor]:
+def _predictions(
+    model: CaptionedModel | DiT, row: Row, x: Tensor, conditions: Sequence[Tensor], latents: Sequence[Tensor]
+) -> list[Tensor]:
     """The final layer, which is narrow, by batch."""
-    patches = map(model.final_layer, row.split(x), row.share(condition))
+    patches = map(model.final_layer, row.split(x), conditions)
     sizes = (batch.shape[2:] for batch in latents)
     return [unpatchify(out, model.cfg.patch_size, size) for out, size in zip(patches, sizes, strict=True)]
 
 
-def _varlen_of(model: STDiT | DiT, device: torch.device) -> Varlen | None:
+def _varlen_of(model: CaptionedModel | DiT, device: torch.device) -> Varlen | None:
     dtype = computing_dtype(model.x_embedder.proj.weight, device)
     return varlen_kernel(device, dtype, model.cfg.hidden_size // model.cfg.num_heads)

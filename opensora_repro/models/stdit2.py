@@ -21,6 +21,7 @@ from opensora_repro.models.layers import (
     Attention,
     CaptionEmbedder,
     FinalLayer,
+    Float32Linear,
     PatchEmbed3D,
     Rotary,
     SizeEmbedder,
@@ -70,9 +71,9 @@ class STDiT2(CaptionedModel):
         super().__init__(cfg)
         dim = cfg.hidden_size
         self.x_embedder = PatchEmbed3D(cfg.patch_size, cfg.in_channels, dim)
-        self.t_embedder = TimestepEmbedder(dim)
-        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.t_block_temp = nn.Sequential(nn.SiLU(), nn.Linear(dim, 3 * dim))
+        self.t_embedder = TimestepEmbedder(dim, Float32Linear)
+        self.t_block = nn.Sequential(nn.SiLU(), Float32Linear(dim, 6 * dim))
+        self.t_block_temp = nn.Sequential(nn.SiLU(), Float32Linear(dim, 3 * dim))
         self.y_embedder = CaptionEmbedder(cfg.caption_channels, dim, cfg.model_max_length)
         self.rope = Rotary(dim // cfg.num_heads)
         self.blocks = nn.ModuleList(STDiT2Block(cfg) for _ in range(cfg.depth))

@@ -20,6 +20,7 @@ from opensora_repro.models.layers import (
     Attention,
     CaptionEmbedder,
     FinalLayer,
+    Float32Linear,
     PatchEmbed3D,
     Rotary,
     SizeEmbedder,
@@ -45,9 +46,9 @@ class STDiT3(CaptionedModel):
         dim = cfg.hidden_size
         self.rope = Rotary(dim // cfg.num_heads)
         self.x_embedder = PatchEmbed3D(cfg.patch_size, cfg.in_channels, dim)
-        self.t_embedder = TimestepEmbedder(dim)
+        self.t_embedder = TimestepEmbedder(dim, Float32Linear)
         self.fps_embedder = SizeEmbedder(dim)
-        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.t_block = nn.Sequential(nn.SiLU(), Float32Linear(dim, 6 * dim))
         self.y_embedder = CaptionEmbedder(cfg.caption_channels, dim, cfg.model_max_length)
         self.spatial_blocks = nn.ModuleList(_block(cfg, "space") for _ in range(cfg.depth))
         self.temporal_blocks = nn.ModuleList(_block(cfg, "time") for _ in range(cfg.depth))

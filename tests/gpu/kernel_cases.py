@@ -81,6 +81,9 @@ def cases(sizes: Sizes, types: str, device: torch.device) -> dict[str, Case]:
     # Modulation vectors come as one tensor [6, B, 1, 1, D], or [B, 6 * D].
     shift, scale, gate = (make(vector, B, 6, 1, 1, D).detach()[:, i].requires_grad_() for i in range(3))
 
+    # Of frames, where some are given
+    of_frames = [make(vector, B, 3, T, 1, D).detach()[:, i].requires_grad_() for i in range(3)]
+
     def norm(k: Any, *tensors: Any) -> Any:
         return k.norm_modulate(*tensors, EPS)
 
@@ -103,6 +106,12 @@ def cases(sizes: Sizes, types: str, device: torch.device) -> dict[str, Case]:
         "gate, residual; by place": Case(gated, [some, gate, by_place], _third, passed=1),
         "residual, norm, modulate": Case(residual, [x, None, y, shift, scale], _sum, autocast),
         "gate, residual, norm, modulate": Case(residual, [x, gate, by_place, shift, scale], _sum_and_third, autocast),
+        "norm, modulate; by frame": Case(norm, [some, *of_frames[:2]], _first, autocast),
+        "gate, residual; by frame": Case(gated, [some, of_frames[2], by_place], _third),
+        "residual, norm, modulate; by frame": Case(residual, [x, None, y, *of_frames[:2]], _sum, autocast),
+        "gate, residual, norm, modulate; by frame": Case(
+            residual, [x, of_frames[2], by_place, *of_frames[:2]], _sum_and_third, autocast
+        ),
         "bias, GELU": Case(gelu, [make(branch, B * T * S, F), make(vector, F)], _first),
         # Of the weights, then of what they are multiplied with
         "attention over time": Case(attend, [make(branch, B, T, S, 3 * D)], _first, roundings=2),

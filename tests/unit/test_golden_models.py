@@ -19,6 +19,7 @@ from opensora_repro.weights.load import load_model_weights
 from tests.golden import (
     Case,
     build_model,
+    check_rule,
     hashed_model,
     hashed_tensor,
     load_case,
@@ -290,21 +291,6 @@ def test_initial_weights(golden_dir: Path, kind: str) -> None:
         shape, rule = rules[re.sub(r"blocks\.\d+", "blocks.*", key)]
         assert list(value.shape) == shape, key
         check_rule(key, value, rule)
-
-
-def check_rule(key: str, value: Tensor, rule: str) -> None:
-    """Compare a drawn tensor with 'zeros', 'xavier_uniform(bound x)' or 'random std x absmax y'."""
-    if rule == "zeros":
-        assert not value.any(), key
-    elif bound := re.fullmatch(r"xavier_uniform\(bound ([\d.]+)\)", rule):
-        limit = float(bound[1])
-        assert 0.98 * limit <= value.abs().max().item() <= limit + 1e-4, key
-        assert value.std().item() == pytest.approx(limit / 3**0.5, rel=0.03), key
-    else:
-        std, largest = map(float, re.fullmatch(r"random std ([\d.]+) absmax ([\d.]+)", rule).groups())
-        # both sides are samples: allow four standard errors, more for small tensors
-        assert value.std().item() == pytest.approx(std, rel=4 / value.numel() ** 0.5 + 0.01), key
-        assert value.abs().max().item() == pytest.approx(largest, rel=0.5), key
 
 
 def test_trainable_parameters(golden_dir: Path) -> None:

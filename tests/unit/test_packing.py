@@ -10,19 +10,22 @@ from torch import Tensor
 
 from benchmarks.sides import random_weights
 from opensora_repro.models import packing
-from opensora_repro.models.config import DiTConfig, ModelConfig, STDiTConfig
+from opensora_repro.models.config import DiTConfig, STDiT2Config, STDiT3Config, STDiTConfig
 from opensora_repro.models.dit import DiT
-from opensora_repro.models.packing import PackedDiT, PackedSTDiT
-from opensora_repro.models.stdit import STDiT
+from opensora_repro.models.packing import PackedDiT
+from tests import video_models
 from tests.unit.test_cross_attention import plain_varlen
 
 SMALL: dict[str, Any] = {"hidden_size": 48, "depth": 3, "num_heads": 4, "caption_channels": 16}
 TEXT = {**SMALL, "model_max_length": 7}
-MODELS: dict[str, ModelConfig] = {
+MODELS: dict[str, Any] = {
     "STDiT": STDiTConfig(**TEXT),
     "STDiT of tubelets": STDiTConfig(**TEXT, patch_size=(2, 2, 2), time_scale=0.5),
     "PixArt": STDiTConfig(**TEXT, temporal_attention=False, no_temporal_pos_emb=False),
     "PixArt told the size": STDiTConfig(**TEXT, temporal_attention=False, size_conditioning=True, base_size=4),
+    "STDiT2": STDiT2Config(**TEXT),
+    "STDiT3": STDiT3Config(**TEXT),
+    "STDiT3 of tubelets": STDiT3Config(**TEXT, patch_size=(2, 2, 2)),
     "DiT": DiTConfig(**SMALL, num_classes=5, no_temporal_pos_emb=False),
     "Latte": DiTConfig(**SMALL, condition="text", factorised=True),
 }
@@ -31,14 +34,14 @@ SQUARE = [(2, 4, 4, 4), (1, 1, 8, 8), (3, 5, 5, 5), (1, 3, 4, 4)]  # which alone
 LENGTHS = [7, 1, 0, 4, 3, 7, 2]  # of the captions
 
 
-def make_model(cfg: ModelConfig, packed: bool = True) -> Any:
+def make_model(cfg: Any, packed: bool = True) -> Any:
     torch.manual_seed(0)
     if isinstance(cfg, DiTConfig):
         return random_weights((PackedDiT if packed else DiT)(cfg))
-    return random_weights((PackedSTDiT if packed else STDiT)(cfg))
+    return random_weights(video_models.build(cfg, packed))
 
 
-def make_inputs(cfg: ModelConfig) -> tuple[list[Tensor], list[list[Tensor]], list[dict[str, Tensor]]]:
+def make_inputs(cfg: Any) -> tuple[list[Tensor], list[list[Tensor]], list[dict[str, Tensor]]]:
     """Batches of latents, what `forward` takes of each beside them, by position and by name."""
     generator = torch.Generator().manual_seed(1)
 
@@ -50,11 +53,12 @@ def make_inputs(cfg: ModelConfig) -> tuple[list[Tensor], list[list[Tensor]], lis
     clips = [len(batch) for batch in latents]
     given = [1000 * torch.rand(7, generator=generator)]
     named = {}
-    if isinstance(cfg, STDiTConfig):
+    if not isinstance(cfg, DiTConfig):
         mask = torch.arange(7) < torch.tensor(LENGTHS)[:, None]
         given += [normal(7, 7, 16), mask.roll(1, 1)]  # not only prefixes
         named["drop_text"] = torch.arange(7) == 3
-        if cfg.size_conditioning:
+        named |= video_models.conditions(cfg, 7)
+        if isinstance(cfg, STDiTConfig) and cfg.size_conditioning:
             named |= {"image_size": 64 + 900 * normal(7, 2).abs(), "aspect_ratio": normal(7).exp()}
     else:
         given.append(torch.arange(7) % 6 if cfg.condition == "label" else normal(7, 1, 16))
@@ -63,7 +67,7 @@ def make_inputs(cfg: ModelConfig) -> tuple[list[Tensor], list[list[Tensor]], lis
     return latents, by_batch, [{name: values[i] for name, values in parts.items()} for i in range(len(clips))]
 
 
-def work(model: Any, cfg: ModelConfig, packed: bool) -> dict[str, Tensor]:
+def work(model: Any, cfg: Any, packed: bool) -> dict[str, Tensor]:
     """Predictions, and gradients of weights and latents."""
     model.zero_grad()
     latents, given, named = make_inputs(cfg)
@@ -95,6 +99,24 @@ def test_packed_clips_are_the_same_clips(name: str, kernel: str, monkeypatch: py
     if kernel == "end to end":
         monkeypatch.setattr(packing, "varlen_kernel", lambda *_: plain_varlen)
     require_same(work(model, cfg, packed=True), wanted)
+
+
+@pytest.mark.parametrize("kernel", ["a batch's own", "end to end"])
+@pytest.mark.parametrize("name", ["STDiT", "STDiT2", "STDiT3"])
+def test_given_frames_in_a_row(name: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask a batch, of one batch none."""
+    cfg = MODELS[name]
+    model = make_model(cfg)
+    if kernel == "end to end":
+        monkeypatch.setattr(packing, "varlen_kernel", lambda *_: plain_varlen)
+    latents, given, named = make_inputs(cfg)
+    masks = [None if i == 1 else video_models.some_frames(*x.shape[:3:2]) for i, x in enumerate(latents)]
+    whole = {key: torch.cat([of[key] for of in named]) for key in named[0]}
+    with torch.no_grad():
+        found = model(latents, *map(torch.cat, zip(*given, strict=True)), frame_mask=masks, **whole)
+        for i, x in enumerate(latents):
+            wanted = model(x, *given[i], frame_mask=masks[i], **named[i])
+            torch.testing.assert_close(found[i], wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("keep", "offload"), [("selective", False), ("full", False), ("full", True)])
