@@ -203,8 +203,6 @@ def _check_packing(config: Config, require: Any) -> None:
                 "train.batch_size counts clips of any bucket"
             )
     where = "with data.packing_tokens"
-    for mode, share in config.frame_masks.shares().items():
-        require(f"frame_masks.{mode}", not share, f"0 {where} (a row's clips are modulated as a whole)")
     require("parallel.engine", parallel.engine == "torch", f"torch {where}")
     require("parallel.plugin", parallel.plugin == "ddp", f"ddp {where} (others alter the blocks)")
     require("parallel.sp_size", parallel.sp_size == 1, f"1 {where}")

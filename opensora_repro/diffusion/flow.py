@@ -174,7 +174,7 @@ class OpenSoraFlow(RectifiedFlow):
 
 
 def build_flow(cfg: DiffusionConfig) -> RectifiedFlow:
-    settings = {"logit_mean": cfg.logit_mean, "logit_std": cfg.logit_std, "shift": cfg.shift}
+    settings: dict[str, Any] = {"logit_mean": cfg.logit_mean, "logit_std": cfg.logit_std, "shift": cfg.shift}
     settings["timestep_sampling"] = cfg.timestep_sampling or "logit-normal"
     if cfg.schedule == OPEN_SORA_1_2:
         return OpenSoraFlow(transform_scale=cfg.transform_scale, **settings)

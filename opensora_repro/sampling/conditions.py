@@ -43,9 +43,9 @@ def parse_strategy(text: str | None) -> list[Condition]:
 def _parse_condition(part: str, text: str | None) -> Condition:
     fields = part.split(",")
     try:
-        *whole, ratio = [*fields, *map(str, Condition()[len(fields) :])]
-        found = Condition(*map(int, whole), float(ratio))
-    except (TypeError, ValueError):
+        loop, reference, start, target, length, ratio = [*fields, *map(str, Condition()[len(fields) :])]
+        found = Condition(int(loop), int(reference), int(start), int(target), int(length), float(ratio))
+    except ValueError:
         expected = (
             "loop,ref,ref_start,target,length,edit_ratio (whole numbers but for the last; the end may be left out)"
         )

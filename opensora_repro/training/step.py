@@ -62,12 +62,15 @@ def packed_losses(model: ModelRunner, objective: Objective, batch: PackedBatch) 
     parts = batch.parts
     fields = ("text", "mask", "drop_text", "timesteps")
     *captions, timesteps = (torch.cat([getattr(part, name) for part in parts]) for name in fields)
-    conditions = {name: torch.cat([part.conditions[name] for part in parts]) for name in parts[0].conditions}
+    conditions: dict[str, Any] = {
+        name: torch.cat([part.conditions[name] for part in parts]) for name in parts[0].conditions
+    }
     masks = [part.frame_mask for part in parts]
-    given = {"frame_mask": masks} if any(mask is not None for mask in masks) else {}
+    if any(mask is not None for mask in masks):
+        conditions["frame_mask"] = masks
     drawn = [(part.latents, part.noise, part.timesteps) for part in parts]
     seen: Any = [objective.noised(*of, frame_mask=mask) for of, mask in zip(drawn, masks, strict=True)]
-    outputs = model.conditioned(*captions, **conditions, **given)(seen, timesteps)
+    outputs = model.conditioned(*captions, **conditions)(seen, timesteps)
     losses = [
         objective.losses_of(output, x_t, *of, frame_mask=mask)
         for output, x_t, of, mask in zip(outputs, seen, drawn, masks, strict=True)

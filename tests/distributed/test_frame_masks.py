@@ -78,10 +78,3 @@ def test_shares_belong_to_a_run(world: World, tmp_path: Path) -> None:
     again = Command(STAGE, arguments(world, run_dir, frame_masks__random=0.1), tmp_path / "log" / "again")
     assert again.wait() == 2
     assert "frame_masks.random = 0.4 there, 0.1 here" in again.err
-    packed = Command(
-        STAGE,
-        [*arguments(world, run_dir), "data.packing_tokens=100", 'data.buckets=[{num_frames=4, resolution="32x32"}]'],
-        tmp_path / "log" / "packed",
-    )
-    assert packed.wait() == 2
-    assert "frame_masks.image_head = 0.4: expected 0 with data.packing_tokens" in packed.err

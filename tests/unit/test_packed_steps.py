@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.sides import random_weights
-from opensora_repro.config import BucketConfig, Config, ConfigError, DataConfig, DiffusionConfig, TrainConfig
+from opensora_repro.config import (
+    BucketConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    DiffusionConfig,
+    FrameMasksConfig,
+    TrainConfig,
+)
 from opensora_repro.data.buckets import Bucket, Rule, assign
 from opensora_repro.data.packing import PackedSampler, Together, even_parts, first_fit_decreasing
 from opensora_repro.data.sampler import SampleBatch, Schedule
@@ -120,12 +128,14 @@ class NoPosterior:
         return moments[:4]
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("objective", ["flow", "iddpm"])
-def test_losses_of_rows_are_those_of_their_clips(objective: str) -> None:
-    """And what is drawn for a clip does not depend on its row."""
+def test_losses_of_rows_are_those_of_their_clips(objective: str, masked: bool) -> None:
+    """And what is drawn for a clip does not depend on its row; with frames that are given, too."""
     model_cfg = STDiTConfig(hidden_size=48, depth=2, num_heads=4, caption_channels=16, model_max_length=7)
     data = DataConfig(packing_tokens=36, buckets=(BucketConfig(1, "48x32"),))
-    cfg = Config(data=data, model=model_cfg, train=TrainConfig(batch_size=5))
+    masks = FrameMasksConfig(random=1.0 if masked else 0.0)
+    cfg = Config(data=data, model=model_cfg, frame_masks=masks, train=TrainConfig(batch_size=5))
     objective_, cpu = build_objective(DiffusionConfig(objective=objective)), torch.device("cpu")
     vae: Any = NoPosterior()
     builder = BatchBuilder(cfg, vae, objective_, cpu)
@@ -140,11 +150,14 @@ def test_losses_of_rows_are_those_of_their_clips(objective: str) -> None:
     torch.manual_seed(0)
     model = random_weights(PackedSTDiT(model_cfg))
     runner = ModelRunner(model, "fp32", cpu)
+    given = [part.frame_mask is not None for row in rows for part in row.parts]
+    assert any(given) == masked and not all(given)  # of pictures none
     for row in rows:
         for name, loss in zip(row.ids, packed_losses(runner, objective_, row), strict=True):
             alone = builder.build([sample for sample in samples if sample[1].id == name])
-            call = runner.conditioned(alone.text, alone.mask, alone.drop_text)
-            wanted = objective_.losses(call, alone.latents, alone.noise, alone.timesteps)[0]
+            call = runner.conditioned(alone.text, alone.mask, alone.drop_text, frame_mask=alone.frame_mask)
+            drawn = alone.latents, alone.noise, alone.timesteps
+            wanted = objective_.losses(call, *drawn, frame_mask=alone.frame_mask)[0]
             torch.testing.assert_close(loss, wanted, atol=1e-5, rtol=1e-5)
     empty = builder.stand_in((4, 64, 64), 5)
     assert (empty.latents.shape, empty.weight) == ((1, 4, 1, 4, 6), 0.0)
