@@ -136,7 +136,7 @@ COUNTED = {
         96, 126_892_531, (6.66e6, 5.01e6), (10.75e6, 8.45e6), (2, 9.2), (7, 11.4), at_once=4, width_key="base_dim"
     ),
     "AutoencoderKLHunyuanVideo": Counted(
-        128, 246_478_803, (12.27e6, 12.5e6), (28.07e6, 23.7e6), (3, 5.2), (4, 9.2), at_once=17
+        128, 246_478_803, (12.27e6, 12.25e6), (28.07e6, 23.2e6), (3, 5.2), (4, 9.2), at_once=17
     ),
     "AutoencoderKLLTXVideo": Counted(128, 419_193_649, (1.54e6, 0.82e6), (1.75e6, 0.87e6), (1, 0.44), (1, 0.5)),
     "AutoencoderKLMochi": Counted(
