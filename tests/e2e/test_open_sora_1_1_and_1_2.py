@@ -170,11 +170,11 @@ def test_a_release_is_looked_into_converted_and_sampled(
 
 @each
 def test_stage_3_goes_on(world: World, architecture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Larger pictures, from the run before; an image model's weights are refused there."""
+    """With more frames, from the run before; an image model's weights are refused there."""
     run_dir = world.root / architecture
     if not run_dir.exists():
         assert train(world, architecture, run_dir) == 0
-    buckets = {"data.buckets": [{"num_frames": 8, "resolution": "48x32", "batch_size": 2}], "train.steps": 1}
+    buckets = {"data.buckets": [{"num_frames": 12, "resolution": "32x32", "batch_size": 2}], "train.steps": 1}
     arguments = overrides(world, architecture, tmp_path / "hq", **{"init.weights": run_dir, **buckets})
     assert stage3_hq.main([RECIPES[architecture], *arguments]) == 0
     assert "positions: frames 0.." in capsys.readouterr().out

@@ -16,7 +16,13 @@ from opensora_repro.kernels import ops
 from opensora_repro.kernels.ops import SHORT_FRAMES
 from opensora_repro.models import layers
 from opensora_repro.models.conditions import conditions_of
-from opensora_repro.models.config import ACTIVATION_CHECKPOINTING, STDiT2Config, STDiT3Config, STDiTConfig, TrainedConfig
+from opensora_repro.models.config import (
+    ACTIVATION_CHECKPOINTING,
+    STDiT2Config,
+    STDiT3Config,
+    STDiTConfig,
+    TrainedConfig,
+)
 from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.parallel.mesh import Mesh
 from opensora_repro.parallel.offload import CHUNK
