@@ -72,6 +72,8 @@ class World:
             "ema__decay": 0.9,
             **changes,
         }
+        if settings.get("model__architecture", "stdit") != "stdit":  # a key of STDiT's
+            del settings["model__temporal_attention"]
         return [f"{name.replace('__', '.', 1)}={_toml(value)}" for name, value in settings.items()]
 
 
