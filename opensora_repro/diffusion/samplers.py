@@ -297,8 +297,10 @@ class LatentSampler:
                     return follow(velocity_fn, noise, times, self.progress)
                 if self.name == "dpm":
                     schedule = ContinuousSchedule(linear_betas())
-                    rest = {"given": given, "next_noise": next_noise, "progress": self.progress}
-                    return dpm_solver_sample(model_fn, noise, schedule, self.steps, **rest)
+                    return dpm_solver_sample(
+                        model_fn, noise, schedule, self.steps,
+                        given=given, next_noise=next_noise, progress=self.progress,
+                    )  # fmt: skip
                 diffusion = GaussianDiffusion.spaced(self.steps)
                 if given is not None:
                     return masked_iddpm_sample(
