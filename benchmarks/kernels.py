@@ -139,7 +139,7 @@ def measure(device: torch.device, sizes: Sizes = XL, rounds: int = ROUNDS) -> li
     rows = []
     with using("triton", device):
         for name, case in cases(sizes, TYPES, device).items():
-            if "part of" not in name and name != "GELU":  # other memory layouts of the same kernels
+            if "part of" not in name and "by frame" not in name and name != "GELU":  # the same kernels once more
                 rows += measure_case(name, case, device, rounds)
         torch.cuda.empty_cache()
         rows.append(measure_adamw(device, rounds))

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import collectives
 from opensora_repro.errors import EngineError
-from opensora_repro.models.config import STDiTConfig
+from opensora_repro.models.config import STDiT2Config, STDiT3Config, STDiTConfig
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.parallel.sequence import (
     FrameParallel,
@@ -30,6 +30,7 @@ from opensora_repro.parallel.sequence import (
     apply_sequence_parallelism,
 )
 from tests.processes import forked
+from tests.video_models import CONFIGS, build, conditions
 
 LENGTH, CHANNELS = 6, 12  # of captions
 Errors = dict[str, float]
@@ -47,6 +48,8 @@ class Case:
     mask: bool = True
     ddp: bool = False
     first_frame: int = 0
+    network: str = "stdit"
+    given: tuple[int, ...] = ()  # frames of the first sample that are given; of the second one the first alone
 
 
 FLOAT32_CASES = {
@@ -64,18 +67,28 @@ FLOAT32_CASES = {
     "two frames a token, seven frames": Case(7, patch=(2, 2, 2), checkpointing="full"),
     "two frames a token, five frames": Case(5, patch=(2, 2, 2)),
     "five frames under DDP, recomputed": Case(5, checkpointing="full", ddp=True),
+    "five frames, two given": Case(5, given=(0, 3)),
+    "STDiT2, seven frames": Case(7, network="stdit2"),
+    "STDiT2, later part of a video, three given": Case(5, first_frame=3, given=(1, 2, 4), network="stdit2"),
+    "STDiT3, four frames": Case(4, network="stdit3"),
+    "STDiT3, seven frames, two given, recomputed": Case(7, given=(0, 6), checkpointing="full", network="stdit3"),
+    "STDiT3, two frames a token, given": Case(5, patch=(2, 2, 2), given=(2, 3), network="stdit3"),
+    "STDiT3, one frame": Case(1, network="stdit3"),
+    "STDiT3, later part of a video, under DDP": Case(5, first_frame=2, ddp=True, network="stdit3"),
 }
 
 
-def make_model(patch: tuple[int, int, int] = (1, 2, 2), temporal_attention: bool = True) -> STDiT:
+def make_model(patch: tuple[int, int, int] = (1, 2, 2), temporal_attention: bool = True, network: str = "stdit") -> Any:
     """The same on every rank; no branch is silent."""
     torch.manual_seed(0)
-    model = STDiT(
-        STDiTConfig(
-            hidden_size=32, depth=2, num_heads=4, caption_channels=CHANNELS, model_max_length=LENGTH, patch_size=patch,
-            temporal_attention=temporal_attention,
-        )
-    )  # fmt: skip
+    size: dict[str, Any] = {
+        "hidden_size": 32, "depth": 2, "num_heads": 4, "caption_channels": CHANNELS, "model_max_length": LENGTH,
+        "patch_size": patch,
+    }  # fmt: skip
+    if network == "stdit":
+        model: Any = STDiT(STDiTConfig(**size, temporal_attention=temporal_attention))
+    else:
+        model = build(STDiT3Config(**size) if network == "stdit3" else STDiT2Config(**size | {"hidden_size": 48}))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -91,6 +104,11 @@ def make_inputs(case: Case, batch: int = 2) -> tuple[tuple[Any, ...], dict[str, 
     kwargs: dict[str, Any] = {"first_frame": case.first_frame}
     if case.drop:
         kwargs["drop_text"] = torch.arange(batch) == 1
+    if case.given:
+        kwargs["frame_mask"] = torch.ones(batch, case.frames, dtype=torch.bool)
+        kwargs["frame_mask"][0, list(case.given)] = False
+        kwargs["frame_mask"][1:, 0] = False
+    kwargs |= conditions(CONFIGS[case.network], batch)
     wanted = torch.randn(batch, 8, case.frames, *case.side, generator=generator)
     return (latents, torch.rand(batch, generator=generator) * 1000, text, mask), kwargs, wanted
 
@@ -111,7 +129,7 @@ def group() -> dist.ProcessGroup:
 
 def gradients(model: STDiT, average: bool) -> dict[str, Tensor]:
     """Every parameter's gradient, averaged over the ranks as DDP would."""
-    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     if average:
         flat = torch.cat([grad.flatten() for grad in found.values()])
         dist.all_reduce(flat)
@@ -133,7 +151,7 @@ def worst_norm(ours: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
 
 def passes(case: Case, shared: bool, autocast: bool = False) -> dict[str, Tensor]:
     """The output and all parameter gradients, run whole or shared out."""
-    model = make_model(case.patch)
+    model = make_model(case.patch, network=case.network)
     model.activation_checkpointing = case.checkpointing
     call: Callable[..., Tensor] = share_out(model, case.ddp) if shared else model
     arguments, kwargs, wanted = make_inputs(case)
@@ -253,6 +271,35 @@ def check_replaced_projections() -> Errors:
     return {"output": worst({"": call(*arguments, **kwargs).detach()}, {"": wanted.detach()})}
 
 
+def check_tensor_parallel() -> Errors:
+    """The layers of every network cut over all processes, alone and where activations are recomputed."""
+    from colossalai.shardformer import ShardConfig, ShardFormer
+
+    from opensora_repro.parallel.colossal import TensorPolicy
+    from opensora_repro.parallel.tensor import tensor_cuts
+
+    errors = {}
+    for network, checkpointing in (("stdit", "none"), ("stdit2", "none"), ("stdit3", "full")):
+        case, results = Case(3, given=(1,), network=network), []
+        for cut in (True, False):
+            model = make_model(network=network)
+            model.activation_checkpointing = checkpointing
+            if cut:
+                how = ShardConfig(tensor_parallel_process_group=group(), enable_tensor_parallelism=True)
+                ShardFormer(how).optimize(model, TensorPolicy())
+            arguments, kwargs, wanted = make_inputs(case)
+            out = model(*arguments, **kwargs)
+            (out * wanted).sum().backward()
+            found = {"output": out.detach(), **gradients(model, average=False)}
+            for name, how_cut in tensor_cuts(model).items():
+                pieces = [torch.empty_like(found[name]) for _ in range(dist.get_world_size())]
+                dist.all_gather(pieces, found[name].contiguous())
+                found[name] = how_cut.join(pieces)
+            results.append(found)
+        errors[network] = worst(*results)
+    return errors
+
+
 def check_counts() -> Errors:
     """The benchmark's counts of both sides are its formulas'."""
     size, sizes = dist.get_world_size(), collectives.Sizes(T=4, height=8, width=8, D=32, depth=2, heads=4)
@@ -303,6 +350,7 @@ CHECKS: dict[str, Callable[[], Errors]] = {
     "sampling": check_sampling,
     "data parallel": check_data_parallel,
     "replaced projections": check_replaced_projections,
+    "tensor parallel": check_tensor_parallel,
     "counts": check_counts,
     "refusals": check_refusals,
     "group of one": check_group_of_one,

@@ -248,11 +248,13 @@ class CaptionedModel(nn.Module):
                 # that are added while tokens are copied cost nothing.
                 later = torch.zeros_like(temporal)
                 temporal = temporal + later
-            _mark_sizes(x, texts[0], modulation, captions, temporal, later)
+            _mark_sizes(texts[0], modulation, captions, temporal, later)
         host = HostStack(x.device) if keep != "none" and self.offload_activations else None
         normed = None
         blocks = self.in_order()
         for block, following, text in zip(blocks, [*blocks[1:], None], texts, strict=True):
+            if compiled is not None:
+                _mark([(x, [0, 1, 2])])  # for every block: each kind of them is compiled at its first one's tokens
             rest = (text, modulation, captions, temporal)
             with contextlib.nullcontext() if host is None else host.holding(x):
                 if pairs and following is not None:
@@ -334,17 +336,19 @@ def check_rotary(cfg: STDiT2Config | STDiT3Config) -> None:
         raise ValueError(f"model.input_sq_size={cfg.input_sq_size} must be positive")
 
 
-def _mark_sizes(
-    x: Tensor, text: BlockText, modulation: Tensor, captions: WholeCaptions, *temporal: Tensor | None
-) -> None:
-    """Tell the compiler which axes of a block's inputs change from batch to batch, before it sees them change."""
-    from torch._dynamo import maybe_mark_dynamic
-
+def _mark_sizes(text: BlockText, modulation: Tensor, captions: WholeCaptions, *temporal: Tensor | None) -> None:
+    """Mark what blocks are given beside their tokens."""
     of_frames = [2] * (modulation.shape[2] > 1)
-    axes: list[tuple[Any, list[int]]] = [(x, [0, 1, 2]), (modulation, [1, *of_frames])]
-    axes += [(table, [0]) for table in temporal]
+    axes: list[tuple[Any, list[int]]] = [(modulation, [1, *of_frames]), *((table, [0]) for table in temporal)]
     if isinstance(text, Tensor):
         axes.append((text, [0, 1] if text.ndim == 3 else [0]))  # [B, L, D], or [N, D] end to end
-    for tensor, changing in [*axes, *captions.changing_axes()]:
+    _mark([*axes, *captions.changing_axes()])
+
+
+def _mark(axes: Sequence[tuple[Any, list[int]]]) -> None:
+    """Tell the compiler which axes of tensors change from batch to batch, before it sees them change."""
+    from torch._dynamo import maybe_mark_dynamic
+
+    for tensor, changing in axes:
         if tensor is not None:
             maybe_mark_dynamic(tensor, changing)

@@ -34,12 +34,13 @@ from opensora_repro.config import ParallelConfig
 from opensora_repro.parallel.cpu import GlooAccelerator
 from opensora_repro.parallel.device import backend_of
 from opensora_repro.parallel.engine import TorchEngine
-from opensora_repro.parallel.tensor import ColumnLinear, Cut, RowLinear, tensor_cuts
+from opensora_repro.parallel.tensor import ColumnLinear, Cut, HeadNorm, RowLinear, tensor_cuts
 
 BUCKET_MILLIONS = 12  # elements of one gradient exchange
 # A block's layers that tensor parallelism cuts: by columns, with the number of matrices that are side by side, and rows
 COLUMNS = {"attn.qkv": 3, "attn_temp.qkv": 3, "cross_attn.q_linear": 1, "cross_attn.kv_linear": 2, "mlp.fc1": 1}
 ROWS = ("attn.proj", "attn_temp.proj", "cross_attn.proj", "mlp.fc2")
+NORMS = ("attn.q_norm", "attn.k_norm", "attn_temp.q_norm", "attn_temp.k_norm")
 
 
 class ColossalEngine(TorchEngine):
@@ -223,7 +224,7 @@ class HybridPlugin(HybridParallelPlugin):
 
 
 class TensorPolicy(Policy):
-    """How PixArt's and STDiT's blocks are cut: attention by heads, the MLP by columns, then rows.
+    """How the blocks of PixArt and the STDiTs are cut: attention by heads, the MLP by columns, then rows.
 
     Embedders, modulation and the final layer are small and stay whole on every rank.
     """
@@ -241,14 +242,15 @@ class TensorPolicy(Policy):
         size = self.shard_config.tensor_parallel_size
         if size == 1:
             return {}
-        block = self.model.blocks[0]
+        block = self.model.in_order()[0]  # all of them are of one class
         attentions = ["attn", "cross_attn"] + ["attn_temp"] * (block.attn_temp is not None)
-        # ignore_if_not_exist: PixArt has no temporal attention
+        # ignore_if_not_exist: PixArt has no temporal attention, nor have STDiT3's blocks two of them
         replacements = [
             SubModuleReplacementDescription(path, ColumnLinear, {"parts": parts}, ignore_if_not_exist=True)
             for path, parts in COLUMNS.items()
         ]
-        replacements += [SubModuleReplacementDescription(path, RowLinear, ignore_if_not_exist=True) for path in ROWS]
+        for paths, layer in ((ROWS, RowLinear), (NORMS, HeadNorm)):
+            replacements += [SubModuleReplacementDescription(path, layer, ignore_if_not_exist=True) for path in paths]
         heads = {f"{name}.num_heads": getattr(block, name).num_heads // size for name in attentions}
         return {
             type(block).__name__: ModulePolicyDescription(

@@ -4,7 +4,8 @@ Only temporal attention needs tokens of other frames. Around it alone, tokens sh
 tokens sharded by place [B, T, S_own, .] are swapped: one all-to-all of the fused queries, keys and values before, one
 of the result after. All other layers work on whole frames, so they stay as they are and send nothing. With depth
 blocks, D channels and a group of p, a rank sends 4 * depth * B * T * S * D * (p - 1) / p**2 numbers forward and as many
-backward, besides its share of the output.
+backward, besides its share of the output. Rotary positions and norms of queries and keys need no other frames: they
+are applied before the swap.
 
     apply_sequence_parallelism(model, group)                    # then DDP, ZeRO, ... around the model
     frame_parallel = FrameParallel(wrapped, group, model.cfg.patch_size[0])
@@ -22,6 +23,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from opensora_repro.errors import EngineError
+from opensora_repro.models.layers import Attention
 
 FRAMES, PLACES = 1, 2  # axes of tokens [B, T, S, D]
 
@@ -46,29 +48,22 @@ class Frames:
         return [min(max(self.total - rank * held, 0), held) for rank in range(size)]
 
 
-class SequenceParallelAttention(nn.Module):
+class SequenceParallelAttention(Attention):
     """Attention over time for tokens [B, T_own, S, D] whose other frames are on the other ranks of a group.
 
     Holds the very projections of the attention it replaces, under the same names, so parameters and state-dict keys
     stay. `qkv`, `proj` and `num_heads` are read at every call: tensor parallelism may replace them by a rank's share.
     """
 
-    qkv: nn.Module
-    proj: nn.Module
-    num_heads: int
-
-    def __init__(self, attention: Any, group: dist.ProcessGroup, frames: Frames) -> None:
-        """`attention`: a module with `qkv`, `proj`, `num_heads` and `attend`, which maps [B, T, S, 3 * D] and the heads
-        to [B, T, S, D]."""
-        super().__init__()
-        self.qkv = attention.qkv
+    def __init__(self, attention: Attention, group: dist.ProcessGroup, frames: Frames) -> None:
+        nn.Module.__init__(self)  # and no weights of its own
+        self.num_heads, self.over, self.rotary_first = attention.num_heads, attention.over, attention.rotary_first
+        self.qkv, self.q_norm, self.k_norm = attention.qkv, attention.q_norm, attention.k_norm
         self.proj = attention.proj
-        self.num_heads = attention.num_heads
-        self.attend = attention.attend
         self.group = group
         self.frames = frames
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor | None = None) -> Tensor:
         rank, size = dist.get_rank(self.group), dist.get_world_size(self.group)
         held, places = x.shape[1:3]
         frames_of = self.frames.of_each_rank(held, size)
@@ -76,7 +71,7 @@ class SequenceParallelAttention(nn.Module):
         real = frames_of[rank]
 
         # Padding ends here: it is not projected, not sent, and nobody attends to it.
-        qkv = self.qkv(x[:, :real])  # [B, real, S, 3 * D]
+        qkv = self.turned(self.qkv(x[:, :real]), None if rotary is None else rotary[:real])  # [B, real, S, 3 * D]
         qkv = swap(qkv, self.group, split=(PLACES, places_of), join=(FRAMES, frames_of))  # [B, T, S_own, 3 * D]
         out = self.attend(qkv, self.num_heads)  # [B, T, S_own, D]
         out = swap(out, self.group, split=(FRAMES, frames_of), join=(PLACES, places_of))  # [B, real, S, D]
@@ -86,20 +81,25 @@ class SequenceParallelAttention(nn.Module):
 def apply_sequence_parallelism(model: nn.Module, group: dist.ProcessGroup) -> None:
     """Make every temporal attention of `model` sequence parallel over `group`, in place; a group of one adds nothing.
 
-    Temporal attentions are the children named `attn_temp`. Raises EngineError for a model without any.
+    Raises EngineError for a model without any.
     """
     size = dist.get_world_size(group)
     if size == 1:
         return
-    blocks = [block for block in model.modules() if isinstance(getattr(block, "attn_temp", None), nn.Module)]
-    if not blocks:
+    found = [
+        (block, name, layer)
+        for block in model.modules()
+        for name, layer in block.named_children()
+        if isinstance(layer, Attention) and layer.over == "time"
+    ]
+    if not found:
         raise EngineError(
             f"parallel.sp_size={size} needs model.temporal_attention=true: "
             "without it every frame attends to every other in all layers, and frames cannot be shared out"
         )
     frames = Frames()
-    for block in blocks:
-        block.attn_temp = SequenceParallelAttention(block.attn_temp, group, frames)
+    for block, name, layer in found:
+        setattr(block, name, SequenceParallelAttention(layer, group, frames))
 
 
 class FrameParallel:
@@ -132,9 +132,12 @@ class FrameParallel:
         mask: Tensor | None = None,
         *,
         first_frame: int = 0,
+        frame_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Predict [B, C_out, T, H, W] for latents [B, C, T, H, W]; all arguments are those of the model."""
+        if frame_mask is not None:
+            kwargs["frame_mask"] = frame_mask
         if self.size == 1:
             return self.module(latents, timestep, text, mask, first_frame=first_frame, **kwargs)
         frames = latents.shape[2]
@@ -143,11 +146,25 @@ class FrameParallel:
         padded = F.pad(latents, (0, 0, 0, 0, 0, self.size * held - frames))
         own = padded[:, :, self.rank * held : (self.rank + 1) * held]
 
+        if frame_mask is not None:
+            kwargs["frame_mask"] = self._own_frames(frame_mask, frames, held)
         self.frames.total = tokens
         first = first_frame + self.rank * held
         prediction = self.module(own, timestep, text, mask, first_frame=first, **kwargs)
         whole: Tensor = _GatherFrames.apply(prediction, self.group, self.frames)
         return whole[:, :, :frames]
+
+    def _own_frames(self, frame_mask: Tensor, frames: int, held: int) -> Tensor | None:
+        """This rank's part of a mask of latents' frames or of tokens', where a rank holds `held` latent ones.
+
+        A rank whose own frames are all generated may not know it from its part, for what is padded is not.
+        """
+        if frame_mask.device.type == "cpu" and frame_mask.all():
+            return None
+        columns = frame_mask.shape[1]
+        own = held if columns == frames else held // self.patch_frames
+        padded = F.pad(frame_mask, (0, max(self.size * own - columns, 0)))
+        return padded[:, self.rank * own : (self.rank + 1) * own]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

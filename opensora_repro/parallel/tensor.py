@@ -14,6 +14,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opensora_repro.models.layers import RMS_NORM_EPS, RMSNorm
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -78,6 +80,23 @@ class RowLinear(nn.Linear):
         return out
 
 
+class HeadNorm(RMSNorm):
+    """The norm of queries' or keys' heads, of which each rank has its own; the weight is all heads' and stays whole."""
+
+    group: dist.ProcessGroup
+
+    @classmethod
+    def from_native_module(cls, native: RMSNorm, process_group: Any) -> HeadNorm:
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.weight, layer.group = native.weight, _only(process_group)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight: Tensor = _SumOfGradients.apply(self.weight, self.group)
+        return F.rms_norm(x.float(), x.shape[-1:], weight.float(), RMS_NORM_EPS)
+
+
 def tensor_cuts(model: nn.Module) -> dict[str, Cut]:
     """How each cut parameter was cut, by its name."""
     return {
@@ -89,12 +108,17 @@ def tensor_cuts(model: nn.Module) -> dict[str, Cut]:
 
 
 def _adopt(cls: Any, native: nn.Linear, process_group: Any) -> Any:
-    if isinstance(process_group, (list, tuple)):
-        (process_group,) = process_group
     layer = cls.__new__(cls)
     nn.Module.__init__(layer)
-    layer.weight, layer.bias, layer.group = native.weight, native.bias, process_group
+    layer.weight, layer.bias, layer.group = native.weight, native.bias, _only(process_group)
     return layer
+
+
+def _only(process_group: Any) -> Any:
+    """The group, of which ColossalAI may give a list."""
+    if isinstance(process_group, (list, tuple)):
+        (process_group,) = process_group
+    return process_group
 
 
 def _cut_weights(layer: Any, native: nn.Linear) -> Any:

@@ -57,6 +57,10 @@ def test_projections_may_be_replaced_afterwards(results: dict[str, Any]) -> None
     assert max(errors_of(results, "replaced projections").values()) <= TOLERANCE
 
 
+def test_layers_cut_by_heads_and_columns(results: dict[str, Any]) -> None:
+    assert max(errors_of(results, "tensor parallel").values()) <= TOLERANCE
+
+
 @pytest.mark.parametrize("check", ["counts", "refusals", "group of one"])
 def test_edges(results: dict[str, Any], check: str) -> None:
     assert check in CHECKS

@@ -15,6 +15,7 @@ from opensora_repro.config import Config, ConfigError, ParallelConfig, TrainConf
 from opensora_repro.models.config import ACTIVATION_CHECKPOINTING, STDiTConfig
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.training.model import apply_compile, compiles
+from tests import video_models
 
 SIZES = ((2, 4, 8, 8, 12), (3, 4, 8, 8, 9), (2, 5, 6, 10, 12), (4, 3, 12, 8, 5))  # samples, T, H, W, caption tokens
 TINY = STDiTConfig(hidden_size=32, depth=4, num_heads=2, caption_channels=16, model_max_length=12)
@@ -105,6 +106,27 @@ def test_a_run_compiles_each_kind_of_step_once() -> None:
     programs = run(4, 8, 0)
     assert programs == 4  # captions of several lengths, one sample, captions of one length, an empty one
     assert run(5, 12, 1) == run(3, 6, 2) == programs
+    assert not counters["graph_break"] and not counters["recompile_limit"]
+
+
+@pytest.mark.parametrize(("name", "kinds"), [("stdit2", 1), ("stdit3", 2), ("stdit", 1)])
+def test_each_kind_of_block_is_one_program(name: str, kinds: int) -> None:
+    """And another where frames are given, for any number of frames and samples."""
+    plain, compiled = video_models.make_model(name), video_models.make_model(name)
+    compiled.compile_blocks(backend=CompileCounterWithBackend("eager"))
+
+    def results(model: Any, masked: bool, samples: int, size: tuple[int, int, int]) -> list[torch.Tensor]:
+        inputs, told = video_models.make_inputs(model.cfg, samples, size)
+        frame_mask = video_models.some_frames(samples, size[0]) if masked else None
+        out = model(*inputs, **told, frame_mask=frame_mask)
+        model.zero_grad(set_to_none=True)
+        out.square().mean().backward()
+        return [out.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
+
+    for programs, masked in ((kinds, False), (2 * kinds, True)):
+        for sizes in ((2, (3, 6, 8)), (3, (4, 8, 8)), (4, (5, 6, 6))):
+            assert_alike(results(compiled, masked, *sizes), results(plain, masked, *sizes), 1e-5)
+        assert counters["stats"]["unique_graphs"] == programs
     assert not counters["graph_break"] and not counters["recompile_limit"]
 
 
