@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from opensora_repro.diffusion.flow import NUM_TIMESTEPS, ModelFn
+from opensora_repro.diffusion.frame_masks import GivenFrames, per_frame
 
 FEW_STEPS = 10  # below this the last step is first order, which keeps short runs stable
 
@@ -47,18 +48,31 @@ def dpm_solver_sample(
     x: Tensor,
     schedule: ContinuousSchedule,
     steps: int,
+    *,
+    given: GivenFrames | None = None,
+    next_noise: Callable[[], Tensor] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Integrate x [B, C, T, H, W] from t = 1 to 1/N in `steps` uniform steps of one evaluation each.
 
     Order 2 except for the first step and, with fewer than ten steps, the last. `model_fn` predicts noise in its first C
-    output channels; a predicted variance is ignored.
+    output channels; a predicted variance is ignored. Of `given` frames one of edit ratio w below 1 stays as it is while
+    t > w; then it takes of `next_noise()`, drawn at each step, and moves from there on, its first step of order 1.
     """
     times: Sequence[float] = np.linspace(1, 1 / schedule.num_steps, steps + 1).tolist()
     older: tuple[float, Tensor] | None = None  # lambda and denoised sample of the step before
+    masks: list[Tensor] = []  # the frame mask [B, T], where there is one
+    if given is not None:
+        x, masks = given.into(x), [given.moving(1.0, x.device)]
     for i, (now, after) in enumerate(pairwise(times)):
+        joining = None
+        if given is not None and next_noise is not None:
+            before, masks = masks, [given.moving(now, x.device)]
+            joining = per_frame(masks[0] & ~before[0])
+            noised = math.exp(schedule.log_alpha(now)) * x + schedule.sigma(now) * next_noise()
+            x = torch.where(joining, noised, x)
         timestep = torch.full((len(x),), schedule.model_timestep(now), device=x.device)
-        eps = model_fn(x, timestep)[:, : x.shape[1]]
+        eps = model_fn(x, timestep, *masks)[:, : x.shape[1]]
         x_0 = (x - schedule.sigma(now) * eps) / math.exp(schedule.log_alpha(now))
         log_snr = schedule.log_snr(now)
         step = schedule.log_snr(after) - log_snr
@@ -66,9 +80,12 @@ def dpm_solver_sample(
         if older is not None and not (steps < FEW_STEPS and i == steps - 1):
             older_step = log_snr - older[0]
             target = x_0 + step / (2 * older_step) * (x_0 - older[1])  # extrapolated to the middle of the step
+            if joining is not None:
+                target = torch.where(joining, x_0, target)
         older = (log_snr, x_0)
         shrink = schedule.sigma(after) / schedule.sigma(now)
-        x = shrink * x - math.exp(schedule.log_alpha(after)) * math.expm1(-step) * target
+        stepped = shrink * x - math.exp(schedule.log_alpha(after)) * math.expm1(-step) * target
+        x = torch.where(per_frame(masks[0]), stepped, x) if masks else stepped
         if progress is not None:
             progress(i + 1, steps)
     return x

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from opensora_repro.config import FrameMasksConfig
 
 LEAST_RANDOM, MOST_RANDOM = 0.1, 0.9  # share of given frames in mode "random"
+TIMESTEPS = 1000  # levels are compared as timesteps, so that rounding decides as in the published code
 
 
 class FrameMasks:
@@ -120,3 +121,7 @@ class GivenFrames:
         """What a sampler starts with: [B, C, T, H, W], noise in the frames that are generated from it."""
         given = per_frame((self.ratios < 1).to(noise.device))
         return torch.where(given, self.latents.to(noise), noise)
+
+    def moving(self, level: float, device: torch.device) -> Tensor:
+        """Which frames are generated at a noise level from 1 (noise) to 0, bool [B, T]."""
+        return TIMESTEPS * self.ratios.to(device) >= TIMESTEPS * level

@@ -138,11 +138,10 @@ def masked_flow_sample(
     x and every `next_noise()`, one a step, are [B, C, T, H, W].
     """
     grid, num_channels = times.tolist(), x.shape[1]
-    ratios = NUM_TIMESTEPS * given.ratios.to(x.device)  # [B, T]
-    x, moving = given.into(x), ratios >= NUM_TIMESTEPS
+    x, moving = given.into(x), given.moving(1.0, x.device)  # [B, T]
     before, step_before = torch.zeros_like(x), math.inf
     for i, (now, after) in enumerate(pairwise(grid)):
-        frame_mask, noise = ratios >= NUM_TIMESTEPS * now, next_noise()
+        frame_mask, noise = given.moving(now, x.device), next_noise()
         joining, moving = per_frame(frame_mask & ~moving), frame_mask
         x = torch.where(joining, (1 - now) * x + now * noise, x)
         timestep = torch.full((len(x),), NUM_TIMESTEPS * now, device=x.device)
@@ -260,10 +259,8 @@ class LatentSampler:
         `condition` is text [B, L, Ct] with its `mask` [B, L], or labels [B]; `null_condition` is a single sample's.
         Sample i draws from `generators[i]` alone. `size`: frames, height and width in pixels, which the flow of
         Open-Sora 1.2 needs. `conditions`: what else the model is told of each sample, [B] each. `given`: frames to
-        start from; "dpm" takes none.
+        start from.
         """
-        if given is not None and self.name == "dpm":
-            raise ValueError("sampler 'dpm' takes no given frames; choose iddpm or ddim")
 
         def next_noise() -> Tensor:
             return draw_noise(shape, generators, condition.device)
@@ -300,7 +297,10 @@ class LatentSampler:
                     return follow(velocity_fn, noise, times, self.progress)
                 if self.name == "dpm":
                     schedule = ContinuousSchedule(linear_betas())
-                    return dpm_solver_sample(model_fn, noise, schedule, self.steps, self.progress)
+                    return dpm_solver_sample(
+                        model_fn, noise, schedule, self.steps,
+                        given=given, next_noise=next_noise, progress=self.progress,
+                    )  # fmt: skip
                 diffusion = GaussianDiffusion.spaced(self.steps)
                 if given is not None:
                     return masked_iddpm_sample(

@@ -164,7 +164,12 @@ def test_what_all_is_generated_is_as_without_given_frames() -> None:
         )  # fmt: skip
 
     everything = GivenFrames(torch.randn(1, *shape), torch.ones(1, 3))
-    for objective, name in ((PUBLISHED, "euler"), (PUBLISHED, "ab2"), (DiffusionConfig(), "ddim")):
+    for objective, name in (
+        (PUBLISHED, "euler"),
+        (PUBLISHED, "ab2"),
+        (DiffusionConfig(), "ddim"),
+        (DiffusionConfig(), "dpm"),
+    ):
         sampler = LatentSampler(objective, name, steps=5, guidance=1.0)
         assert torch.equal(sampled(sampler, everything), sampled(sampler, None)), name
 
@@ -183,13 +188,12 @@ def test_a_sample_with_given_frames_does_not_depend_on_its_neighbours() -> None:
             generators=[torch.Generator().manual_seed(row) for row in rows],
         )  # fmt: skip
 
-    for objective, name in ((PUBLISHED, "euler"), (DiffusionConfig(), "iddpm"), (DiffusionConfig(), "ddim")):
+    iddpm = ((DiffusionConfig(), name) for name in ("iddpm", "ddim", "dpm"))
+    for objective, name in ((PUBLISHED, "euler"), (PUBLISHED, "ab2"), *iddpm):
         together, alone = sampled(objective, name, [0, 1]), sampled(objective, name, [1])
         torch.testing.assert_close(together[1:], alone, atol=1e-6, rtol=1e-6)
         assert torch.equal(together[0, :, 0], latents[0, :, 0])
         assert not torch.isclose(together[0, :, 1], latents[0, :, 1]).any()
-    with pytest.raises(ValueError, match="'dpm' takes no given frames; choose iddpm or ddim"):
-        sampled(DiffusionConfig(), "dpm", [0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

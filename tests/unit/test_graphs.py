@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.sides import random_weights
 from opensora_repro.config import DiffusionConfig
+from opensora_repro.diffusion.frame_masks import GivenFrames
 from opensora_repro.diffusion.samplers import CallContext, LatentSampler
 from opensora_repro.models.config import DiTConfig, STDiTConfig
 from opensora_repro.models.dit import DiT
@@ -132,7 +133,15 @@ def test_the_models_own_errors_are_raised(call_number: int) -> None:
     assert [graph.closed for graph in made] == [True]
 
 
-def sample(model: STDiT | DiT, rows: list[int], *, objective: str, sampler: str, call_context: CallContext) -> Tensor:
+def sample(
+    model: STDiT | DiT,
+    rows: list[int],
+    *,
+    objective: str,
+    sampler: str,
+    call_context: CallContext,
+    given: GivenFrames | None = None,
+) -> Tensor:
     text = isinstance(model, STDiT)
     condition = torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(0)) if text else torch.arange(3)
     mask = torch.arange(6)[None] < torch.tensor([[6], [2], [4]])
@@ -150,6 +159,7 @@ def sample(model: STDiT | DiT, rows: list[int], *, objective: str, sampler: str,
         model.null_condition(),
         shape=(4, 2, 4, 4),
         generators=[torch.Generator().manual_seed(row) for row in rows],
+        given=given,
     )
 
 
@@ -171,6 +181,22 @@ def test_every_sampler_and_model(objective: str, sampler: str, model_class: type
             )
             assert torch.equal(replayed, plain)
     assert [graph.replays for graph in made] == [7 - WARM_UP] * 2
+
+
+@pytest.mark.parametrize(
+    ("objective", "sampler"), [("flow", "euler"), ("flow", "ab2"), ("iddpm", "iddpm"), ("iddpm", "dpm")]
+)
+def test_masks_of_frames_are_replayed_as_they_change(objective: str, sampler: str) -> None:
+    torch.manual_seed(0)
+    model = random_weights(STDiT(STDIT)).eval()
+    given = GivenFrames(torch.randn(2, 4, 2, 4, 4), torch.tensor([[0.0, 1.0], [1.0, 0.4]]))
+    graphs, made = recording(CPU)
+    plain, replayed, free = (
+        sample(model, [0, 1], objective=objective, sampler=sampler, call_context=way, given=frames)
+        for way, frames in ((nullcontext, given), (graphs, given), (nullcontext, None))
+    )
+    assert torch.equal(replayed, plain) and [graph.replays for graph in made] == [7 - WARM_UP]
+    assert torch.equal(plain[0, :, 0], given.latents[0, :, 0]) and not torch.allclose(plain, free, atol=1e-2)
 
 
 def test_who_samples_through_graphs() -> None:

@@ -24,6 +24,7 @@ from opensora_repro.config import (
     CheckpointConfig,
     Config,
     DataConfig,
+    FrameMasksConfig,
     RunConfig,
     TextConfig,
     TrainConfig,
@@ -42,11 +43,14 @@ CPU = torch.device("cpu")
 STEPS, LENGTH = 5, 6
 WAITING_CALLS = ("item", "tolist", "cpu", "numpy", "nonzero", "equal", "__bool__", "__float__", "__int__", "__index__")
 WAITING_OPS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2")
-# Where values are read that have been on their way for a step, or lie in host memory: random numbers, captions' masks.
+# Where values are read that have been on their way for a step, or lie in host memory: random numbers, captions' masks,
+# and of masks of frames those that do (`generated_frames` asks).
 MAY_READ = (
     ("device.py", "read"),
     ("gaussian.py", "draw_timesteps"),
     ("flow.py", "draw_timesteps"),
+    ("frame_masks.py", "draw"),
+    ("layers.py", "generated_frames"),
     ("cross_attention.py", "lay_out"),
 )
 OTHERS = ("transformers", "diffusers")  # what the frozen models do within is theirs
@@ -126,9 +130,14 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
 
 
 def waits_of(
-    run_dir: Path, encoder: Encoder, make: Callable[[int], Any], sabotage: Callable[[Tensor], Any] | None = None
+    run_dir: Path,
+    encoder: Encoder,
+    make: Callable[[int], Any],
+    sabotage: Callable[[Tensor], Any] | None = None,
+    *,
+    given: float = 0.0,
 ) -> list[str]:
-    """Train for some steps; `sabotage` gets each step's losses."""
+    """Train for some steps; `sabotage` gets each step's losses. `given`: share of samples with given frames."""
     cfg = Config(
         run=RunConfig(dir=str(run_dir)),
         data=DataConfig(num_frames=3, height=32, width=32),
@@ -137,6 +146,7 @@ def waits_of(
         ),
         train=TrainConfig(steps=STEPS, batch_size=2, dtype="fp32"),
         checkpoint=CheckpointConfig(every=STEPS),
+        frame_masks=FrameMasksConfig(random=given),
     )
     trainer = build_loop(cfg, encoder, MadeUp(make, 2), CPU, kind=Watched)
     assert isinstance(trainer, Watched)
@@ -153,15 +163,17 @@ class Sabotaged:
     def __init__(self, objective: Any, look: Callable[[Tensor], Any]) -> None:
         self.objective, self.look = objective, look
 
-    def losses(self, *args: Any) -> Tensor:
-        losses: Tensor = self.objective.losses(*args)
+    def losses(self, *args: Any, **given: Any) -> Tensor:
+        losses: Tensor = self.objective.losses(*args, **given)
         self.look(losses)
         return losses
 
 
-@pytest.mark.parametrize("make", [cached, clip])
-def test_no_step_waits_for_the_device(tmp_path: Path, encoder: Encoder, make: Callable[[int], Any]) -> None:
-    assert waits_of(tmp_path / "run", encoder, make) == []
+@pytest.mark.parametrize(("make", "given"), [(cached, 0.0), (cached, 1.0), (clip, 0.0)])
+def test_no_step_waits_for_the_device(
+    tmp_path: Path, encoder: Encoder, make: Callable[[int], Any], given: float
+) -> None:
+    assert waits_of(tmp_path / "run", encoder, make, given=given) == []
 
 
 def wait_for_item(losses: Tensor) -> None:
