@@ -12,16 +12,19 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
+from opensora_repro.config.autoencoder import AUTOENCODER_PATH_KEYS, AutoencoderConfig, check_autoencoder
 from opensora_repro.config.checks import check_config
 from opensora_repro.config.sections import PATH_KEYS, Config, ConfigError
 from opensora_repro.files import here_or_shipped
+
+AnyConfig = TypeVar("AnyConfig", Config, AutoencoderConfig)  # of stages 1 to 3, of stage 0
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -53,42 +56,55 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"config {path}: not valid TOML: {' '.join(str(error).split())}") from None
 
 
-def parse_config(table: dict[str, Any], overrides: Sequence[str] = (), *, where: str = "config") -> Config:
+def parse_config(
+    table: dict[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    where: str = "config",
+    kind: type[AnyConfig] = Config,  # type: ignore[assignment]
+) -> AnyConfig:
     """Build a Config from parsed TOML (`{section: {key: value}}`) and overrides. Raises ConfigError."""
-    sections = typing.get_type_hints(Config)
+    sections = typing.get_type_hints(kind)
     values: dict[str, dict[str, Any]] = {name: {} for name in sections}
     for section, content in table.items():
         if section not in sections:
-            raise ConfigError(f"{where}: unknown section [{section}]; did you mean {_closest_section(section)}?")
+            raise ConfigError(f"{where}: unknown section [{section}]; did you mean {_closest_section(section, kind)}?")
         if not isinstance(content, dict):
             raise ConfigError(f"{where}: [{section}] must be a section of keys, found {section} = {content!r}")
         for key, value in content.items():
-            hint = _hint(section, key, where)
+            hint = _hint(section, key, where, kind)
             values[section][key] = _convert(f"{section}.{key}", value, hint, where)
     for override in overrides:
-        section, key, value = _parse_override(override)
+        section, key, value = _parse_override(override, kind)
         values[section][key] = value
-    for section, key in (name.split(".") for name in PATH_KEYS):
-        if key in values[section]:
+    for section, key in (name.split(".") for name in (*PATH_KEYS, *AUTOENCODER_PATH_KEYS)):
+        if key in values.get(section, {}):
             values[section][key] = os.path.expanduser(values[section][key])
-    config = Config(**{name: cls(**values[name]) for name, cls in sections.items()})
-    check_config(config)
+    config = kind(**{name: cls(**values[name]) for name, cls in sections.items()})
+    if isinstance(config, AutoencoderConfig):
+        check_autoencoder(config)
+    check_config(config.shared if isinstance(config, AutoencoderConfig) else config)
     return config
 
 
-def dump_toml(config: Config) -> str:
+def load_autoencoder_config(path: str | Path, overrides: Sequence[str] = ()) -> AutoencoderConfig:
+    """As `load_config`, the config of stage 0, whose sections are its own. Raises ConfigError."""
+    return parse_config(read_toml(path), overrides, where=str(path), kind=AutoencoderConfig)
+
+
+def dump_toml(config: Config | AutoencoderConfig) -> str:
     """Every key of the resolved config as TOML; `load_config` of it gives an equal config."""
     import tomli_w
 
     return tomli_w.dumps(written(config))
 
 
-def config_dict(config: Config) -> dict[str, dict[str, Any]]:
+def config_dict(config: Config | AutoencoderConfig) -> dict[str, dict[str, Any]]:
     """`{section: {key: value}}` with lists for tuples, as TOML and JSON have them."""
     return {name: _lists(section) for name, section in dataclasses.asdict(config).items()}
 
 
-def written(config: Config) -> dict[str, dict[str, Any]]:
+def written(config: Config | AutoencoderConfig) -> dict[str, dict[str, Any]]:
     """What a file has of it: no empty `data.buckets`, or no [[data.buckets]] could be added to the file."""
     sections = config_dict(config)
     if not config.data.buckets:
@@ -102,29 +118,29 @@ def _lists(value: Any) -> Any:
     return [_lists(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _known_keys() -> Iterator[str]:
-    for section, cls in typing.get_type_hints(Config).items():
+def _known_keys(kind: type[Any]) -> Iterator[str]:
+    for section, cls in typing.get_type_hints(kind).items():
         for item in dataclasses.fields(cls):
             yield f"{section}.{item.name}"
 
 
-def _hint(section: str, key: str, where: str) -> Any:
-    hints = typing.get_type_hints(typing.get_type_hints(Config)[section])
+def _hint(section: str, key: str, where: str, kind: type[Any]) -> Any:
+    hints = typing.get_type_hints(typing.get_type_hints(kind)[section])
     if key not in hints:
-        raise ConfigError(f"{where}: unknown key {section}.{key}; did you mean {_closest_key(section, key)}?")
+        raise ConfigError(f"{where}: unknown key {section}.{key}; did you mean {_closest_key(section, key, kind)}?")
     return hints[key]
 
 
-def _closest_section(section: str) -> str:
-    known = list(typing.get_type_hints(Config))
-    if section in (name.split(".")[1] for name in _known_keys()):
-        return _closest_key("", section)
+def _closest_section(section: str, kind: type[Any]) -> str:
+    known = list(typing.get_type_hints(kind))
+    if section in (name.split(".")[1] for name in _known_keys(kind)):
+        return _closest_key("", section, kind)
     return "[" + difflib.get_close_matches(section, known, n=1, cutoff=0.0)[0] + "]"
 
 
-def _closest_key(section: str, key: str) -> str:
+def _closest_key(section: str, key: str, kind: type[Any]) -> str:
     """The key itself in another section, else the most alike here, else the most alike anywhere."""
-    known = list(_known_keys())
+    known = list(_known_keys(kind))
     same = [name for name in known if name.split(".")[1] == key]
     here = [name.split(".")[1] for name in known if name.split(".")[0] == section]
     alike = difflib.get_close_matches(key, here, n=1, cutoff=0.6)
@@ -135,17 +151,17 @@ def _closest_key(section: str, key: str) -> str:
     return difflib.get_close_matches(f"{section}.{key}", known, n=1, cutoff=0.0)[0]
 
 
-def _parse_override(override: str) -> tuple[str, str, Any]:
+def _parse_override(override: str, kind: type[Any]) -> tuple[str, str, Any]:
     name, equals, raw = override.partition("=")
     section, dot, key = name.strip().partition(".")
     if not equals or not dot:
-        guess = _closest_key("", section)
+        guess = _closest_key("", section, kind)
         raise ConfigError(f"override {override!r}: expected section.key=value, such as {guess}=...")
-    sections = typing.get_type_hints(Config)
+    sections = typing.get_type_hints(kind)
     if section not in sections:
-        guess = _closest_key(_closest_section(section).strip("[]"), key)
+        guess = _closest_key(_closest_section(section, kind).strip("[]"), key, kind)
         raise ConfigError(f"override {override!r}: unknown key {section}.{key}; did you mean {guess}?")
-    hint = _hint(section, key, f"override {override!r}")
+    hint = _hint(section, key, f"override {override!r}", kind)
     value = toml_value(raw.strip())
     # A path such as `run.dir=2024` is text whatever TOML would make of it.
     if hint is str and not isinstance(value, str):
