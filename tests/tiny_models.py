@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -122,3 +123,68 @@ def _spelling_tokenizer():  # type: ignore[no-untyped-def]  # the class moved be
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
     )
+
+
+TINY_VIDEO_VAES: dict[str, dict[str, Any]] = {  # arguments of diffusers' classes; stride 8 (LTX: 16), 4 latent channels
+    "AutoencoderKLCogVideoX": {
+        "block_out_channels": (4,) * 4, "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 2,
+        "scaling_factor": 0.7,
+    },
+    "AutoencoderKLWan": {
+        "base_dim": 4, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1,
+        "latents_mean": [0.1, -0.2, 0.3, -0.4], "latents_std": [0.5, 1.0, 1.5, 2.0],
+    },
+    "AutoencoderKLHunyuanVideo": {
+        "latent_channels": 4, "block_out_channels": (4,) * 4, "layers_per_block": 1, "norm_num_groups": 2,
+    },
+    "AutoencoderKLLTXVideo": {
+        "latent_channels": 4, "block_out_channels": (4,) * 4, "decoder_block_out_channels": (4,) * 4,
+        "layers_per_block": (1,) * 5, "decoder_layers_per_block": (1,) * 5, "patch_size": 2,
+    },
+    "AutoencoderKLMochi": {  # groups of norms are 32 there
+        "latent_channels": 4, "encoder_block_out_channels": (32,) * 4, "decoder_block_out_channels": (32,) * 4,
+        "layers_per_block": (1,) * 5, "add_attention_block": (False,) * 4 + (True,), "scaling_factor": 0.9,
+        "latents_mean": [0.1, -0.2, 0.3, -0.4], "latents_std": [0.5, 1.0, 1.5, 2.0],
+    },
+}  # fmt: skip
+TINY_OPEN_SORA: dict[str, Any] = {
+    "_class_name": "VideoAutoencoderPipeline",
+    "vae_2d": {
+        "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "block_out_channels": [4, 4, 8, 8], "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 2,
+    },
+    "vae_temporal": {"filters": 4, "num_res_blocks": 1, "num_groups": 2},
+    "micro_frame_size": 17,
+}  # fmt: skip
+
+
+def make_tiny_video_vae(folder: Path, kind: str) -> Path:
+    """Write a video autoencoder of the class `kind` into `folder`, as diffusers or Open-Sora 1.2 have it."""
+    if kind == "VideoAutoencoderPipeline":
+        return _make_tiny_open_sora_vae(folder)
+    import diffusers
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vae = getattr(diffusers, kind)(**TINY_VIDEO_VAES[kind])
+        if kind == "AutoencoderKLLTXVideo":  # its statistics lie among the weights
+            vae.latents_mean.copy_(torch.tensor([0.1, -0.2, 0.3, -0.4]))
+            vae.latents_std.copy_(torch.tensor([0.5, 1.0, 1.5, 2.0]))
+    vae.save_pretrained(folder)
+    return folder
+
+
+def _make_tiny_open_sora_vae(folder: Path) -> Path:
+    from diffusers import AutoencoderKL
+    from safetensors.torch import save_file
+
+    from opensora_repro.frozen.geometry import image_config, open_sora_config
+    from opensora_repro.models.video_autoencoder import VideoAutoencoder
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vae = VideoAutoencoder(open_sora_config(TINY_OPEN_SORA), AutoencoderKL(**image_config(TINY_OPEN_SORA)))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(TINY_OPEN_SORA))
+    save_file(vae.state_dict(), folder / "model.safetensors")
+    return folder

@@ -24,6 +24,7 @@ _AT_LEAST_ZERO = {
     "run": ("seed",),
     "model": ("base_size",),
     "data": ("num_workers", "decode_timeout", "draws", "fps", "packing_tokens"),
+    "vae": ("tile_size",),
     "diffusion": ("shift",),
     "optim": ("weight_decay", "warmup_steps", "decay_steps", "clip_norm"),
     "checkpoint": ("keep",),

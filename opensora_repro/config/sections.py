@@ -67,8 +67,9 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class VaeConfig:
-    path: str = "stabilityai/sd-vae-ft-ema"  # hub name or local folder of an AutoencoderKL
+    path: str = "stabilityai/sd-vae-ft-ema"  # hub name or local folder of an autoencoder, of images or of videos
     micro_batch_size: int = 8  # frames encoded or decoded at once; on a GPU of all clips of a step, on a CPU of one
+    tile_size: int = 0  # pixels: larger frames go through in overlapping tiles, which take less memory; 0: whole
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from opensora_repro.config import Config
 from opensora_repro.data.dataset import BadSample, Clip, to_tensor
 from opensora_repro.frozen.pretrained import frozen_dtype
 from opensora_repro.frozen.text import T5Text, open_text_encoder
-from opensora_repro.frozen.vae import FrameVAE, open_vae
+from opensora_repro.frozen.vae import Autoencoder, open_vae
 from opensora_repro.kernels.ops import to_device
 from opensora_repro.parallel.device import read_here, return_memory
 
@@ -49,7 +49,7 @@ class Encoder:
 
     def __init__(
         self,
-        vae: FrameVAE,
+        vae: Autoencoder,
         text: T5Text,
         device: torch.device,
         *,
@@ -112,8 +112,7 @@ class Encoder:
         for size in dict.fromkeys(sizes):
             alike = [number for number, other in enumerate(sizes) if other == size]
             videos = [to_tensor(to_device(clips[n].pixels, self.device)).to(self.vae.dtype) for n in alike]
-            found = self.vae.encode_moments(torch.cat(videos, dim=1)).split([v.shape[1] for v in videos], dim=1)
-            moments |= dict(zip(alike, found, strict=True))
+            moments |= dict(zip(alike, self.vae.encode_clips(videos), strict=True))
         captions = self._encode_captions(list(dict.fromkeys(clip.caption for clip in clips)))
         return [
             Encoded(clip.id, moments[n], *captions[clip.caption], torch.tensor(clip.fps))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from opensora_repro.config import Config
 
 T = TypeVar("T")
+R = TypeVar("R")
 HashFile = Callable[[Path], str]  # a digest of a file's content
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -54,7 +55,7 @@ class FrozenModel(Generic[T]):
                 raise ValueError(f"no {tokenizer[0]} or {tokenizer[1]}; are the tokenizer's files there?")
             self.files += found
         except (OSError, ValueError) as error:
-            raise self._unusable(error) from error
+            raise self.unusable(error) from error
         self._load = load
         self._model: T | None = None
 
@@ -80,15 +81,22 @@ class FrozenModel(Generic[T]):
         """A whole number of config.json. Raises ModelNotFound."""
         value = self.config.get(name)
         if type(value) is not int:
-            raise self._unusable(ValueError(f"config.json has no number {name}"))
+            raise self.unusable(ValueError(f"config.json has no number {name}"))
         return value
 
     def sizes(self, name: str) -> list[int]:
         """A list of whole numbers of config.json. Raises ModelNotFound."""
         value = self.config.get(name)
         if not isinstance(value, list) or not value or not all(type(item) is int for item in value):
-            raise self._unusable(ValueError(f"config.json has no numbers {name}"))
+            raise self.unusable(ValueError(f"config.json has no numbers {name}"))
         return value
+
+    def read(self, reader: Callable[[dict[str, Any]], R]) -> R:
+        """What `reader` makes of config.json. Raises ModelNotFound where it raises ValueError or TypeError."""
+        try:
+            return reader(self.config)
+        except (ValueError, TypeError) as error:
+            raise self.unusable(error) from error
 
     def fingerprint(self, hash_file: HashFile, *settings: object) -> str:
         """Hash of the files' contents, wherever they lie, and of the settings that decide what is made of them."""
@@ -97,7 +105,7 @@ class FrozenModel(Generic[T]):
             digest.update(f"{len(part)};{part};".encode())
         return digest.hexdigest()
 
-    def _unusable(self, error: Exception) -> ModelNotFound:
+    def unusable(self, error: Exception) -> ModelNotFound:
         return ModelNotFound(f"{self.where}: cannot be loaded as a {self.kind} ({_one_line(error)})")
 
 

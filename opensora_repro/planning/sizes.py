@@ -8,9 +8,18 @@ from typing import Any
 
 from opensora_repro.config import Config, ConfigError
 from opensora_repro.files import here_or_shipped
+from opensora_repro.frozen.geometry import (
+    IMAGE_KIND,
+    OPEN_SORA_KIND,
+    OPEN_SORA_VAE,
+    Geometry,
+    geometry_of,
+    kind_in,
+)
 from opensora_repro.models.config import ModelConfig
 
-PUBLISHED_STRIDES = (1, 8, 8)  # of the Stable Diffusion autoencoders, which take frames one by one
+# Of the Stable Diffusion autoencoders
+PUBLISHED = Geometry(IMAGE_KIND, latent_channels=4, spatial_stride=8)
 
 Strides = tuple[int, int, int]  # frames, rows and columns a latent
 
@@ -29,14 +38,17 @@ class Grid:
 
 def latent_shape(cfg: Config, strides: Strides | None = None) -> tuple[int, int, int, int]:
     """[C, T, h, w] of a sample's latents; `strides` are those of `vae.path` unless given. Raises ConfigError."""
-    frames, rows, columns = strides or autoencoder_strides(cfg.vae.path)
-    data = cfg.data
+    geometry, data = autoencoder_geometry(cfg.vae.path), cfg.data
+    frames, rows, columns = strides or (0, geometry.spatial_stride, geometry.spatial_stride)
+    if not strides:
+        geometry.check_frames(data.num_frames, "data.num_frames")
     for key, pixels, stride in (("height", data.height, rows), ("width", data.width, columns)):
         if pixels % stride:
             raise ConfigError(f"data.{key} = {pixels}: expected a multiple of {stride}, the autoencoder's stride")
     return (
         cfg.model.in_channels,
-        1 + -(-(data.num_frames - 1) // frames),  # causal in time: a first frame alone, then groups
+        # Strides alone tell of an autoencoder that is causal in time: a first frame alone, then groups.
+        1 + -(-(data.num_frames - 1) // frames) if strides else geometry.latent_frames(data.num_frames),
         data.height // rows,
         data.width // columns,
     )
@@ -48,13 +60,15 @@ def token_grid(model: ModelConfig, shape: tuple[int, ...]) -> Grid:
     return Grid(frames, rows * columns)
 
 
-def autoencoder_strides(path: str) -> Strides:
-    """From a local folder's config.json; the published autoencoders' for a hub name."""
+def autoencoder_geometry(path: str) -> Geometry:
+    """Of a local folder's config.json; of the published autoencoders for a hub name, or what cannot be read."""
+    if path == OPEN_SORA_VAE:
+        return geometry_of({}, OPEN_SORA_KIND)
+    config = read_model_config(path)
     try:
-        stride = 2 ** (len(read_model_config(path)["block_out_channels"]) - 1)
-    except (KeyError, TypeError):
-        return PUBLISHED_STRIDES
-    return (1, stride, stride)
+        return geometry_of(config, kind_in(here_or_shipped(path), config))
+    except (KeyError, TypeError, ValueError):
+        return PUBLISHED
 
 
 def read_model_config(path: str) -> dict[str, Any]:

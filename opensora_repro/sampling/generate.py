@@ -24,7 +24,7 @@ from opensora_repro.parallel.sequence import FrameParallel
 from opensora_repro.sampling.graphs import StepGraphs
 
 if TYPE_CHECKING:
-    from opensora_repro.frozen.vae import FrameVAE
+    from opensora_repro.frozen.vae import Autoencoder
     from opensora_repro.weights.families import Network
 
 
@@ -40,7 +40,7 @@ Progress = Callable[[int, int], None]  # (denoising steps done, in all), over al
 
 def check_fit(
     cfg: Config,
-    vae: FrameVAE,
+    vae: Autoencoder,
     encoder: ConditionEncoder | EncodedPrompts,
     model: ModelConfig | None = None,
 ) -> None:
@@ -52,6 +52,7 @@ def check_fit(
         raise ConfigError(f"frames, height and width must be positive, got {num_frames}, {height} and {width}")
     if height % stride or width % stride:
         raise ConfigError(f"height {height} and width {width} must be multiples of {stride}, the autoencoder's stride")
+    vae.check_frames(num_frames, "num_frames")
     if model.square and height != width:
         raise ConfigError(f"height {height} and width {width} must be equal: DiT and Latte make squares alone")
     if model.in_channels != vae.latent_channels:
@@ -72,7 +73,7 @@ def check_fit(
 
 def generate(
     model: Network,
-    vae: FrameVAE,
+    vae: Autoencoder,
     encoder: ConditionEncoder | EncodedPrompts,
     cfg: Config,
     prompts: Sequence[str],
@@ -96,8 +97,8 @@ def generate(
     values.
     """
     check_fit(cfg, vae, encoder, model.cfg)
-    data, sample, stride = cfg.data, cfg.sample, vae.spatial_stride
-    shape = (vae.latent_channels, data.num_frames, data.height // stride, data.width // stride)
+    data, sample = cfg.data, cfg.sample
+    shape = vae.latent_shape(data.num_frames, data.height, data.width)
     todo = range(len(prompts)) if only is None else only
     batches = [todo[i : i + batch_size] for i in range(0, len(todo), batch_size)]
     batches = batches[share[0] :: share[1]]
@@ -126,7 +127,7 @@ def generate(
         for i, latent in zip(indices, latents, strict=True):
             if not latent.isfinite().all():
                 raise NotFinite(f"sample {i}: the model's latents are not finite{_advice(cfg)}")
-            yield i, decode(vae, latent)
+            yield i, decode(vae, latent, num_frames=data.num_frames)
 
 
 def captures(model: nn.Module, forward: Callable[..., Tensor] | None, device_type: str, steps: int) -> bool:
@@ -171,12 +172,12 @@ def _counted(progress: Progress | None, batches_done: int, num_batches: int) -> 
 
 
 @torch.no_grad()
-def decode(vae: FrameVAE, latent: Tensor) -> np.ndarray:
-    """One sample alone, so that its neighbours never change it: latents [C, T, h, w] -> uint8 [T, H, W, 3].
+def decode(vae: Autoencoder, latent: Tensor, *, num_frames: int) -> np.ndarray:
+    """One sample alone, so that its neighbours never change it: latents [C, T', h, w] -> uint8 [T, H, W, 3].
 
     Raises NotFinite.
     """
-    video = vae.decode(rearrange(latent, "c t h w -> 1 c t h w"))[0]  # [3, T, H, W] in [-1, 1]
+    video = vae.decode(rearrange(latent, "c t h w -> 1 c t h w"), num_frames=num_frames)[0]  # [3, T, H, W] in [-1, 1]
     if not video.isfinite().all():
         raise NotFinite("the autoencoder made pixels that are not finite of finite latents: are its weights whole?")
     pixels = ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

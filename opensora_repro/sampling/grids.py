@@ -16,7 +16,7 @@ from opensora_repro.config.sections import sample_fps
 from opensora_repro.data.write import write_png, write_sample
 from opensora_repro.files import replacing
 from opensora_repro.frozen.text import EncodedPrompts
-from opensora_repro.frozen.vae import FrameVAE
+from opensora_repro.frozen.vae import Autoencoder
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.run_folder import samples_folder
 from opensora_repro.sampling.generate import generate
@@ -42,7 +42,7 @@ def write_samples(cfg: Config, videos: Sequence[np.ndarray], step: int) -> tuple
 
 
 def sample_prompts(
-    cfg: Config, model: STDiT, forward: Callable[..., Tensor], vae: FrameVAE, encoded: EncodedPrompts
+    cfg: Config, model: STDiT, forward: Callable[..., Tensor], vae: Autoencoder, encoded: EncodedPrompts
 ) -> list[np.ndarray]:
     """Sample `sample.prompts` with the model as it is, called through `forward`; videos uint8 [T, H, W, 3]."""
     device = next(model.parameters()).device

@@ -19,7 +19,7 @@ from opensora_repro.frozen.text import (
     open_conditions,
     take_null_caption,
 )
-from opensora_repro.frozen.vae import FrameVAE, open_vae
+from opensora_repro.frozen.vae import Autoencoder, open_vae
 from opensora_repro.models.config import ModelConfig
 from opensora_repro.planning.fit import room_on
 from opensora_repro.planning.report import size
@@ -84,7 +84,7 @@ def weights_sha256(source: Source) -> str:
 
 def open_frozen(
     source: Source, device: torch.device, shards: Shards | None = None
-) -> tuple[FrameVAE, ConditionEncoder]:
+) -> tuple[Autoencoder, ConditionEncoder]:
     """The autoencoder, and what makes a condition of prompts: T5, CLIP, or class numbers; their weights are not read.
 
     Raises ModelNotFound, and ConfigError where they or the samples' size do not fit the model.
@@ -99,7 +99,7 @@ def open_frozen(
 
 def check_memory(
     source: Source,
-    vae: FrameVAE,
+    vae: Autoencoder,
     conditions: ConditionEncoder,
     device: torch.device,
     *,
@@ -138,7 +138,7 @@ def check_memory(
 
 def load_models(
     source: Source, device: torch.device, shards: Shards | None = None
-) -> tuple[Network, FrameVAE, ConditionEncoder, LoadReport]:
+) -> tuple[Network, Autoencoder, ConditionEncoder, LoadReport]:
     """The model in float32, and what `open_frozen` gives, all weights read.
 
     `shards`: the processes over which T5 is spread; collective then. Raises WeightsError, ModelNotFound, ConfigError.

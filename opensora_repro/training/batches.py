@@ -23,7 +23,7 @@ from opensora_repro.data.sampler import Shape, SharedBatches, interleave, keyed_
 from opensora_repro.diffusion.gaussian import Objective
 from opensora_repro.errors import TrainingError
 from opensora_repro.frozen.encoder import Encoded, Encoder
-from opensora_repro.frozen.vae import FrameVAE
+from opensora_repro.frozen.vae import Autoencoder
 from opensora_repro.kernels.ops import to_device
 from opensora_repro.models.layers import count_frames, count_tokens
 from opensora_repro.parallel.device import SideStream
@@ -141,7 +141,7 @@ class PackedBatch:
 class BatchBuilder:
     """Draws posterior sample, noise, timestep and text dropout, keyed by (seed, epoch, sample id)."""
 
-    def __init__(self, cfg: Config, vae: FrameVAE, objective: Objective, device: torch.device) -> None:
+    def __init__(self, cfg: Config, vae: Autoencoder, objective: Objective, device: torch.device) -> None:
         self.vae, self.objective, self.device = vae, objective, device
         self.seed, self.smallest, self.packing_tokens = cfg.run.seed, buckets_of(cfg)[-1], cfg.data.packing_tokens
         self.patch_size, self.drop_probability = cfg.model.patch_size, cfg.model.class_dropout_prob
@@ -194,9 +194,7 @@ class BatchBuilder:
         """
         shape, size = (None, 1) if self.packing_tokens else (shape, size)
         shape, size, device = shape or self.smallest.shape, size or self.smallest.batch_size, self.device
-        frames, height, width = shape
-        stride = self.vae.spatial_stride
-        zeros = torch.zeros(size, self.vae.latent_channels, frames, height // stride, width // stride, device=device)
+        zeros = torch.zeros(size, *self.vae.latent_shape(*shape), device=device)
         return Batch(
             ids=[],
             latents=zeros,

@@ -27,6 +27,7 @@ from opensora_repro.data.tables import kind_by_name
 from opensora_repro.frozen.encoder import open_encoder
 from opensora_repro.frozen.pretrained import ModelNotFound
 from opensora_repro.frozen.text import survey_captions
+from opensora_repro.frozen.vae import Autoencoder
 from opensora_repro.kernels.ops import choose
 from opensora_repro.parallel.build import check_installed, check_shards
 from opensora_repro.parallel.mesh import Mesh
@@ -80,7 +81,8 @@ def preflight(
         for bucket in kept_buckets(cfg):
             if min(bucket.height, bucket.width) < stride:
                 raise ConfigError(f"data.buckets: {bucket}: a side is below {stride}, the autoencoder's stride")
-            check_row(cfg, bucket, stride)
+            encoder.vae.check_frames(bucket.num_frames, f"data.buckets: {bucket}")
+            check_row(cfg, bucket, encoder.vae)
         if start.resumes or not dry:
             start.state.identity |= frozen_identity(cfg, start, encoder)
     except ModelNotFound as error:
@@ -111,10 +113,9 @@ def preflight(
         yield from survey_captions(encoder.text, looked, len(frame), cfg.sample.prompts)
 
 
-def check_row(cfg: Config, bucket: Bucket, stride: int) -> None:
+def check_row(cfg: Config, bucket: Bucket, vae: Autoencoder) -> None:
     """Raise ConfigError where a row of `data.packing_tokens` has no room for a bucket's clips."""
-    shape = (bucket.num_frames, bucket.height // stride, bucket.width // stride)
-    tokens, room = token_grid(cfg.model, (0, *shape)).tokens, cfg.data.packing_tokens
+    tokens, room = token_grid(cfg.model, vae.latent_shape(*bucket.shape)).tokens, cfg.data.packing_tokens
     if 0 < room < tokens:
         raise ConfigError(
             f"data.packing_tokens = {room}: expected at least {tokens}, the tokens of a clip of data.buckets ({bucket})"
