@@ -140,6 +140,9 @@ def _check_kind(cfg: AutoencoderConfig, require: Any) -> None:
     model, loss = cfg.model, cfg.loss
     if model.kind == "video":
         require("model.image", bool(model.image), 'the folder of an image autoencoder with model.kind = "video"')
+        if loss.target == "latents":
+            for key in ("discriminator", "lpips_path", "latent_noise"):
+                require(f"loss.{key}", not getattr(loss, key), 'none with loss.target = "latents" (it sees pixels)')
         return
     require("model.image", not model.image, 'none with model.kind = "image" (init.weights starts from another one)')
     require("loss.target", loss.target == "pixels", 'pixels with model.kind = "image"')

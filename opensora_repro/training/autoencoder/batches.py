@@ -17,7 +17,7 @@ from opensora_repro.data.sampler import SampleBatch, Shape, SharedBatches, keyed
 from opensora_repro.errors import TrainingError
 from opensora_repro.kernels.ops import to_device
 from opensora_repro.training.autoencoder.losses import Drawn
-from opensora_repro.training.autoencoder.model import ImageAutoencoder
+from opensora_repro.training.autoencoder.model import Trained
 from opensora_repro.training.batches import HELD_BYTES, Fetched, PreparedBatch
 
 
@@ -38,7 +38,7 @@ class VideoBatch:
 class VideoBuilder:
     """Draws posterior and noise, keyed by (seed, epoch, sample id); cuts clips to images and random lengths."""
 
-    def __init__(self, cfg: AutoencoderConfig, autoencoder: ImageAutoencoder, device: torch.device) -> None:
+    def __init__(self, cfg: AutoencoderConfig, autoencoder: Trained, device: torch.device) -> None:
         self.seed, self.mixture, self.noisy = cfg.run.seed, cfg.mixture, cfg.loss.latent_noise > 0
         self.autoencoder, self.device, self.smallest = autoencoder, device, buckets_of(cfg.shared)[-1]
 

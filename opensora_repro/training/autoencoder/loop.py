@@ -14,7 +14,7 @@ from opensora_repro.config import AutoencoderConfig
 from opensora_repro.errors import TrainingError, cannot_write
 from opensora_repro.training.autoencoder.batches import VideoBuilder, VideoCollator
 from opensora_repro.training.autoencoder.losses import PARTS
-from opensora_repro.training.autoencoder.model import RESULT, ImageAutoencoder
+from opensora_repro.training.autoencoder.model import RESULT, Trained
 from opensora_repro.training.autoencoder.report import write_report
 from opensora_repro.training.autoencoder.validate import HeldOut
 from opensora_repro.training.batches import Fetched, Prefetcher
@@ -27,7 +27,7 @@ class AutoencoderTrainer(Trainer):
     """`model` is an AutoencoderLosses; `objective` and `encoder` are not there."""
 
     stage0: AutoencoderConfig = None  # type: ignore[assignment]
-    autoencoder: ImageAutoencoder = None  # type: ignore[assignment]
+    autoencoder: Trained = None  # type: ignore[assignment]
     held_out: HeldOut = None  # type: ignore[assignment]
 
     def _build_parts(self) -> None:
@@ -83,7 +83,7 @@ class AutoencoderTrainer(Trainer):
     def _write_result(self) -> None:
         run_dir = Path(self.cfg.run.dir)
         try:
-            self.autoencoder.save(run_dir / RESULT, latent_std=self.held_out.latent_std(self.autoencoder))
+            self.autoencoder.save(run_dir / RESULT, *self.held_out.latent_statistics(self.autoencoder))
         except OSError as error:
             raise TrainingError(cannot_write(error)) from error
 

@@ -13,11 +13,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from opensora_repro.config import ReconstructionConfig
+from opensora_repro.models.video_autoencoder import kl_divergence, sample_posterior
 from opensora_repro.training.autoencoder.discriminator import PatchDiscriminator, adaptive_weight
-from opensora_repro.training.autoencoder.model import ImageAutoencoder
+from opensora_repro.training.autoencoder.model import TemporalAutoencoder, Trained
 from opensora_repro.training.autoencoder.perceptual import Lpips
 
-PARTS = ("l1", "kl", "lpips", "adversarial", "discriminator")  # of the loss, as they are logged, before their weights
+PARTS = ("l1", "kl", "lpips", "image_latents", "adversarial", "discriminator")  # of the loss, as they are logged, before their weights
 
 
 @dataclass(frozen=True)
@@ -29,23 +30,10 @@ class Drawn:
     level: Tensor  # [B], from 0 to 1
 
 
-def sample_posterior(moments: Tensor, noise: Tensor) -> Tensor:
-    """Latents [B, Cz, T', h, w], not scaled."""
-    mean, logvar = moments.chunk(2, dim=1)
-    return mean + (0.5 * logvar.clamp(-30.0, 20.0)).exp() * noise
-
-
-def kl_divergence(moments: Tensor) -> Tensor:
-    """To a unit Gaussian, the sum over each sample's latents, [B]."""
-    mean, logvar = moments.float().chunk(2, dim=1)
-    logvar = logvar.clamp(-30.0, 20.0)
-    return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum(dim=(1, 2, 3, 4))
-
-
 class AutoencoderLosses(nn.Module):
     """Forward gives the loss of each sample, and its parts for people."""
 
-    def __init__(self, autoencoder: ImageAutoencoder, cfg: ReconstructionConfig, lpips: Lpips | None = None) -> None:
+    def __init__(self, autoencoder: Trained, cfg: ReconstructionConfig, lpips: Lpips | None = None) -> None:
         super().__init__()
         self.autoencoder, self.cfg = autoencoder, cfg
         self.vae = autoencoder.module
@@ -56,23 +44,48 @@ class AutoencoderLosses(nn.Module):
 
     def forward(self, video: Tensor, drawn: Drawn, step: int) -> tuple[Tensor, Tensor]:
         """Clips [B, 3, T, H, W] in [-1, 1] at a step counted from 0; losses float32 [B] and their parts [PARTS]."""
-        batch, _, frames = video.shape[:3]
+        batch, frames = len(video), video.shape[2]
         moments = self.autoencoder.moments(video)
-        latents = self._noised(sample_posterior(moments, drawn.posterior), drawn)
-        found = self.autoencoder.decode(latents, num_frames=frames).float()
-        parts: dict[str, Tensor] = {
-            "l1": (found - video).abs().mean(dim=(1, 2, 3, 4)),  # [B]
-            "kl": kl_divergence(moments) / video[0].numel(),
-        }
+        sampled = sample_posterior(moments, lambda shape: drawn.posterior)
+        parts = {"kl": kl_divergence(moments) / video[0].numel()}
+        if self.cfg.target == "latents":
+            losses = self._of_latents(video, sampled, parts)
+            return losses, self._told(losses, parts)
+        found = self.autoencoder.decode(self._noised(sampled, drawn), num_frames=frames).float()
+        parts["l1"] = (found - video).abs().mean(dim=(1, 2, 3, 4))  # [B]
+        if self.cfg.image_latents and frames == 1:
+            parts["image_latents"] = self._image_latents(video, sampled)
         flat_found, flat_source = (rearrange(x, "b c t h w -> (b t) c h w") for x in (found, video))
         (lpips,) = self._frozen
         if lpips is not None:
             parts["lpips"] = lpips(flat_found, flat_source).unflatten(0, (batch, frames)).mean(dim=1)
-        losses = parts["l1"] + self.cfg.kl * parts["kl"] + self.cfg.lpips * parts.get("lpips", 0.0)
+        losses = self._weighted(parts)
         if self.discriminator is not None:
             losses = self._against(self.discriminator, losses, parts, flat_found, flat_source, step)
-        zero = losses.new_zeros(())
-        return losses, torch.stack([parts[name].detach().mean() if name in parts else zero for name in PARTS])
+        return losses, self._told(losses, parts)
+
+    def _weighted(self, parts: dict[str, Tensor]) -> Tensor:
+        cfg = self.cfg
+        weights = {"l1": 1.0, "kl": cfg.kl, "lpips": cfg.lpips, "image_latents": cfg.image_latents}
+        return sum((weights[name] * part for name, part in parts.items()), torch.zeros_like(parts["kl"]))
+
+    def _told(self, losses: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        zero = losses.detach().new_zeros(())
+        return torch.stack([parts[name].detach().float().mean() if name in parts else zero for name in PARTS])
+
+    def _of_latents(self, video: Tensor, sampled: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        """1.2's first stages: the frozen image autoencoder's latents are what is to come back."""
+        assert isinstance(self.autoencoder, TemporalAutoencoder)
+        source = self.autoencoder.frame_latents(video).float()  # [B, C, T, h, w]
+        found = self.autoencoder.decode_frames(sampled, num_frames=video.shape[2]).float()
+        parts["l1"] = (found - source).abs().mean(dim=(1, 2, 3, 4))
+        if self.cfg.image_latents and video.shape[2] == 1:
+            parts["image_latents"] = (sampled.float() - source).abs().mean(dim=(1, 2, 3, 4))
+        return self._weighted(parts)
+
+    def _image_latents(self, video: Tensor, sampled: Tensor) -> Tensor:
+        assert isinstance(self.autoencoder, TemporalAutoencoder)
+        return (sampled.float() - self.autoencoder.frame_latents(video).float()).abs().mean(dim=(1, 2, 3, 4))
 
     def _noised(self, latents: Tensor, drawn: Drawn) -> Tensor:
         """Latents as a diffusion model may leave them: nearly right. A decoder that has seen such mends them."""

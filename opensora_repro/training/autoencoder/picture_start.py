@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-CONSTANT = 8.0  # of the large pair: 16 deviations of colours, which therefore move the norm's gain by half a percent
+CONSTANT = 3.0  # of the large pair: colours move the norm's gain by three percent at most, small steps of weights little
 COLOUR_VARIANCE = 0.25  # of values from -1 to 1
 # Brightness and two colour differences, orthogonal; differences are small in films, so they are given more of the range
 OPPONENTS = ((0.577, 0.577, 0.577), (0.707, 0.0, -0.707), (0.408, -0.816, 0.408))

@@ -104,7 +104,7 @@ class _Run:
     def _build_model(self) -> None:
         cfg, device = self.cfg, self.engine.device
         self.kernels = choose(cfg.train.kernels, device.type)
-        self.autoencoder = build_autoencoder(cfg)
+        self.autoencoder = build_autoencoder(cfg).to(device)
         lpips = load_lpips(cfg.loss.lpips_path).to(device) if cfg.loss.lpips_path else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.run.seed)

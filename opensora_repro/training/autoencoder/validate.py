@@ -17,7 +17,7 @@ from opensora_repro.errors import DataError
 from opensora_repro.files import replacing
 from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.run_folder import samples_folder
-from opensora_repro.training.autoencoder.model import ImageAutoencoder
+from opensora_repro.training.autoencoder.model import Trained
 from opensora_repro.training.autoencoder.quality import psnr, ssim
 from opensora_repro.training.fill import load_listed
 from opensora_repro.training.metrics import Quarantine
@@ -57,7 +57,7 @@ class HeldOut:
             raise DataError(f"no clip to validate with can be read; {quarantine.latest()}")
 
     @torch.no_grad()
-    def measure(self, autoencoder: ImageAutoencoder) -> Quality:
+    def measure(self, autoencoder: Trained) -> Quality:
         """With the weights that the autoencoder has now. Collective."""
         sums = torch.zeros(4, dtype=torch.float64, device=self.engine.device)
         for source, found in self.reconstructed(autoencoder, self.clips):
@@ -68,12 +68,13 @@ class HeldOut:
         return Quality(*(total / count for total in totals), samples=round(count))
 
     @torch.no_grad()
-    def latent_std(self, autoencoder: ImageAutoencoder) -> float:
-        """Standard deviation of the latents' means, over all clips of this process."""
-        means = [autoencoder.moments(self._video(clip)).chunk(2, dim=1)[0].float().flatten() for clip in self.clips]
-        return float(torch.cat(means).std()) if means else 1.0
+    def latent_statistics(self, autoencoder: Trained) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each channel of the latents' means, float32 [Cz], over this process's clips."""
+        means = [autoencoder.moments(self._video(clip)).chunk(2, dim=1)[0] for clip in self.clips]
+        values = torch.cat([rearrange(mean.float(), "1 c t h w -> c (t h w)") for mean in means], dim=1)
+        return values.mean(dim=1), values.std(dim=1)
 
-    def reconstructed(self, autoencoder: ImageAutoencoder, clips: Sequence[Clip]) -> Iterator[tuple[Tensor, Tensor]]:
+    def reconstructed(self, autoencoder: Trained, clips: Sequence[Clip]) -> Iterator[tuple[Tensor, Tensor]]:
         """Source and reconstruction of each clip, frames [T, 3, H, W] in [-1, 1]."""
         for clip in clips:
             video = self._video(clip)
@@ -82,7 +83,7 @@ class HeldOut:
             yield tuple(rearrange(x, "1 c t h w -> t c h w") for x in (video, found))  # type: ignore[misc]
 
     @torch.no_grad()
-    def write_grid(self, autoencoder: ImageAutoencoder, run_dir: Path, step: int) -> tuple[Path, np.ndarray]:
+    def write_grid(self, autoencoder: Trained, run_dir: Path, step: int) -> tuple[Path, np.ndarray]:
         """RUN/samples/step-…/: grid.png of a frame of each clip, source beside reconstruction; of videos mp4s of both.
 
         Returns the folder and the grid. Raises OSError.
