@@ -13,16 +13,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from opensora_repro.config.autoencoder import AutoencoderConfig
 from opensora_repro.config.edit import find
 from opensora_repro.config.sections import BucketConfig, Config
 from opensora_repro.config.toml import config_dict, written
 from opensora_repro.files import write_text
 
-PAGE = """<!-- Made by `make configs` from opensora_repro/config/sections.py. -->
+PAGE = """<!-- Made by `make configs` from opensora_repro/config/sections.py and autoencoder.py. -->
 
 # Config reference
 
 Every key, its default, and what it means. `configs/*.toml` write all of them out.
+
+| key | default | |
+|---|---|---|
+"""
+STAGE0 = """
+## Stage 0
+
+The autoencoder's own sections; `[run]`, `[init]` (a folder like `vae.path`'s, or a run), `[data]`, `[optim]`, `[train]`, `[ema]`,
+`[checkpoint]` and `[parallel]` are those above.
 
 | key | default | |
 |---|---|---|
@@ -32,7 +42,7 @@ Every key, its default, and what it means. `configs/*.toml` write all of them ou
 def main(argv: list[str] | None = None) -> int:
     argparse.ArgumentParser(prog="python -m opensora_repro.config.renew", description=__doc__).parse_args(argv)
     for path in recipes(Path("configs")):
-        write_text(path, complete(path.read_text(encoding="utf-8")))
+        write_text(path, complete(path.read_text(encoding="utf-8"), kind_of(path)))
     write_text(Path("docs/config.md"), page())
     return 0
 
@@ -40,6 +50,11 @@ def main(argv: list[str] | None = None) -> int:
 def recipes(folder: Path) -> list[Path]:
     """The configs of stages; those of data_tools.pipeline, in data/, have the tools' own options."""
     return sorted(path for path in folder.rglob("*.toml") if path.parent != folder / "data")
+
+
+def kind_of(path: Path) -> type[Any]:
+    """What a recipe is a config of: those of stage 0 have sections of their own, and its name."""
+    return AutoencoderConfig if path.stem.startswith("stage0") else Config
 
 
 def page() -> str:
@@ -52,18 +67,25 @@ def page() -> str:
             for field in dataclasses.fields(BucketConfig):
                 default = "" if field.default is dataclasses.MISSING else json.dumps(field.default)
                 rows.append(_row(f"data.buckets[].{field.name}", default, of_buckets[field.name]))
-    return PAGE + "".join(rows)
+    shared, own = typing.get_type_hints(Config), helps_of(AutoencoderConfig)
+    stage0 = [
+        _row(f"{section}.{key}", json.dumps(value), own[section][key])
+        for section, keys in config_dict(AutoencoderConfig()).items()
+        if typing.get_type_hints(AutoencoderConfig)[section] is not shared.get(section)
+        for key, value in keys.items()
+    ]
+    return PAGE + "".join(rows) + STAGE0 + "".join(stage0)
 
 
 def _row(key: str, default: str, text: str) -> str:
     return f"| `{key}` | {f'`{default}`' if default else 'needed'} | {text.replace('|', chr(92) + '|')} |\n"
 
 
-def complete(text: str) -> str:
+def complete(text: str, kind: type[Any] = Config) -> str:
     """The config with missing keys at their places, each with its default and comment; all else as it stands."""
-    helps, lines = helps_of(Config), text.splitlines()
+    helps, lines = helps_of(kind), text.splitlines()
     end = len(lines)  # of the section before
-    for section, keys in written(Config()).items():
+    for section, keys in written(kind()).items():
         header = next((i for i, line in enumerate(lines) if re.match(rf"\[{section}\]\s*(#|$)", line)), None)
         if header is None:
             lines[end:end] = ["", f"[{section}]"]
