@@ -19,7 +19,7 @@ from opensora_repro.config.sections import BucketConfig, Config
 from opensora_repro.config.toml import config_dict, written
 from opensora_repro.files import write_text
 
-PAGE = """<!-- Made by `make configs` from opensora_repro/config/sections.py and autoencoder.py. -->
+PAGE = """<!-- Made by `make configs` from opensora_repro/config/sections.py. -->
 
 # Config reference
 
@@ -28,11 +28,12 @@ Every key, its default, and what it means. `configs/*.toml` write all of them ou
 | key | default | |
 |---|---|---|
 """
-STAGE0 = """
-## Stage 0
+STAGE0_PAGE = """<!-- Made by `make configs` from opensora_repro/config/autoencoder.py. -->
 
-The autoencoder's own sections; `[run]`, `[init]` (a folder like `vae.path`'s, or a run), `[data]`, `[optim]`, `[train]`, `[ema]`,
-`[checkpoint]` and `[parallel]` are those above.
+# Config reference of stage 0
+
+The keys of `stages.stage0_autoencoder` that are its own. `[run]`, `[data]`, `[optim]`, `[train]`, `[ema]`, `[checkpoint]` and
+`[parallel]` are those of [the other stages](config.md); `init.weights` is a folder as `vae.path` takes it, or a run of stage 0.
 
 | key | default | |
 |---|---|---|
@@ -44,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     for path in recipes(Path("configs")):
         write_text(path, complete(path.read_text(encoding="utf-8"), kind_of(path)))
     write_text(Path("docs/config.md"), page())
+    write_text(Path("docs/config_stage0.md"), stage0_page())
     return 0
 
 
@@ -67,14 +69,16 @@ def page() -> str:
             for field in dataclasses.fields(BucketConfig):
                 default = "" if field.default is dataclasses.MISSING else json.dumps(field.default)
                 rows.append(_row(f"data.buckets[].{field.name}", default, of_buckets[field.name]))
-    shared, own = typing.get_type_hints(Config), helps_of(AutoencoderConfig)
-    stage0 = [
-        _row(f"{section}.{key}", json.dumps(value), own[section][key])
-        for section, keys in config_dict(AutoencoderConfig()).items()
-        if typing.get_type_hints(AutoencoderConfig)[section] is not shared.get(section)
-        for key, value in keys.items()
-    ]
-    return PAGE + "".join(rows) + STAGE0 + "".join(stage0)
+    return PAGE + "".join(rows)
+
+
+def stage0_page() -> str:
+    """The reference of what stage 0 has its own of."""
+    shared, hints, helps = typing.get_type_hints(Config), typing.get_type_hints(AutoencoderConfig), helps_of(AutoencoderConfig)
+    own = ((name, keys) for name, keys in config_dict(AutoencoderConfig()).items() if hints[name] is not shared.get(name))
+    return STAGE0_PAGE + "".join(
+        _row(f"{section}.{key}", json.dumps(value), helps[section][key]) for section, keys in own for key, value in keys.items()
+    )
 
 
 def _row(key: str, default: str, text: str) -> str:
