@@ -30,7 +30,7 @@ AUTOENCODER_PATH_KEYS = ("model.image", "loss.lpips_path")
 class AutoencoderModelConfig:
     kind: str = "image"  # "image" (diffusers' AutoencoderKL) or "video" (1.2's temporal one, on a frozen image one)
     image: str = ""  # video: folder of the frozen image autoencoder, such as runs/stage0/vae
-    channels: tuple[int, ...] = (128, 256, 512, 512)  # of each level; an image's sides shrink by half from one to the next
+    channels: tuple[int, ...] = (128, 256, 512, 512)  # of each level; an image is halved from one to the next
     layers_per_block: int = 2  # residual blocks of a level (video: 4 are published); an image's decoder has one more
     latent_channels: int = 4  # values of a latent; video: the image autoencoder's
     norm_groups: int = 32  # of GroupNorm; divides each of the channels
@@ -39,7 +39,7 @@ class AutoencoderModelConfig:
 
 @dataclass(frozen=True)
 class ReconstructionConfig:
-    target: str = "pixels"  # what is compared by L1: "pixels"; video: or "latents" of the frozen one, 1.2's first stages
+    target: str = "pixels"  # what is compared by L1: "pixels"; video: or "latents" of frames, 1.2's first stages
     kl: float = 1e-6  # weight of the KL divergence to a unit Gaussian, both counted in sums over a frame as published
     image_latents: float = 0.0  # video: weight of L1 between an image's latents and the frozen one's (1.2's stage 1: 1)
     latent_noise: float = 0.0  # noise added to latents before decoding, up to so many of their standard deviations
@@ -119,7 +119,7 @@ def check_autoencoder(cfg: AutoencoderConfig) -> None:
 
     model, loss, mixture = cfg.model, cfg.loss, cfg.mixture
     require("model.kind", model.kind in ("image", "video"), "one of image, video")
-    require("model.channels", bool(model.channels) and min(model.channels, default=0) >= 1, "at least one, each above 0")
+    require("model.channels", bool(model.channels) and min(model.channels, default=0) >= 1, "one or more above 0")
     for name in ("model.layers_per_block", "model.latent_channels", "model.norm_groups", "loss.discriminator_channels",
                  "loss.discriminator_layers", "text.hidden_size", "text.depth", "text.num_heads"):  # fmt: skip
         section, key = name.split(".")

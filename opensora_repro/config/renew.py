@@ -32,8 +32,9 @@ STAGE0_PAGE = """<!-- Made by `make configs` from opensora_repro/config/autoenco
 
 # Config reference of stage 0
 
-The keys of `stages.stage0_autoencoder` that are its own. `[run]`, `[data]`, `[optim]`, `[train]`, `[ema]`, `[checkpoint]` and
-`[parallel]` are those of [the other stages](config.md); `init.weights` is a folder as `vae.path` takes it, or a run of stage 0.
+The keys of `stages.stage0_autoencoder` that are its own. `[run]`, `[data]`, `[optim]`, `[train]`, `[ema]`,
+`[checkpoint]` and `[parallel]` are those of [the other stages](config.md); `init.weights` is a folder as `vae.path`
+takes it, or a run of stage 0.
 
 | key | default | |
 |---|---|---|
@@ -74,11 +75,12 @@ def page() -> str:
 
 def stage0_page() -> str:
     """The reference of what stage 0 has its own of."""
-    shared, hints, helps = typing.get_type_hints(Config), typing.get_type_hints(AutoencoderConfig), helps_of(AutoencoderConfig)
-    own = ((name, keys) for name, keys in config_dict(AutoencoderConfig()).items() if hints[name] is not shared.get(name))
-    return STAGE0_PAGE + "".join(
-        _row(f"{section}.{key}", json.dumps(value), helps[section][key]) for section, keys in own for key, value in keys.items()
-    )
+    shared, hints = (typing.get_type_hints(kind) for kind in (Config, AutoencoderConfig))
+    helps, rows = helps_of(AutoencoderConfig), []
+    for section, keys in config_dict(AutoencoderConfig()).items():
+        if hints[section] is not shared.get(section):
+            rows += [_row(f"{section}.{key}", json.dumps(value), helps[section][key]) for key, value in keys.items()]
+    return STAGE0_PAGE + "".join(rows)
 
 
 def _row(key: str, default: str, text: str) -> str:

@@ -1,7 +1,7 @@
 """Make an autoencoder for the demo: `python -m opensora_repro.demo.autoencoder --out FOLDER [section.key=value ...]`.
 
-Pictures of the shape world are drawn beside the run of configs/demo/stage0.toml, which is stage 0; its result is written
-in half precision. Run again, it goes on.
+Pictures of the shape world are drawn for configs/demo/stage0.toml, a run of stage 0, whose result is written in half
+precision. Run again, it goes on.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Stage 0 as its user runs it: killed and resumed, its folders taken by the other stages, and a laptop's four stages."""
+"""Stage 0 as its user runs it: killed and resumed, its folders taken by others, and a laptop's four stages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,16 @@ from opensora_repro.data.video import read_frames
 from opensora_repro.frozen.text import open_text_encoder
 from opensora_repro.frozen.vae import open_vae
 from stages import stage0_autoencoder
-from tests.training_world import Command, World, make_world, metrics, newest_hashes, start_processes, succeed, wait_for_step
+from tests.training_world import (
+    Command,
+    World,
+    make_world,
+    metrics,
+    newest_hashes,
+    start_processes,
+    succeed,
+    wait_for_step,
+)
 
 STAGE0 = "stages.stage0_autoencoder"
 REPO = Path(__file__).resolve().parents[2]

@@ -124,7 +124,8 @@ def test_lpips_is_the_one_of_torchvisions_vgg16(tmp_path: Path) -> None:
     first, second = uniform(2, 3, 32, 32), uniform(2, 3, 32, 32, seed=1)
 
     def features(x: Tensor) -> list[Tensor]:
-        x = (x - torch.tensor([-0.030, -0.088, -0.188])[:, None, None]) / torch.tensor([0.458, 0.448, 0.450])[:, None, None]
+        mean, std = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]])[..., None, None]
+        x = (x - mean) / std
         found = []
         for number, layer in enumerate(vgg.features):
             x = layer(x)
@@ -275,5 +276,3 @@ def test_words_of_captions(tmp_path: Path) -> None:
     assert tokenizer("a red car")["input_ids"] == tokenizer("a  red, car!")["input_ids"] == [3, 4, 5, 1]
     (known, unknown) = read_cleaned(tokenizer, ["A car, a red car", "a blue cars"], 16)
     assert (known.unknown, unknown.unknown) == (0, 2)  # no piece of a word passes for another word
-
-

@@ -53,7 +53,8 @@ class VideoBuilder:
             keys = ((self.seed, epoch, clip.id, stream) for epoch, clip in samples)
             return torch.stack([torch.randn(shape, generator=keyed_generator(*key)) for key in keys])
 
-        levels = [torch.rand((), generator=keyed_generator(self.seed, e, clip.id, "noise level")) for e, clip in samples]
+        generators = [keyed_generator(self.seed, epoch, clip.id, "noise level") for epoch, clip in samples]
+        levels = [torch.rand((), generator=generator) for generator in generators]
         posterior = normal("posterior")
         drawn = (posterior, normal("latent noise") if self.noisy else posterior, torch.stack(levels))
         return VideoBatch(

@@ -86,5 +86,3 @@ class AutoencoderTrainer(Trainer):
             self.autoencoder.save(run_dir / RESULT, *self.held_out.latent_statistics(self.autoencoder))
         except OSError as error:
             raise TrainingError(cannot_write(error)) from error
-
-

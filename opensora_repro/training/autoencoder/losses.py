@@ -18,7 +18,8 @@ from opensora_repro.training.autoencoder.discriminator import PatchDiscriminator
 from opensora_repro.training.autoencoder.model import TemporalAutoencoder, Trained
 from opensora_repro.training.autoencoder.perceptual import Lpips
 
-PARTS = ("l1", "kl", "lpips", "image_latents", "adversarial", "discriminator")  # of the loss, as they are logged, before their weights
+# Of the loss, as they are logged, before their weights
+PARTS = ("l1", "kl", "lpips", "image_latents", "adversarial", "discriminator")
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,13 @@ class AutoencoderLosses(nn.Module):
         return latents + level * drawn.extra
 
     def _against(
-        self, judge: PatchDiscriminator, losses: Tensor, parts: dict[str, Tensor], found: Tensor, source: Tensor, step: int
+        self,
+        judge: PatchDiscriminator,
+        losses: Tensor,
+        parts: dict[str, Tensor],
+        found: Tensor,
+        source: Tensor,
+        step: int,
     ) -> Tensor:
         """The losses with the judge's and the judged's parts from the step on where they count."""
         if step < self.cfg.discriminator_start:

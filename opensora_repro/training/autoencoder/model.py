@@ -1,4 +1,4 @@
-"""The autoencoders that stage 0 trains: built from the config, or opened where they begin; written as `vae.path` has it.
+"""The autoencoders that stage 0 trains: built from the config, or opened; written as `vae.path` has them.
 
 Either kind has one face: videos [B, 3, T, H, W] in [-1, 1] to moments [B, 2 Cz, T', h, w], and latents back to videos.
 """
@@ -295,7 +295,8 @@ def open_image(path: str, key: str) -> Any:
     def load(folder: str, **options: Any) -> Any:
         from diffusers import AutoencoderKL
 
-        vae, info = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, output_loading_info=True, **options)
+        options = {**options, "torch_dtype": torch.float32, "output_loading_info": True}
+        vae, info = AutoencoderKL.from_pretrained(folder, **options)
         check_complete(info)
         return vae
 

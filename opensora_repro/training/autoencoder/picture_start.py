@@ -7,7 +7,7 @@ left at random feeds what training adds.
 
 Both halves end in GroupNorm and SiLU, which would bend this. So a value v travels as the pair (v, -v), for which
 SiLU(v) - SiLU(-v) = v, and its group of channels has a constant pair so large that the group's deviation is nearly that
-constant's.
+constant's: colours change it by three percent at most.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-CONSTANT = 3.0  # of the large pair: colours move the norm's gain by three percent at most, small steps of weights little
+CONSTANT = 3.0  # of the large pair; larger, weights that read it would move much by a step
 COLOUR_VARIANCE = 0.25  # of values from -1 to 1
 # Brightness and two colour differences, orthogonal; differences are small in films, so they are given more of the range
 OPPONENTS = ((0.577, 0.577, 0.577), (0.707, 0.0, -0.707), (0.408, -0.816, 0.408))

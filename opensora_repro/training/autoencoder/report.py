@@ -46,16 +46,16 @@ def latents_told(cfg: AutoencoderConfig) -> str:
     values = model.latent_channels * height * width
     return (
         f"A frame of {data.height}x{data.width} becomes {model.latent_channels} x {height}x{width} latents: "
-        f"{3 * data.height * data.width / values:.3g} times fewer values, and {-(-height // 2) * -(-width // 2)} tokens "
-        f"with patches of 2x2 (model.in_channels = {model.latent_channels})."
+        f"{3 * data.height * data.width / values:.3g} times fewer values, and {-(-height // 2) * -(-width // 2)} "
+        f"tokens with patches of 2x2 (model.in_channels = {model.latent_channels})."
     )
 
 
 def limits(facts: Mapping[str, Any]) -> list[str]:
     """What a text encoder of one's own captions knows and cannot do, a sentence each."""
     lines = [
-        f"It knows {facts['words']:,} words of {facts['captions']:,} captions. Any other word, in a prompt as in a caption, "
-        "is one unknown token, like every other unknown word.",
+        f"It knows {facts['words']:,} words of {facts['captions']:,} captions. Any other word, in a prompt as in a "
+        "caption, is one unknown token, like every other unknown word.",
         "Its weights are random and stay so: no word is near to another in meaning. What a word looks like is learnt "
         "from the clips whose captions have it; synonyms, plurals and numbers are words of their own.",
         "Punctuation and the case of letters are left out.",
@@ -64,6 +64,7 @@ def limits(facts: Mapping[str, Any]) -> list[str]:
     if facts["left_out"]:
         lines.insert(
             1,
-            f"text.vocab_size left out {facts['left_out']:,} rarer words, {facts['share_left_out']:.1%} of the captions' text.",
+            f"text.vocab_size left out {facts['left_out']:,} rarer words, {facts['share_left_out']:.1%} of what "
+            "captions say.",
         )
     return lines

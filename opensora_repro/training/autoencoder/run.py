@@ -1,4 +1,4 @@
-"""From stage 0's config to a trained autoencoder: check, build, decode, train; and a text encoder if one is asked for."""
+"""From stage 0's config to a trained autoencoder, and to a text encoder if one is asked for."""
 
 from __future__ import annotations
 
@@ -201,5 +201,3 @@ class _Run:
     def _write_config(self) -> None:
         clean_leftovers(self.run_dir)
         write_config(self.run_dir, dump_toml(self.cfg))
-
-

@@ -69,7 +69,7 @@ class HeldOut:
 
     @torch.no_grad()
     def latent_statistics(self, autoencoder: Trained) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each channel of the latents' means, float32 [Cz], over this process's clips."""
+        """Mean and standard deviation of each channel of the latents' means over this process's clips, [Cz] each."""
         means = [autoencoder.moments(self._video(clip)).chunk(2, dim=1)[0] for clip in self.clips]
         values = torch.cat([rearrange(mean.float(), "1 c t h w -> c (t h w)") for mean in means], dim=1)
         return values.mean(dim=1), values.std(dim=1)
