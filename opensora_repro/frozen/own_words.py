@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from opensora_repro.files import replacing
 from opensora_repro.frozen.text import clean_caption
@@ -62,7 +62,7 @@ def build_tokenizer(words: Sequence[str], max_length: int, *, prose: bool = True
     from transformers import PreTrainedTokenizerFast
 
     unknown = SPECIAL.index("<unk>")
-    model = models.Unigram(vocabulary(words), unk_id=unknown)
+    model: Any = models.Unigram(vocabulary(words), unk_id=unknown)
     if prose:
         ids = {piece: number for number, (piece, _) in enumerate(vocabulary(words))}
         model = models.WordLevel(ids, unk_token=SPECIAL[unknown])

@@ -60,12 +60,12 @@ class ImageAutoencoder:
 
     def moments(self, video: Tensor) -> Tensor:
         """[B, 3, T, H, W] to means and log-variances [B, 2 Cz, T, h, w]."""
-        frames = rearrange(video, "b c t h w -> (b t) c h w").contiguous(memory_format=torch.channels_last)
+        frames = rearrange(video, "b c t h w -> (b t) c h w")
         return rearrange(self.vae.encode(frames).latent_dist.parameters, "(b t) c h w -> b c t h w", b=len(video))
 
     def decode(self, latents: Tensor, *, num_frames: int) -> Tensor:
         """[B, Cz, T, h, w] to [B, 3, T, H, W]; not clamped."""
-        frames = rearrange(latents, "b c t h w -> (b t) c h w").contiguous(memory_format=torch.channels_last)
+        frames = rearrange(latents, "b c t h w -> (b t) c h w")
         return rearrange(self.vae.decode(frames).sample, "(b t) c h w -> b c t h w", t=num_frames)
 
     def to(self, device: torch.device) -> ImageAutoencoder:
@@ -150,15 +150,16 @@ Trained: TypeAlias = "ImageAutoencoder | TemporalAutoencoder"
 @contextmanager
 def _quietly() -> Iterator[None]:
     """transformers and diffusers draw a bar for writing a file."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub import utils
 
-    disabled = are_progress_bars_disabled()
-    disable_progress_bars()
+    bars: Any = utils
+    disabled = bars.are_progress_bars_disabled()
+    bars.disable_progress_bars()
     try:
         yield
     finally:
         if not disabled:
-            enable_progress_bars()
+            bars.enable_progress_bars()
 
 
 def build_autoencoder(cfg: AutoencoderConfig) -> Trained:
@@ -179,7 +180,7 @@ def build_temporal(cfg: AutoencoderConfig) -> TemporalAutoencoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.run.seed)
         model = VideoAutoencoder(whole, image)
-    moments = model.temporal_vae.quant_conv.conv
+    moments: Any = model.temporal_vae.quant_conv.conv
     with torch.no_grad():
         moments.weight[cfg.model.latent_channels :] = 0.0
         moments.bias[cfg.model.latent_channels :] = INITIAL_LOGVAR
@@ -250,7 +251,7 @@ def build_image(cfg: AutoencoderConfig) -> ImageAutoencoder:
             vae = draw_image(cfg.model)
     if cfg.train.activation_checkpointing == "full":
         vae.enable_gradient_checkpointing()
-    return ImageAutoencoder(vae.train().to(memory_format=torch.channels_last))
+    return ImageAutoencoder(vae.train())
 
 
 def draw_image(cfg: AutoencoderModelConfig) -> Any:

@@ -27,6 +27,9 @@ class Lpips(nn.Module):
     Nothing of it is trained.
     """
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self, vgg: dict[str, Tensor], lin: list[Tensor] | None) -> None:
         """`vgg`: `features.N.weight` and `.bias`; `lin`: [C] of each stage, None: every channel counts alike."""
         super().__init__()

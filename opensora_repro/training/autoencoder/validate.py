@@ -61,11 +61,11 @@ class HeldOut:
         """With the weights that the autoencoder has now. Collective."""
         sums = torch.zeros(4, dtype=torch.float64, device=self.engine.device)
         for source, found in self.reconstructed(autoencoder, self.clips):
-            distance = (found - source).abs().mean()
-            values = [psnr(found, source).mean(), ssim(found, source).mean(), distance, torch.ones(())]
+            error = (found - source).abs().mean()
+            values = [psnr(found, source).mean(), ssim(found, source).mean(), error, torch.ones(())]
             sums += torch.stack([value.to(sums) for value in values])
-        *totals, count = self.engine.sum(sums).tolist()
-        return Quality(*(total / count for total in totals), samples=round(count))
+        decibels, similarity, error, count = self.engine.sum(sums).tolist()
+        return Quality(decibels / count, similarity / count, error / count, round(count))
 
     @torch.no_grad()
     def latent_statistics(self, autoencoder: Trained) -> tuple[Tensor, Tensor]:
