@@ -35,7 +35,8 @@ def make_home(home: Path) -> None:
     """Fill a folder with `vae`, `text` and the runs `flow` (two checkpoints), `iddpm` and `empty`."""
     from diffusers import AutoencoderKL
 
-    from opensora_repro.demo.text_encoder import build_encoder, build_tokenizer
+    from opensora_repro.demo.text_encoder import MAX_LENGTH, words
+    from opensora_repro.frozen.own_words import build_encoder, build_tokenizer, vocabulary
 
     torch.manual_seed(0)
     AutoencoderKL(
@@ -46,8 +47,8 @@ def make_home(home: Path) -> None:
         norm_num_groups=4,
         layers_per_block=1,
     ).save_pretrained(home / "vae")
-    build_encoder(seed=0).save_pretrained(home / "text")
-    build_tokenizer().save_pretrained(home / "text")
+    build_encoder(len(vocabulary(words())), seed=0).save_pretrained(home / "text")
+    build_tokenizer(words(), MAX_LENGTH, prose=False).save_pretrained(home / "text")
     cfg = Config(
         model=STDiTConfig(
             hidden_size=32, depth=2, num_heads=2, caption_channels=64, model_max_length=12, pred_sigma=False

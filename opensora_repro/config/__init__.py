@@ -4,6 +4,14 @@ Defaults live here and nowhere else. A file or an override that names an unknown
 known one, so that a typing mistake never trains another recipe.
 """
 
+from opensora_repro.config.autoencoder import (
+    AutoencoderConfig,
+    AutoencoderModelConfig,
+    CaptionModelConfig,
+    HeldOutConfig,
+    MixtureConfig,
+    ReconstructionConfig,
+)
 from opensora_repro.config.checks import check_config
 from opensora_repro.config.sections import (
     BucketConfig,
@@ -27,6 +35,7 @@ from opensora_repro.config.sections import (
 from opensora_repro.config.toml import (
     config_dict,
     dump_toml,
+    load_autoencoder_config,
     load_config,
     load_recorded,
     parse_config,
@@ -35,7 +44,10 @@ from opensora_repro.config.toml import (
 )
 
 __all__ = [
+    "AutoencoderConfig",
+    "AutoencoderModelConfig",
     "BucketConfig",
+    "CaptionModelConfig",
     "CheckpointConfig",
     "Config",
     "ConfigError",
@@ -43,9 +55,12 @@ __all__ = [
     "DiffusionConfig",
     "EmaConfig",
     "FrameMasksConfig",
+    "HeldOutConfig",
     "InitConfig",
+    "MixtureConfig",
     "OptimConfig",
     "ParallelConfig",
+    "ReconstructionConfig",
     "RunConfig",
     "SampleConfig",
     "TextConfig",
@@ -55,6 +70,7 @@ __all__ = [
     "check_config",
     "config_dict",
     "dump_toml",
+    "load_autoencoder_config",
     "load_config",
     "load_recorded",
     "parse_config",

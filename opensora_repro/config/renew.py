@@ -8,6 +8,7 @@ import inspect
 import json
 import re
 import sys
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from opensora_repro.config.autoencoder import AutoencoderConfig
 from opensora_repro.config.edit import find
 from opensora_repro.config.sections import BucketConfig, Config, section_classes
 from opensora_repro.config.toml import config_dict, written
@@ -32,19 +34,34 @@ Every key, its default, and what it means. `configs/*.toml` write all of them ou
 
 """
 TABLE = "| key | default | |\n|---|---|---|\n"
+STAGE0_PAGE = """<!-- Made by `make configs` from opensora_repro/config/autoencoder.py. -->
+
+# Config reference of stage 0
+
+The keys of `stages.stage0_autoencoder` that are its own. `[run]`, `[data]`, `[optim]`, `[train]`, `[ema]`,
+`[checkpoint]` and `[parallel]` are those of [the other stages](config.md); `init.weights` is a folder as `vae.path`
+takes it, or a run of stage 0.
+
+"""
 
 
 def main(argv: list[str] | None = None) -> int:
     argparse.ArgumentParser(prog="python -m opensora_repro.config.renew", description=__doc__).parse_args(argv)
     for path in recipes(Path("configs")):
-        write_text(path, complete(path.read_text(encoding="utf-8")))
+        write_text(path, complete(path.read_text(encoding="utf-8"), kind_of(path)))
     write_text(Path("docs/config.md"), page())
+    write_text(Path("docs/config_stage0.md"), stage0_page())
     return 0
 
 
 def recipes(folder: Path) -> list[Path]:
     """The configs of stages; those of data_tools.pipeline, in data/, have the tools' own options."""
     return sorted(path for path in folder.rglob("*.toml") if path.parent != folder / "data")
+
+
+def kind_of(path: Path) -> type[Any]:
+    """What a recipe is a config of: those of stage 0 have sections of their own, and its name."""
+    return AutoencoderConfig if path.stem.startswith("stage0") else Config
 
 
 def page() -> str:
@@ -69,16 +86,27 @@ def _rows(sections: dict[str, dict[str, Any]], classes: dict[str, Any]) -> Itera
                 yield _row(f"data.buckets[].{field.name}", default, of_buckets[field.name])
 
 
+def stage0_page() -> str:
+    """The reference of what stage 0 has its own of."""
+    shared, classes = (typing.get_type_hints(kind) for kind in (Config, AutoencoderConfig))
+    sections = config_dict(AutoencoderConfig())
+    own = {name: keys for name, keys in sections.items() if classes[name] is not shared.get(name)}
+    return STAGE0_PAGE + TABLE + "".join(_rows(own, classes))
+
+
 def _row(key: str, default: str, text: str) -> str:
     return f"| `{key}` | {f'`{default}`' if default else 'needed'} | {text.replace('|', chr(92) + '|')} |\n"
 
 
-def complete(text: str) -> str:
+def complete(text: str, kind: type[Any] = Config) -> str:
     """The config with missing keys at their places, each with its default and comment; all else as it stands."""
     architecture = tomllib.loads(text).get("model", {}).get("architecture", STDiTConfig.architecture)
-    helps, lines = helps_of(section_classes(architecture)), text.splitlines()
+    own = kind is Config
+    classes = section_classes(architecture) if own else typing.get_type_hints(kind)
+    config = Config(model=ARCHITECTURES[architecture]()) if own else kind()
+    helps, lines = helps_of(classes), text.splitlines()
     end = len(lines)  # of the section before
-    for section, keys in written(Config(model=ARCHITECTURES[architecture]())).items():
+    for section, keys in written(config).items():
         header = next((i for i, line in enumerate(lines) if re.match(rf"\[{section}\]\s*(#|$)", line)), None)
         if header is None:
             lines[end:end] = ["", f"[{section}]"]

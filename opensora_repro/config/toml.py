@@ -12,17 +12,20 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
+from opensora_repro.config.autoencoder import AUTOENCODER_PATH_KEYS, AutoencoderConfig, check_autoencoder
 from opensora_repro.config.checks import check_config
 from opensora_repro.config.sections import PATH_KEYS, Config, ConfigError, section_classes
 from opensora_repro.files import here_or_shipped
 from opensora_repro.models.config import ARCHITECTURES
+
+AnyConfig = TypeVar("AnyConfig", Config, AutoencoderConfig)  # of stages 1 to 3, of stage 0
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -54,14 +57,15 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"config {path}: not valid TOML: {' '.join(str(error).split())}") from None
 
 
-def parse_config(table: dict[str, Any], overrides: Sequence[str] = (), *, where: str = "config") -> Config:
+def parse_config(
+    table: dict[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    where: str = "config",
+    kind: type[AnyConfig] = Config,  # type: ignore[assignment]
+) -> AnyConfig:
     """Build a Config from parsed TOML (`{section: {key: value}}`) and overrides. Raises ConfigError."""
-    architecture = _architecture(table, where)
-    there = section_classes(architecture)
-    for override in overrides:
-        if override.partition("=")[0].strip() == _ARCHITECTURE:
-            architecture = _known_architecture(toml_value(override.partition("=")[2].strip()), f"override {override!r}")
-    sections = section_classes(architecture)
+    there, sections = _sections(kind, table, overrides, where)
     values: dict[str, dict[str, Any]] = {name: {} for name in sections}
     for section, content in table.items():
         if section not in sections:
@@ -76,27 +80,34 @@ def parse_config(table: dict[str, Any], overrides: Sequence[str] = (), *, where:
     for override in overrides:
         section, key, value = _parse_override(override, sections)
         values[section][key] = value
-    for section, key in (name.split(".") for name in PATH_KEYS):
-        if key in values[section]:
+    for section, key in (name.split(".") for name in (*PATH_KEYS, *AUTOENCODER_PATH_KEYS)):
+        if key in values.get(section, {}):
             values[section][key] = os.path.expanduser(values[section][key])
-    config = Config(**{name: cls(**values[name]) for name, cls in sections.items()})
-    check_config(config)
+    config = kind(**{name: cls(**values[name]) for name, cls in sections.items()})
+    if isinstance(config, AutoencoderConfig):
+        check_autoencoder(config)
+    check_config(config.shared if isinstance(config, AutoencoderConfig) else config)
     return config
 
 
-def dump_toml(config: Config) -> str:
+def load_autoencoder_config(path: str | Path, overrides: Sequence[str] = ()) -> AutoencoderConfig:
+    """As `load_config`, the config of stage 0, whose sections are its own. Raises ConfigError."""
+    return parse_config(read_toml(path), overrides, where=str(path), kind=AutoencoderConfig)
+
+
+def dump_toml(config: Config | AutoencoderConfig) -> str:
     """Every key of the resolved config as TOML; `load_config` of it gives an equal config."""
     import tomli_w
 
     return tomli_w.dumps(written(config))
 
 
-def config_dict(config: Config) -> dict[str, dict[str, Any]]:
+def config_dict(config: Config | AutoencoderConfig) -> dict[str, dict[str, Any]]:
     """`{section: {key: value}}` with lists for tuples, as TOML and JSON have them."""
     return {name: _lists(section) for name, section in dataclasses.asdict(config).items()}
 
 
-def written(config: Config) -> dict[str, dict[str, Any]]:
+def written(config: Config | AutoencoderConfig) -> dict[str, dict[str, Any]]:
     """What a file has of it: no empty `data.buckets`, or no [[data.buckets]] could be added to the file."""
     sections = config_dict(config)
     if not config.data.buckets:
@@ -112,6 +123,20 @@ def _lists(value: Any) -> Any:
 
 _ARCHITECTURE = "model.architecture"
 Sections = dict[str, Any]  # the class of each
+
+
+def _sections(
+    kind: type[Any], table: dict[str, Any], overrides: Sequence[str], where: str
+) -> tuple[Sections, Sections]:
+    """Of a config of that kind: as the file has them, and after the overrides, which may change the architecture."""
+    if kind is not Config:
+        sections = typing.get_type_hints(kind)
+        return sections, sections
+    architecture = there = _architecture(table, where)
+    for override in overrides:
+        if override.partition("=")[0].strip() == _ARCHITECTURE:
+            architecture = _known_architecture(toml_value(override.partition("=")[2].strip()), f"override {override!r}")
+    return section_classes(there), section_classes(architecture)
 
 
 def _architecture(table: dict[str, Any], where: str) -> str:
@@ -156,9 +181,9 @@ def _hint(section: str, key: str, where: str, sections: Sections) -> Any:
     hints = typing.get_type_hints(sections[section])
     if key in hints:
         return hints[key]
+    own = json.dumps(getattr(sections["model"], "architecture", ""))
     having = [name for name, cls in ARCHITECTURES.items() if section == "model" and key in typing.get_type_hints(cls)]
-    if having:
-        own = json.dumps(sections["model"].architecture)
+    if having and own in map(json.dumps, ARCHITECTURES):
         raise ConfigError(f"{where}: unknown key model.{key} with {_ARCHITECTURE} = {own} (of {' and '.join(having)})")
     raise ConfigError(f"{where}: unknown key {section}.{key}; did you mean {_closest_key(section, key, sections)}?")
 

@@ -138,7 +138,8 @@ def open_sora_config(config: Mapping[str, Any]) -> VideoAutoencoderConfig:
     """Of OpenSora-VAE-v1.2's config.json: what it does not tell is as published. Raises ValueError."""
     told = _object(config, "vae_temporal")
     known = {name: _as_tuple(told[name]) for name in TemporalVAEConfig.__dataclass_fields__ if name in told}
-    sizes = {name: _as_tuple(config[name]) for name in ("micro_frame_size", "shift", "scale") if name in config}
+    others = ("micro_frame_size", "latent_scale", "shift", "scale")
+    sizes = {name: _as_tuple(config[name]) for name in others if name in config}
     return VideoAutoencoderConfig(temporal=TemporalVAEConfig(**known), **sizes)
 
 

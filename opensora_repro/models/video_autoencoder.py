@@ -215,7 +215,13 @@ class VideoAutoencoder(nn.Module):
 
     def decode_codes(self, z: Tensor, *, num_frames: int) -> Tensor:
         """As `decode`, of codes before shift and scale, as `encode_moments` tells them."""
+        latents = self.decode_codes_to_latents(z, num_frames=num_frames)
+        return self.spatial_vae.decode(latents / self.cfg.latent_scale)
+
+    def decode_codes_to_latents(self, z: Tensor, *, num_frames: int) -> Tensor:
+        """As `decode_codes`, to the frames' latents [B, C, num_frames, h, w], scaled."""
         sizes = self.cfg.chunks(num_frames)
         chunks = z.split([-(-size // self.cfg.temporal.stride) for size in sizes], dim=2)
-        latents = [self.temporal_vae.decode(chunk, num_frames=n) for chunk, n in zip(chunks, sizes, strict=True)]
-        return self.spatial_vae.decode(torch.cat(latents, dim=2) / self.cfg.latent_scale)
+        return torch.cat(
+            [self.temporal_vae.decode(chunk, num_frames=n) for chunk, n in zip(chunks, sizes, strict=True)], dim=2
+        )

@@ -308,10 +308,14 @@ class Collator:
         return sample if self.members.size == 1 else sample.cpu()
 
 
+class Collates(Protocol):
+    def collate(self, samples: Fetched | None) -> PreparedBatch: ...
+
+
 class Prefetcher:
     """A run's micro-batches in order. Whether they are prefetched changes when things are done, not what."""
 
-    def __init__(self, samples: Iterator[Fetched], collator: Collator, device: torch.device, *, overlap: bool) -> None:
+    def __init__(self, samples: Iterator[Fetched], collator: Collates, device: torch.device, *, overlap: bool) -> None:
         """`overlap`: collate the next micro-batch on a stream of its own beside the training, not only fetch it."""
         self._samples, self._collator = samples, collator
         self._side = SideStream(device) if overlap else None

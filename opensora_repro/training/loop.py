@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from opensora_repro.process import StopSignals
 from opensora_repro.run_folder import list_checkpoints
 from opensora_repro.sampling.generate import NotFinite
 from opensora_repro.sampling.grids import sample_prompts, write_samples
-from opensora_repro.training.batches import Batch, BatchBuilder, Collator, Feed, PackedBatch, Prefetcher
+from opensora_repro.training.batches import Batch, BatchBuilder, Collator, Feed, Fetched, PackedBatch, Prefetcher
 from opensora_repro.training.checkpoint import TrainState, UnwritableCheckpoint
 from opensora_repro.training.ema import Ema
 from opensora_repro.training.metrics import Progress, Quarantine, RunLog
@@ -72,10 +73,7 @@ class Trainer:
     stop: StopSignals
 
     def __post_init__(self) -> None:
-        dtype, device = self.cfg.train.dtype, self.engine.device
-        self.builder = BatchBuilder(self.cfg, self.encoder.vae, self.objective, device)
-        self.train_runner = ModelRunner(self.engine.train_forward, dtype, device)
-        self.eval_runner = ModelRunner(self.engine.eval_forward, dtype, device)
+        self._build_parts()
         self._data_ranks = self.engine.mesh.data_size
         self._saved_step = self.state.step
         self._pending: PendingStep | None = None
@@ -92,11 +90,7 @@ class Trainer:
         steps, state = self.cfg.train.steps, self.state
         first = state.step * self.cfg.train.accumulation
         samples = self.feed.batches(first, (steps - state.step) * self.cfg.train.accumulation)
-        spread = self.encoder.text.shards is not None and not self.cfg.data.cache
-        collator = Collator(self.encoder, self.builder, self.engine.members, spread=spread)
-        # Encoding beside the training, two streams would exchange at once, each process in an order of its own.
-        overlap = self.cfg.train.overlap and not spread
-        self._batches = Prefetcher(samples, collator, self.engine.device, overlap=overlap)
+        self._batches = self._prefetcher(samples)
         self.progress = Progress(title, done=state.step, total=steps, enabled=self.engine.is_main)
         with contextlib.closing(self.progress):
             try:
@@ -135,6 +129,25 @@ class Trainer:
         self.engine.world.agree(self._own_error())
         if state.step == steps and not self._trained:
             raise self._nothing_trained()
+
+    # What another stage's trainer has its own of
+
+    def _build_parts(self) -> None:
+        dtype, device = self.cfg.train.dtype, self.engine.device
+        self.builder = BatchBuilder(self.cfg, self.encoder.vae, self.objective, device)
+        self.train_runner = ModelRunner(self.engine.train_forward, dtype, device)
+        self.eval_runner = ModelRunner(self.engine.eval_forward, dtype, device)
+
+    def _prefetcher(self, samples: Iterator[Fetched]) -> Prefetcher:
+        spread = self.encoder.text.shards is not None and not self.cfg.data.cache
+        collator = Collator(self.encoder, self.builder, self.engine.members, spread=spread)
+        # Encoding beside the training, two streams would exchange at once, each process in an order of its own.
+        overlap = self.cfg.train.overlap and not spread
+        return Prefetcher(samples, collator, self.engine.device, overlap=overlap)
+
+    def _parts_of(self, pending: PendingStep) -> dict[str, float]:
+        """What else a step's line has."""
+        return {}
 
     # One step
 
@@ -248,6 +261,7 @@ class Trainer:
             "data_seconds": round(pending.seconds_waited, 6),
             "samples": found.samples,
             "tokens": found.tokens,
+            **self._parts_of(pending),
         }
         self.log.step(line)
         self.progress.step(line)

@@ -50,13 +50,14 @@ class RunLog:
         self._events.add(values, line["step"])
 
     def validate(self, line: Mapping[str, Any]) -> None:
-        """One validation: step, loss, losses (by timestep), timesteps, samples."""
+        """One validation: step, and numbers by name; of losses by timestep: losses, timesteps."""
         if not self.enabled:
             return
         self.validation.write(line)
-        losses = zip(line["timesteps"], line["losses"], strict=True)
-        values = {f"validation/loss_at_{timestep:g}": loss for timestep, loss in losses}
-        self._events.add({"validation/loss": line["loss"], **values}, line["step"])
+        by_timestep = zip(line.get("timesteps", ()), line.get("losses", ()), strict=True)
+        values = {f"validation/loss_at_{timestep:g}": loss for timestep, loss in by_timestep}
+        numbers = {f"validation/{name}": value for name, value in line.items() if isinstance(value, float)}
+        self._events.add(numbers | values, line["step"])
 
     def bad_step(self, line: Mapping[str, Any]) -> None:
         """One skipped step: step, loss, grad_norm, sample_ids."""

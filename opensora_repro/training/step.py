@@ -90,6 +90,7 @@ class PendingStep:
     ids: list[str] = field(default_factory=list)
     bad_samples: list[BadSample] = field(default_factory=list)
     result: HostValues | None = None  # once all of the step has been given
+    parts: list[Tensor] = field(default_factory=list)  # of this process's micro-batches' losses, where they have any
 
 
 @dataclass

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from opensora_repro.config import Config, load_config
-from opensora_repro.config.renew import complete, page, recipes
+from opensora_repro.config import Config, load_autoencoder_config, load_config
+from opensora_repro.config.autoencoder import AutoencoderConfig
+from opensora_repro.config.renew import complete, kind_of, page, recipes, stage0_page
 from opensora_repro.config.toml import written
 from opensora_repro.models.config import SIZES, STDiT2Config, STDiT3Config
 from stages import configs
@@ -27,7 +28,9 @@ else:
     import tomli as tomllib
 
 REPO = Path(__file__).resolve().parents[2]
-FILES = recipes(REPO / "configs")
+ALL = recipes(REPO / "configs")
+FILES = [path for path in ALL if kind_of(path) is Config]
+STAGE0_FILES = [path for path in ALL if kind_of(path) is AutoencoderConfig]
 SPLIT_OVER_GPUS = {"stage2_64x512x512-sp": 2, "stage2_360x512x512": 2}
 
 # frames, interval, size, batch a GPU, activation checkpointing, space scale, time scale, steps of the released run; but
@@ -147,10 +150,19 @@ def test_loads_to_the_written_values(path: Path) -> None:
 
 
 def test_what_make_configs_makes_is_up_to_date() -> None:
-    for path in FILES:
+    for path in ALL:
         text = path.read_text(encoding="utf-8")
-        assert complete(text) == text, path
+        assert complete(text, kind_of(path)) == text, path
     assert (REPO / "docs/config.md").read_text(encoding="utf-8") == page()
+    assert (REPO / "docs/config_stage0.md").read_text(encoding="utf-8") == stage0_page()
+
+
+def test_recipes_of_stage_0_are_written_out() -> None:
+    assert STAGE0_FILES
+    for path in STAGE0_FILES:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+        assert found == written(load_autoencoder_config(path))
+        assert f"-m stages.stage0_autoencoder {path.relative_to(REPO).as_posix()}" in path.read_text(encoding="utf-8")
 
 
 def test_a_new_key_is_one_edit(tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ STANDS_ON = {  # of what stands outside the library
 }
 
 COMMANDS = [
+    "stages.stage0_autoencoder",
     "stages.stage1_image",
     "stages.stage2_video",
     "stages.stage3_hq",

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from opensora_repro.config import Config, ConfigError, TrainConfig, dump_toml, load_config
+from opensora_repro.config.renew import kind_of, recipes
 from opensora_repro.models.config import SIZES
 from opensora_repro.parallel.mesh import Mesh
 from opensora_repro.planning.encoders import frozen_sizes
@@ -22,7 +23,7 @@ from stages import weights
 from stages.plan import PUBLISHED_UTILISATION, main
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-RECIPES = sorted(path for path in CONFIGS.rglob("*.toml") if path.parent.name != "data")
+RECIPES = [path for path in recipes(CONFIGS) if kind_of(path) is Config]
 LONG = str(CONFIGS / "stage2_64x512x512.toml")
 SMALL_RECIPES = sorted((CONFIGS / "small").glob("*.toml"))
 SMALL = str(CONFIGS / "demo" / "stage2.toml")

@@ -18,8 +18,6 @@ from opensora_repro.models import layers
 from opensora_repro.models.conditions import conditions_of
 from opensora_repro.models.config import (
     ACTIVATION_CHECKPOINTING,
-    STDiT2Config,
-    STDiT3Config,
     STDiTConfig,
     TrainedConfig,
 )
