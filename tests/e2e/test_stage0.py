@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
@@ -171,7 +172,10 @@ def test_a_laptops_four_stages_on_own_footage(tmp_path: Path) -> None:
     clips = tmp_path / "clips"
     succeed("data_tools.split", [str(tmp_path / "footage"), "--out", str(clips), "--short-side", "144"], log / "split")
     words = tmp_path / "captions.csv"
-    rows = [f"{name},a scene with number {n % 4}" for n, name in enumerate(_ids(clips / "manifest.parquet"))]
+    rows = [
+        f"{name},a scene with number {n % 4}"
+        for n, name in enumerate(pd.read_parquet(clips / "manifest.parquet")["id"])
+    ]
     words.write_text("\n".join(["id,caption", *rows]) + "\n")
     captioned = tmp_path / "captioned"
     sidecar = ["--sidecar", str(words), "--out", str(captioned)]
@@ -195,10 +199,3 @@ def test_a_laptops_four_stages_on_own_footage(tmp_path: Path) -> None:
     succeed("stages.sample", [str(runs[3]), *prompt], log / "sample")
     frames = read_frames(out / "0000.mp4", start=0, count=16)
     assert frames.shape == (16, 96, 96, 3)
-
-
-def _ids(manifest: Path) -> list[str]:
-    from opensora_repro.data.manifest import read_manifest
-
-    ids: list[str] = read_manifest(manifest)["id"].to_pylist()
-    return ids
