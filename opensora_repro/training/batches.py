@@ -22,8 +22,8 @@ from opensora_repro.data.packing import first_fit_decreasing
 from opensora_repro.data.sampler import Shape, SharedBatches, interleave, keyed_generator
 from opensora_repro.diffusion.gaussian import Objective
 from opensora_repro.errors import TrainingError
+from opensora_repro.frozen.autoencoder import Autoencoder
 from opensora_repro.frozen.encoder import Encoded, Encoder
-from opensora_repro.frozen.vae import Autoencoder
 from opensora_repro.kernels.ops import to_device
 from opensora_repro.models.layers import count_frames, count_tokens
 from opensora_repro.parallel.device import SideStream
