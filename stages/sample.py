@@ -22,7 +22,10 @@ from opensora_repro.files import user_path
 if TYPE_CHECKING:
     from opensora_repro.sampling.source import Source
 
-SIZES = ("steps", "guidance", "num_frames", "height", "width", "fps", "sampler", "vae", "text", "dtype", "shard_text")
+SIZES = (
+    "steps", "guidance", "num_frames", "height", "width", "fps", "sampler", "vae", "vae_tile", "text", "dtype",
+    "shard_text",
+)  # fmt: skip
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -68,6 +71,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seconds", type=float, metavar="X", help="in place of --num-frames: how long; of 1.2's models 2, 4, 8 or 16")
     add("--fps", type=int, metavar="N", help="frames a second of the written file (sample.fps)")
     add("--vae", type=expanduser, metavar="PATH", help="autoencoder: hub name or local folder (vae.path)")
+    tiles = "decode larger frames in overlapping tiles of so many pixels, in less memory; 0: whole (vae.tile_size)"
+    add("--vae-tile", type=int, metavar="N", help=tiles)
     add("--text", type=expanduser, metavar="PATH", help="text encoder: hub name or local folder (text.path)")
     shares = "each process of torchrun holds an equal share of T5, and gathers it part by part (text.shard)"
     add("--shard-text", action=argparse.BooleanOptionalAction, help=shares)
@@ -121,6 +126,8 @@ def check_numbers(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    if args.vae_tile is not None and args.vae_tile < 0:
+        raise ConfigError(f"--vae-tile {args.vae_tile}: expected at least 0")
     if args.guidance is not None and not math.isfinite(args.guidance):
         raise ConfigError(f"--guidance {args.guidance}: expected a finite number")
     if args.seconds is not None and not (math.isfinite(args.seconds) and args.seconds > 0):

@@ -42,8 +42,7 @@ class Autoencoder(ABC):
         self.geometry: Geometry = frozen.read(lambda config: geometry_of(config, kind))
         self.latent_channels, self.spatial_stride = self.geometry.latent_channels, self.geometry.spatial_stride
         self.temporal_stride = self.geometry.temporal_stride
-        # In latents; below two of them nothing would overlap.
-        self.tile = max(2, tile_size // self.spatial_stride) if tile_size else 0
+        self.tile = self.geometry.tile(tile_size)  # in latents
 
     @property
     def vae(self) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 from opensora_repro.config import Config, TextConfig
 from opensora_repro.frozen.geometry import IMAGE_KIND
-from opensora_repro.planning.sizes import autoencoder_kind, read_model_config
+from opensora_repro.planning.sizes import autoencoder_geometry, autoencoder_kind, read_model_config
 
 PUBLISHED_VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4}
 PUBLISHED_T5 = {
@@ -78,7 +78,7 @@ def autoencoder_sizes(cfg: Config) -> AutoencoderSizes:
 def image_autoencoder_sizes(vae: dict[str, Any], cfg: Config) -> AutoencoderSizes:
     """Of an AutoencoderKL with such a config.json."""
     height, width, frames = cfg.data.height, cfg.data.width, cfg.data.num_frames
-    (rows, row_tiles), (columns, column_tiles) = (in_tiles(side, cfg.vae.tile_size) for side in (height, width))
+    (rows, row_tiles), (columns, column_tiles) = tiles(cfg)
     values = rows * columns * vae["block_out_channels"][0]  # of the largest feature map of a frame, or its tile
     alone, together = (min(cfg.vae.micro_batch_size, count) for count in (frames, frames * cfg.train.batch_size))
     encoder, decoder = list(_encoder(vae)), list(_decoder(vae))
@@ -93,11 +93,17 @@ def image_autoencoder_sizes(vae: dict[str, Any], cfg: Config) -> AutoencoderSize
     )
 
 
-def in_tiles(side: int, tile: int) -> tuple[int, int]:
-    """A tile's side, and how many a frame's side takes; as frozen/tiles.py cuts, but for rounding."""
-    if not tile or side <= tile:
-        return side, 1
-    return tile, 1 + -(-(side - tile) // (tile - tile // TILE_OVERLAP))
+def tiles(cfg: Config) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of rows and columns each: a tile's pixels, and how many tiles; as frozen/tiles.py cuts, but for rounding."""
+    geometry = autoencoder_geometry(cfg.vae.path)
+    tile = geometry.tile(cfg.vae.tile_size) * geometry.spatial_stride
+
+    def along(side: int) -> tuple[int, int]:
+        if not tile or side <= tile:
+            return side, 1
+        return tile, 1 + -(-(side - tile) // (tile - tile // TILE_OVERLAP))
+
+    return along(cfg.data.height), along(cfg.data.width)
 
 
 def text_values(cfg: TextConfig, sizes: FrozenSizes, processes: int) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 from opensora_repro.config import Config
 from opensora_repro.frozen.geometry import OPEN_SORA_KIND, image_config, open_sora_config
 from opensora_repro.models.autoencoder_config import TemporalVAEConfig
-from opensora_repro.planning.encoders import AutoencoderSizes, image_autoencoder_sizes, in_tiles
+from opensora_repro.planning.encoders import AutoencoderSizes, image_autoencoder_sizes, tiles
 from opensora_repro.planning.sizes import autoencoder_geometry, autoencoder_kind, read_model_config
 
 # Feature maps of Open-Sora 1.2's temporal part, each of the first width at full length, at its largest moments.
@@ -58,7 +58,7 @@ def _open_sora(config: dict[str, Any], cfg: Config) -> AutoencoderSizes:
     frames_part = image_autoencoder_sizes(image, cfg)
     temporal, data = sizes.temporal, cfg.data
     stride = autoencoder_geometry(cfg.vae.path).spatial_stride
-    rows, columns = (in_tiles(side, cfg.vae.tile_size) for side in (data.height, data.width))
+    rows, columns = tiles(cfg)
     places = (rows[0] // stride) * (columns[0] // stride)
     latents = places * rows[1] * columns[1] * sizes.latent_frames(data.num_frames)
     encoder, decoder = list(_temporal_encoder(temporal)), list(_temporal_decoder(temporal))
@@ -151,7 +151,7 @@ def _estimate(kind: str, config: dict[str, Any], cfg: Config) -> AutoencoderSize
     width = config.get(counted.width_key, counted.width)
     width = width[0] if isinstance(width, list) else width
     share = (width / counted.width) ** 2
-    sides = [in_tiles(side, cfg.vae.tile_size) for side in (data.height, data.width)]
+    sides = tiles(cfg)
     area = sides[0][0] * sides[1][0]
     pixels, frames = area * sides[0][1] * sides[1][1], data.num_frames
     alive = min(frames, counted.at_once)

@@ -47,6 +47,19 @@ def test_a_run_and_its_samples(world: World, tmp_path: Path, kind: str) -> None:
         assert sample.main([str(tmp_path / "plain"), *options, "--num-frames", str(frames), "--out", str(out)]) == 0
         assert frames == 1 or probe(out / "0000.mp4").num_frames == frames
     assert (tmp_path / "out1/0000.png").is_file()
+    tiles = [
+        str(tmp_path / "plain"),
+        *options,
+        "--num-frames",
+        "9",
+        "--vae-tile",
+        "16",
+        "--out",
+        str(tmp_path / "out9"),
+    ]
+    assert sample.main(tiles) == 2  # other samples than those that are there
+    assert sample.main([*tiles, "--overwrite"]) == 0
+    assert probe(tmp_path / "out9/0000.mp4").num_frames == 9
 
 
 @pytest.mark.slow
