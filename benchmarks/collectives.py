@@ -7,6 +7,9 @@ forward pass and in backward passes without and with activation checkpointing. T
 Open-Sora 1.0's own scheme (benchmarks/everywhere.py), counted in the same way. Bytes are those one rank sends to other
 ranks; data parallelism's gradient averaging is the same on both sides and left out. Fails where a count is not its
 formula, or where ours moves more than half of the other.
+
+STDiT3 is counted likewise: of each pair of blocks one attends over time, so the formula is STDiT's. Beside it stands,
+by formula alone, the split of places of Open-Sora 1.2.
 """
 
 from __future__ import annotations
@@ -56,6 +59,8 @@ class Sizes:
 
 # The published STDiT-XL/2 on 16 frames of 512x512 in bf16, for the formulas alone.
 PUBLISHED = Sizes(B=1, height=64, width=64, D=1152, depth=28, heads=16, captions=(120,), element=2)
+# STDiT3-XL/2 on 102 frames of 480x854, which are 30 latents.
+PUBLISHED_1_2 = Sizes(B=1, T=30, height=60, width=108, D=1152, depth=28, heads=16, captions=(300,), element=2)
 
 
 def our_formula(z: Sizes, p: int) -> Counts:
@@ -78,6 +83,20 @@ def everywhere_formula(z: Sizes, p: int) -> Counts:
         "forward": [6 * z.depth + 1, z.depth * block + ends],
         "backward": [8 * z.depth + 1, z.depth * (block + text) + ends],
         "backward, checkpointing": [14 * z.depth + 1, z.depth * (2 * block + text) + ends],
+    }
+
+
+def places_formula(z: Sizes, p: int) -> Counts:
+    """Open-Sora 1.2's: tokens are split by place, and swapped for heads around spatial and cross-attention.
+
+    A pair of blocks has one of the former, four times the tokens' channels, and two of the latter, twice each. What
+    is gathered at the ends, and captions' gradients, are left out in its favour.
+    """
+    pair = 8 * z.B * z.T * (z.S // p) * z.D * (p - 1) // p * z.element
+    return {
+        "forward": [6 * z.depth, z.depth * pair],
+        "backward": [6 * z.depth, z.depth * pair],
+        "backward, checkpointing": [12 * z.depth, 2 * z.depth * pair],
     }
 
 
@@ -157,17 +176,20 @@ def count_phases(forward: Callable[[bool], Tensor]) -> Counts:
 # The two sides, in each process
 
 
-def our_step(z: Sizes, group: Any) -> Callable[[bool], Tensor]:
+def our_step(z: Sizes, group: Any, network: str = "STDiT") -> Callable[[bool], Tensor]:
     import torch
 
-    from opensora_repro.models.config import STDiTConfig
+    from opensora_repro.models.config import STDiT3Config, STDiTConfig
     from opensora_repro.models.stdit import STDiT
+    from opensora_repro.models.stdit3 import STDiT3
     from opensora_repro.parallel.sequence import FrameParallel, apply_sequence_parallelism
 
     length = max(z.captions)
-    model = STDiT(
-        STDiTConfig(hidden_size=z.D, depth=z.depth, num_heads=z.heads, caption_channels=32, model_max_length=length)
-    )
+    size: dict[str, Any] = {"hidden_size": z.D, "depth": z.depth, "num_heads": z.heads, "caption_channels": 32}
+    size["model_max_length"] = length
+    model: Any = STDiT3(STDiT3Config(**size)) if network == "STDiT3" else STDiT(STDiTConfig(**size))
+    names = STDiT3Config.conditions if network == "STDiT3" else ()
+    told: dict[str, Any] = {name: torch.full((1,), 24.0) for name in names}
     apply_sequence_parallelism(model, group)
     call = FrameParallel(model, group, model.cfg.patch_size[0])
     latents = torch.randn(z.B, 4, z.T, z.height, z.width)
@@ -175,7 +197,7 @@ def our_step(z: Sizes, group: Any) -> Callable[[bool], Tensor]:
 
     def forward(checkpointing: bool) -> Tensor:
         model.activation_checkpointing = "full" if checkpointing else "none"
-        return call(latents, torch.full((z.B,), 500), torch.randn(z.B, length, 32), mask)
+        return call(latents, torch.full((z.B,), 500), torch.randn(z.B, length, 32), mask, **told)
 
     return forward
 
@@ -204,7 +226,8 @@ def work(rank: int, size: int, folder: str, sizes: Sizes) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     group = dist.group.WORLD
-    counts = {"ours": count_phases(our_step(sizes, group)), "everywhere": count_phases(everywhere_step(sizes, group))}
+    steps = {"ours": our_step(sizes, group), "everywhere": everywhere_step(sizes, group)}
+    counts = {name: count_phases(step) for name, step in {**steps, "STDiT3": our_step(sizes, group, "STDiT3")}.items()}
     Path(folder, f"{rank}.json").write_text(json.dumps(counts))
     dist.destroy_process_group()
 
@@ -266,13 +289,12 @@ def faults(rows: list[dict[str, Any]]) -> list[str]:
     return found
 
 
-def published_step(size: int) -> dict[str, Any]:
-    """A step of the published model with checkpointing, by the formulas."""
-    totals = {
-        side: sum(formula(PUBLISHED, size)[phase][1] for phase in ("forward", PHASES[2]))
-        for side, formula in (("ours", our_formula), ("everywhere", everywhere_formula))
-    }
-    return {**asdict(PUBLISHED), **totals, "share": round(totals["ours"] / totals["everywhere"], 4)}
+def published_step(size: int, sizes: Sizes, other: Callable[[Sizes, int], Counts]) -> dict[str, Any]:
+    """A step of a published model with checkpointing, by the formulas."""
+    ours, theirs = (
+        sum(formula(sizes, size)[phase][1] for phase in ("forward", PHASES[2])) for formula in (our_formula, other)
+    )
+    return {**asdict(sizes), "ours": ours, "other": theirs, "share": round(ours / theirs, 4)}
 
 
 def main() -> None:
@@ -284,16 +306,23 @@ def main() -> None:
     args = parser.parse_args()
 
     sizes = Sizes()
-    rows = compare(count_in_processes(args.sp_size, sizes), sizes, args.sp_size)
-    published = published_step(args.sp_size)
+    counted = count_in_processes(args.sp_size, sizes)
+    rows = compare(counted, sizes, args.sp_size)
+    found = faults(rows)
+    if counted["STDiT3"] != our_formula(sizes, args.sp_size):
+        found.append(f"STDiT3's counts are not the formula's: {counted['STDiT3']}")
+    published = published_step(args.sp_size, PUBLISHED, everywhere_formula)
+    published_1_2 = published_step(args.sp_size, PUBLISHED_1_2, places_formula)
     result = {
         "benchmark": "collectives",
         "environment": environment(),
         "sp_size": args.sp_size,
         "sizes": {**asdict(sizes), "S": sizes.S},
         "rows": rows,
+        "STDiT3": counted["STDiT3"],
         "published_size": published,
-        "faults": faults(rows),
+        "published_size_1_2": published_1_2,
+        "faults": found,
     }
     path = save("collectives", result, args.out)
     sides = ("ours", "everywhere")
@@ -309,11 +338,16 @@ def main() -> None:
     print(
         "STDiT-XL/2, 16 frames of 512x512, bf16, checkpointing, by formula: a rank sends "
         f"{published['ours'] / 1e9:.2f} GB a step, "
-        f"{published['everywhere'] / 1e9:.2f} GB with all-to-all everywhere ({published['share']:.1%})"
+        f"{published['other'] / 1e9:.2f} GB with all-to-all everywhere ({published['share']:.1%})"
+    )
+    print(
+        "STDiT3-XL/2, 30 latent frames of 480x854, likewise: "
+        f"{published_1_2['ours'] / 1e9:.2f} GB a step, {published_1_2['other'] / 1e9:.2f} GB by 1.2's split of places "
+        f"({published_1_2['share']:.1%}); counts of a small one are the formula's"
     )
     print(f"written to {path}")
-    if result["faults"]:
-        raise SystemExit("error: " + "; ".join(faults(rows)))
+    if found:
+        raise SystemExit("error: " + "; ".join(found))
 
 
 if __name__ == "__main__":

@@ -304,6 +304,8 @@ def check_counts() -> Errors:
     """The benchmark's counts of both sides are its formulas'."""
     size, sizes = dist.get_world_size(), collectives.Sizes(T=4, height=8, width=8, D=32, depth=2, heads=4)
     assert collectives.count_phases(collectives.our_step(sizes, group())) == collectives.our_formula(sizes, size)
+    of_pairs = collectives.our_step(sizes, group(), "STDiT3")
+    assert collectives.count_phases(of_pairs) == collectives.our_formula(sizes, size)
     everywhere = collectives.count_phases(collectives.everywhere_step(sizes, group()))
     assert everywhere == collectives.everywhere_formula(sizes, size)
     return {}

@@ -109,7 +109,10 @@ def test_a_run_compiles_each_kind_of_step_once() -> None:
     assert not counters["graph_break"] and not counters["recompile_limit"]
 
 
-@pytest.mark.parametrize(("name", "kinds"), [("stdit2", 1), ("stdit3", 2), ("stdit", 1)])
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [("stdit3", 2), *(pytest.param(name, 1, marks=pytest.mark.exhaustive) for name in ("stdit", "stdit2"))],
+)
 def test_each_kind_of_block_is_one_program(name: str, kinds: int) -> None:
     """And another where frames are given, for any number of frames and samples."""
     plain, compiled = video_models.make_model(name), video_models.make_model(name)
