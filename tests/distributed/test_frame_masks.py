@@ -59,8 +59,14 @@ def test_masks_resume_and_spread(world: World, one_process: tuple[Path, dict[str
         succeed(STAGE, arguments(world, resumed, **changes, train__steps=steps), tmp_path / "log" / f"to{steps}")
     assert metrics(resumed) == metrics(whole) and newest_hashes(resumed) == newest_hashes(whole)
 
-    two = tmp_path / "two"
-    finish(start_processes(STAGE, arguments(world, two, **changes, train__batch_size=2), 2, tmp_path / "log"))
+    for name, shared in (("samples", {"train__batch_size": 2}), ("frames", {"parallel__sp_size": 2})):
+        spread = arguments(world, tmp_path / name, **changes, **shared)
+        finish(start_processes(STAGE, spread, 2, tmp_path / "log" / name))
+        assert_same_run(tmp_path / name, whole)
+
+
+def assert_same_run(two: Path, whole: Path) -> None:
+    """To rounding: sums are taken in another order."""
     np.testing.assert_allclose(losses(two), losses(whole), rtol=1e-5)
     weights, wanted = newest_tensors(two), newest_tensors(whole)
     for key in wanted:
