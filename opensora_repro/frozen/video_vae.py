@@ -12,6 +12,7 @@ from torch import Tensor
 from opensora_repro.frozen.geometry import OPEN_SORA_KIND, image_config, open_sora_config
 from opensora_repro.frozen.pretrained import FrozenModel
 from opensora_repro.frozen.vae import Autoencoder, load_from_diffusers
+from opensora_repro.kernels.ops import to_device
 from opensora_repro.models.video_autoencoder import VideoAutoencoder
 
 if TYPE_CHECKING:
@@ -34,15 +35,13 @@ class VideoVAE(Autoencoder):
         super().__init__(frozen, kind, dtype, tile_size)
         if kind == MOCHI:
             self.pixel_dtype = torch.float32
-        self._statistics: tuple[Tensor, Tensor] | None = None
+        self._statistics = frozen.read(self._read_statistics)
 
-    def statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the encoder's latents, float32 [Cz or 1, 1, 1, 1]. Raises ModelNotFound."""
-        if self._statistics is None:
-            mean, std = self.frozen.read(self._read_statistics)
-            if not (std > 0).all():
-                raise self.frozen.unusable(ValueError("a latent's standard deviation is not above 0"))
-            self._statistics = mean, std
+    def statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the encoder's latents, float32 [Cz or 1, 1, 1, 1]."""
+        if self._statistics[0].device != device:  # once: a step waits for no copy
+            mean, std = self._statistics
+            self._statistics = to_device(mean, device), to_device(std, device)
         return self._statistics
 
     def _read_statistics(self, config: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -60,10 +59,12 @@ class VideoVAE(Autoencoder):
         for values in (mean, std):
             if len(values) not in (1, self.latent_channels):
                 raise ValueError(f"{len(values)} means of latents for {self.latent_channels} channels")
+        if not (std > 0).all():
+            raise ValueError("a latent's standard deviation is not above 0")
         return mean.float().view(shape), std.float().view(shape) / float(1.0 if factor is None else factor)
 
     def normalise(self, z: Tensor) -> Tensor:
-        mean, std = (values.to(z.device) for values in self.statistics())
+        mean, std = self.statistics(z.device)
         return (z - mean) / std
 
     @torch.no_grad()
@@ -77,7 +78,7 @@ class VideoVAE(Autoencoder):
     @torch.no_grad()
     def decode(self, latents: Tensor, *, num_frames: int) -> Tensor:
         assert latents.shape[2] == self.latent_frames(num_frames)
-        mean, std = (values.to(latents.device) for values in self.statistics())
+        mean, std = self.statistics(latents.device)
         clips = (latents.float() * std + mean).split(1)
         videos = torch.cat([self._decoded(lambda z: self._pixels(z, num_frames), self._there(z)) for z in clips])
         assert videos.shape[2] == num_frames
@@ -107,7 +108,7 @@ class VideoVAE(Autoencoder):
 class OpenSoraVAE(VideoVAE):
     """Open-Sora 1.2's. The frames' latents are means where the published pipeline samples them.
 
-    So a clip's moments are the same each time; the frames' posteriors are far narrower than the clips'.
+    So a clip's moments are the same each time, and can be kept.
     """
 
     def _read_statistics(self, config: dict[str, Any]) -> tuple[Tensor, Tensor]:

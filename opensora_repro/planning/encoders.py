@@ -77,7 +77,7 @@ def autoencoder_sizes(cfg: Config) -> AutoencoderSizes:
 
 def image_autoencoder_sizes(vae: dict[str, Any], cfg: Config) -> AutoencoderSizes:
     """Of an AutoencoderKL with such a config.json."""
-    height, width, frames = cfg.data.height, cfg.data.width, cfg.data.num_frames
+    frames = cfg.data.num_frames
     (rows, row_tiles), (columns, column_tiles) = tiles(cfg)
     values = rows * columns * vae["block_out_channels"][0]  # of the largest feature map of a frame, or its tile
     alone, together = (min(cfg.vae.micro_batch_size, count) for count in (frames, frames * cfg.train.batch_size))

@@ -65,7 +65,7 @@ def test_memory(kind: str, tile: int, tmp_path: Path, monkeypatch: pytest.Monkey
     frames, side = frames_of(kind), 64
     video, latents = torch.zeros(3, frames, side, side), torch.zeros(1, *vae.latent_shape(frames, side, side))
     sizes = frozen_sizes(config(tmp_path, frames, side, side, micro_batch_size=1, tile_size=tile))
-    mean, std = vae.statistics()  # type: ignore[attr-defined]
+    mean, std = vae.statistics(latents.device)  # type: ignore[attr-defined]
     given = [*vae.vae.state_dict().values(), video, latents, mean, std]
     pixels = 4 * 3 * frames * side**2
     with LiveBytes(given) as live:

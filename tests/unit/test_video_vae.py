@@ -301,7 +301,7 @@ def test_what_is_no_autoencoder_ends_in_one_line(folders: dict[str, Path], tmp_p
         config = json.loads((folder / "config.json").read_text()) | changes
         (folder / "config.json").write_text(json.dumps(config))
         with pytest.raises(ModelNotFound, match=match) as error:
-            load(folder).sample_latents(torch.zeros(8, 1, 1, 1), None)
+            load(folder)  # none of its weights are needed to see it
         assert "\n" not in str(error.value) and str(error.value).startswith(f"vae.path={folder}: ")
 
     refused(COG, "AutoencoderKLAllegro is not known; known are AutoencoderKL,", _class_name="AutoencoderKLAllegro")
