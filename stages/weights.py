@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from opensora_repro.weights.files import WeightsFile
     from opensora_repro.weights.published import Published
 
+SIGMA_TOKENS = 300  # of captions; PixArt-alpha's have 120
 FORMATS = ("opensora", "pixart", "diffusers", "safetensors")
 
 
@@ -142,6 +143,8 @@ def run_inspect(args: argparse.Namespace) -> int:
         print(f"{'model.' + key:>32} = {value}")
     source = shlex.quote(str(args.source))
     print(f"sample it: python -m stages.sample {source} {_options(args, found)} --out OUT --seed 0")
+    if found.family.name == "pixart" and found.model.model_max_length == SIGMA_TOKENS:
+        print("note: captions of 300 tokens are PixArt-Sigma's, whose autoencoder is SDXL's: give it with --vae")
     for architecture in architectures_from(found.family):
         chosen = "" if architecture == "stdit" else f" with model.architecture={architecture}"
         print(f"train from it: init.weights={source}{chosen}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -148,7 +149,14 @@ class TimestepEmbedder(nn.Module):
     def forward(self, timestep: Tensor) -> Tensor:
         sinusoid = timestep_sinusoid(timestep, TIMESTEP_CHANNELS)
         exact = isinstance(self.mlp[0], Float32Linear)
-        return self.mlp(sinusoid if exact else sinusoid.to(next(self.parameters()).dtype))
+        return self.mlp(sinusoid if exact else sinusoid.to(self.weight.dtype))
+
+    @property
+    def weight(self) -> Tensor:
+        """The first layer's: where it is, and of which dtype. A parameter, or where it is not trained perhaps none."""
+        first: Any = self.mlp[0]
+        weight: Tensor = first.weight
+        return weight
 
 
 class Float32Linear(nn.Linear):
@@ -171,7 +179,7 @@ class SizeEmbedder(TimestepEmbedder):
 
     def forward(self, sizes: Tensor, samples: int | None = None) -> Tensor:
         """Fewer rows than `samples` are repeated, all one after the other. Numbers may lie in host memory."""
-        sizes = to_device(sizes if sizes.ndim == 2 else sizes[:, None], next(self.parameters()).device)
+        sizes = to_device(sizes if sizes.ndim == 2 else sizes[:, None], self.weight.device)
         embedded = rearrange(super().forward(sizes.flatten()), "(b n) d -> b (n d)", n=sizes.shape[1])
         return embedded if samples is None else tiled(embedded, samples, "sizes")
 

@@ -11,10 +11,12 @@ from opensora_repro.config import Config, load_recorded
 def axes(cfg: Config, stride: int) -> dict[str, tuple[int, float]]:
     """Most tokens along each axis and the distance of their positions; `stride` is the autoencoder's, in pixels."""
     from opensora_repro.data.buckets import buckets_of  # late, for stages' --help
+    from opensora_repro.planning.sizes import autoencoder_geometry
 
     model, (frames, rows, columns) = cfg.model, cfg.model.patch_size
     num_frames, height, width = (max(sizes) for sizes in zip(*(b.shape for b in buckets_of(cfg)), strict=True))
-    counts = [math.ceil(num_frames / frames), math.ceil(height / stride / rows), math.ceil(width / stride / columns)]
+    latents = autoencoder_geometry(cfg.vae.path).latent_frames(num_frames)
+    counts = [math.ceil(latents / frames), math.ceil(height / stride / rows), math.ceil(width / stride / columns)]
     down = across = 1 / model.space_scale
     if model.input_sq_size:  # both axes stretch to as many steps as a square of those pixels has tokens
         reach = round(math.sqrt(counts[1] * counts[2])) * model.input_sq_size / math.sqrt(height * width)
