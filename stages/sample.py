@@ -18,7 +18,10 @@ from opensora_repro.config.prompts import check_prompts, read_prompts
 from opensora_repro.errors import GOES_ON, run_command
 from opensora_repro.files import user_path
 
-SIZES = ("steps", "guidance", "num_frames", "height", "width", "fps", "sampler", "vae", "text", "dtype", "shard_text")
+SIZES = (
+    "steps", "guidance", "num_frames", "height", "width", "fps", "sampler", "vae", "vae_tile", "text", "dtype",
+    "shard_text",
+)  # fmt: skip
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -61,6 +64,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--width", type=int, metavar="N", help="pixels (data.width)")
     add("--fps", type=int, metavar="N", help="frames a second of the written file (sample.fps)")
     add("--vae", type=expanduser, metavar="PATH", help="autoencoder: hub name or local folder (vae.path)")
+    tiles = "decode larger frames in overlapping tiles of so many pixels, in less memory; 0: whole (vae.tile_size)"
+    add("--vae-tile", type=int, metavar="N", help=tiles)
     add("--text", type=expanduser, metavar="PATH", help="text encoder: hub name or local folder (text.path)")
     shares = "each process of torchrun holds an equal share of T5, and gathers it part by part (text.shard)"
     add("--shard-text", action=argparse.BooleanOptionalAction, help=shares)
@@ -101,6 +106,8 @@ def check_numbers(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    if args.vae_tile is not None and args.vae_tile < 0:
+        raise ConfigError(f"--vae-tile {args.vae_tile}: expected at least 0")
     if args.guidance is not None and not math.isfinite(args.guidance):
         raise ConfigError(f"--guidance {args.guidance}: expected a finite number")
 

@@ -111,7 +111,7 @@ class Encoder:
         sizes = [clip.pixels.shape[1:3] for clip in clips]
         for size in dict.fromkeys(sizes):
             alike = [number for number, other in enumerate(sizes) if other == size]
-            videos = [to_tensor(to_device(clips[n].pixels, self.device)).to(self.vae.dtype) for n in alike]
+            videos = [to_tensor(to_device(clips[n].pixels, self.device)).to(self.vae.pixel_dtype) for n in alike]
             moments |= dict(zip(alike, self.vae.encode_clips(videos), strict=True))
         captions = self._encode_captions(list(dict.fromkeys(clip.caption for clip in clips)))
         return [

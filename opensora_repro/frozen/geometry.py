@@ -49,6 +49,10 @@ class Geometry:
         whole, rest = divmod(num_frames, self.chunk or num_frames)
         return whole * -(-(self.chunk or num_frames) // self.temporal_stride) + -(-rest // self.temporal_stride)
 
+    def tile(self, tile_size: int) -> int:
+        """`vae.tile_size` in latents: two at least, or nothing would overlap; 0: no tiles."""
+        return max(2, tile_size // self.spatial_stride) if tile_size else 0
+
     def is_exact(self, num_frames: int) -> bool:
         """Whether decoding gives as many frames as were encoded."""
         return num_frames == 1 or num_frames % self.period in self.remainders

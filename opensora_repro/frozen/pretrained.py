@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -13,6 +12,7 @@ import torch
 
 from opensora_repro.errors import UserError
 from opensora_repro.files import here_or_shipped
+from opensora_repro.frozen.hub import HUB_NAME, in_cache, split_hub_name
 
 if TYPE_CHECKING:
     from opensora_repro.config import Config
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 R = TypeVar("R")
 HashFile = Callable[[Path], str]  # a digest of a file's content
-HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 class ModelNotFound(UserError):
@@ -127,7 +126,7 @@ def find_folder(path: str, *, key: str, kind: str) -> Path:
         return folder
     if folder.exists() or not HUB_NAME.fullmatch(path):
         raise ModelNotFound(f"{key}={path}: no such folder, expected a {kind} (a local folder or a hub name)")
-    cached = _in_cache(path)
+    cached = in_cache(path)
     if cached is None:
         raise ModelNotFound(_how_to_fetch(path, key))
     return cached
@@ -186,20 +185,15 @@ def _read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _in_cache(name: str) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-
-    config = try_to_load_from_cache(name, "config.json")
-    return Path(config).parent if isinstance(config, str) else None
-
-
 def _how_to_fetch(name: str, key: str) -> str:
     from huggingface_hub import constants
 
     from opensora_repro.weights.catalog import load_catalog
 
     listed = any(entry.name == name for entry in load_catalog())
-    command = f"python -m stages.weights fetch {name}" if listed else f"hf download {name}"
+    repository, folder = split_hub_name(name)
+    download = f'hf download {repository} --include "{folder}/*"' if folder else f"hf download {name}"
+    command = f"python -m stages.weights fetch {name}" if listed else download
     return (
         f"{key}={name}: neither a folder here nor in the hub's cache {constants.HF_HUB_CACHE}; "
         f"run `{command}` once where there is a connection, or give a local folder"

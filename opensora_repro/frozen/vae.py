@@ -38,12 +38,11 @@ class Autoencoder(ABC):
 
     def __init__(self, frozen: FrozenModel[Any], kind: str, dtype: torch.dtype, tile_size: int) -> None:
         """`tile_size`: in pixels, as `vae.tile_size`. Raises ModelNotFound for a model of another kind."""
-        self.frozen, self.dtype = frozen, dtype
+        self.frozen, self.dtype, self.pixel_dtype = frozen, dtype, dtype
         self.geometry: Geometry = frozen.read(lambda config: geometry_of(config, kind))
         self.latent_channels, self.spatial_stride = self.geometry.latent_channels, self.geometry.spatial_stride
         self.temporal_stride = self.geometry.temporal_stride
-        # In latents; below two of them nothing would overlap.
-        self.tile = max(2, tile_size // self.spatial_stride) if tile_size else 0
+        self.tile = self.geometry.tile(tile_size)  # in latents
 
     @property
     def vae(self) -> Any:
@@ -117,6 +116,7 @@ class FrameVAE(Autoencoder):
         super().__init__(frozen, IMAGE_KIND, dtype, tile_size)
         self.micro_batch_size = micro_batch_size
         self.scale = float(frozen.config.get("scaling_factor") or SD_LATENT_SCALE)
+        self.shift = float(frozen.config.get("shift_factor") or 0.0)  # of Stable Diffusion 3's and FLUX's
 
     @torch.no_grad()  # not inference mode: latents and text may be saved for a backward pass
     def encode_moments(self, video: Tensor) -> Tensor:
@@ -135,13 +135,13 @@ class FrameVAE(Autoencoder):
         return self.encode_moments(torch.cat(list(videos), dim=1)).split([v.shape[1] for v in videos], dim=1)
 
     def normalise(self, z: Tensor) -> Tensor:
-        return z * self.scale
+        return (z - self.shift) * self.scale
 
     @torch.no_grad()
     def decode(self, latents: Tensor, *, num_frames: int | None = None) -> Tensor:
         """Decode scaled latents [B, Cz, T, h, w]; return float32 [B, 3, T, H, W] in [-1, 1]."""
         assert num_frames in (None, latents.shape[2])
-        frames = rearrange(latents / self.scale, "b c t h w -> b t c h w")
+        frames = rearrange(latents / self.scale + self.shift, "b c t h w -> b t c h w")
         videos = [self._in_micro_batches(self._pixels, sample) for sample in frames]
         return rearrange(videos, "b t c h w -> b c t h w").clamp(-1.0, 1.0)
 

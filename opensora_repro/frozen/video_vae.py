@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 WEIGHTS = ("diffusion_pytorch_model.safetensors",)  # as diffusers names them
 OPEN_SORA_WEIGHTS = ("model.safetensors",)
-MEASURED = ("AutoencoderKLWan", "AutoencoderKLMochi")  # whose config has each channel's mean and standard deviation
+MOCHI = "AutoencoderKLMochi"
+MEASURED = ("AutoencoderKLWan", MOCHI)  # whose config has each channel's mean and standard deviation
 
 
 class VideoVAE(Autoencoder):
@@ -31,6 +32,8 @@ class VideoVAE(Autoencoder):
 
     def __init__(self, frozen: FrozenModel[Any], kind: str, dtype: torch.dtype, tile_size: int = 0) -> None:
         super().__init__(frozen, kind, dtype, tile_size)
+        if kind == MOCHI:
+            self.pixel_dtype = torch.float32
         self._statistics: tuple[Tensor, Tensor] | None = None
 
     def statistics(self) -> tuple[Tensor, Tensor]:
@@ -46,9 +49,10 @@ class VideoVAE(Autoencoder):
         if self.geometry.kind == "AutoencoderKLLTXVideo":  # lie among the weights
             mean, std = stored(self.frozen.files, ("latents_mean", "latents_std"))
         else:
-            mean, std = (_channels(config, key, self.geometry.kind) for key in ("latents_mean", "latents_std"))
-            mean = torch.tensor([config.get("shift_factor") or 0.0]) if mean is None else mean
-            std = torch.ones(1) if std is None else std
+            told = _channels(config, "latents_mean", self.geometry.kind)
+            mean = torch.tensor([config.get("shift_factor") or 0.0]) if told is None else told
+            told = _channels(config, "latents_std", self.geometry.kind)
+            std = torch.ones(1) if told is None else told
         factor = config.get("scaling_factor")
         if factor is None and self.geometry.kind in ("AutoencoderKLCogVideoX", "AutoencoderKLHunyuanVideo"):
             raise ValueError("config.json has no number scaling_factor")
@@ -67,7 +71,8 @@ class VideoVAE(Autoencoder):
         """Pixels beyond whole latents, at the right and at the bottom, are not seen."""
         stride = self.spatial_stride
         height, width = (size // stride * stride for size in video.shape[-2:])
-        return self._encoded(self._moments, self._there(video[None, ..., :height, :width]))[0]
+        there = self._there(video[None, ..., :height, :width], self.pixel_dtype)
+        return self._encoded(self._moments, there)[0]
 
     @torch.no_grad()
     def decode(self, latents: Tensor, *, num_frames: int) -> Tensor:
@@ -78,8 +83,10 @@ class VideoVAE(Autoencoder):
         assert videos.shape[2] == num_frames
         return videos.clamp_(-1.0, 1.0)
 
-    def _there(self, x: Tensor) -> Tensor:
-        return x.to(self.vae.device, self.vae.dtype)
+    def _there(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """On the weights' device; in their dtype unless another is given."""
+        weight = next(self.vae.parameters())
+        return x.to(weight.device, dtype or weight.dtype)
 
     def _moments(self, video: Tensor) -> Tensor:
         """[1, 3, T, H, W] -> float32 [1, 2 * Cz, T', h, w]."""
@@ -111,10 +118,6 @@ class OpenSoraVAE(VideoVAE):
     def encode_moments(self, video: Tensor) -> Tensor:
         """Of pixels beyond whole latents, the image autoencoder's convolutions see some."""
         return self._encoded(self._moments, self._there(video[None]))[0]
-
-    def _there(self, x: Tensor) -> Tensor:
-        weight = self.vae.scale
-        return x.to(weight.device, weight.dtype)
 
     def _moments(self, video: Tensor) -> Tensor:
         with torch.autocast(video.device.type, enabled=False):
@@ -203,7 +206,11 @@ def open_video_vae(kind: str, cfg: VaeConfig, device: torch.device | str, dtype:
         return OpenSoraVAE(opened, kind, dtype, cfg.tile_size)
 
     def load(path: str, **options: Any) -> Any:
-        return load_from_diffusers(kind, path, device, dtype, options)
+        vae = load_from_diffusers(kind, path, device, dtype, options)
+        if kind == MOCHI:
+            # It takes sines of the pixels times 402 and 804, of which nothing is right once they are bfloat16.
+            vae.encoder.fourier_features.register_forward_hook(lambda module, given, out: out.to(dtype))
+        return vae
 
     frozen = FrozenModel(load, cfg.path, key="vae.path", kind=f"diffusers {kind}", weights=WEIGHTS)
     return VideoVAE(frozen, kind, dtype, cfg.tile_size)

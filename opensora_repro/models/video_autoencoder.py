@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -151,6 +152,8 @@ def sample_posterior(moments: Tensor, draw: Draw | None) -> Tensor:
 
 class SpatialVAE(nn.Module):
     """A diffusers AutoencoderKL over the frames of clips, so many at a time: whatever the number, frames are alone."""
+
+    module: Any
 
     def __init__(self, vae: nn.Module, micro_batch_size: int | None) -> None:
         super().__init__()

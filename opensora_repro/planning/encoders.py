@@ -1,6 +1,6 @@
-"""The frozen models' sizes and work, from their config.json: an image autoencoder and a T5 text encoder.
+"""The frozen models' sizes and work, from their config.json: an autoencoder and a T5 text encoder.
 
-For hub names these are the published models that the recipes use.
+For hub names these are the published models that the recipes use. Autoencoders of videos are in video_encoders.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from itertools import pairwise
 from typing import Any
 
 from opensora_repro.config import Config, TextConfig
-from opensora_repro.planning.sizes import read_model_config
+from opensora_repro.frozen.geometry import IMAGE_KIND
+from opensora_repro.planning.sizes import autoencoder_geometry, autoencoder_kind, read_model_config
 
 PUBLISHED_VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4}
 PUBLISHED_T5 = {
@@ -31,40 +32,78 @@ T5_SIZES = {  # of T5 1.1, whose hub names end in them
 MAPS_ENCODING, MAPS_DECODING = 5, 6
 
 
+TILE_OVERLAP = 4  # as frozen/tiles.py has it, which needs torch
+
+
 @dataclass(frozen=True)
-class FrozenSizes:
-    """Both frozen models of a config. FLOPs are of one forward pass."""
+class AutoencoderSizes:
+    """FLOPs are of one forward pass."""
 
     vae_parameters: int
-    text_parameters: int
-    text_part: int  # parameters of the largest part of T5 that is gathered at once where it is spread
     encode_flops: float  # a sample's frames
     decode_flops: float
-    text_flops: float  # a caption
     encoding_values: int  # alive at once while a GPU encodes a micro-batch, `vae.micro_batch_size` frames at a time
     encoding_values_alone: int  # the same of one clip after the other, as a CPU encodes
     decoding_values: int  # a clip's frames, so many at a time
 
 
+@dataclass(frozen=True)
+class FrozenSizes(AutoencoderSizes):
+    """Both frozen models of a config."""
+
+    text_parameters: int
+    text_part: int  # parameters of the largest part of T5 that is gathered at once where it is spread
+    text_flops: float  # a caption
+
+
 def frozen_sizes(cfg: Config) -> FrozenSizes:
-    vae = {**PUBLISHED_VAE, **read_model_config(cfg.vae.path)}
     size = T5_SIZES.get(cfg.text.path.rpartition("-")[2], T5_SIZES["xxl"])
     text = {**PUBLISHED_T5, **size, **read_model_config(cfg.text.path)}
-    height, width, frames = cfg.data.height, cfg.data.width, cfg.data.num_frames
-    values = height * width * vae["block_out_channels"][0]  # of the largest feature map of a frame
-    alone, together = (min(cfg.vae.micro_batch_size, count) for count in (frames, frames * cfg.train.batch_size))
-    encoder, decoder = list(_encoder(vae)), list(_decoder(vae))
     return FrozenSizes(
-        vae_parameters=sum(layer.parameters for layer in encoder + decoder),
+        **vars(autoencoder_sizes(cfg)),
         text_parameters=t5_parameters(text),
         text_part=max(text["vocab_size"] * text["d_model"], _t5_layer(text) + 2 * text["d_model"]),
-        encode_flops=2.0 * frames * sum(layer.products(height, width) for layer in encoder),
-        decode_flops=2.0 * frames * sum(layer.products(height, width) for layer in decoder),
         text_flops=2.0 * t5_products(text, cfg.model.model_max_length),
+    )
+
+
+def autoencoder_sizes(cfg: Config) -> AutoencoderSizes:
+    if autoencoder_kind(cfg.vae.path) != IMAGE_KIND:
+        from opensora_repro.planning.video_encoders import video_autoencoder_sizes
+
+        return video_autoencoder_sizes(cfg)
+    return image_autoencoder_sizes({**PUBLISHED_VAE, **read_model_config(cfg.vae.path)}, cfg)
+
+
+def image_autoencoder_sizes(vae: dict[str, Any], cfg: Config) -> AutoencoderSizes:
+    """Of an AutoencoderKL with such a config.json."""
+    frames = cfg.data.num_frames
+    (rows, row_tiles), (columns, column_tiles) = tiles(cfg)
+    values = rows * columns * vae["block_out_channels"][0]  # of the largest feature map of a frame, or its tile
+    alone, together = (min(cfg.vae.micro_batch_size, count) for count in (frames, frames * cfg.train.batch_size))
+    encoder, decoder = list(_encoder(vae)), list(_decoder(vae))
+    passes = 2.0 * frames * row_tiles * column_tiles
+    return AutoencoderSizes(
+        vae_parameters=sum(layer.parameters for layer in encoder + decoder),
+        encode_flops=passes * sum(layer.products(rows, columns) for layer in encoder),
+        decode_flops=passes * sum(layer.products(rows, columns) for layer in decoder),
         encoding_values=MAPS_ENCODING * together * values,
         encoding_values_alone=MAPS_ENCODING * alone * values,
         decoding_values=MAPS_DECODING * alone * values,
     )
+
+
+def tiles(cfg: Config) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of rows and columns each: a tile's pixels, and how many tiles; as frozen/tiles.py cuts, but for rounding."""
+    geometry = autoencoder_geometry(cfg.vae.path)
+    tile = geometry.tile(cfg.vae.tile_size) * geometry.spatial_stride
+
+    def along(side: int) -> tuple[int, int]:
+        if not tile or side <= tile:
+            return side, 1
+        return tile, 1 + -(-(side - tile) // (tile - tile // TILE_OVERLAP))
+
+    return along(cfg.data.height), along(cfg.data.width)
 
 
 def text_values(cfg: TextConfig, sizes: FrozenSizes, processes: int) -> float:

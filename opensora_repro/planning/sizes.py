@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from opensora_repro.config import Config, ConfigError
@@ -16,6 +17,7 @@ from opensora_repro.frozen.geometry import (
     geometry_of,
     kind_in,
 )
+from opensora_repro.frozen.hub import HUB_NAME, in_cache
 from opensora_repro.models.config import ModelConfig
 
 # Of the Stable Diffusion autoencoders
@@ -60,21 +62,32 @@ def token_grid(model: ModelConfig, shape: tuple[int, ...]) -> Grid:
     return Grid(frames, rows * columns)
 
 
-def autoencoder_geometry(path: str) -> Geometry:
-    """Of a local folder's config.json; of the published autoencoders for a hub name, or what cannot be read."""
+def autoencoder_kind(path: str) -> str:
+    """The class of an autoencoder; an image autoencoder's for what cannot be read."""
     if path == OPEN_SORA_VAE:
-        return geometry_of({}, OPEN_SORA_KIND)
-    config = read_model_config(path)
+        return OPEN_SORA_KIND
+    return kind_in(_config_file(path).parent, read_model_config(path))
+
+
+def autoencoder_geometry(path: str) -> Geometry:
+    """By its config.json; that of the published image autoencoders for what cannot be read."""
     try:
-        return geometry_of(config, kind_in(here_or_shipped(path), config))
+        return geometry_of(read_model_config(path), autoencoder_kind(path))
     except (KeyError, TypeError, ValueError):
         return PUBLISHED
 
 
 def read_model_config(path: str) -> dict[str, Any]:
-    """A local folder's config.json; nothing for a hub name or a file that cannot be read."""
+    """Config.json of a local folder, or of a hub name that this machine has; nothing for what cannot be read."""
     try:
-        content = json.loads((here_or_shipped(path) / "config.json").read_text(encoding="utf-8"))
+        content = json.loads(_config_file(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _config_file(path: str) -> Path:
+    """Where it lies, if it does."""
+    folder = here_or_shipped(path)
+    cached = in_cache(path) if not folder.exists() and HUB_NAME.fullmatch(path) else None
+    return (cached or folder) / "config.json"

@@ -32,7 +32,14 @@ CUT_SHOWN = 10  # prompts whose unread words are told
 
 
 def with_options(
-    cfg: Config, *, sampler: str | None, vae: str | None, text: str | None, shard_text: bool | None, **sizes: Any
+    cfg: Config,
+    *,
+    sampler: str | None,
+    vae: str | None,
+    text: str | None,
+    shard_text: bool | None,
+    vae_tile: int | None = None,
+    **sizes: Any,
 ) -> Config:
     """The config with the options that were given; None: as it is. Raises ConfigError.
 
@@ -56,7 +63,7 @@ def with_options(
             sampler=sampler,
             **{key: sizes[key] for key in ("steps", "guidance", "fps")},
         ),
-        vae=given(cfg.vae, path=vae),
+        vae=given(cfg.vae, path=vae, tile_size=vae_tile),
         text=given(cfg.text, path=text, shard=shard_text, offload=False if shard_text else None),
         train=given(cfg.train, dtype=sizes["dtype"]),
     )
@@ -107,6 +114,7 @@ class SamplingRun:
             "steps": cfg.sample.steps,
             "guidance": cfg.sample.guidance,
             "vae": cfg.vae.path,
+            **({"vae_tile": cfg.vae.tile_size} if cfg.vae.tile_size else {}),
             "text": "class numbers" if model.conditioning == "class" else cfg.text.path,
             "dtype": cfg.train.dtype,
             "model": asdict(model),

@@ -130,7 +130,7 @@ def check_memory(
         raise ConfigError(
             f"{batch_size} samples at once of {data.num_frames} frames of {data.height}x{data.width} need about "
             f"{size(peak)} ({parts}), {room.place} has {size(room.limit)}: "
-            "lower --batch-size, --num-frames, --height or --width"
+            "lower --batch-size, --num-frames, --height or --width, or decode in tiles (--vae-tile 256)"
         )
     warning = "" if peak <= room.free else f", and only {size(room.free)} are {room.state} now"
     return f"about {size(peak)} of {room.place}'s {size(room.limit)}{warning} ({parts})"

@@ -82,7 +82,7 @@ def preflight(
             if min(bucket.height, bucket.width) < stride:
                 raise ConfigError(f"data.buckets: {bucket}: a side is below {stride}, the autoencoder's stride")
             encoder.vae.check_frames(bucket.num_frames, f"data.buckets: {bucket}")
-            check_row(cfg, bucket, encoder.vae)
+            check_tokens(cfg, bucket, encoder.vae)
         if start.resumes or not dry:
             start.state.identity |= frozen_identity(cfg, start, encoder)
     except ModelNotFound as error:
@@ -113,12 +113,20 @@ def preflight(
         yield from survey_captions(encoder.text, looked, len(frame), cfg.sample.prompts)
 
 
-def check_row(cfg: Config, bucket: Bucket, vae: Autoencoder) -> None:
-    """Raise ConfigError where a row of `data.packing_tokens` has no room for a bucket's clips."""
-    tokens, room = token_grid(cfg.model, vae.latent_shape(*bucket.shape)).tokens, cfg.data.packing_tokens
-    if 0 < room < tokens:
+def check_tokens(cfg: Config, bucket: Bucket, vae: Autoencoder) -> None:
+    """Raise ConfigError where a row of `data.packing_tokens` has no room for a bucket's clips.
+
+    Or where they have fewer frames of latents than processes share a sample.
+    """
+    grid, room, sharers = token_grid(cfg.model, vae.latent_shape(*bucket.shape)), cfg.data.packing_tokens, cfg.parallel
+    if 0 < room < grid.tokens:
         raise ConfigError(
-            f"data.packing_tokens = {room}: expected at least {tokens}, the tokens of a clip of data.buckets ({bucket})"
+            f"data.packing_tokens = {room}: expected at least {grid.tokens}, the tokens of a clip of data.buckets "
+            f"({bucket})"
+        )
+    if grid.frames < sharers.sp_size:
+        raise ConfigError(
+            f"parallel.sp_size = {sharers.sp_size}: there are only {grid.frames} latent frames to share of {bucket}"
         )
 
 
