@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_repro.files import replacing
-from opensora_repro.frozen.text import clean_caption
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, T5EncoderModel
@@ -39,6 +38,8 @@ class Words:
 
 def count_words(captions: Iterable[str], most: int) -> Words:
     """Read captions as the text encoder does; keep the `most` frequent words, of equally frequent ones by alphabet."""
+    from opensora_repro.frozen.text import clean_caption
+
     counts: Counter[str] = Counter()
     longest = 0
     for caption in captions:

@@ -22,7 +22,14 @@ from typing import Any
 
 import pytest
 
-from opensora_repro.config import AutoencoderConfig, BucketConfig, Config, config_dict, load_config
+from opensora_repro.config import (
+    AutoencoderConfig,
+    BucketConfig,
+    Config,
+    config_dict,
+    load_autoencoder_config,
+    load_config,
+)
 from opensora_repro.models.config import ARCHITECTURES
 
 REPO = Path(__file__).resolve().parents[2]
@@ -207,7 +214,8 @@ def test_commands_are_understood(page: Path, monkeypatch: pytest.MonkeyPatch) ->
             continue
         options = read_options(module, words, monkeypatch).options
         if module.startswith("stages.") and getattr(options, "config", "").startswith("configs/"):
-            load_config(options.config, options.overrides)
+            load = load_autoencoder_config if module == "stages.stage0_autoencoder" else load_config
+            load(options.config, options.overrides)
 
 
 def options_of(parser: argparse.ArgumentParser) -> set[str]:

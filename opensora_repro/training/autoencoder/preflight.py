@@ -14,6 +14,7 @@ from opensora_repro.data.preflight import require_usable, survey, table, warning
 from opensora_repro.frozen.pretrained import find_folder
 from opensora_repro.frozen.vae import KIND
 from opensora_repro.parallel.mesh import launched_as
+from opensora_repro.planning.sizes import autoencoder_geometry
 from opensora_repro.run_folder import CONFIG_FILE, check_folder, list_checkpoints
 from opensora_repro.training.autoencoder.model import init_folder
 from opensora_repro.training.autoencoder.perceptual import lpips_files
@@ -78,7 +79,9 @@ def preflight(cfg: AutoencoderConfig, manifest: Any | None, start: Start, *, dry
 
 
 def _check_sides(cfg: AutoencoderConfig) -> None:
-    stride = cfg.spatial_stride if cfg.model.kind == "image" else 1
+    stride = cfg.spatial_stride
+    if cfg.model.kind == "video":
+        stride = autoencoder_geometry(cfg.model.image).spatial_stride
     for bucket in kept_buckets(cfg.shared):
         if bucket.height % stride or bucket.width % stride:
             raise ConfigError(f"data.buckets: {bucket}: a side is no multiple of {stride}, the autoencoder's stride")
