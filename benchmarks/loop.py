@@ -93,10 +93,10 @@ def build_loop(
     from opensora_repro.parallel.engine import TorchEngine
     from opensora_repro.process import StopSignals
     from opensora_repro.training.checkpoint import TrainState
-    from opensora_repro.training.ema import Ema
     from opensora_repro.training.metrics import Quarantine, RunLog
     from opensora_repro.training.optim import build_optimizer
     from opensora_repro.training.save import CheckpointWriter
+    from opensora_repro.training.step import Ema
     from opensora_repro.weights.families import family_of
 
     run_dir = Path(cfg.run.dir)

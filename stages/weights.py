@@ -121,7 +121,7 @@ def open_source(args: argparse.Namespace) -> tuple[WeightsFile, Published]:
 
 def run_inspect(args: argparse.Namespace) -> int:
     from opensora_repro.weights.families import architectures_from
-    from opensora_repro.weights.layouts import dtype_name, num_elements, to_ours
+    from opensora_repro.weights.load import dtype_name, num_elements, to_ours
 
     file, found = open_source(args)
     weights, tables = to_ours(found.layout, file.tensors, str(file.path))
@@ -160,8 +160,7 @@ def _options(args: argparse.Namespace, found: Published) -> str:
 def run_verify(args: argparse.Namespace) -> int:
     from opensora_repro.weights.catalog import load_catalog
     from opensora_repro.weights.files import recorded_sha256, release
-    from opensora_repro.weights.layouts import to_ours
-    from opensora_repro.weights.load import all_finite, check_complete
+    from opensora_repro.weights.load import all_finite, check_complete, to_ours
 
     file, found = open_source(args)
     check_complete(file, found.model)
@@ -197,8 +196,7 @@ def run_verify(args: argparse.Namespace) -> int:
 def run_convert(args: argparse.Namespace) -> int:
     from opensora_repro.models.stdit import PIXELS_A_LATENT
     from opensora_repro.weights.export import Grid, export
-    from opensora_repro.weights.layouts import to_ours
-    from opensora_repro.weights.load import check_complete
+    from opensora_repro.weights.load import check_complete, to_ours
 
     file, found = open_source(args)
     check_complete(file, found.model)

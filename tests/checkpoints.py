@@ -9,8 +9,8 @@ from torch import nn
 
 from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.training.checkpoint import TrainState
-from opensora_repro.training.ema import Ema
 from opensora_repro.training.save import CheckpointWriter
+from opensora_repro.training.step import Ema
 
 
 def prepared(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> TorchEngine:

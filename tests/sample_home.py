@@ -75,7 +75,8 @@ def sample(source: Path, out: Path, *args: str, prompts: list[str] = PROMPTS) ->
 def generate_samples(source: Path, *, batch_size: int, prompts: list[str] = PROMPTS) -> list[np.ndarray]:
     """What the command would write from the same seed, as it is before any file is coded."""
     from opensora_repro.sampling.generate import generate
-    from opensora_repro.sampling.source import find_source, load_models
+    from opensora_repro.sampling.run import load_models
+    from opensora_repro.sampling.source import find_source
 
     found = find_source(source)
     model, vae, encoder, _ = load_models(found, torch.device("cpu"))

@@ -12,9 +12,9 @@ from opensora_repro.models.config import STDiTConfig
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.parallel.build import build_engine
 from opensora_repro.training.checkpoint import TrainState, optimizer_pieces
-from opensora_repro.training.ema import Ema
 from opensora_repro.training.optim import build_optimizer
 from opensora_repro.training.save import take_snapshot
+from opensora_repro.training.step import Ema
 
 TINY = STDiTConfig(hidden_size=48, depth=2, num_heads=4, caption_channels=12, model_max_length=6)
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from einops import rearrange
+from einops import rearrange, reduce
 from torch import Tensor
 
 from opensora_repro.diffusion.frame_masks import mean_over, per_frame
@@ -140,7 +140,8 @@ class RectifiedFlow:
     ) -> Tensor:
         """`losses` of a model's output at x_t."""
         velocity = self.velocity(output, latents.shape[1])
-        return mean_over((velocity.float() - (noise - latents).float()).square(), frame_mask)
+        errors = (velocity.float() - (noise - latents).float()).square()
+        return reduce(errors, "b c t h w -> b", "mean") if frame_mask is None else mean_over(errors, frame_mask)
 
 
 REFERENCE_AREA = 512 * 512  # pixels of the picture that Open-Sora 1.2 leaves unshifted

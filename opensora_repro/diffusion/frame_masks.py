@@ -97,10 +97,8 @@ def per_frame(values: Tensor) -> Tensor:
     return rearrange(values, "b t -> b 1 t 1 1")
 
 
-def mean_over(values: Tensor, frame_mask: Tensor | None) -> Tensor:
+def mean_over(values: Tensor, frame_mask: Tensor) -> Tensor:
     """The mean of [B, C, T, H, W] over each sample's generated frames, [B]; 0 where every frame is given."""
-    if frame_mask is None:
-        return reduce(values, "b c t h w -> b", "mean")
     of_frames = reduce(values, "b c t h w -> b t", "mean")
     kept = torch.where(frame_mask, of_frames, torch.zeros_like(of_frames))
     return kept.sum(1) / frame_mask.sum(1).clamp(min=1)

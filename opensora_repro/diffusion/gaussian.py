@@ -76,9 +76,13 @@ def discretized_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tens
     return torch.where(x < -0.999, below_upper, inside).clamp(min=_TINY).log()
 
 
+def _mean(values: Tensor, frame_mask: Tensor | None) -> Tensor:
+    return reduce(values, "b c t h w -> b", "mean") if frame_mask is None else mean_over(values, frame_mask)
+
+
 def _mean_bits(nats: Tensor, frame_mask: Tensor | None = None) -> Tensor:
     """[B, C, T, H, W] nats -> [B] bits a dimension."""
-    return mean_over(nats, frame_mask) / math.log(2.0)
+    return _mean(nats, frame_mask) / math.log(2.0)
 
 
 def respaced(alphas_cumprod: np.ndarray, kept: Sequence[int]) -> np.ndarray:
@@ -249,7 +253,7 @@ class GaussianDiffusion:
         mean_part, variance_part = output.chunk(2, dim=1)
         # The bound trains the variance alone; MSE looks after the mean.
         both = torch.cat([mean_part.detach(), variance_part], dim=1)
-        mse = mean_over((noise - mean_part).square(), frame_mask)
+        mse = _mean((noise - mean_part).square(), frame_mask)
         if self.timestep_sampling == "speed":
             mse = mse * self._lookup("speed_weights", t)
         return {"mse": mse, "vb": self.bound_bits(both, x_0, x_t, t, frame_mask=frame_mask)}

@@ -7,7 +7,7 @@ parallelism talks most, so its ranks are the closest.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from opensora_repro.errors import EngineError
 
@@ -45,31 +45,22 @@ class Mesh:
     tp_size: int = 1
     sp_size: int = 1
 
+    model_size: int = field(init=False)  # processes that work on the same samples
+    data_size: int = field(init=False)  # shares that a step's samples are divided into
+    data_rank: int = field(init=False)
+    member: int = field(init=False)  # this process's number among those that work on the same samples
+
     def __post_init__(self) -> None:
-        if self.world_size % self.model_size:
+        model_size = self.tp_size * self.sp_size
+        if self.world_size % model_size:
             raise EngineError(
                 f"{self.world_size} processes are not divisible by parallel.tp_size={self.tp_size} x "
-                f"parallel.sp_size={self.sp_size} = {self.model_size}: start a multiple of {self.model_size}"
+                f"parallel.sp_size={self.sp_size} = {model_size}: start a multiple of {model_size}"
             )
-
-    @property
-    def model_size(self) -> int:
-        """Processes that work on the same samples."""
-        return self.tp_size * self.sp_size
-
-    @property
-    def data_size(self) -> int:
-        """Shares that a step's samples are divided into."""
-        return self.world_size // self.model_size
-
-    @property
-    def data_rank(self) -> int:
-        return self.rank // self.model_size
-
-    @property
-    def member(self) -> int:
-        """This process's number among those that work on the same samples."""
-        return self.rank % self.model_size
+        data_rank, member = divmod(self.rank, model_size)
+        derived = {"model_size": model_size, "data_size": self.world_size // model_size}
+        for name, value in (derived | {"data_rank": data_rank, "member": member}).items():
+            object.__setattr__(self, name, value)  # as a frozen dataclass does itself
 
     def model_groups(self) -> list[list[int]]:
         """Ranks that work on the same samples."""

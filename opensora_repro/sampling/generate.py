@@ -20,7 +20,7 @@ from opensora_repro.data.sampler import keyed_generator
 from opensora_repro.diffusion.samplers import CallContext, LatentSampler, PrepareText
 from opensora_repro.errors import TrainingError
 from opensora_repro.frozen.text import ClassLabels, ConditionEncoder, EncodedPrompts
-from opensora_repro.models.conditions import conditions_of
+from opensora_repro.models.captioned import conditions_of
 from opensora_repro.models.config import ModelConfig
 from opensora_repro.models.layers import is_plain
 from opensora_repro.parallel.sequence import FrameParallel
@@ -119,7 +119,6 @@ def generate(
     )
     size = (data.num_frames, data.height, data.width)
     for done, indices in enumerate(batches):
-        fps = torch.full((len(indices),), sample_fps(cfg) if data.num_frames > 1 else 0.0, device=device)
         condition, mask = encoder.encode([prompts[i] for i in indices])
         with evaluating(model):
             latents = replace(sampler, progress=_counted(progress, done, len(batches)))(
@@ -130,12 +129,20 @@ def generate(
                 shape=shape,
                 generators=[keyed_generator(seed, 0, str(i), "sample") for i in indices],
                 size=size,
-                conditions=conditions_of(model.cfg, size, fps, frame_interval=interval_of(data)),
+                conditions=_told(model, cfg, len(indices)) if model.cfg.conditions else {},
             )
         for i, latent in zip(indices, latents, strict=True):
             if not latent.isfinite().all():
                 raise NotFinite(f"sample {i}: the model's latents are not finite{_advice(cfg)}")
             yield i, decode(vae, latent, num_frames=data.num_frames)
+
+
+def _told(model: Network, cfg: Config, num_samples: int) -> dict[str, Tensor]:
+    """What else the model is told of each sample."""
+    data, device = cfg.data, next(model.parameters()).device
+    fps = torch.full((num_samples,), sample_fps(cfg) if data.num_frames > 1 else 0.0, device=device)
+    size = (data.num_frames, data.height, data.width)
+    return conditions_of(model.cfg, size, fps, frame_interval=interval_of(data))
 
 
 def captures(model: nn.Module, forward: Callable[..., Tensor] | None, device_type: str, steps: int) -> bool:

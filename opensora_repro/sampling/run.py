@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,7 +16,10 @@ from opensora_repro.config.sections import sample_fps
 from opensora_repro.data.write import write_sample
 from opensora_repro.diffusion.gaussian import NUM_TRAIN_STEPS
 from opensora_repro.diffusion.samplers import FLOW_SAMPLERS
-from opensora_repro.frozen.text import ClassLabels, ConditionEncoder, T5Text
+from opensora_repro.frozen.autoencoder import Autoencoder
+from opensora_repro.frozen.pretrained import frozen_dtype
+from opensora_repro.frozen.text import ClassLabels, ConditionEncoder, T5Text, open_conditions, take_null_caption
+from opensora_repro.frozen.vae import open_vae
 from opensora_repro.kernels.ops import choose
 from opensora_repro.parallel.build import build_shards, check_shards
 from opensora_repro.parallel.device import choose_device, default_kind
@@ -24,11 +27,14 @@ from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.parallel.mesh import Mesh, launched_as
 from opensora_repro.process import keep_freed_memory, limit_threads
 from opensora_repro.sampling.conditions import with_scores
-from opensora_repro.sampling.generate import ProgressBar, generate
+from opensora_repro.sampling.generate import ProgressBar, check_fit, generate
 from opensora_repro.sampling.sample_folder import SampleFolder
-from opensora_repro.sampling.source import Source, check_memory, load_models, open_frozen, weights_sha256
-from opensora_repro.weights.families import empty_model
-from opensora_repro.weights.load import check_complete
+from opensora_repro.sampling.source import Source, check_memory, weights_sha256
+from opensora_repro.weights.families import Network, empty_model
+from opensora_repro.weights.load import LoadReport, check_complete, load_model_weights
+
+if TYPE_CHECKING:
+    from opensora_repro.parallel.shards import Shards
 
 CUT_SHOWN = 10  # prompts whose unread words are told
 
@@ -284,3 +290,37 @@ def pick_device(name: str | None, world_size: int, local_rank: int) -> torch.dev
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {name}: cannot be used ({str(error).splitlines()[0]})") from None
     return device
+
+
+def open_frozen(
+    source: Source, device: torch.device, shards: Shards | None = None
+) -> tuple[Autoencoder, ConditionEncoder]:
+    """The autoencoder, and what makes a condition of prompts: T5, CLIP, or class numbers; their weights are not read.
+
+    Raises ModelNotFound, and ConfigError where they or the samples' size do not fit the model.
+    """
+    cfg = source.config
+    dtype = frozen_dtype(cfg, device)
+    vae = open_vae(cfg.vae, device, dtype)
+    conditions = open_conditions(cfg.text, source.model, device, dtype, shards)
+    check_fit(cfg, vae, conditions, source.model)
+    return vae, conditions
+
+
+def load_models(
+    source: Source, device: torch.device, shards: Shards | None = None
+) -> tuple[Network, Autoencoder, ConditionEncoder, LoadReport]:
+    """The model in float32, and what `open_frozen` gives, all weights read.
+
+    `shards`: the processes over which T5 is spread; collective then. Raises WeightsError, ModelNotFound, ConfigError.
+    """
+    vae, conditions = open_frozen(source, device, shards)
+    model = empty_model(source.model)
+    report = load_model_weights(model, source.weights)
+    model = model.eval().to(device)
+    vae.frozen.get()
+    if not isinstance(conditions, ClassLabels):
+        conditions.frozen.get()
+    if isinstance(conditions, T5Text) and report.lacks_null_caption:
+        take_null_caption(model, conditions)
+    return model, vae, conditions, report

@@ -1,4 +1,4 @@
-"""What can be sampled: a run, a checkpoint, or published weights in any layout; and the models that it takes."""
+"""What can be sampled: a run, a checkpoint, or published weights in any layout; and the memory that it takes."""
 
 from __future__ import annotations
 
@@ -12,28 +12,21 @@ import torch
 from opensora_repro.config import Config, ConfigError, load_recorded
 from opensora_repro.data.buckets import as_sampled
 from opensora_repro.frozen.autoencoder import Autoencoder
-from opensora_repro.frozen.pretrained import frozen_dtype
 from opensora_repro.frozen.text import (
-    ClassLabels,
     ConditionEncoder,
     T5Text,
-    open_conditions,
-    take_null_caption,
 )
-from opensora_repro.frozen.vae import open_vae
 from opensora_repro.models.config import ModelConfig
 from opensora_repro.planning.fit import room_on
 from opensora_repro.planning.report import size
 from opensora_repro.planning.sampling import sampling_memory
 from opensora_repro.run_folder import CONFIG_FILE, STATE_FILE, list_checkpoints, list_steps
-from opensora_repro.sampling.generate import check_fit
-from opensora_repro.weights.families import Network, empty_model
+from opensora_repro.weights.families import empty_model
 from opensora_repro.weights.files import WeightsFile, open_weights, recorded_sha256
-from opensora_repro.weights.load import LoadReport, load_model_weights
 from opensora_repro.weights.published import describe
 
 if TYPE_CHECKING:
-    from opensora_repro.parallel.shards import Shards
+    pass
 
 
 @dataclass(frozen=True)
@@ -85,21 +78,6 @@ def weights_sha256(source: Source) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def open_frozen(
-    source: Source, device: torch.device, shards: Shards | None = None
-) -> tuple[Autoencoder, ConditionEncoder]:
-    """The autoencoder, and what makes a condition of prompts: T5, CLIP, or class numbers; their weights are not read.
-
-    Raises ModelNotFound, and ConfigError where they or the samples' size do not fit the model.
-    """
-    cfg = source.config
-    dtype = frozen_dtype(cfg, device)
-    vae = open_vae(cfg.vae, device, dtype)
-    conditions = open_conditions(cfg.text, source.model, device, dtype, shards)
-    check_fit(cfg, vae, conditions, source.model)
-    return vae, conditions
-
-
 def check_memory(
     source: Source,
     vae: Autoencoder,
@@ -140,22 +118,3 @@ def check_memory(
         )
     warning = "" if peak <= room.free else f", and only {size(room.free)} are {room.state} now"
     return f"about {size(peak)} of {room.place}'s {size(room.limit)}{warning} ({parts})"
-
-
-def load_models(
-    source: Source, device: torch.device, shards: Shards | None = None
-) -> tuple[Network, Autoencoder, ConditionEncoder, LoadReport]:
-    """The model in float32, and what `open_frozen` gives, all weights read.
-
-    `shards`: the processes over which T5 is spread; collective then. Raises WeightsError, ModelNotFound, ConfigError.
-    """
-    vae, conditions = open_frozen(source, device, shards)
-    model = empty_model(source.model)
-    report = load_model_weights(model, source.weights)
-    model = model.eval().to(device)
-    vae.frozen.get()
-    if not isinstance(conditions, ClassLabels):
-        conditions.frozen.get()
-    if isinstance(conditions, T5Text) and report.lacks_null_caption:
-        take_null_caption(model, conditions)
-    return model, vae, conditions, report

@@ -28,7 +28,7 @@ from opensora_repro.errors import TrainingError
 from opensora_repro.frozen.autoencoder import Autoencoder
 from opensora_repro.frozen.encoder import Encoded, Encoder
 from opensora_repro.kernels.ops import to_device
-from opensora_repro.models.conditions import conditions_of
+from opensora_repro.models.captioned import conditions_of
 from opensora_repro.models.layers import count_frames, count_tokens
 from opensora_repro.parallel.device import SideStream
 from opensora_repro.parallel.engine import Collectives
@@ -155,7 +155,8 @@ class BatchBuilder:
         self.seed, self.smallest, self.packing_tokens = cfg.run.seed, buckets_of(cfg)[-1], cfg.data.packing_tokens
         self.patch_size, self.drop_probability = cfg.model.patch_size, cfg.model.class_dropout_prob
         self.text_shape = (cfg.model.model_max_length, cfg.model.caption_channels)
-        self.frame_masks = FrameMasks(cfg.frame_masks, cfg.model.patch_size[0])
+        masks = FrameMasks(cfg.frame_masks, cfg.model.patch_size[0])
+        self.frame_masks = masks if masks else None
         self.model_cfg, self.frame_interval = cfg.model, interval_of(cfg.data)
         self.sizes = {self._latent_size(bucket.shape): bucket.shape for bucket in reversed(buckets_of(cfg))}
 
@@ -188,7 +189,9 @@ class BatchBuilder:
         frames = count_frames(latents.shape[1:], self.patch_size)
         size = size or self._size_of(latents.shape[2:])
         timesteps = self.objective.draw_timesteps(generators("timestep"), num_tokens, frames, size=size)
-        frame_mask = self.frame_masks.draw(latents.shape[2], generators("frame mask")) if self.frame_masks else None
+        frame_mask = None
+        if self.frame_masks is not None:
+            frame_mask = self.frame_masks.draw(latents.shape[2], generators("frame mask"))
         fps = self._to_device(torch.stack([sample.fps for _, sample in samples]))
         chances = torch.cat([torch.rand(1, generator=g) for g in generators("text dropout")])
         return Batch(

@@ -28,7 +28,7 @@ from opensora_repro.errors import TrainingError, UserError
 from opensora_repro.files import sha256_of
 from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.run_folder import EMA_FILE, MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, list_checkpoints
-from opensora_repro.training.ema import Ema
+from opensora_repro.training.step import Ema
 
 SCHEMA_VERSION = 1
 

@@ -18,11 +18,11 @@ from opensora_repro.planning.parameters import count_parameters
 from opensora_repro.planning.report import encoding_and_recomputation, fits_into, memory_parts, operations, size
 from opensora_repro.planning.sizes import latent_shape, token_grid
 from opensora_repro.run_folder import list_checkpoints
-from opensora_repro.training.ema import horizon_warning
 from opensora_repro.training.identity import check_manifest
 from opensora_repro.training.optim import check_processes
 from opensora_repro.training.preflight import find_manifest, preflight
 from opensora_repro.training.start import Stage, Start, find_start
+from opensora_repro.training.step import horizon_warning
 from opensora_repro.weights.files import find_weights, weights_to_come
 
 

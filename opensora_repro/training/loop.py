@@ -27,10 +27,10 @@ from opensora_repro.sampling.generate import NotFinite
 from opensora_repro.sampling.grids import sample_prompts, write_samples
 from opensora_repro.training.batches import Batch, BatchBuilder, Collator, Feed, Fetched, PackedBatch, Prefetcher
 from opensora_repro.training.checkpoint import TrainState, UnwritableCheckpoint
-from opensora_repro.training.ema import Ema
 from opensora_repro.training.metrics import Progress, Quarantine, RunLog
 from opensora_repro.training.save import CheckpointWriter
 from opensora_repro.training.step import (
+    Ema,
     ModelRunner,
     PendingStep,
     StepResult,

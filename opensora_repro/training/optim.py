@@ -11,7 +11,7 @@ from opensora_repro.config import Config, ConfigError, OptimConfig
 from opensora_repro.kernels.adamw import FusedAdamW
 from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.parallel.offload import HostAdamW
-from opensora_repro.training.ema import Ema
+from opensora_repro.training.step import Ema
 
 
 def prepare_engine(engine: TorchEngine, model: nn.Module, cfg: Config, kernels: str) -> Ema:

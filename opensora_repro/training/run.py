@@ -30,7 +30,6 @@ from opensora_repro.run_folder import WEIGHTS_FILE, claimed_run_folder, clean_le
 from opensora_repro.sampling.generate import check_fit
 from opensora_repro.training.batches import CacheFeed, ClipFeed, Feed
 from opensora_repro.training.checkpoint import load_checkpoint, read_state
-from opensora_repro.training.ema import horizon_warning
 from opensora_repro.training.fill import CacheFill, cache_fingerprint, fill_cache
 from opensora_repro.training.identity import check_manifest, ids_fingerprint
 from opensora_repro.training.loop import Trainer
@@ -40,6 +39,7 @@ from opensora_repro.training.optim import check_processes, prepare_engine
 from opensora_repro.training.preflight import preflight
 from opensora_repro.training.save import CheckpointWriter
 from opensora_repro.training.start import Stage, Start, find_start
+from opensora_repro.training.step import horizon_warning
 from opensora_repro.training.validate import Validator, chosen_samples
 
 Say = Callable[[str], None]

@@ -37,7 +37,7 @@ from opensora_repro.run_folder import (
     prune,
 )
 from opensora_repro.training.checkpoint import SCHEMA_VERSION, TrainState, UnwritableCheckpoint, optimizer_pieces
-from opensora_repro.training.ema import Ema
+from opensora_repro.training.step import Ema
 
 
 @dataclass

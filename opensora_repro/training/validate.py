@@ -18,7 +18,7 @@ from opensora_repro.data.sampler import keyed_generator, keyed_seed
 from opensora_repro.diffusion.gaussian import Objective
 from opensora_repro.errors import DataError, TrainingError
 from opensora_repro.frozen.encoder import Encoded, Encoder
-from opensora_repro.models.conditions import conditions_of
+from opensora_repro.models.captioned import conditions_of
 from opensora_repro.models.layers import count_tokens
 from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.training.fill import load_listed

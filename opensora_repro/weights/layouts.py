@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from opensora_repro.weights.files import NULL_CAPTION, ROTARY, TABLES, WeightsError
+from opensora_repro.weights.files import NULL_CAPTION, ROTARY
 
 KERNEL = "x_embedder.proj.weight"
 SIZE_KEY = "csize_embedder.mlp.0.weight"  # of models that are told the picture's size
@@ -33,28 +31,6 @@ class Layout:
     kernel_axes: int | None = None  # of x_embedder.proj.weight; None: any
     lacks: tuple[str, ...] = ()  # patterns of our keys for which it has no place
     to_ours: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
-
-
-def to_ours(layout: Layout, tensors: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(weights under our keys, position tables that are not used). Raises WeightsError."""
-    weights = dict(tensors)
-    try:
-        if layout.to_ours is not None:
-            beside = {key: weights.pop(key) for key in (NULL_CAPTION,) if key in weights}
-            weights = layout.to_ours(weights) | beside
-    except (KeyError, ValueError, RuntimeError) as error:
-        reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise WeightsError(f"{where}: not whole {layout.title} weights: {reason}") from None
-    kernel = weights.get(KERNEL)
-    if kernel is not None and kernel.ndim == 4:  # an image model's patches have no frame axis
-        weights[KERNEL] = kernel.unsqueeze(2)
-    tables = {key: weights.pop(key) for key in TABLES if key in weights}
-    return weights, tables
-
-
-def matching(keys: Iterable[str], patterns: Iterable[str]) -> list[str]:
-    whole = [re.compile(pattern) for pattern in patterns]
-    return [key for key in keys if any(pattern.fullmatch(key) for pattern in whole)]
 
 
 # What shapes and position tables tell. Numbers of heads they do not: published models of one width have one number.
@@ -149,45 +125,3 @@ class Trained:
         parts = [] if self.places is None else [grid]
         parts += [f"{self.frames} frames"] if self.frames and self.frames > 1 else []
         return " and ".join(parts)
-
-
-def trained_at(tables: Mapping[str, Tensor]) -> Trained:
-    """Read the sizes and scales off stored position tables ([1, S, D] sines and cosines of index / scale)."""
-    whole = {key: table for key, table in tables.items() if table.ndim == 3}
-    spatial = next((whole[key] for key in ("pos_embed", "pos_embed_spatial") if key in whole), None)
-    temporal = next((whole[key] for key in ("pos_embed_temporal", "temp_embed") if key in whole), None)
-    places = None if spatial is None else spatial.shape[1]
-    side = math.isqrt(places) if places else 0
-    return Trained(
-        rows=side if places and side * side == places else None,
-        places=places,
-        frames=None if temporal is None else temporal.shape[1],
-        space_scale=None if spatial is None else _scale(spatial[0], spatial.shape[2] // 2),
-        time_scale=None if temporal is None else _scale(temporal[0], temporal.shape[2]),
-    )
-
-
-def _scale(table: Tensor, width: int) -> float | None:
-    """The scale of index / scale, read off one axis's [sin | cos], the first `width` channels of the table's row 1."""
-    half = width // 2
-    if len(table) < 2 or half < 1:
-        return None
-    slow = round(half * math.log(64, 10000))  # turns once in some 400 positions: neither wraps nor drowns in rounding
-    angle = math.atan2(float(table[1, slow]), float(table[1, half + slow]))
-    if not math.isfinite(angle):
-        return None
-    position = Fraction(angle * 10000 ** (slow / half)).limit_denominator(64)
-    return float(1 / position) if position > 0 else None
-
-
-def num_elements(weights: Mapping[str, Tensor]) -> int:
-    return sum(value.numel() for value in weights.values())
-
-
-def dtype_name(weights: Mapping[str, Tensor]) -> str:
-    """The dtype that most elements have, and that there are others."""
-    counts: dict[torch.dtype, int] = {}
-    for value in weights.values():
-        counts[value.dtype] = counts.get(value.dtype, 0) + value.numel()
-    most = max(counts, key=lambda dtype: counts[dtype])
-    return str(most).removeprefix("torch.") + (" and others" if len(counts) > 1 else "")

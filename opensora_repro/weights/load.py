@@ -6,10 +6,13 @@ nobody trains from noise by accident.
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,7 @@ from opensora_repro.weights.families import (
 )
 from opensora_repro.weights.files import (
     NULL_CAPTION,
+    TABLES,
     WeightsError,
     WeightsFile,
     check_tensors,
@@ -41,16 +45,7 @@ from opensora_repro.weights.files import (
 )
 from opensora_repro.weights.initial import fill_initial
 from opensora_repro.weights.insertion import inflate
-from opensora_repro.weights.layouts import (
-    KERNEL,
-    Layout,
-    Trained,
-    dtype_name,
-    matching,
-    num_elements,
-    to_ours,
-    trained_at,
-)
+from opensora_repro.weights.layouts import KERNEL, Layout, Trained
 
 SHOWN = 3  # keys named on each side of a mismatch
 
@@ -316,3 +311,67 @@ def _positions(model: Network, trained: Trained) -> str:
     if trained.space_scale is None:
         return f"{here} (model.space_scale)"
     return f"{here} (model.space_scale), in the file index / {trained.space_scale:.4g} at {trained}"
+
+
+def to_ours(layout: Layout, tensors: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(weights under our keys, position tables that are not used). Raises WeightsError."""
+    weights = dict(tensors)
+    try:
+        if layout.to_ours is not None:
+            beside = {key: weights.pop(key) for key in (NULL_CAPTION,) if key in weights}
+            weights = layout.to_ours(weights) | beside
+    except (KeyError, ValueError, RuntimeError) as error:
+        reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise WeightsError(f"{where}: not whole {layout.title} weights: {reason}") from None
+    kernel = weights.get(KERNEL)
+    if kernel is not None and kernel.ndim == 4:  # an image model's patches have no frame axis
+        weights[KERNEL] = kernel.unsqueeze(2)
+    tables = {key: weights.pop(key) for key in TABLES if key in weights}
+    return weights, tables
+
+
+def matching(keys: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    whole = [re.compile(pattern) for pattern in patterns]
+    return [key for key in keys if any(pattern.fullmatch(key) for pattern in whole)]
+
+
+def trained_at(tables: Mapping[str, Tensor]) -> Trained:
+    """Read the sizes and scales off stored position tables ([1, S, D] sines and cosines of index / scale)."""
+    whole = {key: table for key, table in tables.items() if table.ndim == 3}
+    spatial = next((whole[key] for key in ("pos_embed", "pos_embed_spatial") if key in whole), None)
+    temporal = next((whole[key] for key in ("pos_embed_temporal", "temp_embed") if key in whole), None)
+    places = None if spatial is None else spatial.shape[1]
+    side = math.isqrt(places) if places else 0
+    return Trained(
+        rows=side if places and side * side == places else None,
+        places=places,
+        frames=None if temporal is None else temporal.shape[1],
+        space_scale=None if spatial is None else _scale(spatial[0], spatial.shape[2] // 2),
+        time_scale=None if temporal is None else _scale(temporal[0], temporal.shape[2]),
+    )
+
+
+def _scale(table: Tensor, width: int) -> float | None:
+    """The scale of index / scale, read off one axis's [sin | cos], the first `width` channels of the table's row 1."""
+    half = width // 2
+    if len(table) < 2 or half < 1:
+        return None
+    slow = round(half * math.log(64, 10000))  # turns once in some 400 positions: neither wraps nor drowns in rounding
+    angle = math.atan2(float(table[1, slow]), float(table[1, half + slow]))
+    if not math.isfinite(angle):
+        return None
+    position = Fraction(angle * 10000 ** (slow / half)).limit_denominator(64)
+    return float(1 / position) if position > 0 else None
+
+
+def num_elements(weights: Mapping[str, Tensor]) -> int:
+    return sum(value.numel() for value in weights.values())
+
+
+def dtype_name(weights: Mapping[str, Tensor]) -> str:
+    """The dtype that most elements have, and that there are others."""
+    counts: dict[torch.dtype, int] = {}
+    for value in weights.values():
+        counts[value.dtype] = counts.get(value.dtype, 0) + value.numel()
+    most = max(counts, key=lambda dtype: counts[dtype])
+    return str(most).removeprefix("torch.") + (" and others" if len(counts) > 1 else "")

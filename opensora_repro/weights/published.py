@@ -13,7 +13,8 @@ from opensora_repro.models.config import ARCHITECTURES, ModelConfig
 from opensora_repro.models.stdit import PIXELS_A_LATENT
 from opensora_repro.weights.families import Family, families_of, family_of, recognise
 from opensora_repro.weights.files import WeightsError, WeightsFile
-from opensora_repro.weights.layouts import HEADS_BY_WIDTH, Layout, Trained, to_ours, trained_at
+from opensora_repro.weights.layouts import HEADS_BY_WIDTH, Layout, Trained
+from opensora_repro.weights.load import to_ours, trained_at
 
 DEFAULT_SIZE = 256  # where a file has no position table to tell
 CLIP = "openai/clip-vit-base-patch32"  # what Open-Sora's DiT and Latte read text with

@@ -35,9 +35,8 @@ def curve(
     from opensora_repro.config import OptimConfig
     from opensora_repro.models.stdit import STDiT
     from opensora_repro.parallel.engine import TorchEngine
-    from opensora_repro.training.ema import Ema
     from opensora_repro.training.optim import build_optimizer
-    from opensora_repro.training.step import ModelRunner
+    from opensora_repro.training.step import Ema, ModelRunner
 
     torch.manual_seed(0)
     model = STDiT(cfg)

@@ -96,8 +96,8 @@ def same_numbers(device: torch.device) -> dict[str, Any]:
     from opensora_repro.config import OptimConfig
     from opensora_repro.parallel import offload
     from opensora_repro.parallel.engine import TorchEngine
-    from opensora_repro.training.ema import Ema
     from opensora_repro.training.optim import build_optimizer
+    from opensora_repro.training.step import Ema
     from tests.gpu.models import small_inputs, small_model
 
     plain = OptimConfig(lr=1e-3, weight_decay=0.1)

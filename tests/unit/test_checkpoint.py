@@ -19,9 +19,9 @@ from opensora_repro.training.checkpoint import (
     newest_checkpoint,
     verify_checkpoint,
 )
-from opensora_repro.training.ema import Ema
 from opensora_repro.training.optim import build_optimizer
 from opensora_repro.training.save import CheckpointWriter
+from opensora_repro.training.step import Ema
 from tests.checkpoints import prepared
 
 

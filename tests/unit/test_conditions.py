@@ -12,9 +12,10 @@ from torch import nn
 
 from opensora_repro.config import Config, ConfigError, DataConfig, DiffusionConfig, SampleConfig, TextConfig, VaeConfig
 from opensora_repro.diffusion.flow import build_flow
+from opensora_repro.frozen.autoencoder import FrameVAE
 from opensora_repro.frozen.pretrained import ModelNotFound
 from opensora_repro.frozen.text import ClassLabels, ClipText, ConditionEncoder, open_clip_text
-from opensora_repro.frozen.vae import FrameVAE, open_vae
+from opensora_repro.frozen.vae import open_vae
 from opensora_repro.models.config import DiTConfig, STDiTConfig
 from opensora_repro.models.dit import DiT
 from opensora_repro.models.stdit import STDiT

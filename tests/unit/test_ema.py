@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from opensora_repro.training.ema import Ema, horizon_warning
+from opensora_repro.training.step import Ema, horizon_warning
 from tests.checkpoints import prepared
 
 

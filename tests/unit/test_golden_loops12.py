@@ -15,7 +15,7 @@ from opensora_repro.diffusion import samplers
 from opensora_repro.diffusion.flow import OPEN_SORA_1_2
 from opensora_repro.diffusion.frame_masks import GivenFrames
 from opensora_repro.diffusion.samplers import LatentSampler
-from opensora_repro.models.conditions import conditions_of
+from opensora_repro.models.captioned import conditions_of
 from opensora_repro.models.layers import FinalLayer
 from tests.golden import Case, build_video_model, load_case, relative_error
 

@@ -17,9 +17,9 @@ from opensora_repro.config import OptimConfig
 from opensora_repro.kernels import eager, ops
 from opensora_repro.run_folder import checkpoints_folder
 from opensora_repro.training.checkpoint import TrainState, load_checkpoint, verify_checkpoint
-from opensora_repro.training.ema import Ema
 from opensora_repro.training.optim import build_optimizer
 from opensora_repro.training.save import CheckpointWriter
+from opensora_repro.training.step import Ema
 from tests import kernel_world
 from tests.checkpoints import prepared
 

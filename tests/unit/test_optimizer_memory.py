@@ -17,8 +17,8 @@ from opensora_repro.parallel import offload
 from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.parallel.offload import HostAdamW, chunks, on_device
 from opensora_repro.training.checkpoint import optimizer_pieces
-from opensora_repro.training.ema import Ema
 from opensora_repro.training.optim import build_optimizer, check_processes
+from opensora_repro.training.step import Ema
 from tests.training_world import World, make_world, metrics, newest_hashes
 
 TINY = STDiTConfig(hidden_size=32, depth=3, num_heads=4, caption_channels=12, model_max_length=5)

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from opensora_repro.config import Config, DataConfig, TextConfig, VaeConfig
 from opensora_repro.models import layers
-from opensora_repro.models.conditions import conditions_of
+from opensora_repro.models.captioned import conditions_of
 from opensora_repro.models.config import ACTIVATION_CHECKPOINTING, DiTConfig, STDiT2Config, STDiT3Config, STDiTConfig
 from opensora_repro.models.dit import DiT
 from opensora_repro.models.stdit import STDiT

@@ -15,9 +15,11 @@ from opensora_repro.diffusion.gaussian import build_objective
 from opensora_repro.kernels import ops
 from opensora_repro.kernels.ops import SHORT_FRAMES
 from opensora_repro.models import layers
-from opensora_repro.models.conditions import conditions_of
+from opensora_repro.models.captioned import conditions_of
 from opensora_repro.models.config import (
     ACTIVATION_CHECKPOINTING,
+    STDiT2Config,
+    STDiT3Config,
     STDiTConfig,
     TrainedConfig,
 )
@@ -29,9 +31,8 @@ from opensora_repro.planning.encoders import frozen_sizes
 from opensora_repro.planning.memory import activation_bytes, state_bytes, step_memory
 from opensora_repro.planning.parameters import count_parameters, cut_parameters
 from opensora_repro.planning.sizes import token_grid
-from opensora_repro.training.ema import Ema
 from opensora_repro.training.optim import build_optimizer
-from opensora_repro.training.step import ModelRunner
+from opensora_repro.training.step import Ema, ModelRunner
 from opensora_repro.weights.families import family_of
 from tests.live_bytes import LiveBytes
 

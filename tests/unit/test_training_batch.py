@@ -18,9 +18,10 @@ from opensora_repro.config import (
 )
 from opensora_repro.diffusion.flow import OPEN_SORA_1_2
 from opensora_repro.diffusion.gaussian import build_objective
+from opensora_repro.frozen.autoencoder import FrameVAE
 from opensora_repro.frozen.encoder import Encoded
-from opensora_repro.frozen.vae import FrameVAE, open_vae
-from opensora_repro.models.conditions import conditions_of
+from opensora_repro.frozen.vae import open_vae
+from opensora_repro.models.captioned import conditions_of
 from opensora_repro.models.config import STDiT2Config, STDiT3Config, STDiTConfig
 from opensora_repro.training.batches import Batch, BatchBuilder
 from tests.tiny_models import TINY_LATENT_CHANNELS, make_tiny_vae

@@ -26,11 +26,10 @@ from opensora_repro.models.stdit import STDiT
 from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.run_folder import JsonLines, claimed_run_folder
 from opensora_repro.training.checkpoint import TrainState
-from opensora_repro.training.ema import Ema
 from opensora_repro.training.identity import ids_fingerprint
 from opensora_repro.training.metrics import Quarantine
 from opensora_repro.training.start import changed_settings, find_start
-from opensora_repro.training.step import StepResult, StepTotals, decide, learning_rate
+from opensora_repro.training.step import Ema, StepResult, StepTotals, decide, learning_rate
 from opensora_repro.weights.insertion import assert_equals_image_model, image_twin
 from opensora_repro.weights.positions import describe_rescaling
 from tests.checkpoints import prepared, write_checkpoint

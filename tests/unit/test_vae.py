@@ -11,8 +11,9 @@ from einops import rearrange
 from torch import Tensor
 
 from opensora_repro.config import Config, DataConfig, VaeConfig
+from opensora_repro.frozen.autoencoder import SD_LATENT_SCALE, FrameVAE
 from opensora_repro.frozen.pretrained import ModelNotFound
-from opensora_repro.frozen.vae import SD_LATENT_SCALE, FrameVAE, open_vae
+from opensora_repro.frozen.vae import open_vae
 from opensora_repro.planning.encoders import frozen_sizes
 from tests.live_bytes import LiveBytes
 from tests.tiny_models import TINY_LATENT_CHANNELS, TINY_STRIDE, make_tiny_vae

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from opensora_repro.config import AutoencoderConfig, AutoencoderModelConfig, ConfigError, InitConfig
 from opensora_repro.files import replacing
+from opensora_repro.frozen.autoencoder import KIND, SD_LATENT_SCALE, WEIGHTS
 from opensora_repro.frozen.geometry import OPEN_SORA_KIND, open_sora_config
 from opensora_repro.frozen.pretrained import FrozenModel, check_complete
-from opensora_repro.frozen.vae import KIND, SD_LATENT_SCALE, WEIGHTS
 from opensora_repro.frozen.video_vae import OPEN_SORA_WEIGHTS, load_open_sora
 from opensora_repro.models.autoencoder_config import TemporalVAEConfig, VideoAutoencoderConfig
 from opensora_repro.models.video_autoencoder import VideoAutoencoder
