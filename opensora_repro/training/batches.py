@@ -157,7 +157,7 @@ class BatchBuilder:
         self.text_shape = (cfg.model.model_max_length, cfg.model.caption_channels)
         self.frame_masks = FrameMasks(cfg.frame_masks, cfg.model.patch_size[0])
         self.model_cfg, self.frame_interval = cfg.model, interval_of(cfg.data)
-        self.sizes = {self._latent_size(bucket.shape): bucket.shape for bucket in buckets_of(cfg)}
+        self.sizes = {self._latent_size(bucket.shape): bucket.shape for bucket in reversed(buckets_of(cfg))}
 
     def rows(self, samples: Sequence[tuple[int, Encoded]]) -> list[PackedBatch]:
         """A micro-batch of (epoch, sample) pairs of any shapes, packed into rows of at most `data.packing_tokens`."""
@@ -168,8 +168,11 @@ class BatchBuilder:
             found.append(PackedBatch(list(map(self.build, alike))))
         return found
 
-    def build(self, samples: Sequence[tuple[int, Encoded]]) -> Batch:
-        """A micro-batch of (epoch, sample) pairs of one shape; at least one."""
+    def build(self, samples: Sequence[tuple[int, Encoded]], size: Size | None = None) -> Batch:
+        """A micro-batch of (epoch, sample) pairs of one shape; at least one.
+
+        `size`: of each in pixels; None: that of the bucket whose samples have so many latents.
+        """
 
         def generators(stream: str) -> list[torch.Generator]:
             return [keyed_generator(self.seed, epoch, sample.id, stream) for epoch, sample in samples]
@@ -183,7 +186,7 @@ class BatchBuilder:
         num_tokens = count_tokens(latents.shape[1:], self.patch_size)
         noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators("noise")])
         frames = count_frames(latents.shape[1:], self.patch_size)
-        size = self._size_of(latents.shape[2:])
+        size = size or self._size_of(latents.shape[2:])
         timesteps = self.objective.draw_timesteps(generators("timestep"), num_tokens, frames, size=size)
         frame_mask = self.frame_masks.draw(latents.shape[2], generators("frame mask")) if self.frame_masks else None
         fps = self._to_device(torch.stack([sample.fps for _, sample in samples]))
@@ -236,7 +239,7 @@ class BatchBuilder:
         return frames, rows, columns
 
     def _size_of(self, latent_size: Sequence[int]) -> Size:
-        """The pixels of samples of so many latents: those of their bucket, from whose shape alone they can be told."""
+        """The pixels of samples of so many latents, which a few buckets share: those of the first."""
         frames, rows, columns = latent_size
         stride = self.vae.spatial_stride
         return self.sizes.get((frames, rows, columns), (frames, rows * stride, columns * stride))
@@ -291,8 +294,10 @@ class Collator:
         batches: Sequence[Batch | PackedBatch]
         if not good:
             batches = [self.builder.stand_in(samples.shape, len(everyone))]
+        elif self.builder.packing_tokens:
+            batches = self.builder.rows(good)
         else:
-            batches = self.builder.rows(good) if self.builder.packing_tokens else [self.builder.build(good)]
+            batches = [self.builder.build(good, samples.shape)]
         return PreparedBatch(batches, bad, len(everyone) - len(good))
 
     def _join(self) -> None:

@@ -132,6 +132,7 @@ def test_the_size_in_pixels_is_the_buckets(vae: FrameVAE) -> None:
     assert drawn.size == build.stand_in().size == (3, 5 * stride + 2, 4 * stride + 7)
     cut = replace(sample("a"), moments=sample("a").moments[:, :2])
     assert build.build([(0, cut)]).size == (2, 5 * stride, 4 * stride)
+    assert build.build([(0, sample("a"))], (3, 5 * stride + 4, 4 * stride)).size == (3, 5 * stride + 4, 4 * stride)
     bent = BatchBuilder(cfg, vae, build_objective(DiffusionConfig(objective="flow")), torch.device("cpu"))
     assert not torch.equal(bent.build([(0, sample("a"))]).timesteps, drawn.timesteps)  # another shift
 
