@@ -14,9 +14,10 @@ from torch import Tensor
 
 from opensora_repro.config import Config
 from opensora_repro.data.dataset import BadSample, Clip, to_tensor
+from opensora_repro.frozen.autoencoder import Autoencoder
 from opensora_repro.frozen.pretrained import frozen_dtype
 from opensora_repro.frozen.text import T5Text, open_text_encoder
-from opensora_repro.frozen.vae import Autoencoder, open_vae
+from opensora_repro.frozen.vae import open_vae
 from opensora_repro.kernels.ops import to_device
 from opensora_repro.parallel.device import read_here, return_memory
 

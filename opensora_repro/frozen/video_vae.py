@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from opensora_repro.frozen.autoencoder import Autoencoder, load_from_diffusers
 from opensora_repro.frozen.geometry import OPEN_SORA_KIND, image_config, open_sora_config
 from opensora_repro.frozen.pretrained import FrozenModel
-from opensora_repro.frozen.vae import Autoencoder, load_from_diffusers
 from opensora_repro.kernels.ops import to_device
 from opensora_repro.models.video_autoencoder import VideoAutoencoder
 

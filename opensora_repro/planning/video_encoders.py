@@ -15,7 +15,7 @@ from typing import Any
 from opensora_repro.config import Config
 from opensora_repro.frozen.geometry import OPEN_SORA_KIND, image_config, open_sora_config
 from opensora_repro.models.autoencoder_config import TemporalVAEConfig
-from opensora_repro.planning.encoders import AutoencoderSizes, image_autoencoder_sizes, tiles
+from opensora_repro.planning.image_encoders import AutoencoderSizes, image_autoencoder_sizes, tiles
 from opensora_repro.planning.sizes import autoencoder_geometry, autoencoder_kind, read_model_config
 
 # Feature maps of Open-Sora 1.2's temporal part, each of the first width at full length, at its largest moments.

@@ -27,7 +27,7 @@ from opensora_repro.parallel.sequence import FrameParallel
 from opensora_repro.sampling.graphs import StepGraphs
 
 if TYPE_CHECKING:
-    from opensora_repro.frozen.vae import Autoencoder
+    from opensora_repro.frozen.autoencoder import Autoencoder
     from opensora_repro.weights.families import Network
 
 

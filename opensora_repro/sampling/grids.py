@@ -15,8 +15,8 @@ from opensora_repro.config import Config
 from opensora_repro.config.sections import sample_fps
 from opensora_repro.data.write import write_png, write_sample
 from opensora_repro.files import replacing
+from opensora_repro.frozen.autoencoder import Autoencoder
 from opensora_repro.frozen.text import EncodedPrompts
-from opensora_repro.frozen.vae import Autoencoder
 from opensora_repro.models.captioned import CaptionedModel
 from opensora_repro.run_folder import samples_folder
 from opensora_repro.sampling.generate import generate

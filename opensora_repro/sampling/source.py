@@ -11,6 +11,7 @@ import torch
 
 from opensora_repro.config import Config, ConfigError, load_recorded
 from opensora_repro.data.buckets import as_sampled
+from opensora_repro.frozen.autoencoder import Autoencoder
 from opensora_repro.frozen.pretrained import frozen_dtype
 from opensora_repro.frozen.text import (
     ClassLabels,
@@ -19,7 +20,7 @@ from opensora_repro.frozen.text import (
     open_conditions,
     take_null_caption,
 )
-from opensora_repro.frozen.vae import Autoencoder, open_vae
+from opensora_repro.frozen.vae import open_vae
 from opensora_repro.models.config import ModelConfig
 from opensora_repro.planning.fit import room_on
 from opensora_repro.planning.report import size

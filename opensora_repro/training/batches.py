@@ -25,8 +25,8 @@ from opensora_repro.diffusion.flow import Size
 from opensora_repro.diffusion.frame_masks import FrameMasks
 from opensora_repro.diffusion.gaussian import Objective
 from opensora_repro.errors import TrainingError
+from opensora_repro.frozen.autoencoder import Autoencoder
 from opensora_repro.frozen.encoder import Encoded, Encoder
-from opensora_repro.frozen.vae import Autoencoder
 from opensora_repro.kernels.ops import to_device
 from opensora_repro.models.conditions import conditions_of
 from opensora_repro.models.layers import count_frames, count_tokens

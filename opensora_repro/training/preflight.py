@@ -24,10 +24,10 @@ from opensora_repro.data.preflight import (
     warnings,
 )
 from opensora_repro.data.tables import kind_by_name
+from opensora_repro.frozen.autoencoder import Autoencoder
 from opensora_repro.frozen.encoder import open_encoder
 from opensora_repro.frozen.pretrained import ModelNotFound
 from opensora_repro.frozen.text import survey_captions
-from opensora_repro.frozen.vae import Autoencoder
 from opensora_repro.kernels.ops import choose
 from opensora_repro.parallel.build import check_installed, check_shards
 from opensora_repro.parallel.mesh import Mesh

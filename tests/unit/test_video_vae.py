@@ -16,9 +16,10 @@ from torch import Tensor
 
 from opensora_repro.config import ConfigError, VaeConfig
 from opensora_repro.demo.shapes import motions, render
+from opensora_repro.frozen.autoencoder import Autoencoder
 from opensora_repro.frozen.pretrained import ModelNotFound
 from opensora_repro.frozen.tiles import in_tiles, starts
-from opensora_repro.frozen.vae import Autoencoder, FrameVAE, open_vae
+from opensora_repro.frozen.vae import FrameVAE, open_vae
 from opensora_repro.frozen.video_vae import OpenSoraVAE, VideoVAE
 from tests.golden import rms_error
 from tests.tiny_models import TINY_VIDEO_VAES, make_tiny_vae, make_tiny_video_vae
