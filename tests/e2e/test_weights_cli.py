@@ -76,8 +76,8 @@ INSPECTED = {
     "pixart.pth": (
         "PixArt-alpha (torch, under 'state_dict')", "pos_embed", "4x4 places", "1 frame(s), 64x64; dpm, 20", True
     ),
-    "pixart-ms.pth": (
-        "PixArt-alpha 1024-MS (torch, under 'state_dict')", "pos_embed", "4x4 places", "1 frame(s), 64x64; dpm", False
+    "pixart-ms.pth": (  # STDiT2
+        "PixArt-alpha 1024-MS (torch, under 'state_dict')", "pos_embed", "4x4 places", "1 frame(s), 64x64; dpm", True
     ),
     "stdit.pth": (
         "Open-Sora STDiT (torch)", "pos_embed", "4x4 places and 6 frames", "6 frame(s), 64x64; iddpm, 100", True
@@ -112,6 +112,8 @@ def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) 
     heads = "--num-heads 4 " if is_bare(name) else ""
     assert commands.startswith(f"sample it: python -m stages.sample {path} {heads}{prompt} --out OUT --seed 0\n")
     assert (f"train from it: init.weights={path}" in commands) == trains
+    other = {"pixart-ms.pth": "stdit2", "pixart.pth": "stdit3", "diffusers-pixart": "stdit3"}.get(name, "none")
+    assert (f"init.weights={path} with model.architecture={other}\n" in commands) == (other != "none")
 
 
 def test_inspect_reads_scales_and_sizes_off_the_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
