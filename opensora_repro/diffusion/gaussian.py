@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from einops import rearrange
+from einops import rearrange, reduce
 from torch import Tensor
 
 from opensora_repro.diffusion.flow import ModelFn, RectifiedFlow, Size, build_flow

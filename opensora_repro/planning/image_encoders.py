@@ -89,7 +89,7 @@ def _encoder(cfg: dict[str, Any]) -> Iterator[Layer]:
         if level < len(widths) - 1:
             shrunk *= 2
             yield Layer(after, after, shrunk=shrunk)
-    yield from _middle(widths[-1], shrunk)
+    yield from _middle(widths[-1], shrunk, attends=cfg.get("mid_block_add_attention", True))
     moments = 2 * cfg["latent_channels"]
     yield Layer(widths[-1], moments, shrunk=shrunk, norm=True)
     yield Layer(moments, moments, 1, shrunk)
@@ -100,7 +100,7 @@ def _decoder(cfg: dict[str, Any]) -> Iterator[Layer]:
     shrunk = 2 ** (len(widths) - 1)
     yield Layer(latent, latent, 1, shrunk)
     yield Layer(latent, widths[0], shrunk=shrunk)
-    yield from _middle(widths[0], shrunk)
+    yield from _middle(widths[0], shrunk, attends=cfg.get("mid_block_add_attention", True))
     for level, (before, after) in enumerate(pairwise([widths[0], *widths])):
         for i in range(cfg["layers_per_block"] + 1):
             yield from _residual(before if i == 0 else after, after, shrunk)
@@ -117,8 +117,9 @@ def _residual(before: int, after: int, shrunk: int) -> Iterator[Layer]:
         yield Layer(before, after, 1, shrunk)
 
 
-def _middle(width: int, shrunk: int) -> Iterator[Layer]:
+def _middle(width: int, shrunk: int, *, attends: bool) -> Iterator[Layer]:
     yield from _residual(width, width, shrunk)
-    yield Layer(width, 3 * width, 1, shrunk, norm=True)  # queries, keys and values
-    yield Layer(width, width, 1, shrunk, attends=True)
+    if attends:
+        yield Layer(width, 3 * width, 1, shrunk, norm=True)  # queries, keys and values
+        yield Layer(width, width, 1, shrunk, attends=True)
     yield from _residual(width, width, shrunk)

@@ -121,6 +121,17 @@ def test_a_dry_run_says_what_would_be(world: World, tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.slow
+def test_the_demos_autoencoder_is_made_by_it(tmp_path: Path) -> None:
+    places = [f"run.dir={tmp_path / 'run'}", f"data.manifest={tmp_path / 'pictures' / 'manifest.parquet'}"]
+    steps = ["train.steps=2", "validation.every=0", "data.num_workers=0"]
+    command = ["--out", str(tmp_path / "vae"), "--pictures", "40", *places, *steps]
+    succeed("opensora_repro.demo.autoencoder", command, tmp_path / "log")
+    vae = open_vae(VaeConfig(path=str(tmp_path / "vae")), "cpu", torch.float32)
+    assert (vae.latent_channels, vae.spatial_stride) == (4, 8)
+    assert (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").stat().st_size < 4_000_000
+
+
+@pytest.mark.slow
 def test_the_temporal_one_on_a_frozen_image_one(world: World, image_run: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     changes = {

@@ -276,3 +276,11 @@ def test_words_of_captions(tmp_path: Path) -> None:
     assert tokenizer("a red car")["input_ids"] == tokenizer("a  red, car!")["input_ids"] == [3, 4, 5, 1]
     (known, unknown) = read_cleaned(tokenizer, ["A car, a red car", "a blue cars"], 16)
     assert (known.unknown, unknown.unknown) == (0, 2)  # no piece of a word passes for another word
+
+
+def test_the_planner_counts_what_has_no_attention() -> None:
+    from opensora_repro.planning.encoders import _decoder, _encoder
+
+    vae = tiny().vae
+    layers = [*_encoder(dict(vae.config)), *_decoder(dict(vae.config))]
+    assert sum(layer.parameters for layer in layers) == sum(value.numel() for value in vae.parameters())
