@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from opensora_repro.config import Config, ConfigError
+from opensora_repro.planning.positions import describe_rescaling, source_config
 from opensora_repro.training.start import Stage
-from opensora_repro.weights.positions import describe_rescaling, source_config
 from stages._training import run_stage
 
 if TYPE_CHECKING:

@@ -24,6 +24,7 @@ from opensora_repro.kernels.adamw import FusedAdamW
 from opensora_repro.models.config import STDiTConfig
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.parallel.engine import TorchEngine
+from opensora_repro.planning.positions import describe_rescaling
 from opensora_repro.run_folder import JsonLines, claimed_run_folder
 from opensora_repro.training.checkpoint import TrainState
 from opensora_repro.training.identity import ids_fingerprint
@@ -31,7 +32,6 @@ from opensora_repro.training.metrics import Quarantine
 from opensora_repro.training.start import changed_settings, find_start
 from opensora_repro.training.step import Ema, StepResult, StepTotals, decide, learning_rate
 from opensora_repro.weights.insertion import assert_equals_image_model, image_twin
-from opensora_repro.weights.positions import describe_rescaling
 from tests.checkpoints import prepared, write_checkpoint
 
 TINY = STDiTConfig(hidden_size=32, depth=2, num_heads=4, caption_channels=12, model_max_length=6)

@@ -23,10 +23,10 @@ from torch import Tensor
 from opensora_repro.config import Config, DataConfig, DiffusionConfig, dump_toml
 from opensora_repro.models.dit import DiT
 from opensora_repro.models.stdit import STDiT
+from opensora_repro.planning.positions import source_config
 from opensora_repro.sampling.source import find_source
 from opensora_repro.weights.files import WeightsError, open_weights
 from opensora_repro.weights.load import load_model_weights
-from opensora_repro.weights.positions import source_config
 from tests.unit.test_weights import (
     IMAGE,
     LABELS,
