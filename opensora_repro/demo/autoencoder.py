@@ -73,7 +73,7 @@ def draw_batch(rng: Any, *, count: int, size: int) -> torch.Tensor:
         centre = (rng.uniform(margin, 1 - margin), rng.uniform(margin, 1 - margin))
         background = tuple(int(v) for v in np.clip(rng.integers(4, 44) + rng.integers(-6, 7, size=3), 0, 48))
         motion = everything[rng.integers(len(everything))]
-        pictures.append(render(motion, centre, radius, background, size=size))  # type: ignore[arg-type]
+        pictures.append(render(motion, centre, radius, background, width=size, height=size))  # type: ignore[arg-type]
     frames = torch.from_numpy(np.stack(pictures)).float() / 127.5 - 1.0
     return rearrange(frames, "b h w c -> b c h w").contiguous()
 
