@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from opensora_repro.demo.shapes import Motion
 
 STAGES = {"stage1": "stages.stage1_image", "stage2": "stages.stage2_video", "stage3": "stages.stage3_hq"}
-STILLS_A_CLIP = 3
+STILLS_A_CLIP = 4
 SAMPLE_SEED = 0
 GROUPS = ("seen", "never trained")
 
@@ -127,23 +127,13 @@ def make_data(plan: Plan) -> None:
     write_manifest(training, plan.manifest)
     stills, held_out_stills = (take_stills(own, plan.root / "images") for own in (training, held_out))
     write_manifest(stills, plan.root / "images.parquet")
-    manifests = {
-        "stage1": stills.filter(is_square(stills)),
-        "val_stage1": held_out_stills.filter(is_square(held_out_stills)),
-        "stage2": training,
-        "val_stage2": held_out,
-        "stage3": pa.concat_tables([best, stills], promote_options="default"),
-        "val_stage3": held_out,
-    }
+    manifests = {"stage1": stills, "stage2": training, "val_stage1": held_out_stills, "val_stage2": held_out}
+    manifests = {name: own.filter(pc.equal(own["width"], own["height"])) for name, own in manifests.items()}
+    manifests["stage3"] = pa.concat_tables([best, stills], promote_options="default")
+    manifests["val_stage3"] = held_out
     for name, own in manifests.items():
         write_manifest(own, plan.root / f"{name}.parquet")
     print(f"{len(training)} training clips in {plan.manifest}")
-
-
-def is_square(clips: Any) -> Any:
-    import pyarrow.compute as pc
-
-    return pc.equal(clips["width"], clips["height"])
 
 
 def take_stills(clips: Any, folder: Path) -> Any:
