@@ -129,7 +129,8 @@ def make_data(plan: Plan) -> None:
     write_manifest(stills, plan.root / "images.parquet")
     manifests = {"stage1": stills, "stage2": training, "val_stage1": held_out_stills, "val_stage2": held_out}
     manifests = {name: own.filter(pc.equal(own["width"], own["height"])) for name, own in manifests.items()}
-    manifests["stage3"] = pa.concat_tables([best, stills], promote_options="default")
+    few = stills.take(list(range(1, len(stills), 2 * STILLS_A_CLIP)))  # one of every other clip
+    manifests["stage3"] = pa.concat_tables([best, few], promote_options="default")
     manifests["val_stage3"] = held_out
     for name, own in manifests.items():
         write_manifest(own, plan.root / f"{name}.parquet")
