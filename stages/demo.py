@@ -69,7 +69,7 @@ def demo(plan: Plan) -> int:
         ("data", "film long videos, split them at their cuts, join the captions", make_data),
         ("stage1", "images: what colours and shapes look like", train("stage1")),
         ("stage2", "video: temporal attention learns to move them", train("stage2")),
-        ("stage3", "high quality: more frames, higher resolution", train("stage3")),
+        ("stage3", "high quality: more frames, in square, wide and tall, and single images", train("stage3")),
         ("samples", "sample seen and never-trained combinations", sample_all),
     ]
     for number, (name, what, step) in enumerate(steps, start=1):

@@ -25,7 +25,7 @@ TEMPLATE = Path(__file__).with_name("templates") / "demo.html"
 STAGES = {
     "stage1": ("Stage 1", "an image model: what colours and shapes look like"),
     "stage2": ("Stage 2", "temporal attention joins it: how they move"),
-    "stage3": ("Stage 3", "more frames, higher resolution, the best clips"),
+    "stage3": ("Stage 3", "more frames, three formats and single images, the best clips"),
 }
 CLIPS_SHOWN = 24
 THUMBNAIL_HEIGHT = 72
