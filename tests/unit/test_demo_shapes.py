@@ -38,7 +38,7 @@ def test_every_drawn_motion_is_measured_right_by_both_judges(size, picture):
         assert measure(frames) == Seen(motion.colour, motion.shape, motion.direction)
         masks = [mask_of(frame) for frame in frames]
         assert shape_of_video(masks) == motion.shape
-        assert np.mean([overlap(mask, ideal_mask(motion.shape, mask)) for mask in masks]) > 0.93
+        assert np.mean([overlap(mask, ideal_mask(motion.shape, mask)) for mask in masks]) > 0.9
 
 
 def test_formats_are_as_large_in_pixels_as_their_names_say_and_show_shapes_of_one_size():
