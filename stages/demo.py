@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from opensora_repro.demo.shapes import Motion
 
 STAGES = {"stage1": "stages.stage1_image", "stage2": "stages.stage2_video", "stage3": "stages.stage3_hq"}
-STILLS_A_CLIP = 3
+STILLS_A_CLIP = 4
 SAMPLE_SEED = 0
+GROUPS = ("seen", "never trained")
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,9 @@ class Plan:
 
     root: Path
     configs: Path
-    videos: int  # long videos for training; one more is filmed for validation
+    videos: int  # long videos of each format for training; one more of each is filmed for validation
     hq_videos: int  # how many of them make the high-quality set of stage 3
-    prompts: int  # prompts sampled in each group, seen and never trained
+    prompts: int  # prompts sampled in each group, seen and never trained, in each format
     overrides: tuple[str, ...]  # handed to every stage
 
     @property
@@ -44,9 +45,9 @@ def parse(argv: list[str] | None) -> Plan:
     parser = argparse.ArgumentParser(prog="python -m stages.demo", description=__doc__)
     parser.add_argument("--dir", type=user_path, default=Path("runs/demo"), help="where everything goes (%(default)s)")
     parser.add_argument("--configs", type=user_path, default=Path("configs/demo"), help="folder of stage1..3.toml")
-    parser.add_argument("--videos", type=int, default=8, help="long training videos to film (%(default)s)")
-    parser.add_argument("--hq-videos", type=int, default=4, help="of these, how many stage 3 uses (%(default)s)")
-    parser.add_argument("--prompts", type=int, default=48, help="prompts to sample in each group (%(default)s)")
+    parser.add_argument("--videos", type=int, default=3, help="long training videos of each format (%(default)s)")
+    parser.add_argument("--hq-videos", type=int, default=2, help="of these, how many stage 3 uses (%(default)s)")
+    parser.add_argument("--prompts", type=int, default=48, help="of each group and format, to sample (%(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="config changes for all three stages")
     args = parser.parse_args(argv)
     if min(args.videos, args.hq_videos, args.prompts) < 1 or args.hq_videos > args.videos:
@@ -68,7 +69,7 @@ def demo(plan: Plan) -> int:
         ("data", "film long videos, split them at their cuts, join the captions", make_data),
         ("stage1", "images: what colours and shapes look like", train("stage1")),
         ("stage2", "video: temporal attention learns to move them", train("stage2")),
-        ("stage3", "high quality: more frames, higher resolution", train("stage3")),
+        ("stage3", "high quality: more frames, in square, wide and tall, and single images", train("stage3")),
         ("samples", "sample seen and never-trained combinations", sample_all),
     ]
     for number, (name, what, step) in enumerate(steps, start=1):
@@ -110,6 +111,7 @@ def make_data(plan: Plan) -> None:
 
     from opensora_repro.data.manifest import read_manifest, write_manifest
     from opensora_repro.demo.footage import film
+    from opensora_repro.demo.shapes import FORMATS
 
     footage = plan.root / "footage"
     captions = film(footage, videos=plan.videos + 1, seed=0)
@@ -118,14 +120,20 @@ def make_data(plan: Plan) -> None:
     run("data_tools.caption", str(plan.root / "clips" / "manifest.parquet"), "--sidecar", str(captions),
         "--out", str(plan.root / "captioned"))  # fmt: skip
     clips = read_manifest(plan.root / "captioned" / "manifest.parquet")
-    number = pa.array([int(Path(source).stem.removeprefix("long_")) for source in clips["source"].to_pylist()])
-    training = clips.filter(pc.less(number, plan.videos))
+    videos = [int(Path(source).stem.removeprefix("long_")) for source in clips["source"].to_pylist()]
+    number = pa.array([video // len(FORMATS) for video in videos])  # of the video among those of its format
+    training, held_out = clips.filter(pc.less(number, plan.videos)), clips.filter(pc.equal(number, plan.videos))
+    best = clips.filter(pc.less(number, plan.hq_videos))
     write_manifest(training, plan.manifest)
-    write_manifest(clips.filter(pc.less(number, plan.hq_videos)), plan.root / "hq.parquet")
-    held_out = clips.filter(pc.equal(number, plan.videos))
-    write_manifest(held_out, plan.root / "val.parquet")
-    write_manifest(take_stills(training, plan.root / "images"), plan.root / "images.parquet")
-    write_manifest(take_stills(held_out, plan.root / "images"), plan.root / "val_images.parquet")
+    stills, held_out_stills = (take_stills(own, plan.root / "images") for own in (training, held_out))
+    write_manifest(stills, plan.root / "images.parquet")
+    manifests = {"stage1": stills, "stage2": training, "val_stage1": held_out_stills, "val_stage2": held_out}
+    manifests = {name: own.filter(pc.equal(own["width"], own["height"])) for name, own in manifests.items()}
+    few = stills.take(list(range(1, len(stills), 2 * STILLS_A_CLIP)))  # one of every other clip
+    manifests["stage3"] = pa.concat_tables([best, few], promote_options="default")
+    manifests["val_stage3"] = held_out
+    for name, own in manifests.items():
+        write_manifest(own, plan.root / f"{name}.parquet")
     print(f"{len(training)} training clips in {plan.manifest}")
 
 
@@ -162,15 +170,10 @@ def train(stage: str) -> Callable[[Plan], None]:
 
     def step(plan: Plan) -> None:
         root = plan.root
-        manifest, held_out = {
-            "stage1": ("images.parquet", "val_images.parquet"),
-            "stage2": ("manifest.parquet", "val.parquet"),
-            "stage3": ("hq.parquet", "val.parquet"),
-        }[stage]
         places = {
             "run.dir": root / stage,
-            "data.manifest": root / manifest,
-            "data.val_manifest": root / held_out,
+            "data.manifest": root / f"{stage}.parquet",
+            "data.val_manifest": root / f"val_{stage}.parquet",
             "data.cache": root / "cache" / stage,
         }
         if stage != "stage1":
@@ -193,24 +196,27 @@ def sample_groups(plan: Plan) -> dict[str, list[Motion]]:
 
     seen, held_out = motions(held_out=False), motions(held_out=True)
     order = np.random.default_rng(0).permutation(len(seen))
-    return {
-        "seen": [seen[order[i % len(seen)]] for i in range(plan.prompts)],
-        "never trained": [held_out[i % len(held_out)] for i in range(plan.prompts)],
-    }
+    chosen = [seen[i] for i in order], held_out
+    return {group: [own[i % len(own)] for i in range(plan.prompts)] for group, own in zip(GROUPS, chosen, strict=True)}
 
 
-def sample_folder(plan: Plan, group: str) -> Path:
-    return plan.root / "samples" / group.replace(" ", "-")
+def sample_folder(plan: Plan, format_: str) -> Path:
+    return plan.root / "samples" / format_.replace(":", "x")
 
 
 def sample_all(plan: Plan) -> None:
-    for group, chosen in sample_groups(plan).items():
-        folder = sample_folder(plan, group)
+    """Sample the prompts of both groups in each format, the seen ones first."""
+    from opensora_repro.demo.footage import SIZE
+    from opensora_repro.demo.shapes import FORMATS, pixels
+
+    for format_, picture in FORMATS.items():
+        folder = sample_folder(plan, format_)
         folder.mkdir(parents=True, exist_ok=True)
         prompts = folder / "prompts.txt"
-        prompts.write_text("\n".join(m.caption for m in chosen) + "\n")
+        prompts.write_text("\n".join(m.caption for chosen in sample_groups(plan).values() for m in chosen) + "\n")
+        width, height = pixels(picture, SIZE)
         run("stages.sample", str(plan.root / "stage3"), "--prompts", str(prompts), "--out", str(folder),
-            "--seed", str(SAMPLE_SEED), "--overwrite")  # fmt: skip
+            "--width", str(width), "--height", str(height), "--seed", str(SAMPLE_SEED), "--overwrite")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,33 +224,39 @@ def sample_all(plan: Plan) -> None:
 
 
 def measure_all(plan: Plan) -> list[dict[str, Any]]:
-    """One record a written file: group, caption, path, what was seen in its pixels and whether that agrees."""
+    """One record a written file: group, format, caption, path, what its pixels show and whether that agrees."""
     from dataclasses import asdict
 
     from opensora_repro.demo.adherence import measure_file
+    from opensora_repro.demo.shapes import FORMATS
 
+    chosen = [(group, motion) for group, own in sample_groups(plan).items() for motion in own]
     records = []
-    for group, chosen in sample_groups(plan).items():
-        for index, motion in enumerate(chosen):
-            path = sample_folder(plan, group) / f"{index:04d}.mp4"
+    for format_ in FORMATS:
+        for index, (group, motion) in enumerate(chosen):
+            path = sample_folder(plan, format_) / f"{index:04d}.mp4"
             seen = measure_file(path)
-            records.append({"group": group, "caption": motion.caption, "path": str(path), "seen": asdict(seen),
-                            "agrees": seen.agrees(motion)})  # fmt: skip
+            records.append({"group": group, "format": format_, "caption": motion.caption, "path": str(path),
+                            "seen": asdict(seen), "agrees": seen.agrees(motion)})  # fmt: skip
     return records
 
 
 def table(records: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Shares of each group and format, by their names: "seen 1:1"."""
     from opensora_repro.demo.adherence import shares
+    from opensora_repro.demo.report import group_of
 
-    groups = dict.fromkeys(r["group"] for r in records)
-    return {group: shares([r for r in records if r["group"] == group]) for group in groups}
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for record in sorted(records, key=lambda record: GROUPS.index(record["group"])):
+        rows.setdefault(group_of(record), []).append(record)
+    return {name: shares(own) for name, own in rows.items()}
 
 
 def print_adherence(adherence: dict[str, dict[str, float]]) -> None:
     print("\nprompt adherence, measured from the written mp4 files")
-    print(f"{'':>16}{'colour':>10}{'shape':>10}{'direction':>11}")
-    for group, row in adherence.items():
-        print(f"{group:>16}{row['colour']:>10.2f}{row['shape']:>10.2f}{row['direction']:>11.2f}")
+    print(f"{'':>18}{'colour':>10}{'shape':>10}{'direction':>11}")
+    for name, row in adherence.items():
+        print(f"{name:>18}{row['colour']:>10.2f}{row['shape']:>10.2f}{row['direction']:>11.2f}")
 
 
 def write_report(plan: Plan, summary: dict[str, Any]) -> Path:

@@ -37,7 +37,7 @@ def draw_pictures(manifest: Path, count: int, seed: int) -> None:
         motion = everything[rng.integers(len(everything))]
         path = manifest.parent / f"{number:05d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_png(path, render(motion, centre, radius, background, size=SIZE))
+        write_png(path, render(motion, centre, radius, background, width=SIZE, height=SIZE))
         rows.append({"id": path.stem, "path": str(path.resolve()), "caption": motion.caption, "num_frames": 1,
                      "fps": 0.0, "height": SIZE, "width": SIZE})  # fmt: skip
     write_manifest(pa.Table.from_pylist(rows), manifest)

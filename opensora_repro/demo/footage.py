@@ -7,19 +7,20 @@ from pathlib import Path
 
 import numpy as np
 
-from opensora_repro.demo.shapes import Scene, training_scenes
+from opensora_repro.demo.shapes import FORMATS, Scene, training_scenes
 from opensora_repro.files import replacing
 
 FPS = 24
 FRAMES_A_SCENE = 24
-SIZE = 96  # pixels a side
+SIZE = 96  # pixels of the longer side
 CAPTION_COLUMNS = ("source", "start_frame", "end_frame", "caption")
 
 
 def film(folder: Path, *, videos: int, seed: int) -> Path:
-    """Write `videos` long mp4 files, each showing every trained motion once; return the caption list (CSV).
+    """Write `videos` long mp4 files of each format, each showing every trained motion once; return the captions.
 
-    A caption row names the source file, the frames [start, end) of the scene and the sentence. Finished files are kept.
+    A file's name says its number, counted over the formats in turn. Captions are CSV: a row names the source file, the
+    frames [start, end) of the scene and the sentence. Finished files are kept.
     """
     from tqdm import tqdm
 
@@ -27,9 +28,10 @@ def film(folder: Path, *, videos: int, seed: int) -> Path:
 
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[tuple[str, int, int, str]] = []
-    for index in tqdm(range(videos), desc="filming", unit="video"):
+    pictures = list(FORMATS.values())
+    for index in tqdm(range(videos * len(pictures)), desc="filming", unit="video"):
         path = folder / f"long_{index:02d}.mp4"
-        scenes = list(training_scenes(1, seed=seed * 1000 + index))
+        scenes = list(training_scenes(1, seed=seed * 1000 + index, picture=pictures[index % len(pictures)]))
         rows += scene_rows(path.name, scenes)
         if not path.exists():
             frames = np.concatenate([scene.frames(count=FRAMES_A_SCENE, size=SIZE) for scene in scenes])

@@ -25,7 +25,7 @@ TEMPLATE = Path(__file__).with_name("templates") / "demo.html"
 STAGES = {
     "stage1": ("Stage 1", "an image model: what colours and shapes look like"),
     "stage2": ("Stage 2", "temporal attention joins it: how they move"),
-    "stage3": ("Stage 3", "more frames, higher resolution, the best clips"),
+    "stage3": ("Stage 3", "more frames, three formats and single images, the best clips"),
 }
 CLIPS_SHOWN = 24
 THUMBNAIL_HEIGHT = 72
@@ -67,8 +67,8 @@ class Clips:
 def write_report(run_dir: Path, out: Path, *, title: str, summary: Mapping[str, Any]) -> None:
     """Write the report of the demo in `run_dir` to `out`.
 
-    `summary` may hold `adherence` ({group: {colour, shape, direction: share}}), `records` (one a sampled video: group,
-    caption, path, seen, agrees) and `seconds` ({part of the demo: seconds}).
+    `summary` may hold `adherence` ({group and format: {colour, shape, direction: share}}), `records` (one a sampled
+    video: group, format, caption, path, seen, agrees) and `seconds` ({part of the demo: seconds}).
     """
     page, records = Page(run_dir), summary.get("records", [])
     values = {
@@ -76,13 +76,18 @@ def write_report(run_dir: Path, out: Path, *, title: str, summary: Mapping[str, 
         "seconds": summary.get("seconds", {}),
         "parts": PARTS,
         "adherence": summary.get("adherence", {}),
-        "counts": Counter(record["group"] for record in records),
+        "counts": Counter(map(group_of, records)),
         "clips": _clips(run_dir / "manifest.parquet"),
         "stages": [page.stage(*stage) for stage in STAGES.items()],
         "gallery": page.gallery(records),
         "plays_files": False,
     }
     write_text(out, render(TEMPLATE, **values))
+
+
+def group_of(record: Mapping[str, Any]) -> str:
+    """The row of the table that a video counts in."""
+    return f"{record['group']} {record['format']}"
 
 
 class Page:
@@ -106,10 +111,10 @@ class Page:
         return StagePart(*words, curve, int(newest.name.removeprefix("step-")), samples)
 
     def gallery(self, records: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[Figure, str]]]:
-        """Each group's videos, and what was measured in the file where that is not what was asked for."""
-        groups: dict[str, list[tuple[Figure, str]]] = {record["group"]: [] for record in records}
+        """Videos by group and format, and what was measured in the file where that is not what was asked for."""
+        groups: dict[str, list[tuple[Figure, str]]] = {group_of(record): [] for record in records}
         for group, videos in groups.items():
-            for record in (record for record in records if record["group"] == group):
+            for record in (record for record in records if group_of(record) == group):
                 agrees, seen = record["agrees"], record["seen"]
                 wrong = ", ".join(f"{part}: {seen[part] or 'none seen'}" for part in PARTS if not agrees[part])
                 videos.append((self.figure(Path(record["path"]), record["caption"]), wrong))

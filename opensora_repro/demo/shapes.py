@@ -18,6 +18,9 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 HELD_OUT_MODULUS = 7
+# Width and height of pictures as shares of the longer side, in which all lengths here are measured: a shape is as large
+# in pixels in each of them.
+FORMATS: dict[str, tuple[float, float]] = {"1:1": (1.0, 1.0), "3:2": (1.0, 2 / 3), "2:3": (2 / 3, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -41,19 +44,29 @@ class Motion:
 
 @dataclass(frozen=True)
 class Scene:
-    """One shot: a motion with its numbers. Lengths are shares of the picture's side."""
+    """One shot: a motion with its numbers. Lengths are shares of the picture's longer side."""
 
     motion: Motion
+    picture: tuple[float, float]  # width and height
     start: tuple[float, float]
     end: tuple[float, float]
     radius: float
     background: tuple[int, int, int]
 
     def frames(self, *, count: int, size: int) -> np.ndarray:
-        """Return uint8 [count, size, size, 3], the centre travelling evenly from `start` to `end`."""
+        """Return uint8 [count, H, W, 3], the centre travelling evenly to `end`; `size` is the longer side."""
         shares = np.linspace(0.0, 1.0, count)
         centres = [tuple(np.array(self.start) * (1 - s) + np.array(self.end) * s) for s in shares]
-        return np.stack([render(self.motion, (x, y), self.radius, self.background, size=size) for x, y in centres])
+        width, height = pixels(self.picture, size)
+        return np.stack(
+            [render(self.motion, (x, y), self.radius, self.background, width=width, height=height) for x, y in centres]
+        )
+
+
+def pixels(picture: tuple[float, float], size: int) -> tuple[int, int]:
+    """Width and height of a picture whose longer side is `size`."""
+    width, height = (round(share * size) for share in picture)
+    return width, height
 
 
 def motions(*, held_out: bool | None = None) -> list[Motion]:
@@ -75,33 +88,44 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> 
 
 
 def render(
-    motion: Motion, centre: tuple[float, float], radius: float, background: tuple[int, int, int], *, size: int
+    motion: Motion,
+    centre: tuple[float, float],
+    radius: float,
+    background: tuple[int, int, int],
+    *,
+    width: int,
+    height: int,
 ) -> np.ndarray:
-    """Draw one anti-aliased frame, uint8 [size, size, 3]."""
-    pixel = (np.arange(size, dtype=np.float32) + 0.5) / size
-    x, y = pixel[None, :] - centre[0], pixel[:, None] - centre[1]
-    coverage = np.clip(0.5 - signed_distance(motion.shape, x, y, radius) * size, 0.0, 1.0)[..., None]
+    """Draw one anti-aliased frame, uint8 [height, width, 3]."""
+    size = max(width, height)
+    x = (np.arange(width, dtype=np.float32) + 0.5) / size - centre[0]
+    y = (np.arange(height, dtype=np.float32) + 0.5) / size - centre[1]
+    distance = signed_distance(motion.shape, x[None, :], y[:, None], radius)
+    coverage = np.clip(0.5 - distance * size, 0.0, 1.0)[..., None]
     picture = coverage * np.array(COLOURS[motion.colour]) + (1.0 - coverage) * np.array(background)
     return np.round(picture).astype(np.uint8)
 
 
-def draw_scene(motion: Motion, rng: np.random.Generator) -> Scene:
+def draw_scene(motion: Motion, rng: np.random.Generator, picture: tuple[float, float] = FORMATS["1:1"]) -> Scene:
     """Choose position, size, path and background for a motion.
 
-    The centre starts a little behind the picture's middle and travels about 0.42 of the side, on towards the border
-    that the caption names. Were the paths centred, neither the word nor the moment alone would say anything about the
-    place, and a small model would need many steps to find out that both together do.
+    The centre starts a little behind the picture's middle and travels, about 0.42 of the side in a square picture, on
+    until the shape is just short of the border that the caption names. Were the paths centred, neither the word nor the
+    moment alone would say anything about the place, and a small model would need many steps to find out that both
+    together do.
     """
     step = np.array(DIRECTIONS[motion.direction])
     across = np.array([step[1] != 0, step[0] != 0]) * rng.uniform(-0.04, 0.04)
-    middle = 0.5 + across
+    middle = np.array(picture) / 2 + across
+    border = float(np.abs(step) @ np.array(picture)) / 2  # how far it is from the middle
     start = middle - step * rng.uniform(0.10, 0.12)
-    end = middle + step * rng.uniform(0.30, 0.32)
+    end = middle + step * (border - rng.uniform(0.18, 0.20))
     grey = rng.integers(8, 40)
     tint = rng.integers(-6, 7, size=3)
     r, g, b = (int(v) for v in np.clip(grey + tint, 0, 48))
     return Scene(
         motion=motion,
+        picture=picture,
         start=(float(start[0]), float(start[1])),
         end=(float(end[0]), float(end[1])),
         radius=float(rng.uniform(0.155, 0.165)),
@@ -109,7 +133,7 @@ def draw_scene(motion: Motion, rng: np.random.Generator) -> Scene:
     )
 
 
-def training_scenes(repeats: int, *, seed: int) -> Iterator[Scene]:
+def training_scenes(repeats: int, *, seed: int, picture: tuple[float, float] = FORMATS["1:1"]) -> Iterator[Scene]:
     """`repeats` scenes of every trained motion, shuffled so that neighbours differ in shape or colour."""
     rng = np.random.default_rng(seed)
     allowed = motions(held_out=False)
@@ -119,4 +143,4 @@ def training_scenes(repeats: int, *, seed: int) -> Iterator[Scene]:
         while waiting:
             index = next((i for i, m in enumerate(waiting) if previous is None or m.colour != previous.colour), 0)
             previous = waiting.pop(index)
-            yield draw_scene(previous, rng)
+            yield draw_scene(previous, rng, picture)

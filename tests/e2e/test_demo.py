@@ -7,6 +7,7 @@ import av
 import pytest
 
 from opensora_repro.demo.shapes import motions
+from stages.demo import STILLS_A_CLIP
 from tests.frames import read_manifest
 from tests.preloaded_python import preloaded_python
 
@@ -40,25 +41,28 @@ def test_it_leaves_checkpoints_videos_and_a_report(finished):
     root, printed = finished
     for stage in ("stage1", "stage2", "stage3"):
         assert (root / stage / "checkpoints" / "step-00000002" / "ema.safetensors").exists()
-    for group in ("seen", "never-trained"):
-        files = sorted((root / "samples" / group).glob("*.mp4"))
-        assert [f.name for f in files] == ["0000.mp4", "0001.mp4"]
+    for name, size in {"1x1": (96, 96), "3x2": (96, 64), "2x3": (64, 96)}.items():
+        files = sorted((root / "samples" / name).glob("*.mp4"))
+        assert [f.name for f in files] == ["0000.mp4", "0001.mp4", "0002.mp4", "0003.mp4"]
         with av.open(str(files[0])) as container:
             stream = container.streams.video[0]
             assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
-            assert stream.width >= 64 and sum(1 for _ in container.decode(stream)) >= 8
+            assert (stream.width, stream.height) == size and sum(1 for _ in container.decode(stream)) == 12
     report = (root / "report.html").read_text()
     assert "report.html" in printed and "never trained" in printed
     assert "<svg" in report and "<video" in report and "http://" not in report.replace("http://www.w3.org", "")
     summary = json.loads((root / "adherence.json").read_text())
-    assert set(summary["adherence"]) == {"seen", "never trained"} and len(summary["records"]) == 4
+    rows = [f"{group} {name}" for group in ("seen", "never trained") for name in ("1:1", "3:2", "2:3")]
+    assert list(summary["adherence"]) == rows and len(summary["records"]) == 12
+    assert all(row in report for row in rows)
 
 
 def test_every_cut_is_found_and_every_caption_on_its_clip(finished):
     root, _ = finished
     clips = read_manifest(root / "manifest.parquet")
-    trained = {m.caption for m in motions(held_out=False)}
-    assert sorted(clips["caption"]) == sorted(trained)  # one long video shows each trained motion once
+    trained = sorted(m.caption for m in motions(held_out=False))
+    for size in ((96, 96), (96, 64), (64, 96)):  # of each format one long video, which shows each trained motion once
+        assert sorted(clips[(clips["width"] == size[0]) & (clips["height"] == size[1])]["caption"]) == trained
     assert (clips["num_frames"] == 24).all() and (clips["end_frame"] - clips["start_frame"] == 24).all()
     captions = (root / "footage" / "captions.csv").read_text().splitlines()[1:]
     listed = {tuple(line.split(",")) for line in captions}
@@ -66,7 +70,7 @@ def test_every_cut_is_found_and_every_caption_on_its_clip(finished):
         name = row["source"].split("/")[-1]
         assert (name, str(row["start_frame"]), str(row["end_frame"]), row["caption"]) in listed
     images = read_manifest(root / "images.parquet")
-    assert len(images) == 3 * len(clips) and not images["caption"].str.contains("moving").any()
+    assert len(images) == STILLS_A_CLIP * len(clips) and not images["caption"].str.contains("moving").any()
 
 
 @pytest.mark.exhaustive  # stages and tools that are run again have tests of their own

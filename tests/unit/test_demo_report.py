@@ -97,14 +97,14 @@ def summary(run: Path) -> dict[str, Any]:
     path = run / "clips" / "0.mp4"
     good = {"colour": "red", "shape": "square", "direction": "right"}
     records = [
-        {"group": "seen", "caption": "a red square moving right", "path": str(path), "seen": good,
-         "agrees": dict.fromkeys(good, True)},
-        {"group": "never trained", "caption": NASTY, "path": str(path), "seen": {**good, "shape": None},
-         "agrees": {"colour": True, "shape": False, "direction": True}},
+        {"group": "seen", "format": "1:1", "caption": "a red square moving right", "path": str(path),
+         "seen": good, "agrees": dict.fromkeys(good, True)},
+        {"group": "never trained", "format": "3:2", "caption": NASTY, "path": str(path),
+         "seen": {**good, "shape": None}, "agrees": {"colour": True, "shape": False, "direction": True}},
     ]  # fmt: skip
     table = {
-        "seen": {"colour": 1.0, "shape": 1.0, "direction": 1.0},
-        "never trained": {"colour": 1.0, "shape": 0.875, "direction": 1.0},
+        "seen 1:1": {"colour": 1.0, "shape": 1.0, "direction": 1.0},
+        "never trained 3:2": {"colour": 1.0, "shape": 0.875, "direction": 1.0},
     }
     return {"adherence": table, "records": records, "seconds": {"data": 30.0, "stage1": 90.0}}
 
@@ -122,6 +122,7 @@ def test_a_finished_run_is_shown_whole(run: Path, tmp_path: Path) -> None:
     assert page.text.count("After step 40:") == 3
     assert "frames 8 to 16" in page.text
     assert "as asked" in page.text
+    assert page.text.count("never trained 3:2") == 2  # the table's row, the gallery's part
     assert "shape: none seen" in page.text
     assert sum(tag == "polyline" for tag, _ in page.tags) == 3
     assert sum(tag == "circle" for tag, _ in page.tags) == 6

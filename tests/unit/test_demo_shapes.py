@@ -5,8 +5,18 @@ import itertools
 import numpy as np
 import pytest
 
-from opensora_repro.demo.adherence import Seen, measure, shape_of
-from opensora_repro.demo.shapes import COLOURS, DIRECTIONS, SHAPES, Motion, draw_scene, motions, training_scenes
+from opensora_repro.demo.adherence import Seen, ideal_mask, mask_of, measure, overlap, shape_of
+from opensora_repro.demo.shapes import (
+    COLOURS,
+    DIRECTIONS,
+    FORMATS,
+    SHAPES,
+    Motion,
+    draw_scene,
+    motions,
+    training_scenes,
+)
+from tests.bounding_box import shape_of_video
 
 
 def test_held_out_rule_and_counts():
@@ -19,14 +29,26 @@ def test_held_out_rule_and_counts():
     assert not any(scene.motion.held_out for scene in training_scenes(2, seed=0))
 
 
-@pytest.mark.parametrize("size", [64, 96])
-def test_every_drawn_motion_is_measured_right(size):
+@pytest.mark.parametrize(("size", "picture"), [(64, "1:1"), *((96, name) for name in FORMATS)])
+def test_every_drawn_motion_is_measured_right_by_both_judges(size, picture):
     rng = np.random.default_rng(0)
     for motion in motions():
-        scene = draw_scene(motion, rng)
-        assert measure(scene.frames(count=8, size=size)) == Seen(motion.colour, motion.shape, motion.direction)
-        travel = np.abs(np.array(scene.end) - np.array(scene.start)).max()
-        assert travel >= 0.25
+        scene = draw_scene(motion, rng, FORMATS[picture])
+        frames = scene.frames(count=8, size=size)
+        assert measure(frames) == Seen(motion.colour, motion.shape, motion.direction)
+        masks = [mask_of(frame) for frame in frames]
+        assert shape_of_video(masks) == motion.shape
+        assert np.mean([overlap(mask, ideal_mask(motion.shape, mask)) for mask in masks]) > 0.9
+
+
+def test_formats_are_as_large_in_pixels_as_their_names_say_and_show_shapes_of_one_size():
+    motion, areas = Motion("red", "square", "down"), []
+    for name, picture in FORMATS.items():
+        frames = draw_scene(motion, np.random.default_rng(0), picture).frames(count=2, size=96)
+        width, height = map(int, name.split(":"))
+        assert max(frames.shape[1:3]) == 96 and frames.shape[1] * width == frames.shape[2] * height
+        areas.append(mask_of(frames[0]).sum())
+    assert max(areas) <= 1.1 * min(areas)
 
 
 def test_the_judge_says_none_to_fragments_stillness_and_darkness():

@@ -261,7 +261,7 @@ def test_tiles_come_as_close_as_the_librarys(folders: dict[str, Path], kind: str
 
 def test_tiles_of_a_trained_autoencoder_are_close(repo_dir: Path) -> None:
     whole, tiled = (load(repo_dir / "checkpoints/demo/vae", tile_size=size) for size in (0, 64))
-    drawn = [render(motion, (0.4, 0.6), 0.2, (20, 22, 24), size=96) for motion in motions()[::9]]
+    drawn = [render(motion, (0.4, 0.6), 0.2, (20, 22, 24), width=96, height=96) for motion in motions()[::9]]
     video = torch.from_numpy(np.stack(drawn)).permute(3, 0, 1, 2) / 127.5 - 1
     latents = [vae.sample_latents(vae.encode_moments(video), None) for vae in (whole, tiled)]
     assert 0 < rms_error(latents[1], latents[0]) < 0.25
