@@ -88,9 +88,7 @@ def test_a_config_of_the_other_kind_is_called_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"stage1.toml: this is of stages 1 to 3; expected a config of stage 0"):
         load_autoencoder_config(recipes / "stage1.toml")
     for load in (load_config, load_recorded):
-        with pytest.raises(
-            ConfigError, match=r"stage0.toml: this is of stage 0, .* of stages 1 to 3"
-        ):
+        with pytest.raises(ConfigError, match=r"stage0.toml: this is of stage 0, .* of stages 1 to 3"):
             load(recipes / "stage0.toml")
 
 
@@ -303,7 +301,7 @@ def test_words_of_captions(tmp_path: Path) -> None:
 
 
 def test_the_planner_counts_what_has_no_attention() -> None:
-    from opensora_repro.planning.encoders import _decoder, _encoder
+    from opensora_repro.planning.image_encoders import _decoder, _encoder
 
     vae = tiny().vae
     layers = [*_encoder(dict(vae.config)), *_decoder(dict(vae.config))]
