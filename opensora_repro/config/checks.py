@@ -83,7 +83,7 @@ def check_config(config: Config) -> None:
         expected = "parallel.engine=torch parallel.plugin=fsdp, which spreads as much and goes on with its checkpoints"
         require("parallel.plugin", False, expected)
     for name, choices in _CHOICES.items():
-        require(name, value(name) in choices, "one of " + ", ".join(choices))
+        require(name, value(name) in choices, "one of " + ", ".join(choice or '""' for choice in choices))
     require("ema.decay", 0 <= config.ema.decay < 1, "0 or more and less than 1")
     for name in ("model.class_dropout_prob", "data.max_bad_fraction"):
         require(name, 0 <= value(name) <= 1, "a share from 0 to 1")

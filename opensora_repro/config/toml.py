@@ -65,6 +65,7 @@ def parse_config(
     kind: type[AnyConfig] = Config,  # type: ignore[assignment]
 ) -> AnyConfig:
     """Build a Config from parsed TOML (`{section: {key: value}}`) and overrides. Raises ConfigError."""
+    _check_stage(kind, table, where)
     there, sections = _sections(kind, table, overrides, where)
     values: dict[str, dict[str, Any]] = {name: {} for name in sections}
     for section, content in table.items():
@@ -137,6 +138,20 @@ def _sections(
         if override.partition("=")[0].strip() == _ARCHITECTURE:
             architecture = _known_architecture(toml_value(override.partition("=")[2].strip()), f"override {override!r}")
     return section_classes(there), section_classes(architecture)
+
+
+def _check_stage(kind: type[Any], table: dict[str, Any], where: str) -> None:
+    """Raise ConfigError on a whole file of the other kind, whose keys would be called unknown one by one."""
+    model = table.get("model")
+    of_stage0 = isinstance(model, dict) and "kind" in model
+    if kind is Config and of_stage0:
+        raise ConfigError(
+            f"{where}: this is of stage 0, which trains an autoencoder; expected a config of stages 1 to 3"
+        )
+    if kind is not Config and not of_stage0 and {"vae", "diffusion"} & set(table):
+        raise ConfigError(
+            f"{where}: this is of stages 1 to 3; expected a config of stage 0, such as configs/laptop/stage0.toml"
+        )
 
 
 def _architecture(table: dict[str, Any], where: str) -> str:

@@ -122,7 +122,9 @@ def find_folder(path: str, *, key: str, kind: str) -> Path:
     folder = here_or_shipped(path)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ModelNotFound(f"{key}={path}: no config.json in this folder, expected a {kind}")
+            raise ModelNotFound(
+                f"{key}={path}: no config.json in this folder, expected a {kind}{_inside(path, folder, key)}"
+            )
         return folder
     if folder.exists() or not HUB_NAME.fullmatch(path):
         raise ModelNotFound(f"{key}={path}: no such folder, expected a {kind} (a local folder or a hub name)")
@@ -130,6 +132,13 @@ def find_folder(path: str, *, key: str, kind: str) -> Path:
     if cached is None:
         raise ModelNotFound(_how_to_fetch(path, key))
     return cached
+
+
+def _inside(path: str, folder: Path, key: str) -> str:
+    """A hint at the part that `key` is about, of a run of stage 0 or a published pipeline."""
+    part = "text" if "text" in key else "vae"
+    found = sorted(file.parent.name for file in folder.glob(f"{part}*/config.json"))
+    return f"; did you mean {path.rstrip('/')}/{found[0]}?" if found else ""
 
 
 def _load(load: Callable[..., T], folder: Path, where: str, kind: str) -> T:

@@ -110,7 +110,8 @@ def preflight(
             yield from clips(cfg, held_out, "held-out clips of", cfg.data.val_manifest, (), here=device is not None)
     if frame is not None and encoder is not None:
         looked = keyed_sample(frame, SAMPLED_ROWS)["caption"].to_pylist()
-        yield from survey_captions(encoder.text, looked, len(frame), cfg.sample.prompts)
+        prompts = cfg.sample.prompts if cfg.sample.every else ()
+        yield from survey_captions(encoder.text, looked, len(frame), prompts)
 
 
 def check_tokens(cfg: Config, bucket: Bucket, vae: Autoencoder) -> None:

@@ -278,7 +278,9 @@ def diffusers_kind(config: Mapping[str, Any]) -> str:
     classes = {"PixArtTransformer2DModel": "pixart", "DiTTransformer2DModel": "dit"}
     kind = classes.get(config.get("_class_name", "")) or kinds.get(config.get("norm_type", ""))
     if kind is None:
-        raise ValueError(f"config.json describes a {config.get('_class_name')}, neither PixArt nor DiT")
+        name = str(config.get("_class_name") or config.get("model_type"))
+        use = ": vae.path takes it" if "autoencoder" in name.lower() else ""
+        raise ValueError(f"config.json describes {name}, neither PixArt nor DiT{use}")
     return kind
 
 

@@ -260,6 +260,10 @@ def empty_model(cfg: ModelConfig) -> Network:
         return family_of(cfg).network(cfg)  # type: ignore[no-any-return]
 
 
+# What the names of every autoencoder's weights begin with: image, temporal, diffusers' of videos
+_AUTOENCODERS = ("encoder.conv_in.", "encoder.down_blocks.", "spatial_vae.", "temporal_vae.")
+
+
 def recognise(tensors: Mapping[str, Tensor], where: str) -> Layout:
     """The layout by its keys. Raises WeightsError that names some of the keys of unknown weights."""
     kernel = tensors.get(KERNEL)
@@ -267,6 +271,8 @@ def recognise(tensors: Mapping[str, Tensor], where: str) -> Layout:
         marked = all(key in tensors for key in layout.marks) and not any(key in tensors for key in layout.absent)
         if marked and layout.kernel_axes in (None, None if kernel is None else kernel.ndim):
             return layout
+    if any(key.removeprefix("vae.").startswith(_AUTOENCODERS) for key in tensors):
+        raise WeightsError(f"{where}: an autoencoder's weights, which vae.path takes as a folder, not a model's")
     some = ", ".join(list(tensors)[:3])
     raise WeightsError(f"{where}: these are not PixArt, STDiT, DiT or Latte weights (its first keys: {some})")
 

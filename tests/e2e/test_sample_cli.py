@@ -152,7 +152,10 @@ MISTAKES = {
         ["{home}/vae/config.json", "--prompt", "x"],
         "{home}/vae/config.json: is neither a torch nor a safetensors file",
     ),
-    "other weights": (["{home}/vae", "--prompt", "x"], "describes a AutoencoderKL, neither PixArt nor DiT"),
+    "other weights": (
+        ["{home}/vae", "--prompt", "x"],
+        "describes AutoencoderKL, neither PixArt nor DiT: vae.path takes it",
+    ),
     "no checkpoint's folder": (["{home}", "--prompt", "x"], "no weights in this folder"),
     "label": (["{home}/flow", "--label", "1"], "step-00000020 is conditioned on text, give --prompt"),
     "size": (

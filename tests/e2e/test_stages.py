@@ -227,6 +227,15 @@ def test_a_start_tells_what_a_dry_run_does(world: World, tmp_path: Path, capsys:
     assert "a process, this machine has" in out and "a process, this machine has" in planned
 
 
+def test_prompts_that_are_cut_are_told_where_they_are_sampled(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = {"sample__prompts": ["a red square that moves left and then right and then left again"]}
+    for every in (0, 1):
+        assert train(stage2_video, world, tmp_path, "clips", "--dry-run", sample__every=every, **prompts) == 0
+        assert ("# warning: of the sample prompt 'a red square" in capsys.readouterr().out) is bool(every)
+
+
 def uneven_manifest(world: World, folder: Path) -> Path:
     """The clips' manifest with a clip that is not there, one too short, one faster, one with a strange caption."""
     frame = pd.read_parquet(world.manifest("clips"))

@@ -204,7 +204,7 @@ def test_a_sample_with_given_frames_does_not_depend_on_its_neighbours() -> None:
     ("override", "message"),
     [
         ("diffusion.schedule=open_sora_1_2", 'diffusion.schedule = "open_sora_1_2": expected "" with diffusion.obje'),
-        ("diffusion.schedule=sora", 'diffusion.schedule = "sora": expected one of '),
+        ("diffusion.schedule=sora", 'diffusion.schedule = "sora": expected one of "", open_sora_1_2'),
         ("diffusion.timestep_sampling=discrete", "expected uniform or speed with diffusion.objective = iddpm"),
         ("diffusion.transform_scale=0", "diffusion.transform_scale = 0.0: expected more than 0"),
         ("frame_masks.random=1.5", "frame_masks.random = 1.5: expected a share from 0 to 1"),

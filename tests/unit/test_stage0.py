@@ -19,6 +19,8 @@ from opensora_repro.config import (
     ReconstructionConfig,
     dump_toml,
     load_autoencoder_config,
+    load_config,
+    load_recorded,
 )
 from opensora_repro.data.dataset import Clip
 from opensora_repro.frozen.own_words import build_encoder, build_tokenizer, count_words, save_text_encoder, vocabulary
@@ -28,7 +30,7 @@ from opensora_repro.training.autoencoder.discriminator import PatchDiscriminator
 from opensora_repro.training.autoencoder.losses import PARTS, AutoencoderLosses, Drawn
 from opensora_repro.training.autoencoder.model import ImageAutoencoder, draw_image, temporal_config
 from opensora_repro.training.autoencoder.perceptual import load_lpips
-from opensora_repro.training.autoencoder.picture_start import GAINS, OPPONENTS
+from opensora_repro.training.autoencoder.picture_start import GAINS, OPPONENTS, has_room, start_as_picture
 from opensora_repro.training.autoencoder.quality import psnr, ssim
 
 TINY = AutoencoderModelConfig(channels=(16, 32), layers_per_block=1, latent_channels=4, norm_groups=4, attention=False)
@@ -78,6 +80,16 @@ def test_what_cannot_work_is_one_line(tmp_path: Path, override: str, told: str) 
     with pytest.raises(ConfigError) as raised:
         load_autoencoder_config(tmp_path / "c.toml", [override])
     assert told in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_config_of_the_other_kind_is_called_so(tmp_path: Path) -> None:
+    """Not key by key: every one of them would be unknown."""
+    recipes = Path(__file__).parents[2] / "configs" / "laptop"
+    with pytest.raises(ConfigError, match=r"stage1.toml: this is of stages 1 to 3; expected a config of stage 0"):
+        load_autoencoder_config(recipes / "stage1.toml")
+    for load in (load_config, load_recorded):
+        with pytest.raises(ConfigError, match=r"stage0.toml: this is of stage 0, .* of stages 1 to 3"):
+            load(recipes / "stage0.toml")
 
 
 # Quality
@@ -229,6 +241,16 @@ def test_a_new_autoencoder_shrinks_the_picture(channels: tuple[int, ...], groups
     assert (found - big).abs().mean() < 0.03
 
 
+@pytest.mark.parametrize(("channels", "groups", "latents"), [((8, 16), 2, 4), ((8, 16), 4, 4), ((16, 32), 4, 2)])
+def test_without_room_for_colours_it_begins_as_noise_and_says_so(
+    channels: tuple[int, ...], groups: int, latents: int
+) -> None:
+    model = replace(TINY, channels=channels, norm_groups=groups, latent_channels=latents)
+    vae, drawn = tiny(model).module, tiny(model).module.encoder.conv_in.weight.clone()
+    assert has_room(channels, groups, latents) is start_as_picture(vae) is False
+    assert torch.equal(vae.encoder.conv_in.weight, drawn)
+
+
 def test_groups_without_room_leave_the_weights_at_random() -> None:
     vae, video = tiny(replace(TINY, channels=(8, 16), norm_groups=8)), uniform(1, 3, 1, 16, 16)
     with torch.no_grad():
@@ -279,7 +301,7 @@ def test_words_of_captions(tmp_path: Path) -> None:
 
 
 def test_the_planner_counts_what_has_no_attention() -> None:
-    from opensora_repro.planning.encoders import _decoder, _encoder
+    from opensora_repro.planning.image_encoders import _decoder, _encoder
 
     vae = tiny().vae
     layers = [*_encoder(dict(vae.config)), *_decoder(dict(vae.config))]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from opensora_repro.config import Config, DataConfig, VaeConfig
 from opensora_repro.frozen.autoencoder import SD_LATENT_SCALE, FrameVAE
-from opensora_repro.frozen.pretrained import ModelNotFound
+from opensora_repro.frozen.pretrained import ModelNotFound, find_folder
 from opensora_repro.frozen.vae import open_vae
 from opensora_repro.planning.encoders import frozen_sizes
 from tests.live_bytes import LiveBytes
@@ -171,6 +171,16 @@ def test_wrong_folders_end_in_one_line(folder: Path, tmp_path: Path) -> None:
     check_error(tmp_path, "cannot be loaded as a diffusers AutoencoderKL")
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0 not safetensors")
     check_error(tmp_path, "cannot be loaded as a diffusers AutoencoderKL")
+
+
+def test_the_folder_above_an_autoencoder_names_it(folder: Path, tmp_path: Path) -> None:
+    """A run of stage 0, or a published pipeline."""
+    for name in ("text", "transformer", "vae"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    check_error(tmp_path, rf"no config.json in this folder, .*; did you mean {tmp_path}/vae\?")
+    with pytest.raises(ModelNotFound, match=rf"; did you mean {tmp_path}/text\?"):
+        find_folder(str(tmp_path), key="text.path", kind="T5 encoder")
 
 
 def check_error(path: Path, reason: str) -> None:

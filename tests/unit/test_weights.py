@@ -399,6 +399,12 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
     check_error({}, "expected tensors by name, found nothing")
     torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "resnet.pth")
     check_error(tmp_path / "resnet.pth", r"not PixArt, STDiT, DiT or Latte weights \(its first keys: conv1\.weight\)")
+    for key in ("vae.encoder.conv_in.weight", "spatial_vae.module.encoder.conv_in.bias", "encoder.conv_in.conv.weight"):
+        torch.save({key: torch.zeros(3)}, tmp_path / "vae.pth")
+        check_error(tmp_path / "vae.pth", "vae.pth: an autoencoder's weights, which vae.path takes as a folder")
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKLWan"}')
+    check_error(tmp_path / "vae", "describes AutoencoderKLWan, neither PixArt nor DiT: vae.path takes it")
 
 
 @pytest.mark.parametrize("share", [0.3, 0.9, 0.999])

@@ -12,6 +12,7 @@ constant's: colours change it by three percent at most.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,14 +51,19 @@ class Places:
         return Places(pairs, constants, tuple(sorted(set(range(used * size)) - taken)), variance**-0.5)
 
 
+def has_room(channels: Sequence[int], groups: int, latent_channels: int) -> bool:
+    """Whether a model of these sizes can begin so."""
+    return latent_channels >= 3 and all(Places.of(width, groups) is not None for width in channels)
+
+
 @torch.no_grad()
 def start_as_picture(vae: Any) -> bool:
     """Set an AutoencoderKL's weights so, in place; False, and nothing is changed, where its groups have no room."""
     cfg = vae.config
+    if not has_room(cfg.block_out_channels, cfg.norm_num_groups, cfg.latent_channels):
+        return False
     levels = [Places.of(channels, cfg.norm_num_groups) for channels in cfg.block_out_channels]
     places = [found for found in levels if found is not None]
-    if len(places) < len(levels) or cfg.latent_channels < 3:
-        return False
     for module in vae.modules():
         if hasattr(module, "conv1") and hasattr(module, "conv2"):
             nn.init.zeros_(module.conv2.weight)

@@ -18,6 +18,7 @@ from opensora_repro.planning.sizes import autoencoder_geometry
 from opensora_repro.run_folder import CONFIG_FILE, check_folder, list_checkpoints
 from opensora_repro.training.autoencoder.model import init_folder
 from opensora_repro.training.autoencoder.perceptual import lpips_files
+from opensora_repro.training.autoencoder.picture_start import has_room
 from opensora_repro.training.autoencoder.report import latents_told
 from opensora_repro.training.checkpoint import TrainState, newest_checkpoint
 from opensora_repro.training.preflight import find_manifest, to_come
@@ -73,6 +74,14 @@ def preflight(cfg: AutoencoderConfig, manifest: Any | None, start: Start, *, dry
             yield from _clips(cfg, held_out, "held-out clips of", cfg.data.val_manifest)
     elif cfg.validation.every:
         yield "warning: no data.val_manifest: PSNR and SSIM are those of training clips"
+    model = cfg.model
+    fresh = model.kind == "image" and not cfg.init.weights and not start.resumes
+    if fresh and not has_room(model.channels, model.norm_groups, model.latent_channels):
+        yield (
+            "warning: GroupNorm's groups, or the latents, have no room for three colours: it begins as noise, not as a "
+            "codec, and takes many more steps; model.norm_groups from 3 to a quarter of the narrowest model.channels "
+            "and model.latent_channels of 3 or more have it"
+        )
     warning = horizon_warning(cfg.ema.decay, cfg.train.steps)
     if warning:
         yield f"warning: {warning}"
