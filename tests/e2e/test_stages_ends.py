@@ -242,11 +242,11 @@ def test_no_memory_on_a_cpu(world: World, tmp_path: Path, ends: Any, monkeypatch
     build = BatchBuilder.build
     calls = []
 
-    def fourth_is_too_large(self: BatchBuilder, samples: Any) -> Any:
+    def fourth_is_too_large(self: BatchBuilder, samples: Any, size: Any) -> Any:
         calls.append(0)
         if len(calls) == 4:
             torch.empty(1 << 50)
-        return build(self, samples)
+        return build(self, samples, size)
 
     monkeypatch.setattr(BatchBuilder, "build", fourth_is_too_large)
     message = ends(MACHINE, train__steps=9, checkpoint__every=50)

@@ -178,7 +178,10 @@ def shard(file: Path, present: bool = False) -> None:
         (lambda root: cut(root / "text" / TEXT_WEIGHTS), f"text.path=.*{TEXT_WEIGHTS}: .*was it copied whole"),
         (lambda root: shard(root / "text" / TEXT_WEIGHTS), "text.path=.*part-1.safetensors is missing, which"),
         (lambda root: (root / "text" / "config.json").write_text("{"), "text.path=.*config.json holds no JSON object"),
-        (lambda root: (root / "vae" / "config.json").write_text("{}"), "vae.path=.*no numbers block_out_channels"),
+        (
+            lambda root: (root / "vae" / "config.json").write_text("{}"),
+            "vae.path=.*config.json has no number latent_channels",
+        ),
         (lambda root: [file.unlink() for file in (root / "text").glob("*token*")], "text.path=.*tokenizer's files"),
         (
             lambda root: shutil.copytree(root / "vae", root / "text", dirs_exist_ok=True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -20,17 +21,20 @@ from opensora_repro.config import (
     DiffusionConfig,
     FrameMasksConfig,
     TrainConfig,
+    VaeConfig,
 )
 from opensora_repro.data.buckets import Bucket, Rule, assign
 from opensora_repro.data.packing import PackedSampler, Together, even_parts, first_fit_decreasing
 from opensora_repro.data.sampler import SampleBatch, Schedule
 from opensora_repro.diffusion.gaussian import build_objective
 from opensora_repro.frozen.encoder import Encoded
+from opensora_repro.frozen.vae import open_vae
 from opensora_repro.models.config import STDiTConfig
 from opensora_repro.models.packing import PackedSTDiT
 from opensora_repro.training.batches import BatchBuilder
-from opensora_repro.training.preflight import check_row
+from opensora_repro.training.preflight import check_tokens
 from opensora_repro.training.step import ModelRunner, packed_losses
+from tests.tiny_models import make_tiny_vae
 
 BUCKETS = (
     BucketConfig(4, "64x64", ratios=("1:1", "3:2"), keep=0.5),
@@ -109,11 +113,12 @@ def test_every_clip_is_seen_in_each_epoch_in_its_bucket() -> None:
     assert set(seen.values()) == {1}
 
 
-def test_a_clip_that_fits_into_no_row_is_refused() -> None:
+def test_a_clip_that_fits_into_no_row_is_refused(tmp_path: Path) -> None:
+    vae = open_vae(VaeConfig(path=str(make_tiny_vae(tmp_path))), "cpu", torch.float32)
     cfg = Config(data=DataConfig(packing_tokens=31))
-    check_row(cfg, Bucket(4, 32, 48, 1), 8)
+    check_tokens(cfg, Bucket(4, 32, 48, 1), vae)
     with pytest.raises(ConfigError, match=r"packing_tokens = 31: expected at least 32, .*\(4 x 32x64\)"):
-        check_row(cfg, Bucket(4, 32, 64, 1), 8)
+        check_tokens(cfg, Bucket(4, 32, 64, 1), vae)
 
 
 SHAPES = {"a": (4, 4, 6), "b": (1, 6, 4), "c": (4, 4, 6), "d": (2, 3, 5), "e": (1, 6, 4)}  # 24, 6, 24, 12, 6 tokens
@@ -123,6 +128,9 @@ class NoPosterior:
     """What a builder asks of an autoencoder; moments are the latents, twice."""
 
     scale, spatial_stride, latent_channels = 1.0, 8, 4
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        return 4, frames, height // 8, width // 8
 
     def sample_latents(self, moments: Tensor, generator: Any) -> Tensor:
         return moments[:4]
