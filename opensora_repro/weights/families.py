@@ -273,6 +273,8 @@ def recognise(tensors: Mapping[str, Tensor], where: str) -> Layout:
             return layout
     if any(key.removeprefix("vae.").startswith(_AUTOENCODERS) for key in tensors):
         raise WeightsError(f"{where}: an autoencoder's weights, which vae.path takes as a folder, not a model's")
+    if any(key.startswith("encoder.block.0.") for key in tensors):
+        raise WeightsError(f"{where}: a T5 encoder's weights, which text.path takes as a folder, not a model's")
     some = ", ".join(list(tensors)[:3])
     raise WeightsError(f"{where}: these are not PixArt, STDiT, DiT or Latte weights (its first keys: {some})")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from opensora_repro.config import (
     AutoencoderConfig,
     AutoencoderModelConfig,
     ConfigError,
+    InitConfig,
     MixtureConfig,
     ReconstructionConfig,
     dump_toml,
@@ -24,11 +26,12 @@ from opensora_repro.config import (
 )
 from opensora_repro.data.dataset import Clip
 from opensora_repro.frozen.own_words import build_encoder, build_tokenizer, count_words, save_text_encoder, vocabulary
+from opensora_repro.frozen.pretrained import ModelNotFound
 from opensora_repro.frozen.text import read_cleaned
 from opensora_repro.training.autoencoder.batches import VideoBuilder
 from opensora_repro.training.autoencoder.discriminator import PatchDiscriminator, adaptive_weight
 from opensora_repro.training.autoencoder.losses import PARTS, AutoencoderLosses, Drawn
-from opensora_repro.training.autoencoder.model import ImageAutoencoder, draw_image, temporal_config
+from opensora_repro.training.autoencoder.model import ImageAutoencoder, check_models, draw_image, temporal_config
 from opensora_repro.training.autoencoder.perceptual import load_lpips
 from opensora_repro.training.autoencoder.picture_start import GAINS, OPPONENTS, has_room, start_as_picture
 from opensora_repro.training.autoencoder.quality import psnr, ssim
@@ -90,6 +93,40 @@ def test_a_config_of_the_other_kind_is_called_so(tmp_path: Path) -> None:
     for load in (load_config, load_recorded):
         with pytest.raises(ConfigError, match=r"stage0.toml: this is of stage 0, .* of stages 1 to 3"):
             load(recipes / "stage0.toml")
+
+
+def test_folders_that_the_model_cannot_begin_from_are_seen_before_anything_is_built(tmp_path: Path) -> None:
+    """By config.json alone: the weights' file is empty."""
+    config = {"block_out_channels": [8, 16], "latent_channels": 4, "norm_num_groups": 4}
+    for name, told in (
+        ("image", {"_class_name": "AutoencoderKL", **config}),
+        ("wan", {"_class_name": "AutoencoderKLWan", "z_dim": 4}),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(told))
+        for file in ("diffusion_pytorch_model.safetensors", "model.safetensors"):
+            (tmp_path / name / file).touch()
+    image = AutoencoderConfig(model=AutoencoderModelConfig(channels=(8, 16), layers_per_block=1, norm_groups=4))
+    video = replace(image, model=replace(image.model, kind="video", image=f"{tmp_path}/image"))
+    check_models(replace(image, init=InitConfig(f"{tmp_path}/image")))
+    check_models(video)
+    for cfg, told in (
+        (replace(image, init=InitConfig(f"{tmp_path}/wan")), "config.json describes AutoencoderKLWan"),
+        (
+            replace(image, init=InitConfig(f"{tmp_path}/image"), model=replace(image.model, norm_groups=2)),
+            "norm_groups",
+        ),
+        (replace(video, model=replace(video.model, image=f"{tmp_path}/wan")), "config.json describes AutoencoderKLWan"),
+        (replace(video, model=replace(video.model, channels=(8, 12))), "multiples of the first"),
+        (replace(video, init=InitConfig(f"{tmp_path}/image")), "init.weights"),
+        (
+            replace(video, model=replace(video.model, latent_channels=8), loss=replace(video.loss, image_latents=1.0)),
+            "model.latent_channels = 4 as model.image has",
+        ),
+    ):
+        with pytest.raises((ConfigError, ModelNotFound), match=told) as raised:
+            check_models(cfg)
+        assert "\n" not in str(raised.value)
 
 
 # Quality

@@ -402,6 +402,8 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
     for key in ("vae.encoder.conv_in.weight", "spatial_vae.module.encoder.conv_in.bias", "encoder.conv_in.conv.weight"):
         torch.save({key: torch.zeros(3)}, tmp_path / "vae.pth")
         check_error(tmp_path / "vae.pth", "vae.pth: an autoencoder's weights, which vae.path takes as a folder")
+    torch.save({"encoder.block.0.layer.0.SelfAttention.k.weight": torch.zeros(3)}, tmp_path / "t5.pth")
+    check_error(tmp_path / "t5.pth", "t5.pth: a T5 encoder's weights, which text.path takes as a folder")
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKLWan"}')
     check_error(tmp_path / "vae", "describes AutoencoderKLWan, neither PixArt nor DiT: vae.path takes it")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -170,12 +170,24 @@ def build_autoencoder(cfg: AutoencoderConfig) -> Trained:
     return build_temporal(cfg) if cfg.model.kind == "video" else build_image(cfg)
 
 
+def check_models(cfg: AutoencoderConfig) -> None:
+    """Refuse what `build_autoencoder` would by the folders' config.json alone. Raises ConfigError, ModelNotFound."""
+    if cfg.model.kind == "video":
+        image = frozen_image(cfg.model.image, "model.image").config
+        whole = temporal_config(cfg.model, image.get("latent_channels", 4), image.get("scaling_factor"))
+        check_image_latents(cfg, whole)
+        if cfg.init.weights:
+            frozen_temporal(init_folder(cfg.init), whole)
+    elif cfg.init.weights:
+        check_same_model(frozen_image(init_folder(cfg.init), "init.weights").config, cfg.model)
+
+
 def build_temporal(cfg: AutoencoderConfig) -> TemporalAutoencoder:
-    image = open_image(cfg.model.image, "model.image")
+    image = frozen_image(cfg.model.image, "model.image").get()
     whole = temporal_config(cfg.model, image.config.latent_channels, image.config.get("scaling_factor"))
     check_image_latents(cfg, whole)
     if cfg.init.weights:
-        model = open_temporal(init_folder(cfg.init), whole)
+        model = frozen_temporal(init_folder(cfg.init), whole).get()
         return TemporalAutoencoder(model, dict(image.config))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.run.seed)
@@ -223,8 +235,8 @@ def check_image_latents(cfg: AutoencoderConfig, whole: VideoAutoencoderConfig) -
         )
 
 
-def open_temporal(path: str, expected: VideoAutoencoderConfig) -> VideoAutoencoder:
-    """A video autoencoder in 1.2's layout, in float32. Raises ModelNotFound, ConfigError."""
+def frozen_temporal(path: str, expected: VideoAutoencoderConfig) -> FrozenModel[VideoAutoencoder]:
+    """A video autoencoder in 1.2's layout, in float32, to be read. Raises ModelNotFound, ConfigError."""
 
     def load(folder: str, **options: Any) -> VideoAutoencoder:
         return load_open_sora(
@@ -235,16 +247,17 @@ def open_temporal(path: str, expected: VideoAutoencoderConfig) -> VideoAutoencod
     frozen: FrozenModel[VideoAutoencoder] = FrozenModel(
         load, path, key="init.weights", kind=kind, weights=OPEN_SORA_WEIGHTS
     )
-    found = open_sora_config(frozen.config).temporal
+    found = frozen.read(open_sora_config).temporal
     if replace(found, activation_fn=expected.temporal.activation_fn) != expected.temporal:
         raise ConfigError(f"init.weights = {path} has {found}: [model] means {expected.temporal}")
-    return frozen.get()
+    return frozen
 
 
 def build_image(cfg: AutoencoderConfig) -> ImageAutoencoder:
     if cfg.init.weights:
-        vae = open_image(init_folder(cfg.init), "init.weights")
-        check_same_model(vae, cfg.model)
+        frozen = frozen_image(init_folder(cfg.init), "init.weights")
+        check_same_model(frozen.config, cfg.model)
+        vae = frozen.get()
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.run.seed)
@@ -290,8 +303,8 @@ def init_folder(cfg: InitConfig) -> str:
     return str(inside) if (inside / "config.json").is_file() else cfg.weights
 
 
-def open_image(path: str, key: str) -> Any:
-    """A local or cached AutoencoderKL in float32, trainable. Raises ModelNotFound."""
+def frozen_image(path: str, key: str) -> FrozenModel[Any]:
+    """A local or cached AutoencoderKL in float32, trainable, to be read. Raises ModelNotFound."""
 
     def load(folder: str, **options: Any) -> Any:
         from diffusers import AutoencoderKL
@@ -301,18 +314,21 @@ def open_image(path: str, key: str) -> Any:
         check_complete(info)
         return vae
 
-    return FrozenModel(load, path, key=key, kind=KIND, weights=WEIGHTS).get()
+    frozen: FrozenModel[Any] = FrozenModel(load, path, key=key, kind=KIND, weights=WEIGHTS)
+    name = frozen.config.get("_class_name", "AutoencoderKL")
+    if name != "AutoencoderKL":
+        raise frozen.unusable(ValueError(f"config.json describes {name}"))
+    return frozen
 
 
-def check_same_model(vae: Any, cfg: AutoencoderModelConfig) -> None:
-    """Raise ConfigError where `init.weights` has another architecture than `[model]`."""
-    found = vae.config
-    for key, there in (
-        ("channels", tuple(found.block_out_channels)),
-        ("layers_per_block", found.layers_per_block),
-        ("latent_channels", found.latent_channels),
-        ("norm_groups", found.norm_num_groups),
-        ("attention", bool(getattr(found, "mid_block_add_attention", True))),
+def check_same_model(found: Mapping[str, Any], cfg: AutoencoderModelConfig) -> None:
+    """Raise ConfigError where `init.weights`, whose config.json this is, has another architecture than `[model]`."""
+    for key, there in (  # what a file leaves out is diffusers' default
+        ("channels", tuple(found.get("block_out_channels", (64,)))),
+        ("layers_per_block", found.get("layers_per_block", 1)),
+        ("latent_channels", found.get("latent_channels", 4)),
+        ("norm_groups", found.get("norm_num_groups", 32)),
+        ("attention", found.get("mid_block_add_attention", True)),
     ):
         here = getattr(cfg, key)
         if there != here:

@@ -11,12 +11,10 @@ from opensora_repro.config import AutoencoderConfig, ConfigError, config_dict, d
 from opensora_repro.data.buckets import global_batch_sizes, kept_buckets
 from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.preflight import require_usable, survey, table, warnings
-from opensora_repro.frozen.autoencoder import KIND
-from opensora_repro.frozen.pretrained import find_folder
 from opensora_repro.parallel.mesh import launched_as
 from opensora_repro.planning.sizes import autoencoder_geometry
 from opensora_repro.run_folder import CONFIG_FILE, check_folder, list_checkpoints
-from opensora_repro.training.autoencoder.model import init_folder
+from opensora_repro.training.autoencoder.model import check_models
 from opensora_repro.training.autoencoder.perceptual import lpips_files
 from opensora_repro.training.autoencoder.picture_start import has_room
 from opensora_repro.training.autoencoder.report import latents_told
@@ -54,10 +52,7 @@ def preflight(cfg: AutoencoderConfig, manifest: Any | None, start: Start, *, dry
     `manifest`: the training clips' table; None where it is still to come, which only a dry run may say.
     """
     check_folder("run.dir", cfg.run.dir)
-    if cfg.init.weights and not start.resumes:
-        find_folder(init_folder(cfg.init), key="init.weights", kind=KIND)
-    if cfg.model.kind == "video":
-        find_folder(cfg.model.image, key="model.image", kind=KIND)
+    check_models(cfg)
     if cfg.loss.lpips_path:
         lpips_files(cfg.loss.lpips_path)
     _check_sides(cfg)
