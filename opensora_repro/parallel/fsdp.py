@@ -1,8 +1,8 @@
 """torch's FSDP2 behind the engine: weights, gradients, optimizer state and average all spread over the processes.
 
-Every rank holds an equal share of each parameter's rows (its first axis) in float32: the masters. A part of the model,
-such as an attention or an MLP, is gathered whole before it is used and freed after; its gradients are averaged in
-float32, and each rank keeps its rows of them.
+Every rank holds an equal share of each parameter's rows (its first axis) in float32: the masters. A part of a block,
+such as an attention or an MLP, is gathered whole before it is used and freed after, what lies outside of the blocks
+once a pass; its gradients are averaged in float32, and each rank keeps its rows of them.
 
 In a run in bfloat16 those parts are gathered whose weights autocast would round, and as bfloat16: the same numbers in
 half the traffic, and no second copy. What autocast leaves alone, such as the blocks' modulation tables, is gathered in
@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -39,7 +40,9 @@ class FsdpEngine(TorchEngine):
         compute = torch.bfloat16 if self.half else None
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
         twin = self._twin()
-        for part in _parts(twin):
+        # What embeds conditions is called as often as a batch needs, twice where frames are given, and in float32 by
+        # some models: it is the root's, which gathers it once, for the ranks' exchanges must stay in step.
+        for part in chain.from_iterable(map(_parts, twin.in_order())):
             fully_shard(part, mesh=mesh, mp_policy=policy)
         self.wrapped = _Root(twin)
         fully_shard(self.wrapped, mesh=mesh)
@@ -56,10 +59,10 @@ class FsdpEngine(TorchEngine):
         self._shown = True
         self._hide()
 
-    def _twin(self) -> nn.Module:
+    def _twin(self) -> Any:
         """The model again, with the very same tensors."""
         shared = [*self.model.parameters(), *self.model.buffers(), self._sequence_group]
-        twin = copy.deepcopy(self.model, {id(value): value for value in shared})
+        twin: nn.Module = copy.deepcopy(self.model, {id(value): value for value in shared})
         for module in twin.modules():
             for name, value in list(module.named_parameters(recurse=False)):
                 if not value.requires_grad:  # FSDP would spread it, but what is not trained is whole on every rank

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.distributed.test_engines import LAYOUTS, assert_same, halfway, sampled, start
 from tests.training_world import (
     Command,
     World,
@@ -29,6 +30,21 @@ KINDS: dict[str, dict[str, Any]] = {
     "iddpm": {"diffusion__timestep_sampling": "speed"},
     "flow of 1.2": {"diffusion__objective": "flow", "diffusion__schedule": "open_sora_1_2"},
 }
+# One run of 1.2's network, objective and masks, which every layout is to train. Its blocks over time start as the
+# identity: their first gradients are small, and AdamW's eps keeps it from making whole steps of what rounding leaves.
+STDIT3: dict[str, Any] = {
+    "model__architecture": "stdit3",
+    "sample__sampler": "euler",
+    "sample__every": 4,
+    "validation__every": 4,
+    "train__steps": 4,
+    "checkpoint__every": 2,
+    "optim__eps": 1e-3,
+    **MASKS,
+    **KINDS["flow of 1.2"],
+}
+OF_TWO = ("ddp x 2", "zero2 x 2", "fsdp x 2", "tp 2", "torch sp 2")
+OF_FOUR = tuple(name for name, (processes, _) in LAYOUTS.items() if processes == 4)
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +100,29 @@ def test_shares_belong_to_a_run(world: World, tmp_path: Path) -> None:
     again = Command(STAGE, arguments(world, run_dir, frame_masks__random=0.1), tmp_path / "log" / "again")
     assert again.wait() == 2
     assert "frame_masks.random = 0.4 there, 0.1 here" in again.err
+
+
+def train_stdit3(world: World, layout: str, run_dir: Path) -> Path:
+    start(STAGE, world, layout, run_dir, run_dir.with_name(f"{run_dir.name}-log"), **STDIT3)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def stdit3(world: World) -> Path:
+    """One process's run."""
+    return train_stdit3(world, "one process", world.root / "stdit3")
+
+
+@pytest.mark.parametrize("layout", sampled([(name,) for name in OF_TWO + OF_FOUR], [(name,) for name in OF_TWO]))
+def test_stdit3_trains_the_run_of_one_process(world: World, stdit3: Path, tmp_path: Path, layout: str) -> None:
+    assert_same(train_stdit3(world, layout, tmp_path / "run"), stdit3)
+
+
+MOVES = [("tp 2", "fsdp x 2"), ("fsdp x 2", "torch sp 2"), ("torch sp 2", "tp 2"), ("zero2 x 2", "tp 2, sp 2")]
+
+
+@pytest.mark.parametrize(("first", "then"), sampled(MOVES, MOVES[:1]))
+def test_stdit3_goes_on_in_another_layout(world: World, stdit3: Path, tmp_path: Path, first: str, then: str) -> None:
+    whole = train_stdit3(world, first, tmp_path / "whole")
+    run_dir = train_stdit3(world, then, halfway(whole, tmp_path / "run"))
+    assert_same(run_dir, stdit3)
