@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from einops import reduce, repeat
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from opensora_repro.config import (
@@ -96,7 +97,7 @@ def test_a_config_of_the_other_kind_is_called_so(tmp_path: Path) -> None:
 
 
 def test_folders_that_the_model_cannot_begin_from_are_seen_before_anything_is_built(tmp_path: Path) -> None:
-    """By config.json alone: the weights' file is empty."""
+    """By config.json alone: no weights of theirs are there."""
     config = {"block_out_channels": [8, 16], "latent_channels": 4, "norm_num_groups": 4}
     for name, told in (
         ("image", {"_class_name": "AutoencoderKL", **config}),
@@ -105,7 +106,7 @@ def test_folders_that_the_model_cannot_begin_from_are_seen_before_anything_is_bu
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(told))
         for file in ("diffusion_pytorch_model.safetensors", "model.safetensors"):
-            (tmp_path / name / file).touch()
+            save_file({"none.of.it": torch.zeros(1)}, tmp_path / name / file)
     image = AutoencoderConfig(model=AutoencoderModelConfig(channels=(8, 16), layers_per_block=1, norm_groups=4))
     video = replace(image, model=replace(image.model, kind="video", image=f"{tmp_path}/image"))
     check_models(replace(image, init=InitConfig(f"{tmp_path}/image")))
