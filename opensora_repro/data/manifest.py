@@ -149,7 +149,8 @@ class _Rows:
             value = values[row].as_py()
             where = f"{self.path}: row {self.first + row} (id {self.batch['id'][row].as_py()!r}): {column}"
             if is_missing(value) and needed:
-                raise DataError(f"{where} is empty or NaN")
+                hint = "; data_tools.caption writes captions" if column == "caption" else ""
+                raise DataError(f"{where} is empty or NaN{hint}")
             if is_missing(value):
                 empty.append(row)
             elif not isinstance(value, str):

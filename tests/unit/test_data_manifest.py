@@ -65,7 +65,10 @@ def test_numeric_looking_ids_stay_text(tmp_path: Path) -> None:
     [
         ({"caption": None}, "column caption missing"),
         ({"num_frames": None, "fps": None}, "columns num_frames, fps missing"),
-        ({"caption": ["x", float("nan"), "z"]}, r"row 2 \(id 'b'\): caption is empty or NaN"),
+        (
+            {"caption": ["x", float("nan"), "z"]},
+            r"row 2 \(id 'b'\): caption is empty or NaN; data_tools.caption writes",
+        ),
         ({"caption": ["x", "y", "  "]}, r"row 3 \(id 'c'\): caption is empty or NaN"),
         ({"caption": ["x", "nan", "z"]}, r"row 2 \(id 'b'\): caption is empty or NaN"),
         ({"id": ["a", "b", "a"]}, "id 'a' is used by rows 1, 3"),

@@ -36,6 +36,7 @@ from opensora_repro.training.autoencoder.model import ImageAutoencoder, check_mo
 from opensora_repro.training.autoencoder.perceptual import load_lpips
 from opensora_repro.training.autoencoder.picture_start import GAINS, OPPONENTS, has_room, start_as_picture
 from opensora_repro.training.autoencoder.quality import psnr, ssim
+from opensora_repro.training.autoencoder.report import latents_told
 
 TINY = AutoencoderModelConfig(channels=(16, 32), layers_per_block=1, latent_channels=4, norm_groups=4, attention=False)
 
@@ -128,6 +129,15 @@ def test_folders_that_the_model_cannot_begin_from_are_seen_before_anything_is_bu
         with pytest.raises((ConfigError, ModelNotFound), match=told) as raised:
             check_models(cfg)
         assert "\n" not in str(raised.value)
+
+
+def test_the_latents_of_a_video_are_told_as_they_are_made() -> None:
+    for channels, told in (((8,), "one a frame"), ((8, 16), "2 frames share"), ((8, 8, 16), "4 frames share")):
+        model = replace(TINY, kind="video", channels=channels)
+        line = latents_told(AutoencoderConfig(model=model))
+        assert told in line
+        stride = math.prod(1 + halved for halved in temporal_config(model, 4, None).temporal.temporal_downsample)
+        assert stride == 1 or f"{stride} frames" in line
 
 
 # Quality

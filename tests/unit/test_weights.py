@@ -406,6 +406,7 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
     check_error(tmp_path / "t5.pth", "t5.pth: a T5 encoder's weights, which text.path takes as a folder")
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKLWan"}')
+    save_file({"encoder.conv_in.weight": torch.zeros(3)}, tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
     check_error(tmp_path / "vae", "describes AutoencoderKLWan, neither PixArt nor DiT: vae.path takes it")
 
 

@@ -41,7 +41,9 @@ def latents_told(cfg: AutoencoderConfig) -> str:
     """A line on the latents of a frame."""
     model, data = cfg.model, cfg.data
     if model.kind == "video":
-        return f"{model.latent_channels} values a latent; four frames share their latents, the first of a clip apart"
+        frames = 2 ** min(2, len(model.channels) - 1)  # as `temporal_config` halves time
+        shared = f"{frames} frames share their latents, the first of a clip apart" if frames > 1 else "one a frame"
+        return f"{model.latent_channels} values a latent; {shared} (model.in_channels = {model.latent_channels})."
     height, width = data.height // cfg.spatial_stride, data.width // cfg.spatial_stride
     values = model.latent_channels * height * width
     return (
