@@ -109,6 +109,9 @@ def add_given(add: Callable[..., object]) -> None:
     add("--loop", action="store_true", help="the last frame is followed by the first: clips are chained to close it")
     add("--edit", type=user_path, metavar="FILE", help="a clip, or a picture, to change by the prompt")
     add("--strength", type=float, metavar="X", help="how much --edit changes: 0 nothing, towards 1 everything")
+    add("--inpaint", type=user_path, metavar="FILE", help="a clip, or a picture, of which --region alone is made anew")
+    region = "of --inpaint: a picture that is white there, or a box in the clip's pixels"
+    add("--region", metavar="MASK|X,Y,WIDTH,HEIGHT", help=region)
     conditions = "given frames at a clip's start or end, of --extend, --join and of chained clips (a quarter)"
     add("--condition-frames", type=int, metavar="N", help=conditions)
     add("--paste", action="store_true", help="kept frames as they are, not as the autoencoder gives them back")
@@ -191,6 +194,10 @@ def check_numbers(args: argparse.Namespace) -> None:
         raise ConfigError("--before: give --extend, too, the clip that it leads to")
     if (args.edit is None) != (args.strength is None):
         raise ConfigError("--edit and --strength: give both, a clip and how much of it changes (0 to below 1)")
+    if (args.inpaint is None) != (args.region is None):
+        raise ConfigError("--inpaint and --region: give both, a clip and where in it something new is made")
+    if args.inpaint is not None and args.edit is not None:
+        raise ConfigError("--inpaint and --edit both say what all frames begin from: give one")
     if (args.mask_strategy is None) != (args.reference is None):
         raise ConfigError("--mask-strategy and --reference: give both, the places and what they take")
     if args.mask_align is not None and args.mask_strategy is None:
@@ -286,7 +293,17 @@ def named(args: argparse.Namespace, source: Source) -> dict[str, int]:
 
 def asks_for_frames(args: argparse.Namespace, source: Source, prompts: list[str]) -> bool:
     """Whether frames are given, clips are chained, or the prompt may be a script."""
-    given = (args.keep, args.first, args.last, args.extend, args.join, args.edit, args.mask_strategy, args.paste)
+    given = (
+        args.keep,
+        args.first,
+        args.last,
+        args.extend,
+        args.join,
+        args.edit,
+        args.inpaint,
+        args.mask_strategy,
+        args.paste,
+    )
     longer = getattr(args, "total", 0) > source.config.data.num_frames
     return any(given) or args.loop or longer or args.condition_frames is not None or is_script(prompts)
 
@@ -300,7 +317,15 @@ def frames(args: argparse.Namespace, source: Source, prompts: list[str]) -> dict
     from dataclasses import replace
 
     from opensora_repro.sampling.chain import plan_chain, read_script
-    from opensora_repro.sampling.given import condition_lengths, open_given, parse_keep, read_geometry, shorthands, told
+    from opensora_repro.sampling.given import (
+        condition_lengths,
+        open_given,
+        open_region,
+        parse_keep,
+        read_geometry,
+        shorthands,
+        told,
+    )
 
     if source.model.conditioning != "t5":
         raise ConfigError(f"{source.path}: DiT and Latte take no given frames, and make no longer videos")
@@ -316,12 +341,15 @@ def frames(args: argparse.Namespace, source: Source, prompts: list[str]) -> dict
         raise ConfigError("--gif: a video of chained clips is written as it goes, as mp4 alone")
     if script is not None and chain is None:
         raise ConfigError(f"--prompts {args.prompts}: a script needs chained clips: give --seconds, longer than a clip")
-    words = {name: getattr(args, name) for name in ("first", "last", "extend", "before", "join", "edit", "strength")}
+    short = ("first", "last", "extend", "before", "join", "edit", "strength", "inpaint")
+    words = {name: getattr(args, name) for name in short}
+    region = None if args.inpaint is None else open_region(args.region, args.inpaint, data)
     keeps = [*map(parse_keep, args.keep), *shorthands(**words, lengths=lengths)]
     windows = [part.window for part in chain.rounds()] if chain else [range(data.num_frames)]
     given = open_given(
         keeps, data, total=chain.total if chain else data.num_frames, paste=args.paste, strategy=args.mask_strategy,
         references=args.reference, align=args.mask_align, geometry=geometry, num_clips=len(windows),
+        region=region,
     )  # fmt: skip
     lines = [str(chain)] if chain else []
     return {

@@ -123,14 +123,20 @@ class GivenFrames:
 
     `latents` [B, C, T, H, W] matter where the edit ratio is below 1. `ratios` [B, T] from 0 (kept as it is) to 1
     (generated from noise); between, a frame waits for the noise level of its ratio, and is generated from there.
+    `region` [B, 1, 1, H, W] bool: of generated frames, too, only these places are, the others are those of `latents`;
+    None: everywhere.
     """
 
     latents: Tensor
     ratios: Tensor
+    region: Tensor | None = None
 
     def of(self, num_samples: int) -> GivenFrames:
         """One sample's, given to so many alike."""
-        return GivenFrames(self.latents.expand(num_samples, -1, -1, -1, -1), self.ratios.expand(num_samples, -1))
+        region = None if self.region is None else self.region.expand(num_samples, -1, -1, -1, -1)
+        return GivenFrames(
+            self.latents.expand(num_samples, -1, -1, -1, -1), self.ratios.expand(num_samples, -1), region
+        )
 
     def into(self, noise: Tensor) -> Tensor:
         """What a sampler starts with: [B, C, T, H, W], noise in the frames that are generated from it."""

@@ -158,7 +158,7 @@ def sample_long(
         if given.paste:
             own = given.clip(part.window)
             if own is not None:
-                own.paste(video)
+                own.paste(video, given.region)
         new = video[part.new.start - part.window.start : part.new.stop - part.window.start]
         if writes:
             progress.write(new, fps)
@@ -195,7 +195,7 @@ def given_videos(
             texts, batch_size=batch_size, progress=progress, share=share, only=todo, given=frames
         ):
             if given.paste and clip is not None:
-                clip.paste(video)
+                clip.paste(video, given.region)
             yield index, video
         return
     mine, rounds, fps = todo[share[0] :: share[1]], chain.rounds(), sample_fps(cfg)

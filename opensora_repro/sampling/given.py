@@ -6,6 +6,7 @@ for it. Files are cut, scaled and taken at a rate as training does.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange
+from einops import rearrange, reduce
 from torch import Tensor
 
 from opensora_repro.config import ConfigError, DataConfig, VaeConfig
 from opensora_repro.data.dataset import crop, to_tensor
 from opensora_repro.data.sample_frames import clip_times, frames_at_rate, interval_of, shown_at
-from opensora_repro.data.video import DecodeError, probe, read_frames_at
+from opensora_repro.data.video import DecodeError, VideoInfo, cover_size, probe, read_frames_at
 from opensora_repro.diffusion.frame_masks import GivenFrames
 from opensora_repro.files import sha256_of
 from opensora_repro.frozen.autoencoder import Autoencoder
@@ -103,14 +104,9 @@ class Reference:
     def __init__(self, path: Path, data: DataConfig, option: str) -> None:
         """Raises ConfigError."""
         self.path, self.size = path, (data.height, data.width)
-        try:
-            self.frames = self._frames(data)  # in the file
-        except (DecodeError, OSError) as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error).removeprefix(f"{path}: ")
-            raise ConfigError(f"{option}: {path} cannot be read ({reason})") from None
+        self.frames = self._frames(data, _probed(path, option))  # in the file
 
-    def _frames(self, data: DataConfig) -> list[int]:
-        info = probe(self.path)
+    def _frames(self, data: DataConfig, info: VideoInfo) -> list[int]:
         if info.num_frames == 1 or not data.fps:
             return list(range(0, info.num_frames, interval_of(data)))
         times = clip_times(self.path, info.num_frames, info.fps)
@@ -211,11 +207,14 @@ class GivenClip:
     pixels: Tensor
     strengths: Sequence[float]
 
-    def paste(self, video: Any) -> None:
-        """Put kept frames, as they are, into a clip's uint8 [T, H, W, 3]."""
+    def paste(self, video: Any, region: Tensor | None = None) -> None:
+        """Put kept frames, and what lies outside of a region [H, W], as they are into a clip's uint8 [T, H, W, 3]."""
         for i, (at, strength) in enumerate(zip(self.places, self.strengths, strict=True)):
             if not strength:
                 video[at] = self.pixels[i].numpy()
+            elif region is not None:
+                outside = ~region.numpy()
+                video[at][outside] = self.pixels[i].numpy()[outside]
 
 
 @dataclass(frozen=True)
@@ -225,6 +224,7 @@ class Given:
     placed: tuple[Placed, ...] = ()
     strategy: Strategy | None = None
     paste: bool = False
+    region: Tensor | None = None  # of pixels, bool [H, W]: where alone everything is generated
 
     def __bool__(self) -> bool:
         return bool(self.placed) or self.strategy is not None
@@ -243,6 +243,8 @@ class Given:
         if self.strategy is not None:
             hashes = [reference.sha256 for reference in self.strategy.references]
             found["strategy"] = {"text": self.strategy.text, "sha256": hashes, "align": self.strategy.align}
+        if self.region is not None:
+            found["region"] = hashlib.sha256(self.region.numpy().tobytes()).hexdigest()
         return found | ({"paste": True} if self.paste else {})
 
     def clip(self, window: range, more: Iterable[tuple[range, Tensor]] = ()) -> GivenClip | None:
@@ -279,9 +281,16 @@ class Given:
             free = ratios == 1  # what was given in pixels goes before
             latents = torch.where(rearrange(free, "t -> 1 t 1 1").to(latents.device), more, latents)
             ratios = torch.where(free, told, ratios)
-        if (ratios == 1).all():
-            return None
-        return GivenFrames(latents[None], ratios[None])
+        if self.region is not None:
+            return GivenFrames(latents[None], ratios[None], _of_latents(self.region, vae.spatial_stride))
+        return None if (ratios == 1).all() else GivenFrames(latents[None], ratios[None])
+
+
+def _of_latents(region: Tensor, stride: int) -> Tensor:
+    """[H, W] of pixels -> [1, 1, 1, h, w] of latents: those in whose square any pixel is."""
+    height, width = (side // stride * stride for side in region.shape)
+    squares = region[:height, :width].float()
+    return reduce(squares, "(h p) (w q) -> 1 1 1 h w", "max", p=stride, q=stride) > 0
 
 
 def covering(geometry: Geometry, places: Iterable[int], num_frames: int) -> dict[int, range]:
@@ -325,6 +334,7 @@ def told(given: Given, geometry: Geometry, windows: Sequence[range]) -> list[str
         latents = covering(geometry, inside, len(clip))
         held = sum(map(len, latents.values())) - len(inside)
         how = f"changed from noise level {one.strength:g} on" if one.strength else "kept"
+        how = "kept outside of the region" if one.strength == 1 else how
         more = f"; {held} free frames that share them start from the nearest given one" if held else ""
         lines.append(
             f"frames {one.place.start} to {one.place.stop - 1} from {one.reference.path.name}: latents {min(latents)} "
@@ -363,9 +373,13 @@ def shorthands(
     join: Sequence[Path] | None,
     edit: Path | None,
     strength: float | None,
+    inpaint: Path | None,
     lengths: tuple[int, int],
 ) -> list[Keep]:
-    """The general form of `--first`, `--last`, `--extend`, `--join` and `--edit`; `lengths` as `condition_lengths`."""
+    """The general form of `--first`, `--last`, `--extend`, `--join`, `--edit` and `--inpaint`.
+
+    `lengths` as `condition_lengths`.
+    """
     found = []
     head, tail = lengths
     begin, end = Span(0, head), Span(-tail, None)
@@ -388,13 +402,50 @@ def shorthands(
         option = f"--edit {edit}"
         check_strength(strength or 0.0, f"{option} --strength {strength:g}")
         found.append(Keep(Span(0, None), edit, None, strength or 0.0, option))
+    if inpaint is not None:
+        found.append(Keep(Span(0, None), inpaint, None, 1.0, f"--inpaint {inpaint}"))
     return found
+
+
+def open_region(text: str, clip: Path, data: DataConfig) -> Tensor:
+    """Where `--inpaint` generates, bool [H, W] of the sample's pixels: a picture's bright places, or X,Y,WIDTH,HEIGHT.
+
+    Both are told as the clip's own pixels, and scaled and cut with it. Raises ConfigError.
+    """
+    where, size = f"--region {text}", (data.height, data.width)
+    box = re.fullmatch(r"(\d+),(\d+),([1-9]\d*),([1-9]\d*)", text)
+    if box is None:
+        mask = Reference(Path(text).expanduser(), data, "--region")
+        region = mask.read(range(1))[0].float().mean(dim=-1) > 127.5
+    else:
+        left, top, width, height = map(int, box.groups())
+        info = _probed(clip, "--inpaint")
+        if left + width > info.width or top + height > info.height:
+            raise ConfigError(f"{where}: {clip} has {info.width}x{info.height} pixels")
+        covered = cover_size(info.height, info.width, size)
+        rows = (torch.arange(covered[0]) + 0.5) * info.height / covered[0]
+        columns = (torch.arange(covered[1]) + 0.5) * info.width / covered[1]
+        inside = ((rows >= top) & (rows < top + height))[:, None] & ((columns >= left) & (columns < left + width))
+        region = crop(inside[None, :, :, None], size)[0][0, :, :, 0]
+    if not region.any():
+        raise ConfigError(f"{where}: nothing of it is in the sample, which shows the middle of {clip}")
+    return region.contiguous()
+
+
+def _probed(path: Path, option: str) -> VideoInfo:
+    """Raises ConfigError."""
+    try:
+        return probe(path)
+    except (DecodeError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error).removeprefix(f"{path}: ")
+        raise ConfigError(f"{option}: {path} cannot be read ({reason})") from None
 
 
 def open_given(
     keeps: Sequence[Keep],
     data: DataConfig,
     *,
+    region: Tensor | None = None,
     total: int,
     paste: bool,
     strategy: str | None,
@@ -412,7 +463,7 @@ def open_given(
         opened = [Reference(Path(path).expanduser(), data, "--reference") for path in references.split(";")]
         found = Strategy(strategy, tuple(opened), align)
         found.check(geometry, data.num_frames, num_clips)
-    given = Given(place(keeps, data, total), found, paste)
+    given = Given(place(keeps, data, total), found, paste, region)
     if paste and not given.placed:
         raise ConfigError("--paste: no frames are given whose pixels could be put back")
     return given if given else None

@@ -131,6 +131,25 @@ def test_strength_leads_from_the_clip_to_something_new(
     assert distances[0] == 0 < distances[1] < distances[2]
 
 
+def test_inpainting_leaves_the_rest_of_a_clip(
+    home: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clip is 40x72, the sample its middle: 40x60 of it, at 32x48."""
+    clip = as_read(files / "clip.mp4", list(range(6))).numpy()
+    white = np.zeros((40, 72), np.uint8)
+    white[10:30, 6:26] = 255
+    Image.fromarray(white).save(tmp_path / "mask.png")
+    args = ["--inpaint", str(files / "clip.mp4"), "--paste", "--region"]
+    [by_box] = sampled(home / "flow", tmp_path / "box", *args, "6,10,20,20", monkeypatch=monkeypatch)
+    [by_mask] = sampled(home / "flow", tmp_path / "mask", *args, str(tmp_path / "mask.png"), monkeypatch=monkeypatch)
+    inside = np.zeros((32, 48), bool)
+    inside[8:24, 0:16] = True
+    for video in (by_box, by_mask):
+        assert np.array_equal(video[:, ~inside], clip[:, ~inside])
+        assert (video[:, inside] != clip[:, inside]).mean() > 0.9
+    assert np.array_equal(by_box, by_mask)
+
+
 def test_a_published_strategy_counts_latents(
     home: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,6 +251,10 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["--keep", "0={files}/clip.mp4[4:40]"], "there are 10 frames, of which 4:40 is no part"),
     (["--keep", "0:3={files}/clip.mp4[:2]"], "2 frames of {files}/clip.mp4 do not fill 3 of the sample"),
     (["--keep", "0={files}/a.png", "--first", "{files}/a.png"], "frame 0 is given twice"),
+    (["--inpaint", "{files}/a.png"], "--inpaint and --region: give both"),
+    (["--inpaint", "{files}/clip.mp4", "--region", "60,0,20,20"], "--region 60,0,20,20: {files}/clip.mp4 has 72x40 p"),
+    (["--inpaint", "{files}/clip.mp4", "--region", "0,0,4,20"], "--region 0,0,4,20: nothing of it is in the sample"),
+    (["--inpaint", "{files}/clip.mp4", "--region", "no.png"], "--region: no.png cannot be read"),
     (["--before"], "--before: give --extend, too"),
     (["--edit", "{files}/clip.mp4"], "--edit and --strength: give both"),
     (["--edit", "{files}/clip.mp4", "--strength", "2"], "--strength 2: expected a strength"),

@@ -17,6 +17,7 @@ from opensora_repro.config import (
     VaeConfig,
 )
 from opensora_repro.diffusion.flow import OPEN_SORA_1_2
+from opensora_repro.diffusion.frame_masks import FrameMasks
 from opensora_repro.diffusion.gaussian import build_objective
 from opensora_repro.frozen.autoencoder import FrameVAE
 from opensora_repro.frozen.encoder import Encoded
@@ -108,7 +109,7 @@ def test_stand_in_has_the_shape_and_no_weight(vae: FrameVAE) -> None:
 
 def test_frame_masks_are_the_samples_own_and_change_no_other_draw(vae: FrameVAE) -> None:
     plain, masked = builder(vae), builder(vae)
-    masked.frame_masks.shares = FrameMasksConfig(random=0.5, image_head=0.5).shares()
+    masked.frame_masks = FrameMasks(FrameMasksConfig(random=0.5, image_head=0.5))
     samples = [(epoch, sample(name)) for epoch in range(4) for name in "abc"]
     without, batch = plain.build(samples), masked.build(samples)
     assert without.frame_mask is None and batch.frame_mask is not None
