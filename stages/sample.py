@@ -286,8 +286,9 @@ def named(args: argparse.Namespace, source: Source) -> dict[str, int]:
 
             config = replace(config, sample=replace(config.sample, fps=args.fps))
         args.total = frames_of_seconds(config, source.model, args.seconds)
-        if args.total <= source.longest and not args.loop and args.condition_frames is None:
-            found["num_frames"] = args.total  # else chained clips
+        chained = args.total > source.longest or args.loop or args.condition_frames is not None
+        if source.model.conditioning != "t5" or not chained:
+            found["num_frames"] = args.total
     return found
 
 

@@ -254,13 +254,13 @@ class Given:
             if placed.place.start < window.stop and window.start < placed.place.stop:
                 places, pixels = placed.read(window)
                 found |= {at: (image, placed.strength) for at, image in zip(places, pixels, strict=True)}
-        for places, pixels in more:
-            found |= {at: (image, 0.0) for at, image in zip(places, pixels, strict=True)}
+        for span, images in more:
+            found |= {at: (image, 0.0) for at, image in zip(span, images, strict=True)}
         if not found:
             return None
         order = sorted(found)
-        pixels = torch.stack([found[at][0] for at in order])
-        return GivenClip([at - window.start for at in order], pixels, [found[at][1] for at in order])
+        stacked = torch.stack([found[at][0] for at in order])
+        return GivenClip([at - window.start for at in order], stacked, [found[at][1] for at in order])
 
     def latents(
         self,
