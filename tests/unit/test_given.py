@@ -114,8 +114,8 @@ def test_scripts_hold_from_their_second_on() -> None:
     script = read_script(["0: dawn", "1.5: noon"], "--prompts p.txt")
     assert script is not None and texts_of(script) == ["dawn", "noon"]
     assert with_texts(script, str.upper) == "0: DAWN\n1.5: NOON"
-    parts = Chain(20, 6, 2, 2).rounds()  # new frames begin at 0, 6, 10, ...
-    assert [text_at(script, part, 8) for part in parts] == ["dawn", "dawn", *["noon"] * (len(parts) - 2)]
+    parts = Chain(20, 6, 2, 2).rounds()  # new frames begin at 0, 6, 10, 14 and 16
+    assert [text_at(script, part, 8) for part in parts] == ["dawn"] * 3 + ["noon"] * 2
     assert [text_at("|0|a|2|b", part, 8) for part in parts[:4]] == ["a", "a", "b", "b"]
     assert text_at("12: 5 is a ratio", parts[1], 8) == "12: 5 is a ratio" and read_script(["a", "0: b"], "x") is None
     for lines in (["0: a", "b"], ["0: a", "3: b", "3: c"]):
