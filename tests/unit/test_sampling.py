@@ -156,8 +156,9 @@ def test_the_flow_sampler_walks_the_shifted_times(shift: float, size: int, expec
     assert seen == pytest.approx([1000 * expected * t / (1 + (expected - 1) * t) for t in (1, 0.75, 0.5, 0.25)])
 
 
-@pytest.mark.parametrize(("objective", "sampler"), ALL)
-def test_outside_of_a_region_the_model_sees_what_is_given_at_each_noise_level(objective: str, sampler: str) -> None:
+@pytest.mark.parametrize("name", ["flow-euler", "flow-ab2", "iddpm-iddpm", "iddpm-ddim", "iddpm-dpm"])
+def test_outside_of_a_region_the_model_sees_what_is_given_at_each_noise_level(name: str) -> None:
+    objective, sampler = name.split("-")
     region = torch.zeros(1, 1, 1, *SHAPE[2:], dtype=torch.bool)
     region[..., :2] = True
     latents = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(5))
