@@ -317,7 +317,7 @@ def frames(args: argparse.Namespace, source: Source, prompts: list[str]) -> dict
     """What is given and chained, and lines on it. Raises ConfigError."""
     from dataclasses import replace
 
-    from opensora_repro.sampling.chain import plan_chain, read_script
+    from opensora_repro.sampling.chain import plan_chain, read_script, texts_of
     from opensora_repro.sampling.given import (
         condition_lengths,
         open_given,
@@ -342,6 +342,8 @@ def frames(args: argparse.Namespace, source: Source, prompts: list[str]) -> dict
         raise ConfigError("--gif: a video of chained clips is written as it goes, as mp4 alone")
     if script is not None and chain is None:
         raise ConfigError(f"--prompts {args.prompts}: a script needs chained clips: give --seconds, longer than a clip")
+    if chain is None and any(len(texts_of(prompt)) > 1 for prompt in prompts):
+        raise ConfigError("--prompt: |0|TEXT|2|TEXT counts chained clips: give --seconds, longer than a clip")
     short = ("first", "last", "extend", "before", "join", "edit", "strength", "inpaint")
     words = {name: getattr(args, name) for name in short}
     region = None if args.inpaint is None else open_region(args.region, args.inpaint, data)

@@ -267,6 +267,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["--loop", "--condition-frames", "3"], "3 + 3 given frames leave nothing to generate of a clip of 6"),
     (["--seconds", "2", "--condition-frames", "6"], "6 given frames leave nothing to generate of a clip of 6"),
     (["--seconds", "9", "--gif"], "--gif: a video of chained clips is written as it goes"),
+    (["--prompt", "|0|a|2|b"], "--prompt: |0|TEXT|2|TEXT counts chained clips: give --seconds, longer than a clip"),
     (["--condition-frames", "0"], "--condition-frames 0: expected at least 1"),
 ]
 
