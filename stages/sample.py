@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os.path import expanduser
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from opensora_repro.config import ConfigError
 from opensora_repro.config.prompts import check_prompts, read_prompts
@@ -77,11 +77,48 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     shares = "each process of torchrun holds an equal share of T5, and gathers it part by part (text.shard)"
     add("--shard-text", action=argparse.BooleanOptionalAction, help=shares)
     add("--dtype", choices=("bf16", "fp32"), help="autocast (train.dtype)")
+    add_given(parser.add_argument_group("frames that are given, of files or of the video itself").add_argument)
     add = parser.add_argument_group("words that 1.2's captions end with, added to each prompt").add_argument
     add("--aesthetic", metavar="X", help="aesthetic score, 1 to 10; none: no such words (6.5 with 1.2's release)")
     add("--motion", type=float, metavar="X", help="motion score, from 0 on; about 5 is usual")
     add("--camera", metavar="TEXT", help='camera motion, such as "pan left"')
-    return parser.parse_args(argv)
+    return parser.parse_args(joined(sys.argv[1:] if argv is None else argv))
+
+
+def joined(argv: Sequence[str]) -> list[str]:
+    """`--keep -8:=FILE` as `--keep=-8:=FILE`: argparse takes what begins with - for an option."""
+    found: list[str] = []
+    for word in argv:
+        if found and found[-1] == "--keep":
+            found[-1] += f"={word}"
+        else:
+            found.append(word)
+    return found
+
+
+def add_given(add: Callable[..., object]) -> None:
+    keep = "frames of FILE take places of the sample: 0=first.png, -8:=clip.mp4[0:8], 0:16=clip.mp4@0.6; repeatable"
+    add("--keep", action="append", default=[], metavar="PLACE=FILE[SPAN]@STRENGTH", help=keep)
+    add("--first", type=user_path, metavar="FILE", help="a picture, or a clip's first frame, to begin with")
+    add("--last", type=user_path, metavar="FILE", help="a picture, or a clip's last frame, to end with")
+    add(
+        "--extend", type=user_path, metavar="FILE", help="go on where a clip ends; with --before: lead to its beginning"
+    )
+    add("--before", action="store_true", help="see --extend")
+    add("--join", type=user_path, nargs=2, metavar="FILE", help="from the first clip's end to the second's beginning")
+    add("--loop", action="store_true", help="the last frame is followed by the first: clips are chained to close it")
+    add("--edit", type=user_path, metavar="FILE", help="a clip, or a picture, to change by the prompt")
+    add("--strength", type=float, metavar="X", help="how much --edit changes: 0 nothing, towards 1 everything")
+    add("--inpaint", type=user_path, metavar="FILE", help="a clip, or a picture, of which --region alone is made anew")
+    region = "of --inpaint: a picture that is white there, or a box in the clip's pixels"
+    add("--region", metavar="MASK|X,Y,WIDTH,HEIGHT", help=region)
+    conditions = "given frames at a clip's start or end, of --extend, --join and of chained clips (a quarter)"
+    add("--condition-frames", type=int, metavar="N", help=conditions)
+    add("--paste", action="store_true", help="kept frames as they are, not as the autoencoder gives them back")
+    published = "1.1's and 1.2's loop,ref,ref_start,target,length,edit_ratio;... in latent frames"
+    add("--mask-strategy", metavar="TEXT", help=published)
+    add("--reference", metavar="FILE;FILE", help="pictures or clips of --mask-strategy")
+    add("--mask-align", type=int, metavar="N", help="move --mask-strategy's starts to whole N latents, as 1.2 does (5)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -122,7 +159,17 @@ def check_numbers(args: argparse.Namespace) -> None:
         except ValueError:
             expected = f"a number, or one of {', '.join(FRAMES)}"
             raise ConfigError(f"--num-frames {args.num_frames}: expected {expected}") from None
-    for name in ("steps", "num_frames", "height", "width", "fps", "batch_size", "sp_size"):
+    for name in (
+        "steps",
+        "num_frames",
+        "height",
+        "width",
+        "fps",
+        "batch_size",
+        "sp_size",
+        "condition_frames",
+        "mask_align",
+    ):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: expected at least 1")
@@ -132,7 +179,8 @@ def check_numbers(args: argparse.Namespace) -> None:
         raise ConfigError(f"--guidance {args.guidance}: expected a finite number")
     if args.seconds is not None and not (math.isfinite(args.seconds) and args.seconds > 0):
         raise ConfigError(f"--seconds {args.seconds:g}: expected more than 0")
-    if args.seconds is not None and args.num_frames is not None:
+    chained = args.loop or args.condition_frames is not None
+    if args.seconds is not None and args.num_frames is not None and not chained:
         raise ConfigError("--seconds and --num-frames both say how long: give one")
     if args.resolution is not None and (args.height is not None or args.width is not None):
         raise ConfigError("--resolution stands for --height and --width: give it with --aspect-ratio alone")
@@ -142,6 +190,18 @@ def check_numbers(args: argparse.Namespace) -> None:
         args.aesthetic = score(args.aesthetic, "aesthetic", 1, 10)
     if args.motion is not None:
         args.motion = score(args.motion, "motion", 0, math.inf)
+    if args.before and args.extend is None:
+        raise ConfigError("--before: give --extend, too, the clip that it leads to")
+    if (args.edit is None) != (args.strength is None):
+        raise ConfigError("--edit and --strength: give both, a clip and how much of it changes (0 to below 1)")
+    if (args.inpaint is None) != (args.region is None):
+        raise ConfigError("--inpaint and --region: give both, a clip and where in it something new is made")
+    if args.inpaint is not None and args.edit is not None:
+        raise ConfigError("--inpaint and --edit both say what all frames begin from: give one")
+    if (args.mask_strategy is None) != (args.reference is None):
+        raise ConfigError("--mask-strategy and --reference: give both, the places and what they take")
+    if args.mask_align is not None and args.mask_strategy is None:
+        raise ConfigError("--mask-align: give --mask-strategy, too, whose starts it moves")
     if args.camera is not None and is_blank(args.camera):
         raise ConfigError("--camera: expected words, such as pan left")
 
@@ -177,10 +237,18 @@ def sample(args: argparse.Namespace, prompts: list[str]) -> int:
     given = {name: getattr(args, name) for name in SIZES} | named(args, source)
     source = replace(source, config=with_options(source.config, **given))
     check_prompts_fit(source, prompts, labels=args.label is not None)
+    more: dict[str, Any] = frames(args, source, prompts) if asks_for_frames(args, source, prompts) else {}
+    lines = more.pop("lines", [])
+    source, prompts = more.pop("source", source), more.pop("prompts", prompts)
     scores = score_words(args, source)
     same = ("out", "seed", "batch_size", "sp_size", "device", "gif", "overwrite")
     run = SamplingRun(
-        source, prompts, scores=scores, ema=not args.no_ema, **{name: getattr(args, name) for name in same}
+        source,
+        prompts,
+        scores=scores,
+        ema=not args.no_ema,
+        **more,
+        **{name: getattr(args, name) for name in same},
     )
     rank, world_size, local_rank = launched_as()
     device = pick_device(args.device, world_size, local_rank)
@@ -190,6 +258,8 @@ def sample(args: argparse.Namespace, prompts: list[str]) -> int:
         for key, value in run.plan(check).items():
             print(f"{key:>14}  {value}")
     if rank == 0:
+        for line in lines:
+            print(line)
         for line in check.warnings:
             print(f"warning: {line}", file=sys.stderr)
     if args.dry_run:
@@ -215,8 +285,83 @@ def named(args: argparse.Namespace, source: Source) -> dict[str, int]:
             from dataclasses import replace
 
             config = replace(config, sample=replace(config.sample, fps=args.fps))
-        found["num_frames"] = frames_of_seconds(config, source.model, args.seconds)
+        args.total = frames_of_seconds(config, source.model, args.seconds)
+        chained = args.total > source.longest or args.loop or args.condition_frames is not None
+        if source.model.conditioning != "t5" or not chained:
+            found["num_frames"] = args.total
     return found
+
+
+def asks_for_frames(args: argparse.Namespace, source: Source, prompts: list[str]) -> bool:
+    """Whether frames are given, clips are chained, or the prompt may be a script."""
+    given = (
+        args.keep,
+        args.first,
+        args.last,
+        args.extend,
+        args.join,
+        args.edit,
+        args.inpaint,
+        args.mask_strategy,
+        args.paste,
+    )
+    longer = getattr(args, "total", 0) > source.config.data.num_frames
+    return any(given) or args.loop or longer or args.condition_frames is not None or is_script(prompts)
+
+
+def is_script(prompts: list[str]) -> bool:
+    return any(prompt.startswith(("0:", "0.0:", "|0|")) for prompt in prompts)
+
+
+def frames(args: argparse.Namespace, source: Source, prompts: list[str]) -> dict[str, Any]:
+    """What is given and chained, and lines on it. Raises ConfigError."""
+    from dataclasses import replace
+
+    from opensora_repro.sampling.chain import plan_chain, read_script, texts_of
+    from opensora_repro.sampling.given import (
+        condition_lengths,
+        open_given,
+        open_region,
+        parse_keep,
+        read_geometry,
+        shorthands,
+        told,
+    )
+
+    if source.model.conditioning != "t5":
+        raise ConfigError(f"{source.path}: DiT and Latte take no given frames, and make no longer videos")
+    script = read_script(prompts, f"--prompts {args.prompts}") if args.prompts else None
+    geometry, data = read_geometry(source.config.vae), source.config.data
+    total = getattr(args, "total", None)
+    lengths = condition_lengths(geometry, data.num_frames, args.condition_frames)
+    chain = plan_chain(total, data.num_frames, lengths, loop=args.loop)
+    if chain is None and total is not None:
+        data = replace(data, num_frames=total)
+        lengths = condition_lengths(geometry, total, args.condition_frames)
+    if args.gif and chain is not None:
+        raise ConfigError("--gif: a video of chained clips is written as it goes, as mp4 alone")
+    if script is not None and chain is None:
+        raise ConfigError(f"--prompts {args.prompts}: a script needs chained clips: give --seconds, longer than a clip")
+    if chain is None and any(len(texts_of(prompt)) > 1 for prompt in prompts):
+        raise ConfigError("--prompt: |0|TEXT|2|TEXT counts chained clips: give --seconds, longer than a clip")
+    short = ("first", "last", "extend", "before", "join", "edit", "strength", "inpaint")
+    words = {name: getattr(args, name) for name in short}
+    region = None if args.inpaint is None else open_region(args.region, args.inpaint, data)
+    keeps = [*map(parse_keep, args.keep), *shorthands(**words, lengths=lengths)]
+    windows = [part.window for part in chain.rounds()] if chain else [range(data.num_frames)]
+    given = open_given(
+        keeps, data, total=chain.total if chain else data.num_frames, paste=args.paste, strategy=args.mask_strategy,
+        references=args.reference, align=args.mask_align, geometry=geometry, num_clips=len(windows),
+        region=region,
+    )  # fmt: skip
+    lines = [str(chain)] if chain else []
+    return {
+        "lines": lines + (told(given, geometry, windows) if given else []),
+        "source": replace(source, config=replace(source.config, data=data)),
+        "prompts": prompts if script is None else [script],
+        "given": given,
+        "chain": chain,
+    }
 
 
 def score_words(args: argparse.Namespace, source: Source) -> dict[str, float | str]:

@@ -150,6 +150,7 @@ def _check_diffusion(config: Config, require: Any) -> None:
     shares = config.frame_masks.shares()
     for mode, share in shares.items():
         require(f"frame_masks.{mode}", 0 <= share <= 1, "a share from 0 to 1")
+    require("frame_masks.noise", 0 <= config.frame_masks.noise < 1, "a level from 0 (none) to below 1")
     total = sum(shares.values())
     if total > 1 + ROUNDING:
         raise ConfigError(f"frame_masks: the shares add up to {total:.6g}: expected at most 1, the rest is given none")

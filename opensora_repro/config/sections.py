@@ -110,10 +110,11 @@ class FrameMasksConfig:
     image_head_tail: float = 0.0  # share given the first and the last frame
     random: float = 0.0  # share given each frame with a probability that is drawn from 0.1 to 0.9
     interpolate: float = 0.0  # share given every second frame
+    noise: float = 0.0  # most noise that given frames carry, 0 to 1: against drift where clips are chained
 
     def shares(self) -> dict[str, float]:
         """By mode; what they leave of 1 are samples of which no frame is given."""
-        return asdict(self)
+        return {mode: share for mode, share in asdict(self).items() if mode != "noise"}
 
 
 @dataclass(frozen=True)

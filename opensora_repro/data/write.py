@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
@@ -58,6 +59,24 @@ def write_video(path: str | Path, frames: Frames, fps: float) -> None:
             rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
             container.mux(stream.encode(rgb_to_yuv(reformatter, rgb, rgb.height, rgb.width)))
         container.mux(stream.encode(None))
+
+
+def join_videos(path: Path, parts: Sequence[Path]) -> None:
+    """Write one mp4 of several that `write_video` made at one size and rate, without coding them again."""
+    import av
+
+    with replacing(path) as whole, av.open(str(whole), "w", format="mp4", options={"movflags": "+faststart"}) as out:
+        stream: Any = None
+        offset = 0
+        for part in parts:
+            with av.open(str(part)) as container:
+                source = container.streams.video[0]
+                stream = stream or out.add_stream_from_template(source)
+                for packet in container.demux(source):
+                    if packet.dts is not None and packet.pts is not None:  # the last one is empty
+                        packet.pts, packet.dts, packet.stream = packet.pts + offset, packet.dts + offset, stream
+                        out.mux(packet)
+                offset += source.duration or 0
 
 
 def rgb_to_yuv(reformatter: Any, frame: Any, height: int, width: int) -> Any:

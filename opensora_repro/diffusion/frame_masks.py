@@ -27,7 +27,7 @@ class FrameMasks:
     def __init__(self, cfg: FrameMasksConfig, patch_frames: int = 1) -> None:
         """`patch_frames`: latent frames that a token covers, patch_size[0]; they are given together."""
         self.shares = {mode: share for mode, share in cfg.shares().items() if share}
-        self.patch_frames = patch_frames
+        self.patch_frames, self.noise = patch_frames, cfg.noise
 
     def __bool__(self) -> bool:
         """Whether any frame is ever given."""
@@ -45,6 +45,19 @@ class FrameMasks:
         if masks.all():
             return None
         return repeat(masks, "b t -> b (t p)", p=self.patch_frames)[:, :num_frames]
+
+    def with_noise(self, latents: Tensor, frame_mask: Tensor, generators: Iterable[torch.Generator]) -> Tensor:
+        """Latents [B, C, T, H, W] whose given frames are noised a little, each sample's to a level of its own.
+
+        The level is uniform from 0 to `frame_masks.noise`, of the flow's path from data (0) to noise (1). The model is
+        told level 0: it learns that given frames may be imperfect, as those are that it made itself.
+        """
+        noised = []
+        for sample, generator in zip(latents, generators, strict=True):
+            level = self.noise * torch.rand((), generator=generator).to(sample.device)
+            noise = torch.randn(sample.shape, generator=generator).to(sample.device)
+            noised.append((1 - level) * sample + level * noise)
+        return torch.where(per_frame(frame_mask).to(latents.device), latents, torch.stack(noised))
 
     def _mode(self, generator: torch.Generator) -> str:
         left = torch.rand((), generator=generator, dtype=torch.float64).item()
@@ -110,10 +123,20 @@ class GivenFrames:
 
     `latents` [B, C, T, H, W] matter where the edit ratio is below 1. `ratios` [B, T] from 0 (kept as it is) to 1
     (generated from noise); between, a frame waits for the noise level of its ratio, and is generated from there.
+    `region` [B, 1, 1, H, W] bool: of generated frames, too, only these places are, the others are those of `latents`;
+    None: everywhere.
     """
 
     latents: Tensor
     ratios: Tensor
+    region: Tensor | None = None
+
+    def of(self, num_samples: int) -> GivenFrames:
+        """One sample's, given to so many alike."""
+        region = None if self.region is None else self.region.expand(num_samples, -1, -1, -1, -1)
+        return GivenFrames(
+            self.latents.expand(num_samples, -1, -1, -1, -1), self.ratios.expand(num_samples, -1), region
+        )
 
     def into(self, noise: Tensor) -> Tensor:
         """What a sampler starts with: [B, C, T, H, W], noise in the frames that are generated from it."""

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from opensora_repro.diffusion.dpm_solver import ContinuousSchedule, dpm_solver_sample
@@ -215,6 +217,31 @@ def masked_iddpm_sample(
     return x
 
 
+def inpainting(model_fn: ModelFn, given: GivenFrames, noise: Tensor, *, flow: bool) -> ModelFn:
+    """`model_fn` that sees what lies outside of `given.region` as it is, at the noise level of each step.
+
+    As RePaint has it (arXiv:2201.09865), without its steps back. What the sampler makes there is nobody's.
+    """
+    assert given.region is not None
+    region, latents = given.region.to(noise.device), given.latents.to(noise)
+    log_alphas = torch.from_numpy(0.5 * np.cumsum(np.log(1 - linear_betas()))).float().to(noise.device)
+
+    def signal_and_spread(timestep: Tensor) -> tuple[Tensor, Tensor]:
+        if flow:
+            return 1 - timestep / NUM_TIMESTEPS, timestep / NUM_TIMESTEPS
+        low = timestep.floor().long().clamp(0, len(log_alphas) - 1)
+        high = (low + 1).clamp(max=len(log_alphas) - 1)
+        log_alpha = torch.lerp(log_alphas[low], log_alphas[high], (timestep - low).to(log_alphas))
+        return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
+
+    def seen(x: Tensor, timestep: Tensor, *masks: Tensor) -> Tensor:
+        signal, spread = (rearrange(value, "b -> b 1 1 1 1") for value in signal_and_spread(timestep))
+        outside = ~region & per_frame(masks[0]) if masks else ~region  # kept frames are kept clean
+        return model_fn(torch.where(outside, signal * latents + spread * noise, x), timestep, *masks)
+
+    return seen
+
+
 @dataclass(frozen=True)
 class LatentSampler:
     """From noise to latents of a trained model.
@@ -261,7 +288,27 @@ class LatentSampler:
         Open-Sora 1.2 needs. `conditions`: what else the model is told of each sample, [B] each. `given`: frames to
         start from.
         """
+        found = self._sample(
+            model, condition, mask, null_condition, shape=shape, generators=generators, size=size,
+            conditions=conditions, given=given,
+        )  # fmt: skip
+        if given is None or given.region is None:
+            return found
+        return torch.where(given.region.to(found.device), found, given.latents.to(found))
 
+    def _sample(
+        self,
+        model: Callable[..., Tensor],
+        condition: Tensor,
+        mask: Tensor | None,
+        null_condition: Tensor,
+        *,
+        shape: Sequence[int],
+        generators: Sequence[torch.Generator],
+        size: Size | None,
+        conditions: Mapping[str, Tensor] | None,
+        given: GivenFrames | None,
+    ) -> Tensor:
         def next_noise() -> Tensor:
             return draw_noise(shape, generators, condition.device)
 
@@ -280,6 +327,8 @@ class LatentSampler:
             )
             noise = next_noise()
             with self.call_context(model_fn) as model_fn:
+                if given is not None and given.region is not None:
+                    model_fn = inpainting(model_fn, given, noise, flow=flow)
                 if flow:
                     tokens, frames = count_tokens(shape, self.patch_size), count_frames(shape, self.patch_size)
                     path, second_order = build_flow(self.objective), self.name == "ab2"

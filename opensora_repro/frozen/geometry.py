@@ -49,6 +49,17 @@ class Geometry:
         whole, rest = divmod(num_frames, self.chunk or num_frames)
         return whole * -(-(self.chunk or num_frames) // self.temporal_stride) + -(-rest // self.temporal_stride)
 
+    def latent_spans(self, num_frames: int) -> list[range]:
+        """Frames that each latent covers: what is before a clip or a chunk fills up its first latent."""
+        found = []
+        for first in range(0, num_frames, self.chunk or num_frames):
+            end = min(first + (self.chunk or num_frames), num_frames)
+            starts = range(
+                end - -(-(end - first) // self.temporal_stride) * self.temporal_stride, end, self.temporal_stride
+            )
+            found += [range(max(start, first), start + self.temporal_stride) for start in starts]
+        return found
+
     def tile(self, tile_size: int) -> int:
         """`vae.tile_size` in latents: two at least, or nothing would overlap; 0: no tiles."""
         return max(2, tile_size // self.spatial_stride) if tile_size else 0

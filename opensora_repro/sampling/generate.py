@@ -27,6 +27,7 @@ from opensora_repro.parallel.sequence import FrameParallel
 from opensora_repro.sampling.graphs import StepGraphs
 
 if TYPE_CHECKING:
+    from opensora_repro.diffusion.frame_masks import GivenFrames
     from opensora_repro.frozen.autoencoder import Autoencoder
     from opensora_repro.weights.families import Network
 
@@ -88,13 +89,18 @@ def generate(
     forward: Callable[..., Tensor] | None = None,
     share: tuple[int, int] = (0, 1),
     only: Sequence[int] | None = None,
+    given: GivenFrames | None = None,
+    clip: int = 0,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (index, video) for every prompt in turn; video is uint8 [num_frames, height, width, 3].
 
     `only` are the numbers of the prompts to sample; None: all.
 
     Size, sampler, its steps and guidance are those of `cfg.data` and `cfg.sample`; of the model, its own config says.
-    Sample i's noise is keyed by (seed, i) alone, so the batch size and the other prompts change it by rounding at most.
+    `given`: frames that every sample starts from, latents [1, Cz, T', h, w] and ratios [1, T'].
+
+    Sample i's noise is keyed by (seed, i) alone, of a long video by the number of the `clip`, too; so the batch size
+    and the other prompts change it by rounding at most.
     The model runs in evaluation mode, under the caller's autocast; `forward` calls it where it is spread over
     processes. `share` (r, n) leaves all but every n-th batch of prompts, from the r-th on, to others. Raises
     ConfigError for models or a size that do not fit, NotFinite where the model or the autoencoder gives no finite
@@ -127,9 +133,10 @@ def generate(
                 mask,
                 model.null_condition(),
                 shape=shape,
-                generators=[keyed_generator(seed, 0, str(i), "sample") for i in indices],
+                generators=[keyed_generator(seed, clip, str(i), "sample") for i in indices],
                 size=size,
                 conditions=_told(model, cfg, len(indices)) if model.cfg.conditions else {},
+                given=None if given is None else given.of(len(indices)),
             )
         for i, latent in zip(indices, latents, strict=True):
             if not latent.isfinite().all():

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,12 @@ from opensora_repro.weights.families import Network, empty_model
 from opensora_repro.weights.load import LoadReport, check_complete, load_model_weights
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from opensora_repro.parallel.shards import Shards
+    from opensora_repro.sampling.chain import Chain
+    from opensora_repro.sampling.generate import Progress
+    from opensora_repro.sampling.given import Given
 
 CUT_SHOWN = 10  # prompts whose unread words are told
 
@@ -106,11 +111,26 @@ class SamplingRun:
     gif: bool = False
     overwrite: bool = False
     scores: Mapping[str, Any] = field(default_factory=dict)  # aesthetic, motion, camera: what prompts are told of them
+    given: Given | None = None  # frames
+    chain: Chain | None = None  # of several clips
 
     @cached_property
     def texts(self) -> list[str]:
-        """What the model reads: the prompts and the words of their scores."""
+        """What the model reads: the prompts and the words of their scores; scripts of a chain as they are."""
+        if self.chain is not None:
+            from opensora_repro.sampling.chain import with_texts
+
+            return [with_texts(prompt, lambda text: with_scores(text, **self.scores)) for prompt in self.prompts]
         return [with_scores(prompt, **self.scores) for prompt in self.prompts] if self.scores else list(self.prompts)
+
+    @property
+    def read(self) -> list[str]:
+        """All texts that the model ever reads."""
+        if self.chain is None:
+            return self.texts
+        from opensora_repro.sampling.chain import texts_of
+
+        return [text for prompt in self.texts for text in texts_of(prompt)]
 
     def settings(self) -> dict[str, Any]:
         """What decides the samples besides the prompts."""
@@ -134,6 +154,8 @@ class SamplingRun:
             "model": asdict(model),
             "diffusion": asdict(cfg.diffusion),
             **self.scores,
+            **({"given": self.given.settings()} if self.given is not None else {}),
+            **({"long": self.chain.settings()} if self.chain is not None else {}),
         }
 
     def check(self, device: torch.device, *, alone: bool) -> Check:
@@ -163,7 +185,12 @@ class SamplingRun:
                 sp_size=self.sp_size,
                 world_size=world_size,
             )
-        return Check(folder, todo, memory, tuple(unread_words(conditions, self.texts)))
+        warnings = [*unread_words(conditions, self.read)]
+        if self.given is not None or self.chain is not None:
+            if source.model.conditioning != "t5":
+                raise ConfigError(f"{source.path}: DiT and Latte take no given frames")
+            warnings += [] if source.trained_with_masks else ["this model was not trained with frame masks"]
+        return Check(folder, todo, memory, tuple(warnings))
 
     def todo(self, folder: SampleFolder) -> list[int]:
         """Numbers of the prompts to sample. Raises ConfigError where samples of others are in the way."""
@@ -225,29 +252,50 @@ class SamplingRun:
             closing(ProgressBar("sampling", shown=engine.is_main)) as bar,
             torch.autocast(device.type, torch.bfloat16, enabled=cfg.train.dtype == "bf16"),
         ):
-            for index, video in generate(
+            for index, video in self._videos(
                 model,
                 vae,
                 conditions,
-                cfg,
-                self.texts,
-                seed=self.seed,
-                batch_size=self.batch_size,
                 progress=bar,
                 forward=engine.spread(model),
-                share=(mesh.data_rank, mesh.data_size),
-                only=todo,
+                todo=todo,
+                mesh=mesh,
             ):
                 if mesh.member:
                     continue  # the group's first process writes
-                for name in reversed(folder.files(index)):  # its own file last: once that is there, all are
-                    write_sample(self.out / name, video, folder.settings["fps"])
+                if video is not None:  # a long one is written as it goes
+                    for name in reversed(folder.files(index)):  # its own file last: once that is there, all are
+                        write_sample(self.out / name, video, folder.settings["fps"])
                 written.append(index)
                 if mesh.world_size == 1:
                     folder.write(before | set(written))
         if isinstance(conditions, T5Text):
             conditions.join()
         return written
+
+    def _videos(
+        self,
+        model: Network,
+        vae: Autoencoder,
+        conditions: ConditionEncoder,
+        *,
+        progress: Progress,
+        forward: Callable[..., Any],
+        todo: Sequence[int],
+        mesh: Mesh,
+    ) -> Iterator[tuple[int, np.ndarray | None]]:
+        """This process's share of the samples: number and frames, or None for what is written already."""
+        cfg, share = self.source.config, (mesh.data_rank, mesh.data_size)
+        calls = partial(generate, model, vae, conditions, cfg, seed=self.seed, forward=forward)
+        if self.given is not None or self.chain is not None:
+            from opensora_repro.sampling.chain import given_videos
+
+            yield from given_videos(
+                calls, vae, cfg, self.texts, given=self.given, chain=self.chain, out=self.out, progress=progress,
+                batch_size=self.batch_size, todo=todo, share=share, writes=not mesh.member,
+            )  # fmt: skip
+            return
+        yield from calls(self.texts, batch_size=self.batch_size, progress=progress, share=share, only=todo)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from opensora_repro.config import ConfigError
-from opensora_repro.files import write_text
+from opensora_repro.files import remove_folder, write_text
 
 RECORD = "samples.json"
-PLACES = ("checkpoint",)  # where something lay: what it was, weights_sha256 says
+PLACES = ("checkpoint", "file")  # where something lay: what it was, weights_sha256 says
+SOMETIMES = ("given", "long")  # settings of samples that were given frames, or are chained: others have none
 SHOWN = 4  # differences named
 _SAMPLE = re.compile(r"\d{4,}\.(mp4|png|gif)")
 
@@ -41,7 +42,11 @@ class SampleFolder:
             return []
         known = record.get("prompts")
         known = known if isinstance(known, list) else []
-        changes = [*_changes(self.settings, record), *_other_prompts(self.prompts, known)]
+        changes = [
+            *_changes(self.settings, record),
+            *_only_there(self.settings, record),
+            *_other_prompts(self.prompts, known),
+        ]
         if changes:
             more = f"; and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
             raise ConfigError(
@@ -62,6 +67,8 @@ class SampleFolder:
             if isinstance(name, str) and _SAMPLE.fullmatch(name):
                 for file in (self.path / name, (self.path / name).with_suffix(".gif")):
                     file.unlink(missing_ok=True)
+        for folder in self.path.glob("[0-9]*.parts"):
+            remove_folder(folder)
         (self.path / RECORD).unlink(missing_ok=True)
 
     def write(self, finished: Iterable[int]) -> None:
@@ -108,6 +115,15 @@ def _changes(here: Mapping[str, Any], there: Mapping[str, Any]) -> Iterator[str]
             yield f"{key} is not told there, {value!r} here"
         else:
             yield f"{key} = {there[key]!r} there, {value!r} here"
+
+
+def _only_there(here: Mapping[str, Any], there: Mapping[str, Any]) -> Iterator[str]:
+    """Likewise for settings that not all samples have, and what is given in more places there."""
+    for key in SOMETIMES:
+        if key in there and key not in here:
+            yield f"{key} = {_short(there[key])} there, none here"
+        elif isinstance(there.get(key), dict) and isinstance(here.get(key), dict):
+            yield from (f"{key}.{name} is told there alone" for name in there[key] if name not in here[key])
 
 
 def _other_prompts(here: Sequence[str], there: Sequence[Any]) -> Iterator[str]:

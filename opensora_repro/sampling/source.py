@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from opensora_repro.config import Config, ConfigError, load_recorded
-from opensora_repro.data.buckets import as_sampled
+from opensora_repro.data.buckets import as_sampled, buckets_of
 from opensora_repro.frozen.autoencoder import Autoencoder
 from opensora_repro.frozen.text import (
     ConditionEncoder,
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     pass
 
 
+# Frames of the longest clips that releases were trained with, where their defaults are shorter
+LONGEST = {"stdit": 64, "stdit2": 128, "stdit3": 408}
+
+
 @dataclass(frozen=True)
 class Source:
     """Weights, the model that they make, and the defaults of their run or release."""
@@ -38,6 +42,8 @@ class Source:
     model: ModelConfig
     config: Config
     aesthetic: float | None = None  # the score that its release adds to prompts
+    longest: int = 0  # frames of the longest clips that it was trained with
+    trained_with_masks: bool = False
 
 
 def find_source(path: Path, *, ema: bool = True, num_heads: int | None = None, family: str | None = None) -> Source:
@@ -48,13 +54,26 @@ def find_source(path: Path, *, ema: bool = True, num_heads: int | None = None, f
     checkpoint = _own_checkpoint(path)
     if checkpoint is not None:
         recorded_sha256(checkpoint / CONFIG_FILE)
-        config = as_sampled(load_recorded(checkpoint / CONFIG_FILE))
+        recorded = load_recorded(checkpoint / CONFIG_FILE)
+        config = as_sampled(recorded)
         name = "ema.safetensors" if ema else "model.safetensors"
-        return Source(checkpoint, open_weights(checkpoint / name), config.model, config)
+        longest = max(bucket.num_frames for bucket in buckets_of(recorded))
+        masks = any(recorded.frame_masks.shares().values())
+        weights = open_weights(checkpoint / name)
+        return Source(checkpoint, weights, config.model, config, longest=longest, trained_with_masks=masks)
     file = open_weights(path, ema=ema)
     found = describe(file, num_heads=num_heads, family=family)
     own = file.config is not None  # a run's, whose captions need not end with scores
-    return Source(path, file, found.model, found.config, None if own else found.family.aesthetic)
+    architecture = getattr(found.model, "architecture", "")
+    return Source(
+        path,
+        file,
+        found.model,
+        found.config,
+        None if own else found.family.aesthetic,
+        max(found.config.data.num_frames, LONGEST.get(architecture, 0)),
+        any(found.config.frame_masks.shares().values()) or (not own and architecture in ("stdit2", "stdit3")),
+    )
 
 
 def _own_checkpoint(path: Path) -> Path | None:

@@ -192,6 +192,8 @@ class BatchBuilder:
         frame_mask = None
         if self.frame_masks is not None:
             frame_mask = self.frame_masks.draw(latents.shape[2], generators("frame mask"))
+            if frame_mask is not None and self.frame_masks.noise:
+                latents = self.frame_masks.with_noise(latents, frame_mask, generators("frame noise"))
         fps = self._to_device(torch.stack([sample.fps for _, sample in samples]))
         chances = torch.cat([torch.rand(1, generator=g) for g in generators("text dropout")])
         return Batch(

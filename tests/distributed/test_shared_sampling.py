@@ -11,6 +11,7 @@ import torch
 
 from opensora_repro.config import dump_toml, load_config
 from opensora_repro.data.video import read_frames
+from opensora_repro.data.write import write_png
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.training.checkpoint import TrainState
 from tests.checkpoints import write_checkpoint
@@ -75,3 +76,16 @@ def test_processes_that_do_not_divide_are_one_line(world: World, tmp_path: Path)
     assert command.wait() == 2
     assert "1 processes are not divisible by" in command.err
     assert len(command.err.strip().splitlines()) == 1
+
+
+@pytest.mark.exhaustive
+def test_chained_clips_with_a_given_frame_are_those_of_one_process(world: World, tmp_path: Path) -> None:
+    write_png(tmp_path / "a.png", np.arange(48 * 48 * 3, dtype=np.uint8).reshape(48, 48, 3))
+    options = ("--first", str(tmp_path / "a.png"), "--seconds", "1", "--fps", "9", "--condition-frames", "2")
+    said = sample(world, 1, tmp_path / "one", *options)
+    sample(world, 2, tmp_path / "shared", *options, "--sp-size", "2")
+    assert "9 frames in 3 clips of 5, each given the last 2 of the one before" in said[0]
+    found = [
+        read_frames(tmp_path / name / "0002.mp4", start=0, count=9).numpy().astype(int) for name in ("one", "shared")
+    ]
+    assert np.abs(found[0] - found[1]).max() <= 4  # rounding to pixels, then the codec's

@@ -208,6 +208,7 @@ def test_a_sample_with_given_frames_does_not_depend_on_its_neighbours() -> None:
         ("diffusion.timestep_sampling=discrete", "expected uniform or speed with diffusion.objective = iddpm"),
         ("diffusion.transform_scale=0", "diffusion.transform_scale = 0.0: expected more than 0"),
         ("frame_masks.random=1.5", "frame_masks.random = 1.5: expected a share from 0 to 1"),
+        ("frame_masks.noise=1", "frame_masks.noise = 1.0: expected a level from 0 (none) to below 1"),
         ("frame_masks.intepolate=0.1", "unknown key frame_masks.intepolate; did you mean frame_masks.interpolate?"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from opensora_repro.config import DiffusionConfig
 from opensora_repro.diffusion.dpm_solver import ContinuousSchedule, dpm_solver_sample
 from opensora_repro.diffusion.flow import ModelFn
+from opensora_repro.diffusion.frame_masks import GivenFrames
 from opensora_repro.diffusion.gaussian import GaussianDiffusion, linear_betas
 from opensora_repro.diffusion.samplers import (
     LatentSampler,
@@ -152,6 +154,39 @@ def test_the_flow_sampler_walks_the_shifted_times(shift: float, size: int, expec
         model, torch.zeros(2, 5, 3), None, torch.zeros(5, 3), shape=(4, 1, size, size), generators=generators([0, 1])
     )
     assert seen == pytest.approx([1000 * expected * t / (1 + (expected - 1) * t) for t in (1, 0.75, 0.5, 0.25)])
+
+
+@pytest.mark.parametrize("name", ["flow-euler", "flow-ab2", "iddpm-iddpm", "iddpm-ddim", "iddpm-dpm"])
+def test_outside_of_a_region_the_model_sees_what_is_given_at_each_noise_level(name: str) -> None:
+    objective, sampler = name.split("-")
+    region = torch.zeros(1, 1, 1, *SHAPE[2:], dtype=torch.bool)
+    region[..., :2] = True
+    latents = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(5))
+    ratios = torch.ones(1, SHAPE[1])
+    ratios[:, 0] = 0  # a kept frame, which enters as it is
+    noises: list[Tensor] = []
+    schedule, inner = ContinuousSchedule(linear_betas()), PointModel(objective)
+
+    def model(x: Tensor, t: Tensor, text: Tensor, mask: Tensor, frame_mask: Tensor) -> Tensor:
+        level = t[0].item() / 1000
+        continuous = level + 1 / schedule.num_steps
+        signal, spread = math.exp(schedule.log_alpha(continuous)), schedule.sigma(continuous)
+        if objective == "flow":
+            signal, spread = 1 - level, level
+        outside = (~region).expand(1, SHAPE[0], 1, -1, -1)
+        noises.append(((x[:1] - signal * latents) / spread)[:, :, 1:][outside])
+        return inner(x, t, text, mask)
+
+    found = LatentSampler(DiffusionConfig(objective=objective), sampler, steps=6, guidance=2.0)(
+        model, torch.full((1, 5, 3), 0.5), torch.ones(1, 5, dtype=torch.bool), torch.zeros(5, 3),
+        shape=SHAPE, generators=generators([0]), given=GivenFrames(latents, ratios, region),
+    )  # fmt: skip
+    assert len(noises) == 6 and 0.6 < noises[0].std() < 1.4
+    for noise in noises[1:]:
+        torch.testing.assert_close(noise, noises[0], rtol=0, atol=2e-3)
+    outside = (~region).expand_as(found)
+    assert torch.equal(found[outside], latents[outside]) and torch.equal(found[:, :, 0], latents[:, :, 0])
+    assert not torch.isclose(found, latents)[:, :, 1:][region.expand_as(found)[:, :, 1:]].any()
 
 
 def test_progress_counts_every_step() -> None:

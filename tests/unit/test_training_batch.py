@@ -120,6 +120,15 @@ def test_frame_masks_are_the_samples_own_and_change_no_other_draw(vae: FrameVAE)
         alone = masked.build([samples[index]])
         assert alone.frame_mask is not None and torch.equal(alone.frame_mask[0], batch.frame_mask[index])
     assert any(tensor is batch.frame_mask for tensor in batch.tensors())
+    masked.frame_masks.noise = 0.25
+    noisy = masked.build(samples)
+    assert torch.equal(noisy.frame_mask, batch.frame_mask) and torch.equal(noisy.noise, batch.noise)
+    there = batch.frame_mask[:, None, :, None, None].expand_as(batch.latents)
+    assert torch.equal(noisy.latents[there], batch.latents[there])
+    change = noisy.latents - batch.latents
+    levels = change.pow(2).mean(dim=(1, 3, 4)).sqrt()[~batch.frame_mask] / (1 + batch.latents.var()).sqrt()
+    assert 0 < levels.min() < 0.1 < levels.max() < 0.3  # each sample has its own
+    assert torch.equal(masked.build([samples[7]]).latents[0], noisy.latents[7])
 
 
 def test_the_size_in_pixels_is_the_buckets(vae: FrameVAE) -> None:
