@@ -49,7 +49,8 @@ class Span:
         last = total if self.stop is None else self.stop + (total if self.stop < 0 else 0)
         last = first + length if self.open else last
         if not 0 <= first < last <= total:
-            raise ConfigError(f"{where}: there are {total} frames, of which {self} is no part")
+            part = f"{length} from frame {self} on are no part" if self.open and length > 1 else f"{self} is no part"
+            raise ConfigError(f"{where}: there are {total} frames, of which {part}")
         return range(first, last)
 
     def __str__(self) -> str:
