@@ -243,11 +243,6 @@ def release(tensor: Tensor) -> None:
     _advise(tensor, "MADV_DONTNEED")
 
 
-def use_large_pages(tensor: Tensor) -> None:
-    """Ask for pages of 2 MiB for a tensor that nothing was written to yet: filling it then takes about half as long."""
-    _advise(tensor, "MADV_HUGEPAGE")
-
-
 def _advise(tensor: Tensor, advice: str) -> None:
     """Advise the kernel on the whole pages within the tensor alone; where there is no such advice, do nothing."""
     if _LIBC is None or not hasattr(mmap, advice) or not tensor.is_contiguous():

@@ -41,7 +41,6 @@ from opensora_repro.weights.files import (
     recorded_sha256,
     release,
     strip_wrappers,
-    use_large_pages,
 )
 from opensora_repro.weights.initial import fill_initial
 from opensora_repro.weights.insertion import inflate
@@ -205,8 +204,6 @@ def _fill(model: Network, weights: Mapping[str, Tensor], inserted: list[str], *,
     fresh = next(model.parameters()).is_meta
     if fresh:
         model.to_empty(device="cpu")
-        for value in model.state_dict().values():
-            use_large_pages(value)
     elif not all(map(all_finite, weights.values())):
         return False
     own = model.state_dict()
