@@ -135,7 +135,7 @@ def generate(
                 shape=shape,
                 generators=[keyed_generator(seed, clip, str(i), "sample") for i in indices],
                 size=size,
-                conditions=_told(model, cfg, len(indices)) if model.cfg.conditions else {},
+                conditions=_told(model, cfg, size, len(indices)) if model.cfg.conditions else {},
                 given=None if given is None else given.of(len(indices)),
             )
         for i, latent in zip(indices, latents, strict=True):
@@ -144,12 +144,11 @@ def generate(
             yield i, decode(vae, latent, num_frames=data.num_frames)
 
 
-def _told(model: Network, cfg: Config, num_samples: int) -> dict[str, Tensor]:
+def _told(model: Network, cfg: Config, size: tuple[int, int, int], num_samples: int) -> dict[str, Tensor]:
     """What else the model is told of each sample."""
-    data, device = cfg.data, next(model.parameters()).device
-    fps = torch.full((num_samples,), sample_fps(cfg) if data.num_frames > 1 else 0.0, device=device)
-    size = (data.num_frames, data.height, data.width)
-    return conditions_of(model.cfg, size, fps, frame_interval=interval_of(data))
+    rate = sample_fps(cfg) if size[0] > 1 else 0.0
+    fps = torch.full((num_samples,), rate, device=next(model.parameters()).device)
+    return conditions_of(model.cfg, size, fps, frame_interval=interval_of(cfg.data))
 
 
 def captures(model: nn.Module, forward: Callable[..., Tensor] | None, device_type: str, steps: int) -> bool:
