@@ -430,7 +430,8 @@ def _read_run(
     position, reached = index.key_position(key), False
     asked_times = {index.times[i] for i in run}
     to_send, sent, pictures = set(asked_times), set(), []
-    sparing = codec.name == "h264" and codec.field_order == PROGRESSIVE
+    # PyAV tells the order of fields from 18 on; before, every picture is decoded.
+    sparing = codec.name == "h264" and getattr(codec, "field_order", None) == PROGRESSIVE
     length_size = _length_size(codec) if sparing else 0
     for packet in packets:
         if not packet.size and packet.dts is not None:
