@@ -29,6 +29,7 @@ from opensora_repro.models.layers import (
     check_sizes,
     computing_dtype,
     rotary_table,
+    scaled_normal,
     spatial_positions,
     unpatchify,
 )
@@ -48,7 +49,7 @@ class Block(nn.Module):
         self.attn_temp = attn_temp
         self.cross_attn = CrossAttention(dim, cfg.num_heads)
         self.mlp = Mlp(dim, int(dim * cfg.mlp_ratio), dim)
-        self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
+        self.scale_shift_table = nn.Parameter(scaled_normal(6, dim))
 
     def forward(
         self,

@@ -184,6 +184,15 @@ class SizeEmbedder(TimestepEmbedder):
         return embedded if samples is None else tiled(embedded, samples, "sizes")
 
 
+def scaled_normal(rows: int, columns: int) -> Tensor:
+    """Draw [rows, columns] of variance 1 / columns.
+
+    Nothing on the meta device, where PyTorch would import its compiler to draw, and take longer than to read weights.
+    """
+    empty = torch.empty(rows, columns)
+    return empty if empty.is_meta else empty.normal_().div_(columns**0.5)
+
+
 class CaptionEmbedder(nn.Module):
     """Text embeddings [B, L, Ct] -> [B, L, D]; holds the null caption, a buffer that is saved but never trained."""
 
@@ -192,7 +201,7 @@ class CaptionEmbedder(nn.Module):
     def __init__(self, caption_channels: int, hidden_size: int, model_max_length: int) -> None:
         super().__init__()
         self.y_proj = Mlp(caption_channels, hidden_size, hidden_size)
-        self.register_buffer("y_embedding", torch.randn(model_max_length, caption_channels) / caption_channels**0.5)
+        self.register_buffer("y_embedding", scaled_normal(model_max_length, caption_channels))
 
     def forward(self, text: Tensor, drop_text: Tensor | None = None) -> Tensor:
         """Embed captions; rows where `drop_text` [B] is true become the null caption."""
@@ -386,7 +395,7 @@ class FinalLayer(nn.Module):
     def __init__(self, hidden_size: int, patch_volume: int, out_channels: int) -> None:
         super().__init__()
         self.linear = nn.Linear(hidden_size, patch_volume * out_channels)
-        self.scale_shift_table = nn.Parameter(torch.randn(2, hidden_size) / hidden_size**0.5)
+        self.scale_shift_table = nn.Parameter(scaled_normal(2, hidden_size))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         t = t[:, None, None] if t.ndim == 2 else t[:, :, None]  # [B, 1 or T, 1, D]

@@ -30,6 +30,7 @@ from opensora_repro.models.layers import (
     draw_patch_kernel,
     generated_frames,
     of_frames,
+    scaled_normal,
 )
 
 # Branches that add nothing at first, so that each can join a pretrained model without disturbing it.
@@ -45,7 +46,7 @@ class STDiT2Block(Block):
         attn = Attention(dim, heads, qk_norm=norm)
         attn_temp = Attention(dim, heads, over="time", qk_norm=norm, rotary_first=cfg.qk_norm_legacy)
         super().__init__(cfg, attn, attn_temp)
-        self.scale_shift_table_temporal = nn.Parameter(torch.randn(3, dim) / dim**0.5)
+        self.scale_shift_table_temporal = nn.Parameter(scaled_normal(3, dim))
 
     def attend(self, x: Tensor, normed: Tensor, vectors: Sequence[Tensor], temporal: Tensor | None) -> Tensor:
         assert self.attn_temp is not None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -433,3 +435,15 @@ def test_tokens_and_patches_are_laid_out_row_by_row() -> None:
         patch.proj.bias.zero_()
         latents = torch.randn(2, 4, 4, 6, 8)
         assert torch.equal(layers.unpatchify(patch(latents), (2, 2, 2), latents.shape[2:]), latents)
+
+
+def test_making_a_model_without_values_does_not_import_the_compiler():
+    """Drawing on the meta device would, and take longer than reading a release's weights."""
+    code = (
+        "import sys, torch; from opensora_repro.models import stdit, stdit2, stdit3\n"
+        "with torch.device('meta'):\n"
+        "    stdit.stdit_xl_2(depth=1), stdit2.stdit2_s_2(depth=1), stdit3.stdit3_s_2(depth=1)\n"
+        "print({'sympy', 'torch._dynamo'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
