@@ -29,6 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("weights",),
     ("frozen",),
     ("planning",),
+    ("report",),
     ("sampling",),
     ("training",),
     ("demo",),
