@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import math
 import os
@@ -11,11 +12,12 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from opensora_repro.config import ConfigError
+from opensora_repro.data.write import encode_gif
 from opensora_repro.errors import TrainingError, cannot_write
 from opensora_repro.files import remove_folder, write_text
 
@@ -25,10 +27,14 @@ if TYPE_CHECKING:
 CONFIG_FILE, WEIGHTS_FILE = "config.toml", "weights.json"
 METRICS_FILE, VALIDATION_FILE = "metrics.jsonl", "validation.jsonl"
 BAD_STEPS_FILE, QUARANTINE_FILE = "bad_steps.jsonl", "quarantine.jsonl"
+EVALUATION_FILE = "evaluation.jsonl"
+ALARMS_FILE, STARTS_FILE = "alarms.jsonl", "starts.jsonl"
+REPORT_FILE = "report.html"
 EVENTS = "tensorboard"
 # Of a checkpoint
 MODEL_FILE, EMA_FILE, OPTIMIZER_FILE = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
 STATE_FILE = "state.json"
+LONGEST_LINE = 1000  # bytes of a step's
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -177,6 +183,16 @@ class JsonLines:
     def read(self) -> list[dict[str, Any]]:
         return list(_whole_lines(self.path))
 
+    def read_last(self, count: int) -> list[dict[str, Any]]:
+        """As many of the last lines, without reading those before: of a long run these are many."""
+        if not self.path.exists():
+            return []
+        with open(self.path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - count * LONGEST_LINE))
+            lines = file.read().splitlines()
+        return list(_parsed(line.decode("utf-8", "replace") for line in lines))[-count:]
+
     def truncate_after(self, step: int) -> None:
         """Drop the lines of later steps, which a resumed run writes again, and a last line cut short."""
         if not self.path.exists():
@@ -194,7 +210,11 @@ class JsonLines:
 def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    yield from _parsed(path.read_text(encoding="utf-8", errors="replace").splitlines())
+
+
+def _parsed(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    for line in lines:
         try:
             value = json.loads(line)
         except ValueError:  # cut short by a kill
@@ -228,6 +248,24 @@ class Events:
         with self._writing() as file:
             if file is not None:
                 file.add_image(name, picture, step, dataformats="HWC")
+
+    def add_video(self, name: str, frames: Any, fps: float, step: int) -> None:
+        """Frames uint8 [T, H, W, 3], as a GIF: TensorBoard's own writer asks for moviepy to make the same."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        file = io.BytesIO()
+        encode_gif(file, frames, fps)
+        height, width = frames.shape[1:3]
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=file.getvalue())
+        with self._writing() as events:
+            if events is not None:
+                summary = Summary(value=[Summary.Value(tag=name, image=image)])
+                events._get_file_writer().add_summary(summary, step)  # type: ignore[no-untyped-call]
+
+    def add_text(self, name: str, text: str, step: int) -> None:
+        with self._writing() as file:
+            if file is not None:
+                file.add_text(name, text, step)
 
     def close(self) -> None:
         if self._file is not None:

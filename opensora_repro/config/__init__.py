@@ -14,6 +14,8 @@ from opensora_repro.config.autoencoder import (
 )
 from opensora_repro.config.checks import check_config
 from opensora_repro.config.sections import (
+    ALARMS,
+    AlarmsConfig,
     BucketConfig,
     CheckpointConfig,
     Config,
@@ -28,6 +30,7 @@ from opensora_repro.config.sections import (
     RunConfig,
     SampleConfig,
     TextConfig,
+    TrackConfig,
     TrainConfig,
     VaeConfig,
     ValidationConfig,
@@ -44,6 +47,8 @@ from opensora_repro.config.toml import (
 )
 
 __all__ = [
+    "ALARMS",
+    "AlarmsConfig",
     "AutoencoderConfig",
     "AutoencoderModelConfig",
     "BucketConfig",
@@ -64,6 +69,7 @@ __all__ = [
     "RunConfig",
     "SampleConfig",
     "TextConfig",
+    "TrackConfig",
     "TrainConfig",
     "VaeConfig",
     "ValidationConfig",

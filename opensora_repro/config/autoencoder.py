@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from opensora_repro.config.sections import (
+    AlarmsConfig,
     CheckpointConfig,
     Config,
     ConfigError,
@@ -19,6 +20,7 @@ from opensora_repro.config.sections import (
     OptimConfig,
     ParallelConfig,
     RunConfig,
+    TrackConfig,
     TrainConfig,
     ValidationConfig,
 )
@@ -86,6 +88,8 @@ class AutoencoderConfig:
     ema: EmaConfig = field(default_factory=EmaConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: HeldOutConfig = field(default_factory=HeldOutConfig)
+    alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     @property
@@ -99,6 +103,8 @@ class AutoencoderConfig:
             ema=self.ema,
             checkpoint=self.checkpoint,
             validation=ValidationConfig(every=self.validation.every, max_samples=self.validation.max_samples),
+            alarms=self.alarms,
+            track=self.track,
             parallel=self.parallel,
         )
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from opensora_repro.config.sections import BucketConfig, Config, ConfigError, DataConfig
+from opensora_repro.config.sections import ALARMS, BucketConfig, Config, ConfigError, DataConfig
 from opensora_repro.models.config import ACTIVATION_CHECKPOINTING, ARCHITECTURES, TrainedConfig
 
 _AT_LEAST_ONE = {
@@ -38,6 +38,7 @@ _AT_LEAST_ZERO = {
     "optim": ("weight_decay", "warmup_steps", "decay_steps", "clip_norm"),
     "checkpoint": ("keep",),
     "validation": ("every",),
+    "alarms": ("epochs",),
     "sample": ("every", "fps"),
 }
 _ABOVE_ZERO = {
@@ -89,6 +90,8 @@ def check_config(config: Config) -> None:
         require(name, 0 <= value(name) <= 1, "a share from 0 to 1")
     require("optim.betas", all(0 <= beta < 1 for beta in config.optim.betas), "two values from 0 to below 1")
     require("model.patch_size", min(config.model.patch_size) >= 1, "sizes of at least 1")
+    for name in ("alarms.stop", "alarms.off"):
+        require(name, set(value(name)) <= set(ALARMS), "names out of " + ", ".join(ALARMS))
     shares = config.validation.timesteps
     require("validation.timesteps", bool(shares) and all(0 <= t <= 1 for t in shares), "shares from 0 to 1")
     for index in range(len(config.data.buckets)):

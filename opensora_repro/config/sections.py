@@ -173,6 +173,24 @@ class SampleConfig:
     fps: int = 0  # frames a second of the written videos; 0: data.fps, or 8 without
 
 
+ALARMS = (
+    "noise", "flat", "motion", "text", "overfitting", "loss", "gradient", "saturation", "average", "repeats",
+    "throughput",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AlarmsConfig:
+    stop: tuple[str, ...] = ()  # end the run, its steps saved, at any of these: "noise", ... (docs/report.md has all)
+    off: tuple[str, ...] = ()  # of these nothing is said
+    epochs: int = 100  # passes over the training clips from which on "repeats" says so; 0: never
+
+
+@dataclass(frozen=True)
+class TrackConfig:
+    wandb: str = ""  # project at Weights & Biases that gets curves and samples (extra "track"); empty: nothing leaves
+
+
 @dataclass(frozen=True)
 class ParallelConfig:
     engine: str = "torch"  # "torch" or "colossalai"
@@ -198,6 +216,8 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 

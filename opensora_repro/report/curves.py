@@ -1,4 +1,4 @@
-"""Loss curves as a page's template draws them: points and labels in pixels."""
+"""Curves as a page's template draws them: points and labels in pixels."""
 
 from __future__ import annotations
 
@@ -69,3 +69,73 @@ def loss_curve(training: Points, validation: Points) -> Curve | None:
         losses=[(at((low_x, value))[1], f"{value:g}") for value in ticks(low_y, high_y)],
         steps=[(at((value, low_y))[0], f"{value:g}") for value in ticks(low_x, high_x)],
     )
+
+
+@dataclass(frozen=True)
+class Series:
+    """Values by step; `colour` is its number among those of a page, dots are drawn apart."""
+
+    name: str
+    points: Points
+    colour: int = 0
+    dots: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawing in pixels, y downwards."""
+
+    title: str
+    series: list[Series]
+    values: list[tuple[float, str]]  # y and text
+    steps: list[tuple[float, str]]  # x and text
+    marks: list[float]  # x
+    width: int = WIDTH
+    height: int = HEIGHT
+    left: int = LEFT
+    right: int = WIDTH - RIGHT
+    top: int = TOP
+    bottom: int = HEIGHT - BOTTOM
+
+
+def chart(
+    title: str, series: Sequence[Series], *, log: bool = False, from_zero: bool = False, marks: Sequence[float] = ()
+) -> Chart | None:
+    """Lines over one ground; None where there is no point. `log`: powers of ten are evenly far apart.
+
+    Few outlying values are cut off at the edge: they would flatten all others.
+    """
+    drawn = [_drawable(own, log) for own in series]
+    drawn = [own for own in drawn if own.points]
+    if not drawn:
+        return None
+    values = sorted(y for own in drawn for _, y in own.points)
+    low, high = values[int(0.01 * len(values))], values[min(len(values) - 1, int(0.98 * len(values)))]
+    if from_zero:
+        low = min(0.0, low)
+    room = 0.06 * (high - low) or max(abs(high), 1e-9) / 10
+    low, high = low if from_zero else low - room, high + room
+    last = max(1.0, *(x for own in drawn for x, _ in own.points))
+
+    def x_of(step: float) -> float:
+        return round(LEFT + step / last * (WIDTH - LEFT - RIGHT), 1)
+
+    def y_of(value: float) -> float:
+        share = (min(max(value, low), high) - low) / (high - low)
+        return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 1)
+
+    return Chart(
+        title=title,
+        series=[
+            Series(own.name, [(x_of(x), y_of(y)) for x, y in own.points], own.colour, own.dots) for own in drawn
+        ],
+        values=[(y_of(value), f"{10**value if log else value:.4g}") for value in ticks(low, high)],
+        steps=[(x_of(value), f"{value:,g}") for value in ticks(0, last)],
+        marks=[x_of(step) for step in marks if step <= last],
+    )
+
+
+def _drawable(series: Series, log: bool) -> Series:
+    points = [(x, y) for x, y in series.points if math.isfinite(y) and (y > 0 or not log)]
+    points = [(x, math.log10(y)) for x, y in points] if log else points
+    return Series(series.name, points if series.dots else smoothed(points), series.colour, series.dots)

@@ -57,6 +57,7 @@ COMMANDS = [
     "stages.weights",
     "stages.configs",
     "stages.demo",
+    "stages.report",
     "data_tools.probe",
     "data_tools.split",
     "data_tools.caption",

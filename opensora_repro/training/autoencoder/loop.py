@@ -54,7 +54,10 @@ class AutoencoderTrainer(Trainer):
         values = torch.stack(pending.parts).double().mean(dim=0).tolist()
         return dict(zip(PARTS, values, strict=True))
 
-    def _validate(self) -> None:
+    def _validate_trained(self) -> dict[str, float]:
+        return {}
+
+    def _validate(self, of_trained: dict[str, float]) -> None:
         """Collective, with the averaged weights in place."""
         found = self.held_out.measure(self.autoencoder)
         line = {"step": self.state.step, "loss": found.l1, "psnr": found.psnr, "ssim": found.ssim}
