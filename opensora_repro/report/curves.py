@@ -129,10 +129,25 @@ def chart(
         series=[
             Series(own.name, [(x_of(x), y_of(y)) for x, y in own.points], own.colour, own.dots) for own in drawn
         ],
-        values=[(y_of(value), f"{10**value if log else value:.4g}") for value in ticks(low, high)],
+        values=[(y_of(value), text) for value, text in (_powers(low, high) if log else _plain(low, high))],
         steps=[(x_of(value), f"{value:,g}") for value in ticks(0, last)],
         marks=[x_of(step) for step in marks if step <= last],
     )
+
+
+def _plain(low: float, high: float) -> list[tuple[float, str]]:
+    return [(value, f"{value:.4g}") for value in ticks(low, high)]
+
+
+def _powers(low: float, high: float) -> list[tuple[float, str]]:
+    """Logarithms of round numbers: powers of ten, and what lies between where these are few."""
+    for between in ((1,), (1, 3), (1, 2, 5), range(1, 10)):
+        powers = range(math.floor(low), math.ceil(high) + 1)
+        found = [factor * 10.0**power for power in powers for factor in between]
+        found = [value for value in found if low <= math.log10(value) <= high]
+        if len(found) > 2:
+            break
+    return [(math.log10(value), f"{value:.3g}") for value in found[:: -(-len(found) // 6) or 1]]
 
 
 def _drawable(series: Series, log: bool) -> Series:
