@@ -136,7 +136,7 @@ class Bench:
             state=TrainState(), schedule=Schedule(everything(samples), [samples], cfg.run.seed),
             writer=CheckpointWriter(folder, self.engine, "", keep=1, background=False), log=log,
             quarantine=Quarantine(folder, num_samples=samples, max_fraction=1.0, writes=False),
-            validator=None, stop=StopSignals(),
+            validator=None, evaluation=None, stop=StopSignals(),
         )  # fmt: skip
 
     def _maker(self, cfg: Config) -> Callable[[int], Clip | Encoded]:

@@ -15,6 +15,7 @@ from opensora_repro.data.dataset import BadSample
 from opensora_repro.errors import DataError, TrainingError
 from opensora_repro.run_folder import (
     BAD_STEPS_FILE,
+    EVALUATION_FILE,
     EVENTS,
     METRICS_FILE,
     QUARANTINE_FILE,
@@ -33,10 +34,11 @@ class RunLog:
         self.enabled = enabled
         self.metrics = JsonLines(run_dir / METRICS_FILE)
         self.validation = JsonLines(run_dir / VALIDATION_FILE)
+        self.evaluation = JsonLines(run_dir / EVALUATION_FILE)
         self.bad_steps = JsonLines(run_dir / BAD_STEPS_FILE)
         self._events = Events(run_dir / EVENTS, resumed_step)
         if enabled:
-            for file in (self.metrics, self.validation, self.bad_steps):
+            for file in (self.metrics, self.validation, self.evaluation, self.bad_steps):
                 file.truncate_after(resumed_step)
 
     def step(self, line: Mapping[str, Any]) -> None:
@@ -59,6 +61,14 @@ class RunLog:
         numbers = {f"validation/{name}": value for name, value in line.items() if isinstance(value, float)}
         self._events.add(numbers | values, line["step"])
 
+    def evaluate(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One evaluation: numbers by name."""
+        if not self.enabled:
+            return
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        self.evaluation.write({"step": step, "metrics": finite})
+        self._events.add({f"evaluation/{name}": value for name, value in finite.items()}, step)
+
     def bad_step(self, line: Mapping[str, Any]) -> None:
         """One skipped step: step, loss, grad_norm, sample_ids."""
         if self.enabled:
@@ -72,11 +82,11 @@ class RunLog:
     @property
     def error(self) -> TrainingError | None:
         """What could not be written first; None where all was."""
-        files = (self.metrics, self.validation, self.bad_steps, self._events)
+        files = (self.metrics, self.validation, self.evaluation, self.bad_steps, self._events)
         return next((file.error for file in files if file.error is not None), None)
 
     def close(self) -> None:
-        for file in (self.metrics, self.validation, self.bad_steps, self._events):
+        for file in (self.metrics, self.validation, self.evaluation, self.bad_steps, self._events):
             file.close()
 
 

@@ -31,6 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("planning",),
     ("sampling",),
     ("training",),
+    ("evaluation",),
     ("demo",),
 )
 LIBRARY = "opensora_repro"
@@ -54,6 +55,7 @@ COMMANDS = [
     "stages.plan",
     "stages.buckets",
     "stages.weights",
+    "stages.evaluate",
     "stages.configs",
     "stages.demo",
     "data_tools.probe",

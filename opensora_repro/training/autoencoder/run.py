@@ -175,7 +175,7 @@ class _Run:
         cfg, engine, state = self.cfg, self.engine, self.start.state
         samples = global_batch_sizes(self.shared, engine.mesh.data_size)
         schedule = Schedule(assigned(self.manifest, self.shared), samples, cfg.run.seed, draws=cfg.data.draws)
-        keep, background = cfg.checkpoint.keep, cfg.checkpoint.background
+        keep, background, best = cfg.checkpoint.keep, cfg.checkpoint.background, cfg.checkpoint.keep_best
         absent: Any = None
         model: Any = self.model
         return AutoencoderTrainer(
@@ -188,10 +188,13 @@ class _Run:
             schedule=schedule,
             feed=self._build_feed(dataset, schedule),
             state=state,
-            writer=CheckpointWriter(self.run_dir, engine, dump_toml(cfg), keep=keep, background=background),
+            writer=CheckpointWriter(
+                self.run_dir, engine, dump_toml(cfg), keep=keep, background=background, keep_best=best
+            ),
             log=RunLog(self.run_dir, resumed_step=state.step, enabled=engine.is_main),
             quarantine=quarantine,
             validator=absent,
+            evaluation=None,
             stop=stop,
             stage0=cfg,
             autoencoder=self.autoencoder,
