@@ -164,6 +164,8 @@ def _check_kind(cfg: AutoencoderConfig, require: Any) -> None:
 def _check_shared(cfg: AutoencoderConfig, require: Any) -> None:
     """Keys of the shared sections that stage 0 has no use for must not seem to have one."""
     train, parallel = cfg.train, cfg.parallel
+    best = cfg.checkpoint.keep_best in ("", "psnr", "ssim")
+    require("checkpoint.keep_best", best, "psnr, ssim or none in stage 0")
     require("data.cache", not cfg.data.cache, "none in stage 0, which encodes anew every step (data.draws holds clips)")
     require("data.packing_tokens", not cfg.data.packing_tokens, "0 in stage 0")
     require("train.compile", train.compile != "on", "auto or off in stage 0")

@@ -126,9 +126,7 @@ def chart(
 
     return Chart(
         title=title,
-        series=[
-            Series(own.name, [(x_of(x), y_of(y)) for x, y in own.points], own.colour, own.dots) for own in drawn
-        ],
+        series=[Series(own.name, [(x_of(x), y_of(y)) for x, y in own.points], own.colour, own.dots) for own in drawn],
         values=[(y_of(value), text) for value, text in (_powers(low, high) if log else _plain(low, high))],
         steps=[(x_of(value), f"{value:,g}") for value in ticks(0, last)],
         marks=[x_of(step) for step in marks if step <= last],

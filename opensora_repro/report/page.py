@@ -98,7 +98,7 @@ def charts(runs: Sequence[Run]) -> Iterator[Chart | None]:
     for name in names:
         yield chart(
             name.replace("_", " ").capitalize(),
-            [Series(run.name, _metric_points(run, name), number % COLOURS) for number, run in enumerate(runs)],
+            [Series(run.name, _metric_points(run, name), colour % COLOURS) for colour, run in enumerate(runs)],
         )
     for key, title in (("psnr", "PSNR of held-out clips"), ("ssim", "SSIM of held-out clips")):
         yield chart(title, of_lines("validations", key))
@@ -248,11 +248,11 @@ def _jpeg(path: Path) -> bytes:
 
 def _videos(run: Run, prompts: Sequence[str], room: int) -> list[tuple[str, str]]:
     found = []
-    for number, path in enumerate(sorted(run.samples[-1][1].glob("[0-9]*.mp4")) if run.samples else []):
+    for place, path in enumerate(sorted(run.samples[-1][1].glob("[0-9]*.mp4")) if run.samples else []):
         room -= path.stat().st_size
         if room < 0:
             break
-        prompt = prompts[number] if number < len(prompts) else path.stem
+        prompt = prompts[place] if place < len(prompts) else path.stem
         found.append((data_uri("video/mp4", path.read_bytes()), prompt))
     return found
 

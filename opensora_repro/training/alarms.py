@@ -17,7 +17,7 @@ from einops import reduce
 
 from opensora_repro.config import Config
 from opensora_repro.errors import TrainingError
-from opensora_repro.run_folder import EVALUATION_FILE, JsonLines, checkpoints_folder, list_checkpoints, step_of
+from opensora_repro.run_folder import best_checkpoint, list_checkpoints, step_of
 from opensora_repro.training.metrics import RunLog
 
 Lines = Sequence[Mapping[str, Any]]
@@ -41,8 +41,8 @@ class Alarms:
 
     cfg: Config
     log: RunLog
-    clips: Callable[[], Sequence[np.ndarray]]  # a few training clips, uint8 [T, H, W, 3] each
-    noise: Callable[[], Sequence[np.ndarray]]  # what the autoencoder makes of noise
+    clips: Callable[[], Sequence[np.ndarray]] = list  # a few training clips, uint8 [T, H, W, 3] each
+    noise: Callable[[], Sequence[np.ndarray]] = list  # what the autoencoder makes of noise
     settled: Sequence[int] = ()  # steps after which the loss is another one, as the learning rate's warm-up ends
 
     def __post_init__(self) -> None:
@@ -70,7 +70,7 @@ class Alarms:
             "overfitting": overfits(validations, self._loss_then, self._ease("overfitting")),
             "saturation": saturates(validations, self._ease("saturation")),
             "average": average_lags(validations, self._ease("average")),
-            "text": text_is_ignored(JsonLines(self.log.run_dir / EVALUATION_FILE).read()) if late else "",
+            "text": text_is_ignored(self.log.evaluation.read()) if late else "",
             "repeats": repeats(epoch, cfg.alarms.epochs),
         }))  # fmt: skip
 
@@ -111,11 +111,10 @@ class Alarms:
     def _best(self) -> str:
         """What is kept as the best, else the checkpoint with the lowest held-out loss, else the newest."""
         run_dir = self.log.run_dir
-        if (checkpoints_folder(run_dir) / "best").exists():
-            return str(checkpoints_folder(run_dir) / "best")
         losses = {line["step"]: line["loss"] for line in self.log.validation.read()}
         newest_first = list_checkpoints(run_dir)[::-1]
-        return str(min(newest_first, key=lambda path: losses.get(step_of(path), math.inf), default="none yet"))
+        lowest = min(newest_first, key=lambda path: losses.get(step_of(path), math.inf), default="none yet")
+        return str(best_checkpoint(run_dir) or lowest)
 
     def _note_losses(self, validations: Lines, lines: Lines) -> None:
         """A resumed run looks its earlier losses up once."""
@@ -265,7 +264,7 @@ class Look:
 
         Between them lies little where it smoothes what it decodes.
         """
-        low, high = statistics.median(noise.likeness), statistics.median(usual.likeness or (0.9,))
+        low, high = statistics.median(noise.likeness or (0.0,)), statistics.median(usual.likeness or (0.9,))
         limit = low + (high - low) * (0.5 if ease == 1 else 0.65)
         return self._most(self.likeness, limit, "look like noise: neighbouring places have nothing in common")
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from opensora_repro.models.captioned import CaptionedModel
 from opensora_repro.parallel.device import HostValues
 from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.process import StopSignals
-from opensora_repro.run_folder import REPORT_FILE, list_checkpoints
+from opensora_repro.run_folder import REPORT_FILE, JsonLines, list_checkpoints, mark_best
 from opensora_repro.sampling.generate import NotFinite
 from opensora_repro.sampling.grids import moving_grid, sample_prompts, write_samples
 from opensora_repro.training.alarms import Alarms, is_due
@@ -45,11 +46,18 @@ from opensora_repro.training.step import (
 from opensora_repro.training.validate import Validator, largest_activation
 
 REPORTS_REST = 50  # times as long as the last one took
+SHOWN_METRICS = ("loss", "caption_gap", "motion_gap", "frechet", "kernel", "clip_score")
 MAX_EMPTY_STEPS = 8  # in a row: nothing is learned, and more of the same is to be expected
 
 
 class BadWeights(TrainingError):
     """The weights are no longer worth saving."""
+
+
+class Evaluates(Protocol):
+    """What measures the model as it is, for `[evaluate]`. Collective."""
+
+    def measure(self, runner: ModelRunner, model: CaptionedModel) -> dict[str, float]: ...
 
 
 @dataclass
@@ -74,6 +82,7 @@ class Trainer:
     log: RunLog
     quarantine: Quarantine
     validator: Validator | None
+    evaluation: Evaluates | None
     alarms: Alarms
     stop: StopSignals
 
@@ -118,6 +127,7 @@ class Trainer:
         self._settle_exchange()
         if state.step:
             self._evaluate(resuming=True)
+            self._mark_best()
         self._batches.prefetch()
         while state.step < steps and not self._stopping:
             self._step()
@@ -340,16 +350,17 @@ class Trainer:
             self.progress.say(line)
 
     def _evaluate(self, *, resuming: bool = False) -> None:
-        """Validate and sample where due, with averaged weights; after resuming only what had not been done."""
+        """Validate, evaluate and sample where due, on averaged weights; after resuming only what had not been done."""
         step, cfg = self.state.step, self.cfg
         validate = self.validator is not None and self._due(cfg.validation.every)
+        measure = self.evaluation is not None and self._due(cfg.evaluate.every)
         sample = bool(cfg.sample.prompts) and self._due(cfg.sample.every)
         if resuming:
-            recorded = self.engine.world.on_first(lambda: [line["step"] for line in self.log.validation.read()])
-            validate = validate and step not in recorded
+            validate = validate and step not in self._recorded(self.log.validation)
+            measure = measure and step not in self._recorded(self.log.evaluation)
             folder = Path(cfg.run.dir) / "samples" / f"step-{step:08d}"
             sample = sample and not self.engine.world.on_first(folder.exists)
-        if not (validate or sample):
+        if not (validate or measure or sample):
             return
         self._await_device()
         if self.state.step != step:
@@ -358,9 +369,27 @@ class Trainer:
         with self.ema.applied(), self.engine.watchdog.paused():
             if validate:
                 self._validate(of_trained)
+            if measure:
+                self._measure()
             if sample:
                 encoded = EncodedPrompts(self.encoder.text, cfg.sample.prompts)  # by all, who may each hold a share
                 self.engine.on_first_model(lambda: self._sample(encoded))  # every process gets its error
+
+    def _mark_best(self) -> None:
+        """What resuming has measured, or measures by, may tell of another one."""
+        if self.cfg.checkpoint.keep_best:
+            self.engine.world.on_first(lambda: mark_best(self.writer.run_dir, self.cfg.checkpoint.keep_best))
+
+    def _recorded(self, lines: JsonLines) -> list[int]:
+        found: list[int] = self.engine.world.on_first(lambda: [line["step"] for line in lines.read()])
+        return found
+
+    def _measure(self) -> None:
+        assert self.evaluation is not None
+        metrics = self.evaluation.measure(self.eval_runner, self.model)
+        self.log.evaluate(self.state.step, metrics)
+        shown = ", ".join(f"{name} {metrics[name]:.4g}" for name in SHOWN_METRICS if name in metrics)
+        self.progress.say(f"evaluation of step {self.state.step}: {shown}")
 
     def _due(self, every: int) -> bool:
         return every > 0 and (self.state.step % every == 0 or self.state.step == self.cfg.train.steps)

@@ -17,6 +17,7 @@ from opensora_repro.errors import DataError, TrainingError
 from opensora_repro.run_folder import (
     ALARMS_FILE,
     BAD_STEPS_FILE,
+    EVALUATION_FILE,
     EVENTS,
     METRICS_FILE,
     QUARANTINE_FILE,
@@ -39,10 +40,13 @@ class RunLog:
         self.enabled, self.run_dir = enabled, run_dir
         self.metrics = JsonLines(run_dir / METRICS_FILE)
         self.validation = JsonLines(run_dir / VALIDATION_FILE)
+        self.evaluation = JsonLines(run_dir / EVALUATION_FILE)
         self.bad_steps = JsonLines(run_dir / BAD_STEPS_FILE)
         self.alarms = JsonLines(run_dir / ALARMS_FILE)
         self.starts = JsonLines(run_dir / STARTS_FILE)
-        self._lines = (self.metrics, self.validation, self.bad_steps, self.alarms, self.starts)
+        self._lines = (
+            self.metrics, self.validation, self.evaluation, self.bad_steps, self.alarms, self.starts,
+        )  # fmt: skip
         self._events = Events(run_dir / EVENTS, resumed_step)
         self._track: Track | None = None
         if enabled:
@@ -75,6 +79,14 @@ class RunLog:
         values = {f"validation/loss_at_{timestep:g}": loss for timestep, loss in by_timestep}
         numbers = {f"validation/{name}": value for name, value in line.items() if isinstance(value, float)}
         self._add(numbers | values, line["step"])
+
+    def evaluate(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One evaluation: numbers by name."""
+        if not self.enabled:
+            return
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        self.evaluation.write({"step": step, "metrics": finite})
+        self._add({f"evaluation/{name}": value for name, value in finite.items()}, step)
 
     def bad_step(self, line: Mapping[str, Any]) -> None:
         """One skipped step: step, loss, grad_norm, sample_ids."""

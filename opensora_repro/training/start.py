@@ -36,7 +36,7 @@ class Stage:
 
 # What may change between a run's start and its continuation, because it changes no step already made and no later one
 # by more than rounding. Samples a step are compared as a whole, so that they can be shared out anew.
-FREE_SECTIONS = ("checkpoint", "validation", "sample", "alarms", "track", "parallel")
+FREE_SECTIONS = ("checkpoint", "validation", "evaluate", "sample", "alarms", "track", "parallel")
 FREE_KEYS = (
     "run.dir",
     "data.manifest",  # these three are compared by what they hold, see identity.py

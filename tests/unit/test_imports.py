@@ -32,6 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("report",),
     ("sampling",),
     ("training",),
+    ("evaluation",),
     ("demo",),
 )
 LIBRARY = "opensora_repro"
@@ -55,6 +56,7 @@ COMMANDS = [
     "stages.plan",
     "stages.buckets",
     "stages.weights",
+    "stages.evaluate",
     "stages.configs",
     "stages.demo",
     "stages.report",

@@ -29,7 +29,7 @@ from opensora_repro.training.autoencoder.losses import AutoencoderLosses
 from opensora_repro.training.autoencoder.model import build_autoencoder
 from opensora_repro.training.autoencoder.perceptual import load_lpips
 from opensora_repro.training.autoencoder.preflight import find_start, preflight
-from opensora_repro.training.autoencoder.report import TEXT_FACTS, write_report
+from opensora_repro.training.autoencoder.report import TEXT_FACTS
 from opensora_repro.training.autoencoder.validate import HeldOut
 from opensora_repro.training.batches import ClipFeed, Feed
 from opensora_repro.training.checkpoint import load_checkpoint
@@ -105,7 +105,6 @@ class _Run:
                 trainer.log.start(start_line(NAME, self.engine, self.start.state.step, self.clips))
                 self.engine.world.on_first(lambda: trainer.log.open_track(self.cfg, self.say))
                 trainer.run(NAME)
-                self.engine.world.on_first(lambda: write_report(self.run_dir, self.cfg))
             newest = self.engine.world.on_first(lambda: list_checkpoints(self.run_dir)[-1:])
             step = trainer.state.step
             return Outcome(step, step >= self.cfg.train.steps, newest[0] if newest else None, stop.received)
@@ -184,7 +183,7 @@ class _Run:
         cfg, engine, state = self.cfg, self.engine, self.start.state
         samples = global_batch_sizes(self.shared, engine.mesh.data_size)
         schedule = Schedule(assigned(self.manifest, self.shared), samples, cfg.run.seed, draws=cfg.data.draws)
-        keep, background = cfg.checkpoint.keep, cfg.checkpoint.background
+        keep, background, best = cfg.checkpoint.keep, cfg.checkpoint.background, cfg.checkpoint.keep_best
         log = RunLog(self.run_dir, resumed_step=state.step, enabled=engine.is_main)
         settled = (cfg.optim.warmup_steps, cfg.loss.discriminator_start)
         absent: Any = None
@@ -199,11 +198,14 @@ class _Run:
             schedule=schedule,
             feed=self._build_feed(dataset, schedule),
             state=state,
-            writer=CheckpointWriter(self.run_dir, engine, dump_toml(cfg), keep=keep, background=background),
+            writer=CheckpointWriter(
+                self.run_dir, engine, dump_toml(cfg), keep=keep, background=background, keep_best=best
+            ),
             log=log,
             quarantine=quarantine,
             validator=absent,
-            alarms=Alarms(self.shared, log, lambda: [], lambda: [], settled=settled),
+            evaluation=None,
+            alarms=Alarms(self.shared, log, settled=settled),
             stop=stop,
             stage0=cfg,
             autoencoder=self.autoencoder,
