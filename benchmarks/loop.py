@@ -92,6 +92,7 @@ def build_loop(
     from opensora_repro.kernels import ops
     from opensora_repro.parallel.engine import TorchEngine
     from opensora_repro.process import StopSignals
+    from opensora_repro.training.alarms import Alarms
     from opensora_repro.training.checkpoint import TrainState
     from opensora_repro.training.metrics import Quarantine, RunLog
     from opensora_repro.training.optim import build_optimizer
@@ -109,14 +110,15 @@ def build_loop(
     fused = ops.fused(model.x_embedder.proj.weight)
     engine.prepare(model, build_optimizer(model, cfg.optim, fused=fused))
     objective = build_objective(cfg.diffusion)
+    log = RunLog(run_dir, resumed_step=0, enabled=True)
     return kind(
         cfg=cfg, engine=engine, model=model, objective=objective, encoder=encoder,
         ema=Ema(engine, cfg.ema.decay), feed=feed,
         state=TrainState(),
         schedule=Schedule(everything(10), [cfg.train.batch_size * cfg.train.accumulation], cfg.run.seed),
         writer=CheckpointWriter(run_dir, engine, "[run]\n", keep=1, background=False),
-        log=RunLog(run_dir, resumed_step=0, enabled=True),
-        quarantine=Quarantine(run_dir, num_samples=10, max_fraction=0.5), validator=None, stop=StopSignals(),
+        log=log, quarantine=Quarantine(run_dir, num_samples=10, max_fraction=0.5), validator=None, evaluation=None,
+        alarms=Alarms(cfg, log), stop=StopSignals(),
     )  # fmt: skip
 
 

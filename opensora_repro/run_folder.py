@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import math
 import os
@@ -11,24 +12,31 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from opensora_repro.config import ConfigError
+from opensora_repro.config.sections import LOWER_IS_BETTER
+from opensora_repro.data.write import encode_gif
 from opensora_repro.errors import TrainingError, cannot_write
-from opensora_repro.files import remove_folder, write_text
+from opensora_repro.files import beside, remove_folder, write_text
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 CONFIG_FILE, WEIGHTS_FILE = "config.toml", "weights.json"
 METRICS_FILE, VALIDATION_FILE = "metrics.jsonl", "validation.jsonl"
+EVALUATION_FILE = "evaluation.jsonl"
 BAD_STEPS_FILE, QUARANTINE_FILE = "bad_steps.jsonl", "quarantine.jsonl"
+ALARMS_FILE, STARTS_FILE = "alarms.jsonl", "starts.jsonl"
+REPORT_FILE = "report.html"
 EVENTS = "tensorboard"
 # Of a checkpoint
 MODEL_FILE, EMA_FILE, OPTIMIZER_FILE = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
 STATE_FILE = "state.json"
+BEST = "best"  # a link among the checkpoints
+LONGEST_LINE = 1000  # bytes of a step's
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -38,6 +46,11 @@ def checkpoints_folder(run_dir: Path) -> Path:
 
 def samples_folder(run_dir: Path) -> Path:
     return run_dir / "samples"
+
+
+def evaluation_folder(run_dir: Path) -> Path:
+    """What evaluations of a run keep from one to the next."""
+    return run_dir / "evaluation"
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -59,9 +72,42 @@ def clean_leftovers(run_dir: Path) -> None:
 
 
 def prune(run_dir: Path, newest_step: int, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints (0: none), and the best one."""
     older = [path for path in list_checkpoints(run_dir) if step_of(path) <= newest_step]
+    best = best_checkpoint(run_dir)
     for path in older[:-keep] if keep else []:
-        remove_folder(path)
+        if best is None or path.name != best.name:
+            remove_folder(path)
+
+
+def best_checkpoint(run_dir: Path) -> Path | None:
+    """Where `checkpoints/best` leads; None where no checkpoint has been found best."""
+    link = checkpoints_folder(run_dir) / BEST
+    return link.resolve() if link.is_dir() else None
+
+
+def values_by_step(run_dir: Path, metric: str) -> dict[int, float]:
+    """What evaluations of the run found; where none has the metric, its validations."""
+    evaluated = [(line.get("step"), line.get("metrics", {}).get(metric)) for line in _lines(run_dir / EVALUATION_FILE)]
+    validated = [(line.get("step"), line.get(metric)) for line in _lines(run_dir / VALIDATION_FILE)]
+    found = [{step: value for step, value in lines if value is not None} for lines in (evaluated, validated)]
+    return found[0] or found[1]
+
+
+def mark_best(run_dir: Path, metric: str) -> None:
+    """Let `checkpoints/best` lead to the checkpoint with the best value of those that are there, the earlier of two."""
+    there = {step_of(path): path for path in list_checkpoints(run_dir)}
+    known = {step: value for step, value in values_by_step(run_dir, metric).items() if step in there}
+    if not known:
+        return
+    sign = 1 if metric.split("@")[0] in LOWER_IS_BETTER else -1
+    best = there[min(known, key=lambda step: (sign * known[step], step))]
+    link = checkpoints_folder(run_dir) / BEST
+    if link.is_symlink() and os.readlink(link) == best.name:
+        return
+    new = beside(link)
+    new.symlink_to(best.name)
+    os.rename(new, link)
 
 
 def step_of(folder: Path) -> int:
@@ -175,13 +221,23 @@ class JsonLines:
             self.error = TrainingError(cannot_write(error, self.path))
 
     def read(self) -> list[dict[str, Any]]:
-        return list(_whole_lines(self.path))
+        return list(_lines(self.path))
+
+    def read_last(self, count: int) -> list[dict[str, Any]]:
+        """As many of the last lines, without reading those before: of a long run these are many."""
+        if not self.path.exists():
+            return []
+        with open(self.path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - count * LONGEST_LINE))
+            lines = file.read().splitlines()
+        return list(_parsed(line.decode("utf-8", "replace") for line in lines))[-count:]
 
     def truncate_after(self, step: int) -> None:
         """Drop the lines of later steps, which a resumed run writes again, and a last line cut short."""
         if not self.path.exists():
             return
-        kept = [line for line in _whole_lines(self.path) if line["step"] <= step]
+        kept = [line for line in _lines(self.path) if line["step"] <= step]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def close(self) -> None:
@@ -191,10 +247,14 @@ class JsonLines:
             self._file = None
 
 
-def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    yield from _parsed(path.read_text(encoding="utf-8", errors="replace").splitlines())
+
+
+def _parsed(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    for line in lines:
         try:
             value = json.loads(line)
         except ValueError:  # cut short by a kill
@@ -228,6 +288,24 @@ class Events:
         with self._writing() as file:
             if file is not None:
                 file.add_image(name, picture, step, dataformats="HWC")
+
+    def add_video(self, name: str, frames: Any, fps: float, step: int) -> None:
+        """Frames uint8 [T, H, W, 3], as a GIF: TensorBoard's own writer asks for moviepy to make the same."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        file = io.BytesIO()
+        encode_gif(file, frames, fps)
+        height, width = frames.shape[1:3]
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=file.getvalue())
+        with self._writing() as events:
+            if events is not None:
+                summary = Summary(value=[Summary.Value(tag=name, image=image)])
+                events._get_file_writer().add_summary(summary, step)  # type: ignore[no-untyped-call]
+
+    def add_text(self, name: str, text: str, step: int) -> None:
+        with self._writing() as file:
+            if file is not None:
+                file.add_text(name, text, step)
 
     def close(self) -> None:
         if self._file is not None:

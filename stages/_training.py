@@ -61,6 +61,12 @@ def _require(cfg: Config) -> None:
         raise ConfigError("data.manifest is not set: name the Parquet or CSV file of the training clips")
     if cfg.validation.every and not cfg.data.val_manifest:
         raise ConfigError("validation.every is set, but data.val_manifest is not: name the held-out clips' manifest")
+    if cfg.evaluate.every and not cfg.data.val_manifest:
+        raise ConfigError("evaluate.every is set, but data.val_manifest is not: name the held-out clips' manifest")
+    if cfg.checkpoint.keep_best in ("psnr", "ssim"):
+        raise ConfigError(
+            f"checkpoint.keep_best = {cfg.checkpoint.keep_best}: stage 0 measures it, for other stages: loss"
+        )
     if cfg.sample.every and not cfg.sample.prompts:
         raise ConfigError("sample.every is set, but sample.prompts is empty: give the captions to sample")
     check_prompts(cfg.sample.prompts, "sample.prompts")
@@ -81,7 +87,11 @@ def _train(cfg: Config, stage: Stage) -> int:
     settle_process()
     from opensora_repro.training.run import train
 
-    outcome = train(cfg, stage, say=lambda line: print(line, flush=True))
+    open_evaluation = None
+    if cfg.evaluate.every:
+        from opensora_repro.evaluation.in_training import TrainingEvaluation as open_evaluation
+
+    outcome = train(cfg, stage, say=lambda line: print(line, flush=True), open_evaluation=open_evaluation)
     if os.environ.get("RANK", "0") == "0":
         _report(cfg, stage, outcome, time.monotonic() - started)
     if outcome.finished or (outcome.signal != signal.SIGINT and outcome.checkpoint is not None):

@@ -53,6 +53,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--device", help="such as cuda, cuda:1 or cpu (a GPU where there is one)")
     add("--gif", action="store_true", help="also write 0000.gif, ...")
+    add("--best", action="store_true", help="of a run: its best checkpoint (checkpoint.keep_best), not its newest")
     add("--no-ema", action="store_true", help="use the trained weights, not their moving average")
     add("--num-heads", type=int, metavar="N", help="attention heads, where published weights cannot tell")
     add("--family", choices=("dit", "latte"), help="whose the weights are, where they cannot tell")
@@ -133,6 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     if not args.source.exists():  # seen without importing torch
         args.source = published(args.source)
+    if args.best:
+        args.source = best(args.source)
     if args.out.exists() and not args.out.is_dir():
         raise ConfigError(f"--out {args.out}: this is a file, expected a folder")
     check_numbers(args)
@@ -146,6 +149,18 @@ def published(name: Path) -> Path:
     found = find_cached(str(name))
     if found is None:
         raise ConfigError(f"{name}: no such run, checkpoint or weights file{similar_name(str(name))}")
+    return found
+
+
+def best(run: Path) -> Path:
+    """The checkpoint that a run found best. Raises ConfigError."""
+    from opensora_repro.run_folder import best_checkpoint
+
+    found = best_checkpoint(run)
+    if found is None:
+        raise ConfigError(
+            f"--best: {run} has no checkpoints/best: train with checkpoint.keep_best, or leave --best out"
+        )
     return found
 
 

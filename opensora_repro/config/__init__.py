@@ -14,6 +14,8 @@ from opensora_repro.config.autoencoder import (
 )
 from opensora_repro.config.checks import check_config
 from opensora_repro.config.sections import (
+    ALARMS,
+    AlarmsConfig,
     BucketConfig,
     CheckpointConfig,
     Config,
@@ -21,6 +23,7 @@ from opensora_repro.config.sections import (
     DataConfig,
     DiffusionConfig,
     EmaConfig,
+    EvaluateConfig,
     FrameMasksConfig,
     InitConfig,
     OptimConfig,
@@ -28,6 +31,7 @@ from opensora_repro.config.sections import (
     RunConfig,
     SampleConfig,
     TextConfig,
+    TrackConfig,
     TrainConfig,
     VaeConfig,
     ValidationConfig,
@@ -44,6 +48,8 @@ from opensora_repro.config.toml import (
 )
 
 __all__ = [
+    "ALARMS",
+    "AlarmsConfig",
     "AutoencoderConfig",
     "AutoencoderModelConfig",
     "BucketConfig",
@@ -54,6 +60,7 @@ __all__ = [
     "DataConfig",
     "DiffusionConfig",
     "EmaConfig",
+    "EvaluateConfig",
     "FrameMasksConfig",
     "HeldOutConfig",
     "InitConfig",
@@ -64,6 +71,7 @@ __all__ = [
     "RunConfig",
     "SampleConfig",
     "TextConfig",
+    "TrackConfig",
     "TrainConfig",
     "VaeConfig",
     "ValidationConfig",

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from opensora_repro.config.sections import (
+    AlarmsConfig,
     CheckpointConfig,
     Config,
     ConfigError,
@@ -19,6 +20,7 @@ from opensora_repro.config.sections import (
     OptimConfig,
     ParallelConfig,
     RunConfig,
+    TrackConfig,
     TrainConfig,
     ValidationConfig,
 )
@@ -86,6 +88,8 @@ class AutoencoderConfig:
     ema: EmaConfig = field(default_factory=EmaConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: HeldOutConfig = field(default_factory=HeldOutConfig)
+    alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     @property
@@ -99,6 +103,8 @@ class AutoencoderConfig:
             ema=self.ema,
             checkpoint=self.checkpoint,
             validation=ValidationConfig(every=self.validation.every, max_samples=self.validation.max_samples),
+            alarms=self.alarms,
+            track=self.track,
             parallel=self.parallel,
         )
 
@@ -158,6 +164,8 @@ def _check_kind(cfg: AutoencoderConfig, require: Any) -> None:
 def _check_shared(cfg: AutoencoderConfig, require: Any) -> None:
     """Keys of the shared sections that stage 0 has no use for must not seem to have one."""
     train, parallel = cfg.train, cfg.parallel
+    best = cfg.checkpoint.keep_best in ("", "psnr", "ssim")
+    require("checkpoint.keep_best", best, "psnr, ssim or none in stage 0")
     require("data.cache", not cfg.data.cache, "none in stage 0, which encodes anew every step (data.draws holds clips)")
     require("data.packing_tokens", not cfg.data.packing_tokens, "0 in stage 0")
     require("train.compile", train.compile != "on", "auto or off in stage 0")

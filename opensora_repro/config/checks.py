@@ -7,7 +7,15 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from opensora_repro.config.sections import BucketConfig, Config, ConfigError, DataConfig
+from opensora_repro.config.sections import (
+    ALARMS,
+    HIGHER_IS_BETTER,
+    LOWER_IS_BETTER,
+    BucketConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+)
 from opensora_repro.models.config import ACTIVATION_CHECKPOINTING, ARCHITECTURES, TrainedConfig
 
 _AT_LEAST_ONE = {
@@ -26,6 +34,7 @@ _AT_LEAST_ONE = {
     "train": ("steps", "batch_size", "accumulation", "max_bad_steps"),
     "checkpoint": ("every",),
     "validation": ("max_samples",),
+    "evaluate": ("clips",),
     "sample": ("steps",),
     "parallel": ("tp_size", "sp_size", "timeout"),
 }
@@ -38,6 +47,8 @@ _AT_LEAST_ZERO = {
     "optim": ("weight_decay", "warmup_steps", "decay_steps", "clip_norm"),
     "checkpoint": ("keep",),
     "validation": ("every",),
+    "evaluate": ("every", "samples", "steps"),
+    "alarms": ("epochs",),
     "sample": ("every", "fps"),
 }
 _ABOVE_ZERO = {
@@ -89,6 +100,8 @@ def check_config(config: Config) -> None:
         require(name, 0 <= value(name) <= 1, "a share from 0 to 1")
     require("optim.betas", all(0 <= beta < 1 for beta in config.optim.betas), "two values from 0 to below 1")
     require("model.patch_size", min(config.model.patch_size) >= 1, "sizes of at least 1")
+    for name in ("alarms.stop", "alarms.off"):
+        require(name, set(value(name)) <= set(ALARMS), "names out of " + ", ".join(ALARMS))
     shares = config.validation.timesteps
     require("validation.timesteps", bool(shares) and all(0 <= t <= 1 for t in shares), "shares from 0 to 1")
     for index in range(len(config.data.buckets)):
@@ -96,6 +109,7 @@ def check_config(config: Config) -> None:
     _check_together(config, require)
     _check_diffusion(config, require)
     _check_memory(config, require)
+    _check_best(config, require)
     _check_parallel(config, require)
     _check_packing(config, require)
 
@@ -189,6 +203,35 @@ def _check_memory(config: Config, require: Any) -> None:
         (not optim.offload, "optim.offload = false"),
     ):
         require("optim.in_backward", holds or not optim.in_backward, f"false, or {expected}")
+
+
+# What each metric needs to be measured in training; others are measured by stages.evaluate alone.
+_NEEDS = {
+    **dict.fromkeys(("loss", "caption_gap", "motion_gap"), ()),
+    **dict.fromkeys(("flicker", "motion_distance", "static", "blank", "noise"), ("samples",)),
+    **dict.fromkeys(("frechet", "kernel"), ("samples", "features")),
+    **dict.fromkeys(("clip_score", "text_match"), ("samples", "clip")),
+}
+
+
+def _check_best(config: Config, require: Any) -> None:
+    """The best checkpoint can be kept only where what is measured is saved."""
+    metric, key = config.checkpoint.keep_best.split("@")[0], "checkpoint.keep_best"
+    if not metric:
+        return
+    evaluate, validation = config.evaluate, config.validation
+    expected = f"one of {', '.join((*LOWER_IS_BETTER, *HIGHER_IS_BETTER))}"
+    require(key, metric in LOWER_IS_BETTER or metric in HIGHER_IS_BETTER, expected)
+    if not evaluate.every:
+        known = config.checkpoint.keep_best in ("loss", "psnr", "ssim")
+        require(key, bool(validation.every) and known, "none without evaluate.every (or loss with validation.every)")
+    else:
+        require(key, metric in _NEEDS, f"one of {', '.join(_NEEDS)}, which [evaluate] measures")
+        for needed in _NEEDS[metric]:
+            require(key, bool(getattr(evaluate, needed)), f"another without evaluate.{needed}, or set that")
+    name, every = ("evaluate", evaluate.every) if evaluate.every else ("validation", validation.every)
+    saved = every % config.checkpoint.every == 0
+    require(key, saved, f"{name}.every = {every} to be a multiple of checkpoint.every = {config.checkpoint.every}")
 
 
 def _check_packing(config: Config, require: Any) -> None:

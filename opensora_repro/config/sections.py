@@ -20,6 +20,7 @@ class ConfigError(UserError):
 # Files and folders: `~` is the user's home in them.
 PATH_KEYS = (
     "run.dir", "init.weights", "data.manifest", "data.val_manifest", "data.cache", "vae.path", "text.path",
+    "evaluate.features", "evaluate.clip",
 )  # fmt: skip
 
 
@@ -154,6 +155,7 @@ class CheckpointConfig:
     every: int = 1000  # steps between checkpoints
     keep: int = 2  # newest checkpoints kept; 0 keeps all
     background: bool = False  # write behind the training, which waits for a copy in host memory alone
+    keep_best: str = ""  # a metric, such as "loss": its best checkpoint stays, checkpoints/best leads to it; "": none
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,24 @@ class ValidationConfig:
     every: int = 0  # steps between validations; 0: never
     timesteps: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels of the loss, as shares of the range
     max_samples: int = 64  # held-out clips used
+
+
+# Metrics of an evaluation by which one checkpoint is better than another; a name may end with @NOISE_LEVEL.
+LOWER_IS_BETTER = (
+    "loss", "frechet", "kernel", "flicker", "motion_distance", "static", "blank", "noise", "memorised",
+    "reconstruction_frechet", "lpips",
+)  # fmt: skip
+HIGHER_IS_BETTER = ("caption_gap", "motion_gap", "clip_score", "text_match", "psnr", "ssim")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    every: int = 0  # steps between evaluations of the averaged weights on data.val_manifest's clips; 0: never
+    clips: int = 32  # held-out clips whose loss is measured, and what captions and frames' order are worth in it
+    samples: int = 16  # videos sampled from the first of these clips' captions, and looked at; 0: none
+    steps: int = 0  # denoising steps of these samples; 0: sample.steps
+    features: str = ""  # for Frechet and kernel distances: "own" (trained on the spot), or a local model; "": none
+    clip: str = ""  # for CLIP scores: hub name or local folder of a CLIP model; "": none
 
 
 @dataclass(frozen=True)
@@ -171,6 +191,24 @@ class SampleConfig:
     steps: int = 100  # denoising steps
     guidance: float = 7.0  # classifier-free guidance scale (cfg_scale); 1: none
     fps: int = 0  # frames a second of the written videos; 0: data.fps, or 8 without
+
+
+ALARMS = (
+    "noise", "flat", "motion", "text", "overfitting", "loss", "gradient", "saturation", "average", "repeats",
+    "throughput",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AlarmsConfig:
+    stop: tuple[str, ...] = ()  # end the run, its steps saved, at any of these: "noise", ... (docs/report.md has all)
+    off: tuple[str, ...] = ()  # of these nothing is said
+    epochs: int = 100  # passes over the training clips from which on "repeats" says so; 0: never
+
+
+@dataclass(frozen=True)
+class TrackConfig:
+    wandb: str = ""  # project at Weights & Biases that gets curves and samples (extra "track"); empty: nothing leaves
 
 
 @dataclass(frozen=True)
@@ -197,7 +235,10 @@ class Config:
     ema: EmaConfig = field(default_factory=EmaConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
@@ -218,9 +259,9 @@ def sample_fps(cfg: Config) -> float:
 
 def encodes_always(cfg: Config) -> bool:
     """Whether a run needs the frozen models even when the cache holds every sample."""
-    return not cfg.data.cache or cfg.sample.every > 0 or validates(cfg)
+    return not cfg.data.cache or cfg.sample.every > 0 or validates(cfg) or cfg.evaluate.every > 0
 
 
 def encodes_after_start(cfg: Config) -> bool:
     """Whether a run needs the frozen models still once it trains."""
-    return not cfg.data.cache or cfg.sample.every > 0
+    return not cfg.data.cache or cfg.sample.every > 0 or (cfg.evaluate.every > 0 and cfg.evaluate.samples > 0)

@@ -9,7 +9,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -291,6 +291,19 @@ def bucket_rows(found: Survey, samples: Sequence[float], costs: Sequence[tuple[i
         )
         for bucket, clips, enlarged, cropped, size, (tokens, flops) in columns if clips
     ]  # fmt: skip
+
+
+def facts(found: Survey, title: str, rows: Sequence[BucketRow]) -> dict[str, Any]:
+    """What `table` and `bucket_table` tell, as JSON has it."""
+    return {
+        "title": f"{title} {found.manifest}",
+        "rows": found.rows,
+        "looked_at": found.looked_at,
+        "kinds": [list(kind) for kind in kinds(found)],
+        "rates": [min(found.rates), max(found.rates), found.rates[0]] if found.rates else [],
+        "buckets": [{**asdict(row), "bucket": str(row.bucket)} for row in rows],
+        "empty_buckets": len(found.buckets) - len(rows) if rows else 0,
+    }
 
 
 def bucket_table(found: Survey, rows: Sequence[BucketRow]) -> Iterator[str]:

@@ -101,12 +101,17 @@ def write_png(path: str | Path, image: Frames) -> None:
 
 def write_gif(path: str | Path, frames: Frames, fps: float) -> None:
     """Write uint8 RGB frames [T, H, W, 3] as a GIF that loops; its clock ticks in hundredths of a second."""
+    with replacing(Path(path)) as part:
+        encode_gif(part, frames, fps)
+
+
+def encode_gif(file: Any, frames: Frames, fps: float) -> None:
+    """As `write_gif`, into an open file or a path."""
     from PIL import Image
 
     images = [Image.fromarray(image) for image in _checked(frames, "frames [T, H, W, 3]", ndim=4)]
     duration = max(20, 10 * round(100 / fps))  # ms; browsers slow anything faster than 50 frames a second down
-    with replacing(Path(path)) as part:
-        images[0].save(part, format="GIF", save_all=True, append_images=images[1:], duration=duration, loop=0)
+    images[0].save(file, format="GIF", save_all=True, append_images=images[1:], duration=duration, loop=0)
 
 
 def _checked(array: Frames, expected: str, *, ndim: int) -> np.ndarray:

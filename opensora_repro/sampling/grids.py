@@ -23,6 +23,7 @@ from opensora_repro.sampling.generate import generate
 
 STRIP_FRAMES = 8  # frames of a video shown side by side in the grid
 GAP = 2  # pixels between pictures
+MOVING_WIDTH = 768  # pixels of all videos side by side, about
 
 
 def write_samples(cfg: Config, videos: Sequence[np.ndarray], step: int) -> tuple[Path, np.ndarray]:
@@ -71,6 +72,20 @@ def tile(videos: Sequence[np.ndarray]) -> np.ndarray:
         blank = np.zeros_like(videos[0])
         padded = [*videos, *[blank] * (-len(videos) % columns)]
         cells = rearrange(np.concatenate(padded), "(r c) h w k -> r c h w k", c=columns)
+    return _joined(cells)
+
+
+def moving_grid(videos: Sequence[np.ndarray]) -> np.ndarray:
+    """Videos uint8 [T, H, W, 3] of one size -> one video in near-square rows, of fewer pixels where it is large."""
+    columns = math.ceil(math.sqrt(len(videos)))
+    step = math.ceil(columns * videos[0].shape[2] / MOVING_WIDTH)
+    small = [video[:, ::step, ::step] for video in videos]
+    padded = np.stack([*small, *[np.zeros_like(small[0])] * (-len(small) % columns)], axis=1)  # [T, n, H, W, 3]
+    return np.stack([_joined(rearrange(cells, "(r c) h w k -> r c h w k", c=columns)) for cells in padded])
+
+
+def _joined(cells: np.ndarray) -> np.ndarray:
+    """[rows, columns, H, W, 3] -> one picture."""
     cells = np.pad(cells, ((0, 0), (0, 0), (0, GAP), (0, GAP), (0, 0)))
     picture: np.ndarray = rearrange(cells, "r c h w k -> (r h) (c w) k")
     return picture

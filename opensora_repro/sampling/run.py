@@ -217,14 +217,18 @@ class SamplingRun:
             keep_freed_memory()
         engine = TorchEngine(ParallelConfig(sp_size=self.sp_size), str(device))
         with closing(engine), engine.watchdog.reporting(self.out / "logs"):
-            todo = engine.world.on_first(lambda: self._begin(folder))
-            written = self._sample_share(folder, todo, engine)
-            everyone = [index for part in engine.world.gather(written) for index in part]
-            there = len(self.prompts) - len(todo)
-            if engine.is_main:
-                folder.write(set(range(len(self.prompts))) - set(todo) | set(everyone))
-            more = f", {there} were there already" if there else ""
-            return f"{len(everyone)} written to {self.out}{more} (samples.json has the prompts)"
+            return self.sample_with(folder, engine)
+
+    def sample_with(self, folder: SampleFolder, engine: TorchEngine) -> str:
+        """As `sample`, with processes that have come together before."""
+        todo = engine.world.on_first(lambda: self._begin(folder))
+        written = self._sample_share(folder, todo, engine)
+        everyone = [index for part in engine.world.gather(written) for index in part]
+        there = len(self.prompts) - len(todo)
+        if engine.is_main:
+            folder.write(set(range(len(self.prompts))) - set(todo) | set(everyone))
+        more = f", {there} were there already" if there else ""
+        return f"{len(everyone)} written to {self.out}{more} (samples.json has the prompts)"
 
     def _begin(self, folder: SampleFolder) -> list[int]:
         """Numbers of the prompts to sample, once the folder says whose samples it is for."""

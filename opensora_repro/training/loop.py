@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from opensora_repro.config import Config
+from opensora_repro.config.sections import sample_fps
 from opensora_repro.data.buckets import as_sampled
 from opensora_repro.data.sampler import Schedule
 from opensora_repro.diffusion.gaussian import Objective
 from opensora_repro.errors import DataError, TrainingError, cannot_write, is_out_of_memory, out_of_memory
+from opensora_repro.files import one_line
 from opensora_repro.frozen.encoder import Encoder
 from opensora_repro.frozen.text import EncodedPrompts
 from opensora_repro.models.captioned import CaptionedModel
 from opensora_repro.parallel.device import HostValues
 from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.process import StopSignals
-from opensora_repro.run_folder import list_checkpoints
+from opensora_repro.run_folder import REPORT_FILE, JsonLines, list_checkpoints, mark_best
 from opensora_repro.sampling.generate import NotFinite
-from opensora_repro.sampling.grids import sample_prompts, write_samples
+from opensora_repro.sampling.grids import moving_grid, sample_prompts, write_samples
+from opensora_repro.training.alarms import Alarms, is_due
 from opensora_repro.training.batches import Batch, BatchBuilder, Collator, Feed, Fetched, PackedBatch, Prefetcher
 from opensora_repro.training.checkpoint import TrainState, UnwritableCheckpoint
 from opensora_repro.training.metrics import Progress, Quarantine, RunLog
@@ -39,13 +43,21 @@ from opensora_repro.training.step import (
     learning_rate,
     packed_losses,
 )
-from opensora_repro.training.validate import Validator
+from opensora_repro.training.validate import Validator, largest_activation
 
+REPORTS_REST = 50  # times as long as the last one took
+SHOWN_METRICS = ("loss", "caption_gap", "motion_gap", "frechet", "kernel", "clip_score")
 MAX_EMPTY_STEPS = 8  # in a row: nothing is learned, and more of the same is to be expected
 
 
 class BadWeights(TrainingError):
     """The weights are no longer worth saving."""
+
+
+class Evaluates(Protocol):
+    """What measures the model as it is, for `[evaluate]`. Collective."""
+
+    def measure(self, runner: ModelRunner, model: CaptionedModel) -> dict[str, float]: ...
 
 
 @dataclass
@@ -70,6 +82,8 @@ class Trainer:
     log: RunLog
     quarantine: Quarantine
     validator: Validator | None
+    evaluation: Evaluates | None
+    alarms: Alarms
     stop: StopSignals
 
     def __post_init__(self) -> None:
@@ -80,6 +94,7 @@ class Trainer:
         self._stopping = False
         self._empty_steps = 0  # in a row
         self._moving = False  # whether weights may be between two steps
+        self._next_report = 0.0
 
     def run(self, title: str) -> None:
         """Raises what ended the training early, after the trained steps were saved.
@@ -112,6 +127,7 @@ class Trainer:
         self._settle_exchange()
         if state.step:
             self._evaluate(resuming=True)
+            self._mark_best()
         self._batches.prefetch()
         while state.step < steps and not self._stopping:
             self._step()
@@ -120,9 +136,15 @@ class Trainer:
             if self._stopping and state.step < steps:
                 break  # what is due at this step is made up for when the run is resumed
             self._evaluate()
-            if state.step % self.cfg.checkpoint.every == 0:
+            due = state.step % self.cfg.checkpoint.every == 0
+            if due:
                 self._save()
+            self._look_for_alarms(due)
+            if due:
+                self._report()
         self._save()
+        self._look_for_alarms(True)
+        self._report(last=True)
         with self.engine.watchdog.paused():
             self.writer.wait()
         self.log.close()
@@ -316,36 +338,78 @@ class Trainer:
             self.writer.save(self.state, self.ema)
         self._saved_step = self.state.step
 
+    def _look_for_alarms(self, now: bool) -> None:
+        """Of what the log has; in the process that writes it, whose `_own_error` ends the run for all."""
+        step = self.state.step
+        if self.engine.is_main and step and (now or is_due(step)):
+            newest = int(self.schedule.step(step - 1).epochs.max())
+            self._say_all(self.alarms.look(step, newest))
+
+    def _say_all(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            self.progress.say(line)
+
     def _evaluate(self, *, resuming: bool = False) -> None:
-        """Validate and sample where due, with averaged weights; after resuming only what had not been done."""
+        """Validate, evaluate and sample where due, on averaged weights; after resuming only what had not been done."""
         step, cfg = self.state.step, self.cfg
         validate = self.validator is not None and self._due(cfg.validation.every)
+        measure = self.evaluation is not None and self._due(cfg.evaluate.every)
         sample = bool(cfg.sample.prompts) and self._due(cfg.sample.every)
         if resuming:
-            recorded = self.engine.world.on_first(lambda: [line["step"] for line in self.log.validation.read()])
-            validate = validate and step not in recorded
+            validate = validate and step not in self._recorded(self.log.validation)
+            measure = measure and step not in self._recorded(self.log.evaluation)
             folder = Path(cfg.run.dir) / "samples" / f"step-{step:08d}"
             sample = sample and not self.engine.world.on_first(folder.exists)
-        if not (validate or sample):
+        if not (validate or measure or sample):
             return
         self._await_device()
         if self.state.step != step:
             return  # it was lost
+        of_trained = self._validate_trained() if validate else {}
         with self.ema.applied(), self.engine.watchdog.paused():
             if validate:
-                self._validate()
+                self._validate(of_trained)
+            if measure:
+                self._measure()
             if sample:
                 encoded = EncodedPrompts(self.encoder.text, cfg.sample.prompts)  # by all, who may each hold a share
                 self.engine.on_first_model(lambda: self._sample(encoded))  # every process gets its error
 
+    def _mark_best(self) -> None:
+        """What resuming has measured, or measures by, may tell of another one."""
+        if self.cfg.checkpoint.keep_best:
+            self.engine.world.on_first(lambda: mark_best(self.writer.run_dir, self.cfg.checkpoint.keep_best))
+
+    def _recorded(self, lines: JsonLines) -> list[int]:
+        found: list[int] = self.engine.world.on_first(lambda: [line["step"] for line in lines.read()])
+        return found
+
+    def _measure(self) -> None:
+        assert self.evaluation is not None
+        metrics = self.evaluation.measure(self.eval_runner, self.model)
+        self.log.evaluate(self.state.step, metrics)
+        shown = ", ".join(f"{name} {metrics[name]:.4g}" for name in SHOWN_METRICS if name in metrics)
+        self.progress.say(f"evaluation of step {self.state.step}: {shown}")
+
     def _due(self, every: int) -> bool:
         return every > 0 and (self.state.step % every == 0 or self.state.step == self.cfg.train.steps)
 
-    def _validate(self) -> None:
+    def _validate_trained(self) -> dict[str, float]:
+        """At one noise level, without the average: whether that lags behind."""
         assert self.validator is not None
-        losses = self.validator.losses(self.eval_runner)
-        found = {"losses": losses, "timesteps": self.validator.timesteps, "samples": self.validator.num_samples}
-        self.log.validate({"step": self.state.step, "loss": sum(losses) / len(losses), **found})
+        with self.engine.watchdog.paused():
+            return {"of_trained": self.validator.losses(self.eval_runner, [self.validator.middle])[0]}
+
+    def _validate(self, of_trained: dict[str, float]) -> None:
+        validator = self.validator
+        assert validator is not None
+        with largest_activation(self.model) as seen:
+            losses = validator.losses(self.eval_runner)
+        found = {"losses": losses, "timesteps": validator.timesteps, "samples": validator.num_samples}
+        found |= of_trained | {"of_average": losses[validator.timesteps.index(validator.middle)]}
+        largest = max(self.engine.world.gather(seen[0].item() if seen else 0.0))
+        line = {"step": self.state.step, "loss": sum(losses) / len(losses), **found, "activation": largest}
+        self.log.validate(line)
 
     def _sample(self, encoded: EncodedPrompts) -> None:
         try:
@@ -354,20 +418,41 @@ class Trainer:
             )
         except NotFinite as error:
             self.progress.say(f"warning: no samples of step {self.state.step}: {error}")
-            return
+            videos = []
+        stride = self.encoder.vae.spatial_stride
         if self.engine.is_main:
+            self._say_all(self.alarms.look_at_samples(self.state.step, videos, stride))
+        if self.engine.is_main and videos:
             try:
                 folder, grid = write_samples(self.cfg, videos, self.state.step)
             except OSError as error:
                 raise TrainingError(cannot_write(error)) from error
             self.log.image("samples", grid, self.state.step)
+            self.log.videos(sorted(folder.glob("*.mp4")), moving_grid(videos), sample_fps(self.cfg), self.state.step)
             self.progress.say(f"samples of step {self.state.step}: {folder / 'grid.png'}")
+
+    def _report(self, *, last: bool = False) -> None:
+        """RUN/report.html, which no training depends on: the page of a long run waits until it is worth its time."""
+        if not self.engine.is_main or (not last and time.monotonic() < self._next_report):
+            return
+        started = time.monotonic()
+        try:
+            self._write_report()
+        except Exception as error:
+            self.progress.say(f"warning: no {REPORT_FILE}: {type(error).__name__}: {one_line(error)}")
+        seconds = time.monotonic() - started
+        self._next_report = started + (1 + REPORTS_REST) * seconds
+
+    def _write_report(self) -> None:
+        from opensora_repro.report.page import write_report
+
+        write_report([self.log.run_dir], self.log.run_dir / REPORT_FILE)
 
     # How it ends early
 
     def _own_error(self) -> TrainingError | None:
         """Why this process cannot go on, though the others could: all stop together."""
-        return self._batches.error or self.log.error or self.quarantine.error
+        return self._batches.error or self.log.error or self.quarantine.error or self.alarms.error
 
     @property
     def _trained(self) -> bool:

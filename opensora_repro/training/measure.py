@@ -30,6 +30,7 @@ from opensora_repro.planning.fit import needed_memory
 from opensora_repro.planning.sizes import latent_shape
 from opensora_repro.process import StopSignals
 from opensora_repro.sampling.generate import check_fit
+from opensora_repro.training.alarms import Alarms
 from opensora_repro.training.batches import Fetched
 from opensora_repro.training.checkpoint import TrainState
 from opensora_repro.training.loop import Trainer
@@ -54,10 +55,13 @@ class MadeUp:
 
 
 class Loop(Trainer):
-    """Saves nothing, but waits for the device where a run would save."""
+    """Saves and reports nothing, but waits for the device where a run would save."""
 
     def _save(self) -> None:
         self._await_device()
+
+    def _report(self, *, last: bool = False) -> None:
+        pass
 
 
 class _Seconds(RunLog):
@@ -136,7 +140,7 @@ class Bench:
             state=TrainState(), schedule=Schedule(everything(samples), [samples], cfg.run.seed),
             writer=CheckpointWriter(folder, self.engine, "", keep=1, background=False), log=log,
             quarantine=Quarantine(folder, num_samples=samples, max_fraction=1.0, writes=False),
-            validator=None, stop=StopSignals(),
+            validator=None, evaluation=None, alarms=Alarms(cfg, log), stop=StopSignals(),
         )  # fmt: skip
 
     def _maker(self, cfg: Config) -> Callable[[int], Clip | Encoded]:

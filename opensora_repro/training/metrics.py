@@ -5,23 +5,30 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from opensora_repro.config import AutoencoderConfig, Config
 from opensora_repro.data.dataset import BadSample
 from opensora_repro.errors import DataError, TrainingError
 from opensora_repro.run_folder import (
+    ALARMS_FILE,
     BAD_STEPS_FILE,
+    EVALUATION_FILE,
     EVENTS,
     METRICS_FILE,
     QUARANTINE_FILE,
+    STARTS_FILE,
     VALIDATION_FILE,
     Events,
     JsonLines,
 )
+
+if TYPE_CHECKING:
+    from opensora_repro.training.track import Track
 
 JUDGED_FROM = 20  # samples seen: the share of fewer says little, unless there are no more
 
@@ -30,14 +37,28 @@ class RunLog:
     """The run's JSON lines and TensorBoard events; on every rank but 0 it writes nothing."""
 
     def __init__(self, run_dir: Path, *, resumed_step: int, enabled: bool) -> None:
-        self.enabled = enabled
+        self.enabled, self.run_dir = enabled, run_dir
         self.metrics = JsonLines(run_dir / METRICS_FILE)
         self.validation = JsonLines(run_dir / VALIDATION_FILE)
+        self.evaluation = JsonLines(run_dir / EVALUATION_FILE)
         self.bad_steps = JsonLines(run_dir / BAD_STEPS_FILE)
+        self.alarms = JsonLines(run_dir / ALARMS_FILE)
+        self.starts = JsonLines(run_dir / STARTS_FILE)
+        self._lines = (
+            self.metrics, self.validation, self.evaluation, self.bad_steps, self.alarms, self.starts,
+        )  # fmt: skip
         self._events = Events(run_dir / EVENTS, resumed_step)
+        self._track: Track | None = None
         if enabled:
-            for file in (self.metrics, self.validation, self.bad_steps):
+            for file in self._lines:
                 file.truncate_after(resumed_step)
+
+    def open_track(self, cfg: Config | AutoencoderConfig, say: Callable[[str], None]) -> None:
+        """Tell `[track]`'s place, too, from here on. Raises ConfigError."""
+        if self.enabled and cfg.track.wandb:
+            from opensora_repro.training.track import Track
+
+            self._track = Track(cfg, say)
 
     def step(self, line: Mapping[str, Any]) -> None:
         """One training step: step, loss, grad_norm, lr, seconds, data_seconds, samples, tokens."""
@@ -47,7 +68,7 @@ class RunLog:
         values = {f"train/{name}": line[name] for name in ("loss", "grad_norm", "lr")}
         values["speed/samples_per_second"] = line["samples"] / line["seconds"]
         values["speed/data_wait_share"] = line["data_seconds"] / line["seconds"]
-        self._events.add(values, line["step"])
+        self._add(values, line["step"])
 
     def validate(self, line: Mapping[str, Any]) -> None:
         """One validation: step, and numbers by name; of losses by timestep: losses, timesteps."""
@@ -57,26 +78,62 @@ class RunLog:
         by_timestep = zip(line.get("timesteps", ()), line.get("losses", ()), strict=True)
         values = {f"validation/loss_at_{timestep:g}": loss for timestep, loss in by_timestep}
         numbers = {f"validation/{name}": value for name, value in line.items() if isinstance(value, float)}
-        self._events.add(numbers | values, line["step"])
+        self._add(numbers | values, line["step"])
+
+    def evaluate(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One evaluation: numbers by name."""
+        if not self.enabled:
+            return
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        self.evaluation.write({"step": step, "metrics": finite})
+        self._add({f"evaluation/{name}": value for name, value in finite.items()}, step)
 
     def bad_step(self, line: Mapping[str, Any]) -> None:
         """One skipped step: step, loss, grad_norm, sample_ids."""
         if self.enabled:
             self.bad_steps.write(line)
 
+    def alarm(self, line: Mapping[str, Any]) -> None:
+        """One alarm that goes off: step, alarm, message."""
+        if self.enabled:
+            self.alarms.write(line)
+            for place in self._places:
+                place.add_text(f"alarms/{line['alarm']}", line["message"], line["step"])
+
+    def start(self, line: Mapping[str, Any]) -> None:
+        """One start of the run: the step that it goes on from, when, where, with which clips."""
+        if self.enabled:
+            self.starts.write(line)
+
     def image(self, name: str, picture: Any, step: int) -> None:
         """A picture [H, W, 3] uint8 among the events."""
-        if self.enabled:
-            self._events.add_image(name, picture, step)
+        for place in self._places if self.enabled else ():
+            place.add_image(name, picture, step)
+
+    def videos(self, files: Sequence[Path], together: np.ndarray, fps: float, step: int) -> None:
+        """Videos by their mp4 files, and as one [T, H, W, 3] uint8, which is what TensorBoard gets."""
+        if self.enabled and files:
+            self._events.add_video("samples/moving", together, fps, step)
+            if self._track is not None:
+                self._track.add_videos("samples/moving", files, step)
+
+    def _add(self, values: Mapping[str, float | None], step: int) -> None:
+        self._events.add(values, step)
+        if self._track is not None:
+            self._track.add(values, step)
+
+    @property
+    def _places(self) -> list[Events | Track]:
+        return [self._events] if self._track is None else [self._events, self._track]
 
     @property
     def error(self) -> TrainingError | None:
         """What could not be written first; None where all was."""
-        files = (self.metrics, self.validation, self.bad_steps, self._events)
+        files = (*self._lines, self._events)
         return next((file.error for file in files if file.error is not None), None)
 
     def close(self) -> None:
-        for file in (self.metrics, self.validation, self.bad_steps, self._events):
+        for file in (*self._lines, *self._places):
             file.close()
 
 

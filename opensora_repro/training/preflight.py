@@ -17,6 +17,7 @@ from opensora_repro.data.preflight import (
     SAMPLED_ROWS,
     bucket_rows,
     bucket_table,
+    facts,
     keyed_sample,
     require_usable,
     survey,
@@ -38,6 +39,7 @@ from opensora_repro.run_folder import check_folder
 from opensora_repro.sampling.generate import check_fit
 from opensora_repro.training.identity import frozen_identity
 from opensora_repro.training.start import Stage, Start
+from opensora_repro.training.track import check_track
 from opensora_repro.training.validate import chosen_rows
 from opensora_repro.weights.files import open_weights, weights_to_come
 from opensora_repro.weights.load import check_complete, inserts_temporal_attention
@@ -52,15 +54,17 @@ def preflight(
     start: Start,
     *,
     dry: bool = False,
+    told: list[dict[str, Any]] | None = None,
 ) -> Iterator[str]:
     """Lines for people, as they are found out. Raises, in one line, whatever would stop the run before its first step.
 
     `frame` is the training manifest, None where it is still to come. With `dry`, the manifests and `init.weights` may
-    be absent: an earlier stage may have to make them yet. The start's state takes up what the frozen models hold.
-    `device` None: the run is planned for another machine, of
-    which no device, memory or frozen models are here to be looked at.
+    be absent: an earlier stage may have to make them yet. `told` takes up what is found of each manifest. The start's
+    state takes up what the frozen models hold. `device` None: the run is planned for another machine, of which no
+    device, memory or frozen models are here to be looked at.
     """
     check_folder("run.dir", cfg.run.dir)
+    check_track(cfg)
     if cfg.data.cache:
         check_folder("data.cache", cfg.data.cache)
     if device is not None:
@@ -100,14 +104,17 @@ def preflight(
                 f"packing: a step has {samples[0]:,} clips of any buckets, in rows of at most "
                 f"{cfg.data.packing_tokens:,} tokens"
             )
-        yield from clips(cfg, frame, "clips of", cfg.data.manifest, samples, here=device is not None)
+        path = cfg.data.manifest
+        yield from clips(cfg, frame, "clips of", path, samples, here=device is not None, told=told)
     if validates(cfg):
         held_out = find_manifest(cfg.data.val_manifest) if dry else read_manifest(cfg.data.val_manifest)
         if held_out is None:
             yield to_come("data.val_manifest", cfg.data.val_manifest)
         else:
             held_out = held_out.take(chosen_rows(held_out["id"].to_pylist(), cfg.validation.max_samples))
-            yield from clips(cfg, held_out, "held-out clips of", cfg.data.val_manifest, (), here=device is not None)
+            yield from clips(
+                cfg, held_out, "held-out clips of", cfg.data.val_manifest, (), here=device is not None, told=told
+            )
     if frame is not None and encoder is not None:
         looked = keyed_sample(frame, SAMPLED_ROWS)["caption"].to_pylist()
         prompts = cfg.sample.prompts if cfg.sample.every else ()
@@ -156,7 +163,16 @@ def check_weights(cfg: Config, stage: Stage) -> Path:
     return file.path
 
 
-def clips(cfg: Config, frame: Any, title: str, manifest: str, samples: Sequence[int], *, here: bool) -> Iterator[str]:
+def clips(
+    cfg: Config,
+    frame: Any,
+    title: str,
+    manifest: str,
+    samples: Sequence[int],
+    *,
+    here: bool,
+    told: list[dict[str, Any]] | None = None,
+) -> Iterator[str]:
     """The table of a manifest's clips, that of its buckets, and what to do about it.
 
     `samples`: as `bucket_rows` takes them; none: of held-out clips. Raises DataError where no clip can be used `here`.
@@ -165,7 +181,10 @@ def clips(cfg: Config, frame: Any, title: str, manifest: str, samples: Sequence[
     if here:
         require_usable(found)
     yield from table(found, title)
+    rows = bucket_rows(found, samples, bucket_costs(cfg)) if samples else []
     if samples:
-        yield from bucket_table(found, bucket_rows(found, samples, bucket_costs(cfg)))
+        yield from bucket_table(found, rows)
+    if told is not None:
+        told.append(facts(found, title, rows))
     for line in warnings(found):
         yield f"warning: {line}"

@@ -9,17 +9,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from opensora_repro.config import Config, dump_toml
 from opensora_repro.config.sections import encodes_after_start, encodes_always, validates
 from opensora_repro.data.buckets import as_sampled, assigned, buckets_of
 from opensora_repro.data.cache import CacheRows, LatentCache
-from opensora_repro.data.dataset import ClipDataset
+from opensora_repro.data.dataset import Clip, ClipDataset
 from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.packing import PackedSampler, Together
-from opensora_repro.data.sampler import BatchSampler, Schedule, SharedBatches
-from opensora_repro.diffusion.gaussian import build_objective
+from opensora_repro.data.sampler import BatchSampler, Schedule, SharedBatches, keyed_generator
+from opensora_repro.diffusion.gaussian import Objective, build_objective
 from opensora_repro.files import sha256_of, write_text
-from opensora_repro.frozen.encoder import open_encoder, skipped_models
+from opensora_repro.frozen.encoder import Encoder, open_encoder, skipped_models
 from opensora_repro.frozen.text import take_null_caption
 from opensora_repro.kernels.ops import choose
 from opensora_repro.parallel.build import build_engine, build_shards
@@ -27,22 +30,25 @@ from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.parallel.preflight import check_same, config_facts, weights_digest
 from opensora_repro.process import StopSignals
 from opensora_repro.run_folder import WEIGHTS_FILE, claimed_run_folder, clean_leftovers, list_checkpoints, write_config
-from opensora_repro.sampling.generate import check_fit
+from opensora_repro.sampling.generate import check_fit, decode
+from opensora_repro.training.alarms import Alarms
 from opensora_repro.training.batches import CacheFeed, ClipFeed, Feed
 from opensora_repro.training.checkpoint import load_checkpoint, read_state
 from opensora_repro.training.fill import CacheFill, cache_fingerprint, fill_cache
 from opensora_repro.training.identity import check_manifest, ids_fingerprint
-from opensora_repro.training.loop import Trainer
+from opensora_repro.training.loop import Evaluates, Trainer
 from opensora_repro.training.metrics import Quarantine, RunLog
 from opensora_repro.training.model import apply_compile, build_model, compiles
 from opensora_repro.training.optim import check_processes, prepare_engine
 from opensora_repro.training.preflight import preflight
 from opensora_repro.training.save import CheckpointWriter
-from opensora_repro.training.start import Stage, Start, find_start
+from opensora_repro.training.start import Stage, Start, find_start, start_line
 from opensora_repro.training.step import horizon_warning
 from opensora_repro.training.validate import Validator, chosen_samples
 
+COMPARED_CLIPS, COMPARED_NOISE = 12, 4  # that samples are compared with
 Say = Callable[[str], None]
+OpenEvaluation = Callable[[Config, Encoder, Objective, TorchEngine, Say], Evaluates]
 
 
 @dataclass(frozen=True)
@@ -55,18 +61,21 @@ class Outcome:
     signal: int | None = None
 
 
-def train(cfg: Config, stage: Stage, say: Say = print) -> Outcome:
-    """Start or resume the run in `run.dir`. Raises ValueError of one line for a user's mistake, TrainingError."""
+def train(cfg: Config, stage: Stage, say: Say = print, open_evaluation: OpenEvaluation | None = None) -> Outcome:
+    """Start or resume the run in `run.dir`. Raises ValueError of one line for a user's mistake, TrainingError.
+
+    `open_evaluation` makes what `[evaluate]` measures with.
+    """
     engine = build_engine(cfg.parallel)
     say = say if engine.is_main else lambda line: None
     try:
         with engine.watchdog.reporting(Path(cfg.run.dir) / "logs"):
-            return _train(cfg, stage, engine, say)
+            return _train(cfg, stage, engine, say, open_evaluation)
     finally:
         engine.close()
 
 
-def _train(cfg: Config, stage: Stage, engine: TorchEngine, say: Say) -> Outcome:
+def _train(cfg: Config, stage: Stage, engine: TorchEngine, say: Say, open_evaluation: OpenEvaluation | None) -> Outcome:
     check_same(engine.watchdog, "settings", config_facts(cfg))
     check_processes(cfg.optim, engine.mesh.world_size)
     start = engine.world.on_first(lambda: find_start(cfg, engine.mesh.data_size, say))
@@ -76,19 +85,26 @@ def _train(cfg: Config, stage: Stage, engine: TorchEngine, say: Say) -> Outcome:
     if start.state.step >= cfg.train.steps:
         return Outcome(start.state.step, True, start.checkpoint)
 
+    clips: list[dict[str, Any]] = []
+
     def look() -> dict[str, Any]:
-        for line in preflight(cfg, stage, engine.mesh, engine.device, table, start):
+        for line in preflight(cfg, stage, engine.mesh, engine.device, table, start, told=clips):
             say(line)
         return start.state.identity
 
     start.state.identity = engine.world.on_first(look)
-    return _Run(cfg, stage, engine, start, table, say).train()
+    return _Run(cfg, stage, engine, start, table, say, open_evaluation, clips).train()
 
 
 class _Run:
     """One process's part of a run."""
 
-    def __init__(self, cfg: Config, stage: Stage, engine: TorchEngine, start: Start, table: Any, say: Say) -> None:
+    def __init__(
+        self, cfg: Config, stage: Stage, engine: TorchEngine, start: Start, table: Any, say: Say,
+        open_evaluation: OpenEvaluation | None, clips: list[dict[str, Any]],
+    ) -> None:  # fmt: skip
+        """`clips`: what was found of the manifests, in the first process."""
+        self.open_evaluation, self.clips = open_evaluation, clips
         self.cfg, self.stage, self.engine, self.start, self.table, self.say = cfg, stage, engine, start, table, say
         self.run_dir = Path(cfg.run.dir)
 
@@ -103,13 +119,16 @@ class _Run:
             self._prepare_engine()
             # Held-out samples first: what is wrong with them is not found after all others have been encoded.
             validator = self._build_validator() if self.held_out else None
+            evaluation = self._build_evaluation()
             quarantine = held.enter_context(contextlib.closing(self._quarantine(len(self.dataset))))
             feed = self._build_feed(quarantine)
             self._release_encoder()  # all that is encoded before training has been
-            trainer = self._build_trainer(feed, quarantine, validator)
+            trainer = self._build_trainer(feed, quarantine, validator, evaluation)
             held.callback(trainer.close)
             if not any(self.engine.world.gather(self.stop.requested())):
                 self.engine.world.on_first(self._write_config)  # from here on the folder is a run
+                trainer.log.start(start_line(self.stage.name, self.engine, self.start.state.step, self.clips))
+                self.engine.world.on_first(lambda: trainer.log.open_track(self.cfg, self.say))
                 trainer.run(self.stage.name)
             newest = self.engine.world.on_first(lambda: list_checkpoints(self.run_dir)[-1:])
             step = trainer.state.step
@@ -193,6 +212,11 @@ class _Run:
             self._tell_bad(quarantine)
             return validator
 
+    def _build_evaluation(self) -> Evaluates | None:
+        if self.open_evaluation is None or any(self.engine.world.gather(self.stop.requested())):
+            return None
+        return self.open_evaluation(self.cfg, self.encoder, self.objective, self.engine, self.say)
+
     def _build_feed(self, quarantine: Quarantine) -> Feed:
         cfg, engine, mesh = self.cfg, self.engine, self.engine.mesh
         shapes = [bucket.shape for bucket in self.buckets]
@@ -216,9 +240,12 @@ class _Run:
         if not encodes_after_start(self.cfg):
             self.encoder.release()
 
-    def _build_trainer(self, feed: Feed, quarantine: Quarantine, validator: Validator | None) -> Trainer:
+    def _build_trainer(
+        self, feed: Feed, quarantine: Quarantine, validator: Validator | None, evaluation: Evaluates | None
+    ) -> Trainer:
         cfg, engine, state = self.cfg, self.engine, self.start.state
-        keep, background = cfg.checkpoint.keep, cfg.checkpoint.background
+        keep, background, best = cfg.checkpoint.keep, cfg.checkpoint.background, cfg.checkpoint.keep_best
+        log = RunLog(self.run_dir, resumed_step=state.step, enabled=engine.is_main)
         return Trainer(
             cfg=cfg,
             engine=engine,
@@ -229,12 +256,31 @@ class _Run:
             schedule=self.schedule,
             feed=feed,
             state=state,
-            writer=CheckpointWriter(self.run_dir, engine, dump_toml(cfg), keep=keep, background=background),
-            log=RunLog(self.run_dir, resumed_step=state.step, enabled=engine.is_main),
+            writer=CheckpointWriter(
+                self.run_dir, engine, dump_toml(cfg), keep=keep, background=background, keep_best=best
+            ),
+            log=log,
             quarantine=quarantine,
             validator=validator,
+            evaluation=evaluation,
+            alarms=Alarms(cfg, log, self._some_clips, self._decoded_noise, settled=(cfg.optim.warmup_steps,)),
             stop=self.stop,
         )
+
+    def _some_clips(self) -> list[np.ndarray]:
+        """A few training clips as the model is to sample them, to compare samples with; none where none can be read."""
+        data, count = as_sampled(self.cfg).data, len(self.dataset)
+        rows = range(0, count, -(-count // COMPARED_CLIPS))
+        found = [self.dataset.load(0, row, (data.num_frames, data.height, data.width)) for row in rows]
+        return [clip.pixels.numpy() for clip in found if isinstance(clip, Clip)]
+
+    @torch.no_grad()
+    def _decoded_noise(self) -> list[np.ndarray]:
+        vae, data = self.encoder.vae, as_sampled(self.cfg).data
+        frames = min(data.num_frames, 4) if vae.temporal_stride == 1 else data.num_frames
+        shape = (COMPARED_NOISE, *vae.latent_shape(frames, data.height, data.width))
+        latents = torch.randn(shape, generator=keyed_generator(0, 0, "", "alarm noise")).to(self.engine.device)
+        return [decode(vae, latent, num_frames=frames) for latent in latents]
 
     def _write_config(self) -> None:
         clean_leftovers(self.run_dir)

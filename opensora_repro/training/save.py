@@ -34,6 +34,7 @@ from opensora_repro.run_folder import (
     OPTIMIZER_FILE,
     STATE_FILE,
     checkpoints_folder,
+    mark_best,
     prune,
 )
 from opensora_repro.training.checkpoint import SCHEMA_VERSION, TrainState, UnwritableCheckpoint, optimizer_pieces
@@ -50,11 +51,23 @@ class Snapshot:
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints and keeps the newest `keep` of them (0: all). All methods are collective."""
+    """Writes a run's checkpoints and keeps the newest `keep` of them (0: all). All methods are collective.
 
-    def __init__(self, run_dir: Path, engine: TorchEngine, config_toml: str, *, keep: int, background: bool) -> None:
+    `keep_best`: a metric, whose best checkpoint is kept as well; "": none is.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        engine: TorchEngine,
+        config_toml: str,
+        *,
+        keep: int,
+        background: bool,
+        keep_best: str = "",
+    ) -> None:
         self.run_dir, self.engine, self.config_toml, self.keep = run_dir, engine, config_toml, keep
-        self.background = background
+        self.background, self.keep_best = background, keep_best
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -105,6 +118,8 @@ class CheckpointWriter:
             with _together(group, final):
                 if group.rank == 0:
                     _finish(unfinished, final, self._about(snapshot.state), self.config_toml, every)
+                    if self.keep_best:
+                        mark_best(self.run_dir, self.keep_best)
                     prune(self.run_dir, snapshot.state.step, self.keep)
         except UnwritableCheckpoint:
             if group.rank == 0:

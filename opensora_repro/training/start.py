@@ -6,6 +6,8 @@ The two cannot be confused: a run folder with checkpoints is always resumed, and
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from opensora_repro.run_folder import CONFIG_FILE
 
 if TYPE_CHECKING:
     from opensora_repro.models.captioned import CaptionedModel
+    from opensora_repro.parallel.engine import TorchEngine
     from opensora_repro.training.checkpoint import TrainState
     from opensora_repro.weights.load import LoadReport
 
@@ -33,7 +36,7 @@ class Stage:
 
 # What may change between a run's start and its continuation, because it changes no step already made and no later one
 # by more than rounding. Samples a step are compared as a whole, so that they can be shared out anew.
-FREE_SECTIONS = ("checkpoint", "validation", "sample", "parallel")
+FREE_SECTIONS = ("checkpoint", "validation", "evaluate", "sample", "alarms", "track", "parallel")
 FREE_KEYS = (
     "run.dir",
     "data.manifest",  # these three are compared by what they hold, see identity.py
@@ -137,6 +140,26 @@ def changed_settings(recorded: Config, current: Config) -> list[str]:
         and f"{section}.{key}" not in FREE_KEYS
         and old[section][key] != new[section][key]
     ]
+
+
+def start_line(stage: str, engine: TorchEngine, step: int, clips: list[dict[str, Any]]) -> dict[str, Any]:
+    """What RUN/starts.jsonl tells of one start: when and where, by how many processes, with which clips."""
+    import torch
+
+    from opensora_repro import __version__
+    from opensora_repro.parallel.device import device_kind
+
+    return {
+        "step": step,
+        "time": round(time.time(), 3),
+        "stage": stage,
+        "device": device_kind(engine.device),
+        "processes": engine.mesh.world_size,
+        "cpus": os.cpu_count(),
+        "torch": torch.__version__,
+        "version": __version__,
+        "clips": clips,
+    }
 
 
 def _shown(value: Any) -> str:

@@ -5,10 +5,12 @@ Every frame is generated, whatever `[frame_masks]` gives in training.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from opensora_repro.config import Config
 from opensora_repro.data.buckets import Bucket, buckets_of, largest
@@ -18,12 +20,29 @@ from opensora_repro.data.sampler import keyed_generator, keyed_seed
 from opensora_repro.diffusion.gaussian import Objective
 from opensora_repro.errors import DataError, TrainingError
 from opensora_repro.frozen.encoder import Encoded, Encoder
-from opensora_repro.models.captioned import conditions_of
+from opensora_repro.models.captioned import CaptionedModel, conditions_of
 from opensora_repro.models.layers import count_tokens
 from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.training.fill import load_listed
 from opensora_repro.training.metrics import Quarantine
 from opensora_repro.training.step import ModelRunner
+
+
+@contextlib.contextmanager
+def largest_activation(model: CaptionedModel) -> Iterator[list[Tensor]]:
+    """Of what the last block hands on within this block of code: a float32 scalar on the device, none of no call."""
+    found: list[Tensor] = []
+
+    def look(_: Any, inputs: tuple[Tensor, ...]) -> None:
+        largest = inputs[0].detach().abs().amax().float()
+        found[:] = [torch.maximum(found[0], largest) if found else largest]
+
+    hook = model.final_layer.register_forward_pre_hook(look)
+    try:
+        yield found
+    finally:
+        hook.remove()
+
 
 Chosen = tuple[int, Bucket]  # a row, and the largest bucket that takes it
 
@@ -91,9 +110,10 @@ class Validator:
             raise DataError(f"data.val_manifest: no held-out sample can be read; {quarantine.latest()}")
 
     @torch.no_grad()
-    def losses(self, model: ModelRunner) -> list[float]:
-        """Mean loss at each fixed timestep over all held-out samples of all ranks."""
-        sums = torch.zeros(len(self.timesteps), dtype=torch.float64, device=self.engine.device)
+    def losses(self, model: ModelRunner, timesteps: Sequence[float] = ()) -> list[float]:
+        """Mean loss at each fixed timestep (or at these of them) over all held-out samples of all ranks."""
+        chosen = timesteps or self.timesteps
+        sums = torch.zeros(len(chosen), dtype=torch.float64, device=self.engine.device)
         for bucket, samples in self._batches():
             latents = torch.stack([self.encoder.vae.sample_latents(sample.moments, None) for sample in samples])
             latents = latents.to(self.engine.device)
@@ -103,12 +123,17 @@ class Validator:
             mask = torch.stack([sample.mask for sample in samples])
             fps = torch.stack([sample.fps for sample in samples]).to(latents)
             told = conditions_of(self.cfg.model, bucket.shape, fps, frame_interval=interval_of(self.cfg.data))
-            for index, timestep in enumerate(self.timesteps):
-                timesteps = torch.full((len(samples),), timestep, device=latents.device)
-                losses = self.objective.losses(model.conditioned(text, mask, **told), latents, noise, timesteps)
+            for index, timestep in enumerate(chosen):
+                levels = torch.full((len(samples),), timestep, device=latents.device)
+                losses = self.objective.losses(model.conditioned(text, mask, **told), latents, noise, levels)
                 sums[index] += losses.double().sum()
         sums = self.engine.sum(sums) / self.engine.mesh.model_size  # as many ranks have the same samples
         return (sums / self.num_samples).tolist()
+
+    @property
+    def middle(self) -> float:
+        """One of the fixed timesteps, to stand for all."""
+        return self.timesteps[len(self.timesteps) // 2]
 
     def _batches(self) -> Iterator[tuple[Bucket, list[Encoded]]]:
         for bucket, samples in self.samples.items():

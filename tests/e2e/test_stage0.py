@@ -100,7 +100,7 @@ def test_what_it_tells(image_run: Path) -> None:
     steps = [json.loads(line) for line in (image_run / "metrics.jsonl").read_text().splitlines()]
     assert [line["discriminator"] > 0 for line in steps] == [False] * 3 + [True] * 5
     page = (image_run / "report.html").read_text()
-    assert f"{lines[-1]['psnr']:.2f}" in page and "data:image/png" in page
+    assert f"{lines[-1]['psnr']:.2f}" in page and "data:image/jpeg" in page
     assert "is one unknown token" in page  # what the text encoder cannot do
     assert {path.name for path in (image_run / "samples" / "step-00000008").iterdir()} >= {"grid.png", "0000.mp4"}
 

@@ -16,7 +16,7 @@ import pytest
 from opensora_repro.config import ConfigError, load_config
 from opensora_repro.data.write import write_png, write_video
 from opensora_repro.demo import report
-from opensora_repro.demo.curves import loss_curve, smoothed, ticks
+from opensora_repro.report.curves import loss_curve, smoothed, ticks
 from tests.frames import write_manifest
 
 VOID = {"meta", "img", "br", "path", "circle", "polyline"}

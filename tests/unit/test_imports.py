@@ -29,8 +29,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("weights",),
     ("frozen",),
     ("planning",),
+    ("report",),
     ("sampling",),
     ("training",),
+    ("evaluation",),
     ("demo",),
 )
 LIBRARY = "opensora_repro"
@@ -54,8 +56,10 @@ COMMANDS = [
     "stages.plan",
     "stages.buckets",
     "stages.weights",
+    "stages.evaluate",
     "stages.configs",
     "stages.demo",
+    "stages.report",
     "data_tools.probe",
     "data_tools.split",
     "data_tools.caption",

@@ -15,7 +15,7 @@ from opensora_repro.errors import TrainingError, cannot_write
 from opensora_repro.training.autoencoder.batches import VideoBuilder, VideoCollator
 from opensora_repro.training.autoencoder.losses import PARTS
 from opensora_repro.training.autoencoder.model import RESULT, Trained
-from opensora_repro.training.autoencoder.report import write_report
+from opensora_repro.training.autoencoder.report import write_stage0_report
 from opensora_repro.training.autoencoder.validate import HeldOut
 from opensora_repro.training.batches import Fetched, Prefetcher
 from opensora_repro.training.loop import Trainer
@@ -54,7 +54,10 @@ class AutoencoderTrainer(Trainer):
         values = torch.stack(pending.parts).double().mean(dim=0).tolist()
         return dict(zip(PARTS, values, strict=True))
 
-    def _validate(self) -> None:
+    def _validate_trained(self) -> dict[str, float]:
+        return {}
+
+    def _validate(self, of_trained: dict[str, float]) -> None:
         """Collective, with the averaged weights in place."""
         found = self.held_out.measure(self.autoencoder)
         line = {"step": self.state.step, "loss": found.l1, "psnr": found.psnr, "ssim": found.ssim}
@@ -66,11 +69,13 @@ class AutoencoderTrainer(Trainer):
         run_dir, step = Path(self.cfg.run.dir), self.state.step
         try:
             folder, grid = self.held_out.write_grid(self.autoencoder, run_dir, step)
-            write_report(run_dir, self.stage0)
         except OSError as error:
             raise TrainingError(cannot_write(error)) from error
         self.log.image("reconstructions", grid, step)
         self.progress.say(f"reconstructions of step {step}: {folder / 'grid.png'}")
+
+    def _write_report(self) -> None:
+        write_stage0_report(Path(self.cfg.run.dir), self.stage0)
 
     def _save(self) -> None:
         """The result first: whoever finds the last checkpoint finds it, too."""

@@ -10,7 +10,7 @@ from typing import Any
 from opensora_repro.config import AutoencoderConfig, ConfigError, config_dict, dump_toml, parse_config, read_toml
 from opensora_repro.data.buckets import global_batch_sizes, kept_buckets
 from opensora_repro.data.manifest import read_manifest
-from opensora_repro.data.preflight import require_usable, survey, table, warnings
+from opensora_repro.data.preflight import facts, require_usable, survey, table, warnings
 from opensora_repro.parallel.mesh import launched_as
 from opensora_repro.planning.sizes import autoencoder_geometry
 from opensora_repro.run_folder import CONFIG_FILE, check_folder, list_checkpoints
@@ -22,6 +22,7 @@ from opensora_repro.training.checkpoint import TrainState, newest_checkpoint
 from opensora_repro.training.preflight import find_manifest, to_come
 from opensora_repro.training.start import FREE_KEYS, FREE_SECTIONS, Start
 from opensora_repro.training.step import horizon_warning
+from opensora_repro.training.track import check_track
 from opensora_repro.training.validate import chosen_rows
 
 FREE = {*FREE_KEYS, "model.image", "loss.lpips_path", "text.vocab_size"}
@@ -46,12 +47,20 @@ def dry_run(cfg: AutoencoderConfig) -> Iterator[str]:
         yield f"# {line}"
 
 
-def preflight(cfg: AutoencoderConfig, manifest: Any | None, start: Start, *, dry: bool = False) -> Iterator[str]:
+def preflight(
+    cfg: AutoencoderConfig,
+    manifest: Any | None,
+    start: Start,
+    *,
+    dry: bool = False,
+    told: list[dict[str, Any]] | None = None,
+) -> Iterator[str]:
     """Lines for people. Raises, in one line, whatever would stop the run before its first step.
 
     `manifest`: the training clips' table; None where it is still to come, which only a dry run may say.
     """
     check_folder("run.dir", cfg.run.dir)
+    check_track(cfg)
     check_models(cfg)
     if cfg.loss.lpips_path:
         lpips_files(cfg.loss.lpips_path)
@@ -59,14 +68,14 @@ def preflight(cfg: AutoencoderConfig, manifest: Any | None, start: Start, *, dry
     if manifest is None:
         yield to_come("data.manifest", cfg.data.manifest)
     else:
-        yield from _clips(cfg, manifest, "clips of", cfg.data.manifest)
+        yield from _clips(cfg, manifest, "clips of", cfg.data.manifest, told)
     if cfg.validation.every and cfg.data.val_manifest:
         held_out = find_manifest(cfg.data.val_manifest) if dry else read_manifest(cfg.data.val_manifest)
         if held_out is None:
             yield to_come("data.val_manifest", cfg.data.val_manifest)
         else:
             held_out = held_out.take(chosen_rows(held_out["id"].to_pylist(), cfg.validation.max_samples))
-            yield from _clips(cfg, held_out, "held-out clips of", cfg.data.val_manifest)
+            yield from _clips(cfg, held_out, "held-out clips of", cfg.data.val_manifest, told)
     elif cfg.validation.every:
         yield "warning: no data.val_manifest: PSNR and SSIM are those of training clips"
     model = cfg.model
@@ -93,10 +102,12 @@ def _check_sides(cfg: AutoencoderConfig) -> None:
             raise ConfigError(f"data: {bucket}: a side is below 11 pixels, the window of SSIM")
 
 
-def _clips(cfg: AutoencoderConfig, manifest: Any, title: str, path: str) -> Iterator[str]:
+def _clips(cfg: AutoencoderConfig, manifest: Any, title: str, path: str, told: Any) -> Iterator[str]:
     found = survey(manifest, cfg.data, path)
     require_usable(found)
     yield from table(found, title)
+    if told is not None:
+        told.append(facts(found, title, ()))
     for line in warnings(found):
         yield f"warning: {line}"
 

@@ -1,4 +1,4 @@
-"""RUN/report.html of stage 0: quality over the steps, pairs of pictures, and what the text encoder cannot do."""
+"""What the page of a stage 0 run tells besides: its latents, and what its text encoder cannot do."""
 
 from __future__ import annotations
 
@@ -8,33 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from opensora_repro.config import AutoencoderConfig
-from opensora_repro.data.report.markup import data_uri, render
-from opensora_repro.files import write_text
-from opensora_repro.run_folder import VALIDATION_FILE, JsonLines, list_steps, samples_folder, step_of
+from opensora_repro.report.page import write_report
+from opensora_repro.run_folder import REPORT_FILE
 
-TEMPLATE = Path(__file__).with_name("templates") / "stage0.html"
-REPORT, TEXT_FACTS = "report.html", "text.json"
+TEXT_FACTS = "text.json"
 
 
-def write_report(run_dir: Path, cfg: AutoencoderConfig) -> Path:
-    """Write the page from what lies in the run's folder; return where. Raises OSError."""
-    folders = [folder for folder in list_steps(samples_folder(run_dir)) if (folder / "grid.png").is_file()]
-    picture = data_uri("image/png", (folders[-1] / "grid.png").read_bytes()) if folders else ""
+def write_stage0_report(run_dir: Path, cfg: AutoencoderConfig) -> None:
+    """Write the page from what lies in the run's folder. Raises OSError."""
     facts = run_dir / TEXT_FACTS
-    write_text(
-        run_dir / REPORT,
-        render(
-            TEMPLATE,
-            title=f"Stage 0: {run_dir.name}",
-            clips=cfg.data.val_manifest or f"{cfg.data.manifest}, which it is trained on",
-            lines=[line for line in JsonLines(run_dir / VALIDATION_FILE).read() if line.get("psnr") is not None],
-            picture=picture,
-            step=step_of(folders[-1]) if folders else 0,
-            latents=latents_told(cfg),
-            text=limits(json.loads(facts.read_text(encoding="utf-8"))) if facts.is_file() else [],
-        ),
-    )
-    return run_dir / REPORT
+    clips = cfg.data.val_manifest or f"{cfg.data.manifest}, which it is trained on"
+    notes = {
+        "Latents": [latents_told(cfg), f"Samples are frames of {clips}: each beside what its latents give back."],
+        "Its text encoder": limits(json.loads(facts.read_text(encoding="utf-8"))) if facts.is_file() else [],
+    }
+    write_report([run_dir], run_dir / REPORT_FILE, notes=notes)
 
 
 def latents_told(cfg: AutoencoderConfig) -> str:

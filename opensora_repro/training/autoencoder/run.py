@@ -22,13 +22,14 @@ from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.parallel.preflight import check_same, config_facts, weights_digest
 from opensora_repro.process import StopSignals
 from opensora_repro.run_folder import claimed_run_folder, clean_leftovers, list_checkpoints, write_config
+from opensora_repro.training.alarms import Alarms
 from opensora_repro.training.autoencoder.batches import HeldFeed
 from opensora_repro.training.autoencoder.loop import AutoencoderTrainer
 from opensora_repro.training.autoencoder.losses import AutoencoderLosses
 from opensora_repro.training.autoencoder.model import build_autoencoder
 from opensora_repro.training.autoencoder.perceptual import load_lpips
 from opensora_repro.training.autoencoder.preflight import find_start, preflight
-from opensora_repro.training.autoencoder.report import TEXT_FACTS, write_report
+from opensora_repro.training.autoencoder.report import TEXT_FACTS
 from opensora_repro.training.autoencoder.validate import HeldOut
 from opensora_repro.training.batches import ClipFeed, Feed
 from opensora_repro.training.checkpoint import load_checkpoint
@@ -37,7 +38,7 @@ from opensora_repro.training.metrics import Quarantine, RunLog
 from opensora_repro.training.optim import prepare_engine
 from opensora_repro.training.run import Outcome, Say
 from opensora_repro.training.save import CheckpointWriter
-from opensora_repro.training.start import Start
+from opensora_repro.training.start import Start, start_line
 from opensora_repro.training.validate import chosen_samples
 
 NAME = "stage0_autoencoder"
@@ -66,18 +67,24 @@ def _train(cfg: AutoencoderConfig, engine: TorchEngine, say: Say) -> Outcome:
     if start.state.step >= cfg.train.steps:
         return Outcome(start.state.step, True, start.checkpoint)
 
+    clips: list[dict[str, Any]] = []
+
     def look() -> None:
-        for line in preflight(cfg, manifest, start):
+        for line in preflight(cfg, manifest, start, told=clips):
             say(line)
 
     engine.world.on_first(look)
-    return _Run(cfg, engine, start, manifest, say).train()
+    return _Run(cfg, engine, start, manifest, say, clips).train()
 
 
 class _Run:
     """One process's part of a run."""
 
-    def __init__(self, cfg: AutoencoderConfig, engine: TorchEngine, start: Start, manifest: Any, say: Say) -> None:
+    def __init__(
+        self, cfg: AutoencoderConfig, engine: TorchEngine, start: Start, manifest: Any, say: Say,
+        clips: list[dict[str, Any]],
+    ) -> None:  # fmt: skip
+        self.clips = clips
         self.cfg, self.shared, self.engine, self.start = cfg, cfg.shared, engine, start
         self.manifest, self.say, self.run_dir = manifest, say, Path(cfg.run.dir)
 
@@ -95,8 +102,9 @@ class _Run:
             held.callback(trainer.close)
             if not any(self.engine.world.gather(stop.requested())):
                 self.engine.world.on_first(self._write_config)
+                trainer.log.start(start_line(NAME, self.engine, self.start.state.step, self.clips))
+                self.engine.world.on_first(lambda: trainer.log.open_track(self.cfg, self.say))
                 trainer.run(NAME)
-                self.engine.world.on_first(lambda: write_report(self.run_dir, self.cfg))
             newest = self.engine.world.on_first(lambda: list_checkpoints(self.run_dir)[-1:])
             step = trainer.state.step
             return Outcome(step, step >= self.cfg.train.steps, newest[0] if newest else None, stop.received)
@@ -175,7 +183,9 @@ class _Run:
         cfg, engine, state = self.cfg, self.engine, self.start.state
         samples = global_batch_sizes(self.shared, engine.mesh.data_size)
         schedule = Schedule(assigned(self.manifest, self.shared), samples, cfg.run.seed, draws=cfg.data.draws)
-        keep, background = cfg.checkpoint.keep, cfg.checkpoint.background
+        keep, background, best = cfg.checkpoint.keep, cfg.checkpoint.background, cfg.checkpoint.keep_best
+        log = RunLog(self.run_dir, resumed_step=state.step, enabled=engine.is_main)
+        settled = (cfg.optim.warmup_steps, cfg.loss.discriminator_start)
         absent: Any = None
         model: Any = self.model
         return AutoencoderTrainer(
@@ -188,10 +198,14 @@ class _Run:
             schedule=schedule,
             feed=self._build_feed(dataset, schedule),
             state=state,
-            writer=CheckpointWriter(self.run_dir, engine, dump_toml(cfg), keep=keep, background=background),
-            log=RunLog(self.run_dir, resumed_step=state.step, enabled=engine.is_main),
+            writer=CheckpointWriter(
+                self.run_dir, engine, dump_toml(cfg), keep=keep, background=background, keep_best=best
+            ),
+            log=log,
             quarantine=quarantine,
             validator=absent,
+            evaluation=None,
+            alarms=Alarms(self.shared, log, settled=settled),
             stop=stop,
             stage0=cfg,
             autoencoder=self.autoencoder,

@@ -1,0 +1,154 @@
+"""Curves as a page's template draws them: points and labels in pixels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Points = Sequence[tuple[float, float]]
+
+WIDTH, HEIGHT = 360, 220
+LEFT, RIGHT, TOP, BOTTOM = 48, 10, 12, 30
+MAX_POINTS = 240  # of the line; more says nothing at this width
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A drawing in pixels, y downwards: its frame, its two kinds of points, and the labels with their places."""
+
+    training: list[tuple[float, float]]
+    validation: list[tuple[float, float]]
+    losses: list[tuple[float, str]]  # y and text
+    steps: list[tuple[float, str]]  # x and text
+    width: int = WIDTH
+    height: int = HEIGHT
+    left: int = LEFT
+    right: int = WIDTH - RIGHT
+    bottom: int = HEIGHT - BOTTOM
+
+
+def smoothed(points: Points, count: int = MAX_POINTS) -> list[tuple[float, float]]:
+    """Means of `count` neighbouring groups of points, each at its group's middle step."""
+    size = max(1, math.ceil(len(points) / count))
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
+
+
+def ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """Round numbers inside [low, high], about `count` of them."""
+    if not high > low:
+        return [low]
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(s * power for s in (1, 2, 2.5, 5, 10) if s * power >= raw)
+    first = math.ceil(low / step - 1e-9)
+    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def loss_curve(training: Points, validation: Points) -> Curve | None:
+    """Training loss as a line over the range of single steps, validation as dots; (step, loss) in, None of no step."""
+    training = [point for point in training if all(map(math.isfinite, point))]
+    validation = [point for point in validation if all(map(math.isfinite, point))]
+    if not training:
+        return None
+    line = smoothed(training)
+    low_x, high_x = 0.0, max(x for x, _ in (*training, *validation))
+    # The first steps of a fresh model would flatten everything after them.
+    shown = sorted(y for _, y in (*line, *validation))
+    low_y, high_y = 0.0, 1.1 * max(shown[min(len(shown) - 1, int(0.97 * len(shown)))], 1e-9)
+
+    def at(point: tuple[float, float]) -> tuple[float, float]:
+        x = LEFT + (point[0] - low_x) / max(high_x - low_x, 1e-9) * (WIDTH - LEFT - RIGHT)
+        y = HEIGHT - BOTTOM - (min(point[1], high_y) - low_y) / (high_y - low_y) * (HEIGHT - TOP - BOTTOM)
+        return round(x, 1), round(y, 1)
+
+    return Curve(
+        training=[at(point) for point in line],
+        validation=[at(point) for point in validation],
+        losses=[(at((low_x, value))[1], f"{value:g}") for value in ticks(low_y, high_y)],
+        steps=[(at((value, low_y))[0], f"{value:g}") for value in ticks(low_x, high_x)],
+    )
+
+
+@dataclass(frozen=True)
+class Series:
+    """Values by step; `colour` is its number among those of a page, dots are drawn apart."""
+
+    name: str
+    points: Points
+    colour: int = 0
+    dots: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawing in pixels, y downwards."""
+
+    title: str
+    series: list[Series]
+    values: list[tuple[float, str]]  # y and text
+    steps: list[tuple[float, str]]  # x and text
+    marks: list[float]  # x
+    width: int = WIDTH
+    height: int = HEIGHT
+    left: int = LEFT
+    right: int = WIDTH - RIGHT
+    top: int = TOP
+    bottom: int = HEIGHT - BOTTOM
+
+
+def chart(
+    title: str, series: Sequence[Series], *, log: bool = False, from_zero: bool = False, marks: Sequence[float] = ()
+) -> Chart | None:
+    """Lines over one ground; None where there is no point. `log`: powers of ten are evenly far apart.
+
+    Few outlying values are cut off at the edge: they would flatten all others.
+    """
+    drawn = [_drawable(own, log) for own in series]
+    drawn = [own for own in drawn if own.points]
+    if not drawn:
+        return None
+    values = sorted(y for own in drawn for _, y in own.points)
+    low, high = values[int(0.01 * len(values))], values[min(len(values) - 1, int(0.98 * len(values)))]
+    if from_zero:
+        low = min(0.0, low)
+    room = 0.06 * (high - low) or max(abs(high), 1e-9) / 10
+    low, high = low if from_zero else low - room, high + room
+    last = max(1.0, *(x for own in drawn for x, _ in own.points))
+
+    def x_of(step: float) -> float:
+        return round(LEFT + step / last * (WIDTH - LEFT - RIGHT), 1)
+
+    def y_of(value: float) -> float:
+        share = (min(max(value, low), high) - low) / (high - low)
+        return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 1)
+
+    return Chart(
+        title=title,
+        series=[Series(own.name, [(x_of(x), y_of(y)) for x, y in own.points], own.colour, own.dots) for own in drawn],
+        values=[(y_of(value), text) for value, text in (_powers(low, high) if log else _plain(low, high))],
+        steps=[(x_of(value), f"{value:,g}") for value in ticks(0, last)],
+        marks=[x_of(step) for step in marks if step <= last],
+    )
+
+
+def _plain(low: float, high: float) -> list[tuple[float, str]]:
+    return [(value, f"{value:.4g}") for value in ticks(low, high)]
+
+
+def _powers(low: float, high: float) -> list[tuple[float, str]]:
+    """Logarithms of round numbers: powers of ten, and what lies between where these are few."""
+    for between in ((1,), (1, 3), (1, 2, 5), range(1, 10)):
+        powers = range(math.floor(low), math.ceil(high) + 1)
+        found = [factor * 10.0**power for power in powers for factor in between]
+        found = [value for value in found if low <= math.log10(value) <= high]
+        if len(found) > 2:
+            break
+    return [(math.log10(value), f"{value:.3g}") for value in found[:: -(-len(found) // 6) or 1]]
+
+
+def _drawable(series: Series, log: bool) -> Series:
+    points = [(x, y) for x, y in series.points if math.isfinite(y) and (y > 0 or not log)]
+    points = [(x, math.log10(y)) for x, y in points] if log else points
+    return Series(series.name, points if series.dots else smoothed(points), series.colour, series.dots)

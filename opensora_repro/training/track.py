@@ -1,0 +1,76 @@
+"""What a run tells elsewhere, where `[track]` names a place; wandb is loaded by nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from opensora_repro.config import AutoencoderConfig, Config, ConfigError, config_dict
+
+
+def check_track(cfg: Config | AutoencoderConfig) -> None:
+    """Raise ConfigError where what `[track]` asks for is not installed."""
+    if cfg.track.wandb and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            f"track.wandb = {cfg.track.wandb}: wandb is not installed; pip install 'opensora-repro[track]', "
+            "or leave the key empty"
+        )
+
+
+class Track:
+    """A run at Weights & Biases; one that resumes goes on with its own. What fails there ends no training."""
+
+    def __init__(self, cfg: Config | AutoencoderConfig, say: Callable[[str], None] = print) -> None:
+        """Raises ConfigError where there is no access: WANDB_MODE=offline asks for none, and sends nothing."""
+        import wandb
+
+        self._wandb, self._say = wandb, say
+        run_dir = Path(cfg.run.dir).resolve()
+        try:
+            self._run = wandb.init(
+                project=cfg.track.wandb,
+                dir=str(run_dir),
+                id=hashlib.sha256(str(run_dir).encode()).hexdigest()[:16],
+                name=run_dir.name,
+                config=config_dict(cfg),
+                resume="allow",
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except wandb.errors.Error as error:
+            raise ConfigError(
+                f"track.wandb = {cfg.track.wandb}: {' '.join(str(error).split())}; "
+                "WANDB_MODE=offline keeps it in run.dir, an empty key leaves it out"
+            ) from None
+        # Steps as a value: a resumed run makes some again, which wandb's own counter would refuse.
+        self._run.define_metric("*", step_metric="step")
+
+    def add(self, values: Mapping[str, Any], step: int) -> None:
+        self._send({name: value for name, value in values.items() if value is not None}, step)
+
+    def add_image(self, name: str, picture: Any, step: int) -> None:
+        self._send({name: self._wandb.Image(picture)}, step)
+
+    def add_videos(self, name: str, files: Sequence[Path], step: int) -> None:
+        self._send({name: [self._wandb.Video(str(path), format="mp4") for path in files]}, step)
+
+    def add_text(self, name: str, text: str, step: int) -> None:
+        self._send({}, step)
+        if self._run is not None:
+            self._run.alert(title=name, text=f"step {step}: {text}")
+
+    def close(self) -> None:
+        if self._run is not None:
+            self._run.finish()
+            self._run = None
+
+    def _send(self, values: Mapping[str, Any], step: int) -> None:
+        if self._run is None:
+            return
+        try:
+            self._run.log({**values, "step": step})
+        except Exception as error:  # theirs, of many kinds
+            self._run = None
+            self._say(f"warning: wandb gets no more of this run: {type(error).__name__}: {error}")
