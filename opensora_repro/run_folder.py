@@ -28,6 +28,7 @@ BAD_STEPS_FILE, QUARANTINE_FILE = "bad_steps.jsonl", "quarantine.jsonl"
 EVENTS = "tensorboard"
 # Of a checkpoint
 MODEL_FILE, EMA_FILE, OPTIMIZER_FILE = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
+ADAPTER_FILE, ADAPTER_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"  # of [lora], as peft has them
 STATE_FILE = "state.json"
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 

@@ -41,6 +41,7 @@ from opensora_repro.training.save import CheckpointWriter
 from opensora_repro.training.start import Stage, Start, find_start
 from opensora_repro.training.step import horizon_warning
 from opensora_repro.training.validate import Validator, chosen_samples
+from opensora_repro.weights.adapters import adapter_config
 
 Say = Callable[[str], None]
 
@@ -151,6 +152,9 @@ class _Run:
             stride = self.encoder.vae.spatial_stride
             for line in self.stage.check_start(self.model, cfg, self.report, stride):
                 self.say(line)
+        if cfg.lora.rank:
+            count = sum(value.numel() for value in self.model.parameters() if value.requires_grad)
+            self.say(f"{name}: the weights are frozen, adapters of rank {cfg.lora.rank} trained: {count:,} parameters")
         if self.compiles:
             self.say(f"{name}: compiled blocks (train.compile = {cfg.train.compile}); the first steps wait for it")
         if self.kernels == "triton":
@@ -165,6 +169,8 @@ class _Run:
             return
         if self.start.checkpoint is not None:
             facts = read_state(self.start.checkpoint)[1]
+            if self.cfg.lora.rank:
+                facts["init.weights"] = weights_digest(self.model.state_dict())
         else:
             facts = {"the model's weights": weights_digest(self.model.state_dict())}
         check_same(self.engine.watchdog, "weights", facts)
@@ -229,7 +235,10 @@ class _Run:
             schedule=self.schedule,
             feed=feed,
             state=state,
-            writer=CheckpointWriter(self.run_dir, engine, dump_toml(cfg), keep=keep, background=background),
+            writer=CheckpointWriter(
+                self.run_dir, engine, dump_toml(cfg), keep=keep, background=background,
+                adapter_config=adapter_config(cfg) if cfg.lora.rank else "",
+            ),  # fmt: skip
             log=RunLog(self.run_dir, resumed_step=state.step, enabled=engine.is_main),
             quarantine=quarantine,
             validator=validator,

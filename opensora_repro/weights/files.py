@@ -125,7 +125,8 @@ def check_tensors(weights: WeightsFile) -> None:
     if lora is not None:
         raise WeightsError(
             f"{weights.path}: this is a LoRA (low-rank changes to a model's weights, first {lora}), not the weights of "
-            "a model: merge it into its model with the program that made it, or give the model's own weights"
+            "a model: add it to its model's (stages.sample WEIGHTS --lora, stages.weights merge WEIGHTS --lora; of a "
+            "layout other than peft's with the program that made it), or give the model's own weights"
         )
     stray = next((key for key, value in weights.tensors.items() if not isinstance(value, Tensor)), None)
     if stray is not None or not weights.tensors:
