@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 CONFIG_FILE, WEIGHTS_FILE = "config.toml", "weights.json"
 METRICS_FILE, VALIDATION_FILE = "metrics.jsonl", "validation.jsonl"
 BAD_STEPS_FILE, QUARANTINE_FILE = "bad_steps.jsonl", "quarantine.jsonl"
+EVALUATION_FILE = "evaluation.jsonl"
 EVENTS = "tensorboard"
 # Of a checkpoint
 MODEL_FILE, EMA_FILE, OPTIMIZER_FILE = "model.safetensors", "ema.safetensors", "optimizer.safetensors"

@@ -48,10 +48,26 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     convert.add_argument("--to", choices=FORMATS, required=True)
     places = "a file; for diffusers a folder, as of a release"
     convert.add_argument("--out", type=user_path, required=True, metavar="PATH", help=places)
-    merge = add("merge", run_merge, "write weights with adapters (LoRA) added to them, as one file that samples by itself")
+    merge = add("merge", run_merge, "write weights with adapters (LoRA) added, as one file that samples by itself")
     lora = "a run with [lora], its checkpoint, peft's folder or file; repeatable: they add up"
     merge.add_argument("--lora", action="append", required=True, metavar="PATH[:WEIGHT]", help=lora)
     merge.add_argument("--out", type=user_path, required=True, metavar="FILE", help="a safetensors file")
+    card = add("card", run_card, "write a run's model card: recipe, data, evaluation, samples, what it was made from")
+    card.add_argument("--out", type=user_path, required=True, metavar="FILE", help="such as README.md")
+    push = add("push", run_push, "send a run's weights, config and model card to a hub, once --yes is given")
+    for command in (card, push):
+        command.add_argument(
+            "source", metavar="RUN", type=user_path, help="a run (its newest checkpoint), or a checkpoint"
+        )
+        command.add_argument(
+            "--license", default="", metavar="NAME", help="of these weights, as hubs call it: apache-2.0"
+        )
+        command.add_argument("--no-ema", action="store_true", help="the trained weights, not their moving average")
+    push.add_argument("repo", metavar="REPO", help="OWNER/NAME on the hub (HF_ENDPOINT, HF_TOKEN)")
+    push.add_argument("--yes", action="store_true", help="send it; without it what would go where is printed, no more")
+    push.add_argument(
+        "--public", action="store_true", help="for all to see; a repository that is made is private otherwise"
+    )
     for command in (inspect, verify, convert, merge):
         command.add_argument("source", metavar="FILE", type=user_path, help=source)
         command.add_argument("--no-ema", action="store_true", help="the trained weights, not their moving average")
@@ -251,6 +267,34 @@ def run_merge(args: argparse.Namespace) -> int:
         print(adapter)
     print(f"written: {args.out}")
     note_objective(found)
+    return 0
+
+
+def run_card(args: argparse.Namespace) -> int:
+    from opensora_repro.files import write_text
+    from opensora_repro.weights.card import CARD, share
+
+    name = args.source.resolve().name
+    write_text(args.out, share(args.source, name=name, licence=args.license, ema=not args.no_ema).texts[CARD])
+    print(args.out)
+    return 0
+
+
+def run_push(args: argparse.Namespace) -> int:
+    """Say what goes where; send it if told to."""
+    from opensora_repro.weights.card import share
+    from opensora_repro.weights.push import check_repo, endpoint, push
+
+    check_repo(args.repo)
+    shared = share(args.source, name=args.repo, licence=args.license, ema=not args.no_ema)
+    seen = "public" if args.public else "private, if it is not there yet"
+    print(f"{shared.checkpoint} -> {endpoint()}/{args.repo} ({seen})")
+    for name, size in shared.sizes().items():
+        print(f"{size:>16,}  {name}")
+    if not args.yes:
+        print("nothing was sent: look at the card (stages.weights card), then add --yes")
+        return 0
+    print(push(shared, args.repo, public=args.public))
     return 0
 
 

@@ -74,4 +74,3 @@ def apply_lora(model: CaptionedModel, cfg: Config) -> None:
 def dropout_keys(model: nn.Module) -> DropoutKeys | None:
     """What the dropout of its adapters is keyed by; None: there is none."""
     return next((module.keys for module in model.modules() if isinstance(module, SampleDropout)), None)
-

@@ -65,7 +65,8 @@ def frozen_identity(cfg: Config, start: Start, encoder: Encoder) -> dict[str, di
     hash_file = Sha256Memo.in_file(Path(cfg.data.cache) / FROZEN_HASHES) if cfg.data.cache else Sha256Memo()
     recorded = start.state.identity
     found = {
-        key: _file_facts(model.files, recorded.get(key, {}), hash_file) for key, model in _frozen_models(encoder).items()
+        key: _file_facts(model.files, recorded.get(key, {}), hash_file)
+        for key, model in _frozen_models(encoder).items()
     }
     if start.checkpoint is not None:
         before = {key: recorded[key] for key in found if key in recorded}

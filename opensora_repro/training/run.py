@@ -11,12 +11,12 @@ from typing import Any
 
 from opensora_repro.config import Config, dump_toml
 from opensora_repro.config.sections import encodes_after_start, encodes_always, validates
-from opensora_repro.data.buckets import as_sampled, assigned, buckets_of
+from opensora_repro.data.buckets import as_sampled, assigned
 from opensora_repro.data.cache import CacheRows, LatentCache
 from opensora_repro.data.dataset import ClipDataset
 from opensora_repro.data.manifest import read_manifest
-from opensora_repro.data.packing import PackedSampler, Together
-from opensora_repro.data.sampler import BatchSampler, Schedule, SharedBatches
+from opensora_repro.data.packing import build_sampler, build_schedule
+from opensora_repro.data.sampler import SharedBatches
 from opensora_repro.diffusion.gaussian import build_objective
 from opensora_repro.files import sha256_of, write_text
 from opensora_repro.frozen.encoder import open_encoder, skipped_models
@@ -119,10 +119,8 @@ class _Run:
     def _open_data(self) -> None:
         cfg = self.cfg
         self.dataset = ClipDataset(self.table, cfg.data, cfg.run.seed)
-        self.buckets, assignment = buckets_of(cfg), assigned(self.table, cfg)
-        samples = self.start.state.global_batch_sizes
-        scheduled = Together(assignment) if cfg.data.packing_tokens else assignment
-        self.schedule = Schedule(scheduled, samples, cfg.run.seed, draws=cfg.data.draws)
+        assignment = assigned(self.table, cfg)
+        self.schedule = build_schedule(cfg, assignment, self.start.state.global_batch_sizes)
         self.rows = CacheRows(self.table, cfg, assignment) if cfg.data.cache else None
         held_out = read_manifest(cfg.data.val_manifest) if validates(cfg) else None
         self.held_out = None if held_out is None else ClipDataset(held_out, cfg.data, cfg.run.seed, augment=False)
@@ -201,10 +199,8 @@ class _Run:
 
     def _build_feed(self, quarantine: Quarantine) -> Feed:
         cfg, engine, mesh = self.cfg, self.engine, self.engine.mesh
-        shapes = [bucket.shape for bucket in self.buckets]
         share = {"rank": mesh.data_rank, "world_size": mesh.data_size, "accumulation": cfg.train.accumulation}
-        kind = PackedSampler if cfg.data.packing_tokens else BatchSampler
-        whole = kind(self.schedule, shapes, **share)
+        whole = build_sampler(cfg, self.schedule, **share)
         sampler = SharedBatches(whole, mesh.member, mesh.model_size)
         if self.rows is None:
             pinned = engine.device.type == "cuda"
@@ -224,7 +220,6 @@ class _Run:
 
     def _build_trainer(self, feed: Feed, quarantine: Quarantine, validator: Validator | None) -> Trainer:
         cfg, engine, state = self.cfg, self.engine, self.start.state
-        keep, background = cfg.checkpoint.keep, cfg.checkpoint.background
         return Trainer(
             cfg=cfg,
             engine=engine,
@@ -235,14 +230,22 @@ class _Run:
             schedule=self.schedule,
             feed=feed,
             state=state,
-            writer=CheckpointWriter(
-                self.run_dir, engine, dump_toml(cfg), keep=keep, background=background,
-                adapter_config=adapter_config(cfg) if cfg.lora.rank else "",
-            ),  # fmt: skip
+            writer=self._build_writer(),
             log=RunLog(self.run_dir, resumed_step=state.step, enabled=engine.is_main),
             quarantine=quarantine,
             validator=validator,
             stop=self.stop,
+        )
+
+    def _build_writer(self) -> CheckpointWriter:
+        cfg = self.cfg
+        return CheckpointWriter(
+            self.run_dir,
+            self.engine,
+            dump_toml(cfg),
+            keep=cfg.checkpoint.keep,
+            background=cfg.checkpoint.background,
+            adapter_config=adapter_config(cfg) if cfg.lora.rank else "",
         )
 
     def _write_config(self) -> None:

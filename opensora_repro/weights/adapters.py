@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -93,10 +94,8 @@ def read_adapter(spec: str, *, ema: bool = True) -> Adapter:
     head, _, tail = spec.rpartition(":")
     path, weight = Path(spec).expanduser(), 1.0
     if not path.exists() and head:
-        try:
+        with contextlib.suppress(ValueError):
             path, weight = Path(head).expanduser(), float(tail)
-        except ValueError:
-            pass
     if not math.isfinite(weight):
         raise WeightsError(f"--lora {spec}: expected a finite weight")
     file = _file_of(path, ema)
