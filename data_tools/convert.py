@@ -36,6 +36,7 @@ from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, RunnerArguments, run_jobs, runner_of
 from opensora_repro.data.manifest import rejects_writer
 from opensora_repro.data.options import argument, option, parse, parser_of
+from opensora_repro.data.origin import made_by
 from opensora_repro.data.probe.rows import job_of, probe_file
 from opensora_repro.data.progress import progress
 from opensora_repro.data.tables import in_batches, rows_batch, schema_of
@@ -93,7 +94,7 @@ build_parser = partial(parser_of, Arguments, "data_tools.convert", __doc__)
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
     args = parse(Arguments, build_parser(), argv)
-    return run_command(lambda: convert(options_of(args)))
+    return run_command(made_by("convert", args)(lambda: convert(options_of(args))))
 
 
 def options_of(args: Arguments) -> Options:

@@ -35,6 +35,7 @@ from opensora_repro.data.download.video_pages import find_yt_dlp
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.manifest import reject, rejects_writer
 from opensora_repro.data.options import argument, option, parse, parser_of
+from opensora_repro.data.origin import made_by
 from opensora_repro.data.tables import Row, in_batches, is_missing, rows_batch
 from opensora_repro.errors import DataError, run_command
 from opensora_repro.files import digest, one_line, remove_leftovers, safe_name
@@ -77,7 +78,7 @@ build_parser = partial(parser_of, Arguments, "data_tools.download", __doc__)
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
     args = parse(Arguments, build_parser(), argv)
-    return run_command(lambda: download(args))
+    return run_command(made_by("download", args)(lambda: download(args)))
 
 
 def place_of(args: Arguments) -> Place:

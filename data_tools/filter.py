@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from opensora_repro.data.jobs.run import Runner
 from opensora_repro.data.options import argument, option, parse, parser_of
+from opensora_repro.data.origin import made_by
 from opensora_repro.data.probe.rows import INPUT_HELP, manifest_of
 from opensora_repro.data.progress import progress
 from opensora_repro.errors import DataError, run_command
@@ -102,7 +103,9 @@ build_parser = partial(parser_of, Arguments, "data_tools.filter", __doc__)
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
     args = parse(Arguments, build_parser(), argv)
-    return run_command(lambda: filter_rows(args.input, Path(args.out), args.rules, thumbnails=args.thumbnails))
+    return run_command(
+        made_by("filter", args)(lambda: filter_rows(args.input, Path(args.out), args.rules, thumbnails=args.thumbnails))
+    )
 
 
 def check(args: Arguments) -> None:

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 
 from data_tools import report
 from opensora_repro.data.options import argument, option, parse, parser_of
+from opensora_repro.data.origin import Maker, making
 from opensora_repro.data.pipeline.config import Line, Step, load_line
 from opensora_repro.errors import INTERRUPTED, DataError, run_command
 from opensora_repro.files import one_line, remove_leftovers
@@ -179,7 +180,9 @@ def finish(line: Line, out: Path) -> int:
     if not with_rows:
         raise DataError(f"{one_line(line.input)}: no row came out; {one_line(out)} holds what each tool rejected")
     rejected = write_rejects_of(stages, out / "rejects.parquet")
-    rows = write_manifest_of(with_rows[-1], out / "manifest.parquet")
+    last = with_rows[-1]
+    with making(Maker("pipeline", {}, str(last.folder / "manifest.parquet"), out)):
+        rows = write_manifest_of(last, out / "manifest.parquet")
     write_report(line, stages, out)
     remove_leftovers(out)
     summarize(stages)

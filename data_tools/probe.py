@@ -21,6 +21,7 @@ from pathlib import Path
 
 from opensora_repro.data.jobs.run import RunnerArguments, runner_of
 from opensora_repro.data.options import argument, option, parse, parser_of
+from opensora_repro.data.origin import made_by
 from opensora_repro.data.probe.rows import probe_all
 from opensora_repro.errors import run_command
 
@@ -41,9 +42,8 @@ build_parser = partial(parser_of, Arguments, "data_tools.probe", __doc__)
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
     args = parse(Arguments, build_parser(), argv)
-    return run_command(
-        lambda: probe_all(args.input, Path(args.out), runner_of(args), decode=args.decode, images=args.images)
-    )
+    work = partial(probe_all, args.input, Path(args.out))
+    return run_command(made_by("probe", args)(lambda: work(runner_of(args), decode=args.decode, images=args.images)))
 
 
 if __name__ == "__main__":

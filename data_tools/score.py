@@ -45,6 +45,7 @@ from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, RunnerArguments, run_jobs, runner_of
 from opensora_repro.data.manifest import REJECTS
 from opensora_repro.data.options import argument, option, parse, parser_of
+from opensora_repro.data.origin import made_by
 from opensora_repro.data.probe.rows import INPUT_HELP, manifest_of
 from opensora_repro.data.tables import write_rows
 from opensora_repro.errors import DataError, run_command
@@ -89,7 +90,7 @@ build_parser = partial(parser_of, Arguments, "data_tools.score", __doc__)
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
     args = parse(Arguments, build_parser(), argv)
-    return run_command(lambda: score(args))
+    return run_command(made_by("score", args)(lambda: score(args)))
 
 
 def check(args: Arguments) -> None:

@@ -30,6 +30,7 @@ from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, RunnerArguments, run_jobs, runner_of
 from opensora_repro.data.manifest import LINEAGE, MANIFEST, reject, write_outcome
 from opensora_repro.data.options import argument, option, parse, parser_of
+from opensora_repro.data.origin import made_by
 from opensora_repro.data.tables import Row
 from opensora_repro.errors import DataError, run_command
 from opensora_repro.files import digest, remove_leftovers
@@ -129,7 +130,9 @@ build_parser = partial(parser_of, Arguments, "data_tools.split", __doc__)
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
     args = parse(Arguments, build_parser(), argv)
-    return run_command(lambda: split(args.input, Path(args.out), options_of(args), runner_of(args)))
+    return run_command(
+        made_by("split", args)(lambda: split(args.input, Path(args.out), options_of(args), runner_of(args)))
+    )
 
 
 def check(args: Arguments) -> None:

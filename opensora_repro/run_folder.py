@@ -34,6 +34,7 @@ REPORT_FILE = "report.html"
 EVENTS = "tensorboard"
 # Of a checkpoint
 MODEL_FILE, EMA_FILE, OPTIMIZER_FILE = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
+ADAPTER_FILE, ADAPTER_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"  # of [lora], as peft has them
 STATE_FILE = "state.json"
 BEST = "best"  # a link among the checkpoints
 LONGEST_LINE = 1000  # bytes of a step's

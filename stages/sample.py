@@ -55,6 +55,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--gif", action="store_true", help="also write 0000.gif, ...")
     add("--best", action="store_true", help="of a run: its best checkpoint (checkpoint.keep_best), not its newest")
     add("--no-ema", action="store_true", help="use the trained weights, not their moving average")
+    lora = "adapters added to the weights: a run with [lora], a checkpoint, peft's folder or file; repeatable"
+    add("--lora", action="append", default=[], metavar="PATH[:WEIGHT]", help=lora)
     add("--num-heads", type=int, metavar="N", help="attention heads, where published weights cannot tell")
     add("--family", choices=("dit", "latte"), help="whose the weights are, where they cannot tell")
     sharing = "processes of torchrun that share a video's frames; groups of them share out the prompts (%(default)s)"
@@ -249,6 +251,11 @@ def sample(args: argparse.Namespace, prompts: list[str]) -> int:
     from opensora_repro.sampling.source import find_source
 
     source = find_source(args.source, ema=not args.no_ema, num_heads=args.num_heads, family=args.family)
+    if args.lora:
+        from opensora_repro.weights.adapters import read_adapter
+
+        adapters = [read_adapter(spec, ema=not args.no_ema) for spec in args.lora]
+        source = replace(source, adapters=(*source.adapters, *adapters))
     given = {name: getattr(args, name) for name in SIZES} | named(args, source)
     source = replace(source, config=with_options(source.config, **given))
     check_prompts_fit(source, prompts, labels=args.label is not None)

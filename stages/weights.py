@@ -17,6 +17,7 @@ from opensora_repro.files import user_path
 if TYPE_CHECKING:
     from opensora_repro.models.config import TrainedConfig
     from opensora_repro.weights.catalog import Entry
+    from opensora_repro.weights.export import Grid
     from opensora_repro.weights.files import WeightsFile
     from opensora_repro.weights.published import Published
 
@@ -47,7 +48,27 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     convert.add_argument("--to", choices=FORMATS, required=True)
     places = "a file; for diffusers a folder, as of a release"
     convert.add_argument("--out", type=user_path, required=True, metavar="PATH", help=places)
-    for command in (inspect, verify, convert):
+    merge = add("merge", run_merge, "write weights with adapters (LoRA) added, as one file that samples by itself")
+    lora = "a run with [lora], its checkpoint, peft's folder or file; repeatable: they add up"
+    merge.add_argument("--lora", action="append", required=True, metavar="PATH[:WEIGHT]", help=lora)
+    merge.add_argument("--out", type=user_path, required=True, metavar="FILE", help="a safetensors file")
+    card = add("card", run_card, "write a run's model card: recipe, data, evaluation, samples, what it was made from")
+    card.add_argument("--out", type=user_path, required=True, metavar="FILE", help="such as README.md")
+    push = add("push", run_push, "send a run's weights, config and model card to a hub, once --yes is given")
+    for command in (card, push):
+        command.add_argument(
+            "source", metavar="RUN", type=user_path, help="a run (its newest checkpoint), or a checkpoint"
+        )
+        command.add_argument(
+            "--license", default="", metavar="NAME", help="of these weights, as hubs call it: apache-2.0"
+        )
+        command.add_argument("--no-ema", action="store_true", help="the trained weights, not their moving average")
+    push.add_argument("repo", metavar="REPO", help="OWNER/NAME on the hub (HF_ENDPOINT, HF_TOKEN)")
+    push.add_argument("--yes", action="store_true", help="send it; without it what would go where is printed, no more")
+    push.add_argument(
+        "--public", action="store_true", help="for all to see; a repository that is made is private otherwise"
+    )
+    for command in (inspect, verify, convert, merge):
         command.add_argument("source", metavar="FILE", type=user_path, help=source)
         command.add_argument("--no-ema", action="store_true", help="the trained weights, not their moving average")
         command.add_argument("--num-heads", type=int, metavar="N", help="attention heads, where the file cannot tell")
@@ -194,20 +215,32 @@ def run_verify(args: argparse.Namespace) -> int:
 
 
 def run_convert(args: argparse.Namespace) -> int:
-    from opensora_repro.models.stdit import PIXELS_A_LATENT
-    from opensora_repro.weights.export import Grid, export
+    from opensora_repro.weights.export import export
     from opensora_repro.weights.load import check_complete, to_ours
 
     file, found = open_source(args)
     check_complete(file, found.model)
     weights, _ = to_ours(found.layout, file.tensors, str(file.path))
+    export(weights, found.model, grid_of(found), args.to, args.out)
+    print(f"{found.layout.title} weights, {len(weights)} tensors, written as {args.to}: {args.out}")
+    note_objective(found)
+    return 0
+
+
+def grid_of(found: Published) -> Grid:
+    """Tokens of the samples that the weights' config makes."""
+    from opensora_repro.models.stdit import PIXELS_A_LATENT
+    from opensora_repro.weights.export import Grid
+
     frames, rows, cols = found.model.patch_size
     data = found.config.data
-    grid = Grid(
+    return Grid(
         -(-data.num_frames // frames), data.height // PIXELS_A_LATENT // rows, data.width // PIXELS_A_LATENT // cols
     )
-    export(weights, found.model, grid, args.to, args.out)
-    print(f"{found.layout.title} weights, {len(weights)} tensors, written as {args.to}: {args.out}")
+
+
+def note_objective(found: Published) -> None:
+    """Say what a file of weights alone does not tell."""
     trained, assumed = found.config.diffusion, found.family.diffusion
     if (trained.objective, trained.schedule) != (assumed.objective, assumed.schedule):
         told = f"diffusion.objective={trained.objective}"
@@ -215,6 +248,53 @@ def run_convert(args: argparse.Namespace) -> int:
         taken = assumed.schedule or {"iddpm": "IDDPM"}.get(assumed.objective, assumed.objective)
         print(f"note: trained with {told}, which the file does not tell: stages.sample would take it")
         print(f"      for {taken}; sample the checkpoint, or train on from this with {told}")
+
+
+def run_merge(args: argparse.Namespace) -> int:
+    from opensora_repro.weights.adapters import add_adapters, check_adapters, read_adapter
+    from opensora_repro.weights.export import export
+    from opensora_repro.weights.families import empty_model
+    from opensora_repro.weights.load import load_model_weights
+
+    file, found = open_source(args)
+    adapters = [read_adapter(spec, ema=not args.no_ema) for spec in args.lora]
+    check_adapters(adapters, found.model)
+    model = empty_model(found.model)
+    print(load_model_weights(model, file))
+    add_adapters(model, adapters)
+    export(model.state_dict(), found.model, grid_of(found), "safetensors", args.out)
+    for adapter in adapters:
+        print(adapter)
+    print(f"written: {args.out}")
+    note_objective(found)
+    return 0
+
+
+def run_card(args: argparse.Namespace) -> int:
+    from opensora_repro.files import write_text
+    from opensora_repro.weights.card import CARD, share
+
+    name = args.source.resolve().name
+    write_text(args.out, share(args.source, name=name, licence=args.license, ema=not args.no_ema).texts[CARD])
+    print(args.out)
+    return 0
+
+
+def run_push(args: argparse.Namespace) -> int:
+    """Say what goes where; send it if told to."""
+    from opensora_repro.weights.card import share
+    from opensora_repro.weights.push import check_repo, endpoint, push
+
+    check_repo(args.repo)
+    shared = share(args.source, name=args.repo, licence=args.license, ema=not args.no_ema)
+    seen = "public" if args.public else "private, if it is not there yet"
+    print(f"{shared.checkpoint} -> {endpoint()}/{args.repo} ({seen})")
+    for name, size in shared.sizes().items():
+        print(f"{size:>16,}  {name}")
+    if not args.yes:
+        print("nothing was sent: look at the card (stages.weights card), then add --yes")
+        return 0
+    print(push(shared, args.repo, public=args.public))
     return 0
 
 

@@ -16,7 +16,13 @@ from opensora_repro.config.sections import (
     ConfigError,
     DataConfig,
 )
-from opensora_repro.models.config import ACTIVATION_CHECKPOINTING, ARCHITECTURES, TrainedConfig
+from opensora_repro.models.config import (
+    ACTIVATION_CHECKPOINTING,
+    ARCHITECTURES,
+    TrainedConfig,
+    block_layers,
+    targeted_layers,
+)
 
 _AT_LEAST_ONE = {
     "model": (
@@ -44,6 +50,7 @@ _AT_LEAST_ZERO = {
     "data": ("num_workers", "decode_timeout", "draws", "fps", "packing_tokens"),
     "vae": ("tile_size",),
     "diffusion": ("shift",),
+    "lora": ("rank",),
     "optim": ("weight_decay", "warmup_steps", "decay_steps", "clip_norm"),
     "checkpoint": ("keep",),
     "validation": ("every",),
@@ -54,6 +61,7 @@ _AT_LEAST_ZERO = {
 _ABOVE_ZERO = {
     "model": ("mlp_ratio", "space_scale", "time_scale"),
     "diffusion": ("logit_std", "transform_scale"),
+    "lora": ("alpha",),
     "optim": ("lr", "eps"),
 }
 _CHOICES = {
@@ -112,6 +120,7 @@ def check_config(config: Config) -> None:
     _check_best(config, require)
     _check_parallel(config, require)
     _check_packing(config, require)
+    _check_lora(config, require)
 
 
 def _names(keys: dict[str, tuple[str, ...]], config: Config) -> Iterator[str]:
@@ -252,6 +261,25 @@ def _check_packing(config: Config, require: Any) -> None:
     require("parallel.sp_size", parallel.sp_size == 1, f"1 {where}")
     require("train.compile", config.train.compile != "on", f"off or auto {where} (no row is like another)")
     require("optim.in_backward", not config.optim.in_backward, f"false {where} (a step has several rows)")
+
+
+def _check_lora(config: Config, require: Any) -> None:
+    lora, parallel = config.lora, config.parallel
+    require("lora.dropout", 0 <= lora.dropout < 1, "a share from 0 to below 1")
+    if not lora.rank:
+        return
+    layers = {name for spans in config.model.block_spans for name in block_layers(config.model, spans)}
+    for target in lora.targets:
+        if not any(targeted_layers(config.model, (target,), spans) for spans in config.model.block_spans):
+            expected = f"parts of a block's {', '.join(sorted(layers))}"
+            raise ConfigError(f"lora.targets: {json.dumps(target)} is no layer of this model: expected {expected}")
+    require("init.weights", bool(config.init.weights), f"weights, which lora.rank = {lora.rank} adapts")
+    where = f"with lora.rank = {lora.rank}"
+    require("parallel.tp_size", parallel.tp_size == 1, f"1 {where} (adapters are not cut)")
+    require("parallel.sp_size", parallel.sp_size == 1, f"1 {where}")
+    require("train.compile", config.train.compile != "on", f"off or auto {where}")
+    packs = bool(config.data.packing_tokens and lora.dropout)
+    require("lora.dropout", not packs, "0 with data.packing_tokens (rows hold several samples)")
 
 
 def _check_parallel(config: Config, require: Any) -> None:

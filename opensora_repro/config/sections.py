@@ -119,6 +119,16 @@ class FrameMasksConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (LoRA, arXiv:2106.09685), trained in place of the weights, which init.weights gives."""
+
+    rank: int = 0  # of the adapters beside each layer, which are trained instead of the weights (LoRA); 0: none
+    alpha: float = 16.0  # adapters add alpha / rank times their product
+    targets: tuple[str, ...] = ()  # layers of blocks by name or part: "attn", "cross_attn.q_linear", "fc1"; none: all
+    dropout: float = 0.0  # share of what adapters read of tokens that is dropped in training
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     lr: float = 2e-5  # AdamW's learning rate
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW's
@@ -230,6 +240,7 @@ class Config:
     text: TextConfig = field(default_factory=TextConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     frame_masks: FrameMasksConfig = field(default_factory=FrameMasksConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)

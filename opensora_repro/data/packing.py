@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from opensora_repro.config import Config
+from opensora_repro.data.buckets import buckets_of
 from opensora_repro.data.sampler import HELD_EPOCHS, Assignment, BatchSampler, SampleBatch, Samples, Schedule, Shape
 
 
@@ -44,6 +46,18 @@ def even_parts(sizes: Sequence[int], count: int) -> list[list[int]]:
         parts[part].append(index)
         heapq.heappush(load, (least + sizes[index], part))
     return [sorted(part) for part in parts]
+
+
+def build_schedule(cfg: Config, assignment: Assignment, samples: Sequence[int]) -> Schedule:
+    """A run's: which rows are each step's, of which each bucket's has so many."""
+    scheduled = Together(assignment) if cfg.data.packing_tokens else assignment
+    return Schedule(scheduled, samples, cfg.run.seed, draws=cfg.data.draws)
+
+
+def build_sampler(cfg: Config, schedule: Schedule, **share: int) -> BatchSampler:
+    """One process's part of a run's micro-batches; `share` as BatchSampler takes it."""
+    shapes = [bucket.shape for bucket in buckets_of(cfg)]
+    return (PackedSampler if cfg.data.packing_tokens else BatchSampler)(schedule, shapes, **share)
 
 
 class Together(Assignment):

@@ -160,19 +160,28 @@ def table_writer(path: Path, schema: Any, *, header: bool = True) -> Iterator[Ca
     """
     with (
         writing(path) as file,
-        _csv(file, path, schema, header) if kind_by_name(path) == "csv" else _parquet(file, schema) as add,
+        _csv(file, path, schema, header) if kind_by_name(path) == "csv" else _parquet(file, path, schema) as add,
     ):
         yield add
 
 
 @contextmanager
-def _parquet(file: BinaryIO, schema: Any) -> Iterator[Callable[[Any], None]]:
+def _parquet(file: BinaryIO, path: Path, schema: Any) -> Iterator[Callable[[Any], None]]:
     import pyarrow.parquet as pq
+
+    from opensora_repro.data.origin import recorded
 
     with pq.ParquetWriter(file, schema) as writer:
         groups = _Groups(writer, schema)
-        yield groups.add
-        groups.flush()
+        with recorded(path, writer) as version:
+
+            def add(batch: Any) -> None:
+                if version is not None:
+                    version.add(batch)
+                groups.add(batch)
+
+            yield add
+            groups.flush()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
@@ -17,6 +18,22 @@ def is_costly(products: int, width: int) -> bool:
     more than half as many tokens as there are channels.
     """
     return products > width
+
+
+def block_layers(cfg: TrainedConfig, spans: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Channels in and out of each linear layer of a block with these self-attentions, by its name there."""
+    dim, wide = cfg.hidden_size, int(cfg.hidden_size * cfg.mlp_ratio)
+    found = {}
+    for name in ("attn", "attn_temp")[: len(spans)]:
+        found |= {f"{name}.qkv": (dim, 3 * dim), f"{name}.proj": (dim, dim)}
+    found |= {"cross_attn.q_linear": (dim, dim), "cross_attn.kv_linear": (dim, 2 * dim), "cross_attn.proj": (dim, dim)}
+    return found | {"mlp.fc1": (dim, wide), "mlp.fc2": (wide, dim)}
+
+
+def targeted_layers(cfg: TrainedConfig, targets: Sequence[str], spans: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Those of `block_layers` that `lora.targets` name, by all of their names, the begin or the end; none: all."""
+    layers = block_layers(cfg, spans)
+    return {k: v for k, v in layers.items() if not targets or any(f".{target}." in f".{k}." for target in targets)}
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from opensora_repro.config import Config, ParallelConfig
-from opensora_repro.models.config import TrainedConfig, is_costly
+from opensora_repro.models.config import TrainedConfig, is_costly, targeted_layers
 from opensora_repro.parallel.mesh import Mesh
 from opensora_repro.planning.encoders import FrozenSizes, text_values
 from opensora_repro.planning.flops import attended
 from opensora_repro.planning.parameters import (
+    adapter_parameters,
     block_weights,
     count_parameters,
     cut_parameters,
@@ -101,6 +102,21 @@ def state_bytes(cfg: TrainedConfig, parameters: int, parallel: ParallelConfig, m
     gradients = trained / sharers if parallel.plugin == "zero2" else trained
     moments = FLOAT * trained / sharers
     return States(FLOAT * own, FLOAT * gradients, 2 * moments, moments)
+
+
+def adapted_state_bytes(cfg: Config, parameters: int, mesh: Mesh) -> States:
+    """With [lora]: frozen weights, whole on every process, of which a run in bfloat16 keeps blocks' matrices so.
+
+    Adapters are float32 and spread as weights are.
+    """
+    adapters, plugin = FLOAT * adapter_parameters(cfg.model, cfg.lora), cfg.parallel.plugin
+    blocks = cfg.model.depth * sum(block_weights(cfg.model, spans) for spans in cfg.model.block_spans)
+    frozen = FLOAT * parameters - (FLOAT - HALF) * blocks * (cfg.train.dtype == "bf16")
+    share = adapters / mesh.world_size
+    own = share if plugin == "fsdp" else adapters
+    moments = adapters if plugin == "ddp" else share
+    gradients = share if plugin in ("fsdp", "zero2") else adapters
+    return States(frozen + own, gradients, 2 * moments, moments)
 
 
 def gathered_bytes(cfg: TrainedConfig, dtype: str) -> float:
@@ -382,6 +398,30 @@ def _with_checkpointing(blocks: Sequence[_Block], *, selective: bool, offload: b
     return Activations(kept + first.loss, max(in_forward, kept + first.loss_peak), begin, end)
 
 
+def with_adapters(found: Activations, cfg: Config, tokens: int) -> Activations:
+    """What adapters keep: a narrow product each, and their share of the block's widest result while they are added.
+
+    Their gradients are few, so the backward pass ends no lower than it goes.
+    """
+    model, half = cfg.model, HALF if cfg.train.dtype == "bf16" else FLOAT
+    blocks = [targeted_layers(model, cfg.lora.targets, spans) for spans in model.block_spans]
+    narrow = half * tokens * cfg.lora.rank * max(map(len, blocks))
+    widest = max((out for block in blocks for _, out in block.values()), default=0)
+    beside = 2 * half * tokens * widest  # the adapter's result, and the sum
+    # As much as x has channels for each layer whose input is dropped from: the mask, and what is left
+    dropped = sum(2 * inside for block in blocks for inside, _ in block.values()) / len(blocks)
+    narrow += half * tokens * dropped * (cfg.lora.dropout > 0)
+    kept = found.kept + narrow * (model.depth * len(blocks) if cfg.train.activation_checkpointing == "none" else 0)
+    more = kept - found.kept if kept > found.kept else narrow
+    return dataclasses.replace(
+        found,
+        kept=kept,
+        forward_peak=found.forward_peak + more + beside,
+        backward_peak=found.backward_peak + more + beside,
+        backward_end=found.backward_peak + more + beside,
+    )
+
+
 def _round_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
@@ -405,6 +445,8 @@ def step_memory(
     samples = min(train.batch_size, -(-row // grid.tokens)) if row else train.batch_size  # that a row has, at most
     sharded = parallel.plugin == "fsdp" and mesh.world_size > 1
     states = state_bytes(cfg.model, parameters, parallel, mesh)
+    if cfg.lora.rank:
+        states = adapted_state_bytes(cfg, parameters, mesh)
     moments = states.optimizer
     if cfg.optim.offload:  # they and the average lie in host memory
         states = dataclasses.replace(states, optimizer=0.0, average=0.0)
@@ -420,8 +462,10 @@ def step_memory(
         sp_size=mesh.sp_size,
         device=device,
         fused=device == "cuda" and train.kernels != "eager",
-        half_weights=sharded,
+        half_weights=sharded or (cfg.lora.rank > 0 and train.dtype == "bf16"),
     )
+    if cfg.lora.rank:
+        activations = with_adapters(activations, cfg, samples * grid.tokens)
     size = HALF if cfg.train.dtype == "bf16" and device == "cuda" else FLOAT
     encoders = encoding = beside = 0.0
     if encodes:

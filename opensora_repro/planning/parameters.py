@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from opensora_repro.models.config import ModelConfig, TrainedConfig
+from opensora_repro.config import LoraConfig
+from opensora_repro.models.config import ModelConfig, TrainedConfig, targeted_layers
 
 TIMESTEP_CHANNELS = 256  # of the sinusoid, see models/layers.py, which needs torch
 
@@ -25,6 +26,12 @@ def trained_parameters(cfg: TrainedConfig) -> int:
         return cfg.depth * sum(_block(cfg, spans) for spans in cfg.block_spans if spans == ("time",))
     captions = caption_weights(cfg) + 2 * cfg.hidden_size if cfg.freeze_y_embedder else 0
     return count_parameters(cfg) - _frequencies(cfg) - captions
+
+
+def adapter_parameters(cfg: TrainedConfig, lora: LoraConfig) -> int:
+    """Those of the adapters, which a run with [lora] trains alone."""
+    layers = [targeted_layers(cfg, lora.targets, spans).values() for spans in cfg.block_spans]
+    return cfg.depth * lora.rank * sum(inside + out for kind in layers for inside, out in kind)
 
 
 def _block(cfg: TrainedConfig, spans: Sequence[str]) -> int:

@@ -30,6 +30,7 @@ from opensora_repro.sampling.conditions import with_scores
 from opensora_repro.sampling.generate import ProgressBar, check_fit, generate
 from opensora_repro.sampling.sample_folder import SampleFolder
 from opensora_repro.sampling.source import Source, check_memory, weights_sha256
+from opensora_repro.weights.adapters import add_adapters, check_adapters
 from opensora_repro.weights.families import Network, empty_model
 from opensora_repro.weights.load import LoadReport, check_complete, load_model_weights
 
@@ -139,6 +140,7 @@ class SamplingRun:
             "checkpoint": str(self.source.path),
             "weights": "ema" if self.ema else "model",
             "weights_sha256": weights_sha256(self.source),
+            **({"lora": [adapter.digest for adapter in self.source.adapters]} if self.source.adapters else {}),
             "seed": self.seed,
             "num_frames": cfg.data.num_frames,
             "height": cfg.data.height,
@@ -167,6 +169,7 @@ class SamplingRun:
         Mesh(launched_as()[0], world_size, sp_size=self.sp_size)
         source = self.source
         check_complete(source.weights, source.model)
+        check_adapters(source.adapters, source.model)
         vae, conditions = open_frozen(source, device)
         if source.config.text.shard:
             if not isinstance(conditions, T5Text):
@@ -250,6 +253,8 @@ class SamplingRun:
         model, vae, conditions, report = load_models(self.source, device, shards)
         if engine.is_main:
             print(report)
+            for adapter in self.source.adapters:
+                print(adapter)
         before = set(range(len(self.prompts))) - set(todo)
         written: list[int] = []
         with (
@@ -369,6 +374,8 @@ def load_models(
     vae, conditions = open_frozen(source, device, shards)
     model = empty_model(source.model)
     report = load_model_weights(model, source.weights)
+    if source.adapters:
+        add_adapters(model, source.adapters)
     model = model.eval().to(device)
     vae.frozen.get()
     if not isinstance(conditions, ClassLabels):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from opensora_repro.planning.fit import room_on
 from opensora_repro.planning.report import size
 from opensora_repro.planning.sampling import sampling_memory
 from opensora_repro.run_folder import CONFIG_FILE, STATE_FILE, list_checkpoints, list_steps
+from opensora_repro.weights.adapters import Adapter, has_adapter, read_adapter
 from opensora_repro.weights.families import empty_model
 from opensora_repro.weights.files import WeightsFile, open_weights, recorded_sha256
 from opensora_repro.weights.published import describe
@@ -44,6 +46,7 @@ class Source:
     aesthetic: float | None = None  # the score that its release adds to prompts
     longest: int = 0  # frames of the longest clips that it was trained with
     trained_with_masks: bool = False
+    adapters: tuple[Adapter, ...] = ()  # which join the weights
 
 
 def find_source(path: Path, *, ema: bool = True, num_heads: int | None = None, family: str | None = None) -> Source:
@@ -59,8 +62,10 @@ def find_source(path: Path, *, ema: bool = True, num_heads: int | None = None, f
         name = "ema.safetensors" if ema else "model.safetensors"
         longest = max(bucket.num_frames for bucket in buckets_of(recorded))
         masks = any(recorded.frame_masks.shares().values())
-        weights = open_weights(checkpoint / name)
-        return Source(checkpoint, weights, config.model, config, longest=longest, trained_with_masks=masks)
+        adapters = (read_adapter(str(checkpoint), ema=ema),) if has_adapter(checkpoint) else ()
+        weights = _adapted_weights(checkpoint, config) if adapters else open_weights(checkpoint / name)
+        told = {"longest": longest, "trained_with_masks": masks, "adapters": adapters}
+        return Source(checkpoint, weights, config.model, config, **told)
     file = open_weights(path, ema=ema)
     found = describe(file, num_heads=num_heads, family=family)
     own = file.config is not None  # a run's, whose captions need not end with scores
@@ -74,6 +79,19 @@ def find_source(path: Path, *, ema: bool = True, num_heads: int | None = None, f
         max(found.config.data.num_frames, LONGEST.get(architecture, 0)),
         any(found.config.frame_masks.shares().values()) or (not own and architecture in ("stdit2", "stdit3")),
     )
+
+
+def _adapted_weights(checkpoint: Path, config: Config) -> WeightsFile:
+    """Those that a run with [lora] has trained its adapters for. Raises ConfigError where they are others by now."""
+    found = open_weights(config.init.weights)
+    recorded = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["identity"].get("init.weights", {})
+    digests = {facts["sha256"] for facts in recorded.values()}
+    if {recorded_sha256(file) for file in found.files} != digests:
+        raise ConfigError(
+            f"{config.init.weights} holds other weights than {checkpoint} was trained for (sha256 differs): restore "
+            f"them, or sample others with its adapters: stages.sample WEIGHTS --lora {checkpoint}"
+        )
+    return found
 
 
 def _own_checkpoint(path: Path) -> Path | None:

@@ -20,7 +20,7 @@ from opensora_repro.data.cache import CacheRows, LatentCache
 from opensora_repro.data.dataset import BadSample, Clip, ClipDataset, LoaderDied, build_loader
 from opensora_repro.data.packing import first_fit_decreasing
 from opensora_repro.data.sample_frames import interval_of
-from opensora_repro.data.sampler import Shape, SharedBatches, interleave, keyed_generator
+from opensora_repro.data.sampler import Shape, SharedBatches, interleave, keyed_generator, keyed_seed
 from opensora_repro.diffusion.flow import Size
 from opensora_repro.diffusion.frame_masks import FrameMasks
 from opensora_repro.diffusion.gaussian import Objective
@@ -118,6 +118,7 @@ class Batch:
     size: Size  # of each sample in pixels: frames, height, width
     frame_mask: Tensor | None = None  # [B, T] bool, True: generated, False: given; None: all are generated
     conditions: dict[str, Tensor] = field(default_factory=dict)  # what else the model is told, [B] each, by name
+    dropout_seeds: list[int] = field(default_factory=list)  # of adapters, a sample's each; none: nothing is dropped
 
     def tensors(self) -> tuple[Tensor, ...]:
         given = () if self.frame_mask is None else (self.frame_mask,)
@@ -154,6 +155,7 @@ class BatchBuilder:
         self.vae, self.objective, self.device = vae, objective, device
         self.seed, self.smallest, self.packing_tokens = cfg.run.seed, buckets_of(cfg)[-1], cfg.data.packing_tokens
         self.patch_size, self.drop_probability = cfg.model.patch_size, cfg.model.class_dropout_prob
+        self.drops = cfg.lora.rank > 0 and cfg.lora.dropout > 0
         self.text_shape = (cfg.model.model_max_length, cfg.model.caption_channels)
         masks = FrameMasks(cfg.frame_masks, cfg.model.patch_size[0])
         self.frame_masks = masks if masks else None
@@ -210,7 +212,11 @@ class BatchBuilder:
             size=size,
             frame_mask=None if frame_mask is None else self._to_device(frame_mask),
             conditions=self._conditions(size, fps),
+            dropout_seeds=self._dropout_seeds(samples) if self.drops else [],
         )
+
+    def _dropout_seeds(self, samples: Sequence[tuple[int, Encoded]]) -> list[int]:
+        return [keyed_seed(self.seed, epoch, sample.id, "adapter dropout") for epoch, sample in samples]
 
     def stand_in(self, shape: Shape | None = None, size: int = 0) -> Batch:
         """Zeros with weight 0: a rank without a readable sample still joins the others' exchange.

@@ -7,6 +7,9 @@ RUN/checkpoints/step-00000100/
     state.json             TrainState, schema version, and every file's sha256
     config.toml            the run's resolved config
 
+With [lora] adapter_model.safetensors stands in model.safetensors' place, with ema.safetensors under peft's names, and
+adapter_config.json beside them; the weights that are adapted stay where `init.weights` says.
+
 No generator state: all randomness is keyed by seed, epoch and sample id. Nothing of how the run was spread over
 processes: every rank takes its pieces from the whole tensors, so any other topology or engine can go on with it.
 """
@@ -27,8 +30,10 @@ from torch import Tensor
 from opensora_repro.errors import TrainingError, UserError
 from opensora_repro.files import sha256_of
 from opensora_repro.parallel.engine import TorchEngine
-from opensora_repro.run_folder import EMA_FILE, MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, list_checkpoints
+from opensora_repro.run_folder import ADAPTER_FILE, EMA_FILE, MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, list_checkpoints
 from opensora_repro.training.step import Ema
+from opensora_repro.weights.adapters import saved_name
+from opensora_repro.weights.files import LORA
 
 SCHEMA_VERSION = 1
 
@@ -120,14 +125,14 @@ def load_checkpoint(folder: Path, state: TrainState, engine: TorchEngine, ema: E
     Raises CheckpointError where names or shapes differ.
     """
     try:
-        with _opened(folder / MODEL_FILE, engine) as file:
+        with _opened(folder / weights_file(engine), engine) as file:
             for name in engine.masters:
-                engine.load(name, file.get_tensor(name))
-            for name, value in engine.fixed.items():
+                engine.load(name, file.get_tensor(saved_as(name)))
+            for name, value in saved_beside(engine).items():
                 value.copy_(file.get_tensor(name))
         with _opened(folder / EMA_FILE, engine) as file:
             for name, value in ema.shadow.items():
-                value.copy_(engine.take(name, file.get_tensor(name)))
+                value.copy_(engine.take(name, file.get_tensor(saved_as(name))))
         ema.updates = state.ema_updates
         with safe_open(folder / OPTIMIZER_FILE, framework="pt") as file:
             _load_optimizer(engine, file)
@@ -139,8 +144,8 @@ def load_checkpoint(folder: Path, state: TrainState, engine: TorchEngine, ema: E
 @contextlib.contextmanager
 def _opened(path: Path, engine: TorchEngine) -> Iterator[Any]:
     """A file of the model's weights. Raises RuntimeError unless it has the model's names and shapes."""
-    expected = {name: engine.whole_shape(name) for name in engine.masters}
-    expected |= {name: value.shape for name, value in engine.fixed.items()}
+    expected = {saved_as(name): engine.whole_shape(name) for name in engine.masters}
+    expected |= {name: value.shape for name, value in saved_beside(engine).items()}
     with safe_open(path, framework="pt") as file:
         found = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         for name in sorted(found.keys() | expected.keys()):
@@ -148,6 +153,25 @@ def _opened(path: Path, engine: TorchEngine) -> Iterator[Any]:
                 there, here = (list(shapes[name]) if name in shapes else "absent" for shapes in (found, expected))
                 raise RuntimeError(f"{name} is {there} in {path.name}, {here} in the model")
         yield file
+
+
+def weights_file(engine: TorchEngine) -> str:
+    """What a checkpoint's trained weights are in."""
+    return ADAPTER_FILE if _adapts(engine) else MODEL_FILE
+
+
+def saved_beside(engine: TorchEngine) -> dict[str, Tensor]:
+    """What is saved with the trained weights: the rest of the model, unless adapters are what is trained."""
+    return {} if _adapts(engine) else engine.fixed
+
+
+def saved_as(parameter: str) -> str:
+    """Its name in a checkpoint's weights."""
+    return saved_name(parameter) if LORA.search(parameter) else parameter
+
+
+def _adapts(engine: TorchEngine) -> bool:
+    return any(map(LORA.search, engine.masters))
 
 
 def optimizer_pieces(engine: TorchEngine) -> Iterator[tuple[str, str, Tensor]]:

@@ -6,19 +6,20 @@ was, with the same size and time of change, is not read again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from opensora_repro.config import Config, ConfigError, load_recorded
 from opensora_repro.data.ids import column_digest
-from opensora_repro.files import Sha256Memo, size_and_time
+from opensora_repro.files import Sha256Memo, sha256_of, size_and_time
 from opensora_repro.frozen.encoder import Encoder, open_encoder
 from opensora_repro.frozen.pretrained import FrozenModel, HashFile, ModelNotFound
 from opensora_repro.run_folder import CONFIG_FILE
 from opensora_repro.training.fill import FROZEN_HASHES
 from opensora_repro.training.start import Start
+from opensora_repro.weights.files import open_weights
 
 Say = Callable[[str], None]
 # What may change under the same ids: what it is in the record, and what a message calls it.
@@ -64,7 +65,8 @@ def frozen_identity(cfg: Config, start: Start, encoder: Encoder) -> dict[str, di
     hash_file = Sha256Memo.in_file(Path(cfg.data.cache) / FROZEN_HASHES) if cfg.data.cache else Sha256Memo()
     recorded = start.state.identity
     found = {
-        key: _file_facts(model, recorded.get(key, {}), hash_file) for key, model in _frozen_models(encoder).items()
+        key: _file_facts(model.files, recorded.get(key, {}), hash_file)
+        for key, model in _frozen_models(encoder).items()
     }
     if start.checkpoint is not None:
         before = {key: recorded[key] for key in found if key in recorded}
@@ -75,11 +77,24 @@ def frozen_identity(cfg: Config, start: Start, encoder: Encoder) -> dict[str, di
     return found
 
 
-def _file_facts(model: FrozenModel[Any], recorded: dict[str, Any], hash_file: HashFile) -> dict[str, Any]:
+def adapted_identity(cfg: Config, start: Start) -> dict[str, dict[str, Any]]:
+    """What the files of `init.weights` hold, which the adapters of [lora] are trained for.
+
+    Raises ConfigError where that is not what the run began with.
+    """
+    key = "init.weights"
+    recorded = start.state.identity.get(key, {})
+    found = _file_facts(open_weights(cfg.init.weights).files, recorded, sha256_of)
+    if start.resumes:
+        _check_same(cfg, key, recorded, found)
+    return {key: found}
+
+
+def _file_facts(files: Iterable[Path], recorded: dict[str, Any], hash_file: HashFile) -> dict[str, Any]:
     """Path, size in bytes, time of change in ns and sha256 of each file, by its name."""
     memo = Sha256Memo({f["path"]: [f["size"], f["mtime_ns"], f["sha256"]] for f in recorded.values()}.get)
     facts = {}
-    for file in model.files:
+    for file in files:
         size, time = size_and_time(file)
         sha256 = memo.recall(file) or hash_file(file)
         facts[file.name] = {"path": str(file.resolve()), "size": size, "mtime_ns": time, "sha256": sha256}
@@ -105,7 +120,7 @@ def _facts_of_older(cfg: Config, checkpoint: Path, encoder: Encoder, hash_file: 
             f"{cfg.run.dir} does not record what its frozen models hold, and they are not where they were to compare: "
             f"{error}. Put them back to resume, or set another run.dir and init.weights={cfg.run.dir}"
         ) from None
-    return {key: _file_facts(model, {}, hash_file) for key, model in _frozen_models(there).items()}
+    return {key: _file_facts(model.files, {}, hash_file) for key, model in _frozen_models(there).items()}
 
 
 def _check_same(cfg: Config, key: str, then: dict[str, Any], now: dict[str, Any]) -> None:

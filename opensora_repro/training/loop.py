@@ -28,6 +28,7 @@ from opensora_repro.process import StopSignals
 from opensora_repro.run_folder import REPORT_FILE, JsonLines, list_checkpoints, mark_best
 from opensora_repro.sampling.generate import NotFinite
 from opensora_repro.sampling.grids import moving_grid, sample_prompts, write_samples
+from opensora_repro.training.adapters import dropout_keys
 from opensora_repro.training.alarms import Alarms, is_due
 from opensora_repro.training.batches import Batch, BatchBuilder, Collator, Feed, Fetched, PackedBatch, Prefetcher
 from opensora_repro.training.checkpoint import TrainState, UnwritableCheckpoint
@@ -95,6 +96,7 @@ class Trainer:
         self._empty_steps = 0  # in a row
         self._moving = False  # whether weights may be between two steps
         self._next_report = 0.0
+        self._dropout = dropout_keys(self.model)
 
     def run(self, title: str) -> None:
         """Raises what ended the training early, after the trained steps were saved.
@@ -187,6 +189,8 @@ class Trainer:
         """Of each sample, float32 [B]."""
         if isinstance(batch, PackedBatch):
             return packed_losses(self.train_runner, self.objective, batch)
+        if self._dropout is not None:
+            self._dropout.seeds = batch.dropout_seeds
         model_fn = self.train_runner.conditioned(
             batch.text, batch.mask, batch.drop_text, frame_mask=batch.frame_mask, **batch.conditions
         )
@@ -365,6 +369,8 @@ class Trainer:
         self._await_device()
         if self.state.step != step:
             return  # it was lost
+        if self._dropout is not None:
+            self._dropout.seeds = []
         of_trained = self._validate_trained() if validate else {}
         with self.ema.applied(), self.engine.watchdog.paused():
             if validate:

@@ -20,6 +20,8 @@ PACKED = {STDiT: PackedSTDiT, STDiT2: PackedSTDiT2, STDiT3: PackedSTDiT3}
 def build_model(cfg: Config, device: torch.device, *, load_init: bool) -> tuple[CaptionedModel, LoadReport | None]:
     """The model in float32, its initial weights from `run.seed` or, with `load_init`, from `init.weights`.
 
+    With [lora] those of `init.weights` in any case, frozen, and adapters.
+
     Raises WeightsError where the weights are absent or made for another model.
     """
     report = None
@@ -27,12 +29,16 @@ def build_model(cfg: Config, device: torch.device, *, load_init: bool) -> tuple[
     build: type[CaptionedModel] = PACKED[network] if cfg.data.packing_tokens else network
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.run.seed)
-        if load_init and cfg.init.weights:
+        if cfg.init.weights and (load_init or cfg.lora.rank):
             with torch.device("meta"):  # nothing is drawn that the file would overwrite
                 model = build(cfg.model)
             report = load_model_weights(model, cfg.init.weights)
         else:
             model = build(cfg.model)
+        if cfg.lora.rank:
+            from opensora_repro.training.adapters import apply_lora
+
+            apply_lora(model, cfg)
     model.activation_checkpointing = cfg.train.activation_checkpointing
     model.offload_activations = cfg.train.offload_activations
     return model.to(device).train(), report
@@ -47,7 +53,7 @@ def compiles(cfg: Config, device_type: str) -> bool:
         return cfg.train.compile == "on"
     parallel = cfg.parallel
     whole = parallel.plugin != "fsdp" and parallel.tp_size == parallel.sp_size == 1
-    whole = whole and not cfg.data.packing_tokens
+    whole = whole and not cfg.data.packing_tokens and not cfg.lora.rank
     return device_type == "cuda" and whole and not missing_triton()
 
 

@@ -37,11 +37,11 @@ from opensora_repro.planning.fit import check_memory
 from opensora_repro.planning.sizes import token_grid
 from opensora_repro.run_folder import check_folder
 from opensora_repro.sampling.generate import check_fit
-from opensora_repro.training.identity import frozen_identity
+from opensora_repro.training.identity import adapted_identity, frozen_identity
 from opensora_repro.training.start import Stage, Start
 from opensora_repro.training.track import check_track
 from opensora_repro.training.validate import chosen_rows
-from opensora_repro.weights.files import open_weights, weights_to_come
+from opensora_repro.weights.files import NULL_CAPTION, open_weights, weights_to_come
 from opensora_repro.weights.load import check_complete, inserts_temporal_attention
 
 
@@ -72,7 +72,7 @@ def preflight(
         if cfg.text.shard:
             check_shards()
         choose(cfg.train.kernels, device.type)
-    if cfg.init.weights and not start.resumes:
+    if cfg.init.weights and (not start.resumes or cfg.lora.rank):
         if dry and weights_to_come(cfg.init.weights):
             yield to_come("init.weights", cfg.init.weights)
         else:
@@ -89,6 +89,8 @@ def preflight(
             check_tokens(cfg, bucket, encoder.vae)
         if start.resumes or not dry:
             start.state.identity |= frozen_identity(cfg, start, encoder)
+            if cfg.lora.rank:
+                start.state.identity |= adapted_identity(cfg, start)
     except ModelNotFound as error:
         if device is not None:
             raise
@@ -158,7 +160,14 @@ def to_come(key: str, path: str) -> str:
 def check_weights(cfg: Config, stage: Stage) -> Path:
     """The file that `init.weights` means. Raises WeightsError, ConfigError where the model or the stage is another."""
     file = open_weights(cfg.init.weights)
-    if inserts_temporal_attention(check_complete(file, cfg.model)) and not stage.takes_image_models:
+    inserted = check_complete(file, cfg.model)
+    lacking = [key for key in inserted if key != NULL_CAPTION]
+    if cfg.lora.rank and lacking:
+        raise ConfigError(
+            f"init.weights = {cfg.init.weights} lacks {len(lacking)} tensors of the model (first {lacking[0]}), and "
+            f"lora.rank = {cfg.lora.rank} trains adapters alone: train the model first, with lora.rank=0"
+        )
+    if inserts_temporal_attention(inserted) and not stage.takes_image_models:
         raise ConfigError(f"init.weights = {cfg.init.weights} is an image model: {stage.name} goes on from a video run")
     return file.path
 

@@ -14,12 +14,12 @@ import torch
 
 from opensora_repro.config import Config, dump_toml
 from opensora_repro.config.sections import encodes_after_start, encodes_always, validates
-from opensora_repro.data.buckets import as_sampled, assigned, buckets_of
+from opensora_repro.data.buckets import as_sampled, assigned
 from opensora_repro.data.cache import CacheRows, LatentCache
 from opensora_repro.data.dataset import Clip, ClipDataset
 from opensora_repro.data.manifest import read_manifest
-from opensora_repro.data.packing import PackedSampler, Together
-from opensora_repro.data.sampler import BatchSampler, Schedule, SharedBatches, keyed_generator
+from opensora_repro.data.packing import build_sampler, build_schedule
+from opensora_repro.data.sampler import SharedBatches, keyed_generator
 from opensora_repro.diffusion.gaussian import Objective, build_objective
 from opensora_repro.files import sha256_of, write_text
 from opensora_repro.frozen.encoder import Encoder, open_encoder, skipped_models
@@ -45,6 +45,7 @@ from opensora_repro.training.save import CheckpointWriter
 from opensora_repro.training.start import Stage, Start, find_start, start_line
 from opensora_repro.training.step import horizon_warning
 from opensora_repro.training.validate import Validator, chosen_samples
+from opensora_repro.weights.adapters import adapter_config
 
 COMPARED_CLIPS, COMPARED_NOISE = 12, 4  # that samples are compared with
 Say = Callable[[str], None]
@@ -137,10 +138,8 @@ class _Run:
     def _open_data(self) -> None:
         cfg = self.cfg
         self.dataset = ClipDataset(self.table, cfg.data, cfg.run.seed)
-        self.buckets, assignment = buckets_of(cfg), assigned(self.table, cfg)
-        samples = self.start.state.global_batch_sizes
-        scheduled = Together(assignment) if cfg.data.packing_tokens else assignment
-        self.schedule = Schedule(scheduled, samples, cfg.run.seed, draws=cfg.data.draws)
+        assignment = assigned(self.table, cfg)
+        self.schedule = build_schedule(cfg, assignment, self.start.state.global_batch_sizes)
         self.rows = CacheRows(self.table, cfg, assignment) if cfg.data.cache else None
         held_out = read_manifest(cfg.data.val_manifest) if validates(cfg) else None
         self.held_out = None if held_out is None else ClipDataset(held_out, cfg.data, cfg.run.seed, augment=False)
@@ -170,6 +169,9 @@ class _Run:
             stride = self.encoder.vae.spatial_stride
             for line in self.stage.check_start(self.model, cfg, self.report, stride):
                 self.say(line)
+        if cfg.lora.rank:
+            count = sum(value.numel() for value in self.model.parameters() if value.requires_grad)
+            self.say(f"{name}: the weights are frozen, adapters of rank {cfg.lora.rank} trained: {count:,} parameters")
         if self.compiles:
             self.say(f"{name}: compiled blocks (train.compile = {cfg.train.compile}); the first steps wait for it")
         if self.kernels == "triton":
@@ -184,6 +186,8 @@ class _Run:
             return
         if self.start.checkpoint is not None:
             facts = read_state(self.start.checkpoint)[1]
+            if self.cfg.lora.rank:
+                facts["init.weights"] = weights_digest(self.model.state_dict())
         else:
             facts = {"the model's weights": weights_digest(self.model.state_dict())}
         check_same(self.engine.watchdog, "weights", facts)
@@ -219,10 +223,8 @@ class _Run:
 
     def _build_feed(self, quarantine: Quarantine) -> Feed:
         cfg, engine, mesh = self.cfg, self.engine, self.engine.mesh
-        shapes = [bucket.shape for bucket in self.buckets]
         share = {"rank": mesh.data_rank, "world_size": mesh.data_size, "accumulation": cfg.train.accumulation}
-        kind = PackedSampler if cfg.data.packing_tokens else BatchSampler
-        whole = kind(self.schedule, shapes, **share)
+        whole = build_sampler(cfg, self.schedule, **share)
         sampler = SharedBatches(whole, mesh.member, mesh.model_size)
         if self.rows is None:
             pinned = engine.device.type == "cuda"
@@ -244,7 +246,6 @@ class _Run:
         self, feed: Feed, quarantine: Quarantine, validator: Validator | None, evaluation: Evaluates | None
     ) -> Trainer:
         cfg, engine, state = self.cfg, self.engine, self.start.state
-        keep, background, best = cfg.checkpoint.keep, cfg.checkpoint.background, cfg.checkpoint.keep_best
         log = RunLog(self.run_dir, resumed_step=state.step, enabled=engine.is_main)
         return Trainer(
             cfg=cfg,
@@ -256,9 +257,7 @@ class _Run:
             schedule=self.schedule,
             feed=feed,
             state=state,
-            writer=CheckpointWriter(
-                self.run_dir, engine, dump_toml(cfg), keep=keep, background=background, keep_best=best
-            ),
+            writer=self._build_writer(),
             log=log,
             quarantine=quarantine,
             validator=validator,
@@ -281,6 +280,18 @@ class _Run:
         shape = (COMPARED_NOISE, *vae.latent_shape(frames, data.height, data.width))
         latents = torch.randn(shape, generator=keyed_generator(0, 0, "", "alarm noise")).to(self.engine.device)
         return [decode(vae, latent, num_frames=frames) for latent in latents]
+
+    def _build_writer(self) -> CheckpointWriter:
+        cfg = self.cfg
+        return CheckpointWriter(
+            self.run_dir,
+            self.engine,
+            dump_toml(cfg),
+            keep=cfg.checkpoint.keep,
+            background=cfg.checkpoint.background,
+            keep_best=cfg.checkpoint.keep_best,
+            adapter_config=adapter_config(cfg) if cfg.lora.rank else "",
+        )
 
     def _write_config(self) -> None:
         clean_leftovers(self.run_dir)

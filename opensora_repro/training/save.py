@@ -28,16 +28,24 @@ from opensora_repro.parallel.device import device_kind
 from opensora_repro.parallel.engine import Collectives, TorchEngine
 from opensora_repro.parallel.tensor_file import TensorFile
 from opensora_repro.run_folder import (
+    ADAPTER_CONFIG_FILE,
     CONFIG_FILE,
     EMA_FILE,
-    MODEL_FILE,
     OPTIMIZER_FILE,
     STATE_FILE,
     checkpoints_folder,
     mark_best,
     prune,
 )
-from opensora_repro.training.checkpoint import SCHEMA_VERSION, TrainState, UnwritableCheckpoint, optimizer_pieces
+from opensora_repro.training.checkpoint import (
+    SCHEMA_VERSION,
+    TrainState,
+    UnwritableCheckpoint,
+    optimizer_pieces,
+    saved_as,
+    saved_beside,
+    weights_file,
+)
 from opensora_repro.training.step import Ema
 
 
@@ -65,9 +73,11 @@ class CheckpointWriter:
         keep: int,
         background: bool,
         keep_best: str = "",
+        adapter_config: str = "",
     ) -> None:
-        self.run_dir, self.engine, self.config_toml, self.keep = run_dir, engine, config_toml, keep
-        self.background, self.keep_best = background, keep_best
+        self.run_dir, self.engine, self.keep, self.keep_best = run_dir, engine, keep, keep_best
+        self.texts = {CONFIG_FILE: config_toml, **({ADAPTER_CONFIG_FILE: adapter_config} if adapter_config else {})}
+        self.background = background
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -117,7 +127,7 @@ class CheckpointWriter:
             every = {name: value for part in group.gather(hashes) for name, value in part.items()}
             with _together(group, final):
                 if group.rank == 0:
-                    _finish(unfinished, final, self._about(snapshot.state), self.config_toml, every)
+                    _finish(unfinished, final, self._about(snapshot.state), self.texts, every)
                     if self.keep_best:
                         mark_best(self.run_dir, self.keep_best)
                     prune(self.run_dir, snapshot.state.step, self.keep)
@@ -144,7 +154,7 @@ def take_snapshot(engine: TorchEngine, ema: Ema, state: TrainState, *, copy: boo
     entries = list(_entries(engine, ema))
     sizes = [math.prod(shape) * dtype.itemsize for _, _, dtype, shape, _, _ in entries]
     owners = share_out(sizes, engine.mesh.world_size)
-    files = (MODEL_FILE, EMA_FILE, OPTIMIZER_FILE)
+    files = (weights_file(engine), EMA_FILE, OPTIMIZER_FILE)
     snapshot = Snapshot(dataclasses.replace(state), {file: {} for file in files}, {file: {} for file in files})
     for (file, key, dtype, shape, name, piece), owner in zip(entries, owners, strict=True):
         snapshot.layouts[file][key] = (dtype, shape)
@@ -156,10 +166,10 @@ def take_snapshot(engine: TorchEngine, ema: Ema, state: TrainState, *, copy: boo
 
 def _entries(engine: TorchEngine, ema: Ema) -> Iterator[tuple[str, str, torch.dtype, torch.Size, str, Tensor]]:
     """(file, key, dtype, shape, parameter that it is spread as, this rank's piece); no parameter: whole everywhere."""
-    for file, weights in ((MODEL_FILE, engine.masters), (EMA_FILE, ema.shadow)):
+    for file, weights in ((weights_file(engine), engine.masters), (EMA_FILE, ema.shadow)):
         for name, piece in weights.items():
-            yield file, name, piece.dtype, engine.whole_shape(name), name, piece
-        for name, value in engine.fixed.items():
+            yield file, saved_as(name), piece.dtype, engine.whole_shape(name), name, piece
+        for name, value in saved_beside(engine).items():
             yield file, name, value.dtype, value.shape, "", value
     for kind, name, piece in optimizer_pieces(engine):
         shape = engine.whole_shape(name) if piece.ndim else piece.shape
@@ -184,10 +194,13 @@ def _create(unfinished: Path, files: dict[str, TensorFile]) -> None:
         file.create()
 
 
-def _finish(unfinished: Path, final: Path, about: dict[str, Any], config_toml: str, hashes: dict[str, str]) -> None:
+def _finish(
+    unfinished: Path, final: Path, about: dict[str, Any], texts: dict[str, str], hashes: dict[str, str]
+) -> None:
     """What is not a tensor; then the name under which the checkpoint is seen."""
-    write_text(unfinished / CONFIG_FILE, config_toml)
-    hashes = {**hashes, CONFIG_FILE: sha256_of(unfinished / CONFIG_FILE)}
+    for name, text in texts.items():
+        write_text(unfinished / name, text)
+        hashes = {**hashes, name: sha256_of(unfinished / name)}
     content = {"schema_version": SCHEMA_VERSION, **about, "sha256": dict(sorted(hashes.items()))}
     write_text(unfinished / STATE_FILE, json.dumps(content, indent=2) + "\n")
     sync_folder(unfinished)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from opensora_repro.errors import UserError
 from opensora_repro.files import Sha256Memo, sha256_of, size_and_time
-from opensora_repro.run_folder import CONFIG_FILE, STATE_FILE
+from opensora_repro.run_folder import ADAPTER_FILE, CONFIG_FILE, MODEL_FILE, STATE_FILE
 from opensora_repro.weights.catalog import CatalogError, Progress, find_cached, load_catalog, similar_name
 from opensora_repro.weights.diffusers_layout import diffusers_kind, dit_facts, pixart_facts
 from opensora_repro.weights.inert import inert_containers
@@ -125,7 +125,8 @@ def check_tensors(weights: WeightsFile) -> None:
     if lora is not None:
         raise WeightsError(
             f"{weights.path}: this is a LoRA (low-rank changes to a model's weights, first {lora}), not the weights of "
-            "a model: merge it into its model with the program that made it, or give the model's own weights"
+            "a model: sample the model with --lora, or merge it into its model (stages.weights merge; where it is not "
+            "laid out as peft does it, with the program that made it), or give the model's own weights"
         )
     stray = next((key for key, value in weights.tensors.items() if not isinstance(value, Tensor)), None)
     if stray is not None or not weights.tensors:
@@ -224,7 +225,7 @@ def _own_config(asked: Path, found: Path) -> Path | None:
 def _newest_steps(run: Path) -> list[Path]:
     """The newest whole checkpoint of a run, or of its folder of checkpoints: ours, or Open-Sora's; else none."""
     steps = [*run.glob("checkpoints/step-*"), *run.glob("step-*")]
-    ours = [step for step in steps if (step / "model.safetensors").is_file()]
+    ours = [step for step in steps if any((step / name).is_file() for name in (MODEL_FILE, ADAPTER_FILE))]
     if ours:
         return [max(ours, key=lambda step: int(step.name.removeprefix("step-")))]
     theirs = {

@@ -15,6 +15,7 @@ from opensora_repro.data.jobs.earlier import file_key
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, run_jobs
 from opensora_repro.data.manifest import MANIFEST, path_from, reject, write_outcome
+from opensora_repro.data.origin import Maker, making
 from opensora_repro.data.tables import Row, is_missing, read_names, with_types
 from opensora_repro.errors import DataError
 from opensora_repro.files import digest, one_line
@@ -49,7 +50,8 @@ def manifest_of(given: str, out: Path, runner: Runner, *, required_columns: Coll
         names = read_names(path)
         if set(required_columns) <= set(names) or "path" not in names:
             return path
-    probe_all(given, out / "probe", runner, images=True, leave_out=out)
+    with making(Maker("probe", {}, str(given), out / "probe")):
+        probe_all(given, out / "probe", runner, images=True, leave_out=out)
     return out / "probe" / "manifest.parquet"
 
 
