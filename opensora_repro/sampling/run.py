@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
     from opensora_repro.parallel.shards import Shards
     from opensora_repro.sampling.chain import Chain
+    from opensora_repro.sampling.expand import Expander
     from opensora_repro.sampling.generate import Progress
     from opensora_repro.sampling.given import Given
 
@@ -114,24 +116,42 @@ class SamplingRun:
     given: Given | None = None  # frames
     chain: Chain | None = None  # of several clips
     negative: str = ""  # a text that guidance leads away from, in place of the null caption
+    expander: Expander | None = None  # rewrites prompts before they are read,
+    expanded: Mapping[str, str] | None = None  # but for those that it has rewritten already
 
     @cached_property
     def texts(self) -> list[str]:
-        """What the model reads: the prompts and the words of their scores; scripts of a chain as they are."""
+        """What the model reads: the prompts, rewritten, and the words of their scores; of scripts text by text."""
+
+        def read(text: str) -> str:
+            return with_scores((self.expanded or {}).get(text, text), **self.scores)
+
         if self.chain is not None:
             from opensora_repro.sampling.chain import with_texts
 
-            return [with_texts(prompt, lambda text: with_scores(text, **self.scores)) for prompt in self.prompts]
-        return [with_scores(prompt, **self.scores) for prompt in self.prompts] if self.scores else list(self.prompts)
+            return [with_texts(prompt, read) for prompt in self.prompts]
+        return list(map(read, self.prompts)) if self.scores or self.expanded else list(self.prompts)
 
     @property
     def read(self) -> list[str]:
         """All texts that the model ever reads."""
+        return self._each(self.texts)
+
+    def _each(self, prompts: Sequence[str]) -> list[str]:
         if self.chain is None:
-            return self.texts
+            return list(prompts)
         from opensora_repro.sampling.chain import texts_of
 
-        return [text for prompt in self.texts for text in texts_of(prompt)]
+        return [text for prompt in prompts for text in texts_of(prompt)]
+
+    @property
+    def unexpanded(self) -> list[str]:
+        """Texts that are still to be rewritten."""
+        known = self.expanded or {}
+        return [] if self.expander is None else [text for text in self._each(self.prompts) if text not in known]
+
+    def _folder(self) -> SampleFolder:
+        return SampleFolder(self.out, self.settings(), self.texts, gif=self.gif, expanded=self.expanded)
 
     def settings(self) -> dict[str, Any]:
         """What decides the samples besides the prompts."""
@@ -175,7 +195,7 @@ class SamplingRun:
             if not isinstance(conditions, T5Text):
                 raise ConfigError(f"--shard-text: {source.path} has no T5 that could be spread")
             check_shards()
-        folder = SampleFolder(self.out, self.settings(), self.texts, gif=self.gif)
+        folder = self._folder()
         todo = self.todo(folder)
         memory = ""
         if todo:
@@ -227,6 +247,8 @@ class SamplingRun:
             keep_freed_memory()
         engine = TorchEngine(ParallelConfig(sp_size=self.sp_size), str(device))
         with closing(engine), engine.watchdog.reporting(self.out / "logs"):
+            if self.unexpanded:
+                self, folder = self._expand(engine)
             todo = engine.world.on_first(lambda: self._begin(folder))
             written = self._sample_share(folder, todo, engine)
             everyone = [index for part in engine.world.gather(written) for index in part]
@@ -235,6 +257,19 @@ class SamplingRun:
                 folder.write(set(range(len(self.prompts))) - set(todo) | set(everyone))
             more = f", {there} were there already" if there else ""
             return f"{len(everyone)} written to {self.out}{more} (samples.json has the prompts)"
+
+    def _expand(self, engine: TorchEngine) -> tuple[SamplingRun, SampleFolder]:
+        """The run, and its folder, once the first process has had all prompts rewritten."""
+        from opensora_repro.sampling.expand import remember
+
+        assert self.expander is not None
+        expander = replace(self.expander, device=str(engine.device))
+        work = partial(expander, self.unexpanded, partial(remember, self.out))
+        run = replace(self, expanded={**(self.expanded or {}), **engine.world.on_first(work)})
+        if engine.is_main:
+            for line in unread_words(open_frozen(self.source, engine.device)[1], run.read):
+                print(f"warning: {line}", file=sys.stderr)
+        return run, run._folder()
 
     def _begin(self, folder: SampleFolder) -> list[int]:
         """Numbers of the prompts to sample, once the folder says whose samples it is for."""
