@@ -147,7 +147,7 @@ def rewrite(text: str, write: Write, examples: Sequence[str]) -> tuple[str, str]
         answer, cut = write(question(text, examples, lost))
         caption = judged(answer, cut=cut)
         # Of a script by clips `|0|` would be a mark
-        found = _HEADING.sub("", caption.text, count=1).strip("\"“” ").replace("|", ",")
+        found = _HEADING.sub("", caption.text, count=1).strip('"“” ').replace("|", ",")
         lost = lost_words(text, found)
         if caption.flag in UNUSABLE:
             told = f"of what was written for it, {UNUSABLE[caption.flag]}"
