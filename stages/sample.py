@@ -37,6 +37,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
     lines = "one prompt a line (UTF-8); blank lines and lines that start with # are passed over"
     prompts.add_argument("--prompts", type=user_path, metavar="FILE", help=lines)
+    negative = "what guidance leads away from, in place of the null caption"
+    add("--negative", default="", metavar="TEXT", help=negative)
+    expand = (
+        "rewrite prompts like the captions of the training: URL[#MODEL] of an OpenAI-compatible API, or a local model"
+    )
+    add("--expand", metavar="URL|MODEL", help=expand)
     labels = "class number, for models conditioned on a class; may be given several times"
     prompts.add_argument("--label", action="append", metavar="N", help=labels)
     add(
@@ -268,6 +274,8 @@ def sample(args: argparse.Namespace, prompts: list[str]) -> int:
         source,
         prompts,
         scores=scores,
+        negative=args.negative.strip(),
+        **expansion(args, source),
         ema=not args.no_ema,
         **more,
         **{name: getattr(args, name) for name in same},
@@ -276,6 +284,9 @@ def sample(args: argparse.Namespace, prompts: list[str]) -> int:
     device = pick_device(args.device, world_size, local_rank)
     # The run checks its processes, too; a dry run may be asked without torchrun what they would do.
     check = run.check(device, alone=args.dry_run and world_size == 1)
+    if rank == 0 and run.expander is not None and run.unexpanded:
+        run.expander.check()
+        lines = [*lines, f"{len(run.unexpanded)} prompts will be rewritten by {args.expand}"]
     if args.dry_run:
         for key, value in run.plan(check).items():
             print(f"{key:>14}  {value}")
@@ -286,10 +297,26 @@ def sample(args: argparse.Namespace, prompts: list[str]) -> int:
             print(f"warning: {line}", file=sys.stderr)
     if args.dry_run:
         return 0
-    told = run.sample(check.folder, device) if check.todo else f"all {len(prompts)} were in {args.out} already"
+    told = (
+        run.sample(check.folder, device)
+        if check.todo or run.unexpanded
+        else f"all {len(prompts)} were in {args.out} already"
+    )
     if rank == 0:
         print(told)
     return 0
+
+
+def expansion(args: argparse.Namespace, source: Source) -> dict[str, Any]:
+    """Who rewrites the prompts, and what of them was rewritten before. Raises ConfigError, ModelNotFound."""
+    if args.expand is None:
+        return {}
+    if source.model.conditioning == "class":
+        raise ConfigError(f"--expand: {source.path} is conditioned on a class, it reads no text")
+    from opensora_repro.sampling.expand import Expander, remembered
+
+    expander = Expander(args.expand, source.config.data.manifest)
+    return {"expander": expander, "expanded": {} if args.overwrite else remembered(args.out)}
 
 
 def named(args: argparse.Namespace, source: Source) -> dict[str, int]:

@@ -66,6 +66,30 @@ def make_tiny_text(folder: Path) -> Path:
     return folder
 
 
+def make_tiny_causal(folder: Path, *, chat: bool = False) -> Path:
+    """Write a two-layer LLaMA, whose random words depend on what it reads, with the spelling tokenizer."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    make_tiny_text(folder)  # for its tokenizer; the model's files are overwritten
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=1024, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.7)
+    model.save_pretrained(folder)
+    if chat:
+        (folder / "chat_template.jinja").write_text(
+            "{% for m in messages %}user {{ m['content'] }} answer {% endfor %}"
+        )
+    return folder
+
+
 def make_tiny_clip(folder: Path) -> Path:
     """Write a whole CLIP model, as published ones are, into `folder`, with a tokenizer that spells words."""
     from transformers import AutoTokenizer, CLIPConfig, CLIPModel

@@ -55,8 +55,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def recipes(folder: Path) -> list[Path]:
-    """The configs of stages; those of data_tools.pipeline, in data/, have the tools' own options."""
-    return sorted(path for path in folder.rglob("*.toml") if path.parent != folder / "data")
+    """The configs of stages; those of data_tools.pipeline, in data/, and of stages.recipe have keys of their own."""
+    found = (path for path in folder.rglob("*.toml") if path.parent != folder / "data")
+    return sorted(path for path in found if not path.name.endswith(".recipe.toml"))
 
 
 def kind_of(path: Path) -> type[Any]:

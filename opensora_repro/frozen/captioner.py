@@ -29,8 +29,8 @@ PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preproc
 PLACES = {ONE_IMAGE: "image", IMAGES: "image", VIDEO: "video"}  # in a chat template's words
 DTYPES = ("float32", "bfloat16", "float16")
 # Marks of reasoning models. Special tokens among them are part of what is written; a prompt may end with one.
-_THOUGHT = re.compile(r"think|thought|reason|channel|message|unused9[45]", re.IGNORECASE)
-_OPENED = re.compile(r"[<\[◁][^<>\[\]/]{0,20}(?:think|thought|reason)[^<>\[\]/]{0,20}[>\]▷]\s*$", re.IGNORECASE)
+THOUGHT = re.compile(r"think|thought|reason|channel|message|unused9[45]", re.IGNORECASE)
+OPENED_THOUGHT = re.compile(r"[<\[◁][^<>\[\]/]{0,20}(?:think|thought|reason)[^<>\[\]/]{0,20}[>\]▷]\s*$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Captioner:
         ends = model.generation_config.eos_token_id
         self.ends = set(ends) if isinstance(ends, list) else {ends}
         special = zip(processor.tokenizer.all_special_ids, processor.tokenizer.all_special_tokens, strict=True)
-        self.dropped = {number for number, token in special if not _THOUGHT.search(token)}
+        self.dropped = {number for number, token in special if not THOUGHT.search(token)}
 
     def caption(self, clips: Sequence[Clip], max_tokens: int) -> list[tuple[str, bool]]:
         """Return of each clip, of any length and size, what the model wrote and whether max_tokens ended it.
@@ -127,7 +127,7 @@ class Captioner:
         """Return what was written; marks of thoughts stay, and one that the prompt opened stands at the beginning."""
         kept = [token for token in tokens if token not in self.dropped]
         text = self.processor.tokenizer.decode(kept, skip_special_tokens=False).strip()
-        opened = self.family.shown != ONE_IMAGE and _OPENED.search(self._prompt(clip.instruction, 1))
+        opened = self.family.shown != ONE_IMAGE and OPENED_THOUGHT.search(self._prompt(clip.instruction, 1))
         return f"{opened[0].strip()}{text}" if opened else text
 
     def inputs(self, clips: Sequence[Clip]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
     from opensora_repro.parallel.shards import Shards
     from opensora_repro.sampling.chain import Chain
+    from opensora_repro.sampling.expand import Expander
     from opensora_repro.sampling.generate import Progress
     from opensora_repro.sampling.given import Given
 
@@ -114,24 +116,43 @@ class SamplingRun:
     scores: Mapping[str, Any] = field(default_factory=dict)  # aesthetic, motion, camera: what prompts are told of them
     given: Given | None = None  # frames
     chain: Chain | None = None  # of several clips
+    negative: str = ""  # a text that guidance leads away from, in place of the null caption
+    expander: Expander | None = None  # rewrites prompts before they are read,
+    expanded: Mapping[str, str] | None = None  # but for those that it has rewritten already
 
     @cached_property
     def texts(self) -> list[str]:
-        """What the model reads: the prompts and the words of their scores; scripts of a chain as they are."""
+        """What the model reads: the prompts, rewritten, and the words of their scores; of scripts text by text."""
+
+        def read(text: str) -> str:
+            return with_scores((self.expanded or {}).get(text, text), **self.scores)
+
         if self.chain is not None:
             from opensora_repro.sampling.chain import with_texts
 
-            return [with_texts(prompt, lambda text: with_scores(text, **self.scores)) for prompt in self.prompts]
-        return [with_scores(prompt, **self.scores) for prompt in self.prompts] if self.scores else list(self.prompts)
+            return [with_texts(prompt, read) for prompt in self.prompts]
+        return list(map(read, self.prompts)) if self.scores or self.expanded else list(self.prompts)
 
     @property
     def read(self) -> list[str]:
         """All texts that the model ever reads."""
+        return self._each(self.texts)
+
+    def _each(self, prompts: Sequence[str]) -> list[str]:
         if self.chain is None:
-            return self.texts
+            return list(prompts)
         from opensora_repro.sampling.chain import texts_of
 
-        return [text for prompt in self.texts for text in texts_of(prompt)]
+        return [text for prompt in prompts for text in texts_of(prompt)]
+
+    @property
+    def unexpanded(self) -> list[str]:
+        """Texts that are still to be rewritten."""
+        known = self.expanded or {}
+        return [] if self.expander is None else [text for text in self._each(self.prompts) if text not in known]
+
+    def _folder(self) -> SampleFolder:
+        return SampleFolder(self.out, self.settings(), self.texts, gif=self.gif, expanded=self.expanded)
 
     def settings(self) -> dict[str, Any]:
         """What decides the samples besides the prompts."""
@@ -156,6 +177,7 @@ class SamplingRun:
             "model": asdict(model),
             "diffusion": asdict(cfg.diffusion),
             **self.scores,
+            **({"negative": self.negative} if self.negative else {}),
             **({"given": self.given.settings()} if self.given is not None else {}),
             **({"long": self.chain.settings()} if self.chain is not None else {}),
         }
@@ -168,6 +190,7 @@ class SamplingRun:
         world_size = self.sp_size if alone else launched_as()[1]
         Mesh(launched_as()[0], world_size, sp_size=self.sp_size)
         source = self.source
+        self._check_negative()
         check_complete(source.weights, source.model)
         check_adapters(source.adapters, source.model)
         vae, conditions = open_frozen(source, device)
@@ -175,7 +198,7 @@ class SamplingRun:
             if not isinstance(conditions, T5Text):
                 raise ConfigError(f"--shard-text: {source.path} has no T5 that could be spread")
             check_shards()
-        folder = SampleFolder(self.out, self.settings(), self.texts, gif=self.gif)
+        folder = self._folder()
         todo = self.todo(folder)
         memory = ""
         if todo:
@@ -189,11 +212,18 @@ class SamplingRun:
                 world_size=world_size,
             )
         warnings = [*unread_words(conditions, self.read)]
+        warnings += unread_words(conditions, [self.negative], "--negative") if self.negative else []
         if self.given is not None or self.chain is not None:
             if source.model.conditioning != "t5":
                 raise ConfigError(f"{source.path}: DiT and Latte take no given frames")
             warnings += [] if source.trained_with_masks else ["this model was not trained with frame masks"]
         return Check(folder, todo, memory, tuple(warnings))
+
+    def _check_negative(self) -> None:
+        if self.negative and self.source.model.conditioning == "class":
+            raise ConfigError(f"--negative: {self.source.path} is conditioned on a class, it reads no text")
+        if self.negative and self.source.config.sample.guidance == 1:
+            raise ConfigError("--negative: a guidance of 1 leads away from nothing, give more (--guidance 7)")
 
     def todo(self, folder: SampleFolder) -> list[int]:
         """Numbers of the prompts to sample. Raises ConfigError where samples of others are in the way."""
@@ -220,6 +250,8 @@ class SamplingRun:
             keep_freed_memory()
         engine = TorchEngine(ParallelConfig(sp_size=self.sp_size), str(device))
         with closing(engine), engine.watchdog.reporting(self.out / "logs"):
+            if self.unexpanded:
+                self, folder = self._expand(engine)
             return self.sample_with(folder, engine)
 
     def sample_with(self, folder: SampleFolder, engine: TorchEngine) -> str:
@@ -232,6 +264,19 @@ class SamplingRun:
             folder.write(set(range(len(self.prompts))) - set(todo) | set(everyone))
         more = f", {there} were there already" if there else ""
         return f"{len(everyone)} written to {self.out}{more} (samples.json has the prompts)"
+
+    def _expand(self, engine: TorchEngine) -> tuple[SamplingRun, SampleFolder]:
+        """The run, and its folder, once the first process has had all prompts rewritten."""
+        from opensora_repro.sampling.expand import remember
+
+        assert self.expander is not None
+        expander = replace(self.expander, device=str(engine.device))
+        work = partial(expander, self.unexpanded, partial(remember, self.out))
+        run = replace(self, expanded={**(self.expanded or {}), **engine.world.on_first(work)})
+        if engine.is_main:
+            for line in unread_words(open_frozen(self.source, engine.device)[1], run.read):
+                print(f"warning: {line}", file=sys.stderr)
+        return run, run._folder()
 
     def _begin(self, folder: SampleFolder) -> list[int]:
         """Numbers of the prompts to sample, once the folder says whose samples it is for."""
@@ -295,7 +340,7 @@ class SamplingRun:
     ) -> Iterator[tuple[int, np.ndarray | None]]:
         """This process's share of the samples: number and frames, or None for what is written already."""
         cfg, share = self.source.config, (mesh.data_rank, mesh.data_size)
-        calls = partial(generate, model, vae, conditions, cfg, seed=self.seed, forward=forward)
+        calls = partial(generate, model, vae, conditions, cfg, seed=self.seed, forward=forward, negative=self.negative)
         if self.given is not None or self.chain is not None:
             from opensora_repro.sampling.chain import given_videos
 
@@ -317,7 +362,7 @@ class Check:
     warnings: tuple[str, ...]
 
 
-def unread_words(conditions: ConditionEncoder, prompts: Sequence[str]) -> Iterator[str]:
+def unread_words(conditions: ConditionEncoder, prompts: Sequence[str], name: str = "") -> Iterator[str]:
     """What of the prompts the model does not read."""
     if isinstance(conditions, ClassLabels):
         return
@@ -325,13 +370,15 @@ def unread_words(conditions: ConditionEncoder, prompts: Sequence[str]) -> Iterat
     cut = [(number, reading.dropped) for number, reading in enumerate(readings) if reading.dropped]
     for number, dropped in cut[:CUT_SHOWN]:
         shown = dropped if len(dropped) <= 200 else f"{dropped[:200]}..."
-        yield f"prompt {number} is longer than the model's {conditions.max_length} tokens, it does not read {shown!r}"
+        where = name or f"prompt {number}"
+        yield f"{where} is longer than the model's {conditions.max_length} tokens, it does not read {shown!r}"
     if len(cut) > CUT_SHOWN:
         yield f"{len(cut) - CUT_SHOWN} more prompts are cut like this"
     unknown = sum(reading.unknown for reading in readings)
     if unknown:
         share = unknown / sum(reading.words for reading in readings)
-        yield f"{share:.0%} of the prompts' words are unknown to this tokenizer"
+        whose = f"{name}'s" if name else "the prompts'"
+        yield f"{share:.0%} of {whose} words are unknown to this tokenizer"
 
 
 def pick_device(name: str | None, world_size: int, local_rank: int) -> torch.device:

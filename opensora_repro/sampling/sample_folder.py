@@ -17,7 +17,7 @@ from opensora_repro.files import remove_folder, write_text
 
 RECORD = "samples.json"
 PLACES = ("checkpoint", "file")  # where something lay: what it was, weights_sha256 says
-SOMETIMES = ("given", "long")  # settings of samples that were given frames, or are chained: others have none
+SOMETIMES = ("given", "long", "negative")  # settings that only samples have which were given frames, are chained, ...
 SHOWN = 4  # differences named
 _SAMPLE = re.compile(r"\d{4,}\.(mp4|png|gif)")
 
@@ -25,7 +25,17 @@ _SAMPLE = re.compile(r"\d{4,}\.(mp4|png|gif)")
 class SampleFolder:
     """`settings` are what decides the samples besides the prompts, as JSON has it."""
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], prompts: Sequence[str], *, gif: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        prompts: Sequence[str],
+        *,
+        gif: bool,
+        expanded: Mapping[str, str] | None = None,
+    ) -> None:
+        """`expanded`: what prompts became that were rewritten, which is remembered here."""
+        self.expanded = expanded
         self.path, self.settings, self.prompts = path, json.loads(json.dumps(settings)), list(prompts)
         self.still = settings["num_frames"] == 1
         self.gif = gif and not self.still
@@ -38,7 +48,7 @@ class SampleFolder:
     def finished(self) -> list[int]:
         """Numbers of the prompts whose samples are there. Raises ConfigError where samples of others are."""
         record = self._record()
-        if record is None:
+        if record is None or record.keys() == {"expanded"}:  # which was asked for before anything was sampled
             return []
         known = record.get("prompts")
         known = known if isinstance(known, list) else []
@@ -81,6 +91,8 @@ class SampleFolder:
         samples = [{"file": self.files(i)[0], "prompt": self.prompts[i]} for i in sorted(finished)] + kept
         prompts = self.prompts + before.get("prompts", [])[len(self.prompts) :]
         content = {**self.settings, "prompts": prompts, "samples": samples}
+        if self.expanded is not None:
+            content["expanded"] = {**before.get("expanded", {}), **self.expanded}
         write_text(self.path / RECORD, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
     def _names(self) -> set[str]:

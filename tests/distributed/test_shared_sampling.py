@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from opensora_repro.data.video import read_frames
 from opensora_repro.data.write import write_png
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.training.checkpoint import TrainState
+from tests.chat_server import chat_server, completion
 from tests.checkpoints import write_checkpoint
 from tests.training_world import World, finish, make_world, start_processes
 
@@ -89,3 +91,17 @@ def test_chained_clips_with_a_given_frame_are_those_of_one_process(world: World,
         read_frames(tmp_path / name / "0002.mp4", start=0, count=9).numpy().astype(int) for name in ("one", "shared")
     ]
     assert np.abs(found[0] - found[1]).max() <= 4  # rounding to pixels, then the codec's
+
+
+def test_one_process_asks_for_prompts_to_be_rewritten(world: World, tmp_path: Path) -> None:
+    """All get its answers; whoever answers is shown captions of the run's own manifest."""
+
+    def answer(body: dict[str, Any], number: int) -> Any:
+        assert "Captions that it learned from" in body["messages"][0]["content"]
+        return completion(body["messages"][0]["content"].split("The prompt: ")[1] + " in rain")
+
+    with chat_server(answer) as chat:
+        said = sample(world, 2, tmp_path / "out", "--expand", chat.url, "--batch-size", "1")
+        assert len(chat.questions) == len(PROMPTS)
+    assert "3 written to" in said[0] and not any(said[1:])
+    assert json.loads((tmp_path / "out" / "samples.json").read_text())["prompts"] == [f"{p} in rain" for p in PROMPTS]

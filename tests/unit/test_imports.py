@@ -57,6 +57,7 @@ COMMANDS = [
     "stages.buckets",
     "stages.weights",
     "stages.evaluate",
+    "stages.recipe",
     "stages.configs",
     "stages.demo",
     "stages.report",

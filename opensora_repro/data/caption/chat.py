@@ -115,6 +115,17 @@ class Endpoint:
         if reason:
             raise DataError(f"--endpoint {self.url}: {reason}: is the server running, and this its address?")
 
+    def list_models(self) -> list[str]:
+        """Names of the server's models; none where it does not tell."""
+        import requests
+
+        url = self.url.removesuffix("chat/completions") + "models"
+        try:
+            reply = self._session().get(url, auth=self._sign, timeout=CONNECT_TIMEOUT, allow_redirects=False)
+            return [str(model["id"]) for model in reply.json()["data"]] if reply.ok else []
+        except (requests.exceptions.RequestException, ValueError, LookupError, TypeError):
+            return []
+
     def start(self) -> None:
         """Answer questions (again)."""
         self._stop.clear()

@@ -1,0 +1,416 @@
+"""From raw footage to a trained model in one command: data, preview, stages 0 to 3, evaluation, report, card.
+
+    python -m stages.recipe CONFIG.toml input=FOLDER [captions=FILE] out=DIR [SECTION.key=value ...]
+
+Every step is one of our commands in a process of its own, and a section of CONFIG.toml; a step without its section is
+left out. OUT/recipe.json says which steps are done, by the content of what they read: the same command goes on after a
+kill, and does again what follows from a change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from os.path import expanduser
+from pathlib import Path
+from typing import Any
+
+from opensora_repro.config import Config, ConfigError, load_autoencoder_config, load_config, read_toml, toml_value
+from opensora_repro.errors import DataError, run_command
+from opensora_repro.files import content_of, digest, here_or_shipped, sha256_of, write_text
+
+TOP = {"input": "", "out": "", "captions": "", "held_out": 0.1}
+MODULES = {
+    "stage0": "stages.stage0_autoencoder",
+    "stage1": "stages.stage1_image",
+    "stage2": "stages.stage2_video",
+    "stage3": "stages.stage3_hq",
+}
+WITH_CONFIG = ("pipeline", *MODULES)  # sections with the keys config and set; the others have options
+SECTIONS = ("pipeline", "preview", *MODULES, "evaluate", "report", "card")
+RECORD = "recipe.json"
+INTERRUPTED_BY_SIGTERM = 143
+
+
+@dataclass(frozen=True)
+class Recipe:
+    input: Path
+    out: Path
+    captions: Path | None
+    held_out: float
+    sections: dict[str, dict[str, Any]]
+
+    @property
+    def stages(self) -> list[str]:
+        return [name for name in MODULES if name in self.sections]
+
+
+@dataclass(frozen=True)
+class Step:
+    """`output` is there once it is done; `reads` decides whether it still is what it was done from."""
+
+    name: str
+    what: str
+    output: Path
+    command: tuple[str, ...] = ()
+    reads: tuple[Path, ...] = ()
+    work: Callable[[], None] | None = None  # in place of a command
+    looks: bool = False  # it looks by itself, every time, whether there is something new
+    config: Any = field(default=None, compare=False)  # of a stage
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    return run_command(lambda: run(args))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m stages.recipe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("config", type=expanduser, metavar="CONFIG.toml")
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="input, captions, out, held_out, or stage1.train.steps=100")
+    add("--until", metavar="STEP", help="stop after this step")
+    add("--dry-run", action="store_true", help="check all configs, print steps, time and memory, then stop")
+    add("--gpu", metavar="NAME", help="with --dry-run: times on such a GPU, as RTX-4090")
+    return parser.parse_intermixed_args(argv)
+
+
+def run(args: argparse.Namespace) -> int:
+    recipe = load_recipe(args.config, args.overrides)
+    steps = steps_of(recipe)
+    if args.until is not None:
+        names = [step.name for step in steps]
+        if args.until not in names:
+            raise ConfigError(f"--until {args.until}: this recipe's steps are {', '.join(names)}")
+        steps = steps[: names.index(args.until) + 1]
+    if args.gpu is not None and not args.dry_run:
+        raise ConfigError("--gpu asks what --dry-run estimates: give both, or neither")
+    if args.dry_run:
+        return show(recipe, steps, args.gpu)
+    from opensora_repro.run_folder import claimed_run_folder
+
+    with claimed_run_folder(recipe.out):
+        return follow(recipe, steps)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The recipe
+
+
+def load_recipe(path: str, overrides: Sequence[str]) -> Recipe:
+    """Read and check a recipe. Raises ConfigError."""
+    table = read_toml(path)
+    for override in overrides:
+        _override(override, table)
+    for name, value in table.items():
+        if isinstance(value, dict) != (name in SECTIONS) or name not in (*TOP, *SECTIONS):
+            known = f"expected {', '.join(TOP)}, or a section of {', '.join(SECTIONS)}"
+            raise ConfigError(f"{path}: {name}: not of a recipe; {known}")
+    top = {name: table.get(name, value) for name, value in TOP.items()}
+    for name in ("input", "out"):
+        if not isinstance(top[name], str) or not top[name]:
+            raise ConfigError(f"{path}: {name} is not set: give {name}=FOLDER")
+    if not isinstance(top["held_out"], float) or not 0 < top["held_out"] < 1:
+        raise ConfigError(f"{path}: held_out = {top['held_out']}: expected a share of the videos, such as 0.1")
+    sections = {name: table[name] for name in SECTIONS if name in table}
+    for name, content in sections.items():
+        known = {"config": str, "set": list} if name in WITH_CONFIG else {"options": list}
+        for key, value in content.items():
+            if key not in known or not isinstance(value, known[key]):
+                raise ConfigError(f"{path}: {name}.{key} = {value!r}: expected {' and '.join(known)}")
+        if name in WITH_CONFIG and "config" not in content:
+            raise ConfigError(f"{path}: {name}.config is not set: name the TOML file of this step")
+    if "pipeline" not in sections or len(sections) == 1 or not {"stage1", "stage2", "stage3"} & sections.keys():
+        raise ConfigError(f"{path}: expected [pipeline] and at least one of [stage1], [stage2], [stage3]")
+    found = {name: Path(expanduser(str(top[name]))) for name in ("input", "out", "captions")}
+    if not found["input"].exists() and not set("*?[") & set(top["input"]):
+        raise ConfigError(f"input = {top['input']}: no such file or folder")
+    if top["captions"] and not found["captions"].is_file():
+        raise ConfigError(f"captions = {top['captions']}: no such file")
+    if not (top["captions"] or _brings_captions(found["input"], sections["pipeline"]["config"])):
+        config = sections["pipeline"]["config"]
+        raise ConfigError(f"{path}: no captions: give captions=FILE, or a [caption] section to {config}")
+    captions = found["captions"] if top["captions"] else None
+    return Recipe(found["input"], found["out"], captions, top["held_out"], sections)
+
+
+def _brings_captions(source: Path, pipeline: str) -> bool:
+    """A table may have them, and a line of tools make them."""
+    is_table = source.suffix.lower() in (".csv", ".parquet")
+    return is_table or any(name.startswith("caption") for name in read_toml(pipeline))
+
+
+def _override(text: str, table: dict[str, Any]) -> None:
+    name, equals, raw = text.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not equals or (section not in SECTIONS if dot else section not in TOP):
+        raise ConfigError(f"override {text!r}: expected input=, captions=, out=, held_out= or SECTION.key=value")
+    if not dot:
+        table[section] = float(raw) if section == "held_out" and _is_number(raw) else raw.strip()
+        return
+    content = table.setdefault(section, {})
+    if key in ("config", "options"):
+        content[key] = raw.strip() if key == "config" else toml_value(raw.strip())
+    else:
+        content["set"] = [*content.get("set", []), f"{key}={raw}"]
+
+
+def _is_number(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        float(text)
+        return True
+    return False
+
+
+def steps_of(recipe: Recipe) -> list[Step]:
+    """All steps, their configs checked. Raises ConfigError."""
+    out, sections = recipe.out, recipe.sections
+    options = {name: tuple(map(str, content.get("options", ()))) for name, content in sections.items()}
+    manifest, train, held_out = out / "data" / "manifest.parquet", out / "train.parquet", out / "held_out.parquet"
+    pipeline = sections["pipeline"]
+    config = str(here_or_shipped(pipeline["config"]))
+    given = (f"input={recipe.input}", f"out={out / 'data'}", *pipeline.get("set", ()))
+    words = ("data_tools.pipeline", config, *given)
+    found = [Step("pipeline", "footage to clips", manifest, words, (Path(config),), looks=True)]
+    if recipe.captions is not None:
+        captioned = out / "captioned"
+        words = ("data_tools.caption", str(manifest), "--sidecar", str(recipe.captions), "--out", str(captioned))
+        found.append(
+            Step("captions", "captions to clips", captioned / manifest.name, words, (manifest, recipe.captions))
+        )
+        manifest = captioned / manifest.name
+    hold = lambda: hold_out(manifest, train, held_out, recipe.held_out)  # noqa: E731
+    title = f"{recipe.held_out:.0%} of the videos are held out"
+    found.append(Step("held-out", title, held_out, (str(recipe.held_out),), (manifest,), hold))
+    runs = list(_stages(recipe, train, held_out))
+    last = runs[-1]
+    if "preview" in sections:
+        changes = sections[last.name].get("set", ())
+        words = ("data_tools.preview", str(train), *changes, "--config", last.command[1], "--out", str(out / "preview"))
+        page = out / "preview" / "preview.html"
+        found.append(Step("preview", "a page of what training reads", page, (*words, *options["preview"]), (train,)))
+    found += runs
+    trained = tuple(step.output for step in runs if step.name != "stage0")
+    folders = [str(out / step.name) for step in runs if step.name != "stage0"]
+    if "evaluate" in sections:
+        result = out / "evaluation" / "evaluation.json"
+        words = ("stages.evaluate", folders[-1], "--manifest", str(held_out), "--out", str(result.parent))
+        reads = (last.output, held_out)
+        found.append(Step("evaluate", "measured on what was held out", result, (*words, *options["evaluate"]), reads))
+        trained = (*trained, result)
+    if "report" in sections:
+        page = out / "report" / "report.html"
+        words = ("stages.report", *folders, "--out", str(page.parent), *options["report"])
+        found.append(Step("report", "a page on all runs", page, words, trained))
+    if "card" in sections:
+        card = out / "card.md"
+        words = ("stages.weights", "card", folders[-1], "--out", str(card), *options["card"])
+        found.append(Step("card", "a model card", card, words, trained))
+    return found
+
+
+def _stages(recipe: Recipe, train: Path, held_out: Path) -> Iterator[Step]:
+    """Each stage goes on from the one before, with the autoencoder and text encoder of stage 0, if there is one."""
+    out, models, before = recipe.out, list[str](), None
+    for name in recipe.stages:
+        section = recipe.sections[name]
+        config, words = section["config"], [f"run.dir={out / name}", f"data.manifest={train}"]
+        words += [f"data.val_manifest={held_out}"]
+        if name == "stage0":
+            cfg: Any = load_autoencoder_config(config, [*section.get("set", ()), *words])
+            models = [f"vae.path={out / name / 'vae'}", f"model.in_channels={cfg.model.latent_channels}"]
+            if cfg.text.vocab_size:
+                models += [f"text.path={out / name / 'text'}", f"model.caption_channels={cfg.text.hidden_size}"]
+        else:
+            words += models
+            words += [] if before is None else [f"init.weights={out / before}"]
+            cfg = load_config(config, [*section.get("set", ()), *words])
+            if cfg.data.cache:
+                words.append(f"data.cache={out / 'cache' / name}")
+            check_stage(name, cfg)
+        file = here_or_shipped(config)
+        reads = [file, train, held_out]
+        reads += [out / earlier for earlier in recipe.stages[: recipe.stages.index(name)]]
+        command = (MODULES[name], str(file), *section.get("set", ()), *words)
+        output = out / name / "checkpoints" / f"step-{cfg.train.steps:08d}"
+        yield Step(name, f"{cfg.train.steps:,} steps", output, command, tuple(reads), config=cfg)
+        before = name if name != "stage0" else None
+
+
+def check_stage(name: str, cfg: Config) -> None:
+    from importlib import import_module
+
+    try:
+        import_module(MODULES[name]).check(cfg)
+    except ConfigError as error:
+        raise ConfigError(f"[{name}]: {error}") from None
+
+
+def hold_out(manifest: Path, train: Path, held_out: Path, share: float) -> None:
+    """Two manifests of one: whole videos are held out, chosen by their names alone. Raises DataError."""
+    import pyarrow as pa
+
+    from opensora_repro.data.manifest import read_manifest, write_manifest
+
+    table = read_manifest(manifest)
+    ids = table["id"].to_pylist()
+    sources = table["source"].to_pylist() if "source" in table.column_names else ids
+    names = [Path(source or name).name for source, name in zip(sources, ids, strict=True)]
+    if len(set(names)) == 1:  # one video: some of its clips, which resemble the others
+        names = ids
+    order = sorted(set(names), key=lambda name: digest([name]))
+    if len(order) < 2:
+        raise DataError(f"{manifest}: a single clip, of which none can be held out")
+    kept_apart = set(order[: max(1, round(share * len(order)))])
+    mask = [name in kept_apart for name in names]
+    write_manifest(table.filter(pa.array(mask)), held_out)
+    write_manifest(table.filter(pa.array([not held for held in mask])), train)
+    print(f"{len(mask) - sum(mask):,} clips in {train}, {sum(mask):,} in {held_out}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Following it
+
+
+def follow(recipe: Recipe, steps: Sequence[Step]) -> int:
+    record = Record(recipe.out)
+    for number, step in enumerate(steps, start=1):
+        title = f"[{number}/{len(steps)}] {step.name}: {step.what}"
+        if record.is_done(step) and not step.looks:
+            print(f"{title}: done before", flush=True)
+            continue
+        print(f"\n{title}", flush=True)
+        began, key = time.monotonic(), record.key(step)
+        code = 0
+        if step.work is not None:
+            step.work()
+        else:
+            code = call(step.command)
+        if code == 0 and not step.output.exists():
+            code = INTERRUPTED_BY_SIGTERM  # a stage that was told to stop has saved, and calls that well
+        if code:
+            print(f"{step.name} ended with exit code {code}; the same command goes on there", file=sys.stderr)
+            return code
+        record.put(step, key, time.monotonic() - began)
+    print(f"\ndone: {recipe.out}")
+    return 0
+
+
+def call(command: Sequence[str]) -> int:
+    """Run one of our command lines in a process of its own, which is told when this one is to end."""
+    print("$ python -m " + shlex.join(command), flush=True)
+    told: list[int] = []
+    with subprocess.Popen([sys.executable, "-m", *command]) as process:
+
+        def stop(number: int, _: object) -> None:
+            told.append(number)
+            process.send_signal(number)
+
+        before = signal.signal(signal.SIGTERM, stop)
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:  # which it has got from the terminal, too
+            process.wait()
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    return INTERRUPTED_BY_SIGTERM if told else code if code >= 0 else 128 - code
+
+
+class Record:
+    """OUT/recipe.json: of each finished step what it was done from, and how long it took."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.file = out, out / RECORD
+        try:
+            self.done: dict[str, Any] = json.loads(self.file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            self.done = {}
+
+    def key(self, step: Step) -> str:
+        """Of what it reads and how: files by content, runs by their newest checkpoint, OUT wherever it lies."""
+        words = [word.replace(str(self.out), "OUT") for word in step.command]
+        return digest([words, [contents(path) for path in step.reads]])
+
+    def is_done(self, step: Step) -> bool:
+        known = self.done.get(step.name, {})
+        return step.output.exists() and known.get("key") == self.key(step)
+
+    def put(self, step: Step, key: str, seconds: float) -> None:
+        self.done[step.name] = {"key": key, "seconds": round(seconds, 1)}
+        write_text(self.file, json.dumps(self.done, indent=1) + "\n")
+
+
+def contents(path: Path) -> str:
+    """What decides what is read there: a file's sha256; of a run, its newest checkpoint's, which knows its weights'."""
+    from opensora_repro.run_folder import STATE_FILE, list_checkpoints
+
+    if path.is_dir():
+        newest = path if (path / STATE_FILE).is_file() else next(iter(list_checkpoints(path)[::-1]), None)
+        return "nothing" if newest is None else sha256_of(newest / STATE_FILE)
+    return content_of(path) if path.is_file() else "nothing"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Looking at it
+
+
+def show(recipe: Recipe, steps: Sequence[Step], gpu: str | None) -> int:
+    """Print each step: whether it is done, its time and memory, and its command."""
+    from opensora_repro.planning.gpus import find_gpu
+    from opensora_repro.planning.report import duration, size
+    from opensora_repro.planning.rough import Machine, this_machine
+
+    machine = this_machine() if gpu is None else Machine("cuda", find_gpu(gpu))
+    record, total = Record(recipe.out), 0.0
+    for number, step in enumerate(steps, start=1):
+        known = record.done.get(step.name, {})
+        state = "to do"
+        if step.looks:
+            state = "looks for new input"
+        elif record.is_done(step):
+            state = f"done in {duration(known['seconds'])}"
+        seconds, memory = estimate(recipe, steps, step, machine)
+        told = [state]
+        if state == "to do" and step.config is not None:
+            told += ["time unknown" if seconds is None else f"about {duration(seconds)}"]
+            told += [] if memory is None else [f"about {size(memory)} of memory"]
+            total += seconds or 0.0
+        print(f"[{number}/{len(steps)}] {step.name}: {step.what} ({', '.join(told)})")
+        if step.command and step.work is None:
+            print(f"    python -m {shlex.join(step.command)}")
+    where = machine.gpu.name if machine.gpu is not None else "this machine"
+    print(f"training: about {duration(total)} on {where}, all steps as the heaviest; reading and encoding come on top")
+    return 0
+
+
+def estimate(recipe: Recipe, steps: Sequence[Step], step: Step, machine: Any) -> tuple[float | None, float | None]:
+    """Seconds and bytes of a training step; None for what nothing here can tell."""
+    from dataclasses import replace
+
+    from opensora_repro.planning import rough
+
+    if step.config is None:
+        return None, None
+    if step.name == "stage0":
+        return rough.of_autoencoder(step.config, machine), None
+    cfg, made = step.config, next((other.config for other in steps if other.name == "stage0"), None)
+    if made is None or made.model.kind != "image":
+        return rough.of_stage(cfg, machine)
+    with rough.planned(made) as (vae, text):
+        cfg = replace(cfg, vae=replace(cfg.vae, path=vae))
+        return rough.of_stage(replace(cfg, text=replace(cfg.text, path=text)) if made.text.vocab_size else cfg, machine)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
