@@ -52,6 +52,7 @@ def dpm_solver_sample(
     given: GivenFrames | None = None,
     next_noise: Callable[[], Tensor] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    watch: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Integrate x [B, C, T, H, W] from t = 1 to 1/N in `steps` uniform steps of one evaluation each.
 
@@ -74,6 +75,8 @@ def dpm_solver_sample(
         timestep = torch.full((len(x),), schedule.model_timestep(now), device=x.device)
         eps = model_fn(x, timestep, *masks)[:, : x.shape[1]]
         x_0 = (x - schedule.sigma(now) * eps) / math.exp(schedule.log_alpha(now))
+        if watch is not None:
+            watch(i + 1, torch.where(per_frame(masks[0]), x_0, x) if masks else x_0)
         log_snr = schedule.log_snr(now)
         step = schedule.log_snr(after) - log_snr
         target = x_0

@@ -33,6 +33,7 @@ FLOW_SAMPLERS = ("euler", "ab2")
 NUM_GUIDED_CHANNELS = 3  # published models guide the first three noise channels under IDDPM (inherited from DiT)
 
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
+Watch = Callable[[int, Tensor], None]  # (steps done, what the clean latents [B, C, T, H, W] would be by now)
 # (text, mask, null=the null caption or None) -> what the model takes in place of both; the null half follows the text
 PrepareText = Callable[..., Any]
 # The guided model -> what samples with it call in its place within the context
@@ -96,18 +97,25 @@ def guided_model(
     return guided
 
 
-def euler_sample(model_fn: ModelFn, x: Tensor, times: Tensor, progress: Progress | None = None) -> Tensor:
+def euler_sample(
+    model_fn: ModelFn, x: Tensor, times: Tensor, progress: Progress | None = None, watch: Watch | None = None
+) -> Tensor:
     """Follow the velocity from times[0] = 1 (noise) to times[-1] = 0 (data) by Euler steps; x is [B, C, T, H, W]."""
     grid, num_channels = times.tolist(), x.shape[1]
     for i, (now, after) in enumerate(pairwise(grid)):
         timestep = torch.full((len(x),), NUM_TIMESTEPS * now, device=x.device)
-        x = x + (after - now) * model_fn(x, timestep)[:, :num_channels]
+        velocity = model_fn(x, timestep)[:, :num_channels]
+        if watch is not None:
+            watch(i + 1, x - now * velocity)
+        x = x + (after - now) * velocity
         if progress is not None:
             progress(i + 1, len(grid) - 1)
     return x
 
 
-def ab2_sample(model_fn: ModelFn, x: Tensor, times: Tensor, progress: Progress | None = None) -> Tensor:
+def ab2_sample(
+    model_fn: ModelFn, x: Tensor, times: Tensor, progress: Progress | None = None, watch: Watch | None = None
+) -> Tensor:
     """As `euler_sample`, but to second order: each velocity is carried on as it changed since the one before.
 
     Adams and Bashforth's two-step method for steps of any sizes; a step calls the model once, as one of Euler's does.
@@ -117,6 +125,8 @@ def ab2_sample(model_fn: ModelFn, x: Tensor, times: Tensor, progress: Progress |
     for i, (now, after) in enumerate(pairwise(grid)):
         timestep = torch.full((len(x),), NUM_TIMESTEPS * now, device=x.device)
         velocity, step = model_fn(x, timestep)[:, :num_channels], after - now
+        if watch is not None:
+            watch(i + 1, x - now * velocity)
         x = x + step * (velocity + step / (2 * step_before) * (velocity - before))
         before, step_before = velocity, step
         if progress is not None:
@@ -133,6 +143,7 @@ def masked_flow_sample(
     *,
     second_order: bool = False,
     progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """As `euler_sample` (`second_order`: `ab2_sample`) where frames are given.
 
@@ -148,6 +159,8 @@ def masked_flow_sample(
         x = torch.where(joining, (1 - now) * x + now * noise, x)
         timestep = torch.full((len(x),), NUM_TIMESTEPS * now, device=x.device)
         velocity, step = model_fn(x, timestep, frame_mask)[:, :num_channels], after - now
+        if watch is not None:
+            watch(i + 1, torch.where(per_frame(frame_mask), x - now * velocity, x))
         change = velocity
         if second_order and math.isfinite(step_before):  # a frame's first step is Euler's
             change = velocity + step / (2 * step_before) * torch.where(joining, 0.0, velocity - before)
@@ -165,22 +178,32 @@ def iddpm_sample(
     next_noise: Callable[[], Tensor],
     *,
     progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Ancestral sampling over all steps of `diffusion`; x and every `next_noise()` are [B, C, T, H, W]."""
     for i in reversed(range(diffusion.num_steps)):
         t = torch.full((len(x),), i, device=x.device)
-        x, _ = diffusion.p_sample(model_fn, x, t, next_noise())
+        x, x_0 = diffusion.p_sample(model_fn, x, t, next_noise())
+        if watch is not None:
+            watch(diffusion.num_steps - i, x_0)
         if progress is not None:
             progress(diffusion.num_steps - i, diffusion.num_steps)
     return x
 
 
 def ddim_sample(
-    diffusion: GaussianDiffusion, model_fn: ModelFn, x: Tensor, *, progress: Progress | None = None
+    diffusion: GaussianDiffusion,
+    model_fn: ModelFn,
+    x: Tensor,
+    *,
+    progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Deterministic DDIM sampling (eta 0) over all steps of `diffusion`; x is [B, C, T, H, W]."""
     for i in reversed(range(diffusion.num_steps)):
-        x = diffusion.ddim_sample(model_fn, x, torch.full((len(x),), i, device=x.device))
+        x, x_0 = diffusion.ddim_sample(model_fn, x, torch.full((len(x),), i, device=x.device))
+        if watch is not None:
+            watch(diffusion.num_steps - i, x_0)
         if progress is not None:
             progress(diffusion.num_steps - i, diffusion.num_steps)
     return x
@@ -195,6 +218,7 @@ def masked_iddpm_sample(
     *,
     deterministic: bool = False,
     progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """As `iddpm_sample` (`deterministic`: `ddim_sample`) where frames are given.
 
@@ -208,9 +232,11 @@ def masked_iddpm_sample(
         t = torch.full((len(x),), i, device=x.device)
         seen = torch.where(per_frame(joins == i), diffusion.q_sample(x, t, next_noise()), x)
         if deterministic:
-            moved = diffusion.ddim_sample(model_fn, seen, t, joins > i)
+            moved, x_0 = diffusion.ddim_sample(model_fn, seen, t, joins > i)
         else:
-            moved, _ = diffusion.p_sample(model_fn, seen, t, next_noise(), joins > i)
+            moved, x_0 = diffusion.p_sample(model_fn, seen, t, next_noise(), joins > i)
+        if watch is not None:
+            watch(diffusion.num_steps - i, torch.where(per_frame(joins >= max(i, 1)), x_0, x))
         x = torch.where(per_frame(joins >= max(i, 1)), moved, x)
         if progress is not None:
             progress(diffusion.num_steps - i, diffusion.num_steps)
@@ -249,7 +275,8 @@ class LatentSampler:
     `name` chooses among IDDPM's samplers or the flow's, where all but "ab2" are Euler steps. Latents of patches of
     `patch_size` are tokens, whose number sets the flow's shift. `prepare_text` is the model's own, see `guided_model`;
     without it the model is called as in training, whatever stands between. The guided model is called within its
-    `call_context`, which ends with the sampling, alike at every step.
+    `call_context`, which ends with the sampling, alike at every step. `watch` is called in every step, once the model
+    was, with the clean latents as they are foreseen then; whatever it or `progress` raises ends the sampling.
     """
 
     objective: DiffusionConfig
@@ -260,6 +287,7 @@ class LatentSampler:
     prepare_text: PrepareText | None = None
     call_context: CallContext = nullcontext
     progress: Progress | None = None
+    watch: Watch | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -288,13 +316,19 @@ class LatentSampler:
         Open-Sora 1.2 needs. `conditions`: what else the model is told of each sample, [B] each. `given`: frames to
         start from.
         """
+
+        def outside_as_given(x: Tensor) -> Tensor:
+            if given is None or given.region is None:
+                return x
+            return torch.where(given.region.to(x.device), x, given.latents.to(x))
+
+        watch = self.watch
         found = self._sample(
             model, condition, mask, null_condition, shape=shape, generators=generators, size=size,
             conditions=conditions, given=given,
+            watch=None if watch is None else lambda done, x_0: watch(done, outside_as_given(x_0)),
         )  # fmt: skip
-        if given is None or given.region is None:
-            return found
-        return torch.where(given.region.to(found.device), found, given.latents.to(found))
+        return outside_as_given(found)
 
     def _sample(
         self,
@@ -308,6 +342,7 @@ class LatentSampler:
         size: Size | None,
         conditions: Mapping[str, Tensor] | None,
         given: GivenFrames | None,
+        watch: Watch | None,
     ) -> Tensor:
         def next_noise() -> Tensor:
             return draw_noise(shape, generators, condition.device)
@@ -340,22 +375,22 @@ class LatentSampler:
                     if given is not None:
                         return masked_flow_sample(
                             velocity_fn, noise, times, given, next_noise,
-                            second_order=second_order, progress=self.progress,
+                            second_order=second_order, progress=self.progress, watch=watch,
                         )  # fmt: skip
                     follow = ab2_sample if second_order else euler_sample
-                    return follow(velocity_fn, noise, times, self.progress)
+                    return follow(velocity_fn, noise, times, self.progress, watch)
                 if self.name == "dpm":
                     schedule = ContinuousSchedule(linear_betas())
                     return dpm_solver_sample(
                         model_fn, noise, schedule, self.steps,
-                        given=given, next_noise=next_noise, progress=self.progress,
+                        given=given, next_noise=next_noise, progress=self.progress, watch=watch,
                     )  # fmt: skip
                 diffusion = GaussianDiffusion.spaced(self.steps)
                 if given is not None:
                     return masked_iddpm_sample(
                         diffusion, model_fn, noise, given, next_noise,
-                        deterministic=self.name == "ddim", progress=self.progress,
+                        deterministic=self.name == "ddim", progress=self.progress, watch=watch,
                     )  # fmt: skip
                 if self.name == "ddim":
-                    return ddim_sample(diffusion, model_fn, noise, progress=self.progress)
-                return iddpm_sample(diffusion, model_fn, noise, next_noise, progress=self.progress)
+                    return ddim_sample(diffusion, model_fn, noise, progress=self.progress, watch=watch)
+                return iddpm_sample(diffusion, model_fn, noise, next_noise, progress=self.progress, watch=watch)

@@ -17,7 +17,7 @@ from opensora_repro.config import Config, ConfigError
 from opensora_repro.config.sections import sample_fps
 from opensora_repro.data.sample_frames import interval_of
 from opensora_repro.data.sampler import keyed_generator
-from opensora_repro.diffusion.samplers import CallContext, LatentSampler, PrepareText
+from opensora_repro.diffusion.samplers import CallContext, LatentSampler, PrepareText, Watch
 from opensora_repro.errors import TrainingError
 from opensora_repro.frozen.text import ClassLabels, ConditionEncoder, EncodedPrompts
 from opensora_repro.models.captioned import conditions_of
@@ -91,6 +91,7 @@ def generate(
     only: Sequence[int] | None = None,
     given: GivenFrames | None = None,
     clip: int = 0,
+    watch: Watch | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (index, video) for every prompt in turn; video is uint8 [num_frames, height, width, 3].
 
@@ -98,6 +99,7 @@ def generate(
 
     Size, sampler, its steps and guidance are those of `cfg.data` and `cfg.sample`; of the model, its own config says.
     `given`: frames that every sample starts from, latents [1, Cz, T', h, w] and ratios [1, T'].
+    `watch` is shown each batch's steps, see `LatentSampler`.
 
     Sample i's noise is keyed by (seed, i) alone, of a long video by the number of the `clip`, too; so the batch size
     and the other prompts change it by rounding at most.
@@ -122,6 +124,7 @@ def generate(
         patch_size=model.cfg.patch_size,
         prepare_text=_text_preparation(model, forward),
         call_context=call_context,
+        watch=watch,
     )
     size = (data.num_frames, data.height, data.width)
     for done, indices in enumerate(batches):

@@ -18,6 +18,7 @@ from opensora_repro.diffusion.gaussian import GaussianDiffusion, linear_betas
 from opensora_repro.diffusion.samplers import (
     LatentSampler,
     Progress,
+    Watch,
     ddim_sample,
     draw_noise,
     guided_model,
@@ -195,6 +196,47 @@ def test_progress_counts_every_step() -> None:
         sample(PointModel(objective), [0], objective=objective, sampler=sampler, steps=6,
                progress=lambda done, total, calls=calls: calls.append((done, total)))  # fmt: skip
         assert calls == [(i, 6) for i in range(1, 7)]
+
+
+@pytest.mark.parametrize("frames_given", [False, True])
+@pytest.mark.parametrize(("objective", "sampler"), ALL)
+def test_each_step_shows_the_clean_latents_as_they_are_foreseen(
+    objective: str, sampler: str, frames_given: bool
+) -> None:
+    inner = PointModel(objective)
+    latents = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(5))
+    ratios = torch.ones(1, SHAPE[1])
+    ratios[:, 0] = 0
+    region = torch.ones(1, 1, 1, *SHAPE[2:], dtype=torch.bool)
+    region[..., :2] = False
+    seen: list[tuple[int, Tensor]] = []
+
+    def follow(watch: Watch | None) -> Tensor:
+        return LatentSampler(
+            DiffusionConfig(objective=objective), sampler, steps=5, guidance=2.0, watch=watch
+        )(
+            lambda x, t, text, mask, frame_mask=None: inner(x, t, text, mask),
+            torch.full((2, 5, 3), 0.5), torch.ones(2, 5, dtype=torch.bool), torch.zeros(5, 3),
+            shape=SHAPE, generators=generators([0, 1]),
+            given=GivenFrames(latents, ratios, region).of(2) if frames_given else None,
+        )  # fmt: skip
+
+    watched = follow(lambda done, x_0: seen.append((done, x_0)))
+    assert torch.equal(watched, follow(None))
+    assert [done for done, _ in seen] == [1, 2, 3, 4, 5]
+    for _, x_0 in seen:
+        expected = torch.ones(2, *SHAPE)  # guided: 0 + 2 * (.5 - 0)
+        if objective == "iddpm" and sampler != "dpm":
+            expected[:, 3:] = 0.5
+        if frames_given:
+            expected = torch.where(region & (ratios > 0)[:, None, :, None, None], expected, latents)
+        torch.testing.assert_close(x_0, expected, rtol=0, atol=5e-3)
+
+    def cancel(done: int, x_0: Tensor) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        follow(cancel)
 
 
 def test_wrong_wishes_are_named() -> None:
