@@ -7,7 +7,7 @@ between, so the network sees fractional timesteps.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
@@ -42,6 +42,11 @@ class ContinuousSchedule:
         """What the network sees: 999 at t = 1, 0 at t = 1/N."""
         return (t - 1 / self.num_steps) * NUM_TIMESTEPS
 
+    def sampling_times(self, steps: int) -> list[float]:
+        """Uniform steps from 1 to 1/N: [steps + 1]."""
+        times: list[float] = np.linspace(1, 1 / self.num_steps, steps + 1).tolist()
+        return times
+
 
 def dpm_solver_sample(
     model_fn: ModelFn,
@@ -60,7 +65,7 @@ def dpm_solver_sample(
     output channels; a predicted variance is ignored. Of `given` frames one of edit ratio w below 1 stays as it is while
     t > w; then it takes of `next_noise()`, drawn at each step, and moves from there on, its first step of order 1.
     """
-    times: Sequence[float] = np.linspace(1, 1 / schedule.num_steps, steps + 1).tolist()
+    times = schedule.sampling_times(steps)
     older: tuple[float, Tensor] | None = None  # lambda and denoised sample of the step before
     masks: list[Tensor] = []  # the frame mask [B, T], where there is one
     if given is not None:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from opensora_repro.sampling.chain import Chain
     from opensora_repro.sampling.generate import Progress
     from opensora_repro.sampling.given import Given
+    from opensora_repro.sampling.speedups import Speedups
 
 CUT_SHOWN = 10  # prompts whose unread words are told
 
@@ -60,7 +61,7 @@ def with_options(
     """
     flow = cfg.diffusion.objective == "flow"
     if sampler is not None and (sampler in FLOW_SAMPLERS) != flow:
-        fitting = "euler or ab2" if flow else "iddpm, ddim or dpm"
+        fitting = "euler, ab2 or heun" if flow else "iddpm, ddim or dpm"
         raise ConfigError(f"--sampler {sampler}: this {cfg.diffusion.objective} model needs {fitting}")
 
     def given(section: Any, **options: Any) -> Any:
@@ -113,6 +114,7 @@ class SamplingRun:
     scores: Mapping[str, Any] = field(default_factory=dict)  # aesthetic, motion, camera: what prompts are told of them
     given: Given | None = None  # frames
     chain: Chain | None = None  # of several clips
+    speedups: Speedups | None = None
 
     @cached_property
     def texts(self) -> list[str]:
@@ -156,6 +158,7 @@ class SamplingRun:
             **self.scores,
             **({"given": self.given.settings()} if self.given is not None else {}),
             **({"long": self.chain.settings()} if self.chain is not None else {}),
+            **(self.speedups.settings() if self.speedups is not None else {}),
         }
 
     def check(self, device: torch.device, *, alone: bool) -> Check:
@@ -167,6 +170,8 @@ class SamplingRun:
         Mesh(launched_as()[0], world_size, sp_size=self.sp_size)
         source = self.source
         check_complete(source.weights, source.model)
+        if self.speedups is not None:
+            self.speedups.check(source.config, source.model, sp_size=self.sp_size)
         vae, conditions = open_frozen(source, device)
         if source.config.text.shard:
             if not isinstance(conditions, T5Text):
@@ -184,6 +189,7 @@ class SamplingRun:
                 batch_size=min(self.batch_size, len(todo)),
                 sp_size=self.sp_size,
                 world_size=world_size,
+                speedups=self.speedups,
             )
         warnings = [*unread_words(conditions, self.read)]
         if self.given is not None or self.chain is not None:
@@ -286,7 +292,7 @@ class SamplingRun:
     ) -> Iterator[tuple[int, np.ndarray | None]]:
         """This process's share of the samples: number and frames, or None for what is written already."""
         cfg, share = self.source.config, (mesh.data_rank, mesh.data_size)
-        calls = partial(generate, model, vae, conditions, cfg, seed=self.seed, forward=forward)
+        calls = partial(generate, model, vae, conditions, cfg, seed=self.seed, forward=forward, speedups=self.speedups)
         if self.given is not None or self.chain is not None:
             from opensora_repro.sampling.chain import given_videos
 

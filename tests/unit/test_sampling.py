@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,6 @@ from opensora_repro.diffusion.frame_masks import GivenFrames
 from opensora_repro.diffusion.gaussian import GaussianDiffusion, linear_betas
 from opensora_repro.diffusion.samplers import (
     LatentSampler,
-    Progress,
     Watch,
     ddim_sample,
     draw_noise,
@@ -60,12 +60,10 @@ def sample(
     sampler: str,
     guidance: float = 1.0,
     steps: int = 20,
-    progress: Progress | None = None,
+    **more: Any,
 ) -> Tensor:
     text = rearrange(torch.tensor([0.1 * (i + 1) for i in indices]), "b -> b 1 1").repeat(1, 5, 3)
-    return LatentSampler(
-        DiffusionConfig(objective=objective), sampler, steps=steps, guidance=guidance, progress=progress
-    )(
+    return LatentSampler(DiffusionConfig(objective=objective), sampler, steps=steps, guidance=guidance, **more)(
         model,
         text,
         torch.ones(len(indices), 5, dtype=torch.bool),
@@ -75,7 +73,7 @@ def sample(
     )
 
 
-ALL = [("flow", "euler"), ("flow", "ab2"), ("iddpm", "iddpm"), ("iddpm", "ddim"), ("iddpm", "dpm")]
+ALL = [("flow", "euler"), ("flow", "ab2"), ("flow", "heun"), ("iddpm", "iddpm"), ("iddpm", "ddim"), ("iddpm", "dpm")]
 
 
 @pytest.mark.parametrize(("objective", "sampler"), ALL)
@@ -121,6 +119,29 @@ def test_guidance_of_one_is_the_conditional_model_at_half_the_work(objective: st
     assert set(doubled.batches) == {4}
 
 
+@pytest.mark.parametrize(("objective", "sampler"), ALL)
+def test_outside_of_its_interval_guidance_costs_nothing(objective: str, sampler: str) -> None:
+    seen: list[tuple[float, int]] = []
+
+    class Watched(WavyModel):
+        def __call__(self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
+            seen.append((t[0].item() / 1000, len(x)))
+            return super().__call__(x, t, text, mask)
+
+    args: dict[str, Any] = {"objective": objective, "sampler": sampler, "guidance": 4.0, "steps": 10}
+    limited = sample(Watched(objective), [0, 1], **args, guidance_interval=(0.2, 0.8))
+    assert len(seen) == (19 if sampler == "heun" else 10)
+    assert {rows for level, rows in seen if 0.2 <= level <= 0.8} == {4}
+    assert {rows for level, rows in seen if not 0.2 <= level <= 0.8} == {2}
+    everywhere = sample(WavyModel(objective), [0, 1], **args, guidance_interval=(0.0, 0.9999))
+    if objective == "iddpm":
+        assert torch.equal(everywhere, sample(WavyModel(objective), [0, 1], **args))
+    nowhere = sample(WavyModel(objective), [0, 1], **args, guidance_interval=(0.0001, 0.0002))
+    unguided = sample(WavyModel(objective), [0, 1], **args | {"guidance": 1.0})
+    assert torch.equal(nowhere, unguided)
+    assert not torch.allclose(limited, everywhere, atol=1e-3) and not torch.allclose(limited, unguided, atol=1e-3)
+
+
 @pytest.mark.parametrize("num_guided", [None, 3])
 def test_guidance_formula(num_guided: int | None) -> None:
     text, null = torch.randn(2, 5, 3), torch.randn(5, 3)
@@ -157,7 +178,7 @@ def test_the_flow_sampler_walks_the_shifted_times(shift: float, size: int, expec
     assert seen == pytest.approx([1000 * expected * t / (1 + (expected - 1) * t) for t in (1, 0.75, 0.5, 0.25)])
 
 
-@pytest.mark.parametrize("name", ["flow-euler", "flow-ab2", "iddpm-iddpm", "iddpm-ddim", "iddpm-dpm"])
+@pytest.mark.parametrize("name", ["flow-euler", "flow-ab2", "flow-heun", "iddpm-iddpm", "iddpm-ddim", "iddpm-dpm"])
 def test_outside_of_a_region_the_model_sees_what_is_given_at_each_noise_level(name: str) -> None:
     objective, sampler = name.split("-")
     region = torch.zeros(1, 1, 1, *SHAPE[2:], dtype=torch.bool)
@@ -182,7 +203,7 @@ def test_outside_of_a_region_the_model_sees_what_is_given_at_each_noise_level(na
         model, torch.full((1, 5, 3), 0.5), torch.ones(1, 5, dtype=torch.bool), torch.zeros(5, 3),
         shape=SHAPE, generators=generators([0]), given=GivenFrames(latents, ratios, region),
     )  # fmt: skip
-    assert len(noises) == 6 and 0.6 < noises[0].std() < 1.4
+    assert len(noises) == (11 if sampler == "heun" else 6) and 0.6 < noises[0].std() < 1.4
     for noise in noises[1:]:
         torch.testing.assert_close(noise, noises[0], rtol=0, atol=2e-3)
     outside = (~region).expand_as(found)
