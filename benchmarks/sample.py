@@ -1,6 +1,9 @@
 """Sampling with guidance, ours beside a plain loop around the plain model, on this machine's CPU.
 
     python -m benchmarks.sample [--quick] [--one-thread] [--whole] [--steps N] [--seconds S] [--out FILE]
+    python -m benchmarks.sample RUN [--prompts N|FILE] [--step-cache FILE[:THRESHOLD]] [--one-thread] [--out FILE]
+
+The second measures what makes a run's sampling faster, see benchmarks/faster.py; the first, all that follows.
 
 One prompt, 16 frames of 256x256 pixels as latents, IDDPM with guidance in one batch of the prompt and the null caption,
 as the original samples.
@@ -22,8 +25,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks import faster
 from benchmarks.harness import Run, add_options, clock_of, in_turns, side_by_side, table, taking_turns, timed
 from benchmarks.limits import counted_flops, layer_shapes, matmul_limit, matmuls, share_of_limit
 from benchmarks.processes import Ask, Worker, in_processes, memory_columns, seconds_of
@@ -215,9 +220,31 @@ def _whole_line(whole: dict[str, Any] | None) -> list[str]:
     ]
 
 
+def measure_run(args: argparse.Namespace) -> None:
+    from opensora_repro.config.prompts import read_prompts
+    from opensora_repro.errors import UserError
+
+    record = Run("sample_faster", one_thread=args.one_thread)
+    clock = clock_of(args.one_thread)
+    try:
+        prompts = int(args.prompts) if args.prompts.isdigit() else read_prompts(Path(args.prompts))
+        found = faster.measure(args.run, prompts, batch_size=faster.BATCH, cache=args.step_cache, clock=clock)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
+    record.finish(found, faster.report, args.out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    add("run", nargs="?", type=Path, metavar="RUN", help="a run or checkpoint, whose sampling is made faster by parts")
+    add(
+        "--prompts",
+        default=str(faster.PROMPTS),
+        metavar="N|FILE",
+        help="with RUN: of the demo's (%(default)s), or texts",
+    )
+    add("--step-cache", metavar="FILE[:THRESHOLD]", help="with RUN: of stages.calibrate (that beside the checkpoint)")
     add("--quick", action="store_true", help="a smaller model, fewer frames, one prompt, less time")
     add("--whole", action="store_true", help=f"also {WHOLE_STEPS} steps, once by ours and plain: a quarter of an hour")
     add("--steps", type=int, default=STEPS, help="sampling steps of a timed run (default: %(default)s)")
@@ -225,6 +252,8 @@ def main() -> None:
     add_options(parser, "sample")
     args = parser.parse_args()
 
+    if args.run is not None:
+        return measure_run(args)
     sizes = QUICK if args.quick else FULL
     record = Run("sample", one_thread=args.one_thread)
     found = measure(

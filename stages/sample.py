@@ -21,6 +21,7 @@ from opensora_repro.files import user_path
 
 if TYPE_CHECKING:
     from opensora_repro.sampling.source import Source
+    from opensora_repro.sampling.speedups import Speedups
 
 SIZES = (
     "steps", "guidance", "num_frames", "height", "width", "fps", "sampler", "vae", "vae_tile", "text", "dtype",
@@ -71,7 +72,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("by default as in the checkpoint's config, or its release's").add_argument
     add("--steps", type=int, metavar="N", help="denoising steps (sample.steps)")
     add("--guidance", type=float, metavar="X", help="classifier-free guidance; 1 is none (sample.guidance)")
-    add("--sampler", choices=("iddpm", "ddim", "dpm", "euler", "ab2"), help="(sample.sampler)")
+    add("--sampler", choices=("iddpm", "ddim", "dpm", "euler", "ab2", "heun"), help="(sample.sampler)")
     add("--num-frames", metavar="N", help="frames, or 1.2's name of so many: 4s, 2x; 1 writes a png (data.num_frames)")
     add("--height", type=int, metavar="N", help="pixels (data.height)")
     add("--width", type=int, metavar="N", help="pixels (data.width)")
@@ -86,12 +87,25 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     shares = "each process of torchrun holds an equal share of T5, and gathers it part by part (text.shard)"
     add("--shard-text", action=argparse.BooleanOptionalAction, help=shares)
     add("--dtype", choices=("bf16", "fp32"), help="autocast (train.dtype)")
+    add_speedups(parser.add_argument_group("faster, and not quite the same").add_argument)
     add_given(parser.add_argument_group("frames that are given, of files or of the video itself").add_argument)
     add = parser.add_argument_group("words that 1.2's captions end with, added to each prompt").add_argument
     add("--aesthetic", metavar="X", help="aesthetic score, 1 to 10; none: no such words (6.5 with 1.2's release)")
     add("--motion", type=float, metavar="X", help="motion score, from 0 on; about 5 is usual")
     add("--camera", metavar="TEXT", help='camera motion, such as "pan left"')
     return parser.parse_args(joined(sys.argv[1:] if argv is None else argv))
+
+
+def add_speedups(add: Callable[..., object]) -> None:
+    add("--fast", action="store_true", help="few steps of a second-order sampler, guidance in an interval; see below")
+    interval = "noise levels, 0 (data) to 1, at which guidance acts; elsewhere half the work is left out"
+    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=interval)
+    serve = "steps that an output of spatial, temporal and cross attention serves, such as 2 4 6; 1: its own alone"
+    add("--broadcast", type=int, nargs=3, metavar=("SPATIAL", "TEMPORAL", "CROSS"), help=serve)
+    between = "shares of the steps between which --broadcast acts (0.1 0.9)"
+    add("--broadcast-between", type=float, nargs=2, metavar=("LOW", "HIGH"), help=between)
+    skipping = "skip all blocks while little changes, as stages.calibrate measured it (file beside the checkpoint)"
+    add("--step-cache", nargs="?", const="", metavar="FILE[:THRESHOLD]", help=skipping)
 
 
 def joined(argv: Sequence[str]) -> list[str]:
@@ -263,13 +277,15 @@ def sample(args: argparse.Namespace, prompts: list[str]) -> int:
         adapters = [read_adapter(spec, ema=not args.no_ema) for spec in args.lora]
         source = replace(source, adapters=(*source.adapters, *adapters))
     given = {name: getattr(args, name) for name in SIZES} | named(args, source)
+    lines = fast(args, source, given) if args.fast else []
     source = replace(source, config=with_options(source.config, **given))
     check_prompts_fit(source, prompts, labels=args.label is not None)
     more: dict[str, Any] = frames(args, source, prompts) if asks_for_frames(args, source, prompts) else {}
-    lines = more.pop("lines", [])
+    lines += more.pop("lines", [])
     source, prompts = more.pop("source", source), more.pop("prompts", prompts)
     scores = score_words(args, source)
     same = ("out", "seed", "batch_size", "sp_size", "device", "gif", "overwrite")
+    wished = speedups(args, source)
     run = SamplingRun(
         source,
         prompts,
@@ -277,11 +293,14 @@ def sample(args: argparse.Namespace, prompts: list[str]) -> int:
         negative=args.negative.strip(),
         **expansion(args, source),
         ema=not args.no_ema,
+        speedups=wished,
         **more,
         **{name: getattr(args, name) for name in same},
     )
     rank, world_size, local_rank = launched_as()
     device = pick_device(args.device, world_size, local_rank)
+    if wished is not None:
+        lines += wished.lines(source.config, on_gpu=device.type == "cuda")
     # The run checks its processes, too; a dry run may be asked without torchrun what they would do.
     check = run.check(device, alone=args.dry_run and world_size == 1)
     if rank == 0 and run.expander is not None and run.unexpanded:
@@ -317,6 +336,37 @@ def expansion(args: argparse.Namespace, source: Source) -> dict[str, Any]:
 
     expander = Expander(args.expand, source.config.data.manifest)
     return {"expander": expander, "expanded": {} if args.overwrite else remembered(args.out)}
+
+
+def fast(args: argparse.Namespace, source: Source, given: dict[str, Any]) -> list[str]:
+    """Let `--fast` choose what was not given; a line on it."""
+    from opensora_repro.sampling.speedups import fast_options
+
+    chosen = fast_options(source, given | {"guidance_interval": args.guidance_interval})
+    given |= {name: value for name, value in chosen.items() if name in SIZES}
+    if "guidance_interval" in chosen:
+        args.guidance_interval = chosen["guidance_interval"]
+    words = {
+        name: " ".join(map(str, value)) if isinstance(value, tuple) else str(value) for name, value in chosen.items()
+    }
+    return ["--fast: " + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in words.items())]
+
+
+def speedups(args: argparse.Namespace, source: Source) -> Speedups | None:
+    """What was asked for besides sampler and steps. Raises ConfigError."""
+    if args.broadcast_between is not None and args.broadcast is None:
+        raise ConfigError("--broadcast-between: give --broadcast, too, which acts there")
+    if args.guidance_interval is args.broadcast is args.step_cache is None:
+        return None
+    from opensora_repro.sampling.caches import Broadcast
+    from opensora_repro.sampling.speedups import Speedups, open_step_cache
+
+    between = {} if args.broadcast_between is None else {"between": tuple(args.broadcast_between)}
+    return Speedups(
+        None if args.guidance_interval is None else tuple(args.guidance_interval),
+        None if args.broadcast is None else Broadcast(*args.broadcast, **between),
+        None if args.step_cache is None else open_step_cache(args.step_cache, source, args.source),
+    )
 
 
 def named(args: argparse.Namespace, source: Source) -> dict[str, int]:

@@ -75,7 +75,7 @@ _CHOICES = {
     "train.kernels": ("auto", "eager", "triton"),
     "train.compile": ("auto", "on", "off"),
     "train.activation_checkpointing": ACTIVATION_CHECKPOINTING,
-    "sample.sampler": ("iddpm", "ddim", "dpm", "euler", "ab2"),
+    "sample.sampler": ("iddpm", "ddim", "dpm", "euler", "ab2", "heun"),
 }
 
 ROUNDING = 1e-6  # of a sum of shares
@@ -164,7 +164,7 @@ def _check_diffusion(config: Config, require: Any) -> None:
     where = f"with diffusion.objective = {diffusion.objective}"
     if iddpm:
         require("model.pred_sigma", config.model.pred_sigma, f"true {where} (it learns the variance)")
-        require("sample.sampler", sampler not in ("euler", "ab2"), f"iddpm, ddim or dpm {where}")
+        require("sample.sampler", sampler not in ("euler", "ab2", "heun"), f"iddpm, ddim or dpm {where}")
         require("sample.steps", steps <= 1000 or sampler == "dpm", f"at most 1000 with sample.sampler = {sampler}")
     require("diffusion.schedule", not (iddpm and diffusion.schedule), f'"" {where} (it is a flow\'s)')
     choices = ("uniform", "speed") if iddpm else ("logit-normal", "uniform", "discrete")

@@ -197,7 +197,7 @@ class EvaluateConfig:
 class SampleConfig:
     every: int = 0  # steps between samples during training; 0: never
     prompts: tuple[str, ...] = ()  # what to sample during training
-    sampler: str = "iddpm"  # "iddpm", "ddim" or "dpm"; flow models: "ab2" (second order), else "euler"
+    sampler: str = "iddpm"  # "iddpm", "ddim" or "dpm"; flow models: "ab2", "heun" (second order), else "euler"
     steps: int = 100  # denoising steps
     guidance: float = 7.0  # classifier-free guidance scale (cfg_scale); 1: none
     fps: int = 0  # frames a second of the written videos; 0: data.fps, or 8 without

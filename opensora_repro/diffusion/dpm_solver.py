@@ -7,7 +7,7 @@ between, so the network sees fractional timesteps.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
@@ -42,6 +42,11 @@ class ContinuousSchedule:
         """What the network sees: 999 at t = 1, 0 at t = 1/N."""
         return (t - 1 / self.num_steps) * NUM_TIMESTEPS
 
+    def sampling_times(self, steps: int) -> list[float]:
+        """Uniform steps from 1 to 1/N: [steps + 1]."""
+        times: list[float] = np.linspace(1, 1 / self.num_steps, steps + 1).tolist()
+        return times
+
 
 def dpm_solver_sample(
     model_fn: ModelFn,
@@ -52,6 +57,7 @@ def dpm_solver_sample(
     given: GivenFrames | None = None,
     next_noise: Callable[[], Tensor] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    watch: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Integrate x [B, C, T, H, W] from t = 1 to 1/N in `steps` uniform steps of one evaluation each.
 
@@ -59,7 +65,7 @@ def dpm_solver_sample(
     output channels; a predicted variance is ignored. Of `given` frames one of edit ratio w below 1 stays as it is while
     t > w; then it takes of `next_noise()`, drawn at each step, and moves from there on, its first step of order 1.
     """
-    times: Sequence[float] = np.linspace(1, 1 / schedule.num_steps, steps + 1).tolist()
+    times = schedule.sampling_times(steps)
     older: tuple[float, Tensor] | None = None  # lambda and denoised sample of the step before
     masks: list[Tensor] = []  # the frame mask [B, T], where there is one
     if given is not None:
@@ -74,6 +80,8 @@ def dpm_solver_sample(
         timestep = torch.full((len(x),), schedule.model_timestep(now), device=x.device)
         eps = model_fn(x, timestep, *masks)[:, : x.shape[1]]
         x_0 = (x - schedule.sigma(now) * eps) / math.exp(schedule.log_alpha(now))
+        if watch is not None:
+            watch(i + 1, torch.where(per_frame(masks[0]), x_0, x) if masks else x_0)
         log_snr = schedule.log_snr(now)
         step = schedule.log_snr(after) - log_snr
         target = x_0

@@ -202,12 +202,12 @@ class GaussianDiffusion:
         noisy = rearrange(t > 0, "b -> b 1 1 1 1")
         return torch.where(noisy, p.mean + torch.exp(0.5 * p.log_variance) * noise, p.mean), p.x_0
 
-    def ddim_sample(self, model_fn: ModelFn, x_t: Tensor, t: Tensor, *masks: Tensor) -> Tensor:
-        """One deterministic DDIM step (Song et al. 2021, arXiv:2010.02502, eq. 12 without noise): x_{t-1}."""
+    def ddim_sample(self, model_fn: ModelFn, x_t: Tensor, t: Tensor, *masks: Tensor) -> tuple[Tensor, Tensor]:
+        """One deterministic DDIM step (Song et al. 2021, arXiv:2010.02502, eq. 12 without noise): x_{t-1} and x_0."""
         x_0 = self.predict(model_fn(x_t, self._seen_by_model(t), *masks), x_t, t).x_0
         eps = (self._at("sqrt_recip_alphas_cumprod", t) * x_t - x_0) / self._at("sqrt_recipm1_alphas_cumprod", t)
         cleaner = self._at("alphas_cumprod_prev", t)
-        return torch.sqrt(cleaner) * x_0 + torch.sqrt(1 - cleaner) * eps
+        return torch.sqrt(cleaner) * x_0 + torch.sqrt(1 - cleaner) * eps, x_0
 
     # Training
 

@@ -7,8 +7,8 @@ be kept is kept: 1.1 lets the last step alter it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -29,14 +29,21 @@ if TYPE_CHECKING:
     from opensora_repro.config import DiffusionConfig
 
 IDDPM_SAMPLERS = ("iddpm", "ddim", "dpm")
-FLOW_SAMPLERS = ("euler", "ab2")
+FLOW_SAMPLERS = ("euler", "ab2", "heun")
 NUM_GUIDED_CHANNELS = 3  # published models guide the first three noise channels under IDDPM (inherited from DiT)
+EVERYWHERE = (0.0, 1.0)  # all noise levels
 
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
+Watch = Callable[[int, Tensor], None]  # (steps done, what the clean latents [B, C, T, H, W] would be by now)
 # (text, mask, null=the null caption or None) -> what the model takes in place of both; the null half follows the text
 PrepareText = Callable[..., Any]
 # The guided model -> what samples with it call in its place within the context
 CallContext = Callable[[ModelFn], AbstractContextManager[ModelFn]]
+
+
+def num_calls(sampler: str, steps: int) -> int:
+    """How often a sampler of that name calls the model."""
+    return 2 * steps - 1 if sampler == "heun" else steps
 
 
 def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator], device: torch.device) -> Tensor:
@@ -99,18 +106,37 @@ def guided_model(
     return guided
 
 
-def euler_sample(model_fn: ModelFn, x: Tensor, times: Tensor, progress: Progress | None = None) -> Tensor:
+def guided_within(
+    interval: tuple[float, float], levels: Iterable[float], guided: ModelFn, conditional: ModelFn
+) -> ModelFn:
+    """`guided` in calls whose noise level, of `levels` in turn, lies in the interval, else `conditional`."""
+    (low, high), coming = interval, iter(levels)
+
+    def model_fn(*inputs: Tensor) -> Tensor:
+        return guided(*inputs) if low <= next(coming) <= high else conditional(*inputs)
+
+    return model_fn
+
+
+def euler_sample(
+    model_fn: ModelFn, x: Tensor, times: Tensor, progress: Progress | None = None, watch: Watch | None = None
+) -> Tensor:
     """Follow the velocity from times[0] = 1 (noise) to times[-1] = 0 (data) by Euler steps; x is [B, C, T, H, W]."""
     grid, num_channels = times.tolist(), x.shape[1]
     for i, (now, after) in enumerate(pairwise(grid)):
         timestep = torch.full((len(x),), NUM_TIMESTEPS * now, device=x.device)
-        x = x + (after - now) * model_fn(x, timestep)[:, :num_channels]
+        velocity = model_fn(x, timestep)[:, :num_channels]
+        if watch is not None:
+            watch(i + 1, x - now * velocity)
+        x = x + (after - now) * velocity
         if progress is not None:
             progress(i + 1, len(grid) - 1)
     return x
 
 
-def ab2_sample(model_fn: ModelFn, x: Tensor, times: Tensor, progress: Progress | None = None) -> Tensor:
+def ab2_sample(
+    model_fn: ModelFn, x: Tensor, times: Tensor, progress: Progress | None = None, watch: Watch | None = None
+) -> Tensor:
     """As `euler_sample`, but to second order: each velocity is carried on as it changed since the one before.
 
     Adams and Bashforth's two-step method for steps of any sizes; a step calls the model once, as one of Euler's does.
@@ -120,11 +146,41 @@ def ab2_sample(model_fn: ModelFn, x: Tensor, times: Tensor, progress: Progress |
     for i, (now, after) in enumerate(pairwise(grid)):
         timestep = torch.full((len(x),), NUM_TIMESTEPS * now, device=x.device)
         velocity, step = model_fn(x, timestep)[:, :num_channels], after - now
+        if watch is not None:
+            watch(i + 1, x - now * velocity)
         x = x + step * (velocity + step / (2 * step_before) * (velocity - before))
         before, step_before = velocity, step
         if progress is not None:
             progress(i + 1, len(grid) - 1)
     return x
+
+
+def heun_sample(
+    model_fn: ModelFn, x: Tensor, times: Tensor, progress: Progress | None = None, watch: Watch | None = None
+) -> Tensor:
+    """As `euler_sample`, but to second order: along the mean of the velocities at both ends of each step.
+
+    Heun's method as Karras et al. have it (2022, arXiv:2206.00364): the last step is Euler's, all others call the model
+    twice.
+    """
+    grid, num_channels = times.tolist(), x.shape[1]
+
+    def velocity_at(x: Tensor, time: float) -> Tensor:
+        return model_fn(x, torch.full((len(x),), NUM_TIMESTEPS * time, device=x.device))[:, :num_channels]
+
+    for i, (now, after) in enumerate(pairwise(grid)):
+        velocity = velocity_at(x, now)
+        if watch is not None:
+            watch(i + 1, x - now * velocity)
+        if after > 0:
+            velocity = (velocity + velocity_at(x + (after - now) * velocity, after)) / 2
+        x = x + (after - now) * velocity
+        if progress is not None:
+            progress(i + 1, len(grid) - 1)
+    return x
+
+
+FOLLOW = {"euler": euler_sample, "ab2": ab2_sample, "heun": heun_sample}
 
 
 def masked_flow_sample(
@@ -134,10 +190,11 @@ def masked_flow_sample(
     given: GivenFrames,
     next_noise: Callable[[], Tensor],
     *,
-    second_order: bool = False,
+    name: str = "euler",
     progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
-    """As `euler_sample` (`second_order`: `ab2_sample`) where frames are given.
+    """As `euler_sample` (`name`: "ab2" as `ab2_sample`, "heun" as `heun_sample`) where frames are given.
 
     A frame of edit ratio w below 1 stays as it is while t > w; then it is noised to t, and moves from there on.
     x and every `next_noise()`, one a step, are [B, C, T, H, W].
@@ -151,9 +208,15 @@ def masked_flow_sample(
         x = torch.where(joining, (1 - now) * x + now * noise, x)
         timestep = torch.full((len(x),), NUM_TIMESTEPS * now, device=x.device)
         velocity, step = model_fn(x, timestep, frame_mask)[:, :num_channels], after - now
+        if watch is not None:
+            watch(i + 1, torch.where(per_frame(frame_mask), x - now * velocity, x))
         change = velocity
-        if second_order and math.isfinite(step_before):  # a frame's first step is Euler's
+        if name == "ab2" and math.isfinite(step_before):  # a frame's first step is Euler's
             change = velocity + step / (2 * step_before) * torch.where(joining, 0.0, velocity - before)
+        elif name == "heun" and after > 0:
+            ahead = torch.where(per_frame(frame_mask), x + step * velocity, x)
+            timestep = torch.full((len(x),), NUM_TIMESTEPS * after, device=x.device)
+            change = (velocity + model_fn(ahead, timestep, frame_mask)[:, :num_channels]) / 2
         x = torch.where(per_frame(frame_mask), x + step * change, x)
         before, step_before = velocity, step
         if progress is not None:
@@ -168,22 +231,32 @@ def iddpm_sample(
     next_noise: Callable[[], Tensor],
     *,
     progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Ancestral sampling over all steps of `diffusion`; x and every `next_noise()` are [B, C, T, H, W]."""
     for i in reversed(range(diffusion.num_steps)):
         t = torch.full((len(x),), i, device=x.device)
-        x, _ = diffusion.p_sample(model_fn, x, t, next_noise())
+        x, x_0 = diffusion.p_sample(model_fn, x, t, next_noise())
+        if watch is not None:
+            watch(diffusion.num_steps - i, x_0)
         if progress is not None:
             progress(diffusion.num_steps - i, diffusion.num_steps)
     return x
 
 
 def ddim_sample(
-    diffusion: GaussianDiffusion, model_fn: ModelFn, x: Tensor, *, progress: Progress | None = None
+    diffusion: GaussianDiffusion,
+    model_fn: ModelFn,
+    x: Tensor,
+    *,
+    progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Deterministic DDIM sampling (eta 0) over all steps of `diffusion`; x is [B, C, T, H, W]."""
     for i in reversed(range(diffusion.num_steps)):
-        x = diffusion.ddim_sample(model_fn, x, torch.full((len(x),), i, device=x.device))
+        x, x_0 = diffusion.ddim_sample(model_fn, x, torch.full((len(x),), i, device=x.device))
+        if watch is not None:
+            watch(diffusion.num_steps - i, x_0)
         if progress is not None:
             progress(diffusion.num_steps - i, diffusion.num_steps)
     return x
@@ -198,6 +271,7 @@ def masked_iddpm_sample(
     *,
     deterministic: bool = False,
     progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """As `iddpm_sample` (`deterministic`: `ddim_sample`) where frames are given.
 
@@ -211,9 +285,11 @@ def masked_iddpm_sample(
         t = torch.full((len(x),), i, device=x.device)
         seen = torch.where(per_frame(joins == i), diffusion.q_sample(x, t, next_noise()), x)
         if deterministic:
-            moved = diffusion.ddim_sample(model_fn, seen, t, joins > i)
+            moved, x_0 = diffusion.ddim_sample(model_fn, seen, t, joins > i)
         else:
-            moved, _ = diffusion.p_sample(model_fn, seen, t, next_noise(), joins > i)
+            moved, x_0 = diffusion.p_sample(model_fn, seen, t, next_noise(), joins > i)
+        if watch is not None:
+            watch(diffusion.num_steps - i, torch.where(per_frame(joins >= max(i, 1)), x_0, x))
         x = torch.where(per_frame(joins >= max(i, 1)), moved, x)
         if progress is not None:
             progress(diffusion.num_steps - i, diffusion.num_steps)
@@ -249,22 +325,27 @@ def inpainting(model_fn: ModelFn, given: GivenFrames, noise: Tensor, *, flow: bo
 class LatentSampler:
     """From noise to latents of a trained model.
 
-    `name` chooses among IDDPM's samplers or the flow's, where all but "ab2" are Euler steps. Latents of patches of
+    Guidance acts at noise levels, 0 to 1, within `guidance_interval` (Kynkaanniemi et al. 2024, arXiv:2404.07724); at
+    others the conditional half alone is computed. An IDDPM timestep's level is its thousandth.
+    `name` chooses among IDDPM's samplers or the flow's, where names of neither are Euler's. Latents of patches of
     `patch_size` are tokens, whose number sets the flow's shift. `prepare_text` is the model's own, see `guided_model`;
     without it the model is called as in training, whatever stands between. The guided model is called within its
     `call_context`, which ends with the sampling, alike at every step. `null_mask` [L]: where the null condition is a
-    negative prompt, see `guided_model`.
+    negative prompt, see `guided_model`. `watch` is called in every step, once the model was, with the clean latents as
+    they are foreseen then; whatever it or `progress` raises ends the sampling.
     """
 
     objective: DiffusionConfig
     name: str
     steps: int
     guidance: float
+    guidance_interval: tuple[float, float] = EVERYWHERE
     patch_size: Sequence[int] = (1, 2, 2)
     prepare_text: PrepareText | None = None
     call_context: CallContext = nullcontext
     progress: Progress | None = None
     null_mask: Tensor | None = None
+    watch: Watch | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -272,6 +353,16 @@ class LatentSampler:
         if self.objective.objective != "flow" and self.name not in IDDPM_SAMPLERS:
             expected = ", ".join(IDDPM_SAMPLERS)
             raise ValueError(f"sampler {self.name!r} does not fit an IDDPM model; choose from {expected}")
+
+    def levels(self, tokens: int, frames: int, *, size: Size | None) -> list[float]:
+        """The noise level, 0 to 1, of each call of the model in turn."""
+        if self.objective.objective == "flow":
+            times = build_flow(self.objective).sampling_times(self.steps, tokens, frames, size=size).tolist()[:-1]
+            return [times[0], *(t for t in times[1:] for _ in range(2))] if self.name == "heun" else times
+        if self.name == "dpm":
+            schedule = ContinuousSchedule(linear_betas())
+            return [schedule.model_timestep(t) / NUM_TIMESTEPS for t in schedule.sampling_times(self.steps)[:-1]]
+        return [t / NUM_TIMESTEPS for t in reversed(GaussianDiffusion.spaced(self.steps).timestep_map)]
 
     def __call__(
         self,
@@ -293,13 +384,19 @@ class LatentSampler:
         Open-Sora 1.2 needs. `conditions`: what else the model is told of each sample, [B] each. `given`: frames to
         start from.
         """
+
+        def outside_as_given(x: Tensor) -> Tensor:
+            if given is None or given.region is None:
+                return x
+            return torch.where(given.region.to(x.device), x, given.latents.to(x))
+
+        watch = self.watch
         found = self._sample(
             model, condition, mask, null_condition, shape=shape, generators=generators, size=size,
             conditions=conditions, given=given,
+            watch=None if watch is None else lambda done, x_0: watch(done, outside_as_given(x_0)),
         )  # fmt: skip
-        if given is None or given.region is None:
-            return found
-        return torch.where(given.region.to(found.device), found, given.latents.to(found))
+        return outside_as_given(found)
 
     def _sample(
         self,
@@ -313,55 +410,63 @@ class LatentSampler:
         size: Size | None,
         conditions: Mapping[str, Tensor] | None,
         given: GivenFrames | None,
+        watch: Watch | None,
     ) -> Tensor:
         def next_noise() -> Tensor:
             return draw_noise(shape, generators, condition.device)
 
         flow = self.objective.objective == "flow"
-        # What stands between may keep tensors that training goes on with, which inference mode would spoil.
-        with torch.inference_mode() if self.prepare_text is not None else torch.no_grad():
-            model_fn = guided_model(
+        tokens, frames = count_tokens(shape, self.patch_size), count_frames(shape, self.patch_size)
+
+        def guided(guidance: float) -> ModelFn:
+            return guided_model(
                 model,
                 condition,
                 mask,
                 null_condition,
-                guidance=self.guidance,
+                guidance=guidance,
                 num_guided=NUM_GUIDED_CHANNELS if not flow and self.name in ("iddpm", "ddim") else None,
                 prepare_text=self.prepare_text,
                 conditions=conditions,
                 null_mask=self.null_mask,
             )
+
+        # What stands between may keep tensors that training goes on with, which inference mode would spoil.
+        with torch.inference_mode() if self.prepare_text is not None else torch.no_grad(), ExitStack() as stack:
+            model_fn = stack.enter_context(self.call_context(guided(self.guidance)))
+            if self.guidance != 1 and self.guidance_interval != EVERYWHERE:
+                conditional = stack.enter_context(self.call_context(guided(1.0)))
+                levels = self.levels(tokens, frames, size=size)
+                model_fn = guided_within(self.guidance_interval, levels, model_fn, conditional)
             noise = next_noise()
-            with self.call_context(model_fn) as model_fn:
-                if given is not None and given.region is not None:
-                    model_fn = inpainting(model_fn, given, noise, flow=flow)
-                if flow:
-                    tokens, frames = count_tokens(shape, self.patch_size), count_frames(shape, self.patch_size)
-                    path, second_order = build_flow(self.objective), self.name == "ab2"
-                    times = path.sampling_times(self.steps, tokens, frames, size=size)
+            if given is not None and given.region is not None:
+                model_fn = inpainting(model_fn, given, noise, flow=flow)
+            if flow:
+                path = build_flow(self.objective)
+                times = path.sampling_times(self.steps, tokens, frames, size=size)
 
-                    def velocity_fn(x: Tensor, timestep: Tensor, *masks: Tensor) -> Tensor:
-                        return path.velocity(model_fn(x, timestep, *masks), shape[0])
+                def velocity_fn(x: Tensor, timestep: Tensor, *masks: Tensor) -> Tensor:
+                    return path.velocity(model_fn(x, timestep, *masks), shape[0])
 
-                    if given is not None:
-                        return masked_flow_sample(
-                            velocity_fn, noise, times, given, next_noise,
-                            second_order=second_order, progress=self.progress,
-                        )  # fmt: skip
-                    follow = ab2_sample if second_order else euler_sample
-                    return follow(velocity_fn, noise, times, self.progress)
-                if self.name == "dpm":
-                    schedule = ContinuousSchedule(linear_betas())
-                    return dpm_solver_sample(
-                        model_fn, noise, schedule, self.steps,
-                        given=given, next_noise=next_noise, progress=self.progress,
-                    )  # fmt: skip
-                diffusion = GaussianDiffusion.spaced(self.steps)
                 if given is not None:
-                    return masked_iddpm_sample(
-                        diffusion, model_fn, noise, given, next_noise,
-                        deterministic=self.name == "ddim", progress=self.progress,
+                    return masked_flow_sample(
+                        velocity_fn, noise, times, given, next_noise,
+                        name=self.name, progress=self.progress, watch=watch,
                     )  # fmt: skip
-                if self.name == "ddim":
-                    return ddim_sample(diffusion, model_fn, noise, progress=self.progress)
-                return iddpm_sample(diffusion, model_fn, noise, next_noise, progress=self.progress)
+                follow = FOLLOW.get(self.name, euler_sample)
+                return follow(velocity_fn, noise, times, self.progress, watch)
+            if self.name == "dpm":
+                schedule = ContinuousSchedule(linear_betas())
+                return dpm_solver_sample(
+                    model_fn, noise, schedule, self.steps,
+                    given=given, next_noise=next_noise, progress=self.progress, watch=watch,
+                )  # fmt: skip
+            diffusion = GaussianDiffusion.spaced(self.steps)
+            if given is not None:
+                return masked_iddpm_sample(
+                    diffusion, model_fn, noise, given, next_noise,
+                    deterministic=self.name == "ddim", progress=self.progress, watch=watch,
+                )  # fmt: skip
+            if self.name == "ddim":
+                return ddim_sample(diffusion, model_fn, noise, progress=self.progress, watch=watch)
+            return iddpm_sample(diffusion, model_fn, noise, next_noise, progress=self.progress, watch=watch)

@@ -153,7 +153,7 @@ class CaptionedModel(nn.Module):
         # Contiguous, or one sample's strides would differ from several samples', for which blocks are compiled again.
         modulation = modulation.contiguous()
         with self.as_precise_as(x):
-            x = self._run_blocks(x, texts, modulation, captions, temporal)
+            x = self.run_blocks(x, texts, modulation, captions, temporal)
             x = self.final_layer(x, final)  # [B, T', S, pT * pH * pW * C_out]
         return unpatchify(x, self.cfg.patch_size, latents.shape[2:])
 
@@ -239,7 +239,7 @@ class CaptionedModel(nn.Module):
         """
         self._compiled_block = torch.compile(run_block, backend=backend)
 
-    def _run_blocks(
+    def run_blocks(
         self,
         x: Tensor,
         texts: Sequence[BlockText],
@@ -247,6 +247,7 @@ class CaptionedModel(nn.Module):
         captions: WholeCaptions,
         temporal: Tensor | None,
     ) -> Tensor:
+        """Tokens [B, T, S, D] through all blocks; `modulation` may have more samples, one a caption."""
         keep = self.activation_checkpointing if torch.is_grad_enabled() else "none"
         compiled = self._compiled_block if torch.is_grad_enabled() else None
         plain = compiled is None and keep == "none"

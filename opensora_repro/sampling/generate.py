@@ -17,7 +17,7 @@ from opensora_repro.config import Config, ConfigError
 from opensora_repro.config.sections import sample_fps
 from opensora_repro.data.sample_frames import interval_of
 from opensora_repro.data.sampler import keyed_generator
-from opensora_repro.diffusion.samplers import CallContext, LatentSampler, PrepareText
+from opensora_repro.diffusion.samplers import EVERYWHERE, CallContext, LatentSampler, PrepareText, Watch, num_calls
 from opensora_repro.errors import TrainingError
 from opensora_repro.frozen.text import ClassLabels, ConditionEncoder, EncodedPrompts
 from opensora_repro.models.captioned import conditions_of
@@ -29,6 +29,7 @@ from opensora_repro.sampling.graphs import StepGraphs
 if TYPE_CHECKING:
     from opensora_repro.diffusion.frame_masks import GivenFrames
     from opensora_repro.frozen.autoencoder import Autoencoder
+    from opensora_repro.sampling.speedups import Speedups
     from opensora_repro.weights.families import Network
 
 
@@ -92,6 +93,8 @@ def generate(
     given: GivenFrames | None = None,
     clip: int = 0,
     negative: str = "",
+    watch: Watch | None = None,
+    speedups: Speedups | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (index, video) for every prompt in turn; video is uint8 [num_frames, height, width, 3].
 
@@ -99,6 +102,7 @@ def generate(
 
     Size, sampler, its steps and guidance are those of `cfg.data` and `cfg.sample`; of the model, its own config says.
     `given`: frames that every sample starts from, latents [1, Cz, T', h, w] and ratios [1, T'].
+    `watch` is shown each batch's steps, see `LatentSampler`. `speedups`: what its caches and its guidance leave out.
 
     `negative`: a text that guidance leads away from, in place of the null caption.
 
@@ -116,22 +120,29 @@ def generate(
     batches = [todo[i : i + batch_size] for i in range(0, len(todo), batch_size)]
     batches = batches[share[0] :: share[1]]
     device = next(model.parameters()).device
-    call_context: CallContext = StepGraphs() if captures(model, forward, device.type, sample.steps) else nullcontext
     null, null_mask = encode_negative(encoder, negative) if negative else (None, None)
+    caches = None if speedups is None else speedups.caches()
+    graphs = caches is None and captures(model, forward, device.type, sample.steps)
+    call_context: CallContext = StepGraphs() if graphs else nullcontext
     sampler = LatentSampler(
         cfg.diffusion,
         sample.sampler,
         steps=sample.steps,
         guidance=sample.guidance,
+        guidance_interval=speedups.guidance_interval or EVERYWHERE if speedups is not None else EVERYWHERE,
         patch_size=model.cfg.patch_size,
         prepare_text=_text_preparation(model, forward),
         call_context=call_context,
         null_mask=null_mask,
+        watch=watch,
     )
     size = (data.num_frames, data.height, data.width)
     for done, indices in enumerate(batches):
         condition, mask = encoder.encode([prompts[i] for i in indices])
-        with evaluating(model):
+        with (
+            evaluating(model),
+            nullcontext() if caches is None else caches(model, num_calls(sample.sampler, sample.steps)),
+        ):
             latents = replace(sampler, progress=_counted(progress, done, len(batches)))(
                 forward or model,
                 condition.to(device),

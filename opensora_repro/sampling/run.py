@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from opensora_repro.sampling.expand import Expander
     from opensora_repro.sampling.generate import Progress
     from opensora_repro.sampling.given import Given
+    from opensora_repro.sampling.speedups import Speedups
 
 CUT_SHOWN = 10  # prompts whose unread words are told
 
@@ -63,7 +64,7 @@ def with_options(
     """
     flow = cfg.diffusion.objective == "flow"
     if sampler is not None and (sampler in FLOW_SAMPLERS) != flow:
-        fitting = "euler or ab2" if flow else "iddpm, ddim or dpm"
+        fitting = "euler, ab2 or heun" if flow else "iddpm, ddim or dpm"
         raise ConfigError(f"--sampler {sampler}: this {cfg.diffusion.objective} model needs {fitting}")
 
     def given(section: Any, **options: Any) -> Any:
@@ -119,6 +120,7 @@ class SamplingRun:
     negative: str = ""  # a text that guidance leads away from, in place of the null caption
     expander: Expander | None = None  # rewrites prompts before they are read,
     expanded: Mapping[str, str] | None = None  # but for those that it has rewritten already
+    speedups: Speedups | None = None
 
     @cached_property
     def texts(self) -> list[str]:
@@ -180,6 +182,7 @@ class SamplingRun:
             **({"negative": self.negative} if self.negative else {}),
             **({"given": self.given.settings()} if self.given is not None else {}),
             **({"long": self.chain.settings()} if self.chain is not None else {}),
+            **(self.speedups.settings() if self.speedups is not None else {}),
         }
 
     def check(self, device: torch.device, *, alone: bool) -> Check:
@@ -193,6 +196,8 @@ class SamplingRun:
         self._check_negative()
         check_complete(source.weights, source.model)
         check_adapters(source.adapters, source.model)
+        if self.speedups is not None:
+            self.speedups.check(source.config, source.model, sp_size=self.sp_size)
         vae, conditions = open_frozen(source, device)
         if source.config.text.shard:
             if not isinstance(conditions, T5Text):
@@ -210,6 +215,7 @@ class SamplingRun:
                 batch_size=min(self.batch_size, len(todo)),
                 sp_size=self.sp_size,
                 world_size=world_size,
+                speedups=self.speedups,
             )
         warnings = [*unread_words(conditions, self.read)]
         warnings += unread_words(conditions, [self.negative], "--negative") if self.negative else []
@@ -340,7 +346,10 @@ class SamplingRun:
     ) -> Iterator[tuple[int, np.ndarray | None]]:
         """This process's share of the samples: number and frames, or None for what is written already."""
         cfg, share = self.source.config, (mesh.data_rank, mesh.data_size)
-        calls = partial(generate, model, vae, conditions, cfg, seed=self.seed, forward=forward, negative=self.negative)
+        calls = partial(
+            generate, model, vae, conditions, cfg,
+            seed=self.seed, forward=forward, negative=self.negative, speedups=self.speedups,
+        )  # fmt: skip
         if self.given is not None or self.chain is not None:
             from opensora_repro.sampling.chain import given_videos
 

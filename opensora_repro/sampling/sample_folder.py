@@ -17,7 +17,8 @@ from opensora_repro.files import remove_folder, write_text
 
 RECORD = "samples.json"
 PLACES = ("checkpoint", "file")  # where something lay: what it was, weights_sha256 says
-SOMETIMES = ("given", "long", "negative")  # settings that only samples have which were given frames, are chained, ...
+# Settings of samples that were given frames, are chained, were made faster, ...: others have none
+SOMETIMES = ("given", "long", "negative", "lora", "guidance_interval", "broadcast", "step_cache")
 SHOWN = 4  # differences named
 _SAMPLE = re.compile(r"\d{4,}\.(mp4|png|gif)")
 

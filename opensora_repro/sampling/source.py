@@ -28,7 +28,7 @@ from opensora_repro.weights.files import WeightsFile, open_weights, recorded_sha
 from opensora_repro.weights.published import describe
 
 if TYPE_CHECKING:
-    pass
+    from opensora_repro.sampling.speedups import Speedups
 
 
 # Frames of the longest clips that releases were trained with, where their defaults are shorter
@@ -124,6 +124,7 @@ def check_memory(
     batch_size: int,
     sp_size: int = 1,
     world_size: int = 1,
+    speedups: Speedups | None = None,
 ) -> str:
     """A line on what a process needs and this machine has. Raises ConfigError where it does not have that at all."""
     data, stride = source.config.data, vae.spatial_stride
@@ -142,6 +143,9 @@ def check_memory(
         sp_size=sp_size,
         world_size=world_size,
     )
+    if speedups is not None:
+        kept = speedups.memory(cfg, source.model, batch_size=batch_size, sp_size=sp_size)
+        need = replace(need, denoising=need.denoising + kept)
     room = room_on(device)
     peak = room.processes * need.peak
     parts = f"weights {size(need.weights)}, autoencoder and text encoder {size(need.frozen)}, "

@@ -183,7 +183,7 @@ MISTAKES = {
     "no frames": (["{home}/flow", "--prompt", "x", "--num-frames", "0"], "--num-frames 0: expected at least 1"),
     "sampler": (
         ["{home}/flow", "--prompt", "x", "--sampler", "dpm"],
-        "this flow model needs euler or ab2",
+        "this flow model needs euler, ab2 or heun",
     ),
     "euler": (["{home}/iddpm", "--prompt", "x", "--sampler", "euler"], "this iddpm model needs iddpm, ddim or dpm"),
     "guidance": (["{home}/flow", "--prompt", "x", "--guidance", "nan"], "--guidance nan: expected a finite number"),

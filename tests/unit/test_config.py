@@ -129,7 +129,7 @@ def test_wrong_type_in_file_and_section_that_is_none(tmp_path: Path) -> None:
         "data.height=0",
         "train.dtype=fp16",
         "diffusion.objective=ddpm",
-        "sample.sampler=heun",
+        "sample.sampler=rk4",
         "ema.decay=1.0",
         "optim.lr=0",
         "optim.betas=[0.9, 1.0]",

@@ -21,7 +21,7 @@ from opensora_repro.diffusion.flow import (
     shift_time,
 )
 from opensora_repro.diffusion.gaussian import GaussianDiffusion, build_objective
-from opensora_repro.diffusion.samplers import ab2_sample, euler_sample
+from opensora_repro.diffusion.samplers import ab2_sample, euler_sample, heun_sample
 from opensora_repro.models.layers import count_tokens
 
 
@@ -141,7 +141,7 @@ def test_unknown_objective_is_named() -> None:
         build_objective(DiffusionConfig(objective="ddpm"))
 
 
-@pytest.mark.parametrize("follow", [euler_sample, ab2_sample])
+@pytest.mark.parametrize("follow", [euler_sample, ab2_sample, heun_sample])
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_a_point_target_is_reached_in_any_number_of_steps(steps: int, follow: Callable[..., Tensor]) -> None:
     """With one data point every path is straight, so steps of any size are exact."""
@@ -155,7 +155,7 @@ def test_a_point_target_is_reached_in_any_number_of_steps(steps: int, follow: Ca
     torch.testing.assert_close(follow(velocity, noise, times), target.expand_as(noise), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("follow", "left"), [(euler_sample, 0.6), (ab2_sample, 0.3)])
+@pytest.mark.parametrize(("follow", "left"), [(euler_sample, 0.6), (ab2_sample, 0.3), (heun_sample, 0.3)])
 def test_a_gaussian_target_is_reached_to_the_order(follow: Callable[..., Tensor], left: float) -> None:
     """Data N(m, s^2): the exact flow maps noise n to m + s n; half the step leaves half the error, or a quarter."""
     m, s = 0.7, 0.3

@@ -193,7 +193,7 @@ def test_sampling_loops(case: Callable[[str], Case], name: str) -> None:
         if name.startswith("p_"):
             x, x_0 = (published if published.clip else diffusion).p_sample(model, x, t, g["noises"][i])
         elif name == "ddim_eta0":
-            x = diffusion.ddim_sample(model, x, t)
+            x, _ = diffusion.ddim_sample(model, x, t)
         else:
             x = published.ddim_noisy(model, x, t, g["noises"][i], eta=0.5)
         assert relative_error(x, g[f"{name}.samples"][i]) <= g.info["tolerances"]["per_step_rel"], i

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -141,6 +142,7 @@ def sample(
     sampler: str,
     call_context: CallContext,
     given: GivenFrames | None = None,
+    **more: Any,
 ) -> Tensor:
     text = isinstance(model, STDiT)
     condition = torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(0)) if text else torch.arange(3)
@@ -152,6 +154,7 @@ def sample(
         guidance=4.0,
         prepare_text=model.prepare_text if isinstance(model, STDiT) else None,
         call_context=call_context,
+        **more,
     )(
         model,
         condition[rows],
@@ -197,6 +200,18 @@ def test_masks_of_frames_are_replayed_as_they_change(objective: str, sampler: st
     )
     assert torch.equal(replayed, plain) and [graph.replays for graph in made] == [7 - WARM_UP]
     assert torch.equal(plain[0, :, 0], given.latents[0, :, 0]) and not torch.allclose(plain, free, atol=1e-2)
+
+
+def test_guidance_in_an_interval_is_two_graphs() -> None:
+    torch.manual_seed(0)
+    model = random_weights(STDiT(STDIT)).eval()
+    graphs, made = recording(CPU)
+    plain, replayed = (
+        sample(model, [0, 1], objective="flow", sampler="euler", call_context=way, guidance_interval=(0.7, 1.0))
+        for way in (nullcontext, graphs)
+    )
+    assert torch.equal(replayed, plain)
+    assert sum(graph.replays for graph in made) == 7 - 2 * WARM_UP and len(made) == 2
 
 
 def test_who_samples_through_graphs() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from opensora_repro.diffusion.frame_masks import GivenFrames
 from opensora_repro.diffusion.gaussian import GaussianDiffusion, linear_betas
 from opensora_repro.diffusion.samplers import (
     LatentSampler,
-    Progress,
+    Watch,
     ddim_sample,
     draw_noise,
     guided_model,
@@ -59,12 +60,10 @@ def sample(
     sampler: str,
     guidance: float = 1.0,
     steps: int = 20,
-    progress: Progress | None = None,
+    **more: Any,
 ) -> Tensor:
     text = rearrange(torch.tensor([0.1 * (i + 1) for i in indices]), "b -> b 1 1").repeat(1, 5, 3)
-    return LatentSampler(
-        DiffusionConfig(objective=objective), sampler, steps=steps, guidance=guidance, progress=progress
-    )(
+    return LatentSampler(DiffusionConfig(objective=objective), sampler, steps=steps, guidance=guidance, **more)(
         model,
         text,
         torch.ones(len(indices), 5, dtype=torch.bool),
@@ -74,7 +73,7 @@ def sample(
     )
 
 
-ALL = [("flow", "euler"), ("flow", "ab2"), ("iddpm", "iddpm"), ("iddpm", "ddim"), ("iddpm", "dpm")]
+ALL = [("flow", "euler"), ("flow", "ab2"), ("flow", "heun"), ("iddpm", "iddpm"), ("iddpm", "ddim"), ("iddpm", "dpm")]
 
 
 @pytest.mark.parametrize(("objective", "sampler"), ALL)
@@ -120,6 +119,29 @@ def test_guidance_of_one_is_the_conditional_model_at_half_the_work(objective: st
     assert set(doubled.batches) == {4}
 
 
+@pytest.mark.parametrize(("objective", "sampler"), ALL)
+def test_outside_of_its_interval_guidance_costs_nothing(objective: str, sampler: str) -> None:
+    seen: list[tuple[float, int]] = []
+
+    class Watched(WavyModel):
+        def __call__(self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
+            seen.append((t[0].item() / 1000, len(x)))
+            return super().__call__(x, t, text, mask)
+
+    args: dict[str, Any] = {"objective": objective, "sampler": sampler, "guidance": 4.0, "steps": 10}
+    limited = sample(Watched(objective), [0, 1], **args, guidance_interval=(0.2, 0.8))
+    assert len(seen) == (19 if sampler == "heun" else 10)
+    assert {rows for level, rows in seen if 0.2 <= level <= 0.8} == {4}
+    assert {rows for level, rows in seen if not 0.2 <= level <= 0.8} == {2}
+    everywhere = sample(WavyModel(objective), [0, 1], **args, guidance_interval=(0.0, 0.9999))
+    if objective == "iddpm":
+        assert torch.equal(everywhere, sample(WavyModel(objective), [0, 1], **args))
+    nowhere = sample(WavyModel(objective), [0, 1], **args, guidance_interval=(0.0001, 0.0002))
+    unguided = sample(WavyModel(objective), [0, 1], **args | {"guidance": 1.0})
+    assert torch.equal(nowhere, unguided)
+    assert not torch.allclose(limited, everywhere, atol=1e-3) and not torch.allclose(limited, unguided, atol=1e-3)
+
+
 @pytest.mark.parametrize("num_guided", [None, 3])
 def test_guidance_formula(num_guided: int | None) -> None:
     text, null = torch.randn(2, 5, 3), torch.randn(5, 3)
@@ -156,7 +178,7 @@ def test_the_flow_sampler_walks_the_shifted_times(shift: float, size: int, expec
     assert seen == pytest.approx([1000 * expected * t / (1 + (expected - 1) * t) for t in (1, 0.75, 0.5, 0.25)])
 
 
-@pytest.mark.parametrize("name", ["flow-euler", "flow-ab2", "iddpm-iddpm", "iddpm-ddim", "iddpm-dpm"])
+@pytest.mark.parametrize("name", ["flow-euler", "flow-ab2", "flow-heun", "iddpm-iddpm", "iddpm-ddim", "iddpm-dpm"])
 def test_outside_of_a_region_the_model_sees_what_is_given_at_each_noise_level(name: str) -> None:
     objective, sampler = name.split("-")
     region = torch.zeros(1, 1, 1, *SHAPE[2:], dtype=torch.bool)
@@ -181,7 +203,7 @@ def test_outside_of_a_region_the_model_sees_what_is_given_at_each_noise_level(na
         model, torch.full((1, 5, 3), 0.5), torch.ones(1, 5, dtype=torch.bool), torch.zeros(5, 3),
         shape=SHAPE, generators=generators([0]), given=GivenFrames(latents, ratios, region),
     )  # fmt: skip
-    assert len(noises) == 6 and 0.6 < noises[0].std() < 1.4
+    assert len(noises) == (11 if sampler == "heun" else 6) and 0.6 < noises[0].std() < 1.4
     for noise in noises[1:]:
         torch.testing.assert_close(noise, noises[0], rtol=0, atol=2e-3)
     outside = (~region).expand_as(found)
@@ -195,6 +217,47 @@ def test_progress_counts_every_step() -> None:
         sample(PointModel(objective), [0], objective=objective, sampler=sampler, steps=6,
                progress=lambda done, total, calls=calls: calls.append((done, total)))  # fmt: skip
         assert calls == [(i, 6) for i in range(1, 7)]
+
+
+@pytest.mark.parametrize("frames_given", [False, True])
+@pytest.mark.parametrize(("objective", "sampler"), ALL)
+def test_each_step_shows_the_clean_latents_as_they_are_foreseen(
+    objective: str, sampler: str, frames_given: bool
+) -> None:
+    inner = PointModel(objective)
+    latents = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(5))
+    ratios = torch.ones(1, SHAPE[1])
+    ratios[:, 0] = 0
+    region = torch.ones(1, 1, 1, *SHAPE[2:], dtype=torch.bool)
+    region[..., :2] = False
+    seen: list[tuple[int, Tensor]] = []
+
+    def follow(watch: Watch | None) -> Tensor:
+        return LatentSampler(
+            DiffusionConfig(objective=objective), sampler, steps=5, guidance=2.0, watch=watch
+        )(
+            lambda x, t, text, mask, frame_mask=None: inner(x, t, text, mask),
+            torch.full((2, 5, 3), 0.5), torch.ones(2, 5, dtype=torch.bool), torch.zeros(5, 3),
+            shape=SHAPE, generators=generators([0, 1]),
+            given=GivenFrames(latents, ratios, region).of(2) if frames_given else None,
+        )  # fmt: skip
+
+    watched = follow(lambda done, x_0: seen.append((done, x_0)))
+    assert torch.equal(watched, follow(None))
+    assert [done for done, _ in seen] == [1, 2, 3, 4, 5]
+    for _, x_0 in seen:
+        expected = torch.ones(2, *SHAPE)  # guided: 0 + 2 * (.5 - 0)
+        if objective == "iddpm" and sampler != "dpm":
+            expected[:, 3:] = 0.5
+        if frames_given:
+            expected = torch.where(region & (ratios > 0)[:, None, :, None, None], expected, latents)
+        torch.testing.assert_close(x_0, expected, rtol=0, atol=5e-3)
+
+    def cancel(done: int, x_0: Tensor) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        follow(cancel)
 
 
 def test_wrong_wishes_are_named() -> None:

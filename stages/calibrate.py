@@ -1,0 +1,94 @@
+"""Measure on a run's own prompts how far a step cache may go, for `stages.sample --step-cache`.
+
+The prompts are sampled in full, which tells how the change of the blocks' input foretells that of what they add; then
+with thresholds on that, each of which is told with its speed-up and its PSNR to the full sampler's videos.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from opensora_repro.config import ConfigError
+from opensora_repro.errors import run_command
+from opensora_repro.files import user_path
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m stages.calibrate", description=__doc__)
+    add = parser.add_argument
+    source = "folder of a run (its newest checkpoint), a checkpoint, or published weights (file, folder)"
+    add("source", metavar="RUN_OR_CHECKPOINT", type=user_path, help=source)
+    lines = "one prompt a line, as the model will be asked; a dozen are enough"
+    add("--prompts", type=user_path, required=True, metavar="FILE", help=lines)
+    add("--out", type=user_path, metavar="FILE", help="where to write (step_cache.json beside the checkpoint)")
+    add(
+        "--psnr",
+        type=float,
+        default=30.0,
+        metavar="DB",
+        help="take the fastest threshold with at least so much (%(default)g)",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="of the noise (%(default)s)")
+    add("--batch-size", type=int, default=8, metavar="N", help="prompts at once (%(default)s)")
+    add("--device", help="such as cuda, cuda:1 or cpu (a GPU where there is one)")
+    add("--no-ema", action="store_true", help="for the trained weights, not their moving average")
+    add = parser.add_argument_group("by default as in the checkpoint's config, or its release's").add_argument
+    add("--sampler", choices=("iddpm", "ddim", "dpm", "euler", "ab2", "heun"), help="(sample.sampler)")
+    add("--steps", type=int, metavar="N", help="denoising steps (sample.steps)")
+    add("--guidance", type=float, metavar="X", help="classifier-free guidance (sample.guidance)")
+    add("--num-frames", type=int, metavar="N", help="(data.num_frames)")
+    add("--height", type=int, metavar="N", help="pixels (data.height)")
+    add("--width", type=int, metavar="N", help="pixels (data.width)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    return run_command(lambda: run(args), kept="nothing is written before the end", less_memory="Lower --batch-size")
+
+
+def run(args: argparse.Namespace) -> int:
+    from opensora_repro.config.prompts import read_prompts
+
+    for name in ("steps", "batch_size", "num_frames", "height", "width"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    return measure(args, read_prompts(args.prompts))
+
+
+def measure(args: argparse.Namespace, prompts: list[str]) -> int:
+    import json
+    from dataclasses import replace
+
+    from opensora_repro.files import write_text
+    from opensora_repro.sampling.calibration import calibrate
+    from opensora_repro.sampling.run import pick_device, with_options
+    from opensora_repro.sampling.source import find_source
+    from opensora_repro.sampling.speedups import CALIBRATION
+
+    source = find_source(args.source, ema=not args.no_ema)
+    names = ("sampler", "steps", "guidance", "num_frames", "height", "width")
+    options: dict[str, Any] = {name: getattr(args, name) for name in names}
+    config = with_options(source.config, vae=None, text=None, shard_text=None, fps=None, dtype=None, **options)
+    out = args.out or (args.source if args.source.is_dir() else args.source.parent) / CALIBRATION
+    found = calibrate(
+        replace(source, config=config),
+        prompts,
+        pick_device(args.device, 1, 0),
+        seed=args.seed,
+        batch_size=args.batch_size,
+        least_psnr=args.psnr,
+    )
+    write_text(out, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    if not any(row["psnr"] >= args.psnr for row in found["thresholds"]):
+        print(f"warning: no threshold keeps {args.psnr:g} dB, the smallest is taken", file=sys.stderr)
+    print(f"threshold {found['threshold']:g} taken; written to {out}, which stages.sample --step-cache reads")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
