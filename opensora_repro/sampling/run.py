@@ -36,6 +36,7 @@ from opensora_repro.weights.load import LoadReport, check_complete, load_model_w
 if TYPE_CHECKING:
     import numpy as np
 
+    from opensora_repro.diffusion.samplers import Watch
     from opensora_repro.parallel.shards import Shards
     from opensora_repro.sampling.chain import Chain
     from opensora_repro.sampling.generate import Progress
@@ -113,6 +114,10 @@ class SamplingRun:
     scores: Mapping[str, Any] = field(default_factory=dict)  # aesthetic, motion, camera: what prompts are told of them
     given: Given | None = None  # frames
     chain: Chain | None = None  # of several clips
+    # What stands between for one who keeps models, and looks on: in place of `load_models` and of a bar, and beside it
+    load: Callable[..., tuple[Network, Autoencoder, ConditionEncoder, LoadReport]] | None = None
+    progress: Progress | None = None
+    watch: Watch | None = None
 
     @cached_property
     def texts(self) -> list[str]:
@@ -243,20 +248,20 @@ class SamplingRun:
         # What a run was trained with on a GPU need not run on the device that samples it.
         choose("eager" if cfg.train.kernels == "eager" else "auto", device.type)
         shards = build_shards(engine) if cfg.text.shard else None
-        model, vae, conditions, report = load_models(self.source, device, shards)
+        model, vae, conditions, report = (self.load or load_models)(self.source, device, shards)
         if engine.is_main:
             print(report)
         before = set(range(len(self.prompts))) - set(todo)
         written: list[int] = []
         with (
-            closing(ProgressBar("sampling", shown=engine.is_main)) as bar,
+            closing(ProgressBar("sampling", shown=engine.is_main and self.progress is None)) as bar,
             torch.autocast(device.type, torch.bfloat16, enabled=cfg.train.dtype == "bf16"),
         ):
             for index, video in self._videos(
                 model,
                 vae,
                 conditions,
-                progress=bar,
+                progress=self.progress or bar,
                 forward=engine.spread(model),
                 todo=todo,
                 mesh=mesh,
@@ -286,7 +291,7 @@ class SamplingRun:
     ) -> Iterator[tuple[int, np.ndarray | None]]:
         """This process's share of the samples: number and frames, or None for what is written already."""
         cfg, share = self.source.config, (mesh.data_rank, mesh.data_size)
-        calls = partial(generate, model, vae, conditions, cfg, seed=self.seed, forward=forward)
+        calls = partial(generate, model, vae, conditions, cfg, seed=self.seed, forward=forward, watch=self.watch)
         if self.given is not None or self.chain is not None:
             from opensora_repro.sampling.chain import given_videos
 
