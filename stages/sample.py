@@ -38,6 +38,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
     lines = "one prompt a line (UTF-8); blank lines and lines that start with # are passed over"
     prompts.add_argument("--prompts", type=user_path, metavar="FILE", help=lines)
+    negative = "what guidance leads away from, in place of the null caption"
+    add("--negative", default="", metavar="TEXT", help=negative)
     labels = "class number, for models conditioned on a class; may be given several times"
     prompts.add_argument("--label", action="append", metavar="N", help=labels)
     add(
@@ -247,6 +249,7 @@ def build_run(args: argparse.Namespace) -> tuple[SamplingRun, list[str]]:
         source,
         prompts,
         scores=scores,
+        negative=args.negative.strip(),
         ema=not args.no_ema,
         **more,
         **{name: getattr(args, name) for name in same},

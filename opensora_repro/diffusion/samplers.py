@@ -55,11 +55,13 @@ def guided_model(
     num_guided: int | None = None,
     prepare_text: PrepareText | None = None,
     conditions: Mapping[str, Tensor] | None = None,
+    null_mask: Tensor | None = None,
 ) -> ModelFn:
     """Classifier-free guidance (Ho & Salimans 2022) in one forward of [conditional; null].
 
     The condition is text [B, L, Ct] or labels [B]; the null condition is one sample's, [L, Ct] or []. The null caption
-    is cut by each prompt's own mask [B, L], as in the published model. The output's first `num_guided` channels (None:
+    is cut by each prompt's own mask [B, L], as in the published model; with `null_mask` [L] it is a text, a negative
+    prompt, whose own tokens are read, as diffusers' pipelines do. The output's first `num_guided` channels (None:
     all) are guided; the others are the conditional half's. A guidance of 1 needs no null half.
     With the model's `prepare_text` what it makes of the text alone is computed here, once, and both halves share their
     latents. `conditions`: what else the model is told, [B] each. The guided model takes a frame mask [B, T] third,
@@ -75,14 +77,15 @@ def guided_model(
             condition, mask = prepare_text(condition, mask, null=None), None
         return lambda x, timestep, frame_mask=None: model(x, timestep, condition, mask, **given(frame_mask))
     if prepare_text is not None:
-        prepared = prepare_text(condition, mask, null=null_condition)
+        prepared = prepare_text(condition, mask, null=null_condition, null_mask=null_mask)
 
         def both_halves(x: Tensor, timestep: Tensor, frame_mask: Tensor | None) -> Tensor:
             return model(x, timestep, prepared, **given(frame_mask))
 
     else:
         both = torch.cat([condition, null_condition.to(condition).expand_as(condition)])
-        both_mask = None if mask is None else torch.cat([mask, mask])
+        null_rows = mask if mask is None or null_mask is None else null_mask.expand_as(mask)
+        both_mask = None if mask is None else torch.cat([mask, null_rows])
         told = {name: torch.cat([value, value]) for name, value in told.items()}
 
         def both_halves(x: Tensor, timestep: Tensor, frame_mask: Tensor | None) -> Tensor:
@@ -277,6 +280,7 @@ class LatentSampler:
     without it the model is called as in training, whatever stands between. The guided model is called within its
     `call_context`, which ends with the sampling, alike at every step. `watch` is called in every step, once the model
     was, with the clean latents as they are foreseen then; whatever it or `progress` raises ends the sampling.
+    `null_mask` [L]: where the null condition is a negative prompt, see `guided_model`.
     """
 
     objective: DiffusionConfig
@@ -288,6 +292,7 @@ class LatentSampler:
     call_context: CallContext = nullcontext
     progress: Progress | None = None
     watch: Watch | None = None
+    null_mask: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -359,6 +364,7 @@ class LatentSampler:
                 num_guided=NUM_GUIDED_CHANNELS if not flow and self.name in ("iddpm", "ddim") else None,
                 prepare_text=self.prepare_text,
                 conditions=conditions,
+                null_mask=self.null_mask,
             )
             noise = next_noise()
             with self.call_context(model_fn) as model_fn:

@@ -162,11 +162,19 @@ class CaptionedModel(nn.Module):
         mixed = x.dtype != dtype and not torch.is_autocast_enabled(kind)
         return torch.autocast(kind, dtype) if mixed else contextlib.nullcontext()
 
-    def prepare_text(self, text: Tensor, mask: Tensor | None = None, *, null: Tensor | None = None) -> PreparedText:
+    def prepare_text(
+        self,
+        text: Tensor,
+        mask: Tensor | None = None,
+        *,
+        null: Tensor | None = None,
+        null_mask: Tensor | None = None,
+    ) -> PreparedText:
         """What `forward` takes in place of text [B, L, Ct] and mask [B, L], to compute it once for many calls.
 
-        With `null` [L, Ct] B more samples follow, the null caption under each mask. It holds for these weights and
-        this autocast alone, and keeps no gradients where there are none to keep: call it under no_grad to sample.
+        With `null` [L, Ct] B more samples follow, the null caption under each mask, or under its own, `null_mask` [L].
+        It holds for these weights and this autocast alone, and keeps no gradients where there are none to keep: call
+        it under no_grad to sample.
         """
         text, mask = self.unpack_text(text, mask)
         self.check_text(text, mask, len(text))
@@ -174,6 +182,9 @@ class CaptionedModel(nn.Module):
         if null is not None:
             rows = [*range(samples), *[samples] * samples]
             text = torch.cat([text, null[None, : text.shape[1]].to(text)])
+            if null_mask is not None:
+                mask = torch.ones(samples, text.shape[1], dtype=torch.bool) if mask is None else mask
+                mask = torch.cat([mask, null_mask.to(mask).expand_as(mask)])
             samples *= 2
             # Without a mask: the same, for the samples must still be told apart from the captions
             mask = torch.ones(samples, text.shape[1], dtype=torch.bool) if mask is None else mask

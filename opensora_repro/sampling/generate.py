@@ -92,6 +92,7 @@ def generate(
     given: GivenFrames | None = None,
     clip: int = 0,
     watch: Watch | None = None,
+    negative: str = "",
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (index, video) for every prompt in turn; video is uint8 [num_frames, height, width, 3].
 
@@ -99,7 +100,8 @@ def generate(
 
     Size, sampler, its steps and guidance are those of `cfg.data` and `cfg.sample`; of the model, its own config says.
     `given`: frames that every sample starts from, latents [1, Cz, T', h, w] and ratios [1, T'].
-    `watch` is shown each batch's steps, see `LatentSampler`.
+    `negative`: a text that guidance leads away from, in place of the null caption. `watch` is shown each batch's steps,
+    see `LatentSampler`.
 
     Sample i's noise is keyed by (seed, i) alone, of a long video by the number of the `clip`, too; so the batch size
     and the other prompts change it by rounding at most.
@@ -116,6 +118,7 @@ def generate(
     batches = batches[share[0] :: share[1]]
     device = next(model.parameters()).device
     call_context: CallContext = StepGraphs() if captures(model, forward, device.type, sample.steps) else nullcontext
+    null, null_mask = encode_negative(encoder, negative) if negative else (None, None)
     sampler = LatentSampler(
         cfg.diffusion,
         sample.sampler,
@@ -125,6 +128,7 @@ def generate(
         prepare_text=_text_preparation(model, forward),
         call_context=call_context,
         watch=watch,
+        null_mask=null_mask,
     )
     size = (data.num_frames, data.height, data.width)
     for done, indices in enumerate(batches):
@@ -134,7 +138,7 @@ def generate(
                 forward or model,
                 condition.to(device),
                 mask,
-                model.null_condition(),
+                model.null_condition() if null is None else null,
                 shape=shape,
                 generators=[keyed_generator(seed, clip, str(i), "sample") for i in indices],
                 size=size,
@@ -145,6 +149,12 @@ def generate(
             if not latent.isfinite().all():
                 raise NotFinite(f"sample {i}: the model's latents are not finite{_advice(cfg)}")
             yield i, decode(vae, latent, num_frames=data.num_frames)
+
+
+def encode_negative(encoder: ConditionEncoder | EncodedPrompts, text: str) -> tuple[Tensor, Tensor | None]:
+    """A text for the place of the null condition, [L, Ct], and its own mask [L], in host memory; None for CLIP's."""
+    condition, mask = encoder.encode([text])
+    return condition[0], None if mask is None else mask[0]
 
 
 def _told(model: Network, cfg: Config, size: tuple[int, int, int], num_samples: int) -> dict[str, Tensor]:

@@ -114,6 +114,7 @@ class SamplingRun:
     scores: Mapping[str, Any] = field(default_factory=dict)  # aesthetic, motion, camera: what prompts are told of them
     given: Given | None = None  # frames
     chain: Chain | None = None  # of several clips
+    negative: str = ""  # a text that guidance leads away from, in place of the null caption
     # What stands between for one who keeps models, and looks on: in place of `load_models` and of a bar, and beside it
     load: Callable[..., tuple[Network, Autoencoder, ConditionEncoder, LoadReport]] | None = None
     progress: Progress | None = None
@@ -159,6 +160,7 @@ class SamplingRun:
             "model": asdict(model),
             "diffusion": asdict(cfg.diffusion),
             **self.scores,
+            **({"negative": self.negative} if self.negative else {}),
             **({"given": self.given.settings()} if self.given is not None else {}),
             **({"long": self.chain.settings()} if self.chain is not None else {}),
         }
@@ -171,6 +173,7 @@ class SamplingRun:
         world_size = self.sp_size if alone else launched_as()[1]
         Mesh(launched_as()[0], world_size, sp_size=self.sp_size)
         source = self.source
+        self._check_negative()
         check_complete(source.weights, source.model)
         vae, conditions = open_frozen(source, device)
         if source.config.text.shard:
@@ -191,11 +194,18 @@ class SamplingRun:
                 world_size=world_size,
             )
         warnings = [*unread_words(conditions, self.read)]
+        warnings += unread_words(conditions, [self.negative], "--negative") if self.negative else []
         if self.given is not None or self.chain is not None:
             if source.model.conditioning != "t5":
                 raise ConfigError(f"{source.path}: DiT and Latte take no given frames")
             warnings += [] if source.trained_with_masks else ["this model was not trained with frame masks"]
         return Check(folder, todo, memory, tuple(warnings))
+
+    def _check_negative(self) -> None:
+        if self.negative and self.source.model.conditioning == "class":
+            raise ConfigError(f"--negative: {self.source.path} is conditioned on a class, it reads no text")
+        if self.negative and self.source.config.sample.guidance == 1:
+            raise ConfigError("--negative: a guidance of 1 leads away from nothing, give more (--guidance 7)")
 
     def todo(self, folder: SampleFolder) -> list[int]:
         """Numbers of the prompts to sample. Raises ConfigError where samples of others are in the way."""
@@ -291,7 +301,10 @@ class SamplingRun:
     ) -> Iterator[tuple[int, np.ndarray | None]]:
         """This process's share of the samples: number and frames, or None for what is written already."""
         cfg, share = self.source.config, (mesh.data_rank, mesh.data_size)
-        calls = partial(generate, model, vae, conditions, cfg, seed=self.seed, forward=forward, watch=self.watch)
+        calls = partial(
+            generate, model, vae, conditions, cfg, seed=self.seed, forward=forward, negative=self.negative,
+            watch=self.watch,
+        )  # fmt: skip
         if self.given is not None or self.chain is not None:
             from opensora_repro.sampling.chain import given_videos
 
@@ -313,7 +326,7 @@ class Check:
     warnings: tuple[str, ...]
 
 
-def unread_words(conditions: ConditionEncoder, prompts: Sequence[str]) -> Iterator[str]:
+def unread_words(conditions: ConditionEncoder, prompts: Sequence[str], name: str = "") -> Iterator[str]:
     """What of the prompts the model does not read."""
     if isinstance(conditions, ClassLabels):
         return
@@ -321,13 +334,15 @@ def unread_words(conditions: ConditionEncoder, prompts: Sequence[str]) -> Iterat
     cut = [(number, reading.dropped) for number, reading in enumerate(readings) if reading.dropped]
     for number, dropped in cut[:CUT_SHOWN]:
         shown = dropped if len(dropped) <= 200 else f"{dropped[:200]}..."
-        yield f"prompt {number} is longer than the model's {conditions.max_length} tokens, it does not read {shown!r}"
+        where = name or f"prompt {number}"
+        yield f"{where} is longer than the model's {conditions.max_length} tokens, it does not read {shown!r}"
     if len(cut) > CUT_SHOWN:
         yield f"{len(cut) - CUT_SHOWN} more prompts are cut like this"
     unknown = sum(reading.unknown for reading in readings)
     if unknown:
         share = unknown / sum(reading.words for reading in readings)
-        yield f"{share:.0%} of the prompts' words are unknown to this tokenizer"
+        whose = f"{name}'s" if name else "the prompts'"
+        yield f"{share:.0%} of {whose} words are unknown to this tokenizer"
 
 
 def pick_device(name: str | None, world_size: int, local_rank: int) -> torch.device:

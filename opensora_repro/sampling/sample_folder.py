@@ -17,7 +17,7 @@ from opensora_repro.files import remove_folder, write_text
 
 RECORD = "samples.json"
 PLACES = ("checkpoint", "file")  # where something lay: what it was, weights_sha256 says
-SOMETIMES = ("given", "long")  # settings of samples that were given frames, or are chained: others have none
+SOMETIMES = ("given", "long", "negative")  # settings that only samples have which were given frames, are chained, ...
 SHOWN = 4  # differences named
 _SAMPLE = re.compile(r"\d{4,}\.(mp4|png|gif)")
 

@@ -72,6 +72,24 @@ def test_files_carry_their_samples_number(home: Path, tmp_path: Path) -> None:
             assert off[i] < 0.5 * min(off[:i] + off[i + 1 :])  # what H.264 loses against another sample
 
 
+def test_a_negative_prompt(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A prompt that leads away from itself is the one without guidance; the folder knows what led away."""
+    one = PROMPTS[:1]
+    (itself,) = sample(home / "flow", tmp_path / "itself", "--negative", f" {one[0]}\n", prompts=one)
+    (alone,) = sample(home / "flow", tmp_path / "alone", "--guidance", "1", prompts=one)
+    (null,) = sample(home / "flow", tmp_path / "null", "--negative", "", prompts=one)
+    assert np.abs(itself - alone).mean() < 0.5 < np.abs(null - alone).mean()
+    assert json.loads((tmp_path / "itself" / "samples.json").read_text())["negative"] == one[0]
+    assert "negative" not in json.loads((tmp_path / "null" / "samples.json").read_text())
+    for folder, more, told in (
+        ("itself", [], f"negative = {one[0]!r} there, none here"),
+        ("null", ["--negative", "grey"], "negative is not told there, 'grey' here"),
+    ):
+        args = [str(home / "flow"), "--prompt", one[0], "--out", str(tmp_path / folder), "--seed", "3"]
+        assert main([*args, "--device", "cpu", *more]) == 2
+        assert told in capsys.readouterr().err
+
+
 def test_one_frame_is_a_png_and_sizes_can_be_chosen(home: Path, tmp_path: Path) -> None:
     sample(home / "flow", tmp_path / "image", "--num-frames", "1", "--height", "20", "--gif", prompts=PROMPTS[:1])
     assert sorted(path.name for path in (tmp_path / "image").iterdir()) == ["0000.png", "samples.json"]
@@ -179,6 +197,10 @@ MISTAKES = {
         "1 samples at once of 4000000 frames of 4096x48 need about",
     ),
     "no text": (["{home}/flow", "--prompt", "x", "--text", "{home}/vae"], "text.path={home}/vae"),
+    "negative": (
+        ["{home}/flow", "--prompt", "x", "--negative", "grey", "--guidance", "1"],
+        "--negative: a guidance of 1",
+    ),
     "device": (["{home}/flow", "--prompt", "x", "--device", "abacus"], "--device abacus: cannot be used"),
 }
 

@@ -160,6 +160,7 @@ CONDITIONS = {
     "no number": ("diffusers-dit", ("--label", "cat"), "prompt 'cat': expected a class number, 0 to 9"),
     "one of several": ("latte.pt", ("--label", "1", "--label", "99"), "prompt '99': expected a class number, 0 to 9"),
     "not square": ("dit.pt", ("--label", "1", "--width", "48"), "must be equal: DiT and Latte make squares alone"),
+    "led away": ("dit.pt", ("--label", "1", "--negative", "grey"), "is conditioned on a class, it reads no text"),
     "other heads": ("pixart.pth", ("--prompt", "x", "--num-heads", "5"), "cannot be shared among 5 attention heads"),
     "euler": ("dit.pt", ("--label", "1", "--sampler", "euler"), "this iddpm model needs iddpm, ddim or dpm"),
 }

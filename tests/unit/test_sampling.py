@@ -309,17 +309,26 @@ def real_model(pred_sigma: bool) -> STDiT:
 
 
 def sample_real(
-    model: STDiT, rows: list[int], *, objective: str, sampler: str, prepared: bool, guidance: float = 4.0
+    model: STDiT,
+    rows: list[int],
+    *,
+    objective: str,
+    sampler: str,
+    prepared: bool,
+    guidance: float = 4.0,
+    negative: int | None = None,
 ) -> Tensor:
     text = torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[1] * 6, [1] * 2 + [0] * 4, [1] * 4 + [0] * 2]).bool()
+    null = model.null_condition() if negative is None else text[negative]
     return LatentSampler(
         DiffusionConfig(objective=objective),
         sampler,
         steps=5,
         guidance=guidance,
         prepare_text=model.prepare_text if prepared else None,
-    )(model, text[rows], mask[rows], model.null_condition(), shape=SHAPE, generators=generators(rows))
+        null_mask=None if negative is None else mask[negative],
+    )(model, text[rows], mask[rows], null, shape=SHAPE, generators=generators(rows))
 
 
 def test_the_real_model_agrees_with_itself_across_batches() -> None:
@@ -340,6 +349,20 @@ def test_text_prepared_once_gives_the_same_samples(objective: str, sampler: str,
         for prepared in (False, True)
     )
     torch.testing.assert_close(prepared, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize(("objective", "sampler"), [("flow", "euler"), ("iddpm", "ddim")])
+def test_a_negative_prompt_is_read_under_its_own_mask(objective: str, sampler: str, prepared: bool) -> None:
+    """A prompt that leads away from itself is the prompt without guidance; its neighbours are led away from it."""
+    model = real_model(pred_sigma=objective == "iddpm")
+    kind = {"objective": objective, "sampler": sampler, "prepared": prepared}
+    found = sample_real(model, [0, 1, 2], negative=1, **kind)
+    plain = sample_real(model, [0, 1, 2], guidance=1.0, **kind)
+    torch.testing.assert_close(found[1], plain[1], rtol=1e-4, atol=1e-4)
+    assert ((found - plain)[[0, 2]].abs().amax((1, 2, 3, 4)) > 1e-2).all()
+    other = sample_real(model, [0, 1, 2], negative=1, **kind | {"prepared": not prepared})
+    torch.testing.assert_close(found, other, rtol=1e-4, atol=1e-4)
 
 
 def test_nothing_uses_the_global_generator() -> None:
