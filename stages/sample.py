@@ -20,6 +20,7 @@ from opensora_repro.errors import GOES_ON, run_command
 from opensora_repro.files import user_path
 
 if TYPE_CHECKING:
+    from opensora_repro.sampling.run import SamplingRun
     from opensora_repro.sampling.source import Source
     from opensora_repro.sampling.speedups import Speedups
 
@@ -160,8 +161,7 @@ def run(args: argparse.Namespace) -> int:
         args.source = best(args.source)
     if args.out.exists() and not args.out.is_dir():
         raise ConfigError(f"--out {args.out}: this is a file, expected a folder")
-    check_numbers(args)
-    return sample(args, given_prompts(args))
+    return sample(args)
 
 
 def published(name: Path) -> Path:
@@ -262,14 +262,15 @@ def given_prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def sample(args: argparse.Namespace, prompts: list[str]) -> int:
-    """Look at all that can be seen without reading weights; then sample what is not there yet."""
+def build_run(args: argparse.Namespace) -> tuple[SamplingRun, list[str]]:
+    """What the options ask for, and lines on the frames that are given. Raises ConfigError, WeightsError."""
     from dataclasses import replace
 
-    from opensora_repro.parallel.mesh import launched_as
-    from opensora_repro.sampling.run import SamplingRun, check_prompts_fit, pick_device, with_options
+    from opensora_repro.sampling.run import SamplingRun, check_prompts_fit, with_options
     from opensora_repro.sampling.source import find_source
 
+    check_numbers(args)
+    prompts = given_prompts(args)
     source = find_source(args.source, ema=not args.no_ema, num_heads=args.num_heads, family=args.family)
     if args.lora:
         from opensora_repro.weights.adapters import read_adapter
@@ -297,10 +298,19 @@ def sample(args: argparse.Namespace, prompts: list[str]) -> int:
         **more,
         **{name: getattr(args, name) for name in same},
     )
+    return run, lines
+
+
+def sample(args: argparse.Namespace) -> int:
+    """Look at all that can be seen without reading weights; then sample what is not there yet."""
+    from opensora_repro.parallel.mesh import launched_as
+    from opensora_repro.sampling.run import pick_device
+
+    run, lines = build_run(args)
     rank, world_size, local_rank = launched_as()
     device = pick_device(args.device, world_size, local_rank)
-    if wished is not None:
-        lines += wished.lines(source.config, on_gpu=device.type == "cuda")
+    if run.speedups is not None:
+        lines += run.speedups.lines(run.source.config, on_gpu=device.type == "cuda")
     # The run checks its processes, too; a dry run may be asked without torchrun what they would do.
     check = run.check(device, alone=args.dry_run and world_size == 1)
     if rank == 0 and run.expander is not None and run.unexpanded:
@@ -316,11 +326,10 @@ def sample(args: argparse.Namespace, prompts: list[str]) -> int:
             print(f"warning: {line}", file=sys.stderr)
     if args.dry_run:
         return 0
-    told = (
-        run.sample(check.folder, device)
-        if check.todo or run.unexpanded
-        else f"all {len(prompts)} were in {args.out} already"
-    )
+    if check.todo or run.unexpanded:
+        told = run.sample(check.folder, device)
+    else:
+        told = f"all {len(run.prompts)} were in {args.out} already"
     if rank == 0:
         print(told)
     return 0

@@ -103,7 +103,6 @@ def generate(
     Size, sampler, its steps and guidance are those of `cfg.data` and `cfg.sample`; of the model, its own config says.
     `given`: frames that every sample starts from, latents [1, Cz, T', h, w] and ratios [1, T'].
     `watch` is shown each batch's steps, see `LatentSampler`. `speedups`: what its caches and its guidance leave out.
-
     `negative`: a text that guidance leads away from, in place of the null caption.
 
     Sample i's noise is keyed by (seed, i) alone, of a long video by the number of the `clip`, too; so the batch size

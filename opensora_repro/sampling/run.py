@@ -38,6 +38,7 @@ from opensora_repro.weights.load import LoadReport, check_complete, load_model_w
 if TYPE_CHECKING:
     import numpy as np
 
+    from opensora_repro.diffusion.samplers import Watch
     from opensora_repro.parallel.shards import Shards
     from opensora_repro.sampling.chain import Chain
     from opensora_repro.sampling.expand import Expander
@@ -121,6 +122,10 @@ class SamplingRun:
     expander: Expander | None = None  # rewrites prompts before they are read,
     expanded: Mapping[str, str] | None = None  # but for those that it has rewritten already
     speedups: Speedups | None = None
+    # What stands between for one who keeps models, and looks on: in place of `load_models` and of a bar, and beside it
+    load: Callable[..., tuple[Network, Autoencoder, ConditionEncoder, LoadReport]] | None = None
+    progress: Progress | None = None
+    watch: Watch | None = None
 
     @cached_property
     def texts(self) -> list[str]:
@@ -301,7 +306,7 @@ class SamplingRun:
         # What a run was trained with on a GPU need not run on the device that samples it.
         choose("eager" if cfg.train.kernels == "eager" else "auto", device.type)
         shards = build_shards(engine) if cfg.text.shard else None
-        model, vae, conditions, report = load_models(self.source, device, shards)
+        model, vae, conditions, report = (self.load or load_models)(self.source, device, shards)
         if engine.is_main:
             print(report)
             for adapter in self.source.adapters:
@@ -309,14 +314,14 @@ class SamplingRun:
         before = set(range(len(self.prompts))) - set(todo)
         written: list[int] = []
         with (
-            closing(ProgressBar("sampling", shown=engine.is_main)) as bar,
+            closing(ProgressBar("sampling", shown=engine.is_main and self.progress is None)) as bar,
             torch.autocast(device.type, torch.bfloat16, enabled=cfg.train.dtype == "bf16"),
         ):
             for index, video in self._videos(
                 model,
                 vae,
                 conditions,
-                progress=bar,
+                progress=self.progress or bar,
                 forward=engine.spread(model),
                 todo=todo,
                 mesh=mesh,
@@ -349,6 +354,7 @@ class SamplingRun:
         calls = partial(
             generate, model, vae, conditions, cfg,
             seed=self.seed, forward=forward, negative=self.negative, speedups=self.speedups,
+            watch=self.watch,
         )  # fmt: skip
         if self.given is not None or self.chain is not None:
             from opensora_repro.sampling.chain import given_videos
