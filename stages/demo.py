@@ -52,8 +52,8 @@ def parse(argv: list[str] | None) -> Plan:
     parser.add_argument("--configs", type=user_path, default=Path("configs/demo"), help="folder of stage1..3.toml")
     parser.add_argument("--videos", type=int, default=3, help="long training videos of each format (%(default)s)")
     parser.add_argument("--hq-videos", type=int, default=2, help="of these, how many stage 3 uses (%(default)s)")
-    parser.add_argument("--prompts", type=int, default=48, help="of each group and format, to sample (%(default)s)")
-    parser.add_argument("--given", type=int, default=6, help="samples of each task with given frames (%(default)s)")
+    parser.add_argument("--prompts", type=int, default=24, help="of each group and format, to sample (%(default)s)")
+    parser.add_argument("--given", type=int, default=4, help="samples of each task with given frames (%(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="config changes for all three stages")
     args = parser.parse_args(argv)
     if min(args.videos, args.hq_videos, args.prompts, args.given) < 1 or args.hq_videos > args.videos:
@@ -320,9 +320,9 @@ def print_given(records: list[dict[str, Any]]) -> None:
     from opensora_repro.demo.given import PARTS, rows_of
 
     print(f"\nwith given frames, {len(records)} videos")
-    print(f"{'':>60}" + "".join(f"{part:>11}" for part in PARTS))
+    print(f"{'':>18}" + "".join(f"{part:>10}" for part in PARTS))
     for name, row in rows_of(records).items():
-        print(f"{name:>60}" + "".join(f"{row[part]:>11.2f}" for part in PARTS))
+        print(f"{name:>18}" + "".join(f"{row[part]:>10.2f}" for part in PARTS))
 
 
 def write_report(plan: Plan, summary: dict[str, Any]) -> Path:

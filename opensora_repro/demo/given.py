@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from opensora_repro.frozen.autoencoder import Autoencoder
 
 TASKS = {
-    "first": "a picture, animated",
-    "extend": "a clip's first quarter, gone on with",
-    "loop": "there and back, closed to a loop",
-    "join": "the beginning of one clip and the end of another, joined",
+    "first": "picture animated",
+    "extend": "clip extended",
+    "loop": "loop closed",
+    "join": "two clips joined",
 }
 PARTS = ("colour", "shape", "direction", "seam")
 MAX_JUMP = 1.5  # of the median step: more between old and new frames is a jump

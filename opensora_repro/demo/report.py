@@ -128,7 +128,7 @@ class Page:
         """By task what each sample was given and what became of it, and what in that is not as asked."""
         tasks: dict[str, list[tuple[list[Figure], str]]] = {}
         for record in records:
-            files = [self.figure(Path(path), "given") for path in record["given"]]
+            files = [self.figure(Path(path), "given →") for path in record["given"]]
             files.append(self.figure(Path(record["path"]), record["caption"]))
             tasks.setdefault(TASKS[record["task"]], []).append((files, _wrong(record)))
         return tasks
