@@ -11,7 +11,7 @@ from opensora_repro.demo.shapes import FORMATS, Scene, training_scenes
 from opensora_repro.files import replacing
 
 FPS = 24
-FRAMES_A_SCENE = 24
+FRAMES_A_SCENE = 23  # of which every other makes the 12 of stage 3, all as far apart
 SIZE = 96  # pixels of the longer side
 CAPTION_COLUMNS = ("source", "start_frame", "end_frame", "caption")
 

@@ -69,7 +69,7 @@ def test_every_cut_is_found_and_every_caption_on_its_clip(finished):
     for size in ((96, 96), (96, 64), (64, 96)):  # of each format one long video, which shows each trained motion once
         own = ~back & (clips["width"] == size[0]) & (clips["height"] == size[1])
         assert sorted(clips[own]["caption"]) == trained
-    assert (clips["num_frames"] == 24).all() and (clips["end_frame"] - clips["start_frame"] == 24).all()
+    assert (clips["num_frames"] == 23).all() and (clips["end_frame"] - clips["start_frame"] == 23).all()
     captions = (root / "footage" / "captions.csv").read_text().splitlines()[1:]
     listed = {tuple(line.split(",")) for line in captions}
     for row in clips.to_dict("records"):
