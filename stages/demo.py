@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -17,6 +20,7 @@ from opensora_repro.errors import run_command
 from opensora_repro.files import user_path, write_text
 
 if TYPE_CHECKING:
+    from opensora_repro.demo.given import Job
     from opensora_repro.demo.shapes import Motion
 
 STAGES = {"stage1": "stages.stage1_image", "stage2": "stages.stage2_video", "stage3": "stages.stage3_hq"}
@@ -34,6 +38,7 @@ class Plan:
     videos: int  # long videos of each format for training; one more of each is filmed for validation
     hq_videos: int  # how many of them make the high-quality set of stage 3
     prompts: int  # prompts sampled in each group, seen and never trained, in each format
+    given: int  # videos made of given frames, of each task
     overrides: tuple[str, ...]  # handed to every stage
 
     @property
@@ -47,12 +52,14 @@ def parse(argv: list[str] | None) -> Plan:
     parser.add_argument("--configs", type=user_path, default=Path("configs/demo"), help="folder of stage1..3.toml")
     parser.add_argument("--videos", type=int, default=3, help="long training videos of each format (%(default)s)")
     parser.add_argument("--hq-videos", type=int, default=2, help="of these, how many stage 3 uses (%(default)s)")
-    parser.add_argument("--prompts", type=int, default=48, help="of each group and format, to sample (%(default)s)")
+    parser.add_argument("--prompts", type=int, default=24, help="of each group and format, to sample (%(default)s)")
+    parser.add_argument("--given", type=int, default=4, help="samples of each task with given frames (%(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="config changes for all three stages")
     args = parser.parse_args(argv)
-    if min(args.videos, args.hq_videos, args.prompts) < 1 or args.hq_videos > args.videos:
-        parser.error("--videos, --hq-videos and --prompts must be at least 1, and --hq-videos at most --videos")
-    return Plan(args.dir, args.configs, args.videos, args.hq_videos, args.prompts, tuple(args.overrides))
+    if min(args.videos, args.hq_videos, args.prompts, args.given) < 1 or args.hq_videos > args.videos:
+        parser.error("--videos, --hq-videos, --prompts and --given must be at least 1, --hq-videos at most --videos")
+    counts = (args.videos, args.hq_videos, args.prompts, args.given)
+    return Plan(args.dir, args.configs, *counts, tuple(args.overrides))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,6 +78,7 @@ def demo(plan: Plan) -> int:
         ("stage2", "video: temporal attention learns to move them", train("stage2")),
         ("stage3", "high quality: more frames, in square, wide and tall, and single images", train("stage3")),
         ("samples", "sample seen and never-trained combinations", sample_all),
+        ("given", "animate pictures, go on with clips, close loops, join clips", sample_given),
     ]
     for number, (name, what, step) in enumerate(steps, start=1):
         print(f"\n[{number}/{len(steps)}] {what}", flush=True)
@@ -85,10 +93,12 @@ def demo(plan: Plan) -> int:
         seconds[name] = round(time.monotonic() - begin, 1)
 
     records = measure_all(plan)
-    summary: dict[str, Any] = {"adherence": table(records), "seconds": seconds, "records": records}
+    given = measure_given(plan)
+    summary: dict[str, Any] = {"adherence": table(records), "seconds": seconds, "records": records, "given": given}
     write_text(plan.root / "adherence.json", json.dumps(summary, indent=1) + "\n")
     report = write_report(plan, summary)
     print_adherence(summary["adherence"])
+    print_given(given)
     print(f"\ndone in {(time.monotonic() - started) / 60:.1f} minutes; open {report.resolve().as_uri()}")
     print(f"your own text: python -m stages.sample {plan.root}/stage3 --prompt 'a cyan square moving up' --out mine")
     return 0
@@ -111,21 +121,24 @@ def make_data(plan: Plan) -> None:
 
     from opensora_repro.data.manifest import read_manifest, write_manifest
     from opensora_repro.demo.footage import film
-    from opensora_repro.demo.shapes import FORMATS
 
     footage = plan.root / "footage"
-    captions = film(footage, videos=plan.videos + 1, seed=0)
+    captions = film(footage, videos=plan.videos + 1, returning=plan.videos + 1, seed=0)
     # A lone shape on a plain ground is no footage: its frames can be told apart, but what moved where cannot.
     run("data_tools.split", str(footage), "--detector", "adaptive", "--out", str(plan.root / "clips"))
     run("data_tools.caption", str(plan.root / "clips" / "manifest.parquet"), "--sidecar", str(captions),
         "--out", str(plan.root / "captioned"))  # fmt: skip
     clips = read_manifest(plan.root / "captioned" / "manifest.parquet")
-    videos = [int(Path(source).stem.removeprefix("long_")) for source in clips["source"].to_pylist()]
-    number = pa.array([video // len(FORMATS) for video in videos])  # of the video among those of its format
-    training, held_out = clips.filter(pc.less(number, plan.videos)), clips.filter(pc.equal(number, plan.videos))
+    names = [Path(source).stem.split("_") for source in clips["source"].to_pylist()]
+    number = pa.array([int(number) for _, number in names])  # of the video among its like
+    one_way = pa.array([kind != "back" for kind, _ in names])
+    in_training, apart = pc.less(number, plan.videos), pc.equal(number, plan.videos)
+    training, held_out = clips.filter(in_training), clips.filter(apart)
     best = clips.filter(pc.less(number, plan.hq_videos))
     write_manifest(training, plan.manifest)
-    stills, held_out_stills = (take_stills(own, plan.root / "images") for own in (training, held_out))
+    stills, held_out_stills = (
+        take_stills(clips.filter(pc.and_(own, one_way)), plan.root / "images") for own in (in_training, apart)
+    )
     write_manifest(stills, plan.root / "images.parquet")
     manifests = {"stage1": stills, "stage2": training, "val_stage1": held_out_stills, "val_stage2": held_out}
     manifests = {name: own.filter(pc.equal(own["width"], own["height"])) for name, own in manifests.items()}
@@ -219,6 +232,32 @@ def sample_all(plan: Plan) -> None:
             "--width", str(width), "--height", str(height), "--seed", str(SAMPLE_SEED), "--overwrite")  # fmt: skip
 
 
+def given_jobs(plan: Plan) -> list[tuple[Job, Path]]:
+    """What is sampled with given frames, and the file of each; what they are given lies beside them."""
+    from opensora_repro.data.manifest import read_manifest
+    from opensora_repro.demo.given import make_jobs
+
+    data = load_config(plan.configs / "stage3.toml", plan.overrides).data
+    clips = [read_manifest(plan.root / f"{name}.parquet") for name in ("val_stage2", "stage2")]  # the square ones
+    folder = plan.root / "given"
+    jobs = make_jobs(*clips, data, folder / "files", plan.given)
+    return [(job, folder / job.task / f"{number % plan.given:02d}" / "0000.mp4") for number, job in enumerate(jobs)]
+
+
+def sample_given(plan: Plan) -> None:
+    """One call of `stages.sample` for each, in this process: what is imported and read is so once."""
+    from stages.sample import main as sample
+
+    for job, path in given_jobs(plan):
+        command = [str(plan.root / "stage3"), "--prompt", job.motion.caption, *job.options, "--out", str(path.parent),
+                   "--seed", str(SAMPLE_SEED), "--overwrite"]  # fmt: skip
+        print("$ python -m stages.sample " + shlex.join(command), flush=True)
+        with contextlib.redirect_stdout(io.StringIO()):
+            code = sample(command)
+        if code:
+            raise subprocess.CalledProcessError(code, command)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Measuring and reporting
 
@@ -241,6 +280,24 @@ def measure_all(plan: Plan) -> list[dict[str, Any]]:
     return records
 
 
+def measure_given(plan: Plan) -> list[dict[str, Any]]:
+    """One record a file of `sample_given`."""
+    import numpy as np
+    import torch
+
+    from opensora_repro.data.video import probe, read_frames
+    from opensora_repro.demo.given import judge
+    from opensora_repro.frozen.vae import open_vae
+
+    vae = open_vae(load_config(plan.configs / "stage3.toml", plan.overrides).vae, "cpu", torch.float32)
+    records = []
+    for job, path in given_jobs(plan):
+        frames = np.asarray(read_frames(path, start=0, count=probe(path).num_frames))
+        told = {"task": job.task, "caption": job.motion.caption, "path": str(path), "given": list(map(str, job.given))}
+        records.append(told | judge(job, frames, vae))
+    return records
+
+
 def table(records: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Shares of each group and format, by their names: "seen 1:1"."""
     from opensora_repro.demo.adherence import shares
@@ -257,6 +314,15 @@ def print_adherence(adherence: dict[str, dict[str, float]]) -> None:
     print(f"{'':>18}{'colour':>10}{'shape':>10}{'direction':>11}")
     for name, row in adherence.items():
         print(f"{name:>18}{row['colour']:>10.2f}{row['shape']:>10.2f}{row['direction']:>11.2f}")
+
+
+def print_given(records: list[dict[str, Any]]) -> None:
+    from opensora_repro.demo.given import PARTS, rows_of
+
+    print(f"\nwith given frames, {len(records)} videos")
+    print(f"{'':>18}" + "".join(f"{part:>10}" for part in PARTS))
+    for name, row in rows_of(records).items():
+        print(f"{name:>18}" + "".join(f"{row[part]:>10.2f}" for part in PARTS))
 
 
 def write_report(plan: Plan, summary: dict[str, Any]) -> Path:

@@ -42,12 +42,14 @@ def shape_of_video(masks: list[np.ndarray]) -> str | None:
 def main(run: Path) -> None:
     """Print, for each group and format, the share of right shapes and the mean overlap with the ideal outline."""
     rows: dict[str, list[tuple[bool, float]]] = {}
-    for record in json.loads((run / "adherence.json").read_text())["records"]:
+    summary = json.loads((run / "adherence.json").read_text())
+    for record in summary["records"] + summary.get("given", []):
         path, shape = Path(record["path"]), record["caption"].split()[2]
         frames = read_frames(path, start=0, count=probe(path).num_frames).numpy()
         masks = [mask_of(frame) for frame in frames]
         overlaps = [overlap(mask, ideal_mask(shape, mask)) if mask.any() else 0.0 for mask in masks]
-        rows.setdefault(group_of(record), []).append((shape_of_video(masks) == shape, float(np.mean(overlaps))))
+        name = f"given {record['task']}" if "task" in record else group_of(record)
+        rows.setdefault(name, []).append((shape_of_video(masks) == shape, float(np.mean(overlaps))))
     for name, judged in sorted(rows.items()):
         right, overlaps = zip(*judged, strict=True)
         print(f"{name:>18}  shape {np.mean(right):.2f}  overlap {np.mean(overlaps):.3f}")

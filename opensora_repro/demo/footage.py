@@ -11,16 +11,17 @@ from opensora_repro.demo.shapes import FORMATS, Scene, training_scenes
 from opensora_repro.files import replacing
 
 FPS = 24
-FRAMES_A_SCENE = 24
+FRAMES_A_SCENE = 23  # of which every other makes the 12 of stage 3, all as far apart
 SIZE = 96  # pixels of the longer side
 CAPTION_COLUMNS = ("source", "start_frame", "end_frame", "caption")
 
 
-def film(folder: Path, *, videos: int, seed: int) -> Path:
-    """Write `videos` long mp4 files of each format, each showing every trained motion once; return the captions.
+def film(folder: Path, *, videos: int, returning: int, seed: int) -> Path:
+    """Write long mp4 files, each showing every trained motion once: `videos` of each format, and `returning` square
+    ones of shapes that come back; return the captions.
 
-    A file's name says its number, counted over the formats in turn. Captions are CSV: a row names the source file, the
-    frames [start, end) of the scene and the sentence. Finished files are kept.
+    A file's name ends with its number among its like. Captions are CSV: a row names the source file, the frames [start,
+    end) of the scene and the sentence. Finished files are kept.
     """
     from tqdm import tqdm
 
@@ -28,10 +29,11 @@ def film(folder: Path, *, videos: int, seed: int) -> Path:
 
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[tuple[str, int, int, str]] = []
-    pictures = list(FORMATS.values())
-    for index in tqdm(range(videos * len(pictures)), desc="filming", unit="video"):
-        path = folder / f"long_{index:02d}.mp4"
-        scenes = list(training_scenes(1, seed=seed * 1000 + index, picture=pictures[index % len(pictures)]))
+    kinds = [(name.replace(":", "x"), picture, False) for name, picture in FORMATS.items()] * videos
+    kinds += [("back", FORMATS["1:1"], True)] * returning
+    for index, (kind, picture, returns) in enumerate(tqdm(kinds, desc="filming", unit="video")):
+        path = folder / f"{kind}_{sum(earlier[0] == kind for earlier in kinds[:index]):02d}.mp4"
+        scenes = list(training_scenes(1, seed=seed * 1000 + index, picture=picture, returns=returns))
         rows += scene_rows(path.name, scenes)
         if not path.exists():
             frames = np.concatenate([scene.frames(count=FRAMES_A_SCENE, size=SIZE) for scene in scenes])

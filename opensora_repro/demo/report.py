@@ -14,6 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_repro.data.report.markup import data_uri, render
+<<<<<<< HEAD
+=======
+from opensora_repro.demo.curves import Curve, loss_curve
+from opensora_repro.demo.given import PARTS as GIVEN_PARTS
+from opensora_repro.demo.given import TASKS, rows_of
+>>>>>>> h-demo
 from opensora_repro.files import write_text
 from opensora_repro.report.curves import Curve, loss_curve
 from opensora_repro.run_folder import METRICS_FILE, VALIDATION_FILE, JsonLines
@@ -68,9 +74,10 @@ def write_report(run_dir: Path, out: Path, *, title: str, summary: Mapping[str, 
     """Write the report of the demo in `run_dir` to `out`.
 
     `summary` may hold `adherence` ({group and format: {colour, shape, direction: share}}), `records` (one a sampled
-    video: group, format, caption, path, seen, agrees) and `seconds` ({part of the demo: seconds}).
+    video: group, format, caption, path, seen, agrees), `given` (likewise of each sample with given frames: task,
+    caption, path, given, seen, agrees) and `seconds` ({part of the demo: seconds}).
     """
-    page, records = Page(run_dir), summary.get("records", [])
+    page, records, given = Page(run_dir), summary.get("records", []), summary.get("given", [])
     values = {
         "title": title,
         "seconds": summary.get("seconds", {}),
@@ -79,6 +86,9 @@ def write_report(run_dir: Path, out: Path, *, title: str, summary: Mapping[str, 
         "counts": Counter(map(group_of, records)),
         "clips": _clips(run_dir / "manifest.parquet"),
         "stages": [page.stage(*stage) for stage in STAGES.items()],
+        "given_parts": GIVEN_PARTS,
+        "given": rows_of(given),
+        "given_gallery": page.given(given),
         "gallery": page.gallery(records),
         "plays_files": False,
     }
@@ -115,10 +125,17 @@ class Page:
         groups: dict[str, list[tuple[Figure, str]]] = {group_of(record): [] for record in records}
         for group, videos in groups.items():
             for record in (record for record in records if group_of(record) == group):
-                agrees, seen = record["agrees"], record["seen"]
-                wrong = ", ".join(f"{part}: {seen[part] or 'none seen'}" for part in PARTS if not agrees[part])
-                videos.append((self.figure(Path(record["path"]), record["caption"]), wrong))
+                videos.append((self.figure(Path(record["path"]), record["caption"]), _wrong(record)))
         return groups
+
+    def given(self, records: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[list[Figure], str]]]:
+        """By task what each sample was given and what became of it, and what in that is not as asked."""
+        tasks: dict[str, list[tuple[list[Figure], str]]] = {}
+        for record in records:
+            files = [self.figure(Path(path), "given →") for path in record["given"]]
+            files.append(self.figure(Path(record["path"]), record["caption"]))
+            tasks.setdefault(TASKS[record["task"]], []).append((files, _wrong(record)))
+        return tasks
 
     def figure(self, path: Path, caption: str) -> Figure:
         """A picture or a video, while there is room for it."""
@@ -129,6 +146,13 @@ class Page:
             return Figure(path.name, caption, "", reason, is_picture)
         self.left -= size
         return Figure(path.name, caption, data_uri("image/png" if is_picture else "video/mp4", content), "", is_picture)
+
+
+def _wrong(record: Mapping[str, Any]) -> str:
+    """What a file shows where that is not what was asked for."""
+    return ", ".join(
+        f"{part}: {record['seen'][part] or 'none seen'}" for part, ok in record["agrees"].items() if not ok
+    )
 
 
 def _clips(path: Path) -> Clips | None:

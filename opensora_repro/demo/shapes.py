@@ -25,15 +25,16 @@ FORMATS: dict[str, tuple[float, float]] = {"1:1": (1.0, 1.0), "3:2": (1.0, 2 / 3
 
 @dataclass(frozen=True)
 class Motion:
-    """What a caption says: colour, shape and direction by name."""
+    """What a caption says: colour, shape and direction by name, and whether the shape comes back."""
 
     colour: str
     shape: str
     direction: str
+    returns: bool = False
 
     @property
     def caption(self) -> str:
-        return f"a {self.colour} {self.shape} moving {self.direction}"
+        return f"a {self.colour} {self.shape} moving {self.direction}{' and back' if self.returns else ''}"
 
     @property
     def held_out(self) -> bool:
@@ -54,8 +55,13 @@ class Scene:
     background: tuple[int, int, int]
 
     def frames(self, *, count: int, size: int) -> np.ndarray:
-        """Return uint8 [count, H, W, 3], the centre travelling evenly to `end`; `size` is the longer side."""
+        """Return uint8 [count, H, W, 3], the centre travelling evenly to `end`; `size` is the longer side.
+
+        Of a motion that returns, it travels to `end` and back to `start`.
+        """
         shares = np.linspace(0.0, 1.0, count)
+        if self.motion.returns:
+            shares = 1 - np.abs(2 * shares - 1)
         centres = [tuple(np.array(self.start) * (1 - s) + np.array(self.end) * s) for s in shares]
         width, height = pixels(self.picture, size)
         return np.stack(
@@ -69,9 +75,9 @@ def pixels(picture: tuple[float, float], size: int) -> tuple[int, int]:
     return width, height
 
 
-def motions(*, held_out: bool | None = None) -> list[Motion]:
+def motions(*, held_out: bool | None = None, returns: bool = False) -> list[Motion]:
     """Every combination in the language's order; only the held-out (or trained) ones if asked."""
-    everything = [Motion(c, s, d) for c in COLOURS for s in SHAPES for d in DIRECTIONS]
+    everything = [Motion(c, s, d, returns) for c in COLOURS for s in SHAPES for d in DIRECTIONS]
     return [m for m in everything if held_out is None or m.held_out == held_out]
 
 
@@ -133,10 +139,12 @@ def draw_scene(motion: Motion, rng: np.random.Generator, picture: tuple[float, f
     )
 
 
-def training_scenes(repeats: int, *, seed: int, picture: tuple[float, float] = FORMATS["1:1"]) -> Iterator[Scene]:
+def training_scenes(
+    repeats: int, *, seed: int, picture: tuple[float, float] = FORMATS["1:1"], returns: bool = False
+) -> Iterator[Scene]:
     """`repeats` scenes of every trained motion, shuffled so that neighbours differ in shape or colour."""
     rng = np.random.default_rng(seed)
-    allowed = motions(held_out=False)
+    allowed = motions(held_out=False, returns=returns)
     previous: Motion | None = None
     for _ in range(repeats):
         waiting = [allowed[i] for i in rng.permutation(len(allowed))]

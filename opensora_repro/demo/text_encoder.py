@@ -17,7 +17,7 @@ MAX_LENGTH = 8
 def words() -> list[str]:
     from opensora_repro.demo.shapes import COLOURS, DIRECTIONS, SHAPES
 
-    return ["a", "moving", *COLOURS, *SHAPES, *DIRECTIONS]
+    return ["a", "moving", *COLOURS, *SHAPES, *DIRECTIONS, "and", "back"]
 
 
 def main(argv: list[str] | None = None) -> int:

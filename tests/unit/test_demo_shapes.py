@@ -41,6 +41,15 @@ def test_every_drawn_motion_is_measured_right_by_both_judges(size, picture):
         assert np.mean([overlap(mask, ideal_mask(motion.shape, mask)) for mask in masks]) > 0.9
 
 
+def test_what_returns_ends_where_it_began():
+    for motion in motions(returns=True)[::5]:
+        frames = draw_scene(motion, np.random.default_rng(0)).frames(count=24, size=96)
+        assert motion.caption.endswith(f"{motion.direction} and back")
+        assert np.array_equal(frames[0], frames[-1]) and measure(frames).direction is None
+        assert measure(frames[:12]) == Seen(motion.colour, motion.shape, motion.direction)
+    assert not any(scene.motion.held_out for scene in training_scenes(1, seed=0, returns=True))
+
+
 def test_formats_are_as_large_in_pixels_as_their_names_say_and_show_shapes_of_one_size():
     motion, areas = Motion("red", "square", "down"), []
     for name, picture in FORMATS.items():
