@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from opensora_repro.sampling.source import Source
 
 CALIBRATION = "step_cache.json"  # of stages.calibrate, beside the checkpoint
-FAST_STEPS = {"ab2": 8, "dpm": 16}  # by what samples flow models, and IDDPM ones
+FAST_STEPS = {"ab2": 7, "dpm": 16}  # by what samples flow models, and IDDPM ones
 FAST_INTERVAL = (0.2, 0.95)  # noise levels of guidance
 
 
