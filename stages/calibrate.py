@@ -69,7 +69,10 @@ def measure(args: argparse.Namespace, prompts: list[str]) -> int:
     from opensora_repro.sampling.run import pick_device, with_options
     from opensora_repro.sampling.source import find_source
     from opensora_repro.sampling.speedups import CALIBRATION
+    from stages.sample import published
 
+    if not args.source.exists():
+        args.source = published(args.source)
     source = find_source(args.source, ema=not args.no_ema)
     names = ("sampler", "steps", "guidance", "num_frames", "height", "width")
     options: dict[str, Any] = {name: getattr(args, name) for name in names}

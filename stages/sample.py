@@ -106,7 +106,7 @@ def add_speedups(add: Callable[..., object]) -> None:
     between = "shares of the steps between which --broadcast acts (0.1 0.9)"
     add("--broadcast-between", type=float, nargs=2, metavar=("LOW", "HIGH"), help=between)
     skipping = "skip all blocks while little changes, as stages.calibrate measured it (file beside the checkpoint)"
-    add("--step-cache", nargs="?", const="", metavar="FILE[:THRESHOLD]", help=skipping)
+    add("--step-cache", nargs="?", const="", metavar="FILE[:THRESHOLD]|THRESHOLD", help=skipping)
 
 
 def joined(argv: Sequence[str]) -> list[str]:

@@ -14,12 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_repro.data.report.markup import data_uri, render
-<<<<<<< HEAD
-=======
-from opensora_repro.demo.curves import Curve, loss_curve
 from opensora_repro.demo.given import PARTS as GIVEN_PARTS
 from opensora_repro.demo.given import TASKS, rows_of
->>>>>>> h-demo
 from opensora_repro.files import write_text
 from opensora_repro.report.curves import Curve, loss_curve
 from opensora_repro.run_folder import METRICS_FILE, VALIDATION_FILE, JsonLines

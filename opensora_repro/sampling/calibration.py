@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,12 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from opensora_repro.config import ConfigError
 from opensora_repro.diffusion.samplers import num_calls
 from opensora_repro.models.captioned import CaptionedModel
 from opensora_repro.sampling.caches import StepCache, attended, relative_change, replaced
-from opensora_repro.sampling.generate import generate
+from opensora_repro.sampling.generate import ProgressBar, generate
 from opensora_repro.sampling.run import load_models
 from opensora_repro.sampling.source import Source, weights_sha256
 from opensora_repro.sampling.speedups import Speedups
@@ -78,6 +80,7 @@ def sampled(
     before: Callable[[], None] = lambda: None,
     *,
     clock: Callable[[], float] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Sampled:
     """All batches, one after the other; on a CPU seconds of the processor, which others do not lengthen."""
     clock = clock or (time.perf_counter if torch.cuda.is_available() else time.process_time)
@@ -87,6 +90,8 @@ def sampled(
         ends = [clock()]
 
         def step(done: int, total: int, ends: list[float] = ends) -> None:
+            if progress is not None:
+                progress(done, total)
             if done == total:
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
@@ -111,7 +116,6 @@ def calibrate(
     seed: int,
     batch_size: int,
     least_psnr: float,
-    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """What a step cache's file has: a polynomial, thresholds with their speed-up and PSNR, and which of them is taken.
 
@@ -123,37 +127,34 @@ def calibrate(
     if num_calls(cfg.sample.sampler, cfg.sample.steps) < MIN_CALLS:
         raise ConfigError(f"--steps {cfg.sample.steps}: expected at least {MIN_CALLS}, or there is nothing to skip")
     model, vae, conditions, report = load_models(source, device)
-    say(str(report))
+    tqdm.write(str(report))
     samples = partial(generate, model, vae, conditions, cfg, prompts, seed=seed)
     batches = [range(i, min(i + batch_size, len(prompts))) for i in range(0, len(prompts), batch_size)]
     assert isinstance(model, CaptionedModel)
-    with torch.autocast(device.type, torch.bfloat16, enabled=cfg.train.dtype == "bf16"):
+    with (
+        closing(ProgressBar("calibrating")) as bar,
+        torch.autocast(device.type, torch.bfloat16, enabled=cfg.train.dtype == "bf16"),
+    ):
         changes = Changes(model)
         with replaced(model, "run_blocks", changes):
-            full = sampled(samples, batches, changes.begin)
-        full = Sampled(full.videos, sampled(samples, batches).seconds)  # without noting anything
+            full = sampled(samples, batches, changes.begin, progress=bar)
+        full = Sampled(full.videos, sampled(samples, batches, progress=bar).seconds)  # without noting anything
         fit = fitted(changes.inputs, changes.residuals)
-        say(f"{len(prompts)} prompts sampled in {num_calls(cfg.sample.sampler, cfg.sample.steps)} calls of the model")
+        tqdm.write(
+            f"{len(prompts)} prompts sampled in {num_calls(cfg.sample.sampler, cfg.sample.steps)} calls of the model"
+        )
         rows = []
         for skips in SKIPS:
             threshold = float(f"{skips * float(np.median(changes.residuals)):.2g}")
             runs = Counted(model)
             with replaced(model, "run_blocks", runs):
-                found = sampled(partial(samples, speedups=Speedups(step_cache=StepCache(threshold, **fit))), batches)
+                faster = partial(samples, speedups=Speedups(step_cache=StepCache(threshold, **fit)))
+                found = sampled(faster, batches, progress=bar)
             ratio = float(np.median(np.divide(full.seconds, found.seconds)))
-            rows.append(
-                {
-                    "threshold": threshold,
-                    "blocks_run": round(runs.calls / len(batches), 1),
-                    "speed_up": round(ratio, 2),
-                    "psnr": round(psnr(found.videos, full.videos), 2),
-                }
-            )
-            say(
-                "threshold {threshold:<8g} blocks run {blocks_run:g} times  {speed_up:.2f}x  {psnr:.1f} dB".format(
-                    **rows[-1]
-                )
-            )
+            row = {"threshold": threshold, "blocks_run": round(runs.calls / len(batches), 1)}
+            rows.append(row | {"speed_up": round(ratio, 2), "psnr": round(psnr(found.videos, full.videos), 2)})
+            line = "threshold {threshold:<8g} blocks run {blocks_run:g} times  {speed_up:.2f}x  {psnr:.1f} dB"
+            tqdm.write(line.format(**rows[-1]))
     good = [row for row in rows if row["psnr"] >= least_psnr]
     taken = max(good, key=lambda row: row["speed_up"]) if good else rows[0]
     data, sample = cfg.data, cfg.sample

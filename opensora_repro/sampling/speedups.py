@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from opensora_repro.sampling.source import Source
 
 CALIBRATION = "step_cache.json"  # of stages.calibrate, beside the checkpoint
-FAST_STEPS = {"ab2": 8, "dpm": 16}  # by what samples flow models, and IDDPM ones
+FAST_STEPS = {"ab2": 7, "dpm": 16}  # by what samples flow models, and IDDPM ones
 FAST_INTERVAL = (0.2, 0.95)  # noise levels of guidance
 
 
@@ -122,14 +122,18 @@ def fast_options(source: Source, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def open_step_cache(text: str, source: Source, folder: Path) -> StepCache:
-    """Of FILE, FILE:THRESHOLD, :THRESHOLD or nothing, the file then beside the checkpoint. Raises ConfigError."""
+    """Of FILE, FILE:THRESHOLD, THRESHOLD or nothing, the file then in the run's or weights' folder.
+
+    Raises ConfigError.
+    """
     from opensora_repro.sampling.source import weights_sha256
 
     name, _, wanted = text.rpartition(":")
     threshold = _number(wanted)
     if threshold is None:  # no threshold, or a colon of the name's own
         name = text
-    places = [Path(name)] if name else [folder / CALIBRATION, source.path / CALIBRATION]
+    beside = folder if folder.is_dir() else folder.parent
+    places = [Path(name)] if name else [beside / CALIBRATION, source.path / CALIBRATION]
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         raise ConfigError(f"--step-cache: no {places[0]}; python -m stages.calibrate {folder} --prompts FILE writes it")

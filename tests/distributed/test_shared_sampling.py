@@ -72,6 +72,16 @@ def test_samples_are_those_of_one_process(
     assert records[0] == records[1]
 
 
+@pytest.mark.exhaustive
+def test_caches_and_guidance_in_an_interval_are_those_of_one_process(world: World, tmp_path: Path) -> None:
+    faster = ("--steps", "10", "--broadcast", "2", "3", "4", "--guidance-interval", "0.2", "0.9")
+    sample(world, 1, tmp_path / "one", *faster)
+    sample(world, 2, tmp_path / "shared", *faster, "--sp-size", "2")
+    sample(world, 1, tmp_path / "plain", "--steps", "10")
+    one, shared, plain = (videos(tmp_path / name) for name in ("one", "shared", "plain"))
+    assert np.abs(one - shared).max() <= 4 < np.abs(one - plain).max()
+
+
 def test_processes_that_do_not_divide_are_one_line(world: World, tmp_path: Path) -> None:
     arguments = [str(world.root / "run"), "--prompt", "x", "--out", str(tmp_path / "out"), "--sp-size", "2"]
     (command,) = start_processes("stages.sample", arguments, 1, tmp_path / "log")

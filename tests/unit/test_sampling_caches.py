@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.sides import random_weights
-from opensora_repro.config import DiffusionConfig
+from opensora_repro.config import Config, ConfigError, DiffusionConfig
 from opensora_repro.diffusion.frame_masks import GivenFrames
 from opensora_repro.diffusion.samplers import EVERYWHERE, LatentSampler, num_calls
 from opensora_repro.models.captioned import CaptionedModel
-from opensora_repro.models.config import STDiT2Config, STDiT3Config, STDiTConfig
+from opensora_repro.models.config import DiTConfig, STDiT2Config, STDiT3Config, STDiTConfig
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.models.stdit2 import STDiT2
 from opensora_repro.models.stdit3 import STDiT3
 from opensora_repro.sampling.caches import Broadcast, Caches, StepCache
+from opensora_repro.sampling.speedups import Speedups
 
 SIZES: dict[str, Any] = {"num_heads": 2, "depth": 2, "caption_channels": 8, "model_max_length": 6, "pred_sigma": False}
 MODELS = {
@@ -163,6 +164,20 @@ def test_a_mask_that_changes_is_seen() -> None:
         for frame_mask in masks:
             model(latents, torch.full((1,), 500.0), text, mask, frame_mask=frame_mask)
     assert runs["spatial"] == runs["temporal"] == runs["cross"] == 2 * SIZES["depth"]
+
+
+def test_what_does_not_go_together_and_what_is_kept_in_memory() -> None:
+    step_cache, model = Speedups(step_cache=StepCache(0.1, **IDENTITY)), STDiT3Config(hidden_size=32, **SIZES)
+    cfg = Config(model=model)
+    with pytest.raises(ConfigError, match="--step-cache with --sp-size 2: each process would judge by its own frames"):
+        step_cache.check(cfg, model, sp_size=2)
+    with pytest.raises(ConfigError, match="--broadcast: DiT and Latte have no such cache"):
+        Speedups(broadcast=Broadcast()).check(cfg, DiTConfig(hidden_size=32, depth=1, num_heads=2))
+    tokens = 16 * 16 * 16 * 2 * 32  # of 16 frames of 256 pixels, both halves, 32 channels
+    assert step_cache.memory(cfg, model, batch_size=3) == 3 * 2 * 4 * tokens
+    half = 2 if cfg.train.dtype == "bf16" else 4
+    for served, layers in ((Broadcast(2, 1, 1), 2), (Broadcast(1, 1, 2), 4), (Broadcast(2, 2, 2), 8)):
+        assert Speedups(broadcast=served).memory(cfg, model, batch_size=1) == layers * half * tokens
 
 
 def test_the_foretold_change_is_the_polynomial_of_what_it_was_fitted_to() -> None:
