@@ -30,6 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("frozen",),
     ("planning",),
     ("sampling",),
+    ("app",),
     ("training",),
     ("demo",),
 )
@@ -51,6 +52,7 @@ COMMANDS = [
     "stages.stage2_video",
     "stages.stage3_hq",
     "stages.sample",
+    "stages.app",
     "stages.plan",
     "stages.buckets",
     "stages.weights",
@@ -67,7 +69,9 @@ COMMANDS = [
     "data_tools.report",
     "data_tools.pipeline",
 ]
-HEAVY = ("torch", "torchvision", "diffusers", "transformers", "timm", "pandas", "pyarrow", "av", "cv2", "scenedetect")
+HEAVY = (
+    "torch", "torchvision", "diffusers", "transformers", "timm", "pandas", "pyarrow", "av", "cv2", "scenedetect", "gradio",
+)  # fmt: skip
 
 
 def module_name(path: Path) -> str:
