@@ -44,11 +44,6 @@ ROW = ("use", "at", "part", "strength")
 Values = Mapping[str, Any]  # by the names of the form's fields
 
 
-def shape_name(height: int, width: int) -> str:
-    form = "square" if height == width else "wide" if width > height else "tall"
-    return f"{height} x {width} ({form})"
-
-
 class Page:
     """`shows_commands`: whether results tell how a terminal makes them, with names of this machine's folders."""
 
@@ -70,7 +65,7 @@ class Page:
                     self._show()
             self.gallery = gr.Gallery(
                 label="Your results", visible=False, columns=6, height="auto", object_fit="contain",
-                allow_preview=False, interactive=False, buttons=[], elem_id="gallery",
+                allow_preview=False, interactive=False, fit_columns=False, buttons=[], elem_id="gallery",
             )  # fmt: skip
             self._connect()
 
@@ -205,7 +200,7 @@ class Page:
     def _defaults(self, run: str, checkpoint: str | None = None) -> dict[str, Any]:
         names = self.studio.checkpoints(run)
         source = self.studio.source(run, checkpoint or names[0])
-        shapes = [(shape_name(height, width), f"{height}x{width}") for height, width in self.studio.shapes(source)]
+        shapes = [(f"{height} x {width}", f"{height}x{width}") for height, width in self.studio.shapes(source)]
         data, sample = source.config.data, source.config.sample
         by_class = source.model.conditioning == "class"
         return {

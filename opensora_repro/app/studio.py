@@ -249,6 +249,7 @@ class Studio:
 
     def submit(self, browser: str, wanted: Sequence[Settings]) -> list[Job]:
         """Samples that are made one after the other, once those before them are. Raises ConfigError."""
+        self.results_folder(browser)
         for settings in wanted:
             self.check(settings)
         jobs = [Job(settings) for settings in wanted]

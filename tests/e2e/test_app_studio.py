@@ -99,7 +99,7 @@ def test_results_are_their_browsers_alone(studio: Studio) -> None:
         assert studio.result(OTHER, name) is None
     assert studio.browser(ONE) == ONE and studio.browser("../x") != "../x" and len(studio.browser(None)) == 32
     with pytest.raises(ConfigError, match="load it again"):
-        studio.submit("..", [settings()])[0]
+        studio.submit("..", [settings()])
 
 
 def test_a_stopped_sample_leaves_nothing_and_the_next_one_is_made(studio: Studio) -> None:
