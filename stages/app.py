@@ -10,6 +10,7 @@ import argparse
 import importlib.util
 import ipaddress
 import os
+import signal
 import socket
 import sys
 import time
@@ -67,6 +68,7 @@ def serve(args: argparse.Namespace) -> int:
         print(
             "warning: the password crosses the network as it is: let a proxy with TLS stand before it", file=sys.stderr
         )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     with suppress(KeyboardInterrupt):
         while True:
             time.sleep(3600)

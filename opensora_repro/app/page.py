@@ -141,9 +141,8 @@ class Page:
                 [AS_FIRST, *self.studio.checkpoints(runs[0])], value=AS_FIRST, label="Checkpoint", min_width=140
             )
         with gr.Row():
-            form["steps2"] = gr.Number(None, label="Steps", precision=0, min_width=80)
-            form["guidance2"] = gr.Number(None, label="Guidance", min_width=80)
-            form["seed2"] = gr.Textbox(label="Seed", max_lines=1, min_width=80)
+            for name in ("steps", "guidance", "seed"):  # a number's field would show 0 where it is left empty
+                form[f"{name}2"] = gr.Textbox(label=name.capitalize(), max_lines=1, min_width=80)
 
     def _show(self) -> None:
         self.status = gr.HTML(elem_id="status")

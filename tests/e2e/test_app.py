@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -58,7 +57,7 @@ def app(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
         line = process.stdout.readline()
         assert line.startswith(f"http://127.0.0.1:{port}/ shows flow, iddpm; results are in {folder}")
         yield App(line.split()[0], folder)
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         assert process.wait(60) == 0
     finally:
         process.kill()
