@@ -10,6 +10,7 @@ import argparse
 import importlib.util
 import ipaddress
 import os
+import signal
 import socket
 import sys
 import time
@@ -67,6 +68,7 @@ def serve(args: argparse.Namespace) -> int:
         print(
             "warning: the password crosses the network as it is: let a proxy with TLS stand before it", file=sys.stderr
         )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     with suppress(KeyboardInterrupt):
         while True:
             time.sleep(3600)
@@ -100,14 +102,15 @@ def credentials(*, local: bool) -> tuple[str, str] | None:
 
 def check_port(host: str, port: int) -> None:
     """Raises ConfigError; before anything is loaded."""
+    if not 0 < port < 1 << 16:
+        raise ConfigError(f"--port {port}: expected a number from 1 to 65535")
     kind = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.socket(kind) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host.strip("[]"), port))
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"--port {port}: cannot be used at {host} ({reason}); choose another one") from None
+    except OSError as error:
+        raise ConfigError(f"--port {port}: cannot be used at {host} ({error.strerror}); choose another one") from None
 
 
 def named_runs(paths: Sequence[Path]) -> dict[str, Path]:

@@ -21,7 +21,7 @@ _NO_TEMPLATES = str.maketrans({"$": "&#36;", "{": "&#123;", "}": "&#125;", "`": 
 TICKS = 4
 
 
-def html(name: str, **values: Any) -> str:
+def html(name: str, /, **values: Any) -> str:
     return render(TEMPLATES / f"{name}.html", **values).translate(_NO_TEMPLATES)
 
 

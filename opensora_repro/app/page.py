@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -43,11 +44,6 @@ ROW = ("use", "at", "part", "strength")
 Values = Mapping[str, Any]  # by the names of the form's fields
 
 
-def shape_name(height: int, width: int) -> str:
-    form = "square" if height == width else "wide" if width > height else "tall"
-    return f"{height} x {width} ({form})"
-
-
 class Page:
     """`shows_commands`: whether results tell how a terminal makes them, with names of this machine's folders."""
 
@@ -68,8 +64,8 @@ class Page:
                 with gr.Column(scale=7, min_width=320):
                     self._show()
             self.gallery = gr.Gallery(
-                label="Your results", visible=False, columns=6, height="auto", object_fit="contain", allow_preview=False,
-                interactive=False, buttons=[], elem_id="gallery",
+                label="Your results", visible=False, columns=6, height="auto", object_fit="contain",
+                allow_preview=False, interactive=False, fit_columns=False, buttons=[], elem_id="gallery",
             )  # fmt: skip
             self._connect()
 
@@ -145,9 +141,8 @@ class Page:
                 [AS_FIRST, *self.studio.checkpoints(runs[0])], value=AS_FIRST, label="Checkpoint", min_width=140
             )
         with gr.Row():
-            form["steps2"] = gr.Number(None, label="Steps", precision=0, min_width=80)
-            form["guidance2"] = gr.Number(None, label="Guidance", min_width=80)
-            form["seed2"] = gr.Textbox(label="Seed", max_lines=1, min_width=80)
+            for name in ("steps", "guidance", "seed"):  # a number's field would show 0 where it is left empty
+                form[f"{name}2"] = gr.Textbox(label=name.capitalize(), max_lines=1, min_width=80)
 
     def _show(self) -> None:
         self.status = gr.HTML(elem_id="status")
@@ -161,7 +156,7 @@ class Page:
     def _connect(self) -> None:
         """What happens by what. Nothing of it is an interface for programs."""
         form, fields = self.form, list(self.form.values())
-        seen = [self.status, self.result, self.which, self.actions, self.current]
+        seen = [self.status, self.result, self.which, self.actions, self.extend, self.loop, self.current]
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         self.blocks.load(
             self._open, [self.browser], [self.browser, self.gallery, self.listed, form["checkpoint"]], **private
@@ -204,7 +199,7 @@ class Page:
     def _defaults(self, run: str, checkpoint: str | None = None) -> dict[str, Any]:
         names = self.studio.checkpoints(run)
         source = self.studio.source(run, checkpoint or names[0])
-        shapes = [(shape_name(height, width), f"{height}x{width}") for height, width in self.studio.shapes(source)]
+        shapes = [(f"{height} x {width}", f"{height}x{width}") for height, width in self.studio.shapes(source)]
         data, sample = source.config.data, source.config.sample
         by_class = source.model.conditioning == "class"
         return {
@@ -314,7 +309,7 @@ class Page:
                 next((job for job in jobs if not job.ended.is_set()), jobs[0]).ended.wait(LOOK_EVERY)
         finally:  # also when the browser has gone
             for job in jobs:
-                job.stop.set()
+                self.studio.stop(job)
             self.jobs.pop(session, None)
         gallery, listed = self._listing(browser)
         yield {
@@ -325,12 +320,12 @@ class Page:
 
     def _stop(self, request: gr.Request) -> None:
         for job in self.jobs.get(str(request.session_hash), []):
-            job.stop.set()
+            self.studio.stop(job)
 
     def _look(self, browser: str, ids: Sequence[str], jobs: Sequence[Job] = ()) -> dict[Any, Any]:
         """Show results, and what became of samples that have none."""
         results = [found for id in ids if (found := self.studio.result(browser, id)) is not None]
-        commands = [self.studio.command(browser, one) if self.shows_commands else "" for one in results]
+        commands = [self._command(browser, one) for one in results]
         problems = [job.message for job in jobs if job.state == "failed"]
         stopped = any(job.state == "stopped" for job in jobs)
         clips = any(one.file.suffix == ".mp4" for one in results)
@@ -347,9 +342,17 @@ class Page:
             self.current: [one.id for one in results],
         }
 
+    def _command(self, browser: str, result: Result) -> str:
+        if self.shows_commands:
+            with suppress(UserError, OSError):  # a checkpoint, or a file that was given, is gone
+                return self.studio.command(browser, result)
+        return ""
+
     def _select(self, browser: str, listed: list[str], event: gr.SelectData) -> Any:
-        found = self._look(browser, listed[event.index : event.index + 1])
-        return found or {self.status: problem("this result is not there any more")}
+        ids = listed[event.index : event.index + 1]
+        if not any(self.studio.result(browser, id) for id in ids):
+            return {self.status: problem("this result is not there any more")}
+        return self._look(browser, ids)
 
     def _other_run(self, run: str) -> Any:
         found = self._defaults(run)

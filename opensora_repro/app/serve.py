@@ -33,7 +33,7 @@ class Guard:
         self.app = app
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and any(part in scope["path"] for part in FETCHES):
+        if scope["type"] == "http" and any(part in scope["path"].lower() for part in FETCHES):
             await send({"type": "http.response.start", "status": 404, "headers": []})
             await send({"type": "http.response.body", "body": b""})
             return

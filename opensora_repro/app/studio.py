@@ -20,7 +20,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -89,6 +89,7 @@ class Job:
     began: float = 0.0
     preview: bytes = b""  # JPEG
     result: str = ""
+    future: Future[None] | None = None
     stop: threading.Event = field(default_factory=threading.Event)
     ended: threading.Event = field(default_factory=threading.Event)
 
@@ -248,6 +249,7 @@ class Studio:
 
     def submit(self, browser: str, wanted: Sequence[Settings]) -> list[Job]:
         """Samples that are made one after the other, once those before them are. Raises ConfigError."""
+        self.results_folder(browser)
         for settings in wanted:
             self.check(settings)
         jobs = [Job(settings) for settings in wanted]
@@ -256,8 +258,15 @@ class Studio:
                 raise ConfigError(f"{len(self.jobs)} samples are waiting already; try again later")
             self.jobs += jobs
         for job in jobs:
-            self._worker.submit(self._work, browser, job)
+            job.future = self._worker.submit(self._work, browser, job)
         return jobs
+
+    def stop(self, job: Job) -> None:
+        """Within a step, or at once where it has not begun."""
+        job.stop.set()
+        if job.future is not None and job.future.cancel() and not job.ended.is_set():
+            job.state = "stopped"
+            self._end(job)
 
     def before(self, job: Job) -> int:
         """How many samples are made first."""
@@ -266,7 +275,7 @@ class Studio:
 
     def close(self) -> None:
         for job in list(self.jobs):
-            job.stop.set()
+            self.stop(job)
         self._worker.shutdown(wait=True, cancel_futures=True)
 
     def _work(self, browser: str, job: Job) -> None:
@@ -290,9 +299,12 @@ class Studio:
                 traceback.print_exc()
                 job.message = "this failed for a reason that is the program's; its terminal has more"
         finally:
-            with self._lock:
-                self.jobs.remove(job)
-            job.ended.set()
+            self._end(job)
+
+    def _end(self, job: Job) -> None:
+        with self._lock:
+            self.jobs.remove(job)
+        job.ended.set()
 
     def _sample(self, browser: str, job: Job) -> str:
         """Make one sample; its folder appears whole or not at all. Raises Stopped, UserError, TrainingError."""

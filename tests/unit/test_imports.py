@@ -31,6 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("planning",),
     ("report",),
     ("sampling",),
+    ("app",),
     ("training",),
     ("evaluation",),
     ("demo",),
@@ -53,6 +54,7 @@ COMMANDS = [
     "stages.stage2_video",
     "stages.stage3_hq",
     "stages.sample",
+    "stages.app",
     "stages.plan",
     "stages.buckets",
     "stages.weights",
@@ -72,7 +74,9 @@ COMMANDS = [
     "data_tools.report",
     "data_tools.pipeline",
 ]
-HEAVY = ("torch", "torchvision", "diffusers", "transformers", "timm", "pandas", "pyarrow", "av", "cv2", "scenedetect")
+HEAVY = (
+    "torch", "torchvision", "diffusers", "transformers", "timm", "pandas", "pyarrow", "av", "cv2", "scenedetect", "gradio",
+)  # fmt: skip
 
 
 def module_name(path: Path) -> str:
