@@ -86,7 +86,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_given(parser.add_argument_group("frames that are given, of files or of the video itself").add_argument)
     add = parser.add_argument_group("words that 1.2's captions end with, added to each prompt").add_argument
     add("--aesthetic", metavar="X", help="aesthetic score, 1 to 10; none: no such words (6.5 with 1.2's release)")
-    add("--motion", type=float, metavar="X", help="motion score, from 0 on; about 5 is usual")
+    add("--motion", metavar="X", help="motion score, from 0 on; about 5 is usual")
     add("--camera", metavar="TEXT", help='camera motion, such as "pan left"')
     return parser.parse_args(joined(sys.argv[1:] if argv is None else argv))
 
@@ -142,7 +142,13 @@ def run(args: argparse.Namespace) -> int:
     if args.out.exists() and not args.out.is_dir():
         raise ConfigError(f"--out {args.out}: this is a file, expected a folder")
     check_numbers(args)
-    return sample(args, given_prompts(args))
+    prompts = given_prompts(args)
+    prompts = prompts if args.label else own_references(args, prompts)
+    if (args.mask_strategy is None) != (args.reference is None):
+        raise ConfigError("--mask-strategy and --reference: give both, the places and what they take")
+    if args.mask_align is not None and args.mask_strategy is None:
+        raise ConfigError("--mask-align: give --mask-strategy, too, whose starts it moves")
+    return sample(args, prompts)
 
 
 def published(name: Path) -> Path:
@@ -204,10 +210,6 @@ def check_numbers(args: argparse.Namespace) -> None:
         raise ConfigError("--inpaint and --region: give both, a clip and where in it something new is made")
     if args.inpaint is not None and args.edit is not None:
         raise ConfigError("--inpaint and --edit both say what all frames begin from: give one")
-    if (args.mask_strategy is None) != (args.reference is None):
-        raise ConfigError("--mask-strategy and --reference: give both, the places and what they take")
-    if args.mask_align is not None and args.mask_strategy is None:
-        raise ConfigError("--mask-align: give --mask-strategy, too, whose starts it moves")
     if args.camera is not None and is_blank(args.camera):
         raise ConfigError("--camera: expected words, such as pan left")
 
@@ -229,6 +231,26 @@ def given_prompts(args: argparse.Namespace) -> list[str]:
     prompts: list[str] = args.prompt or args.label
     check_prompts(prompts, "--prompt" if args.prompt else "--label")
     return prompts
+
+
+def own_references(args: argparse.Namespace, prompts: list[str]) -> list[str]:
+    """The prompts' texts; the JSON that 1.1's and 1.2's may end with goes to the options of its name. ConfigError."""
+    if not any("{" in prompt for prompt in prompts):
+        return prompts
+    from opensora_repro.sampling.conditions import read_json
+
+    parts = [read_json(prompt) for prompt in prompts]
+    if len({(part.reference_path, part.mask_strategy) for part in parts}) > 1:
+        raise ConfigError(
+            "prompts that end with other references or strategies than each other: sample them one by one"
+        )
+    for option, value in (("reference", parts[0].reference_path), ("mask_strategy", parts[0].mask_strategy)):
+        if value and getattr(args, option) is not None:
+            raise ConfigError(f"--{option.replace('_', '-')}: the prompt's own JSON says it, too: give one")
+        setattr(args, option, value or getattr(args, option))
+    texts = [part.text.strip() for part in parts]
+    check_prompts(texts, "--prompt without its JSON")
+    return texts
 
 
 def sample(args: argparse.Namespace, prompts: list[str]) -> int:
