@@ -52,6 +52,9 @@ class Recipe:
     def stages(self) -> list[str]:
         return [name for name in MODULES if name in self.sections]
 
+    def options(self, section: str) -> tuple[str, ...]:
+        return tuple(map(str, self.sections[section].get("options", ())))
+
 
 @dataclass(frozen=True)
 class Step:
@@ -174,49 +177,60 @@ def _is_number(text: str) -> bool:
 
 def steps_of(recipe: Recipe) -> list[Step]:
     """All steps, their configs checked. Raises ConfigError."""
-    out, sections = recipe.out, recipe.sections
-    options = {name: tuple(map(str, content.get("options", ()))) for name, content in sections.items()}
-    manifest, train, held_out = out / "data" / "manifest.parquet", out / "train.parquet", out / "held_out.parquet"
-    pipeline = sections["pipeline"]
-    config = str(here_or_shipped(pipeline["config"]))
-    given = (f"input={recipe.input}", f"out={out / 'data'}", *pipeline.get("set", ()))
-    words = ("data_tools.pipeline", config, *given)
-    found = [Step("pipeline", "footage to clips", manifest, words, (Path(config),), looks=True)]
-    if recipe.captions is not None:
-        captioned = out / "captioned"
-        words = ("data_tools.caption", str(manifest), "--sidecar", str(recipe.captions), "--out", str(captioned))
-        found.append(
-            Step("captions", "captions to clips", captioned / manifest.name, words, (manifest, recipe.captions))
-        )
-        manifest = captioned / manifest.name
-    hold = lambda: hold_out(manifest, train, held_out, recipe.held_out)  # noqa: E731
-    title = f"{recipe.held_out:.0%} of the videos are held out"
-    found.append(Step("held-out", title, held_out, (str(recipe.held_out),), (manifest,), hold))
+    train, held_out = recipe.out / "train.parquet", recipe.out / "held_out.parquet"
     runs = list(_stages(recipe, train, held_out))
-    last = runs[-1]
-    if "preview" in sections:
-        changes = sections[last.name].get("set", ())
-        words = ("data_tools.preview", str(train), *changes, "--config", last.command[1], "--out", str(out / "preview"))
-        page = out / "preview" / "preview.html"
-        found.append(Step("preview", "a page of what training reads", page, (*words, *options["preview"]), (train,)))
-    found += runs
-    trained = tuple(step.output for step in runs if step.name != "stage0")
-    folders = [str(out / step.name) for step in runs if step.name != "stage0"]
-    if "evaluate" in sections:
-        result = out / "evaluation" / "evaluation.json"
+    return [*_data(recipe, train, held_out), *_preview(recipe, runs[-1], train), *runs, *_pages(recipe, runs, held_out)]
+
+
+def _data(recipe: Recipe, train: Path, held_out: Path) -> Iterator[Step]:
+    out, section = recipe.out, recipe.sections["pipeline"]
+    manifest, config = out / "data" / "manifest.parquet", here_or_shipped(section["config"])
+    words = (
+        "data_tools.pipeline",
+        str(config),
+        f"input={recipe.input}",
+        f"out={out / 'data'}",
+        *section.get("set", ()),
+    )
+    yield Step("pipeline", "footage to clips", manifest, words, (config,), looks=True)
+    if recipe.captions is not None:
+        found, manifest = manifest, out / "captioned" / manifest.name
+        words = ("data_tools.caption", str(found), "--sidecar", str(recipe.captions), "--out", str(manifest.parent))
+        yield Step("captions", "captions to clips", manifest, words, (found, recipe.captions))
+
+    def hold() -> None:
+        hold_out(manifest, train, held_out, recipe.held_out)
+
+    title = f"{recipe.held_out:.0%} of the videos are held out"
+    yield Step("held-out", title, held_out, (str(recipe.held_out),), (manifest,), hold)
+
+
+def _preview(recipe: Recipe, last: Step, train: Path) -> Iterator[Step]:
+    if "preview" in recipe.sections:
+        page, changes = recipe.out / "preview" / "preview.html", recipe.sections[last.name].get("set", ())
+        words = ("data_tools.preview", str(train), *changes, "--config", last.command[1], "--out", str(page.parent))
+        words = (*words, *recipe.options("preview"))
+        yield Step("preview", "a page of what training reads", page, words, (train, Path(last.command[1])))
+
+
+def _pages(recipe: Recipe, runs: Sequence[Step], held_out: Path) -> Iterator[Step]:
+    """What is measured and told of the trained runs."""
+    trained = [step for step in runs if step.name != "stage0"]
+    folders, reads = [str(recipe.out / step.name) for step in trained], [step.output for step in trained]
+    if "evaluate" in recipe.sections:
+        result = Path(folders[-1]) / "evaluation" / "evaluation.json"  # where the run's own page looks for it
         words = ("stages.evaluate", folders[-1], "--manifest", str(held_out), "--out", str(result.parent))
-        reads = (last.output, held_out)
-        found.append(Step("evaluate", "measured on what was held out", result, (*words, *options["evaluate"]), reads))
-        trained = (*trained, result)
-    if "report" in sections:
-        page = out / "report" / "report.html"
-        words = ("stages.report", *folders, "--out", str(page.parent), *options["report"])
-        found.append(Step("report", "a page on all runs", page, words, trained))
-    if "card" in sections:
-        card = out / "card.md"
-        words = ("stages.weights", "card", folders[-1], "--out", str(card), *options["card"])
-        found.append(Step("card", "a model card", card, words, trained))
-    return found
+        words = (*words, *recipe.options("evaluate"))
+        yield Step("evaluate", "measured on what was held out", result, words, (reads[-1], held_out))
+        reads.append(result)
+    if "report" in recipe.sections:
+        page = recipe.out / "report" / "report.html"
+        words = ("stages.report", *folders, "--out", str(page.parent), *recipe.options("report"))
+        yield Step("report", "a page on all runs", page, words, tuple(reads))
+    if "card" in recipe.sections:
+        card = recipe.out / "card.md"
+        words = ("stages.weights", "card", folders[-1], "--out", str(card), *recipe.options("card"))
+        yield Step("card", "a model card", card, words, tuple(reads))
 
 
 def _stages(recipe: Recipe, train: Path, held_out: Path) -> Iterator[Step]:
@@ -268,14 +282,20 @@ def hold_out(manifest: Path, train: Path, held_out: Path, share: float) -> None:
     names = [Path(source or name).name for source, name in zip(sources, ids, strict=True)]
     if len(set(names)) == 1:  # one video: some of its clips, which resemble the others
         names = ids
-    order = sorted(set(names), key=lambda name: digest([name]))
+    order = sorted(set(names), key=_drawn)
     if len(order) < 2:
         raise DataError(f"{manifest}: a single clip, of which none can be held out")
-    kept_apart = set(order[: max(1, round(share * len(order)))])
+    # Not so many of them: then new footage would move others to the other side.
+    kept_apart = {name for name in order[:-1] if _drawn(name) < share} or set(order[:1])
     mask = [name in kept_apart for name in names]
     write_manifest(table.filter(pa.array(mask)), held_out)
     write_manifest(table.filter(pa.array([not held for held in mask])), train)
     print(f"{len(mask) - sum(mask):,} clips in {train}, {sum(mask):,} in {held_out}")
+
+
+def _drawn(name: str) -> float:
+    """A number from 0 to 1 that depends on the name alone."""
+    return int(digest([name]), 16) / 2**128
 
 
 # ---------------------------------------------------------------------------------------------------------------------

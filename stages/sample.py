@@ -92,7 +92,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_given(parser.add_argument_group("frames that are given, of files or of the video itself").add_argument)
     add = parser.add_argument_group("words that 1.2's captions end with, added to each prompt").add_argument
     add("--aesthetic", metavar="X", help="aesthetic score, 1 to 10; none: no such words (6.5 with 1.2's release)")
-    add("--motion", type=float, metavar="X", help="motion score, from 0 on; about 5 is usual")
+    add("--motion", metavar="X", help="motion score, from 0 on; about 5 is usual")
     add("--camera", metavar="TEXT", help='camera motion, such as "pan left"')
     return parser.parse_args(joined(sys.argv[1:] if argv is None else argv))
 
@@ -235,10 +235,6 @@ def check_numbers(args: argparse.Namespace) -> None:
         raise ConfigError("--inpaint and --region: give both, a clip and where in it something new is made")
     if args.inpaint is not None and args.edit is not None:
         raise ConfigError("--inpaint and --edit both say what all frames begin from: give one")
-    if (args.mask_strategy is None) != (args.reference is None):
-        raise ConfigError("--mask-strategy and --reference: give both, the places and what they take")
-    if args.mask_align is not None and args.mask_strategy is None:
-        raise ConfigError("--mask-align: give --mask-strategy, too, whose starts it moves")
     if args.camera is not None and is_blank(args.camera):
         raise ConfigError("--camera: expected words, such as pan left")
 
@@ -262,8 +258,31 @@ def given_prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def build_run(args: argparse.Namespace) -> tuple[SamplingRun, list[str]]:
-    """What the options ask for, and lines on the frames that are given. Raises ConfigError, WeightsError."""
+def own_references(args: argparse.Namespace, prompts: list[str]) -> list[str]:
+    """The prompts' texts; the JSON that 1.1's and 1.2's may end with goes to the options of its name. ConfigError."""
+    if not any("{" in prompt for prompt in prompts):
+        return prompts
+    from opensora_repro.sampling.conditions import read_json
+
+    parts = [read_json(prompt) for prompt in prompts]
+    if len({(part.reference_path, part.mask_strategy) for part in parts}) > 1:
+        raise ConfigError(
+            "prompts that end with other references or strategies than each other: sample them one by one"
+        )
+    for option, value in (("reference", parts[0].reference_path), ("mask_strategy", parts[0].mask_strategy)):
+        if value and getattr(args, option) is not None:
+            raise ConfigError(f"--{option.replace('_', '-')}: the prompt's own JSON says it, too: give one")
+        setattr(args, option, value or getattr(args, option))
+    texts = [part.text.strip() for part in parts]
+    check_prompts(texts, "--prompt without its JSON")
+    return texts
+
+
+def build_run(args: argparse.Namespace, *, opens_files: bool = False) -> tuple[SamplingRun, list[str]]:
+    """What the options ask for, and lines on the frames that are given. Raises ConfigError, WeightsError.
+
+    `opens_files`: prompts may name reference files, which only those who type them at this machine are to.
+    """
     from dataclasses import replace
 
     from opensora_repro.sampling.run import SamplingRun, check_prompts_fit, with_options
@@ -271,6 +290,11 @@ def build_run(args: argparse.Namespace) -> tuple[SamplingRun, list[str]]:
 
     check_numbers(args)
     prompts = given_prompts(args)
+    prompts = own_references(args, prompts) if opens_files and not args.label else prompts
+    if (args.mask_strategy is None) != (args.reference is None):
+        raise ConfigError("--mask-strategy and --reference: give both, the places and what they take")
+    if args.mask_align is not None and args.mask_strategy is None:
+        raise ConfigError("--mask-align: give --mask-strategy, too, whose starts it moves")
     source = find_source(args.source, ema=not args.no_ema, num_heads=args.num_heads, family=args.family)
     if args.lora:
         from opensora_repro.weights.adapters import read_adapter
@@ -306,7 +330,7 @@ def sample(args: argparse.Namespace) -> int:
     from opensora_repro.parallel.mesh import launched_as
     from opensora_repro.sampling.run import pick_device
 
-    run, lines = build_run(args)
+    run, lines = build_run(args, opens_files=True)
     rank, world_size, local_rank = launched_as()
     device = pick_device(args.device, world_size, local_rank)
     if run.speedups is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from opensora_repro.models.config import (
@@ -40,6 +40,9 @@ class Products:
     outside: int  # embedders and the final layer
     inputs: int  # of `outside`: layers that read data, of which a backward pass wants no gradient
     costly: int = 0  # of `blocks`: whose results selective activation checkpointing keeps
+    untrained: int = 0  # of a backward pass through all: what is left out where only a part is trained
+    idle: int = 0  # of `blocks`: through which no backward pass goes,
+    idle_costly: int = 0  # and of `costly`
 
     @property
     def forward_flops(self) -> int:
@@ -48,11 +51,12 @@ class Products:
     @property
     def training_flops(self) -> int:
         """Forward and backward: the model FLOPs that utilisation is measured by."""
-        return 2 * (3 * (self.blocks + self.outside) - self.inputs)
+        return 2 * (3 * (self.blocks + self.outside) - self.inputs - self.untrained)
 
     def recomputed_flops(self, checkpointing: str) -> int:
         """What activation checkpointing adds: of every block's forward pass, what is not kept."""
-        return 2 * {"none": 0, "selective": self.blocks - self.costly, "full": self.blocks}[checkpointing]
+        blocks, costly = self.blocks - self.idle, self.costly - self.idle_costly
+        return 2 * {"none": 0, "selective": blocks - costly, "full": blocks}[checkpointing]
 
 
 def forward_products(cfg: ModelConfig, grid: Grid) -> Products:
@@ -72,7 +76,33 @@ def _stdit_products(cfg: TrainedConfig, grid: Grid) -> Products:
     inputs = tokens * patch * cfg.in_channels + sinusoids + text * cfg.caption_channels * dim
     outside = tokens * patch * (cfg.in_channels + cfg.out_channels) + text * caption_weights(cfg)
     outside += timestep_weights(cfg) + sum(scalar_weights(width) * numbers for width, numbers in scalars)
-    return Products(cfg.depth * blocks, outside, inputs, cfg.depth * costly)
+    found = Products(cfg.depth * blocks, outside, inputs, cfg.depth * costly)
+    if cfg.only_train_temporal:
+        return _of_temporal_blocks(cfg, grid, found)
+    if not cfg.freeze_y_embedder:
+        return found
+    # Neither the caption MLP nor what every block makes of its result asks for gradients of their input.
+    untrained = text * (cfg.caption_channels * dim + 2 * dim**2) + cfg.depth * len(cfg.block_spans) * text * 2 * dim**2
+    return replace(found, untrained=untrained)
+
+
+def _of_temporal_blocks(cfg: TrainedConfig, grid: Grid, found: Products) -> Products:
+    """Where these alone are trained: gradients pass through all blocks but the first, which comes before them.
+
+    Of the frozen ones they leave out the weights', and everywhere those of the captions, which are frozen, too.
+    """
+    dim, tokens, text = cfg.hidden_size, grid.tokens, cfg.model_max_length * 2 * cfg.hidden_size**2
+    last = tokens * dim * math.prod(cfg.patch_size) * cfg.out_channels  # the final layer
+    needed, idle, idle_costly = found.outside + last, 0, 0
+    for spans in cfg.block_spans:
+        weights, attention = tokens * token_weights(cfg, spans), tokens * 2 * dim * sum(attended(cfg, grid, spans))
+        if spans == ("time",):
+            needed += cfg.depth * (3 * (weights + attention) + 2 * text)
+        else:
+            idle, idle_costly = weights + attention + text, _costly_products(cfg, grid, spans)
+            needed += idle + (cfg.depth - 1) * (2 * weights + 3 * attention + text)
+    untrained = 3 * (found.blocks + found.outside) - found.inputs - needed
+    return replace(found, untrained=untrained, idle=idle, idle_costly=idle_costly)
 
 
 def attended(cfg: TrainedConfig, grid: Grid, spans: Sequence[str]) -> tuple[int, ...]:

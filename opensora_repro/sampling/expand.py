@@ -242,9 +242,9 @@ def remembered(out: Path) -> dict[str, str]:
 def remember(out: Path, expanded: dict[str, str]) -> None:
     """Put these into the record, which may be there already or not."""
     try:
-        record = json.loads((out / RECORD).read_text(encoding="utf-8"))
-    except OSError:
+        record = dict(json.loads((out / RECORD).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # none, or what --overwrite replaces
         record = {}
-    record["expanded"] = record.get("expanded", {}) | expanded
+    record["expanded"] = remembered(out) | expanded
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / RECORD, json.dumps(record, indent=1, ensure_ascii=False) + "\n")

@@ -145,10 +145,10 @@ def is_to_come(path: str) -> bool:
     return not os.path.lexists(path)
 
 
-def find_manifest(path: str) -> Any | None:
+def find_manifest(path: str, *, need_captions: bool = True) -> Any | None:
     """The manifest's rows, None where it is to come. Raises DataError."""
     if not is_to_come(path):
-        return read_manifest(path)
+        return read_manifest(path, need_captions=need_captions)
     kind_by_name(Path(path))  # what comes under another name will not be one
     return None
 

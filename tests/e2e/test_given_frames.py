@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ from opensora_repro.sampling.generate import decode as decode_latent
 from opensora_repro.sampling.source import find_source
 from stages.sample import main
 from tests.sample_home import PROMPTS, check_mistake, decode
+from tests.training_world import Command
 
 SIZE = (32, 48)
 PROMPT = PROMPTS[:1]
@@ -162,6 +167,70 @@ def test_a_published_strategy_counts_latents(
     assert record["text"] == "0;0,1,-2,-2,2,0" and len(record["sha256"]) == 2
 
 
+def test_a_prompts_own_json_is_the_options(home: Path, files: Path, tmp_path: Path, capsys: Any) -> None:
+    place = {"reference_path": f"{files}/clip.mp4", "mask_strategy": "0,0,-1,0,1,0"}
+    text, common = PROMPT[0], [str(home / "flow"), "--seed", "3", "--device", "cpu", "--out"]
+    own = [*common, str(tmp_path / "own"), "--prompt", f"{text} {json.dumps(place)}"]
+    assert main(own) == 0
+    options = ["--reference", place["reference_path"], "--mask-strategy", place["mask_strategy"]]
+    assert main([*common, str(tmp_path / "options"), "--prompt", text, *options]) == 0
+    assert (tmp_path / "own" / "0000.mp4").read_bytes() == (tmp_path / "options" / "0000.mp4").read_bytes()
+    records = [json.loads((tmp_path / name / "samples.json").read_text()) for name in ("own", "options")]
+    assert records[0] == records[1]
+    capsys.readouterr()
+    for more, told in (
+        (options[:2], "--reference: the prompt's own JSON says it, too"),
+        (["--prompt", '{"mask_strategy": "0"}'], "other references or strategies than each other"),
+    ):
+        assert main([*own, *more]) == 2
+        assert told in capsys.readouterr().err
+    for broken, told in (
+        ('x {"mask_strategy": "0"}', "--mask-strategy and --reference: give both"),
+        ('x {"mask_strategy": 0 0}', "cannot read"),
+        (json.dumps(place), "--prompt without its JSON: prompt 1 is empty"),
+    ):
+        assert main([*common, str(tmp_path / "none"), "--prompt", broken]) == 2
+        assert told in capsys.readouterr().err
+
+
+def test_a_killed_process_leaves_a_long_video_that_goes_on(home: Path, tmp_path: Path) -> None:
+    def arguments(out: Path) -> list[str]:
+        long = ["--seconds", "3.5", "--num-frames", "6", "--condition-frames", "2", "--steps", "2"]
+        return [str(home / "flow"), "--prompt", PROMPT[0], "--out", str(out), "--seed", "3", "--device", "cpu", *long]
+
+    assert main(arguments(tmp_path / "whole")) == 0
+    cut = tmp_path / "cut"
+    command = Command("stages.sample", arguments(cut), tmp_path / "log")
+    while not (cut / "0000.parts" / "0001.mp4").exists():
+        assert command.process.exitcode is None, command.err
+        time.sleep(0.002)
+    os.kill(command.pid, signal.SIGKILL)
+    assert command.wait() == -signal.SIGKILL
+    assert not (cut / "0000.mp4").exists()
+    assert main(arguments(cut)) == 0
+    assert (cut / "0000.mp4").read_bytes() == (tmp_path / "whole" / "0000.mp4").read_bytes()
+    assert sorted(path.name for path in cut.iterdir()) == ["0000.mp4", "samples.json"]
+
+
+@pytest.mark.slow
+def test_a_minute_takes_the_memory_of_two_clips(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clip's new frames are 1.3 MB, of which 28 more clips would leave 37 in memory."""
+    resident: list[int] = []
+
+    def save(self: chains.Progress) -> None:
+        write(self)
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        resident.append(pages * resource.getpagesize())
+
+    write = chains.Progress.save
+    monkeypatch.setattr(chains.Progress, "save", save)
+    size = ["--height", "256", "--width", "256", "--num-frames", "10", "--condition-frames", "2", "--vae-tile", "64"]
+    arguments = ["--seconds", "60", "--fps", "4", "--steps", "1", *size, "--guidance", "1"]
+    assert main([str(home / "flow"), "--prompt", "x", "--out", str(tmp_path), "--device", "cpu", *arguments]) == 0
+    assert len(resident) == 30
+    assert np.median(resident[-8:]) < np.median(resident[1:9]) + 10e6
+
+
 def test_a_long_video_goes_on_where_it_was_killed(
     home: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,6 +338,8 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["--seconds", "9", "--gif"], "--gif: a video of chained clips is written as it goes"),
     (["--prompt", "|0|a|2|b"], "--prompt: |0|TEXT|2|TEXT counts chained clips: give --seconds, longer than a clip"),
     (["--condition-frames", "0"], "--condition-frames 0: expected at least 1"),
+    (["--motion", "fast"], "--motion fast: expected a number from 0 on"),
+    (["--prompt", 'y{"reference_path": "{files}/a.png"}'], "with other references or strategies than each other"),
 ]
 
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
+import shutil
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
-from stages.recipe import main
-from tests.preloaded_python import preloaded_python
-from tests.processes import forked
+from opensora_repro.data.manifest import read_manifest, write_manifest
+from opensora_repro.data.write import write_video
+from stages.recipe import hold_out, main
 from tests.training_world import World, make_world
 
 TIMED = ("recipe.json", "metrics.jsonl")  # hold seconds
@@ -24,56 +28,56 @@ OWN_TIMES = ("logs", "tensorboard", "jobs")  # folders of records of how a run w
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    world = make_world(tmp_path_factory.mktemp("world"))
-    lines = [f"clip{i}.mp4,a square of number {i}" for i in range(7)]
-    (world.root / "captions.csv").write_text("\n".join(["path,caption", *lines, ""]))
-    (world.root / "pipeline.toml").write_text('input = "x"\nout = "x"\n[run]\nworkers = 1\n[probe]\n')
-    return world
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with preloaded_python(tmp_path_factory.mktemp("python")) as program:
-        yield program
+def footage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six clips of 12 frames; captions, and a line of one tool, beside them."""
+    folder = tmp_path_factory.mktemp("world") / "footage"
+    folder.mkdir()
+    for number in range(6):
+        video = np.full((12, 32, 32, 3), 30 * number, np.uint8)
+        video[:, number : number + 8, 4:12] = 255
+        write_video(folder / f"clip{number}.mp4", video, 8)
+    lines = [f"clip{number}.mp4,a square of number {number}" for number in range(6)]
+    folder.with_name("footage.csv").write_text("\n".join(["path,caption", *lines, ""]))
+    folder.with_name("pipeline.toml").write_text('input = "x"\nout = "x"\n[run]\nworkers = 1\n[probe]\n')
+    folder.with_name("empty.toml").write_text("")
+    return folder
 
 
-def write_recipe(world: World, path: Path, *stages: str) -> Path:
+def write_recipe(path: Path, footage: Path, *stages: str, world: World | None = None) -> Path:
     """A recipe of these stages, each of a few steps of a tiny model."""
-    parts = [f'[pipeline]\nconfig = "{world.root}/pipeline.toml"', '[preview]\noptions = ["--samples", "1"]']
+    config = f'config = "{footage.parent}/empty.toml"'
+    parts = [f'[pipeline]\nconfig = "{footage.parent}/pipeline.toml"', '[preview]\noptions = ["--samples", "1"]']
     for stage in stages:
-        own = world.arguments(Path("x"), "images" if stage == "stage1" else "clips")
-        kept = [word for word in own if not word.startswith(("run.", "data.manifest", "vae.", "text."))]
-        kept += [f'vae.path="{world.vae}"', f'text.path="{world.text}"', "train.steps=4", "checkpoint.every=2"]
-        kept += ["data.draws=1", 'data.cache="x"', "validation.every=4", "ema.decay=0.5"]
-        parts.append(f'[{stage}]\nconfig = "{world.root}/empty.toml"\nset = {json.dumps(kept)}')
+        image = stage == "stage1"
+        own = ["data.num_frames=1", "model.temporal_attention=false"] if image else []
+        if world is not None:
+            found = world.arguments(Path("x"), "images" if image else "clips")
+            own = [word for word in found if not word.startswith(("run.", "data.manifest"))]
+            own += ["train.steps=4", "checkpoint.every=2", "data.draws=1", 'data.cache="x"', "validation.every=4"]
+        parts.append(f"[{stage}]\n{config}\nset = {json.dumps(own)}")
     path.write_text("\n".join(["held_out = 0.3", *parts, ""]))
     return path
 
 
-def words(world: World, recipe: Path, out: Path) -> list[str]:
-    return [str(recipe), f"input={world.root}/clips", f"captions={world.root}/captions.csv", f"out={out}"]
+def words(recipe: Path, footage: Path, out: Path) -> list[str]:
+    return [str(recipe), f"input={footage}", f"captions={footage}.csv", f"out={out}"]
 
 
-def _recipe(arguments: list[str], program: str, log: str) -> None:
-    os.setsid()
-    with open(log, "ab") as out:
-        os.dup2(out.fileno(), 1)
-        os.dup2(out.fileno(), 2)
-    sys.executable = program  # which each step is started by
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-    sys.exit(main(arguments))
-
-
-def follow(arguments: list[str], python: str, log: Path, *, seconds: float | None = None) -> int:
+def follow(arguments: list[str], log: Path, *, seconds: float | None = None) -> int:
     """The recipe's exit code, in a process group of its own that is killed after so many seconds."""
-    process = forked.Process(target=_recipe, args=(arguments, python, str(log)))
-    process.start()
-    process.join(seconds)
-    if process.exitcode is None:
-        os.killpg(process.pid or 0, signal.SIGKILL)
-        process.join()
-    assert process.exitcode in (0, -signal.SIGKILL), log.read_text()
-    return process.exitcode
+    command = [sys.executable, "-m", "stages.recipe", *arguments]
+    with log.open("ab") as told, subprocess.Popen(command, start_new_session=True, stdout=told, stderr=told) as process:
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            code = process.wait()
+    assert code in (0, -signal.SIGKILL), log.read_text()
+    return code
 
 
 def files(out: Path) -> dict[str, bytes]:
@@ -83,31 +87,109 @@ def files(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in found}
 
 
-def kill_and_go_on(world: World, python: str, folder: Path, *stages: str, kills: int) -> None:
-    recipe, out, log = write_recipe(world, folder / "recipe.toml", *stages), folder / "out", folder / "log"
-    began = time.monotonic()
-    assert follow(words(world, recipe, out), python, log) == 0
+def kill_and_go_on(arguments: list[str], out: Path, *, kills: int, ends_with: str) -> None:
+    """Run it undisturbed, then killed so many times, each later than the one before, and compare."""
+    log, began = out.with_name("log"), time.monotonic()
+    assert follow(arguments, log) == 0
     whole = time.monotonic() - began
     expected = files(out)
-    assert f"{stages[-1]}/checkpoints/step-00000004/ema.safetensors" in expected
-    out.rename(folder / "whole")
-    moments, done = random.Random(len(stages)), 0
-    for _ in range(10 * kills):  # some are over before
-        done += follow(words(world, recipe, out), python, log, seconds=moments.uniform(0, whole / 2)) != 0
-        if done == kills:
-            break
-    assert done == kills or (out / "recipe.json").exists()
-    assert follow(words(world, recipe, out), python, log) == 0
+    assert ends_with in expected
+    out.rename(out.with_name("whole"))
+    moments, killed = random.Random(0), 0
+    while killed < kills:
+        if follow(arguments, log, seconds=moments.uniform(0, 2 * whole / kills)) == 0:  # it came to its end before
+            shutil.rmtree(out)
+        else:
+            killed += 1
+    assert follow(arguments, log) == 0
     found = files(out)
     assert found.keys() == expected.keys()
     assert [name for name in expected if found[name] != expected[name]] == []
+    assert "done before" in log.read_text()
 
 
 @pytest.mark.slow
-def test_killed_three_times_it_leaves_the_same_files(world: World, python: str, tmp_path: Path) -> None:
-    kill_and_go_on(world, python, tmp_path, "stage1", kills=3)
+def test_killed_three_times_its_data_are_the_same(footage: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.toml", footage, "stage1")
+    arguments = [*words(recipe, footage, tmp_path / "out"), "--until", "preview"]
+    kill_and_go_on(arguments, tmp_path / "out", kills=3, ends_with="preview/preview.html")
 
 
 @pytest.mark.exhaustive
-def test_killed_ten_times_it_leaves_the_same_files(world: World, python: str, tmp_path: Path) -> None:
-    kill_and_go_on(world, python, tmp_path, "stage1", "stage2", "stage3", kills=10)
+def test_killed_ten_times_it_leaves_the_same_files(footage: Path, world: World, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.toml", footage, "stage1", "stage2", "stage3", world=world)
+    arguments, last = words(recipe, footage, tmp_path / "out"), "stage3/checkpoints/step-00000004/ema.safetensors"
+    kill_and_go_on(arguments, tmp_path / "out", kills=10, ends_with=last)
+
+
+def test_a_dry_run_tells_steps_times_and_memory(
+    footage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    laptop = ["configs/laptop.recipe.toml", f"input={footage}", f"captions={footage}.csv", f"out={out}", "--dry-run"]
+    assert main(laptop) == 0
+    told = capsys.readouterr().out
+    names = (
+        "pipeline",
+        "captions",
+        "held-out",
+        "preview",
+        "stage0",
+        "stage1",
+        "stage2",
+        "stage3",
+        "evaluate",
+        "report",
+        "card",
+    )
+    assert [line.split()[1] for line in told.splitlines() if line.startswith("[")] == [f"{name}:" for name in names]
+    assert re.search(r"stage3: 300 steps \(to do, about [\d.]+ min, about 619 MiB of memory\)", told)
+    assert f"init.weights={out}/stage2 data.cache={out}/cache/stage3" in told and not out.exists()
+    assert main([*laptop, "--gpu", "T4", "--until", "stage1", "stage1.train.steps=7"]) == 0
+    told = capsys.readouterr().out
+    assert "stage1: 7 steps" in told and "stage2:" not in told and "on T4" in told
+
+
+MISTAKES = {
+    "no such file or folder": ["input=none"],
+    "no captions: give captions=FILE": ["captions="],
+    "captions = none: no such file": ["captions=none"],
+    "expected a share of the videos": ["held_out=1.5"],
+    "expected input=, captions=, out=, held_out= or SECTION.key=value": ["stage4.train.steps=1"],
+    "--until stage9: this recipe's steps are pipeline, captions": ["--until", "stage9"],
+    "--gpu asks what --dry-run estimates": ["--gpu", "T4"],
+    "model.hidden_sise": ["stage1.model.hidden_sise=3"],
+    "[stage1]: data.num_frames = 8": ["stage1.data.num_frames=8"],
+    "nowhere.toml: cannot be read": ["stage1.config=nowhere.toml"],
+}
+
+
+@pytest.mark.parametrize("told", MISTAKES)
+def test_mistakes_are_one_line_before_anything_runs(
+    footage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], told: str
+) -> None:
+    out = tmp_path / "out"
+    given = [f"input={footage}", f"captions={footage}.csv", f"out={out}", *MISTAKES[told]]
+    assert main(["configs/laptop.recipe.toml", *given]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and told in error and error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_what_is_held_out_stays_so_with_more_footage(tmp_path: Path) -> None:
+    def held_out(count: int) -> set[str]:
+        rows = [
+            {"id": f"{n}-{clip}", "path": str(tmp_path / f"{n}-{clip}.mp4"), "caption": "x", "num_frames": 4,
+             "fps": 8.0, "height": 8, "width": 8, "source": f"films/{n}.mp4"}
+            for n in range(count) for clip in range(2)
+        ]  # fmt: skip
+        write_manifest(pa.Table.from_pylist(rows), tmp_path / "all.parquet")
+        hold_out(tmp_path / "all.parquet", tmp_path / "train.parquet", tmp_path / "held.parquet", 0.2)
+        train, held = (set(read_manifest(tmp_path / f"{name}.parquet")["id"].to_pylist()) for name in ("train", "held"))
+        assert train | held == {row["id"] for row in rows} and not train & held
+        assert {f"{name.split('-')[0]}-{clip}" for name in held for clip in range(2)} == held  # whole videos
+        return held
+
+    few, many = held_out(30), held_out(60)
+    assert few < many and 6 <= len(few) < 24
+    assert len(held_out(2)) == 2

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 
 from opensora_repro.config import TextConfig, VaeConfig
+from opensora_repro.data.manifest import read_manifest, write_manifest
 from opensora_repro.data.video import read_frames
 from opensora_repro.frozen.text import open_text_encoder
 from opensora_repro.frozen.vae import open_vae
@@ -118,6 +120,30 @@ def test_a_dry_run_says_what_would_be(world: World, tmp_path: Path, capsys: pyte
     missing = [*arguments(world, tmp_path / "run"), f"init.weights={tmp_path}", "--dry-run"]
     assert stage0_autoencoder.main(missing) == 2
     assert "init.weights" in capsys.readouterr().err
+
+
+def test_sizes_by_name_and_clips_without_captions(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = read_manifest(world.manifest("clips"))
+    nothing = pa.nulls(len(manifest), pa.string())
+    at = manifest.column_names.index("caption")
+    write_manifest(manifest.set_column(at, "caption", nothing), tmp_path / "bare.parquet")
+    given = {"data__manifest": str(tmp_path / "bare.parquet"), "data__val_manifest": str(tmp_path / "bare.parquet")}
+
+    def dry(**changes: Any) -> tuple[int, str]:
+        code = stage0_autoencoder.main([*arguments(world, tmp_path / "run", **given, **changes), "--dry-run"])
+        told = capsys.readouterr()
+        return code, told.out + told.err
+
+    assert dry()[0] == 0
+    code, told = dry(text__vocab_size=50)
+    assert code == 2 and "caption" in told
+    small = {"num_frames": 4, "ratios": "square", "batch_size": 1}
+    code, told = dry(model__channels=[16] * 4, data__buckets=[{"resolution": "30x34", **small}])
+    assert code == 2 and 'the nearest size that fits is resolution = "32x32"' in told
+    code, told = dry(data__buckets=[{"resolution": "32x32", **small}, {"resolution": "144p", **small}])
+    assert code == 0 and "192x192" in told
 
 
 @pytest.mark.slow

@@ -136,6 +136,15 @@ SUCCESSORS: dict[str, Any] = {
         mlp_ratio=2.0,
     ),
 }
+SUCCESSORS |= {
+    f"{name}, {part}": dataclasses.replace(SUCCESSORS[name], **changes)
+    for name, part, changes in (
+        ("STDiT2", "frozen caption MLP", {"freeze_y_embedder": True}),
+        ("STDiT3", "frozen caption MLP", {"freeze_y_embedder": True}),
+        ("STDiT3", "temporal blocks alone", {"only_train_temporal": True}),
+        ("STDiT3 of tubelets", "temporal blocks alone", {"only_train_temporal": True, "freeze_y_embedder": True}),
+    )
+}
 
 
 @pytest.mark.parametrize("recompute", ACTIVATION_CHECKPOINTING)

@@ -34,7 +34,7 @@ def dry_run(cfg: AutoencoderConfig) -> Iterator[str]:
     yield from dump_toml(cfg).splitlines()
     yield ""
     start = find_start(cfg, world_size)
-    manifest = find_manifest(cfg.data.manifest)
+    manifest = find_manifest(cfg.data.manifest, need_captions=bool(cfg.text.vocab_size))
     yield f"# stage:        stage0_autoencoder, {cfg.model.kind} autoencoder"
     yield f"# latents:      {latents_told(cfg)}"
     (samples, *_) = global_batch_sizes(cfg.shared, world_size)
@@ -70,7 +70,8 @@ def preflight(
     else:
         yield from _clips(cfg, manifest, "clips of", cfg.data.manifest, told)
     if cfg.validation.every and cfg.data.val_manifest:
-        held_out = find_manifest(cfg.data.val_manifest) if dry else read_manifest(cfg.data.val_manifest)
+        read = find_manifest if dry else read_manifest
+        held_out = read(cfg.data.val_manifest, need_captions=False)
         if held_out is None:
             yield to_come("data.val_manifest", cfg.data.val_manifest)
         else:
@@ -97,7 +98,11 @@ def _check_sides(cfg: AutoencoderConfig) -> None:
         stride = autoencoder_geometry(cfg.model.image).spatial_stride
     for bucket in kept_buckets(cfg.shared):
         if bucket.height % stride or bucket.width % stride:
-            raise ConfigError(f"data.buckets: {bucket}: a side is no multiple of {stride}, the autoencoder's stride")
+            height, width = (max(stride, round(side / stride) * stride) for side in (bucket.height, bucket.width))
+            raise ConfigError(
+                f"data.buckets: {bucket}: a side is no multiple of {stride}, the autoencoder's stride; "
+                f'the nearest size that fits is resolution = "{width}x{height}"'
+            )
         if min(bucket.height, bucket.width) < 11:
             raise ConfigError(f"data: {bucket}: a side is below 11 pixels, the window of SSIM")
 

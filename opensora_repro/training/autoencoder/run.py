@@ -61,7 +61,7 @@ def train(cfg: AutoencoderConfig, say: Say = print) -> Outcome:
 def _train(cfg: AutoencoderConfig, engine: TorchEngine, say: Say) -> Outcome:
     check_same(engine.watchdog, "settings", config_facts(cfg))  # type: ignore[arg-type]
     start = engine.world.on_first(lambda: find_start(cfg, engine.mesh.data_size, say))
-    manifest = read_manifest(cfg.data.manifest)
+    manifest = read_manifest(cfg.data.manifest, need_captions=bool(cfg.text.vocab_size))
     check_same(engine.watchdog, "data", {"data.manifest": ids_fingerprint(manifest["id"])})
     check_manifest(cfg.shared, start, manifest, say)
     if start.state.step >= cfg.train.steps:
@@ -159,7 +159,7 @@ class _Run:
         """Held-out clips; without any, training clips, from which at least the latents' scale is measured."""
         cfg, shared = self.cfg, self.shared
         apart = bool(cfg.validation.every and cfg.data.val_manifest)
-        table = read_manifest(cfg.data.val_manifest) if apart else self.manifest
+        table = read_manifest(cfg.data.val_manifest, need_captions=False) if apart else self.manifest
         chosen = chosen_samples(table, shared)
         chosen = chosen if apart else chosen[:SHOWN_WITHOUT_VALIDATION]
         dataset = ClipDataset(table, cfg.data, cfg.run.seed, augment=False)
