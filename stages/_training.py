@@ -36,6 +36,7 @@ def _run(stage: Stage, arguments: argparse.Namespace) -> int:
     cfg = load_config(arguments.config, arguments.overrides)
     _require(cfg)
     stage.check(cfg)
+    _find_evaluations_models(cfg)
     return _dry_run(cfg, stage, arguments.gpu) if arguments.dry_run else _train(cfg, stage)
 
 
@@ -70,6 +71,16 @@ def _require(cfg: Config) -> None:
     if cfg.sample.every and not cfg.sample.prompts:
         raise ConfigError("sample.every is set, but sample.prompts is empty: give the captions to sample")
     check_prompts(cfg.sample.prompts, "sample.prompts")
+
+
+def _find_evaluations_models(cfg: Config) -> None:
+    """What a run would need at its first evaluation, and a dry run would not open. Raises ModelNotFound."""
+    paths = {"evaluate.features": cfg.evaluate.features, "evaluate.clip": cfg.evaluate.clip}
+    for key, path in paths.items():
+        if cfg.evaluate.every and path and path != "own" and not os.path.isfile(path):
+            from opensora_repro.frozen.pretrained import find_folder
+
+            find_folder(path, key=key, kind="model that [evaluate] measures with")
 
 
 def _dry_run(cfg: Config, stage: Stage, gpu: str | None) -> int:

@@ -101,7 +101,7 @@ def preflight(
                 f"{cfg.data.packing_tokens:,} tokens"
             )
         yield from clips(cfg, frame, "clips of", cfg.data.manifest, samples, here=device is not None)
-    if validates(cfg):
+    if validates(cfg) or cfg.evaluate.every:
         held_out = find_manifest(cfg.data.val_manifest) if dry else read_manifest(cfg.data.val_manifest)
         if held_out is None:
             yield to_come("data.val_manifest", cfg.data.val_manifest)

@@ -200,6 +200,21 @@ def test_the_best_one_stays_though_it_is_old(world: World, tmp_path: Path, capsy
     assert "has no checkpoints/best" in capsys.readouterr().err
 
 
+def test_a_dry_run_refuses_what_a_run_would(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything long starts, in one line."""
+    settings = {"evaluate__every": 2, "data__val_manifest": str(world.manifest("val"))}
+    for changes, message in (
+        ({"data__val_manifest": ""}, "evaluate.every is set, but data.val_manifest is not"),
+        ({"evaluate__features": "gone/i3d"}, "evaluate.features=gone/i3d"),
+        ({"evaluate__clip": str(tmp_path)}, "no config.json in this folder"),
+        ({"checkpoint__keep_best": "psnr", "evaluate__every": 0, "validation__every": 1000}, "stage 0 measures it"),
+        ({"checkpoint__keep_best": "loss"}, "evaluate.every = 2 to be a multiple of checkpoint.every = 1000"),
+    ):
+        words = world.arguments(tmp_path / "run", "clips", **{**settings, **changes})
+        assert stage2_video.main([str(world.root / "empty.toml"), *words, "--dry-run"]) == 2, message
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.exhaustive
 def test_two_processes_measure_what_one_does(home: Path, tmp_path: Path, given: dict[str, str]) -> None:
     words = [word for pair in given.items() for word in pair]
