@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Sequence
 from os.path import expanduser
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from opensora_repro.config import Config, ConfigError, load_config
 from opensora_repro.config.prompts import check_prompts
@@ -98,9 +98,11 @@ def _train(cfg: Config, stage: Stage) -> int:
     settle_process()
     from opensora_repro.training.run import train
 
-    open_evaluation = None
+    open_evaluation: Any = None
     if cfg.evaluate.every:
-        from opensora_repro.evaluation.in_training import TrainingEvaluation as open_evaluation
+        from opensora_repro.evaluation.in_training import TrainingEvaluation
+
+        open_evaluation = TrainingEvaluation
 
     outcome = train(cfg, stage, say=lambda line: print(line, flush=True), open_evaluation=open_evaluation)
     if os.environ.get("RANK", "0") == "0":
