@@ -94,7 +94,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
 
 def test_it_tells_what_a_run_has(page: Page) -> None:
     for told in (
-        "400 of 400", "stage2_video", "captions", "Caption gap", "Held-out loss by noise level", "Gradient norm",
+        "400 of 400", "stage2_video", "captions", "Evaluation: caption gap", "Held-out loss by noise level", "Gradient norm",
         "Samples a second", "waiting for data", "Learning rate", "0.02 (0.01 to 0.03)", "16 x 256x256", "1,990",
         "2 more buckets get no clip", "8 x NVIDIA H100", "4 x NVIDIA H100", "0" * 64, "data.num_frames",
     ):  # fmt: skip
@@ -191,9 +191,7 @@ def test_charts_are_drawn_within_their_frame() -> None:
 def test_a_run_of_ten_thousand_steps_in_a_browser(tmp_path: Path) -> None:
     """Under 5 MB, drawn in under 2 s of the browser's own time, nothing beside the screen, the slider slides."""
     playwright = pytest.importorskip("playwright.sync_api")
-    chromium = next(
-        (path for path in map(Path, ("/usr/bin/chromium", "/usr/bin/google-chrome")) if path.exists()), None
-    )
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no browser")
     run = make_run(tmp_path / "run", steps=10_000, grids=40, side=128)
