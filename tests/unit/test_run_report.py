@@ -94,9 +94,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
 
 def test_it_tells_what_a_run_has(page: Page) -> None:
     for told in (
-        "400 of 400", "stage2_video", "captions", "Evaluation: caption gap", "Held-out loss by noise level", "Gradient norm",
-        "Samples a second", "waiting for data", "Learning rate", "0.02 (0.01 to 0.03)", "16 x 256x256", "1,990",
-        "2 more buckets get no clip", "8 x NVIDIA H100", "4 x NVIDIA H100", "0" * 64, "data.num_frames",
+        "400 of 400", "stage2_video", "captions", "Evaluation: caption gap", "Held-out loss by noise level",
+        "Gradient norm", "Samples a second", "waiting for data", "Learning rate", "0.02 (0.01 to 0.03)", "16 x 256x256",
+        "1,990", "2 more buckets get no clip", "8 x NVIDIA H100", "4 x NVIDIA H100", "0" * 64, "data.num_frames",
     ):  # fmt: skip
         assert told in page.text, told
     hours = 0.5 * (200 * 8 + 200 * 4) / 3600  # of the processes that each step had
