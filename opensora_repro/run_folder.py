@@ -231,8 +231,8 @@ class JsonLines:
         with open(self.path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - count * LONGEST_LINE))
-            lines = file.read().splitlines()
-        return list(_parsed(line.decode("utf-8", "replace") for line in lines))[-count:]
+            lines = file.read().splitlines()[-count:]
+        return list(_parsed(line.decode("utf-8", "replace") for line in lines))
 
     def truncate_after(self, step: int) -> None:
         """Drop the lines of later steps, which a resumed run writes again, and a last line cut short."""

@@ -37,12 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def commands() -> dict[str, str]:
-    """Return the module of every name, none of them imported."""
-    return {
-        module.name: f"{package.__name__}.{module.name}"
+    """Return the module of every name, none of them imported; a stage named like a dataset tool keeps its package's."""
+    stage_names, tools = (
+        [module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_")]
         for package in (stages, data_tools)
-        for module in pkgutil.iter_modules(package.__path__)
-        if not module.name.startswith("_")
+    )
+    return {
+        **{f"stages.{name}" if name in tools else name: f"stages.{name}" for name in stage_names},
+        **{name: f"data_tools.{name}" for name in tools},
     }
 
 

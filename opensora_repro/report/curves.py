@@ -145,6 +145,8 @@ def _powers(low: float, high: float) -> list[tuple[float, str]]:
         found = [value for value in found if low <= math.log10(value) <= high]
         if len(found) > 2:
             break
+    if len(found) < 2:
+        found = [value for value in ticks(10**low, 10**high) if value > 0]
     return [(math.log10(value), f"{value:.3g}") for value in found[:: -(-len(found) // 6) or 1]]
 
 

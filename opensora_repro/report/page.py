@@ -97,7 +97,7 @@ def charts(runs: Sequence[Run]) -> Iterator[Chart | None]:
     names = dict.fromkeys(name for run in runs for line in run.evaluations for name in line.get("metrics", {}))
     for name in names:
         yield chart(
-            name.replace("_", " ").capitalize(),
+            f"Evaluation: {name.replace('_', ' ')}",
             [Series(run.name, _metric_points(run, name), colour % COLOURS) for colour, run in enumerate(runs)],
         )
     for key, title in (("psnr", "PSNR of held-out clips"), ("ssim", "SSIM of held-out clips")):

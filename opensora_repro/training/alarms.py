@@ -48,12 +48,11 @@ class Alarms:
     def __post_init__(self) -> None:
         self.error: TrainingError | None = None  # why the run is to end
         self._on: set[str] = set()
-        self._told: set[str] = set()  # by an earlier start of the run, up to where this one goes on
         self._loss_then: dict[int, float] = {}  # training's median loss before each validation
         self._usual: tuple[Look, Look] | None = None  # of clips, of noise
         self._has_shown = False  # more than noise
-        if self.log.enabled:
-            self._told = {str(line.get("alarm")) for line in self.log.alarms.read()} - set(self.cfg.alarms.stop)
+        if self.log.enabled:  # what is over by now shows at the first look; what ended the run ends it again
+            self._on = {str(line.get("alarm")) for line in self.log.alarms.read()} - set(self.cfg.alarms.stop)
 
     def look(self, step: int, epoch: int) -> list[str]:
         """Judge what the log has. `epoch`: of the newest sample, counted from 0."""
@@ -94,13 +93,10 @@ class Alarms:
 
     def _changes(self, step: int, found: Mapping[str, str]) -> Iterator[str]:
         for name, message in found.items():
-            known, self._told = name in self._told, self._told - {name}
             if not message:
                 self._on.discard(name)
             elif name not in self._on and name not in self.cfg.alarms.off:
                 self._on.add(name)
-                if known:  # it was on when the run ended that this one resumes
-                    continue
                 self.log.alarm({"step": step, "alarm": name, "message": message})
                 yield f"alarm: {name}, step {step}: {message}"
                 if name in self.cfg.alarms.stop and self.error is None:

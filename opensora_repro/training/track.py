@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from opensora_repro.config import AutoencoderConfig, Config, ConfigError, config_dict
+from opensora_repro.files import one_line
 
 
 def check_track(cfg: Config | AutoencoderConfig) -> None:
@@ -30,7 +31,7 @@ class Track:
         self._wandb, self._say = wandb, say
         run_dir = Path(cfg.run.dir).resolve()
         try:
-            self._run = wandb.init(
+            self._run: Any = wandb.init(
                 project=cfg.track.wandb,
                 dir=str(run_dir),
                 id=hashlib.sha256(str(run_dir).encode()).hexdigest()[:16],
@@ -48,29 +49,29 @@ class Track:
         self._run.define_metric("*", step_metric="step")
 
     def add(self, values: Mapping[str, Any], step: int) -> None:
-        self._send({name: value for name, value in values.items() if value is not None}, step)
+        self._log({name: value for name, value in values.items() if value is not None}, step)
 
     def add_image(self, name: str, picture: Any, step: int) -> None:
-        self._send({name: self._wandb.Image(picture)}, step)
+        self._log({name: self._wandb.Image(picture)}, step)
 
     def add_videos(self, name: str, files: Sequence[Path], step: int) -> None:
-        self._send({name: [self._wandb.Video(str(path), format="mp4") for path in files]}, step)
+        self._log({name: [self._wandb.Video(str(path), format="mp4") for path in files]}, step)
 
     def add_text(self, name: str, text: str, step: int) -> None:
-        self._send({}, step)
-        if self._run is not None:
-            self._run.alert(title=name, text=f"step {step}: {text}")
+        self._try(lambda: self._run.alert(title=name, text=f"step {step}: {text}"))
 
     def close(self) -> None:
-        if self._run is not None:
-            self._run.finish()
-            self._run = None
+        self._try(lambda: self._run.finish())
+        self._run = None
 
-    def _send(self, values: Mapping[str, Any], step: int) -> None:
+    def _log(self, values: Mapping[str, Any], step: int) -> None:
+        self._try(lambda: self._run.log({**values, "step": step}))
+
+    def _try(self, send: Callable[[], object]) -> None:
         if self._run is None:
             return
         try:
-            self._run.log({**values, "step": step})
+            send()
         except Exception as error:  # theirs, of many kinds
             self._run = None
-            self._say(f"warning: wandb gets no more of this run: {type(error).__name__}: {error}")
+            self._say(f"warning: wandb gets no more of this run: {type(error).__name__}: {one_line(error)}")

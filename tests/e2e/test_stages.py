@@ -55,7 +55,8 @@ def test_stage1_writes_what_it_promises(image_run: Path) -> None:
         image_run / "checkpoints" / "step-00000004" / "config.toml"
     ).read_text()
     assert list((image_run / "tensorboard").glob("events.out.tfevents.*"))
-    assert {path.name for path in image_run.iterdir()} == {"metrics.jsonl", "checkpoints", "config.toml", "tensorboard"}
+    files = {"metrics.jsonl", "checkpoints", "config.toml", "tensorboard", "starts.jsonl", "report.html"}
+    assert {path.name for path in image_run.iterdir()} == files
 
 
 def test_the_same_command_again_has_nothing_left_to_do(
