@@ -30,7 +30,7 @@ COLOUR, RGB = "lime", (90, 235, 20)
 CLIPS_A_MOTION = 5  # of 3 shapes that move in 4 directions: 60 clips
 LORA = {"lora.rank": 8, "lora.alpha": 8, "lora.targets": ["cross_attn.kv_linear"]}
 TRAIN = {"train.steps": 300, "optim.lr": 4e-3, "optim.warmup_steps": 10, "optim.decay_steps": 150, "ema.decay": 0.95}
-PROMPTS_A_COLOUR = 12
+PROMPTS_OF_OLD = 4  # of each of the six colours; of the new one all 12 motions are sampled
 
 
 def main() -> int:
@@ -84,7 +84,9 @@ def train(demo: Path, out: Path, manifest: Path, overrides: list[str]) -> None:
 def judge(demo: Path, out: Path, colours: list[str], lora: list[str]) -> dict[str, dict[str, float]]:
     """Of each colour the shares of samples with the right colour, shape and direction."""
     every = [shapes.Motion(c, s, d) for c in colours for s in shapes.SHAPES for d in shapes.DIRECTIONS]
-    prompts = [m for c in colours for m in [m for m in every if m.colour == c][:PROMPTS_A_COLOUR]]
+    order = np.random.default_rng(0).permutation(len(every))
+    of = {c: [every[i] for i in order if every[i].colour == c] for c in colours}
+    prompts = [m for c in colours for m in (of[c] if c == COLOUR else of[c][:PROMPTS_OF_OLD])]
     out.mkdir(parents=True, exist_ok=True)
     (out / "prompts.txt").write_text("".join(f"{motion.caption}\n" for motion in prompts))
     texts = ["--prompts", str(out / "prompts.txt")]

@@ -54,6 +54,7 @@ COMMANDS = [
     "stages.plan",
     "stages.buckets",
     "stages.weights",
+    "stages.trace",
     "stages.configs",
     "stages.demo",
     "data_tools.probe",
