@@ -46,8 +46,9 @@ class Hub:
         if self.refuse:
             return self.refuse, {"error": "no"}
         if path == "/api/repos/create":
-            self.made.append(json.loads(body))
-            return 200, {"url": f"{self.address}/{json.loads(body)['name']}"}
+            made = json.loads(body)
+            self.made.append(made)
+            return 200, {"url": f"{self.address}/{made['organization']}/{made['name']}"}
         if path == "/api/validate-yaml":
             return 200, {"warnings": [], "errors": []}
         if "/preupload/" in path:
@@ -60,7 +61,7 @@ class Hub:
             return 200, {
                 "success": True,
                 "commitOid": "0" * 40,
-                "commitUrl": f"{self.address}/commit",
+                "commitUrl": self.address + path.replace("/api/models", "").replace("/main", "/0"),
                 "hookOutput": "",
             }
         return 404, {"error": path}

@@ -19,6 +19,7 @@ from opensora_repro.files import digest
 
 KEY = b"opensora_repro.origin"
 MANIFEST_FILE = "manifest.parquet"
+BATCH_ROWS = 1 << 16
 # Options that tell where, or who works, not what comes out
 PLACES = ("input", "inputs", "table", "out")
 WORKERS = ("workers", "runner", "address", "model_workers", "device", "per_host")
@@ -142,13 +143,14 @@ def read_origin(path: Path) -> dict[str, Any] | None:
 
 
 def version_of(path: Path) -> str:
-    """As its metadata tells, else of what it holds."""
-    from opensora_repro.data.tables import open_table
+    """Of a manifest in Parquet: as its metadata tells, else of what it holds."""
+    import pyarrow.parquet as pq
 
     told = read_origin(path)
     if told is not None:
         return str(told.get("version"))
     version = Version()
-    for batch in open_table(path).batches():
-        version.add(batch)
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=BATCH_ROWS):
+            version.add(batch)
     return version.text()

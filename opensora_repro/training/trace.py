@@ -209,8 +209,8 @@ def started_from(run_dir: Path, cfg: Config) -> dict[str, str]:
 
 
 def manifest_facts(path: Path) -> dict[str, Any]:
-    """Version, and what its metadata tells of its making."""
-    return read_origin(path) or {"version": version_of(path)}
+    """Version, and what its metadata tells of its making; of CSV nothing is told."""
+    return read_origin(path) or {"version": version_of(path) if path.suffix == ".parquet" else "none (CSV)"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -133,11 +133,11 @@ class Card:
     def _what(self) -> str:
         model, data = self.cfg.model, self.cfg.data
         kind = f"A LoRA of rank {self.cfg.lora.rank} for" if self.cfg.lora.rank else "Weights of"
-        which = "averaged (EMA)" if self.ema else "trained"
+        which, size = ("averaged (EMA)" if self.ema else "trained"), f"{data.height}x{data.width} pixels"
         return (
             f"{kind} a {escaped(model.architecture)} of {model.depth} blocks and {model.hidden_size} channels, which "
-            f"makes {data.num_frames} frame(s) of {data.height}x{data.width} pixels. "
-            f"These are the {which} ones of step {self._state['step']}."
+            f"makes {data.num_frames} frame(s) of {size}. These are the {which} ones of step "
+            f"{self._state['step']}."
         )
 
     def _sections(self) -> Iterator[str]:

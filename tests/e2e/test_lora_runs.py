@@ -112,9 +112,7 @@ def test_it_samples_by_itself_on_its_base_and_merged(
     assert "this is a LoRA" in capsys.readouterr().err
 
 
-def test_other_weights_under_the_same_name(
-    world: World, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_weights_under_the_same_name(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(world, "moved-base", train__steps=1) == 0
     changes = {**adapted(world), "init__weights": str(world.root / "moved-base")}
     assert train(world, "moved", **{**changes, "train__steps": 2}) == 0

@@ -21,13 +21,13 @@ from tests.frames import write_manifest as write_frame
 from tests.training_world import World, finish, make_world, start_processes
 
 SMALL = {"model__depth": 1, "model__hidden_size": 16, "model__num_heads": 2}
-BUCKETS = [{"num_frames": 6, "resolution": "32x32", "keep": 0.5}, {"num_frames": 4, "resolution": "24x16"}]
+BUCKETS = '[{num_frames = 6, resolution = "32x32", keep = 0.5}, {num_frames = 4, resolution = "16x24"}]'
 RUNS: dict[str, dict[str, Any]] = {
     "plain": {"data__height": 24, "data__width": 16},
-    "buckets": {"data__buckets": BUCKETS},
-    "packing": {"data__buckets": BUCKETS, "data__packing_tokens": 64, "train__batch_size": 3},
+    "buckets": {},
+    "packing": {"data__packing_tokens": 64, "train__batch_size": 3},
     "accumulation": {"train__accumulation": 2, "data__draws": 2},
-    "cache": {"data__buckets": BUCKETS, "data__draws": 2},
+    "cache": {"data__draws": 2},
     "at a rate": {"data__fps": 4.0, "data__num_frames": 3, "train__batch_size": 3},
 }
 
@@ -43,8 +43,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return world
 
 
-def arguments(world: World, run: Path, **changes: Any) -> list[str]:
-    return [str(world.root / "empty.toml"), *world.arguments(run, "clips", **{**SMALL, **changes})]
+def arguments(world: World, run: Path, *more: str, **changes: Any) -> list[str]:
+    return [str(world.root / "empty.toml"), *world.arguments(run, "clips", **{**SMALL, **changes}), *more]
 
 
 def traced(*words: Any, capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
@@ -75,12 +75,13 @@ def test_it_tells_what_training_has_read(
         backward(trainer, pending, totals, batch, **rest)
 
     changes = {**RUNS[name], **({"data__cache": str(tmp_path / "cache")} if name == "cache" else {})}
+    more = [f"data.buckets={BUCKETS}"] if name in ("buckets", "packing", "cache") else []
     steps = 9
     with monkeypatch.context() as patch:
         patch.setattr(ClipDataset, "load", noted)
         patch.setattr(Trainer, "_backward", counted)
         for end in (4, steps):
-            assert stage2_video.main(arguments(world, tmp_path / "run", train__steps=end, **changes)) == 0
+            assert stage2_video.main(arguments(world, tmp_path / "run", *more, train__steps=end, **changes)) == 0
     seen = 0
     for step in range(1, steps + 1):
         found = traced(tmp_path / "run", "--step", step, capsys=capsys)

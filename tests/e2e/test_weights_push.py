@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load
 
+from opensora_repro.weights.card import escaped, share
 from stages import sample, stage2_video, weights
 from tests.hub_server import Hub
 from tests.training_world import World, make_world, newest_tensors
@@ -98,18 +99,13 @@ def test_a_card_tells_how_the_run_was_made(world: World, tmp_path: Path) -> None
     assert sha256.name.replace("_", "\\_") in text
 
 
-def test_texts_of_others_are_shown_not_read(world: World, tmp_path: Path) -> None:
-    assert train(world, "hostile", sample__every=2, sample__prompts=PROMPTS[::-1], sample__steps=2) in (0, 2)
-    from opensora_repro.weights.card import escaped
-
+def test_texts_of_others_are_shown_not_read(world: World) -> None:
     text = escaped(PROMPTS[1])
     assert "<" not in text and "\n" not in text and "\u202e" not in text and "\\[x\\]\\(javascript" in text
     assert "\\| " in text and "\\`" in text
 
 
-def test_an_adapter_is_shared_as_peft_has_it(world: World, tmp_path: Path) -> None:
-    from opensora_repro.weights.card import share
-
+def test_an_adapter_is_shared_as_peft_has_it(world: World) -> None:
     base = str(world.root / "run")
     assert train(world, "lora", lora__rank=2, init__weights=base) == 0
     shared = share(world.root / "lora", name=REPO)

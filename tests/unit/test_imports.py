@@ -60,6 +60,7 @@ COMMANDS = [
     "stages.weights",
     "stages.evaluate",
     "stages.recipe",
+    "stages.trace",
     "stages.configs",
     "stages.demo",
     "stages.report",
