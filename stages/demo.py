@@ -238,9 +238,9 @@ def given_jobs(plan: Plan) -> list[tuple[Job, Path]]:
     from opensora_repro.demo.given import make_jobs
 
     data = load_config(plan.configs / "stage3.toml", plan.overrides).data
-    clips = [read_manifest(plan.root / f"{name}.parquet") for name in ("val_stage2", "stage2")]  # the square ones
+    clips, others = (read_manifest(plan.root / f"{name}.parquet") for name in ("val_stage2", "stage2"))  # square ones
     folder = plan.root / "given"
-    jobs = make_jobs(*clips, data, folder / "files", plan.given)
+    jobs = make_jobs(clips, others, data, folder / "files", plan.given)
     return [(job, folder / job.task / f"{number % plan.given:02d}" / "0000.mp4") for number, job in enumerate(jobs)]
 
 

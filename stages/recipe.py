@@ -127,10 +127,10 @@ def load_recipe(path: str, overrides: Sequence[str]) -> Recipe:
         raise ConfigError(f"{path}: held_out = {top['held_out']}: expected a share of the videos, such as 0.1")
     sections = {name: table[name] for name in SECTIONS if name in table}
     for name, content in sections.items():
-        known = {"config": str, "set": list} if name in WITH_CONFIG else {"options": list}
+        keys: dict[str, type] = {"config": str, "set": list} if name in WITH_CONFIG else {"options": list}
         for key, value in content.items():
-            if key not in known or not isinstance(value, known[key]):
-                raise ConfigError(f"{path}: {name}.{key} = {value!r}: expected {' and '.join(known)}")
+            if key not in keys or not isinstance(value, keys[key]):
+                raise ConfigError(f"{path}: {name}.{key} = {value!r}: expected {' and '.join(keys)}")
         if name in WITH_CONFIG and "config" not in content:
             raise ConfigError(f"{path}: {name}.config is not set: name the TOML file of this step")
     if "pipeline" not in sections or len(sections) == 1 or not {"stage1", "stage2", "stage3"} & sections.keys():
@@ -219,18 +219,18 @@ def _pages(recipe: Recipe, runs: Sequence[Step], held_out: Path) -> Iterator[Ste
     folders, reads = [str(recipe.out / step.name) for step in trained], [step.output for step in trained]
     if "evaluate" in recipe.sections:
         result = Path(folders[-1]) / "evaluation" / "evaluation.json"  # where the run's own page looks for it
-        words = ("stages.evaluate", folders[-1], "--manifest", str(held_out), "--out", str(result.parent))
-        words = (*words, *recipe.options("evaluate"))
-        yield Step("evaluate", "measured on what was held out", result, words, (reads[-1], held_out))
+        words = ["stages.evaluate", folders[-1], "--manifest", str(held_out), "--out", str(result.parent)]
+        words += recipe.options("evaluate")
+        yield Step("evaluate", "measured on what was held out", result, tuple(words), (reads[-1], held_out))
         reads.append(result)
     if "report" in recipe.sections:
         page = recipe.out / "report" / "report.html"
-        words = ("stages.report", *folders, "--out", str(page.parent), *recipe.options("report"))
-        yield Step("report", "a page on all runs", page, words, tuple(reads))
+        words = ["stages.report", *folders, "--out", str(page.parent), *recipe.options("report")]
+        yield Step("report", "a page on all runs", page, tuple(words), tuple(reads))
     if "card" in recipe.sections:
         card = recipe.out / "card.md"
-        words = ("stages.weights", "card", folders[-1], "--out", str(card), *recipe.options("card"))
-        yield Step("card", "a model card", card, words, tuple(reads))
+        words = ["stages.weights", "card", folders[-1], "--out", str(card), *recipe.options("card")]
+        yield Step("card", "a model card", card, tuple(words), tuple(reads))
 
 
 def _stages(recipe: Recipe, train: Path, held_out: Path) -> Iterator[Step]:

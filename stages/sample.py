@@ -394,7 +394,7 @@ def speedups(args: argparse.Namespace, source: Source) -> Speedups | None:
     from opensora_repro.sampling.caches import Broadcast
     from opensora_repro.sampling.speedups import Speedups, open_step_cache
 
-    between = {} if args.broadcast_between is None else {"between": tuple(args.broadcast_between)}
+    between: dict[str, Any] = {} if args.broadcast_between is None else {"between": tuple(args.broadcast_between)}
     return Speedups(
         None if args.guidance_interval is None else tuple(args.guidance_interval),
         None if args.broadcast is None else Broadcast(*args.broadcast, **between),

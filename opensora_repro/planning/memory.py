@@ -405,7 +405,7 @@ def with_adapters(found: Activations, cfg: Config, tokens: int) -> Activations:
     """
     model, half = cfg.model, HALF if cfg.train.dtype == "bf16" else FLOAT
     blocks = [targeted_layers(model, cfg.lora.targets, spans) for spans in model.block_spans]
-    narrow = half * tokens * cfg.lora.rank * max(map(len, blocks))
+    narrow: float = half * tokens * cfg.lora.rank * max(map(len, blocks))
     widest = max((out for block in blocks for _, out in block.values()), default=0)
     beside = 2 * half * tokens * widest  # the adapter's result, and the sum
     # As much as x has channels for each layer whose input is dropped from: the mask, and what is left

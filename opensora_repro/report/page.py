@@ -247,7 +247,7 @@ def _jpeg(path: Path) -> bytes:
 
 
 def _videos(run: Run, prompts: Sequence[str], room: int) -> list[tuple[str, str]]:
-    found = []
+    found: list[tuple[str, str]] = []
     for place, path in enumerate(sorted(run.samples[-1][1].glob("[0-9]*.mp4")) if run.samples else []):
         room -= path.stat().st_size
         if room < 0:

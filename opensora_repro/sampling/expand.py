@@ -129,8 +129,8 @@ def captions_of(manifest: str) -> list[str]:
             return []
         rows = 0
         for batch in table.batches(["caption"]):
-            captions = (caption for caption in batch["caption"].to_pylist() if not is_missing(caption))
-            found |= dict.fromkeys(clean(str(caption))[0][:LONGEST_EXAMPLE] for caption in captions)
+            told = (caption for caption in batch["caption"].to_pylist() if not is_missing(caption))
+            found |= dict.fromkeys(clean(str(caption))[0][:LONGEST_EXAMPLE] for caption in told)
             rows += batch.num_rows
             if rows >= ROWS_LOOKED_AT:
                 break

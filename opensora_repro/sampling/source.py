@@ -64,8 +64,9 @@ def find_source(path: Path, *, ema: bool = True, num_heads: int | None = None, f
         masks = any(recorded.frame_masks.shares().values())
         adapters = (read_adapter(str(checkpoint), ema=ema),) if has_adapter(checkpoint) else ()
         weights = _adapted_weights(checkpoint, config) if adapters else open_weights(checkpoint / name)
-        told = {"longest": longest, "trained_with_masks": masks, "adapters": adapters}
-        return Source(checkpoint, weights, config.model, config, **told)
+        return Source(
+            checkpoint, weights, config.model, config, longest=longest, trained_with_masks=masks, adapters=adapters
+        )
     file = open_weights(path, ema=ema)
     found = describe(file, num_heads=num_heads, family=family)
     own = file.config is not None  # a run's, whose captions need not end with scores

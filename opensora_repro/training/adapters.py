@@ -56,7 +56,7 @@ def apply_lora(model: CaptionedModel, cfg: Config) -> None:
     from peft.tuners.lora.layer import Linear
 
     lora = cfg.lora
-    wanted = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=target_pattern(cfg))
+    wanted = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=target_pattern(cfg))  # type: ignore[arg-type]
     inject_adapter_in_model(wanted, model)
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, Linear)]
     keys = DropoutKeys() if lora.dropout else None
