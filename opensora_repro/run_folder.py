@@ -88,9 +88,9 @@ def best_checkpoint(run_dir: Path) -> Path | None:
 
 def values_by_step(run_dir: Path, metric: str) -> dict[int, float]:
     """What evaluations of the run found; where none has the metric, its validations."""
-    evaluated = [(line.get("step"), line.get("metrics", {}).get(metric)) for line in _lines(run_dir / EVALUATION_FILE)]
-    validated = [(line.get("step"), line.get(metric)) for line in _lines(run_dir / VALIDATION_FILE)]
-    found = [{step: value for step, value in lines if value is not None} for lines in (evaluated, validated)]
+    evaluated = {line["step"]: line["metrics"].get(metric) for line in _lines(run_dir / EVALUATION_FILE)}
+    validated = {line["step"]: line.get(metric) for line in _lines(run_dir / VALIDATION_FILE)}
+    found = [{step: of for step, of in lines.items() if of is not None} for lines in (evaluated, validated)]
     return found[0] or found[1]
 
 

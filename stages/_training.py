@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Sequence
 from os.path import expanduser
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from opensora_repro.config import Config, ConfigError, load_config
 from opensora_repro.config.prompts import check_prompts
@@ -36,6 +36,7 @@ def _run(stage: Stage, arguments: argparse.Namespace) -> int:
     cfg = load_config(arguments.config, arguments.overrides)
     _require(cfg)
     stage.check(cfg)
+    _find_evaluations_models(cfg)
     return _dry_run(cfg, stage, arguments.gpu) if arguments.dry_run else _train(cfg, stage)
 
 
@@ -72,6 +73,16 @@ def _require(cfg: Config) -> None:
     check_prompts(cfg.sample.prompts, "sample.prompts")
 
 
+def _find_evaluations_models(cfg: Config) -> None:
+    """What a run would need at its first evaluation, and a dry run would not open. Raises ModelNotFound."""
+    paths = {"evaluate.features": cfg.evaluate.features, "evaluate.clip": cfg.evaluate.clip}
+    for key, path in paths.items():
+        if cfg.evaluate.every and path and path != "own" and not os.path.isfile(path):
+            from opensora_repro.frozen.pretrained import find_folder
+
+            find_folder(path, key=key, kind="model that [evaluate] measures with")
+
+
 def _dry_run(cfg: Config, stage: Stage, gpu: str | None) -> int:
     from opensora_repro.planning.gpus import find_gpu
     from opensora_repro.training.dry_run import dry_run
@@ -87,9 +98,11 @@ def _train(cfg: Config, stage: Stage) -> int:
     settle_process()
     from opensora_repro.training.run import train
 
-    open_evaluation = None
+    open_evaluation: Any = None
     if cfg.evaluate.every:
-        from opensora_repro.evaluation.in_training import TrainingEvaluation as open_evaluation
+        from opensora_repro.evaluation.in_training import TrainingEvaluation
+
+        open_evaluation = TrainingEvaluation
 
     outcome = train(cfg, stage, say=lambda line: print(line, flush=True), open_evaluation=open_evaluation)
     if os.environ.get("RANK", "0") == "0":

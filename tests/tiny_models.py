@@ -112,6 +112,25 @@ def make_tiny_image_encoder(folder: Path) -> Path:
     return folder
 
 
+def make_tiny_i3d(path: Path, *, scales: bool = True) -> Path:
+    """Write a TorchScript file that is called as StyleGAN-V's I3D is, or with pixels alone; it gives their means."""
+
+    class Scales(torch.nn.Module):
+        def forward(
+            self, x: torch.Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False
+        ) -> torch.Tensor:
+            assert rescale and resize and return_features
+            return torch.nn.functional.adaptive_avg_pool3d(x, (2, 2, 2)).flatten(1)
+
+    class Plain(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert x.shape[3] == 224 and x.shape[4] == 224
+            return torch.nn.functional.adaptive_avg_pool3d(x, (2, 2, 2)).flatten(1)
+
+    torch.jit.script(Scales() if scales else Plain()).save(str(path))
+    return path
+
+
 def _spelling_tokenizer():  # type: ignore[no-untyped-def]  # the class moved between transformers' releases
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast

@@ -154,7 +154,9 @@ class ClipFeatures:
         self.model: Clip = load_clip(path, key=key, device=str(device))
 
     def features(self, videos: Sequence[np.ndarray]) -> Tensor:
-        return torch.stack([self.model.embed_pictures(evenly(video, min(FRAMES, len(video)))) for video in videos])
+        return torch.stack(
+            [self.model.embed_pictures(list(evenly(video, min(FRAMES, len(video))))) for video in videos]
+        )
 
 
 def all_features(model: FeatureModel, videos: Sequence[np.ndarray], batch_size: int) -> Tensor:

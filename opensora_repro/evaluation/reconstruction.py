@@ -23,7 +23,9 @@ from opensora_repro.training.autoencoder.quality import WINDOW, psnr, ssim
 
 class Measures(Protocol):
     engine: TorchEngine
-    lpips: Any
+
+    @property
+    def lpips(self) -> Any: ...
 
     def features_of(self, videos: list[np.ndarray]) -> list[Tensor]: ...
 

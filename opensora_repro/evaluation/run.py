@@ -219,8 +219,8 @@ class OfCheckpoint:
         if self.options.samples:
             steps |= {"pixels": self.pixels, "distances": self.distances}
             steps |= {"clip": self.clip} if self.options.clip else {}
-            steps |= {"memorised": self.memorised}
-        steps |= {"vbench": self.vbench} if self.options.vbench else {}
+            steps |= {"memorised": self.copies}
+        steps |= {"vbench": self.vbench_videos} if self.options.vbench else {}
         metrics: dict[str, Any] = {}
         if self.options.samples:
             self._sample(self.sampling)
@@ -348,19 +348,21 @@ class OfCheckpoint:
         self.notes.append(f"text_match: among {len(set(prompts))} captions, {1 / len(set(prompts)):.2g} by chance")
         return as_json(found)
 
-    def memorised(self) -> dict[str, Any]:
+    def copies(self) -> dict[str, Any]:
         training = self.common.training(self.cfg)
         if training is None:
             self.notes.append("memorised: no training clips to compare with (give --train MANIFEST)")
             return {}
         good, known = self.common.of_clips(training)
         _, real = self.common.of_clips(self.held)
-        near = [self._nearest(of, known, good, training, load) for of, load in (
-            (self.sample_features, self.videos),
-            (real, lambda part: [as_video(clip) for clip in self.held.good(part)]),
-        )]  # fmt: skip
-        flags = memorised.memorised(*near)
-        lines = memorised.as_lines(near[0], flags, list(self.sampling.prompts), training.ids)
+
+        def held(part: Sequence[int]) -> list[np.ndarray]:
+            return [as_video(clip) for clip in self.held.good(part)]
+
+        of_samples = self._nearest(self.sample_features, known, good, training, self.videos)
+        of_held = self._nearest(real, known, good, training, held)
+        flags = memorised.memorised(of_samples, of_held)
+        lines = memorised.as_lines(of_samples, flags, list(self.sampling.prompts), training.ids)
         self.engine.world.on_first(lambda: self._write_nearest(lines, training))
         self.notes.append(
             f"memorised: share of samples nearer to one of {len(good)} training clips than every held-out clip is, by "
@@ -396,7 +398,7 @@ class OfCheckpoint:
         found: dict[str, Any] = self.common.once(key, lambda: as_json(reconstruction(vae, self.held, self.common)))
         return found
 
-    def vbench(self) -> dict[str, Any]:
+    def vbench_videos(self) -> dict[str, Any]:
         assert self.options.vbench is not None
         if self.cfg.data.num_frames == 1:
             raise ConfigError(f"--vbench: {self.source.path} makes pictures, VBench looks at videos")

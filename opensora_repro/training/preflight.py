@@ -106,7 +106,7 @@ def preflight(
             )
         path = cfg.data.manifest
         yield from clips(cfg, frame, "clips of", path, samples, here=device is not None, told=told)
-    if validates(cfg):
+    if validates(cfg) or cfg.evaluate.every:
         held_out = find_manifest(cfg.data.val_manifest) if dry else read_manifest(cfg.data.val_manifest)
         if held_out is None:
             yield to_come("data.val_manifest", cfg.data.val_manifest)

@@ -15,7 +15,7 @@ from opensora_repro.run_folder import best_checkpoint, list_checkpoints
 from stages import sample, stage2_video
 from stages.evaluate import main
 from tests.frames import write_manifest
-from tests.tiny_models import make_tiny_clip, make_tiny_image_encoder
+from tests.tiny_models import make_tiny_clip, make_tiny_i3d
 from tests.training_world import World, finish, make_world, start_processes
 
 FRAMES = 6  # of the samples of tests/sample_home.py
@@ -47,7 +47,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {
         "--manifest": str(make_clips(root, "held", 4)),
         "--train": str(make_clips(root, "train", 3)),
-        "--features": str(make_tiny_image_encoder(root / "timm")),
+        "--features": str(make_tiny_i3d(root / "i3d.pt")),
         "--clip": str(make_tiny_clip(root / "clip")),
         "--vbench": str(root / "prompts.json"),
     }
@@ -157,7 +157,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def test_a_run_evaluates_itself_and_keeps_its_best(world: World, tmp_path: Path) -> None:
     """Stopped and resumed, it is evaluated as the uninterrupted one; its loss is the validation's."""
     run, whole = tmp_path / "run", tmp_path / "whole"
-    features = str(make_tiny_image_encoder(tmp_path / "timm"))
+    features = str(make_tiny_i3d(tmp_path / "i3d.pt"))
     for steps in (2, 6):
         train(world, run, steps, evaluate__features=features)
     train(world, whole, 6, evaluate__features=features)
@@ -198,6 +198,21 @@ def test_the_best_one_stays_though_it_is_old(world: World, tmp_path: Path, capsy
     capsys.readouterr()
     assert sample.main([str(tmp_path), "--best", "--prompt", "x", "--out", str(tmp_path / "out")]) == 2
     assert "has no checkpoints/best" in capsys.readouterr().err
+
+
+def test_a_dry_run_refuses_what_a_run_would(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything long starts, in one line."""
+    settings = {"evaluate__every": 2, "data__val_manifest": str(world.manifest("val"))}
+    for changes, message in (
+        ({"data__val_manifest": ""}, "evaluate.every is set, but data.val_manifest is not"),
+        ({"evaluate__features": "gone/i3d"}, "evaluate.features=gone/i3d"),
+        ({"evaluate__clip": str(tmp_path)}, "no config.json in this folder"),
+        ({"checkpoint__keep_best": "psnr", "evaluate__every": 0, "validation__every": 1000}, "stage 0 measures it"),
+        ({"checkpoint__keep_best": "loss"}, "evaluate.every = 2 to be a multiple of checkpoint.every = 1000"),
+    ):
+        words = world.arguments(tmp_path / "run", "clips", **{**settings, **changes})
+        assert stage2_video.main([str(world.root / "empty.toml"), *words, "--dry-run"]) == 2, message
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.exhaustive

@@ -28,7 +28,7 @@ from opensora_repro.evaluation.pixels import flicker, look_at
 from opensora_repro.evaluation.quality import of_clip, of_features, of_looks
 from opensora_repro.evaluation.table import as_table
 from opensora_repro.run_folder import best_checkpoint, list_checkpoints, mark_best, prune
-from tests.tiny_models import make_tiny_clip, make_tiny_image_encoder
+from tests.tiny_models import make_tiny_clip, make_tiny_i3d, make_tiny_image_encoder
 
 CPU = torch.device("cpu")
 
@@ -190,25 +190,6 @@ def test_captions_words_that_tell_clips_apart() -> None:
     assert caption_words(["same", "same"]).shape == (2, 0)
 
 
-def make_i3d(path: Path, *, scales: bool) -> Path:
-    """A TorchScript file called as StyleGAN-V's I3D is, or with pixels alone; it gives their mean by colour."""
-
-    class Scales(torch.nn.Module):
-        def forward(
-            self, x: torch.Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False
-        ) -> torch.Tensor:
-            assert rescale and resize and return_features
-            return x.mean(dim=[2, 3, 4])
-
-    class Plain(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            assert x.shape[3] == 224 and x.shape[4] == 224
-            return x.mean(dim=[2, 3, 4])
-
-    torch.jit.script(Scales() if scales else Plain()).save(str(path))
-    return path
-
-
 def test_every_kind_of_model_gives_features(tmp_path: Path) -> None:
     from transformers import VideoMAEConfig, VideoMAEModel
 
@@ -221,17 +202,24 @@ def test_every_kind_of_model_gives_features(tmp_path: Path) -> None:
         "timm": make_tiny_image_encoder(tmp_path / "timm"),
         "clip": make_tiny_clip(tmp_path / "clip"),
         "mae": tmp_path / "mae",
-        "i3d": make_i3d(tmp_path / "i3d.pt", scales=True),
-        "plain": make_i3d(tmp_path / "plain.pt", scales=False),
+        "i3d": make_tiny_i3d(tmp_path / "i3d.pt"),
+        "plain": make_tiny_i3d(tmp_path / "plain.pt", scales=False),
     }.items():
         model = open_features(str(path), CPU)
         found[name] = all_features(model, videos, 2)
         assert len(model.fingerprint) >= 32
     shapes = {name: tuple(of.shape) for name, of in found.items()}
-    assert shapes == {"timm": (3, 8, 24), "clip": (3, 8, 512), "mae": (3, 1, 16), "i3d": (3, 1, 3), "plain": (3, 1, 3)}
+    assert shapes == {
+        "timm": (3, 8, 24),
+        "clip": (3, 8, 512),
+        "mae": (3, 1, 16),
+        "i3d": (3, 1, 24),
+        "plain": (3, 1, 24),
+    }
     mean = torch.tensor(np.stack([video.mean(axis=(0, 1, 2)) for video in videos]), dtype=torch.float32)
-    assert torch.allclose(found["i3d"][:, 0], mean, atol=1e-3)
-    assert torch.allclose(found["plain"][:, 0], mean / 127.5 - 1, atol=1e-2)
+    colours = {name: found[name].reshape(3, 3, 8).mean(dim=2) for name in ("i3d", "plain")}
+    assert torch.allclose(colours["i3d"], mean, atol=1e-3)
+    assert torch.allclose(colours["plain"], mean / 127.5 - 1, atol=1e-2)
     assert as_set(found["timm"]).shape == (24, 24)
     assert not torch.equal(found["mae"][0], found["mae"][1])
     for path, message in ((tmp_path / "none", "no such folder"), (tmp_path / "clip" / "config.json", "no TorchScript")):
