@@ -146,7 +146,6 @@ def start_line(stage: str, engine: TorchEngine, step: int, clips: list[dict[str,
     """What RUN/starts.jsonl tells of one start: when and where, by how many processes, with which clips."""
     import torch
 
-    from opensora_repro import __version__
     from opensora_repro.parallel.device import device_kind
 
     return {
@@ -157,7 +156,6 @@ def start_line(stage: str, engine: TorchEngine, step: int, clips: list[dict[str,
         "processes": engine.mesh.world_size,
         "cpus": os.cpu_count(),
         "torch": torch.__version__,
-        "version": __version__,
         "clips": clips,
     }
 
