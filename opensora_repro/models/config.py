@@ -23,7 +23,7 @@ def is_costly(products: int, width: int) -> bool:
 def block_layers(cfg: TrainedConfig, spans: Sequence[str]) -> dict[str, tuple[int, int]]:
     """Channels in and out of each linear layer of a block with these self-attentions, by its name there."""
     dim, wide = cfg.hidden_size, int(cfg.hidden_size * cfg.mlp_ratio)
-    found = {}
+    found: dict[str, tuple[int, int]] = {}
     for name in ("attn", "attn_temp")[: len(spans)]:
         found |= {f"{name}.qkv": (dim, 3 * dim), f"{name}.proj": (dim, dim)}
     found |= {"cross_attn.q_linear": (dim, dim), "cross_attn.kv_linear": (dim, 2 * dim), "cross_attn.proj": (dim, dim)}
