@@ -104,7 +104,7 @@ def ask(page: Page, prompt: str, *, steps: int = 3) -> None:
         page.click("#more button")
     page.fill("#steps input", str(steps))
     page.fill("#seed textarea, #seed input", "7")
-    page.evaluate("document.querySelector('#result').dataset.before = document.querySelector('#result').innerHTML")
+    page.evaluate("window.before = document.querySelector('#result figure')?.dataset.result")
     page.click("#generate")
 
 
@@ -112,8 +112,8 @@ def finished(page: Page, count: int = 1) -> list[str]:
     """Ids of the results that are shown, once they are others and Generate is there again."""
     page.wait_for_function(
         """count => {
-            const result = document.querySelector('#result')
-            return result.innerHTML != result.dataset.before && result.querySelectorAll('figure').length == count
+            const shown = document.querySelectorAll('#result figure')
+            return shown.length == count && shown[0].dataset.result != window.before
         }""",
         arg=count,
     )
