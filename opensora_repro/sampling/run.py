@@ -189,7 +189,7 @@ class SamplingRun:
                 batch_size=min(self.batch_size, len(todo)),
                 sp_size=self.sp_size,
                 world_size=world_size,
-                speedups=self.speedups,
+                kept=self._kept(min(self.batch_size, len(todo))),
             )
         warnings = [*unread_words(conditions, self.read)]
         if self.given is not None or self.chain is not None:
@@ -197,6 +197,13 @@ class SamplingRun:
                 raise ConfigError(f"{source.path}: DiT and Latte take no given frames")
             warnings += [] if source.trained_with_masks else ["this model was not trained with frame masks"]
         return Check(folder, todo, memory, tuple(warnings))
+
+    def _kept(self, batch_size: int) -> float:
+        """Bytes of caches."""
+        if self.speedups is None:
+            return 0.0
+        source = self.source
+        return self.speedups.memory(source.config, source.model, batch_size=batch_size, sp_size=self.sp_size)
 
     def todo(self, folder: SampleFolder) -> list[int]:
         """Numbers of the prompts to sample. Raises ConfigError where samples of others are in the way."""

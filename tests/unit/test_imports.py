@@ -53,6 +53,7 @@ COMMANDS = [
     "stages.sample",
     "stages.plan",
     "stages.buckets",
+    "stages.calibrate",
     "stages.weights",
     "stages.configs",
     "stages.demo",
