@@ -89,6 +89,7 @@ def measure(
     """`prompts`: texts, or how many of the demo's, which are judged. Raises ConfigError."""
     import torch
 
+    from opensora_repro.parallel.device import default_kind
     from opensora_repro.sampling.calibration import psnr, sampled
     from opensora_repro.sampling.generate import generate
     from opensora_repro.sampling.run import load_models
@@ -101,7 +102,7 @@ def measure(
     there = cache is not None or (path / CALIBRATION).is_file()
     step_cache = open_step_cache(cache or "", source, path) if there else None
     found = sides(source, step_cache)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(default_kind())
     model, vae, conditions, _ = load_models(source, device)
 
     def samples(side: Side) -> Callable[..., Iterator[tuple[int, np.ndarray]]]:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from opensora_repro.config import ConfigError
 from opensora_repro.diffusion.samplers import num_calls
 from opensora_repro.models.captioned import CaptionedModel
+from opensora_repro.parallel.device import default_kind
 from opensora_repro.sampling.caches import StepCache, attended, relative_change, replaced
 from opensora_repro.sampling.generate import ProgressBar, generate
 from opensora_repro.sampling.run import load_models
@@ -83,7 +84,7 @@ def sampled(
     progress: Callable[[int, int], None] | None = None,
 ) -> Sampled:
     """All batches, one after the other; on a CPU seconds of the processor, which others do not lengthen."""
-    clock = clock or (time.perf_counter if torch.cuda.is_available() else time.process_time)
+    clock = clock or (time.process_time if default_kind() == "cpu" else time.perf_counter)
     videos, seconds = [], []
     for batch in batches:
         before()
@@ -93,8 +94,7 @@ def sampled(
             if progress is not None:
                 progress(done, total)
             if done == total:
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
+                torch.zeros(1, device=default_kind()).item()  # waits for a GPU
                 ends.append(clock())
 
         videos += [video for _, video in samples(only=batch, batch_size=len(batch), progress=step)]

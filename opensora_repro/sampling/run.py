@@ -220,7 +220,7 @@ class SamplingRun:
                 batch_size=min(self.batch_size, len(todo)),
                 sp_size=self.sp_size,
                 world_size=world_size,
-                speedups=self.speedups,
+                kept=self._kept(min(self.batch_size, len(todo))),
             )
         warnings = [*unread_words(conditions, self.read)]
         warnings += unread_words(conditions, [self.negative], "--negative") if self.negative else []
@@ -235,6 +235,13 @@ class SamplingRun:
             raise ConfigError(f"--negative: {self.source.path} is conditioned on a class, it reads no text")
         if self.negative and self.source.config.sample.guidance == 1:
             raise ConfigError("--negative: a guidance of 1 leads away from nothing, give more (--guidance 7)")
+
+    def _kept(self, batch_size: int) -> float:
+        """Bytes of caches."""
+        if self.speedups is None:
+            return 0.0
+        source = self.source
+        return self.speedups.memory(source.config, source.model, batch_size=batch_size, sp_size=self.sp_size)
 
     def todo(self, folder: SampleFolder) -> list[int]:
         """Numbers of the prompts to sample. Raises ConfigError where samples of others are in the way."""

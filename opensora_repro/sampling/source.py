@@ -6,7 +6,6 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -26,10 +25,6 @@ from opensora_repro.weights.adapters import Adapter, has_adapter, read_adapter
 from opensora_repro.weights.families import empty_model
 from opensora_repro.weights.files import WeightsFile, open_weights, recorded_sha256
 from opensora_repro.weights.published import describe
-
-if TYPE_CHECKING:
-    from opensora_repro.sampling.speedups import Speedups
-
 
 # Frames of the longest clips that releases were trained with, where their defaults are shorter
 LONGEST = {"stdit": 64, "stdit2": 128, "stdit3": 408}
@@ -125,9 +120,12 @@ def check_memory(
     batch_size: int,
     sp_size: int = 1,
     world_size: int = 1,
-    speedups: Speedups | None = None,
+    kept: float = 0.0,
 ) -> str:
-    """A line on what a process needs and this machine has. Raises ConfigError where it does not have that at all."""
+    """A line on what a process needs and this machine has; `kept`: bytes of caches.
+
+    Raises ConfigError where it does not have that at all.
+    """
     data, stride = source.config.data, vae.spatial_stride
     whole = {side: getattr(data, side) // stride * stride for side in ("height", "width")}
     vae_cfg = replace(source.config.vae, path=str(vae.frozen.folder))
@@ -144,9 +142,7 @@ def check_memory(
         sp_size=sp_size,
         world_size=world_size,
     )
-    if speedups is not None:
-        kept = speedups.memory(cfg, source.model, batch_size=batch_size, sp_size=sp_size)
-        need = replace(need, denoising=need.denoising + kept)
+    need = replace(need, denoising=need.denoising + kept)
     room = room_on(device)
     peak = room.processes * need.peak
     parts = f"weights {size(need.weights)}, autoencoder and text encoder {size(need.frozen)}, "

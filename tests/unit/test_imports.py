@@ -57,6 +57,7 @@ COMMANDS = [
     "stages.app",
     "stages.plan",
     "stages.buckets",
+    "stages.calibrate",
     "stages.weights",
     "stages.evaluate",
     "stages.recipe",
