@@ -90,8 +90,9 @@ def guided_model(
 
     else:
         both = torch.cat([condition, null_condition.to(condition).expand_as(condition)])
-        null_rows = mask if mask is None or null_mask is None else null_mask.expand_as(mask)
-        both_mask = None if mask is None else torch.cat([mask, null_rows])
+        both_mask = None
+        if mask is not None:
+            both_mask = torch.cat([mask, mask if null_mask is None else null_mask.expand_as(mask)])
         told = {name: torch.cat([value, value]) for name, value in told.items()}
 
         def both_halves(x: Tensor, timestep: Tensor, frame_mask: Tensor | None) -> Tensor:

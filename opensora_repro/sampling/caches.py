@@ -78,7 +78,9 @@ class Clock:
         """A model's forward pre-hook."""
         self.now += 1
         mask = named.get("frame_mask")
-        if (mask is None) != (self._mask is None) or (mask is not None and not torch.equal(mask, self._mask)):
+        known = self._mask
+        same = mask is known if mask is None or known is None else torch.equal(mask, known)
+        if not same:
             self.same_since = self.now
         self._mask = mask
 
@@ -91,7 +93,8 @@ class Caches:
     step_cache: StepCache | None = None
 
     @contextlib.contextmanager
-    def __call__(self, model: CaptionedModel, calls: int) -> Iterator[None]:
+    def __call__(self, model: nn.Module, calls: int) -> Iterator[None]:
+        assert isinstance(model, CaptionedModel), "DiT and Latte are refused before"
         clock = Clock(calls)
         with contextlib.ExitStack() as stack:
             hook = model.register_forward_pre_hook(clock.tick, with_kwargs=True)

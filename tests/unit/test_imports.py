@@ -77,7 +77,8 @@ COMMANDS = [
     "data_tools.pipeline",
 ]
 HEAVY = (
-    "torch", "torchvision", "diffusers", "transformers", "timm", "pandas", "pyarrow", "av", "cv2", "scenedetect", "gradio",
+    "torch", "torchvision", "diffusers", "transformers", "timm", "pandas", "pyarrow", "av", "cv2", "scenedetect",
+    "gradio",
 )  # fmt: skip
 
 
