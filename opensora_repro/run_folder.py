@@ -18,7 +18,6 @@ from typing import IO, TYPE_CHECKING, Any
 
 from opensora_repro.config import ConfigError
 from opensora_repro.config.sections import LOWER_IS_BETTER
-from opensora_repro.data.write import encode_gif
 from opensora_repro.errors import TrainingError, cannot_write
 from opensora_repro.files import beside, remove_folder, write_text
 
@@ -293,6 +292,8 @@ class Events:
     def add_video(self, name: str, frames: Any, fps: float, step: int) -> None:
         """Frames uint8 [T, H, W, 3], as a GIF: TensorBoard's own writer asks for moviepy to make the same."""
         from tensorboard.compat.proto.summary_pb2 import Summary
+
+        from opensora_repro.data.write import encode_gif
 
         file = io.BytesIO()
         encode_gif(file, frames, fps)

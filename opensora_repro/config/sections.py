@@ -165,7 +165,7 @@ class CheckpointConfig:
     every: int = 1000  # steps between checkpoints
     keep: int = 2  # newest checkpoints kept; 0 keeps all
     background: bool = False  # write behind the training, which waits for a copy in host memory alone
-    keep_best: str = ""  # a metric, such as "loss": its best checkpoint stays, checkpoints/best leads to it; "": none
+    keep_best: str = ""  # a metric, such as "loss", whose best checkpoint stays, at RUN/checkpoints/best; "": none
 
 
 @dataclass(frozen=True)

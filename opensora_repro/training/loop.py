@@ -404,6 +404,7 @@ class Trainer:
         """At one noise level, without the average: whether that lags behind."""
         assert self.validator is not None
         with self.engine.watchdog.paused():
+            self.engine.show(self.engine.masters)  # FSDP gathers whole weights by this, others copy nothing
             return {"of_trained": self.validator.losses(self.eval_runner, [self.validator.middle])[0]}
 
     def _validate(self, of_trained: dict[str, float]) -> None:

@@ -75,7 +75,7 @@ def test_names_that_are_none(resolution: str, ratio: str, said: str) -> None:
         (["--aspect-ratio", "9:16"], "--aspect-ratio 9:16: give --resolution, too"),
         (["--aesthetic", "11"], "--aesthetic 11: expected a number from 1 to 10"),
         (["--aesthetic", "high"], "--aesthetic high: expected a number from 1 to 10"),
-        (["--motion", "-1"], "--motion -1.0: expected a number from 0 on"),
+        (["--motion", "-1"], "--motion -1: expected a number from 0 on"),
         (["--camera", " "], "--camera: expected words, such as pan left"),
     ],
 )

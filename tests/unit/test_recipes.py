@@ -179,13 +179,15 @@ import torch
 from opensora_repro.diffusion.gaussian import linear_betas
 
 
-def direct_sample(model_fn, x, steps, progress=None):
+def direct_sample(model_fn, x, steps, progress=None, watch=None):
     signal = torch.from_numpy((1 - linear_betas()).cumprod()).float()
     times = torch.linspace(len(signal) - 1, 0, steps).round().long().tolist()
     for done, (now, after) in enumerate(zip(times, [*times[1:], None])):
         noise = model_fn(x, torch.full((len(x),), now))[:, : x.shape[1]]
         data = (x - (1 - signal[now]).sqrt() * noise) / signal[now].sqrt()
         x = data if after is None else signal[after].sqrt() * data + (1 - signal[after]).sqrt() * noise
+        if watch is not None:
+            watch(done + 1, data)
         if progress is not None:
             progress(done + 1, steps)
     return x
@@ -199,9 +201,9 @@ def test_a_sampler(tmp_path: Path, python: str) -> None:
     copy.edit(samplers, r'IDDPM_SAMPLERS = \("iddpm"', 'IDDPM_SAMPLERS = ("direct", "iddpm"')
     copy.edit(
         samplers,
-        r'( +)if self\.name == "dpm":\n',
+        r'( +)if self\.name == "dpm":\n(?=.*\n +return dpm_solver_sample)',
         r'\1if self.name == "direct":\n\1    from opensora_repro.diffusion.direct import direct_sample\n\n'
-        r"\1    return direct_sample(model_fn, noise, self.steps, self.progress)\n\g<0>",
+        r"\1    return direct_sample(model_fn, noise, self.steps, self.progress, watch)\n\g<0>",
     )
     copy.edit("opensora_repro/config/checks.py", r'("sample.sampler": \()', r'\1"direct", ')
     copy.edit("stages/sample.py", r'("--sampler", choices=\()', r'\1"direct", ')
