@@ -212,7 +212,7 @@ def test_a_killed_process_leaves_a_long_video_that_goes_on(home: Path, tmp_path:
     assert sorted(path.name for path in cut.iterdir()) == ["0000.mp4", "samples.json"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_minute_takes_the_memory_of_two_clips(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clip's new frames are 1.3 MB, of which 28 more clips would leave 37 in memory."""
     resident: list[int] = []
