@@ -139,6 +139,7 @@ def test_a_prompt_becomes_a_video_that_plays(page: Page, home: Path, tmp_path: P
     page.wait_for_function("text => document.querySelector('#prompt textarea').value == text", arg=prompt)
 
 
+@pytest.mark.exhaustive
 def test_a_first_frame_is_uploaded_and_its_video_extended(page: Page, tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_text("#EXTM3U\nfile:///etc/passwd")
     Image.new("RGB", (60, 40), "red").save(tmp_path / "first.png")
@@ -160,6 +161,7 @@ def test_a_first_frame_is_uploaded_and_its_video_extended(page: Page, tmp_path: 
     page.wait_for_selector("#given .timeline", state="detached")
 
 
+@pytest.mark.exhaustive
 def test_stop_ends_the_sampler(page: Page, app: App) -> None:
     before = app.results()
     ask(page, "a green triangle", steps=1000)

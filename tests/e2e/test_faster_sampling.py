@@ -125,6 +125,7 @@ def test_nonsense_is_one_line(home: Path, tmp_path: Path, capsys: pytest.Capture
     check_mistake([str(home / "flow"), "--prompt", "x", *args], message, tmp_path, capsys)
 
 
+@pytest.mark.exhaustive
 def test_benchmark_of_a_run(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

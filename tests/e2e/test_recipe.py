@@ -108,7 +108,7 @@ def kill_and_go_on(arguments: list[str], out: Path, *, kills: int, ends_with: st
     assert "done before" in log.read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_killed_three_times_its_data_are_the_same(footage: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.toml", footage, "stage1")
     arguments = [*words(recipe, footage, tmp_path / "out"), "--until", "preview"]

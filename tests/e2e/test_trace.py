@@ -53,7 +53,10 @@ def traced(*words: Any, capsys: pytest.CaptureFixture[str]) -> list[dict[str, An
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("buckets", "packing") else pytest.param(name, marks=pytest.mark.exhaustive) for name in RUNS],
+)
 def test_it_tells_what_training_has_read(
     world: World, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
