@@ -46,6 +46,7 @@ def events_of(run_dir: Path) -> Any:
     return EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"images": 0}).Reload()
 
 
+@pytest.mark.exhaustive
 def test_an_alarm_ends_a_run_which_is_tracked_and_goes_on(world: World, tmp_path: Path) -> None:
     """Clips that repeat: after step 10 of 20, saved; without the order to stop the same command ends as any other."""
     sampled = {"sample__every": 5, "sample__prompts": ["a red square"], "sample__sampler": "ddim", "sample__steps": 2}

@@ -174,6 +174,7 @@ def test_stop_ends_the_sampler(page: Page, app: App) -> None:
     page.wait_for_selector("#status .problem:text('prompt: prompt 1 is empty')")
 
 
+@pytest.mark.exhaustive
 def test_two_settings_stand_side_by_side_and_two_browsers_do_not_mix(browser: Browser, page: Page, app: App) -> None:
     other = opened(browser.new_context(), app)
     page.click("#compare button")

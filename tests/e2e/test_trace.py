@@ -164,7 +164,7 @@ def test_manifests_tell_where_they_come_from(world: World, tmp_path: Path, capsy
     first, second = read_origin(probed), read_origin(kept)
     assert first is not None and second is not None
     assert (first["tool"], first["parents"], first["options"]) == ("probe", [], {})
-    assert second["tool"] == "filter" and second["options"] == {"rules": [["keep", "num_frames > 3"]], "thumbnails": 0}
+    assert second["tool"] == "filter" and second["options"] == {"rules": [["keep", "num_frames > 3"]]}
     assert second["parents"] == [{"file": "manifest.parquet", "version": first["version"]}]
     assert str(tmp_path) not in json.dumps([first, second])
     # The version is of what the rows hold: another folder has the same, another caption has not
