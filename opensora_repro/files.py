@@ -260,3 +260,12 @@ def _is_running(pid: int, started: str) -> bool:
         return True  # no /proc, or one that numbers processes otherwise
     fields = _stat(pid)
     return bool(fields) and fields[0] not in ("Z", "X") and _started(pid) == started
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one where there is no such file, or something else in it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 from opensora_repro.config import ConfigError
 from opensora_repro.config.sections import LOWER_IS_BETTER
 from opensora_repro.errors import TrainingError, cannot_write
-from opensora_repro.files import beside, remove_folder, write_text
+from opensora_repro.files import beside, read_json, remove_folder, write_text
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -51,6 +51,12 @@ def samples_folder(run_dir: Path) -> Path:
 def evaluation_folder(run_dir: Path) -> Path:
     """What evaluations of a run keep from one to the next."""
     return run_dir / "evaluation"
+
+
+def recorded_weights(run_dir: Path) -> dict[str, str]:
+    """Each file of `init.weights` with its sha256, as a run has recorded them at its start; none: it has not."""
+    files = read_json(run_dir / WEIGHTS_FILE).get("files")
+    return {str(name): str(sha256) for name, sha256 in files.items()} if isinstance(files, dict) else {}
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from opensora_repro.config import ConfigError
+from opensora_repro.config.checks import SAMPLERS
 from opensora_repro.errors import run_command
 from opensora_repro.files import user_path
 
@@ -36,7 +37,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--device", help="such as cuda, cuda:1 or cpu (a GPU where there is one)")
     add("--no-ema", action="store_true", help="for the trained weights, not their moving average")
     add = parser.add_argument_group("by default as in the checkpoint's config, or its release's").add_argument
-    add("--sampler", choices=("iddpm", "ddim", "dpm", "euler", "ab2", "heun"), help="(sample.sampler)")
+    add("--sampler", choices=SAMPLERS, help="(sample.sampler)")
     add("--steps", type=int, metavar="N", help="denoising steps (sample.steps)")
     add("--guidance", type=float, metavar="X", help="classifier-free guidance (sample.guidance)")
     add("--num-frames", type=int, metavar="N", help="(data.num_frames)")

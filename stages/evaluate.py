@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from opensora_repro.config import ConfigError
+from opensora_repro.config.checks import SAMPLERS
 from opensora_repro.errors import GOES_ON, run_command
 from opensora_repro.files import user_path
 
@@ -48,7 +49,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("of the samples, by default as in the checkpoint's config").add_argument
     add("--steps", type=int, metavar="N", help="denoising steps (sample.steps)")
     add("--guidance", type=float, metavar="X", help="classifier-free guidance; 1 is none (sample.guidance)")
-    add("--sampler", choices=("iddpm", "ddim", "dpm", "euler", "ab2"), help="(sample.sampler)")
+    add("--sampler", choices=SAMPLERS, help="(sample.sampler)")
     return parser.parse_args(argv)
 
 

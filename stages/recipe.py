@@ -25,7 +25,7 @@ from typing import Any
 
 from opensora_repro.config import Config, ConfigError, load_autoencoder_config, load_config, read_toml, toml_value
 from opensora_repro.errors import DataError, run_command
-from opensora_repro.files import content_of, digest, here_or_shipped, sha256_of, write_text
+from opensora_repro.files import content_of, digest, here_or_shipped, read_json, sha256_of, write_text
 
 TOP = {"input": "", "out": "", "captions": "", "held_out": 0.1}
 MODULES = {
@@ -352,10 +352,7 @@ class Record:
 
     def __init__(self, out: Path) -> None:
         self.out, self.file = out, out / RECORD
-        try:
-            self.done: dict[str, Any] = json.loads(self.file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            self.done = {}
+        self.done: dict[str, Any] = read_json(self.file)
 
     def key(self, step: Step) -> str:
         """Of what it reads and how: files by content, runs by their newest checkpoint, OUT wherever it lies."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from opensora_repro.config import ConfigError
 from opensora_repro.errors import run_command
-from opensora_repro.files import user_path
+from opensora_repro.files import read_json, user_path
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -42,7 +42,6 @@ def run(args: argparse.Namespace) -> int:
     if out is None and len(args.runs) > 1:
         raise ConfigError("--out: name a folder for the page of several runs")
     from opensora_repro.report.page import write_report
-    from opensora_repro.report.read import read_json
     from opensora_repro.run_folder import REPORT_FILE
 
     for path in args.evaluation:

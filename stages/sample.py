@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_repro.config import ConfigError
+from opensora_repro.config.checks import SAMPLERS
 from opensora_repro.config.prompts import check_prompts, read_prompts
 from opensora_repro.errors import GOES_ON, run_command
 from opensora_repro.files import user_path
@@ -73,7 +74,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("by default as in the checkpoint's config, or its release's").add_argument
     add("--steps", type=int, metavar="N", help="denoising steps (sample.steps)")
     add("--guidance", type=float, metavar="X", help="classifier-free guidance; 1 is none (sample.guidance)")
-    add("--sampler", choices=("iddpm", "ddim", "dpm", "euler", "ab2", "heun"), help="(sample.sampler)")
+    add("--sampler", choices=SAMPLERS, help="(sample.sampler)")
     add("--num-frames", metavar="N", help="frames, or 1.2's name of so many: 4s, 2x; 1 writes a png (data.num_frames)")
     add("--height", type=int, metavar="N", help="pixels (data.height)")
     add("--width", type=int, metavar="N", help="pixels (data.width)")

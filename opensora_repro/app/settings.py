@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from opensora_repro.config import ConfigError
-from opensora_repro.config.sections import sample_fps
 from opensora_repro.frozen.geometry import Geometry
 from opensora_repro.sampling.chain import plan_chain
 from opensora_repro.sampling.given import Reference, condition_lengths, parse_span, read_geometry
@@ -183,12 +182,6 @@ def _keep(one: GivenFile, path: Path, count: int, total: int) -> str:
     span = span_of(one, count, total)
     place = {START: "0", AT: str(one.at), END: f"-{len(span)}:" if count > 1 else "-1"}[one.use]
     return f"--keep={place}={path}[{span.start}:{span.stop}]@{one.strength:g}"
-
-
-def describe(settings: Settings, source: Source) -> str:
-    """The length and rate in words."""
-    frames, rate = total_frames(settings, source), sample_fps(source.config)
-    return "one picture" if frames == 1 else f"{frames} frames, {frames / rate:.3g} s"
 
 
 def places(settings: Settings, source: Source, path_of: Callable[[str], Path]) -> list[tuple[str, range, bool]]:

@@ -24,6 +24,7 @@ from opensora_repro.models.config import (
     targeted_layers,
 )
 
+SAMPLERS = ("iddpm", "ddim", "dpm", "euler", "ab2", "heun")
 _AT_LEAST_ONE = {
     "model": (
         "in_channels",
@@ -75,7 +76,7 @@ _CHOICES = {
     "train.kernels": ("auto", "eager", "triton"),
     "train.compile": ("auto", "on", "off"),
     "train.activation_checkpointing": ACTIVATION_CHECKPOINTING,
-    "sample.sampler": ("iddpm", "ddim", "dpm", "euler", "ab2", "heun"),
+    "sample.sampler": SAMPLERS,
 }
 
 ROUNDING = 1e-6  # of a sum of shares

@@ -27,6 +27,7 @@ TASKS = {
     "join": "two clips joined",
 }
 PARTS = ("colour", "shape", "direction", "seam")
+FPS = 12  # of the clips that are given
 MAX_JUMP = 1.5  # of the median step: more between old and new frames is a jump
 MAX_LOSS = 1.0  # dB that a first frame may be further from its picture than the autoencoder's own
 
@@ -65,7 +66,7 @@ def make_jobs(clips: Any, others: Any, data: DataConfig, folder: Path, count: in
         files = [folder / f"{number:02d}{name}" for name in ("-first.png", "-begin.mp4", "-end.mp4")]
         write_png(files[0], clip[0])
         for path, frames in zip(files[1:], (clip[:quarter], other[-quarter:]), strict=True):
-            write_video(path, frames, 12)
+            write_video(path, frames, FPS)
         motion, back = _motion(caption), _motion(returns[number % len(returns)])
         jobs += [
             Job("first", motion, (files[0],), ()),
@@ -133,6 +134,7 @@ def first_frame_loss(picture: Path, frames: np.ndarray, vae: Autoencoder) -> flo
     from opensora_repro.data.dataset import to_tensor
     from opensora_repro.data.video import read_frames
     from opensora_repro.data.write import write_video
+    from opensora_repro.sampling.calibration import psnr
     from opensora_repro.sampling.generate import decode
 
     given = read_frames(picture, start=0, count=1)
@@ -142,12 +144,8 @@ def first_frame_loss(picture: Path, frames: np.ndarray, vae: Autoencoder) -> flo
         still = Path(folder) / "still.mp4"
         write_video(still, decode(vae, latents, num_frames=1), 1)
         own = read_frames(still, start=0, count=1)[0].numpy()
-    source = given[0].numpy()
-    return psnr(own, source) - psnr(frames[0], source)
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    return float(-10 * np.log10(max(np.square((a.astype(np.float64) - b) / 255).mean(), 1e-10)))
+    source = [given[0].numpy()]
+    return psnr([own], source) - psnr([frames[0]], source)
 
 
 def rows_of(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:

@@ -18,7 +18,7 @@ from opensora_repro.evaluation.clips import Clips, as_video
 from opensora_repro.evaluation.distances import Estimate
 from opensora_repro.evaluation.features import OWN, ClipFeatures, FeatureModel, all_features, open_features
 from opensora_repro.evaluation.losses import HeldOutLosses
-from opensora_repro.evaluation.own_features import OwnFeatures, small, train_own
+from opensora_repro.evaluation.own_features import OwnFeatures, make_own
 from opensora_repro.evaluation.pixels import Looks, look_at
 from opensora_repro.evaluation.quality import clip_vectors, of_clip, of_features, of_looks
 from opensora_repro.evaluation.share import shared
@@ -74,9 +74,7 @@ class TrainingEvaluation:
             return
         clips = Clips(read_manifest(self.cfg.data.manifest), self.cfg, OWN_CLIPS, what="data.manifest")
         self.say(f"evaluation: training a feature model on {len(clips)} clips: {file}")
-        found = clips.map_videos(range(len(clips)), lambda videos: [small(video) for video in videos])
-        good = [(video, clips.captions[n]) for n, video in enumerate(found) if video is not None]
-        train_own(file, torch.stack([v for v, _ in good]), [c for _, c in good], seed=self.cfg.run.seed)
+        make_own(file, clips, OWN_CLIPS, seed=self.cfg.run.seed)
 
     def _seen(self, video: np.ndarray) -> tuple[Looks, Tensor | None, Tensor | None]:
         """What is kept of a video: its looks, its features [F, D], and CLIP's of its frames [F, D]."""

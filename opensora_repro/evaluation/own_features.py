@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opensora_repro.data.sampler import keyed_seed
+from opensora_repro.evaluation.clips import Clips
 from opensora_repro.evaluation.features import Tower, evenly
 from opensora_repro.files import Sha256Memo, replacing
 
@@ -50,6 +51,13 @@ def small(video: np.ndarray | Tensor) -> Tensor:
     frames = evenly(frames, FRAMES if len(frames) > 1 else 1)
     pixels = torch.tensor(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
     return F.interpolate(pixels, (SIDE, SIDE), mode="area").transpose(0, 1).contiguous()
+
+
+def make_own(file: Path, clips: Clips, count: int, *, seed: int) -> None:
+    """Train on at most `count` of the clips that can be read, and write the tower's weights."""
+    found = clips.map_videos(range(min(count, len(clips))), lambda videos: [small(video) for video in videos])
+    good = [(video, clips.captions[number]) for number, video in enumerate(found) if video is not None]
+    train_own(file, torch.stack([video for video, _ in good]), [caption for _, caption in good], seed=seed)
 
 
 def train_own(file: Path, videos: Tensor, captions: Sequence[str], *, seed: int, steps: int = STEPS) -> None:

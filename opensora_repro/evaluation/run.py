@@ -32,13 +32,13 @@ from opensora_repro.evaluation.clips import Clips, as_video
 from opensora_repro.evaluation.distances import share_of
 from opensora_repro.evaluation.features import OWN, ClipFeatures, FeatureModel, all_features, open_features
 from opensora_repro.evaluation.losses import HeldOutLosses
-from opensora_repro.evaluation.own_features import OwnFeatures, small, train_own
+from opensora_repro.evaluation.own_features import OwnFeatures, make_own
 from opensora_repro.evaluation.pixels import look_at
 from opensora_repro.evaluation.quality import as_json, clip_vectors, of_clip, of_features, of_looks
 from opensora_repro.evaluation.reconstruction import reconstruction
 from opensora_repro.evaluation.share import shared
 from opensora_repro.evaluation.table import write_evaluation
-from opensora_repro.files import Sha256Memo, digest, safe_name, write_text
+from opensora_repro.files import Sha256Memo, digest, read_json, safe_name, write_text
 from opensora_repro.frozen.encoder import open_encoder
 from opensora_repro.kernels.ops import choose
 from opensora_repro.parallel.engine import TorchEngine
@@ -156,11 +156,8 @@ class Common:
         if clips is None:
             clips = self.held_out(self.first)
             self.say("no training clips were found (--train MANIFEST): held-out ones are taken, which seem nearer then")
-        numbers = range(min(OWN_CLIPS, len(clips)))
-        self.say(f"training a feature model on {len(numbers)} clips: {file}")
-        found = clips.map_videos(numbers, lambda videos: [small(video) for video in videos])
-        good = [(video, clips.captions[n]) for n, video in enumerate(found) if video is not None]
-        train_own(file, torch.stack([video for video, _ in good]), [c for _, c in good], seed=self.options.seed)
+        self.say(f"training a feature model on {min(OWN_CLIPS, len(clips))} clips: {file}")
+        make_own(file, clips, OWN_CLIPS, seed=self.options.seed)
 
     @cached_property
     def clip(self) -> ClipFeatures:
@@ -242,7 +239,7 @@ class OfCheckpoint:
         """The step's metrics, as recorded where nothing that decides them has changed. Collective."""
         of = digest([step, self._decides()])
         file = self.folder / RESULTS
-        recorded = self.engine.world.on_first(lambda: _read(file))
+        recorded = self.engine.world.on_first(lambda: read_json(file))
         if recorded.get(step, {}).get("of") == of:
             self.notes += recorded[step]["notes"]
             found: dict[str, Any] = recorded[step]["metrics"]
@@ -411,16 +408,5 @@ class OfCheckpoint:
 
 def step_of(path: Path) -> int | None:
     """The step of one of our checkpoints."""
-    try:
-        step: int = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["step"]
-        return step
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        return content if isinstance(content, dict) else {}
-    except (OSError, ValueError):
-        return {}
+    step: int | None = read_json(path / STATE_FILE).get("step")
+    return step

@@ -13,11 +13,11 @@ from typing import Any
 
 from opensora_repro.config import ConfigError, load_recorded
 from opensora_repro.data.report.markup import data_uri, number, render
-from opensora_repro.files import write_text
+from opensora_repro.files import read_json, write_text
 from opensora_repro.planning.gpus import gpu_of_device
 from opensora_repro.planning.measured import measured_utilisation
 from opensora_repro.report.curves import Chart, Series, chart
-from opensora_repro.report.read import Run, points_of, read_json, read_runs
+from opensora_repro.report.read import Run, points_of, read_runs
 from opensora_repro.run_folder import CONFIG_FILE
 
 TEMPLATE = Path(__file__).with_name("templates") / "runs.html"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from opensora_repro.config import ConfigError, read_toml
+from opensora_repro.files import read_json
 from opensora_repro.run_folder import (
     ALARMS_FILE,
     CONFIG_FILE,
@@ -125,15 +126,6 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 def points_of(lines: Lines, key: str) -> list[tuple[float, float]]:
     return [(float(line["step"]), float(line[key])) for line in lines if isinstance(line.get(key), int | float)]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Nothing of a file that is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _steps(path: Path) -> tuple[list[dict[str, Any]], int]:

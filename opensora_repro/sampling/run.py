@@ -269,7 +269,8 @@ class SamplingRun:
         engine = TorchEngine(ParallelConfig(sp_size=self.sp_size), str(device))
         with closing(engine), engine.watchdog.reporting(self.out / "logs"):
             if self.unexpanded:
-                self, folder = self._expand(engine)
+                run = self._expand(engine)
+                return run.sample_with(run._folder(), engine)
             return self.sample_with(folder, engine)
 
     def sample_with(self, folder: SampleFolder, engine: TorchEngine) -> str:
@@ -283,8 +284,8 @@ class SamplingRun:
         more = f", {there} were there already" if there else ""
         return f"{len(everyone)} written to {self.out}{more} (samples.json has the prompts)"
 
-    def _expand(self, engine: TorchEngine) -> tuple[SamplingRun, SampleFolder]:
-        """The run, and its folder, once the first process has had all prompts rewritten."""
+    def _expand(self, engine: TorchEngine) -> SamplingRun:
+        """The run once the first process has had all prompts rewritten."""
         from opensora_repro.sampling.expand import remember
 
         assert self.expander is not None
@@ -294,7 +295,7 @@ class SamplingRun:
         if engine.is_main:
             for line in unread_words(open_frozen(self.source, engine.device)[1], run.read):
                 print(f"warning: {line}", file=sys.stderr)
-        return run, run._folder()
+        return run
 
     def _begin(self, folder: SampleFolder) -> list[int]:
         """Numbers of the prompts to sample, once the folder says whose samples it is for."""

@@ -28,9 +28,9 @@ from opensora_repro.run_folder import (
     BAD_STEPS_FILE,
     CONFIG_FILE,
     QUARANTINE_FILE,
-    WEIGHTS_FILE,
     JsonLines,
     list_checkpoints,
+    recorded_weights,
 )
 from opensora_repro.training.checkpoint import TrainState, read_state
 from opensora_repro.training.identity import TOLD_COLUMNS, ids_fingerprint
@@ -200,12 +200,8 @@ _MEMO = Sha256Memo()
 
 
 def started_from(run_dir: Path, cfg: Config) -> dict[str, str]:
-    """Each file of `init.weights` with its sha256, as the run recorded them at its start."""
-    try:
-        files = json.loads((run_dir / WEIGHTS_FILE).read_text(encoding="utf-8"))["files"]
-        return {str(name): str(sha256) for name, sha256 in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {cfg.init.weights: "not recorded"} if cfg.init.weights else {}
+    """Each file of `init.weights` with its sha256; of an older run, whose record lacks them, without."""
+    return recorded_weights(run_dir) or ({cfg.init.weights: "not recorded"} if cfg.init.weights else {})
 
 
 def manifest_facts(path: Path) -> dict[str, Any]:

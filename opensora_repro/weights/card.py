@@ -30,10 +30,10 @@ from opensora_repro.run_folder import (
     MODEL_FILE,
     STATE_FILE,
     VALIDATION_FILE,
-    WEIGHTS_FILE,
     JsonLines,
     list_checkpoints,
     list_steps,
+    recorded_weights,
     samples_folder,
 )
 
@@ -224,12 +224,8 @@ class Card:
         return lines[-1]["step"], [(name, *_measured(value)) for name, value in lines[-1]["metrics"].items()]
 
     def _made_from(self) -> list[tuple[Any, ...]]:
-        found: list[tuple[Any, ...]] = []
-        try:
-            files = json.loads((self.run_dir / WEIGHTS_FILE).read_text(encoding="utf-8"))["files"]
-            found += [("first weights", _last(name), sha256) for name, sha256 in files.items()]
-        except (OSError, ValueError, KeyError, AttributeError):  # of an earlier release, or drawn at random
-            found = []
+        files = recorded_weights(self.run_dir)  # none of an earlier release, or drawn at random
+        found: list[tuple[Any, ...]] = [("first weights", _last(name), sha256) for name, sha256 in files.items()]
         for key in NEEDED:
             facts = self._state.get("identity", {}).get(key, {})
             found += [(key, name, fact.get("sha256")) for name, fact in facts.items()]
