@@ -17,7 +17,7 @@ from opensora_repro.data.report.markup import data_uri, render
 from opensora_repro.demo.given import PARTS as GIVEN_PARTS
 from opensora_repro.demo.given import TASKS, rows_of
 from opensora_repro.files import write_text
-from opensora_repro.report.curves import Curve, loss_curve
+from opensora_repro.report.curves import Chart, Series, chart
 from opensora_repro.run_folder import METRICS_FILE, VALIDATION_FILE, JsonLines
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class StagePart:
 
     name: str
     what: str
-    curve: Curve | None
+    curve: Chart | None
     step: int  # of its newest samples
     samples: list[Figure]
 
@@ -106,7 +106,9 @@ class Page:
     def stage(self, stage: str, words: tuple[str, str]) -> StagePart:
         """A stage's losses, and the newest samples that training itself wrote, each with its prompt."""
         folder = self.run_dir / stage
-        curve = loss_curve(_points(folder / METRICS_FILE), _points(folder / VALIDATION_FILE))
+        training, held_out = (_points(folder / name) for name in (METRICS_FILE, VALIDATION_FILE))
+        lines = [Series("training", training), Series("held-out clips", held_out, 1, dots=True)]
+        curve = chart(words[0], lines, from_zero=True)
         newest = max((folder / "samples").glob("step-*"), default=None)
         if newest is None:
             return StagePart(*words, curve, 0, [])

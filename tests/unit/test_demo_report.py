@@ -16,7 +16,7 @@ import pytest
 from opensora_repro.config import ConfigError, load_config
 from opensora_repro.data.write import write_png, write_video
 from opensora_repro.demo import report
-from opensora_repro.report.curves import loss_curve, smoothed, ticks
+from opensora_repro.report.curves import Series, chart, smoothed, ticks
 from tests.frames import write_manifest
 
 VOID = {"meta", "img", "br", "path", "circle", "polyline"}
@@ -180,17 +180,18 @@ def test_missing_and_too_large_videos_are_named(run: Path, tmp_path: Path, monke
 
 def test_curve_keeps_to_its_frame() -> None:
     points = [(float(i), 100.0 if i == 1 else 1 / i) for i in range(1, 1001)]
-    curve = loss_curve([*points, (1001.0, float("nan"))], [(500.0, 0.5)])
+    lines = [Series("training", [*points, (1001.0, float("nan"))]), Series("held out", [(500.0, 0.5)], dots=True)]
+    curve = chart("loss", lines, from_zero=True)
     assert curve is not None
-    numbers = curve.training
+    numbers, dots = (line.points for line in curve.series)
     assert 100 < len(numbers) <= 240
     assert all(0 <= x <= 360 and 0 <= y <= 220 for x, y in numbers)
     assert numbers[-1][1] > numbers[1][1]  # a smaller loss is lower on the page
-    assert len(curve.validation) == 1
+    assert len(dots) == 1
     assert smoothed([(1.0, 2.0), (3.0, 4.0)], count=1) == [(2.0, 3.0)]
     assert ticks(0, 1) == pytest.approx([0, 0.25, 0.5, 0.75, 1.0])
     assert ticks(0, 1200) == [0, 500, 1000]
-    assert loss_curve([], []) is None
+    assert chart("loss", [Series("training", [])]) is None
 
 
 def test_the_fixture_config_is_one_the_stages_read(run: Path) -> None:
