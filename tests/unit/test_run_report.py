@@ -6,69 +6,18 @@ import json
 import math
 import re
 import shutil
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from opensora_repro.config import Config, dump_toml, parse_config
-from opensora_repro.data.write import write_video
+from opensora_repro.config import Config, dump_toml
 from opensora_repro.report.curves import Series, chart
 from opensora_repro.report.page import write_report
 from opensora_repro.report.read import read_run, read_runs
 from stages import report
-
-HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)>‮'
-
-
-def make_run(folder: Path, *, steps: int = 400, grids: int = 3, side: int = 96, **changes: Any) -> Path:
-    """What a run of so many steps leaves."""
-    (folder / "samples").mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    settings = {"sample": {"prompts": ["a red square", HOSTILE]}, "train": {"steps": steps}, **changes}
-    (folder / "config.toml").write_text(dump_toml(parse_config(settings)))
-    write_lines(folder / "metrics.jsonl", [
-        {"step": step, "loss": 1 / math.sqrt(step) + 0.02 * rng.random(), "grad_norm": 0.3 + 0.1 * rng.random(),
-         "lr": 1e-4, "seconds": 0.5, "data_seconds": 0.05, "samples": 8, "tokens": 1024}
-        for step in range(1, steps + 1)
-    ])  # fmt: skip
-    every = max(1, steps // 50)
-    write_lines(folder / "validation.jsonl", [
-        {"step": step, "loss": 0.5, "losses": [0.6, 0.5, 0.4], "timesteps": [200.0, 500.0, 800.0], "samples": 64,
-         "of_trained": 0.5, "of_average": 0.51, "activation": 30.0}
-        for step in range(every, steps + 1, every)
-    ])  # fmt: skip
-    metrics = [{"loss": 0.5, "caption_gap": 0.01 * n, "motion_gap": {"value": 0.02, "low": 0.01, "high": 0.03}}
-               for n in range(1, 5)]  # fmt: skip
-    write_lines(folder / "evaluation.jsonl", [{"step": n * every, "metrics": m} for n, m in enumerate(metrics, 1)])
-    write_lines(folder / "alarms.jsonl", [{"step": 300, "alarm": "text", "message": f"captions {HOSTILE}"}])
-    bucket = {"bucket": "16 x 256x256", "clips": 1200.0, "share": 0.6, "enlarged": 0.0, "cropped": 0.1, "samples": 8,
-              "steps": 150.0, "tokens": 1024, "time": 0.9}  # fmt: skip
-    clips = [{"title": f"clips of {HOSTILE}.parquet", "rows": 2000, "looked_at": 2000, "rates": [24, 30, 24],
-              "kinds": [["usable", 1990, ""], ["missing", 10, "no file"]], "buckets": [bucket],
-              "empty_buckets": 2}]  # fmt: skip
-    start = {"device": "NVIDIA H100", "processes": 8, "torch": "2.5", "stage": "stage2_video", "clips": clips}
-    write_lines(folder / "starts.jsonl", [{"step": 0, **start}, {"step": steps // 2, **start, "processes": 4}])
-    weights = {"source": HOSTILE, "layout": "PixArt", "loaded": ["a"], "inserted": ["b"], "num_parameters": 12,
-               "dtype": "float32", "notes": [HOSTILE], "files": {"ema.safetensors": "0" * 64}}  # fmt: skip
-    (folder / "weights.json").write_text(json.dumps(weights))
-    for number in range(1, grids + 1):
-        own = folder / "samples" / f"step-{number * steps // grids:08d}"
-        own.mkdir()
-        picture = Image.effect_noise((8 * side, 4 * side), 80 + number).convert("RGB")
-        picture.save(own / "grid.png")
-        frames = np.asarray(picture)[None, :side, :side].repeat(4, axis=0).copy()
-        frames[:, :, : side // 2] = np.arange(4, dtype=np.uint8)[:, None, None, None] * 60
-        write_video(own / "0000.mp4", frames, 8)
-    return folder
-
-
-def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+from tests.made_runs import make_run
 
 
 class Page(HTMLParser):
@@ -188,17 +137,16 @@ def test_charts_are_drawn_within_their_frame() -> None:
 
 
 @pytest.mark.slow
-def test_a_run_of_ten_thousand_steps_in_a_browser(tmp_path: Path) -> None:
-    """Under 5 MB, drawn in under 2 s of the browser's own time, nothing beside the screen, the slider slides."""
+@pytest.mark.parametrize("steps", [100, pytest.param(10_000, marks=pytest.mark.exhaustive)])
+def test_a_run_in_a_browser(steps: int, tmp_path: Path) -> None:
+    """Small enough to be sent, nothing beside the screen, the slider slides; how fast: `tests/made_runs.py`."""
     playwright = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no browser")
-    run = make_run(tmp_path / "run", steps=10_000, grids=40, side=128)
-    started = time.process_time()
+    run = make_run(tmp_path / "run", steps=steps, grids=min(40, steps // 25), side=128)
     write_report([run], run / "report.html")
-    assert time.process_time() - started < 10
-    assert 1_000_000 < (run / "report.html").stat().st_size < 5_000_000
+    assert steps < 10_000 or 1_000_000 < (run / "report.html").stat().st_size < 5_000_000
     with playwright.sync_playwright() as started_with:
         browser = started_with.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         for width in (1200, 390):
@@ -206,16 +154,10 @@ def test_a_run_of_ten_thousand_steps_in_a_browser(tmp_path: Path) -> None:
             tab = browser.new_page(viewport={"width": width, "height": 800})
             tab.on("console", lambda message: errors.append(message.text))  # noqa: B023
             tab.goto((run / "report.html").as_uri(), wait_until="load")
-            tab.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
-            work = tab.context.new_cdp_session(tab)
-            work.send("Performance.enable")
-            spent = {one["name"]: one["value"] for one in work.send("Performance.getMetrics")["metrics"]}
-            assert spent["ScriptDuration"] + spent["LayoutDuration"] + spent["RecalcStyleDuration"] < 2
             assert tab.evaluate("document.documentElement.scrollWidth") <= width
             told = tab.locator(".over output")
-            assert told.inner_text() == "step 10,000" and tab.locator(".over img:visible").count() == 1
+            assert told.inner_text() == f"step {steps:,}" and tab.locator(".over img:visible").count() == 1
             tab.locator(".over input").fill("0")
-            assert told.inner_text() != "step 10,000" and tab.locator(".over img:visible").count() == 1
+            assert told.inner_text() != f"step {steps:,}" and tab.locator(".over img:visible").count() == 1
             assert not errors
-            tab.screenshot(path=str(tmp_path / f"{width}.png"), full_page=True)
         browser.close()
