@@ -202,8 +202,9 @@ def _fill(model: Network, weights: Mapping[str, Tensor], inserted: list[str], *,
     False where some are not finite; a model that has weights already keeps them then.
     """
     fresh = next(model.parameters()).is_meta
-    if fresh:
-        model.to_empty(device="cpu")
+    if fresh:  # to_empty() does so, too, and imports a compiler
+        room = {key: torch.empty(value.shape, dtype=value.dtype) for key, value in model.state_dict().items()}
+        model.load_state_dict(room, assign=True)
     elif not all(map(all_finite, weights.values())):
         return False
     own = model.state_dict()
