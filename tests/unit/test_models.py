@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from opensora_repro.models import layers
 from opensora_repro.models.config import STDiTConfig
 from opensora_repro.models.cross_attention import CrossAttention, lay_out
-from opensora_repro.models.stdit import POSITION_TABLES, STDiT, stdit_s_2
+from opensora_repro.models.stdit import POSITION_TABLES, STDiT
 from opensora_repro.weights.load import load_model_weights
 from tests.live_bytes import LiveBytes
 
@@ -439,12 +439,12 @@ def test_tokens_and_patches_are_laid_out_row_by_row() -> None:
 
 def test_a_model_without_values_gets_them_without_the_compiler(tmp_path):
     """What draws or makes room on the meta device imports it, which takes longer than reading a release's weights."""
-    torch.save(stdit_s_2(depth=1).state_dict(), tmp_path / "weights.pth")
+    torch.save(STDiT(STDiTConfig(hidden_size=48, depth=1, num_heads=4)).state_dict(), tmp_path / "weights.pth")
     code = (
         "import sys, torch; from opensora_repro.models import stdit, stdit2, stdit3\n"
         "from opensora_repro.weights.load import load_model_weights\n"
         "with torch.device('meta'):\n"
-        "    model = stdit.stdit_s_2(depth=1); stdit2.stdit2_s_2(depth=1), stdit3.stdit3_s_2(depth=1)\n"
+        "    model = stdit.stdit_xl_2(hidden_size=48, depth=1, num_heads=4); stdit2.stdit2_s_2(depth=1), stdit3.stdit3_s_2(depth=1)\n"
         "load_model_weights(model, sys.argv[1])\n"
         "print({'sympy', 'torch._dynamo'} & set(sys.modules))"
     )
