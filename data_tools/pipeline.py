@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from opensora_repro.data.report.stages import Stage
 
 URLS_FILE = "urls.parquet"  # what convert makes of tables of addresses, for download
-TOOLS = ("convert", "download", "probe", "split", "score", "filter", "caption")
+TOOLS = ("convert", "download", "probe", "split", "score", "filter", "deduplicate", "caption")
 
 
 @dataclass(frozen=True, kw_only=True)

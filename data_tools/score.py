@@ -19,10 +19,12 @@ cannot tell (an image has no motion):
     aesthetic, text_match   with --clip: of its aesthetic head, and the cosine of caption and frames
 
 Clips look the same if their low frequencies do, or, with --embed or --clip, their embeddings (of --embed, if both are
-given; a DINOv2 tells pictures apart that are of one kind).
+given; a DINOv2 tells pictures apart that are of one kind). More than 20,000 embeddings are compared within clusters
+where faiss is installed, else all with each other.
 
-DIR receives `manifest.parquet`, `rejects.parquet` (clips that cannot be read) and a record of every measured clip, so
-that a second run measures only what is new. Nothing is downloaded: MODEL is a folder or a name in the hub's cache.
+DIR receives `manifest.parquet`, `rejects.parquet` (clips that cannot be read), with a model `embeddings.parquet`, which
+`data_tools.deduplicate` reads, and a record of every measured clip, so that a second run measures only what is new.
+Nothing is downloaded: MODEL is a folder or a name in the hub's cache.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ from opensora_repro.data.manifest import REJECTS
 from opensora_repro.data.options import argument, option, parse, parser_of
 from opensora_repro.data.origin import made_by
 from opensora_repro.data.probe.rows import INPUT_HELP, manifest_of
+from opensora_repro.data.progress import progress
 from opensora_repro.data.tables import write_rows
 from opensora_repro.errors import DataError, run_command
 from opensora_repro.files import digest
@@ -57,6 +60,7 @@ if TYPE_CHECKING:
 NAMES = ("motion", "jitter", "static", "sharpness", "brightness", "letterbox", "text", "watermark", "duplicates")
 MODEL_METHOD = 1  # raise when the model's scores are computed otherwise
 TIMEOUT = 300.0  # seconds for a clip
+FEW = 1000  # clips of which it is not told how they are compared
 Record = dict[str, Any]
 
 
@@ -78,6 +82,9 @@ class Arguments(RunnerArguments):
     )
     aesthetic: str = option(
         "linear aesthetic head over that model: adds aesthetic", "", type=expanduser, metavar="HEAD"
+    )
+    cosine: float = option(
+        "embeddings that are at least so near are of near-duplicates (%(default)s)", 0.95, metavar="X"
     )
     device: str = option("where the model computes, such as cuda (%(default)s)", "cpu")
     batch_size: int = option("clips a model batch (%(default)s)", 16, metavar="N")
@@ -110,6 +117,8 @@ def names_of(args: Arguments) -> list[str]:
     for name in ("batch_size", "model_workers"):
         if getattr(args, name) < 1:
             raise DataError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
+    if not 0 < args.cosine <= 1:
+        raise DataError(f"--cosine {args.cosine}: expected more than 0 and at most 1")
     return [name for name in NAMES if name in requested]
 
 
@@ -127,10 +136,12 @@ def score(args: Arguments) -> int:
             runner = replace(runner, workers=args.model_workers, gpu=gpu)
             models = embed_all(clips, records, args, Keeping(kept, "models"), runner)
             records = [{**record, **model} for record, model in zip(records, models, strict=True)]
+            write_embeddings_of(clips["id"].to_pylist(), records, out / "embeddings.parquet")
     reasons: list[str] = [record.get("error", "") for record in records]
     good = [not reason for reason in reasons]
     measured = clips.filter(good)
-    measured = with_columns(measured, [record for record in records if "error" not in record], "duplicates" in names)
+    usable = [record for record in records if "error" not in record]
+    measured = with_columns(measured, usable, args.cosine if "duplicates" in names else None)
     refused = clips.filter([not kept for kept in good]).to_pylist()
     rejects: list[Record] = [
         row | {"stage": "score", "reason": reason} for row, reason in zip(refused, filter(None, reasons), strict=True)
@@ -273,11 +284,29 @@ def packed(vector: np.ndarray) -> str:
     return base64.b64encode(vector.astype("<f2").tobytes()).decode()
 
 
+def unpacked(text: str) -> np.ndarray:
+    import numpy as np
+
+    return np.frombuffer(base64.b64decode(text), dtype="<f2")
+
+
+def write_embeddings_of(ids: Sequence[str], records: list[Record], path: Path) -> None:
+    """Write the embeddings of the clips that have one; where none has, no file."""
+    from opensora_repro.data.embeddings import write_embeddings
+
+    known = [(name, record["embedding"]) for name, record in zip(ids, records, strict=True) if "embedding" in record]
+    if known:
+        write_embeddings(path, ((name, unpacked(text)) for name, text in known), len(unpacked(known[0][1])))
+
+
 # ---- the manifest
 
 
-def with_columns(clips: Any, records: list[Record], duplicates: bool) -> Any:
-    """Return the clips, whose rows the records match, with what was measured and the groups that look the same."""
+def with_columns(clips: Any, records: list[Record], cosine: float | None) -> Any:
+    """Return the clips, whose rows the records match, with what was measured and the groups that look the same.
+
+    `cosine`: from which on embeddings look the same; None: no groups are asked for.
+    """
     import pyarrow as pa
 
     from opensora_repro.data.score.measure import CODE
@@ -286,8 +315,8 @@ def with_columns(clips: Any, records: list[Record], duplicates: bool) -> Any:
     for name in records[0] if records else ():
         if name not in (CODE, "embedding"):
             clips = set_column(clips, name, pa.array([record[name] for record in records], pa.float64()))
-    if duplicates:
-        best = best_alike(clips, records)
+    if cosine is not None:
+        best = best_alike(clips, records, cosine)
         sizes = Counter(best)
         ids = clips["id"].to_pylist()
         groups = [ids[row] if sizes[row] > 1 else None for row in best]
@@ -296,28 +325,38 @@ def with_columns(clips: Any, records: list[Record], duplicates: bool) -> Any:
     return clips
 
 
-def best_alike(clips: Any, records: list[Record]) -> list[int]:
+def best_alike(clips: Any, records: list[Record], cosine: float) -> list[int]:
     """Return for each clip the row of the best that looks the same: the largest, then longest, then first."""
     import numpy as np
 
-    from opensora_repro.data.score.duplicates import groups_of, near_codes, near_embeddings
+    from opensora_repro.data.score.duplicates import groups_of, near_codes, num_crowded
     from opensora_repro.data.score.measure import CODE, code_of
-
-    def pairs() -> Iterator[tuple[int, int]]:
-        coded = [row for row, record in enumerate(records) if record[CODE]]
-        embedded = [row for row, record in enumerate(records) if record.get("embedding")]
-        if len(coded) > 1:
-            codes = np.stack([code_of(records[row][CODE]) for row in coded])
-            yield from ((coded[a], coded[b]) for a, b in near_codes(codes))
-        if len(embedded) > 1:
-            data = b"".join(base64.b64decode(records[row]["embedding"]) for row in embedded)
-            vectors = np.frombuffer(data, dtype="<f2").reshape(len(embedded), -1).astype(np.float32)
-            yield from ((embedded[a], embedded[b]) for a, b in near_embeddings(vectors))
 
     pixels = clips["height"].to_numpy() * clips["width"].to_numpy()
     order = np.lexsort((-clips["num_frames"].to_numpy(), -pixels))
     rank = np.empty(len(order), dtype=np.int64)
     rank[order] = np.arange(len(order))
+
+    def pairs() -> Iterator[tuple[int, int]]:
+        coded = [row for row, record in enumerate(records) if record[CODE]]
+        embedded = [int(row) for row in order if records[row].get("embedding")]
+        if len(coded) > 1:
+            codes = np.stack([code_of(records[row][CODE]) for row in coded])
+            if crowded := num_crowded(codes):
+                print(f"{crowded:,} clips share part of their code with more than others can be compared: see --embed")
+            yield from ((coded[a], coded[b]) for a, b in near_codes(codes))
+        if len(embedded) > 1:
+            yield from near_embeddings(embedded, np.stack([unpacked(records[row]["embedding"]) for row in embedded]))
+
+    def near_embeddings(rows: list[int], vectors: np.ndarray) -> Iterator[tuple[int, int]]:
+        from opensora_repro.data.near_duplicates import cells_note, find_near_duplicates
+
+        if len(rows) > FEW:
+            print(cells_note(len(rows)), flush=True)
+        with progress("comparing", len(rows), "clip") as advance:
+            found = find_near_duplicates(vectors, np.arange(len(rows)), cosine=cosine, advance=advance)
+        yield from ((row, rows[better]) for row, better in zip(rows, found.better.tolist(), strict=True) if better >= 0)
+
     return groups_of(len(records), pairs(), rank.tolist())
 
 

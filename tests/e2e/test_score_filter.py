@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks import tables
+from data_tools import deduplicate, score
 from data_tools import filter as filter_tool
-from data_tools import score
 from opensora_repro.data.write import write_png, write_video
 from tests.frames import read_manifest, read_table, write_manifest
 from tests.made_pictures import moving
@@ -136,6 +136,8 @@ def test_an_image_encoder_of_the_hub_tells_near_duplicates(tmp_path: Path) -> No
         *options,
         "--embed",
         "timm/tiny",
+        "--cosine",
+        "0.99",  # random weights: all pictures lie in a cone
         "--out",
         str(tmp_path / "out"),
     ]
@@ -298,3 +300,33 @@ def test_a_folder_is_probed_first(clips: Path, tmp_path: Path) -> None:
     assert filter_tool.main([str(table), "--out", str(tmp_path / "b"), "--keep", "height > 40"]) == 0
     (row,) = read_manifest(tmp_path / "b" / "manifest.parquet", need_captions=False).to_dict("records")
     assert Path(row["path"]) == folder / "fast.mp4" and row["num_frames"] == 30
+
+
+def test_embeddings_of_score_are_what_deduplicate_reads(
+    clips: Path, clip_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [str(clips), "--scores", "brightness", "--workers", "1", "--clip", str(clip_model)]
+    assert score.main([*options, "--out", str(tmp_path / "scored")]) == 0
+    written = pq.read_table(tmp_path / "scored" / "embeddings.parquet")
+    assert written["id"].to_pylist() == ["fast", "slow", "small", "black"]
+    vectors = {"fast": [1.0, 0.0], "slow": [0.0, 1.0], "small": [1.0, 0.1], "other": [1.0, 0.0]}  # of a known model
+    known = tmp_path / "known.parquet"
+    pq.write_table(pa.table({"id": list(vectors), "embedding": list(vectors.values())}), known)
+    command = [str(tmp_path / "scored" / "manifest.parquet"), "--out", str(tmp_path / "out"), "--embeddings"]
+    assert deduplicate.main([*command, str(known)]) == 0
+    told = capsys.readouterr().out
+    assert "1 clips have no embedding: they stay" in told and "3 of 4 rows kept" in told
+    assert read_manifest(tmp_path / "out" / "manifest.parquet")["id"].tolist() == ["fast", "slow", "black"]
+    (reject,) = pq.read_table(tmp_path / "out" / "rejects.parquet").to_pylist()
+    assert (reject["id"], reject["duplicate_of"], reject["kept"]) == ("small", "fast", "fast")
+    assert reject["reason"] == "near-duplicate of fast (cosine 0.995)" and reject["stage"] == "deduplicate"
+    counts = json.loads((tmp_path / "out" / "deduplicate.json").read_text())
+    assert (counts["pairs"], counts["dropped"], counts["without_embedding"]) == (1, 1, 1)
+    before = stamps(tmp_path / "out")
+    assert deduplicate.main([*command, str(known)]) == 0 and stamps(tmp_path / "out") == before
+    assert deduplicate.main([*command, str(known), "--cosine", "0.999"]) == 0
+    assert pq.read_metadata(tmp_path / "out" / "manifest.parquet").num_rows == 4
+    assert deduplicate.main([*command, str(known), "--cosine", "2"]) == 2
+    assert deduplicate.main([*command, str(tmp_path / "nothing.parquet")]) == 2
+    assert "nothing.parquet: no such file" in capsys.readouterr().err
+    assert deduplicate.main([*command, str(tmp_path / "scored" / "embeddings.parquet")]) == 0

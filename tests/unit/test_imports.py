@@ -70,6 +70,7 @@ COMMANDS = [
     "data_tools.caption",
     "data_tools.score",
     "data_tools.filter",
+    "data_tools.deduplicate",
     "data_tools.convert",
     "data_tools.download",
     "data_tools.preview",

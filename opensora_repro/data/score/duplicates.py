@@ -1,4 +1,4 @@
-"""Near-duplicate clips among millions: codes of bits, compared only where a band of them agrees.
+"""Near-duplicate clips by what they look like: codes of bits, compared only where a band of them agrees.
 
 A clip's code is CODE_WORDS words of 16 bits. Two codes that differ in fewer bits than there are words agree in at
 least one whole word, so it is enough to look, word by word, at the clips that share its value (multi-index hashing,
@@ -7,7 +7,7 @@ Norouzi et al., 2012): close to n comparisons a word where codes spread evenly, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -17,10 +17,7 @@ CODE_WORDS = PICTURES * HASH_SIDE * HASH_SIDE // 16
 MAX_DISTANCE = CODE_WORDS - 1  # of 192 bits: what the bands are sure to find
 FLAT_LEVEL = 3.0  # mean size of a picture's low frequencies below which it has no pattern to compare
 MAX_BUCKET = 2000  # neighbours that a clip is compared with in one bucket; only fuller buckets can lose pairs
-COSINE = 0.95  # of embeddings
-EMBEDDING_WORDS = 24  # 384 bits: at COSINE a pair agrees in one of the words with more than 99 %
 _BITS = np.array([bin(value).count("1") for value in range(1 << 16)], dtype=np.uint8)
-Close = Callable[[np.ndarray, np.ndarray], np.ndarray]  # which of the pairs (rows, other rows) are near enough
 
 
 def perceptual_hash(grey: np.ndarray) -> np.ndarray:
@@ -48,29 +45,17 @@ def clip_code(grey: np.ndarray) -> np.ndarray | None:
     return np.packbits(bits).view(">u2").astype(np.uint16) if bits.any() else None
 
 
+def num_crowded(codes: np.ndarray) -> int:
+    """Return how many of the different codes are in buckets so full that `near_codes` can lose pairs of them."""
+    different = np.unique(codes, axis=0)
+    sizes = (np.bincount(column, minlength=1 << 16)[column] for column in different.T)
+    return int(np.count_nonzero(np.max(list(sizes), axis=0) > MAX_BUCKET))
+
+
 def near_codes(codes: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Yield all pairs of rows of `codes`, uint16 [N, W], that differ in at most MAX_DISTANCE bits (some repeatedly)."""
-    return _near_pairs(codes, lambda a, b: _BITS[codes[a] ^ codes[b]].sum(axis=1, dtype=np.int32) <= MAX_DISTANCE)
+    """Yield the pairs of rows of `codes`, uint16 [N, W], that differ in at most MAX_DISTANCE bits (some repeatedly).
 
-
-def near_embeddings(embeddings: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Yield pairs of rows of `embeddings`, float [N, D], with a cosine of at least COSINE (some repeatedly).
-
-    Candidates agree in one of EMBEDDING_WORDS words of signs of random projections (Charikar, 2002), which by chance
-    misses fewer than one pair in a hundred.
-    """
-    vectors = embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
-    centred = vectors - vectors.mean(axis=0)  # a model's embeddings lie in a narrow cone, where all signs agree
-    planes = np.random.default_rng(0).standard_normal((vectors.shape[1], 16 * EMBEDDING_WORDS), dtype=np.float32)
-    parts = [np.packbits(part @ planes > 0, axis=1) for part in np.array_split(centred, len(centred) // 4096 + 1)]
-    codes = np.concatenate(parts).view(np.uint16)
-    return _near_pairs(codes, lambda a, b: np.einsum("nd,nd->n", vectors[a], vectors[b]) >= COSINE)
-
-
-def _near_pairs(codes: np.ndarray, close: Close) -> Iterator[tuple[int, int]]:
-    """Yield the pairs that share a word and that `close` confirms.
-
-    Rows are sorted by the word, then by the whole code, so that a bucket is a run of rows; each is compared with the
+    Rows are sorted by a word, then by the whole code, so that a bucket is a run of rows; each is compared with the
     next, the second next, and so on within the run, all runs at once.
     """
     for word in range(codes.shape[1]):
@@ -84,7 +69,7 @@ def _near_pairs(codes: np.ndarray, close: Close) -> Iterator[tuple[int, int]]:
                 break
             for part in np.array_split(rows, len(rows) // 65536 + 1):
                 first, second = order[part], order[part + step]
-                found = close(first, second)
+                found = _BITS[codes[first] ^ codes[second]].sum(axis=1, dtype=np.int32) <= MAX_DISTANCE
                 yield from zip(first[found].tolist(), second[found].tolist(), strict=True)
 
 

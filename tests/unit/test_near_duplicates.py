@@ -1,0 +1,88 @@
+"""Near-duplicates by embeddings: clusters against every pair, and the table that embeddings lie in."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from opensora_repro.data import near_duplicates
+from opensora_repro.data.embeddings import gather_embeddings, write_embeddings
+from opensora_repro.data.near_duplicates import cells_note, find_near_duplicates, num_cells
+from opensora_repro.errors import DataError
+
+SIZE = 64
+RANDOM = np.random.default_rng(0)
+
+
+def crowd() -> np.ndarray:
+    """4,850 vectors in a narrow cone: 800 are near to others, at various distances, and 50 are one more."""
+    alone = RANDOM.normal(size=(4000, SIZE)) + 1
+    near = alone[:800] + RANDOM.uniform(0.1, 0.4, (800, 1)) * RANDOM.normal(size=(800, SIZE))
+    return np.concatenate([alone, near, np.repeat(alone[:1], 50, axis=0)])
+
+
+def by_every_pair(vectors: np.ndarray, cosine: float) -> tuple[np.ndarray, int]:
+    """Each row's first near one among those before it, -1 where there is none; and the pairs."""
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    near = np.tril(unit @ unit.T >= cosine, -1)
+    return np.where(near.any(axis=1), near.argmax(axis=1), -1), int(near.sum())
+
+
+@pytest.mark.parametrize("cells", [1, 60])
+def test_clusters_find_what_every_pair_finds(cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(near_duplicates, "BLOCK", 1 << 14)  # several blocks a cell
+    vectors = crowd()
+    order = RANDOM.permutation(len(vectors))
+    expected, pairs = by_every_pair(vectors[order], 0.95)
+    steps: list[int] = []
+    found = find_near_duplicates(vectors, order, cosine=0.95, cells=cells, advance=steps.append)
+    assert sum(steps) == len(vectors) and (expected >= 0).sum() > 500
+    if cells == 1:
+        assert np.array_equal(found.better, expected) and found.num_pairs == pairs
+    else:
+        right = found.better == expected
+        assert right[expected < 0].all() and right.mean() > 0.998 and 0.99 * pairs < found.num_pairs <= pairs
+    worse = np.flatnonzero(found.better >= 0)
+    assert (found.cosine[worse] >= 0.95).all() and (found.better[worse] < worse).all()
+    kept = found.kept()
+    assert (found.better[kept] < 0).all() and np.array_equal(kept[worse], kept[found.better[worse]])
+
+
+def test_how_many_are_compared_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert num_cells(20_000) == 1 and num_cells(1_000_000) == 1000
+    assert cells_note(1_000_000).startswith("1,000,000 embeddings are compared within 1,000 clusters")
+    monkeypatch.setattr(near_duplicates, "find_spec", lambda name: None)
+    assert num_cells(1_000_000) == 1 and "pip install faiss-cpu" in cells_note(1_000_000)
+
+
+def test_embeddings_come_back_by_id(tmp_path: Path) -> None:
+    path = tmp_path / "embeddings.parquet"
+    vectors = RANDOM.normal(size=(5, 3)).astype(np.float32)
+    vectors[3] = 0
+    write_embeddings(path, zip("abcde", vectors, strict=True), 3)
+    assert pq.read_schema(path).field("embedding").type == pa.list_(pa.float16(), 3)
+    with tempfile.TemporaryFile() as file:
+        found, whose = gather_embeddings(path, pa.array(["z", "e", "d", "b"]), file, lambda rows: None)
+        assert whose.tolist() == [3, 1]  # "d" has no direction, "z" no embedding
+        unit = vectors[[1, 4]] / np.linalg.norm(vectors[[1, 4]], axis=1, keepdims=True)
+        assert np.abs(found - unit).max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        ({"id": ["a"], "vector": [[1.0]]}, "column embedding missing"),
+        ({"id": ["a"], "embedding": ["text"]}, "expected lists of float16"),
+        ({"id": ["a", "b"], "embedding": [[1.0], [1.0, 2.0]]}, "embeddings of 1, 2 numbers"),
+        ({"id": ["a", "b", "a"], "embedding": [[1.0]] * 3}, "id a has 2 rows"),
+    ],
+)
+def test_tables_that_hold_no_embeddings(columns: dict[str, list[object]], told: str, tmp_path: Path) -> None:
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    with tempfile.TemporaryFile() as file, pytest.raises(DataError, match=told):
+        gather_embeddings(tmp_path / "x.parquet", pa.array(["a", "b"]), file, lambda rows: None)
