@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,6 +51,7 @@ class Chart:
     values: list[tuple[float, str]]  # y and text
     steps: list[tuple[float, str]]  # x and text
     marks: list[float]  # x
+    over: str  # what x is
     width: int = WIDTH
     height: int = HEIGHT
     left: int = LEFT
@@ -59,26 +61,35 @@ class Chart:
 
 
 def chart(
-    title: str, series: Sequence[Series], *, log: bool = False, from_zero: bool = False, marks: Sequence[float] = ()
+    title: str,
+    series: Sequence[Series],
+    *,
+    log: bool = False,
+    from_zero: bool = False,
+    marks: Sequence[float] = (),
+    over: str = "training step",
+    log_x: bool = False,
 ) -> Chart | None:
-    """Lines over one ground; None where there is no point. `log`: powers of ten are evenly far apart.
+    """Lines over one ground; None where there is no point. `log`, `log_x`: powers of ten are evenly far apart.
 
-    Few outlying values are cut off at the edge: they would flatten all others.
+    Few outlying values over steps are cut off at the edge: they would flatten all others. `over`: what x is.
     """
-    drawn = [_drawable(own, log) for own in series]
+    drawn = [_drawable(own, log, log_x) for own in series]
     drawn = [own for own in drawn if own.points]
     if not drawn:
         return None
     values = sorted(y for own in drawn for _, y in own.points)
-    low, high = values[int(0.01 * len(values))], values[min(len(values) - 1, int(0.98 * len(values)))]
+    few, most = (0, len(values) - 1) if log_x else (int(0.01 * len(values)), int(0.98 * len(values)))
+    low, high = values[few], values[min(len(values) - 1, most)]
     if from_zero:
         low = min(0.0, low)
     room = 0.06 * (high - low) or max(abs(high), 1e-9) / 10
     low, high = low if from_zero else low - room, high + room
-    last = max(1.0, *(x for own in drawn for x, _ in own.points))
+    steps = [x for own in drawn for x, _ in own.points]
+    first, last = _span(steps) if log_x else (0.0, max(1.0, *steps))
 
     def x_of(step: float) -> float:
-        return round(LEFT + step / last * (WIDTH - LEFT - RIGHT), 1)
+        return round(LEFT + (step - first) / (last - first) * (WIDTH - LEFT - RIGHT), 1)
 
     def y_of(value: float) -> float:
         share = (min(max(value, low), high) - low) / (high - low)
@@ -88,8 +99,12 @@ def chart(
         title=title,
         series=[Series(own.name, [(x_of(x), y_of(y)) for x, y in own.points], own.colour, own.dots) for own in drawn],
         values=[(y_of(value), text) for value, text in (_powers(low, high) if log else _plain(low, high))],
-        steps=[(x_of(value), f"{value:,g}") for value in ticks(0, last)],
+        steps=[
+            (x_of(value), text)
+            for value, text in (_powers(first, last) if log_x else [(at, f"{at:,g}") for at in ticks(0, last)])
+        ],
         marks=[x_of(step) for step in marks if step <= last],
+        over=over,
     )
 
 
@@ -107,10 +122,16 @@ def _powers(low: float, high: float) -> list[tuple[float, str]]:
             break
     if len(found) < 2:
         found = [value for value in ticks(10**low, 10**high) if value > 0]
-    return [(math.log10(value), f"{value:.3g}") for value in found[:: -(-len(found) // 6) or 1]]
+    return [(math.log10(value), re.sub(r"e\+0?", "e", f"{value:.3g}")) for value in found[:: -(-len(found) // 6) or 1]]
 
 
-def _drawable(series: Series, log: bool) -> Series:
-    points = [(x, y) for x, y in series.points if math.isfinite(y) and (y > 0 or not log)]
-    points = [(x, math.log10(y)) for x, y in points] if log else points
+def _span(values: Sequence[float]) -> tuple[float, float]:
+    """A little more than all of them."""
+    room = 0.04 * (max(values) - min(values)) or 0.5
+    return min(values) - room, max(values) + room
+
+
+def _drawable(series: Series, log: bool, log_x: bool) -> Series:
+    points = [(x, y) for x, y in series.points if math.isfinite(y) and (y > 0 or not log) and (x > 0 or not log_x)]
+    points = [(math.log10(x) if log_x else x, math.log10(y) if log else y) for x, y in points]
     return Series(series.name, points if series.dots else smoothed(points), series.colour, series.dots)

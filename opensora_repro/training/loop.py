@@ -7,8 +7,10 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ from opensora_repro.data.buckets import as_sampled
 from opensora_repro.data.sampler import Schedule
 from opensora_repro.diffusion.gaussian import Objective
 from opensora_repro.errors import DataError, TrainingError, cannot_write, is_out_of_memory, out_of_memory
-from opensora_repro.files import one_line
+from opensora_repro.files import digest, one_line
 from opensora_repro.frozen.encoder import Encoder
 from opensora_repro.frozen.text import EncodedPrompts
 from opensora_repro.models.captioned import CaptionedModel
@@ -411,9 +413,14 @@ class Trainer:
         validator = self.validator
         assert validator is not None
         with largest_activation(self.model) as seen:
-            losses = validator.losses(self.eval_runner)
+            by_clip = validator.by_clip(self.eval_runner)
+        losses: list[float] = np.mean(list(by_clip.values()), axis=0).tolist()
         found = {"losses": losses, "timesteps": validator.timesteps, "samples": validator.num_samples}
         found |= of_trained | {"of_average": losses[validator.timesteps.index(validator.middle)]}
+        found |= {
+            "clips": digest(list(by_clip), size=8),
+            "of_clips": [float(f"{mean(of):.7g}") for of in by_clip.values()],
+        }
         largest = max(self.engine.world.gather(seen[0].item() if seen else 0.0))
         line = {"step": self.state.step, "loss": sum(losses) / len(losses), **found, "activation": largest}
         self.log.validate(line)

@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -109,11 +110,14 @@ class Validator:
         if not self.num_samples:
             raise DataError(f"data.val_manifest: no held-out sample can be read; {quarantine.latest()}")
 
-    @torch.no_grad()
     def losses(self, model: ModelRunner, timesteps: Sequence[float] = ()) -> list[float]:
         """Mean loss at each fixed timestep (or at these of them) over all held-out samples of all ranks."""
-        chosen = timesteps or self.timesteps
-        sums = torch.zeros(len(chosen), dtype=torch.float64, device=self.engine.device)
+        return np.mean(list(self.by_clip(model, timesteps).values()), axis=0).tolist()  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def by_clip(self, model: ModelRunner, timesteps: Sequence[float] = ()) -> dict[str, list[float]]:
+        """The losses that `losses` has the means of, by id, in the ids' order. Collective."""
+        chosen, own = timesteps or self.timesteps, dict[str, list[float]]()
         for bucket, samples in self._batches():
             latents = torch.stack([self.encoder.vae.sample_latents(sample.moments, None) for sample in samples])
             latents = latents.to(self.engine.device)
@@ -123,12 +127,14 @@ class Validator:
             mask = torch.stack([sample.mask for sample in samples])
             fps = torch.stack([sample.fps for sample in samples]).to(latents)
             told = conditions_of(self.cfg.model, bucket.shape, fps, frame_interval=interval_of(self.cfg.data))
-            for index, timestep in enumerate(chosen):
+            found = []
+            for timestep in chosen:
                 levels = torch.full((len(samples),), timestep, device=latents.device)
-                losses = self.objective.losses(model.conditioned(text, mask, **told), latents, noise, levels)
-                sums[index] += losses.double().sum()
-        sums = self.engine.sum(sums) / self.engine.mesh.model_size  # as many ranks have the same samples
-        return (sums / self.num_samples).tolist()
+                found.append(self.objective.losses(model.conditioned(text, mask, **told), latents, noise, levels))
+            losses = torch.stack(found, dim=1).double().tolist()
+            own |= {sample.id: of for sample, of in zip(samples, losses, strict=True)}
+        parts = self.engine.world.gather(own)[:: self.engine.mesh.model_size]  # others have the same samples
+        return dict(sorted(item for part in parts for item in part.items()))
 
     @property
     def middle(self) -> float:

@@ -61,6 +61,7 @@ COMMANDS = [
     "stages.weights",
     "stages.evaluate",
     "stages.recipe",
+    "stages.scaling",
     "stages.trace",
     "stages.configs",
     "stages.demo",
