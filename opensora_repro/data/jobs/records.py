@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from opensora_repro.errors import DataError
+from opensora_repro.storage.scratch import check_in, check_out
 
 RECORDS_FILE = "records.sqlite"
 JOURNAL = "WAL"
@@ -30,6 +31,7 @@ class Records:
     def __init__(self, out: Path) -> None:
         self.path, self.lock, self.taken = out / RECORDS_FILE, threading.Lock(), dict[str, int]()
         out.mkdir(parents=True, exist_ok=True)
+        check_out(self.path)
         with ExitStack() as failed, self._locked():
             self.rows = sqlite3.connect(self.path, timeout=1.0, check_same_thread=False)
             failed.callback(self.rows.close)
@@ -57,6 +59,7 @@ class Records:
     def __exit__(self, *_: object) -> None:
         with self._locked():
             self.rows.close()
+        check_in(self.path)
 
     def get(self, kind: str, keys: Collection[str]) -> dict[str, Any]:
         """Return what is recorded under `keys`."""
