@@ -24,7 +24,7 @@ from opensora_repro.data.jobs.run import Runner, RunnerArguments, runner_of
 from opensora_repro.data.options import any_path, argument, option, parse, parser_of
 from opensora_repro.data.progress import progress
 from opensora_repro.errors import DataError, run_command
-from opensora_repro.storage.addresses import relative, within
+from opensora_repro.storage.addresses import is_address, relative, within
 
 if TYPE_CHECKING:
     from opensora_repro.data.report.page import Report
@@ -181,7 +181,8 @@ def scores_of(table: Table) -> list[str]:
 
 def link(path: Path, out: Path) -> str:
     """Return the address of a file for a page in `out`: always a path, whatever the file is called."""
-    return quote(relative(path.absolute(), out.absolute()), safe="/:", errors="surrogateescape")
+    way = relative(path.absolute(), out.absolute())
+    return quote(way, safe="/:" if is_address(way) else "/", errors="surrogateescape")
 
 
 def strips_of(rows: Sequence[dict[str, Any]], stage: Stage, out: Path, runner: Runner) -> dict[str, Any]:

@@ -85,11 +85,14 @@ def _tried(call: Callable[[Any, str], T], path: str | os.PathLike[str]) -> T:
 
 def _failure(error: Exception, path: str | os.PathLike[str]) -> OSError:
     """Return an error of a store as an OSError about the path; those that may pass have a number of _PASSING."""
-    name, text = os.fspath(path), redacted(" ".join(str(error).split())) or type(error).__name__
+    name, words = os.fspath(path), " ".join(str(getattr(error, "strerror", None) or error).split())
+    text = redacted(words) or type(error).__name__
     if isinstance(error, AddressError):
         return error
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError) and getattr(error.__cause__, "status", 404) in (404, 410):
         return FileNotFoundError(errno.ENOENT, "no such object", name)
+    if isinstance(error, FileNotFoundError):  # fsspec's word for all that a web server refuses
+        return _failure(error.__cause__, path) if isinstance(error.__cause__, Exception) else error
     if isinstance(error, _FINAL):
         return type(error)(error.errno or errno.EACCES, text, name)
     if "Credentials" in type(error).__name__:
@@ -141,7 +144,7 @@ def look_up(paths: Iterable[str | os.PathLike[str]]) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     folders: defaultdict[str, list[str]] = defaultdict(list)
-    for path in map(os.fspath, paths):
+    for path in dict.fromkeys(map(os.fspath, paths)):
         if path not in _known and address_of(path):
             folders[os.path.dirname(path)].append(path)
 
