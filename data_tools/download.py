@@ -38,6 +38,7 @@ from opensora_repro.data.origin import made_by
 from opensora_repro.data.tables import Row, in_batches, is_missing, rows_batch
 from opensora_repro.errors import DataError, run_command
 from opensora_repro.files import digest, one_line, remove_leftovers, safe_name
+from opensora_repro.storage.addresses import redacted
 
 if TYPE_CHECKING:
     from opensora_repro.data.tables import Table
@@ -208,8 +209,9 @@ def with_files(
             result = {} if fault else results[key_of(row)]
             reason = fault or result.get("error") or ("" if new else "another row has this id")
             if reason:
-                refuse(reject(identity, str(row["url"] or ""), "download", reason))
+                refuse(reject(identity, redacted(str(row["url"] or "")), "download", reason))
                 continue
+            row = {**row, "url": redacted(str(row["url"]))}  # what was signed has done its work
             made = made_columns(row, identity, result)
             if not is_part(row):
                 kept.append({**row, **made})

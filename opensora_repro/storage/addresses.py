@@ -19,8 +19,8 @@ READ_ONLY = ("hf", "http", "https")
 _ADDRESS = re.compile(rf"({'|'.join(EXTRAS)})://(.*)", re.DOTALL)
 _USER = re.compile(r"(?<=://)[^/\s?#]*@")
 _SECRET = (
-    r"x-(?:amz|goog)-[\w-]+|awsaccesskeyid|signature|sig|key-pair-id|policy|expires"
-    r"|(?:[\w-]*[_-])?(?:token|key|secret|password)"
+    r"x-(?:amz|goog)-[\w-]+|awsaccesskeyid|googleaccessid|signature|sig|key-pair-id|api_?key|access_?key"
+    r"|[\w-]+[_-]key|(?:[\w-]*[_-])?(?:token|secret|password)"
 )
 _SIGNED = re.compile(rf"(?<=[?&])({_SECRET})=[^&#\s'\"]*", re.IGNORECASE)
 

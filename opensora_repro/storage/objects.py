@@ -111,7 +111,7 @@ def _failure(error: Exception, path: str | os.PathLike[str]) -> OSError:
 
 def _facts(info: dict[str, Any]) -> Facts:
     """Return an object's facts. Tags and times come spelt in many ways; some stores have only one of them."""
-    when = info.get("LastModified") or info.get("mtime") or info.get("updated")
+    when: Any = info.get("LastModified") or info.get("mtime") or info.get("updated")
     seconds = int(when.timestamp()) if hasattr(when, "timestamp") else 1 << 30
     tags = [info.get(name) for name in ("ETag", "etag", "blob_id", "md5Hash")]
     tag = hashlib.blake2b(repr([str(t).strip('"') for t in tags if t]).encode(), digest_size=8).digest()
@@ -144,7 +144,7 @@ def look_up(paths: Iterable[str | os.PathLike[str]]) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     folders: defaultdict[str, list[str]] = defaultdict(list)
-    for path in dict.fromkeys(map(os.fspath, paths)):
+    for path in dict.fromkeys(os.fspath(path) for path in paths):
         if path not in _known and address_of(path):
             folders[os.path.dirname(path)].append(path)
 

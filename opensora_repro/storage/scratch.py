@@ -146,10 +146,10 @@ def check_out(file: Path) -> None:
     mark.write_text(repr(tuple(facts)), encoding="ascii")
 
 
-def check_in(file: Path) -> None:
-    """Make a file what its object is, for the next command, wherever it runs."""
+def check_in(file: Path, copy: Path | None = None) -> None:
+    """Make a file, or a copy of it, what its object is, for the next command, wherever it runs."""
     if address_of(file) and file.exists():
-        facts = upload(file, file)
+        facts = upload(copy or file, file)
         file.with_name(f".{file.name}.object").write_text(repr(tuple(facts)), encoding="ascii")
 
 

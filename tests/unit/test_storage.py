@@ -17,6 +17,7 @@ from data_tools import pipeline, preview, probe
 from opensora_repro.config import ConfigError
 from opensora_repro.config.toml import parse_config
 from opensora_repro.data.inputs import find_inputs
+from opensora_repro.data.jobs import records
 from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.preflight import survey
 from opensora_repro.data.write import write_video
@@ -282,6 +283,17 @@ def test_another_node_goes_on_where_the_first_ended(
     assert probe.main(command) == 0
     assert node.count(f"GET /{BUCKET}/again/") == 0  # nothing is read: the records tell by size and time
     assert node.count(f"GET /{BUCKET}/again-out/records.sqlite") == 1
+
+
+def test_records_outlast_the_node_that_is_lost(node: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = f"s3://{BUCKET}/lost"
+    monkeypatch.setattr(records, "SAVED_EVERY", 0.0)
+    lost = records.Records(place(out))
+    lost.put("files", {"a": '"done"'})
+    lost.put("files", {"b": '"done"'})
+    monkeypatch.setenv("OPENSORA_SCRATCH", str(tmp_path / "another"))
+    with records.Records(place(out)) as found:
+        assert found.get("files", ["a", "b", "c"]) == {"a": "done", "b": "done"}
 
 
 def test_a_run_looks_at_clips_without_fetching_them(node: Store) -> None:
