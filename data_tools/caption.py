@@ -44,12 +44,13 @@ from opensora_repro.data.jobs.gpus import check_device, usual_device
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, RunnerArguments, runner_of
 from opensora_repro.data.manifest import REJECTS, reject
-from opensora_repro.data.options import argument, option, parse, parser_of
+from opensora_repro.data.options import any_path, argument, local_path, option, parse, parser_of
 from opensora_repro.data.origin import made_by
 from opensora_repro.data.probe.rows import INPUT_HELP, manifest_of
 from opensora_repro.data.tables import write_rows
 from opensora_repro.errors import DataError, run_command
-from opensora_repro.files import digest
+from opensora_repro.files import digest, one_line
+from opensora_repro.storage.scratch import fetched
 
 if TYPE_CHECKING:
     from opensora_repro.data.caption.chat import Endpoint
@@ -84,12 +85,12 @@ Record = dict[str, Any]
 class Arguments(RunnerArguments):
     """What the command line says."""
 
-    input: str = argument(INPUT_HELP, type=expanduser)
-    out: str = option("folder for manifest.parquet and rejects.parquet", "", type=expanduser, metavar="DIR")
+    input: str = argument(INPUT_HELP, type=any_path)
+    out: str = option("folder for manifest.parquet and rejects.parquet", "", type=any_path, metavar="DIR")
     template: str = option(
-        "write a list of the clips to fill in (.csv), nothing else", "", type=expanduser, metavar="FILE"
+        "write a list of the clips to fill in (.csv), nothing else", "", type=local_path, metavar="FILE"
     )
-    sidecar: str = option("list of captions, or folder with a text file a clip", "", type=expanduser, metavar="PATH")
+    sidecar: str = option("list of captions, or folder with a text file a clip", "", type=local_path, metavar="PATH")
     model: str = option(
         "vision-language model: folder, or name in the hub's cache", "", type=expanduser, metavar="MODEL"
     )
@@ -219,7 +220,7 @@ def caption(args: Arguments) -> int:
     flagged = "".join(f", {count} flagged {flag}" for flag, count in sorted(flags.items()))
     if unwrapped := sum(found.unwrapped for found in captions):
         print(f"{unwrapped} captions had thoughts, chat markers or courtesies around them, which were cut")
-    print(f"{sum(good)} of {len(clips)} clips captioned{flagged}, {len(clips) - sum(good)} rejected: {out}")
+    print(f"{sum(good)} of {len(clips)} clips captioned{flagged}, {len(clips) - sum(good)} rejected: {one_line(out)}")
     if not any(good):
         source = args.sidecar or args.model or args.endpoint
         raise DataError(f"{source}: no clip found its caption; the reasons are in {out / 'rejects.parquet'}")
@@ -435,7 +436,7 @@ def whole_video(path: Path) -> Record:
     from opensora_repro.data.video import DecodeError
 
     try:
-        if (size := path.stat().st_size) > LARGEST_VIDEO:
+        if (size := fetched(path).stat().st_size) > LARGEST_VIDEO:
             raise DecodeError(f"has {size:,} bytes, too many to be sent (at most {LARGEST_VIDEO:,}): --send frames")
         data = base64.b64encode(path.read_bytes()).decode()
     except OSError as error:

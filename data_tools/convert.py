@@ -25,7 +25,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +34,7 @@ from opensora_repro.data.jobs.course import Keeping
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, RunnerArguments, run_jobs, runner_of
 from opensora_repro.data.manifest import rejects_writer
-from opensora_repro.data.options import argument, option, parse, parser_of
+from opensora_repro.data.options import argument, local_path, option, parse, parser_of
 from opensora_repro.data.origin import made_by
 from opensora_repro.data.probe.rows import job_of, probe_file
 from opensora_repro.data.progress import progress
@@ -76,8 +75,8 @@ class Options:
 class Arguments(RunnerArguments):
     """What the command line says."""
 
-    input: str = argument("a table, folder, archive or pattern (put -- before a leading dash)", type=expanduser)
-    out: str = option("folder for the result and rejects.parquet", type=expanduser, metavar="DIR")
+    input: str = argument("a table, folder, archive or pattern (put -- before a leading dash)", type=local_path)
+    out: str = option("folder for the result and rejects.parquet", type=local_path, metavar="DIR")
     kind: str | None = option("format of INPUT (default: as recognised)", None, flag="--from", choices=FROM)
     to: str = option("format to write (manifest)", "manifest", choices=(*OUTPUTS, "webdataset"))
     classes: Path | None = option("class folders: their classes, in order", None, type=user_path, metavar="FILE")

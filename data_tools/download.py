@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,11 +33,12 @@ from opensora_repro.data.download.fetch import Budget, Limits
 from opensora_repro.data.download.video_pages import find_yt_dlp
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.manifest import reject, rejects_writer
-from opensora_repro.data.options import argument, option, parse, parser_of
+from opensora_repro.data.options import argument, local_path, option, parse, parser_of
 from opensora_repro.data.origin import made_by
 from opensora_repro.data.tables import Row, in_batches, is_missing, rows_batch
 from opensora_repro.errors import DataError, run_command
 from opensora_repro.files import digest, one_line, remove_leftovers, safe_name
+from opensora_repro.storage.addresses import redacted
 
 if TYPE_CHECKING:
     from opensora_repro.data.tables import Table
@@ -59,8 +59,8 @@ MADE = {
 class Arguments:
     """What the command line says."""
 
-    table: str = argument("CSV or Parquet with a column url", type=expanduser)
-    out: str = option("folder for files/ and manifest.parquet", type=expanduser, metavar="DIR")
+    table: str = argument("CSV or Parquet with a column url", type=local_path)
+    out: str = option("folder for files/ and manifest.parquet", type=local_path, metavar="DIR")
     max_bytes: str = option("largest file, such as 500M (%(default)s)", "4G", metavar="N")
     max_total: str | None = option("all files together, such as 2T (default: no limit)", None, metavar="N")
     workers: int = option("downloads at a time (%(default)s)", 8, metavar="N")
@@ -209,8 +209,9 @@ def with_files(
             result = {} if fault else results[key_of(row)]
             reason = fault or result.get("error") or ("" if new else "another row has this id")
             if reason:
-                refuse(reject(identity, str(row["url"] or ""), "download", reason))
+                refuse(reject(identity, redacted(str(row["url"] or "")), "download", reason))
                 continue
+            row = {**row, "url": redacted(str(row["url"]))}  # what was signed has done its work
             made = made_columns(row, identity, result)
             if not is_part(row):
                 kept.append({**row, **made})

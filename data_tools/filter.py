@@ -26,16 +26,16 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_repro.data.jobs.run import Runner
-from opensora_repro.data.options import argument, option, parse, parser_of
+from opensora_repro.data.options import any_path, argument, option, parse, parser_of
 from opensora_repro.data.origin import made_by
 from opensora_repro.data.probe.rows import INPUT_HELP, manifest_of
 from opensora_repro.data.progress import progress
 from opensora_repro.errors import DataError, run_command
+from opensora_repro.files import one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,8 +75,8 @@ class Rule:
 class Arguments:
     """What the command line says."""
 
-    input: str = argument(INPUT_HELP, type=expanduser)
-    out: str = option("folder for manifest.parquet and what was dropped", type=expanduser, metavar="DIR")
+    input: str = argument(INPUT_HELP, type=any_path)
+    out: str = option("folder for manifest.parquet and what was dropped", type=any_path, metavar="DIR")
     keep: str = option(
         'keep rows for which this holds, such as "motion > 0.5 and duration >= 2"; may be given again',
         argparse.SUPPRESS,
@@ -274,7 +274,7 @@ def write_report(out: Path, rules: list[Rule], rows: int, kept: int) -> None:
             f"{rule.dropped_alone:>14,} {rule.dropped_in_order:>12,} {rule.missing:>10,}  {' '.join(rule.text.split())}"
             f"{shown}"
         )
-    print(f"{kept:,} of {rows:,} rows kept: {out}")
+    print(f"{kept:,} of {rows:,} rows kept: {one_line(out)}")
 
 
 def write_thumbnails(folder: Path, rules: list[Rule], clips: Path, count: int) -> None:

@@ -22,17 +22,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from os.path import expanduser
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from data_tools import report
-from opensora_repro.data.options import argument, option, parse, parser_of
+from opensora_repro.data.options import any_path, argument, local_path, option, parse, parser_of
 from opensora_repro.data.origin import Maker, making
 from opensora_repro.data.pipeline.config import Line, Step, load_line
 from opensora_repro.errors import INTERRUPTED, DataError, run_command
-from opensora_repro.files import one_line, remove_leftovers
+from opensora_repro.files import is_file, one_line, remove_leftovers
+from opensora_repro.storage.addresses import address_of
 
 if TYPE_CHECKING:
     from opensora_repro.data.report.stages import Stage
@@ -45,10 +45,10 @@ TOOLS = ("convert", "download", "probe", "split", "score", "filter", "deduplicat
 class Arguments:
     """What the command line says."""
 
-    config: str = argument("the line of tools", type=expanduser, metavar="CONFIG.toml")
+    config: str = argument("the line of tools", type=local_path, metavar="CONFIG.toml")
     overrides: list[str] = argument("changes to the config", nargs="*", metavar="section.key=value")
     out: str | None = option(
-        "folder for everything that is made, instead of the config's", None, type=expanduser, metavar="DIR"
+        "folder for everything that is made, instead of the config's", None, type=any_path, metavar="DIR"
     )
     dry_run: bool = option("check the config, print the commands, then stop", False)
 
@@ -97,7 +97,8 @@ def check_step(config: str, step: Step, tool: ModuleType) -> None:
 def check_places(line: Line) -> None:
     """Raise DataError where OUT is INPUT or lies in it, so that the next run would take clips for inputs."""
     source, out = Path(line.input), Path(line.out)
-    if source.is_dir() and (source.resolve() == out.resolve() or source.resolve() in out.resolve().parents):
+    folder = source.is_dir() or address_of(source)
+    if folder and source.resolve() in (out.resolve(), *out.resolve().parents):
         raise DataError(f"out = {one_line(out)}: lies in the input folder {one_line(source)}; choose one outside of it")
 
 
@@ -127,8 +128,8 @@ def show(line: Line) -> int:
         state = "done" if fresh else "to do"
         if number == 0:
             state = "looks for new input" if fresh else "to do"
-        print(f"{state}: python -m data_tools.{step.tool} {shlex.join(command_of(step, given, folder))}")
-    print(f"then: {Path(line.out) / 'manifest.parquet'}, rejects.parquet and report.html")
+        print(f"{state}: python -m data_tools.{step.tool} {one_line(shlex.join(command_of(step, given, folder)))}")
+    print(f"then: {one_line(Path(line.out) / 'manifest.parquet')}, rejects.parquet and report.html")
     return 0
 
 
@@ -139,7 +140,7 @@ def run(line: Line, tools: dict[str, ModuleType]) -> int:
     out, steps = Path(line.out), places(line)
     for number, (step, given, folder) in enumerate(steps):
         title = f"[{number + 1}/{len(steps)}] {step.name}"
-        if number and not Path(given).is_file():
+        if number and not is_file(Path(given)):
             raise DataError(f"[{step.name}]: the step before left no {Path(given).name}, which this one reads")
         # The first looks at its input every time: there may be new files.
         fresh = is_done(folder, step.tool, step.options, Path(given))
@@ -162,7 +163,7 @@ def failed(line: Line, number: int, status: int) -> int:
     if status == INTERRUPTED:  # the tool has said so
         return status
     step, out = line.steps[number], Path(line.out)
-    stale = "; the manifest there is an earlier run's" if (out / "manifest.parquet").exists() else ""
+    stale = "; the manifest there is an earlier run's" if is_file(out / "manifest.parquet") else ""
     print(f"error: [{step.name}] failed (exit status {status}); the same command goes on there{stale}", file=sys.stderr)
     with contextlib.suppress(DataError):  # nothing to show yet
         stages = stages_of(replace(line, steps=line.steps[: number + 1]), out)
@@ -186,7 +187,8 @@ def finish(line: Line, out: Path) -> int:
     write_report(line, stages, out)
     remove_leftovers(out)
     summarize(stages)
-    print(f"{rows:,} rows: {out / 'manifest.parquet'};  {rejected:,} rejected: {out / 'rejects.parquet'}")
+    table, refused = one_line(out / "manifest.parquet"), one_line(out / "rejects.parquet")
+    print(f"{rows:,} rows: {table};  {rejected:,} rejected: {refused}")
     return 0
 
 
@@ -195,7 +197,7 @@ def stages_of(line: Line, out: Path) -> list[Stage]:
     from opensora_repro.data.report.stages import MANIFEST_FILE, REJECTS_FILE, find_stages
 
     folders = [out / step.name for step in line.steps]
-    left = [f for f in folders if (f / MANIFEST_FILE).is_file() or (f / REJECTS_FILE).is_file()]
+    left = [f for f in folders if is_file(f / MANIFEST_FILE) or is_file(f / REJECTS_FILE)]
     if not left:
         raise DataError(f"{one_line(out)}: no step left a table")
     return find_stages([str(folder) for folder in left])

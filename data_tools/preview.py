@@ -15,12 +15,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_repro.data.jobs.run import Runner, RunnerArguments, runner_of
-from opensora_repro.data.options import argument, option, parser_of
+from opensora_repro.data.options import argument, local_path, option, parser_of
 from opensora_repro.errors import DataError, run_command
 
 if TYPE_CHECKING:
@@ -39,10 +38,10 @@ LOST_SHOWN = 6  # clips of each reason
 class Arguments(RunnerArguments):
     """What the command line says."""
 
-    manifest: str = argument("the clips' manifest, instead of data.manifest", type=expanduser, metavar="MANIFEST")
+    manifest: str = argument("the clips' manifest, instead of data.manifest", type=local_path, metavar="MANIFEST")
     overrides: list[str] = argument("changes to the config", nargs="*", metavar="section.key=value")
-    config: str = option("config of a stage", type=expanduser, metavar="CONFIG.toml")
-    out: str = option("folder for preview.html", type=expanduser, metavar="DIR")
+    config: str = option("config of a stage", type=local_path, metavar="CONFIG.toml")
+    out: str = option("folder for preview.html", type=local_path, metavar="DIR")
     samples: int = option("clips of each bucket to show (%(default)s)", 6, metavar="N")
 
 

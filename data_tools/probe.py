@@ -16,11 +16,10 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from functools import partial
-from os.path import expanduser
 from pathlib import Path
 
 from opensora_repro.data.jobs.run import RunnerArguments, runner_of
-from opensora_repro.data.options import argument, option, parse, parser_of
+from opensora_repro.data.options import any_path, argument, option, parse, parser_of
 from opensora_repro.data.origin import made_by
 from opensora_repro.data.probe.rows import probe_all
 from opensora_repro.errors import run_command
@@ -30,8 +29,8 @@ from opensora_repro.errors import run_command
 class Arguments(RunnerArguments):
     """What the command line says."""
 
-    input: str = argument("a video, folder, glob pattern or table (put -- before a leading dash)", type=expanduser)
-    out: str = option("folder for manifest.parquet and rejects.parquet", type=expanduser, metavar="DIR")
+    input: str = argument("a video, folder, glob pattern or table (put -- before a leading dash)", type=any_path)
+    out: str = option("folder for manifest.parquet and rejects.parquet", type=any_path, metavar="DIR")
     decode: bool = option("also decode every frame", False)
     images: bool = option("take the pictures of a folder, too", False)
 

@@ -12,20 +12,19 @@ pictures that were made, so that a second run makes only what is new.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from opensora_repro.data.jobs.run import Runner, RunnerArguments, runner_of
-from opensora_repro.data.options import argument, option, parse, parser_of
+from opensora_repro.data.options import any_path, argument, option, parse, parser_of
 from opensora_repro.data.progress import progress
 from opensora_repro.errors import DataError, run_command
+from opensora_repro.storage.addresses import is_address, relative, within
 
 if TYPE_CHECKING:
     from opensora_repro.data.report.page import Report
@@ -48,9 +47,9 @@ class Arguments(RunnerArguments):
     """What the command line says."""
 
     inputs: list[str] = argument(
-        "a tool's --out folder, or a manifest; in order", type=expanduser, nargs="+", metavar="INPUT"
+        "a tool's --out folder, or a manifest; in order", type=any_path, nargs="+", metavar="INPUT"
     )
-    out: str = option("folder for report.html", type=expanduser, metavar="DIR")
+    out: str = option("folder for report.html", type=any_path, metavar="DIR")
     clips: int = option("clips to show; 0: no pictures (%(default)s)", CLIPS, metavar="N")
 
 
@@ -79,14 +78,14 @@ def report(inputs: Sequence[str], out: Path, clips: int, runner: Runner) -> int:
     """Write the page; returns the exit status. Raises DataError."""
     from opensora_repro.data.report.page import page
     from opensora_repro.data.report.stages import find_stages
-    from opensora_repro.files import write_text
+    from opensora_repro.files import one_line, write_text
 
     stages = find_stages(inputs)
     told = gather(stages, clips)
     last = last_of(stages)
     if last and last.manifest:
         told.strips["clips"] = strips_of(told.clips, last, out, runner)
-        told.links = {row["path"]: link(last.folder / row["path"], out) for row in told.clips if row.get("path")}
+        told.links = {row["path"]: link(within(last.folder, row["path"]), out) for row in told.clips if row.get("path")}
     if told.duplicates and clips:
         members = [row for group in told.duplicates.largest for row in group.rows]
         stage = next(stage for stage in stages if stage.manifest is first_with(stages, GROUPED[0]))
@@ -94,7 +93,8 @@ def report(inputs: Sequence[str], out: Path, clips: int, runner: Runner) -> int:
     path = out / "report.html"
     write_text(path, page(told))
     rows, rejected = told.stages[-1][1].rows, sum(counts.rejected for _, counts in told.stages)
-    print(f"{len(stages)} stage{'s' if len(stages) > 1 else ''}, {rows:,} rows, {rejected:,} rejected: {path}")
+    several = "s" if len(stages) > 1 else ""
+    print(f"{len(stages)} stage{several}, {rows:,} rows, {rejected:,} rejected: {one_line(path)}")
     return 0
 
 
@@ -181,7 +181,8 @@ def scores_of(table: Table) -> list[str]:
 
 def link(path: Path, out: Path) -> str:
     """Return the address of a file for a page in `out`: always a path, whatever the file is called."""
-    return quote(os.path.relpath(path, out), errors="surrogateescape")
+    way = relative(path.absolute(), out.absolute())
+    return quote(way, safe="/:" if is_address(way) else "/", errors="surrogateescape")
 
 
 def strips_of(rows: Sequence[dict[str, Any]], stage: Stage, out: Path, runner: Runner) -> dict[str, Any]:

@@ -46,13 +46,13 @@ from opensora_repro.data.jobs.gpus import check_device
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, RunnerArguments, run_jobs, runner_of
 from opensora_repro.data.manifest import REJECTS
-from opensora_repro.data.options import argument, option, parse, parser_of
+from opensora_repro.data.options import any_path, argument, option, parse, parser_of
 from opensora_repro.data.origin import made_by
 from opensora_repro.data.probe.rows import INPUT_HELP, manifest_of
 from opensora_repro.data.progress import progress
 from opensora_repro.data.tables import write_rows
 from opensora_repro.errors import DataError, run_command
-from opensora_repro.files import digest
+from opensora_repro.files import digest, one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,8 +68,8 @@ Record = dict[str, Any]
 class Arguments(RunnerArguments):
     """What the command line says."""
 
-    input: str = argument(INPUT_HELP, type=expanduser)
-    out: str = option("folder for manifest.parquet and the records", type=expanduser, metavar="DIR")
+    input: str = argument(INPUT_HELP, type=any_path)
+    out: str = option("folder for manifest.parquet and the records", type=any_path, metavar="DIR")
     scores: str = option(f"all, or some of {', '.join(NAMES)} (all)", "all", metavar="A,B")
     clip: str = option(
         "CLIP model: adds text_match, and duplicates by its embeddings", "", type=expanduser, metavar="MODEL"
@@ -148,7 +148,7 @@ def score(args: Arguments) -> int:
     ]
     write_rows(out / "rejects.parquet", rejects, REJECTS)
     write_manifest(measured, out / "manifest.parquet")
-    print(f"{sum(good)} of {len(clips)} clips scored, {len(clips) - sum(good)} rejected: {out}")
+    print(f"{sum(good)} of {len(clips)} clips scored, {len(clips) - sum(good)} rejected: {one_line(out)}")
     if not any(good):
         raise DataError(f"{manifest}: no clip could be scored; the reasons are in {out / 'rejects.parquet'}")
     return 0

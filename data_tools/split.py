@@ -29,11 +29,11 @@ from opensora_repro.data.jobs.earlier import file_key
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, RunnerArguments, run_jobs, runner_of
 from opensora_repro.data.manifest import LINEAGE, MANIFEST, reject, write_outcome
-from opensora_repro.data.options import argument, option, parse, parser_of
+from opensora_repro.data.options import any_path, argument, option, parse, parser_of
 from opensora_repro.data.origin import made_by
 from opensora_repro.data.tables import Row
 from opensora_repro.errors import DataError, run_command
-from opensora_repro.files import digest, remove_leftovers
+from opensora_repro.files import digest, is_file, one_line, remove_leftovers, size_and_time
 
 if TYPE_CHECKING:
     from opensora_repro.data.split.cut import Encoding
@@ -86,8 +86,8 @@ def config_path(text: str) -> str:
 class Arguments(RunnerArguments):
     """What the command line says."""
 
-    input: str = argument("a video, folder, glob pattern or table (put -- before a leading dash)", type=expanduser)
-    out: str = option("folder for clips/ and their manifest", type=expanduser, metavar="DIR")
+    input: str = argument("a video, folder, glob pattern or table (put -- before a leading dash)", type=any_path)
+    out: str = option("folder for clips/ and their manifest", type=any_path, metavar="DIR")
     detector: str = option(
         "shots: what no motion explains, dissolves and fades too; PySceneDetect's adaptive: change against the"
         " neighbouring frames; its content: change as such (%(default)s)",
@@ -223,7 +223,7 @@ def split(given: str, out: Path, options: Options, runner: Runner) -> int:
     jobs = [job_of(item, out, options) for item in usable]
 
     def holds(job: Job, result: Record) -> bool:
-        return all((out / "clips" / row["path"]).is_file() for row in result.get("clips", []))
+        return all(is_file(out / "clips" / row["path"]) for row in result.get("clips", []))
 
     with Records(out) as records:
         take_over(records, jobs)
@@ -238,7 +238,7 @@ def split(given: str, out: Path, options: Options, runner: Runner) -> int:
     rejects += [reject("", item.name, "split", item.reason) for item in inputs.items if item.reason]
     write_outcome(out, clips, rejects, CLIP_COLUMNS)
     total = len(inputs.items)
-    print(f"{total} videos, {len(clips)} clips, {len(rejects)} rejected, {inputs.others} other files: {out}")
+    print(f"{total} videos, {len(clips)} clips, {len(rejects)} rejected, {inputs.others} other files: {one_line(out)}")
     if not clips:
         raise DataError(f"{given}: no clip came out; the reasons are in {out / 'rejects.parquet'}")
     return 0
@@ -256,7 +256,7 @@ def take_over(records: Records, jobs: list[Job]) -> None:
 
 def job_of(item: Item, out: Path, options: Options) -> Job:
     """Return the job that splits a file. One that hangs its decoder is given up, a slow machine is waited for."""
-    size = item.path.stat().st_size if item.path.is_file() else 0
+    size = (size_and_time(item.path) or [0])[0]
     args = {"path": os.fspath(item.path.absolute()), "out": os.fspath(out.absolute()), "options": asdict(options)}
     how = [METHOD, asdict(options)]
     before = hashlib.blake2b(json.dumps(how).encode(), digest_size=4)  # as earlier releases named options

@@ -16,10 +16,19 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from opensora_repro.storage.addresses import address_of, is_address, place, shown
+from opensora_repro.storage.objects import facts_of, is_object
+from opensora_repro.storage.scratch import fetched, publish, remove, unfinished_name
+
 
 def user_path(text: str) -> Path:
-    """Return a path as its user means it, `~` being the home folder: the type of options that take one."""
+    """Return a path as its user means it, `~` being the home folder: the type of options that take a local one."""
     return Path(text).expanduser()
+
+
+def place_text(text: str) -> str:
+    """As `user_path`, of addresses too (see storage/addresses.py), and as text."""
+    return os.fspath(place(text)) if is_address(text) else os.path.expanduser(text)
 
 
 def shipped(name: str) -> Path:
@@ -40,8 +49,18 @@ def here_or_shipped(path: str | Path) -> Path:
     return brought if brought.exists() else path
 
 
+def is_file(path: Path) -> bool:
+    """Whether a file is there, or an object. Raises OSError where a store does not tell."""
+    return is_object(path) if address_of(path) else path.is_file()
+
+
 def beside(path: Path) -> Path:
-    """Return a hidden name in the same folder, this process's own, to write to before renaming to `path`."""
+    """Return a hidden name in the same folder, this process's own, to write to before renaming to `path`.
+
+    Of an object it is a name on this node.
+    """
+    if address_of(path):
+        return unfinished_name(path)
     return path.with_name(f".{path.name}.{_machine()}.{os.getpid()}-{_started('self')}.tmp")
 
 
@@ -49,13 +68,16 @@ def beside(path: Path) -> Path:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a hidden name to write a file or a folder to; it becomes `path` at the end of the block, or is deleted.
 
-    A file equal to the one that is there is left out. Errors of a write, which know no file, name `path`.
+    A file equal to the one that is there is left out. Errors of a write, which know no file, name `path`. An object is
+    written under its own name, when the file is whole: stores show no half of one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = beside(path)
     try:
         yield unfinished
-        if not (unfinished.is_file() and path.is_file() and filecmp.cmp(unfinished, path, shallow=False)):
+        if address_of(path):
+            publish(unfinished, path)
+        elif not (unfinished.is_file() and path.is_file() and filecmp.cmp(unfinished, path, shallow=False)):
             if path.is_dir() and unfinished.is_dir():  # a file never takes a folder's place
                 remove_folder(path)
             os.replace(unfinished, path)
@@ -80,6 +102,22 @@ def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file, whole or not at all; an equal one is left untouched."""
     with writing(path) as file:
         file.write(text.encode("utf-8"))
+
+
+def put_in_place(unfinished: Path, path: Path) -> None:
+    """Rename a file of `beside(path)` that is whole; an object is written."""
+    if address_of(path):
+        publish(unfinished, path)
+    else:
+        os.replace(unfinished, path)
+
+
+def remove_file(path: Path) -> None:
+    """Delete a file or an object, if it is there."""
+    if address_of(path):
+        remove(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -122,7 +160,7 @@ def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
     """Return the file's sha256 in hex; `progress` is called with the number of bytes read so far."""
     digest = hashlib.sha256()
     done = 0
-    with path.open("rb") as file:
+    with fetched(path).open("rb") as file:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
             done += len(chunk)
@@ -139,13 +177,20 @@ def digest(parts: Sequence[Any], size: int = 16) -> str:
 def size_and_time(file: Path) -> list[Any]:
     """Return a file's size in bytes and its time of change in ns, nothing for one that is not there."""
     with contextlib.suppress(OSError, ValueError):
+        if address_of(file):
+            return list(facts_of(file))
         status = os.stat(file)
         return [status.st_size, status.st_mtime_ns]
     return []
 
 
 def place_of(file: Path) -> str:
-    """Return a file's real path as UTF-8 text: of the hub's cache, whose links stay, what they lead to."""
+    """Return a file's real path as UTF-8 text: of the hub's cache, whose links stay, what they lead to.
+
+    Of an object it is the address.
+    """
+    if address := address_of(file):
+        return address
     with contextlib.suppress(ValueError):  # a null character
         file = Path(os.path.realpath(file))
     return os.fsencode(file).decode("utf-8", "backslashreplace")
@@ -176,7 +221,7 @@ class Sha256Memo:
         """Return one that a JSON file keeps. It only saves time: absent, damaged or read-only, it is done without."""
         known: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError, TypeError):
-            known = dict(json.loads(path.read_text(encoding="utf-8")))
+            known = dict(json.loads(fetched(path).read_text(encoding="utf-8")))
 
         def save(place: str, facts: list[Any]) -> None:
             known[place] = facts
@@ -209,8 +254,12 @@ class Sha256Memo:
 
 
 def one_line(text: object) -> str:
-    """Return `text` with line breaks and control characters escaped: a file's name cannot forge or hide a message."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
+    """Return `text` with line breaks and control characters escaped: a file's name cannot forge or hide a message.
+
+    Objects are named by their addresses, without what gives access to them.
+    """
+    told = shown(str(text))
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in told)
 
 
 def safe_name(text: str) -> str:

@@ -19,7 +19,8 @@ from typing import IO, TYPE_CHECKING, Any
 from opensora_repro.config import ConfigError
 from opensora_repro.config.sections import LOWER_IS_BETTER
 from opensora_repro.errors import TrainingError, cannot_write
-from opensora_repro.files import beside, read_json, remove_folder, write_text
+from opensora_repro.files import beside, read_json, remove_file, remove_folder, write_text, writing
+from opensora_repro.storage.addresses import address_of, place
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -127,8 +128,13 @@ def step_of(folder: Path) -> int:
 
 def check_folder(key: str, folder: str) -> None:
     """Raise ConfigError where nothing could be written into the folder, which need not be there; leave no trace."""
-    there = Path(folder).absolute()
+    there = place(folder).absolute()
     try:
+        if address_of(there):
+            with writing(there / f".probe-{os.getpid()}") as file:
+                file.write(b"1")
+            remove_file(there / f".probe-{os.getpid()}")
+            return
         while not _is_there(there):
             there = there.parent
         with tempfile.TemporaryDirectory(prefix=".probe-", dir=there):

@@ -24,6 +24,9 @@ PATH_KEYS = (
 )  # fmt: skip
 
 
+ADDRESS_KEYS = ("data.manifest", "data.val_manifest", "data.cache")  # of these, what may lie in a store
+
+
 @dataclass(frozen=True)
 class RunConfig:
     dir: str = ""  # folder of the run: config, metrics, checkpoints, samples

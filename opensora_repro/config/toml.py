@@ -21,9 +21,10 @@ else:
 
 from opensora_repro.config.autoencoder import AUTOENCODER_PATH_KEYS, AutoencoderConfig, check_autoencoder
 from opensora_repro.config.checks import check_config
-from opensora_repro.config.sections import PATH_KEYS, Config, ConfigError, section_classes
+from opensora_repro.config.sections import ADDRESS_KEYS, PATH_KEYS, Config, ConfigError, section_classes
 from opensora_repro.files import here_or_shipped
 from opensora_repro.models.config import ARCHITECTURES
+from opensora_repro.storage.addresses import AddressError, is_address, place
 
 AnyConfig = TypeVar("AnyConfig", Config, AutoencoderConfig)  # of stages 1 to 3, of stage 0
 
@@ -83,12 +84,25 @@ def parse_config(
         values[section][key] = value
     for section, key in (name.split(".") for name in (*PATH_KEYS, *AUTOENCODER_PATH_KEYS)):
         if key in values.get(section, {}):
-            values[section][key] = os.path.expanduser(values[section][key])
+            values[section][key] = _path(f"{section}.{key}", values[section][key])
     config = kind(**{name: cls(**values[name]) for name, cls in sections.items()})
     if isinstance(config, AutoencoderConfig):
         check_autoencoder(config)
     check_config(config.shared if isinstance(config, AutoencoderConfig) else config)
     return config
+
+
+def _path(key: str, text: str) -> str:
+    """Return a path with the home folder for `~`, or an address as it is, where the key takes one."""
+    if not is_address(text):
+        return os.path.expanduser(text)
+    try:
+        place(text)
+    except AddressError as error:
+        raise ConfigError(f"{key} = {error.filename}: {error.strerror}") from None
+    if key not in ADDRESS_KEYS:
+        raise ConfigError(f"{key} = {text}: expected a path of this machine; {', '.join(ADDRESS_KEYS)} take addresses")
+    return text
 
 
 def load_autoencoder_config(path: str | Path, overrides: Sequence[str] = ()) -> AutoencoderConfig:

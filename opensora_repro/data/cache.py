@@ -16,11 +16,16 @@ import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_repro.config import Config
 from opensora_repro.files import remove_leftovers, writing
+from opensora_repro.storage.addresses import address_of, place, shown
+from opensora_repro.storage.objects import facts_of, look_up, objects_below, read_object
+from opensora_repro.storage.scratch import fetch_ahead, fetched
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +44,7 @@ class LatentCache:
     def __init__(self, folder: str | Path, fingerprint: str, *, shard_bytes: int = SHARD_BYTES) -> None:
         """`fingerprint` names all that the values depend on (weights, data section, manifest rows)."""
         self.fingerprint = fingerprint
-        self.folder = Path(folder) / hashlib.blake2b(fingerprint.encode(), digest_size=12).hexdigest()
+        self.folder = place(folder) / hashlib.blake2b(fingerprint.encode(), digest_size=12).hexdigest()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.shard_bytes = shard_bytes
         self._where: dict[Key, tuple[Path, str]] = {}  # an entry's shard and caption
@@ -114,25 +119,42 @@ class LatentCache:
             clip = {field: tensor.clone() for field, tensor in clip.items()}
         else:
             path, caption = self._where[key]
-            with safe_open(path, framework="pt") as shard:
+            with safe_open(fetched(path), framework="pt") as shard:
                 clip = {field: shard.get_tensor(_name(field, key, caption)) for field in CLIP_FIELDS}
         if caption in self._pending_captions:
             text, mask = (self._pending_captions[caption][field].clone() for field in CAPTION_FIELDS)
         else:
-            with safe_open(self._captions[caption], framework="pt") as shard:
+            with safe_open(fetched(self._captions[caption]), framework="pt") as shard:
                 text, mask = (shard.get_tensor(f"{field}|{caption}") for field in CAPTION_FIELDS)
         return {**clip, "text": _padded(text, len(mask)), "mask": mask}
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether the shards are objects of a store."""
+        return bool(address_of(self.folder))
+
+    def fetch_ahead(self, keys: Iterable[Key]) -> None:
+        """Bring the shards of entries that are soon to be read to this node."""
+        known = [self._where[key] for key in keys if key in self._where]
+        shards = {path for path, _ in known} | {self._captions[c] for _, c in known if c in self._captions}
+        fetch_ahead(map(os.fspath, shards))
+
+    def _shards(self) -> list[Path]:
+        """Those that have appeared since the last look."""
+        found = objects_below(self.folder) if self.is_remote else self.folder.glob("shard-*.safetensors")
+        named = (path for path in found if fnmatch(path.name, "shard-*.safetensors"))
+        return sorted(path for path in named if path not in self._scanned)
+
     def _scan(self) -> None:
         """Take in shards that have appeared since the last look."""
-        for path in sorted(self.folder.glob("shard-*.safetensors")):
-            if path in self._scanned:
-                continue
+        for path in self._shards():
             self._scanned.add(path)
             try:
                 names, fingerprint = _read_header(path)
             except (OSError, ValueError) as error:
-                warnings.warn(f"{path}: unreadable, its entries will be encoded again ({error})", stacklevel=3)
+                warnings.warn(
+                    f"{shown(str(path))}: unreadable, its entries will be encoded again ({error})", stacklevel=3
+                )
                 continue
             if fingerprint == self.fingerprint:
                 for name in names:
@@ -174,16 +196,24 @@ def _digest(text: torch.Tensor, mask: torch.Tensor) -> str:
 
 def _read_header(path: Path) -> tuple[list[str], str]:
     """Return a shard's tensor names and fingerprint; ValueError if the file is not as long as its header says."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 0 < length <= path.stat().st_size:
-            raise ValueError("no safetensors header")
-        header = json.loads(file.read(length))
+    (size, _), read = facts_of(path) if address_of(path) else (path.stat().st_size, 0), partial(_read_part, path)
+    length = int.from_bytes(read(0, 8), "little")
+    if not 0 < length <= size:
+        raise ValueError("no safetensors header")
+    header = json.loads(read(8, length))
     fingerprint = header.pop("__metadata__", {}).get("fingerprint", "")
     end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-    if path.stat().st_size != 8 + length + end:
+    if size != 8 + length + end:
         raise ValueError("shorter than its header says")
     return list(header), fingerprint
+
+
+def _read_part(path: Path, start: int, length: int) -> bytes:
+    if address_of(path):  # the whole shard is fetched when an entry of it is read
+        return read_object(path, start, length)
+    with open(path, "rb") as file:
+        file.seek(start)
+        return file.read(length)
 
 
 class CacheRows:
@@ -202,6 +232,8 @@ class CacheRows:
         self._of = [assignment.buckets(draw) for draw in range(self.draws)] if cfg.data.buckets else []
         self._ids, self._paths = table["id"], table["path"]
         batches = table.select(["path", "caption", "num_frames", "fps"]).to_batches(max_chunksize=1 << 14)
+        for column in self._paths.chunks:
+            look_up(column.to_pylist())  # of objects, side by side
         rows = (row for batch in batches for row in zip(*(column.to_pylist() for column in batch), strict=True))
         self._content = np.frombuffer(b"".join(_row_digest(*row) for row in rows), np.uint64)
 
@@ -212,7 +244,7 @@ class CacheRows:
         return str(self._ids[index].as_py())
 
     def path(self, index: int) -> str:
-        return str(self._paths[index].as_py())
+        return shown(str(self._paths[index].as_py()))
 
     def shape(self, index: int, draw: int) -> Shape | None:
         """What a draw of a row is cut to; None: no bucket takes it."""
@@ -234,8 +266,11 @@ class CacheRows:
 
 def _row_digest(path: str, caption: str, num_frames: int, fps: float) -> bytes:
     try:
-        stat = os.stat(path)
-        file = f"{stat.st_size} {stat.st_mtime_ns}"
+        if address_of(path):
+            file = "{} {}".format(*facts_of(path))
+        else:
+            stat = os.stat(path)
+            file = f"{stat.st_size} {stat.st_mtime_ns}"
     except OSError:
         file = "absent"
     return hashlib.blake2b("\0".join((caption, str(num_frames), str(fps), file)).encode(), digest_size=8).digest()

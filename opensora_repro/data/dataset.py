@@ -27,6 +27,8 @@ from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.sample_frames import choose_frames, frames_at_rate, pick, rate_of
 from opensora_repro.data.sampler import Shape, keyed_generator
 from opensora_repro.data.video import DecodeError, Size, read_frames_at
+from opensora_repro.storage.addresses import address_of, shown
+from opensora_repro.storage.scratch import fetch_ahead
 
 IDLE = -1  # instead of a row that is read
 LOOKS, LONGEST_PAUSE = 4, 1.0  # looks at a reading within its limit at least; seconds between two of them at most
@@ -118,19 +120,19 @@ class ClipDataset:
         """Read one sample in the data section's size (or `shape`); what cannot be read comes back as a BadSample."""
         num_frames, height, width = shape or self.shape
         name, path, caption, clip_frames, fps = (column[index].as_py() for column in self.rows.columns)
-        available = int(frames_at_rate(self.cfg, clip_frames, fps))
+        told, available = address_of(path) or path, int(frames_at_rate(self.cfg, clip_frames, fps))
         if available < num_frames:
             rate = f" at data.fps = {self.cfg.fps:g}" if self.cfg.fps else ""
-            return BadSample(name, path, f"the clip has {available} frames{rate}, the sample needs {num_frames}")
+            return BadSample(name, told, f"the clip has {available} frames{rate}, the sample needs {num_frames}")
         if path in self.stuck:
-            return BadSample(name, path, f"its reading did not end within {_limit(self.cfg)}")
+            return BadSample(name, told, f"its reading did not end within {_limit(self.cfg)}")
         try:
             generator = self._generator(epoch, name, "window")
             chosen = choose_frames(self.cfg, path, clip_frames, fps, num_frames, generator)
             read = sorted(set(chosen))
             frames = read_frames_at(path, read, size=(height, width))
         except (DecodeError, OSError) as error:
-            return BadSample(name, path, str(error))
+            return BadSample(name, told, shown(str(error)))
         frames, corner = crop(frames, (height, width), self._generator(epoch, name, "crop"))
         if len(read) < num_frames:  # a slow clip shows some for longer
             frames = frames[[read.index(frame) for frame in chosen]]
@@ -284,6 +286,7 @@ class _Batches(Dataset[ClipBatch]):
             with self.readings.reading(reader, index):
                 return self.dataset.load(epoch, index, shape)
 
+        fetch_ahead(self.dataset.rows["path"][index].as_py() for _, index in pairs)
         samples = zip(pairs, shapes, strict=True)
         return ClipBatch((load(epoch, index, shape) for (epoch, index), shape in samples), shape)
 
@@ -367,7 +370,7 @@ def _end_stuck(dataset: ClipDataset, workers: Sequence[Any], ended: set[int], re
         workers[reader].kill()
         return
     print(
-        f"error: reading {path} has not ended within {_limit(dataset.cfg)}; remove it from the manifest, or set "
+        f"error: reading {shown(path)} has not ended within {_limit(dataset.cfg)}; remove it from the manifest, or set "
         "data.num_workers = 1: a run goes on without what a process of its own is stuck in",
         file=sys.stderr,
         flush=True,

@@ -6,6 +6,7 @@ Names are somebody else's: they may start with a dash, hold quotes, commas and l
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 import sys
 from collections.abc import Collection, Iterator
@@ -16,6 +17,8 @@ from typing import Any
 from opensora_repro.data.tables import is_missing, open_table
 from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
+from opensora_repro.storage.addresses import AddressError, address_of, redacted, within
+from opensora_repro.storage.objects import is_object, objects_below, objects_matching
 
 VIDEO_SUFFIXES = frozenset(
     (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv")
@@ -47,10 +50,13 @@ def find_inputs(given: str | Path, *, out: Path, suffixes: Collection[str] = VID
     A folder is searched with its subfolders, linked ones too, for names that end in `suffixes`; hidden files and
     folders and `out` are left out. A folder or a dangling link with such a name is listed: opening it tells the reason.
     A file or a pattern's matches (`**` for any depth) are taken whatever their names. A table's paths are relative to
-    its folder; a row's name is its `source` if it is a whole file (no `start_frame`), else its path. DataError.
+    its folder; a row's name is its `source` if it is a whole file (no `start_frame`), else its path.
+    The same holds for the path of an address (see storage/addresses.py). Raises DataError.
     """
     path = Path(given)
-    if path.is_dir():
+    if address_of(path):
+        inputs = _of_store(path, out, suffixes)
+    elif path.is_dir():
         inputs = _of_folder(path, out, suffixes)
     elif path.suffix.lower() in TABLE_SUFFIXES and path.is_file():
         inputs = Inputs(_of_table(path))
@@ -70,9 +76,38 @@ def _item(path: Path, name: str, row: dict[str, Any] | None = None) -> Item:
     except UnicodeEncodeError:  # no table can hold such a path
         readable = os.fsencode(name).decode("utf-8", "backslashreplace")
         return Item(path, readable, row, "its name is not valid UTF-8; rename it")
-    if path.exists() and not (path.is_file() or path.is_dir()):
+    if not address_of(path) and path.exists() and not (path.is_file() or path.is_dir()):
         return Item(path, name, row, "is no regular file")  # opening a pipe would wait for its other end
     return Item(path, name, row)
+
+
+def _of_store(path: Path, out: Path, suffixes: Collection[str]) -> Inputs:
+    """Return what an address stands for. Of a web server, which has no lists, it is one file."""
+    address, told = address_of(path), one_line(path)
+    if is_object(path):
+        return Inputs(_of_table(path) if path.suffix.lower() in TABLE_SUFFIXES else [_item(path, path.name)])
+    if address.startswith("http"):
+        raise DataError(f"{told}: no such file")
+    if glob.has_magic(address):
+        root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+        found = [one for one in objects_matching(path) if out not in one.parents]
+        if not found:
+            raise DataError(f"{told}: no object matches this pattern")
+        return Inputs([_item(one, one.relative_to(root).as_posix()) for one in found])
+    return _of_folder(path, out, suffixes)
+
+
+def _below_address(root: Path, out: Path, suffixes: Collection[str]) -> Inputs:
+    items, others = [], 0
+    for path in objects_below(root):
+        name = path.relative_to(root).as_posix()
+        if out in path.parents or any(part.startswith(".") for part in name.split("/")):
+            continue
+        if path.suffix.lower() in suffixes:
+            items.append(_item(path, name))
+        else:
+            others += 1
+    return Inputs(sorted(items, key=lambda item: item.name), others)
 
 
 def _of_folder(root: Path, out: Path, suffixes: Collection[str]) -> Inputs:
@@ -86,6 +121,8 @@ def files_below(root: Path, out: Path, suffixes: Collection[str]) -> Inputs:
     """Return what `find_inputs` finds in a folder, where nothing is no mistake."""
     if out.resolve() == root.resolve():
         raise DataError(f"--out {one_line(out)}: is INPUT itself; choose another folder")
+    if address_of(root):
+        return _below_address(root, out, suffixes)
     items, others = [], 0
     for path, is_folder in _walk(root, out):
         if path.suffix.lower() in suffixes:
@@ -137,5 +174,9 @@ def _of_table(table: Path) -> list[Item]:
             raise DataError(f"{one_line(table)}: row {number}: path is {row['path']!r}, expected text")
         whole = is_missing(row.get("start_frame")) and isinstance(row.get("source"), str)
         name = row["source"] if whole else row["path"]
-        items.append(_item(Path(os.path.normpath(folder / os.path.expanduser(row["path"]))), name, row))
+        try:
+            items.append(_item(Path(os.path.normpath(within(folder, row["path"]))), name, row))
+        except AddressError as error:
+            told = {**row, "path": "", **({"source": ""} if whole else {})}
+            items.append(Item(Path(), redacted(name), told, f"{error.filename}: {error.strerror}"))
     return items

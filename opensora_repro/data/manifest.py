@@ -2,8 +2,8 @@
 
 Required columns: id, path, caption, num_frames, fps, height, width. Optional lineage: source, start_frame, end_frame
 (half-open), start_time, end_time (seconds), resplit (true where a boundary is a length limit, not a scene cut). Other
-columns are kept. Relative paths are relative to the manifest's folder, `~` is the home folder. An image is a clip of
-one frame.
+columns are kept. Relative paths are relative to the manifest's folder, `~` is the home folder; addresses such as
+s3://bucket/clip.mp4 stand for objects. An image is a clip of one frame.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from opensora_repro.data.tables import (
 )
 from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
+from opensora_repro.storage.addresses import place, relative, within
 
 MANIFEST = {
     "id": "string", "path": "string", "caption": "string", "num_frames": "int64", "fps": "double",
@@ -55,7 +56,7 @@ def read_manifest(path: str | Path, *, need_captions: bool = True) -> Any:
     """
     import pyarrow as pa
 
-    path = Path(path)
+    path = place(path)
     table = open_table(path)
     missing = [name for name in MANIFEST if name not in table.schema.names]
     if missing:
@@ -238,7 +239,7 @@ class Rebase:
 
     def folder(self, name: str) -> str:
         """Return a folder of the old manifest's, with its last slash, as the new manifest has it."""
-        moved = os.path.relpath(self.old / os.path.expanduser(name), self.new)
+        moved = relative(within(self.old, name), self.new)
         return "" if moved == "." else f"{moved}/"
 
 
@@ -250,7 +251,7 @@ class Absolute(Rebase):
 
     def folder(self, name: str) -> str:
         """Return a folder of the old manifest's from the root on, with its last slash."""
-        return os.path.join(os.path.normpath(self.old.absolute() / os.path.expanduser(name)), "")
+        return os.path.join(os.path.normpath(within(self.old.absolute(), name)), "")
 
 
 def _split(paths: Any) -> tuple[Any, Any]:
@@ -269,8 +270,8 @@ def _split(paths: Any) -> tuple[Any, Any]:
 
 
 def path_from(out: Path, path: Path) -> str:
-    """Return a manifest's way of naming a file: relative to the manifest's folder, with /."""
-    return Path(os.path.relpath(path.absolute(), out.absolute())).as_posix()
+    """Return a manifest's way of naming a file: relative to the manifest's folder, with /; see `relative`."""
+    return relative(path.absolute(), out.absolute())
 
 
 # ---- what a tool leaves behind

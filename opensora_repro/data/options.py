@@ -2,7 +2,7 @@
 
     @dataclass(frozen=True, kw_only=True)
     class Arguments(RunnerArguments):
-        input: str = argument("a folder", type=expanduser)
+        input: str = argument("a folder", type=any_path)
         batch_size: int = option("clips a batch (%(default)s)", 16, metavar="N")
 
 A field of type bool is a flag; numbers are checked by the field's type. Inherited options come after a class's own.
@@ -11,9 +11,13 @@ A field of type bool is a flag; numbers are checked by the field's type. Inherit
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, TypeVar, get_args, get_type_hints
+
+from opensora_repro.files import one_line, place_text
+from opensora_repro.storage.addresses import AddressError, is_address
 
 T = TypeVar("T")
 
@@ -26,6 +30,21 @@ def argument(help: str, **how: Any) -> Any:
 def option(help: str, default: Any = MISSING, *, group: str = "", flag: str = "", **how: Any) -> Any:
     """Return the field of an option, which must be given where it has no default; `flag` if not the field's name."""
     return field(default=default, metadata={"help": help, "group": group, "flag": flag, **how})
+
+
+def any_path(text: str) -> str:
+    """Type of an option that takes a path or an address, such as s3://bucket/folder."""
+    try:
+        return place_text(text)
+    except AddressError as error:
+        raise argparse.ArgumentTypeError(f"{error.filename}: {error.strerror}") from None
+
+
+def local_path(text: str) -> str:
+    """Type of an option that takes a path of this machine alone."""
+    if is_address(text):
+        raise argparse.ArgumentTypeError(f"{one_line(text)}: expected a path of this machine, not an address")
+    return os.path.expanduser(text)
 
 
 @dataclass(frozen=True)

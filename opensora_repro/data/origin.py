@@ -15,7 +15,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from opensora_repro.files import digest
+from opensora_repro.files import digest, is_file
+from opensora_repro.storage.scratch import fetched
 
 KEY = b"opensora_repro.origin"
 MANIFEST_FILE = "manifest.parquet"
@@ -41,7 +42,7 @@ class Maker:
     def parents(self) -> list[dict[str, str]]:
         """The manifest that was read, by name and version: the one given, or what was probed of other files."""
         for path in (Path(self.given), self.out / "probe" / MANIFEST_FILE):
-            if path.suffix == ".parquet" and path.is_file():
+            if path.suffix == ".parquet" and is_file(path):
                 return [{"file": path.name, "version": version_of(path)}]
         return []
 
@@ -139,7 +140,7 @@ def read_origin(path: Path) -> dict[str, Any] | None:
     if path.suffix != ".parquet":
         return None
     try:
-        content = json.loads((pq.read_metadata(path).metadata or {})[KEY])
+        content = json.loads((pq.read_metadata(fetched(path)).metadata or {})[KEY])
     except (OSError, ValueError, KeyError, pa.ArrowInvalid):
         return None
     return content if isinstance(content, dict) else None
@@ -153,7 +154,7 @@ def version_of(path: Path) -> str:
     if told is not None:
         return str(told.get("version"))
     version = Version()
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(fetched(path)) as file:
         for batch in file.iter_batches(batch_size=BATCH_ROWS):
             version.add(batch)
     return version.text()

@@ -18,6 +18,8 @@ from opensora_repro.config import DataConfig
 from opensora_repro.data.buckets import Bucket, Rule
 from opensora_repro.data.sample_frames import frames_at_rate, interval_of
 from opensora_repro.errors import DataError
+from opensora_repro.storage.addresses import address_of, place, shown
+from opensora_repro.storage.objects import facts_of, look_up
 
 ALL_ROWS, SAMPLED_ROWS = 100_000, 10_000  # beyond so many rows, a sample of so many stands for them
 THREADS = 32  # that wait for a file system; most of a local one's answers come at once
@@ -111,7 +113,7 @@ def survey(table: Any, data: DataConfig, manifest: str | Path) -> Survey:
         rows=len(table),
         looked_at=len(looked),
         missing=int(missing.sum()),
-        first_missing=paths[int(missing.argmax())] if missing.any() else "",
+        first_missing=shown(paths[int(missing.argmax())]) if missing.any() else "",
         too_short=int(too_short.sum()),
         too_small=int(too_small.sum()),
         resplit=int((too_short & resplit).sum()),
@@ -185,6 +187,7 @@ def _targets(data: DataConfig, frames: Any, heights: Any, widths: Any, fps: Any)
 
 def _missing(paths: Sequence[str]) -> list[bool]:
     """Whether each path is no file that holds something. Threads, because a network's file system takes its time."""
+    look_up(paths)  # of objects, side by side
     size = max(1, min(1000, -(-len(paths) // THREADS)))
     parts = [paths[start : start + size] for start in range(0, len(paths), size)]
     with ThreadPoolExecutor(THREADS) as pool:
@@ -193,6 +196,8 @@ def _missing(paths: Sequence[str]) -> list[bool]:
 
 def _is_missing(path: str) -> bool:
     try:
+        if address_of(path):
+            return facts_of(path).size == 0
         status = os.stat(path)
     except (OSError, ValueError):  # ValueError: a name that no file can have
         return True
@@ -205,7 +210,7 @@ def require_usable(found: Survey) -> None:
         return
     reasons = []
     if found.missing:
-        folder = Path(found.manifest).absolute().parent
+        folder = place(found.manifest).absolute().parent
         reasons.append(f"{found.missing:,} files are missing or empty, first {found.first_missing!r} (paths are "
                        f"relative to {folder}): mend the column path")  # fmt: skip
     if found.too_short and not found.data.buckets:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from opensora_repro.config.prompts import is_blank
 from opensora_repro.data.csv_tables import csv_names, csv_schema, stream_csv
 from opensora_repro.errors import DataError
 from opensora_repro.files import one_line, writing
+from opensora_repro.storage.addresses import address_of
+from opensora_repro.storage.scratch import fetched
 
 BATCH_ROWS = 1 << 16
 BATCH = 16384  # rows of Python objects that are in memory at a time
@@ -86,6 +89,10 @@ def _readable(path: Path) -> Iterator[None]:
 def table_kind(path: Path) -> str:
     """Return "parquet" or "csv" for a table that is there, by its extension. Raises DataError."""
     kind = kind_by_name(path)
+    try:
+        fetched(path)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such object") from None
     if path.is_dir():
         raise DataError(f"{path}: is a folder, expected a .parquet or .csv file")
     if not path.exists():
@@ -113,7 +120,7 @@ class EmptyTableError(DataError):
 
 
 def _slices(path: Path, schema: Any, names: Sequence[str] | None, columns: Sequence[str] | None) -> Iterator[Any]:
-    for batch in stream_csv(path, schema, names, columns):
+    for batch in stream_csv(fetched(path), schema, names, columns):
         for start in range(0, batch.num_rows, BATCH_ROWS):
             yield batch.slice(start, BATCH_ROWS)
 
@@ -122,7 +129,7 @@ def _stream(path: Path, columns: Sequence[str] | None) -> Iterator[Any]:
     """Read a Parquet file in order; without pre-buffering, which would hold whole row groups."""
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path, pre_buffer=False, memory_map=False, buffer_size=1 << 20) as file:
+    with pq.ParquetFile(fetched(path), pre_buffer=False, memory_map=False, buffer_size=1 << 20) as file:
         batches = file.iter_batches(batch_size=BATCH_ROWS, columns=columns, use_threads=False)
         while True:
             with _readable(path):
@@ -136,7 +143,7 @@ def num_rows(path: Path) -> int:
     """Return the rows of a Parquet file."""
     import pyarrow.parquet as pq
 
-    return int(pq.read_metadata(path).num_rows)
+    return int(pq.read_metadata(fetched(path)).num_rows)
 
 
 def set_column(table: Any, name: str, values: Any) -> Any:
@@ -264,6 +271,8 @@ def rows_batch(rows: Sequence[Row], schema: Any) -> Any:
         values = [None if isinstance(v, float) and math.isnan(v) else v for v in values]  # pandas' null
         if field.type == pa.string():
             values = [v if v is None or isinstance(v, str) else str(v) for v in values]
+        if field.name == "path":
+            values = [(os.path.isabs(v) and address_of(v)) or v if isinstance(v, str) else v for v in values]
         columns.append(pa.array(values, field.type))
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 

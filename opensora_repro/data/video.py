@@ -14,6 +14,7 @@ woven, as stored.
 
 from __future__ import annotations
 
+import errno
 import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterator, Sequence
@@ -29,6 +30,7 @@ import numpy as np
 
 from opensora_repro.data.color import to_rgb
 from opensora_repro.errors import UserError
+from opensora_repro.storage.scratch import fetched
 
 if TYPE_CHECKING:
     import torch
@@ -601,6 +603,12 @@ def _image_size(path: str | Path) -> Size:
 
 def _check_file(path: str | Path) -> None:
     path = Path(path)
+    try:
+        fetched(path)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise  # says nothing about the file
+        raise DecodeError(f"{path}: {error.strerror}") from None
     if not path.exists():
         raise DecodeError(f"{path}: {'a link to a file that is not there' if path.is_symlink() else 'no such file'}")
     if path.is_dir():

@@ -38,13 +38,14 @@ from opensora_repro.evaluation.quality import as_json, clip_vectors, of_clip, of
 from opensora_repro.evaluation.reconstruction import reconstruction
 from opensora_repro.evaluation.share import shared
 from opensora_repro.evaluation.table import write_evaluation
-from opensora_repro.files import Sha256Memo, digest, read_json, safe_name, write_text
+from opensora_repro.files import Sha256Memo, digest, is_file, read_json, safe_name, write_text
 from opensora_repro.frozen.encoder import open_encoder
 from opensora_repro.kernels.ops import choose
 from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.run_folder import STATE_FILE
 from opensora_repro.sampling.run import SamplingRun
 from opensora_repro.sampling.source import Source
+from opensora_repro.storage.addresses import place, shown
 from opensora_repro.training.autoencoder.perceptual import load_lpips
 from opensora_repro.training.step import ModelRunner
 from opensora_repro.weights.families import empty_model
@@ -130,12 +131,12 @@ class Common:
 
     def training(self, cfg: Config) -> Clips | None:
         """Clips that the run was trained on; None where their manifest is unknown or gone."""
-        path = self.options.training or Path(cfg.data.manifest)
-        if not path.is_file():
+        path = self.options.training or place(cfg.data.manifest)
+        if not is_file(path):
             if self.options.training is not None:
                 raise ConfigError(f"--train {path}: no such manifest")
             return None
-        what = f"training clips of {path}"
+        what = f"training clips of {shown(str(path))}"
         find = lambda: Clips(read_manifest(path), cfg, self.options.training_clips, what=what)  # noqa: E731
         found: Clips = self.once(["training", str(path), *data_key(cfg)], find)
         return found
@@ -253,10 +254,10 @@ class OfCheckpoint:
 
     def _decides(self) -> list[Any]:
         options = self.options
-        training = options.training or Path(self.cfg.data.manifest)
+        training = options.training or place(self.cfg.data.manifest)
         told = [options.clips, options.samples, list(options.levels), options.lpips, options.training_clips]
         told += [self.common.features.fingerprint, self.common.clip.fingerprint if options.clip else ""]
-        told += [self.common.hash_file(file) for file in (training, options.vbench) if file and file.is_file()]
+        told += [self.common.hash_file(file) for file in (training, options.vbench) if file and is_file(file)]
         settings = {key: value for key, value in self.sampling.settings().items() if key != "checkpoint"}
         return [settings, self.common.manifest_sha256, *told, *data_key(self.cfg)]
 

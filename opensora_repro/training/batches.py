@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
@@ -72,7 +73,8 @@ class ClipFeed:
 class CacheFeed:
     """Reads what was encoded before; the first `HELD_BYTES` met stay in memory.
 
-    A sample that is not in the cache could not be read when it was filled.
+    A sample that is not in the cache could not be read when it was filled. Of a cache in a store, what the next batch
+    needs is fetched meanwhile.
     """
 
     def __init__(self, cache: LatentCache, sampler: SharedBatches, rows: CacheRows) -> None:
@@ -82,9 +84,14 @@ class CacheFeed:
         self._held_bytes = 0
 
     def batches(self, first: int, count: int) -> Iterator[Fetched]:
-        for number in range(first, first + count):
-            batch = self.sampler.batch(number)
-            yield Fetched(((epoch, self._get(index, epoch % self.rows.draws)) for epoch, index in batch), batch.shape)
+        with ThreadPoolExecutor(1) as ahead:
+            for number in range(first, first + count):
+                batch = self.sampler.batch(number)
+                if self.cache.is_remote and number + 1 < first + count:
+                    coming = [self.rows.key(i, epoch % self.rows.draws) for epoch, i in self.sampler.batch(number + 1)]
+                    ahead.submit(self.cache.fetch_ahead, coming)
+                own = ((epoch, self._get(index, epoch % self.rows.draws)) for epoch, index in batch)
+                yield Fetched(own, batch.shape)
 
     def _get(self, index: int, draw: int) -> Encoded | BadSample:
         key = self.rows.key(index, draw)

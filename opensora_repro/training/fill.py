@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from opensora_repro.config import Config
 from opensora_repro.data.cache import FIELDS, CacheRows, LatentCache
@@ -16,6 +15,7 @@ from opensora_repro.errors import TrainingError, cannot_write
 from opensora_repro.files import Sha256Memo, digest
 from opensora_repro.frozen.encoder import Encoder
 from opensora_repro.parallel.engine import TorchEngine
+from opensora_repro.storage.addresses import place
 from opensora_repro.training.metrics import Quarantine
 
 FROZEN_HASHES = "frozen-files.json"  # in a cache's folder: the frozen models' digests
@@ -27,7 +27,7 @@ def cache_fingerprint(cfg: Config, encoder: Encoder) -> str:
 
     The frozen models enter by their files' digests, which `data.cache` remembers.
     """
-    hash_file = Sha256Memo.in_file(Path(cfg.data.cache) / FROZEN_HASHES)
+    hash_file = Sha256Memo.in_file(place(cfg.data.cache) / FROZEN_HASHES)
     keys = ["frame_interval", "fps", "frame_sampling", "flip", "draws"]
     keys += [] if cfg.data.buckets else ["num_frames", "height", "width"]  # buckets: each sample's key says it
     content = {

@@ -17,6 +17,7 @@ from opensora_repro.files import Sha256Memo, sha256_of, size_and_time
 from opensora_repro.frozen.encoder import Encoder, open_encoder
 from opensora_repro.frozen.pretrained import FrozenModel, HashFile, ModelNotFound
 from opensora_repro.run_folder import CONFIG_FILE
+from opensora_repro.storage.addresses import place
 from opensora_repro.training.fill import FROZEN_HASHES
 from opensora_repro.training.start import Start
 from opensora_repro.weights.files import open_weights
@@ -62,7 +63,7 @@ def frozen_identity(cfg: Config, start: Start, encoder: Encoder) -> dict[str, di
 
     Raises ConfigError where that is not what the run began with.
     """
-    hash_file = Sha256Memo.in_file(Path(cfg.data.cache) / FROZEN_HASHES) if cfg.data.cache else Sha256Memo()
+    hash_file = Sha256Memo.in_file(place(cfg.data.cache) / FROZEN_HASHES) if cfg.data.cache else Sha256Memo()
     recorded = start.state.identity
     found = {
         key: _file_facts(model.files, recorded.get(key, {}), hash_file)

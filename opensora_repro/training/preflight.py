@@ -25,6 +25,7 @@ from opensora_repro.data.preflight import (
     warnings,
 )
 from opensora_repro.data.tables import kind_by_name
+from opensora_repro.files import is_file
 from opensora_repro.frozen.autoencoder import Autoencoder
 from opensora_repro.frozen.encoder import open_encoder
 from opensora_repro.frozen.pretrained import ModelNotFound
@@ -37,6 +38,7 @@ from opensora_repro.planning.fit import check_memory
 from opensora_repro.planning.sizes import token_grid
 from opensora_repro.run_folder import check_folder
 from opensora_repro.sampling.generate import check_fit
+from opensora_repro.storage.addresses import address_of, place
 from opensora_repro.training.identity import adapted_identity, frozen_identity
 from opensora_repro.training.start import Stage, Start
 from opensora_repro.training.track import check_track
@@ -142,14 +144,15 @@ def check_tokens(cfg: Config, bucket: Bucket, vae: Autoencoder) -> None:
 
 def is_to_come(path: str) -> bool:
     """Whether nothing has the name: an earlier stage may make it. What is there, but wrong, is a mistake."""
-    return not os.path.lexists(path)
+    there = place(path)
+    return not (is_file(there) if address_of(there) else os.path.lexists(there))
 
 
 def find_manifest(path: str, *, need_captions: bool = True) -> Any | None:
     """The manifest's rows, None where it is to come. Raises DataError."""
     if not is_to_come(path):
         return read_manifest(path, need_captions=need_captions)
-    kind_by_name(Path(path))  # what comes under another name will not be one
+    kind_by_name(place(path))  # what comes under another name will not be one
     return None
 
 

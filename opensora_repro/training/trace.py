@@ -32,6 +32,7 @@ from opensora_repro.run_folder import (
     list_checkpoints,
     recorded_weights,
 )
+from opensora_repro.storage.addresses import place
 from opensora_repro.training.checkpoint import TrainState, read_state
 from opensora_repro.training.identity import TOLD_COLUMNS, ids_fingerprint
 
@@ -59,7 +60,7 @@ class Trace:
             raise ConfigError(f"{path}: no run with a checkpoint, and no checkpoint")
         state, _ = read_state(checkpoint)
         cfg = load_recorded(checkpoint / CONFIG_FILE)
-        return Trace(checkpoint, cfg, state, manifest or Path(cfg.data.manifest))
+        return Trace(checkpoint, cfg, state, manifest or place(cfg.data.manifest))
 
     @property
     def run_dir(self) -> Path:

@@ -19,7 +19,7 @@ from typing import Any
 from opensora_repro.config import Config, ConfigError, dump_toml, load_recorded
 from opensora_repro.config.sections import PATH_KEYS
 from opensora_repro.data.origin import read_origin
-from opensora_repro.files import one_line
+from opensora_repro.files import is_file, one_line
 from opensora_repro.run_folder import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -36,6 +36,7 @@ from opensora_repro.run_folder import (
     recorded_weights,
     samples_folder,
 )
+from opensora_repro.storage.addresses import place
 
 CARD, GRID = "README.md", "samples.png"
 NEEDED = ("vae.path", "text.path")  # of a config's places, those that sampling reads
@@ -197,8 +198,8 @@ class Card:
     def _data(self) -> Iterator[tuple[Any, ...]]:
         yield "clips", self._state.get("data_fingerprint", "unknown")
         yield "samples seen", f"{self._state.get('samples_seen', 0):,}"
-        path = Path(self.cfg.data.manifest)
-        origin = read_origin(path) if path.is_file() else None
+        path = place(self.cfg.data.manifest)
+        origin = read_origin(path) if is_file(path) else None
         if origin is not None:
             yield "version", origin.get("version")
             yield "made by", f"data_tools.{origin.get('tool')} {json.dumps(origin.get('options'))}"

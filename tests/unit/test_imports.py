@@ -17,7 +17,8 @@ OURS = ("opensora_repro", "stages", "data_tools", "benchmarks", "tests")
 
 # From the ground up: a room uses what stands above it in this list, and its own.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("files", "process"),
+    ("storage", "process"),
+    ("files",),
     ("errors",),
     ("kernels",),
     ("models",),
@@ -43,7 +44,7 @@ STANDS_ON = {  # of what stands outside the library
     "stages.__main__": (LIBRARY, "stages", "data_tools"),
     "data_tools": tuple(
         f"{LIBRARY}.{room}"
-        for room in ("errors", "files", "process", "config", "data", "weights", "frozen", "planning")
+        for room in ("errors", "files", "process", "storage", "config", "data", "weights", "frozen", "planning")
     ),
     "benchmarks": (LIBRARY, "data_tools", "stages", "tests.golden", "tests.gpu"),
 }

@@ -78,7 +78,7 @@ def fetch_all(
 
 def host_of(url: str) -> str:
     try:
-        return urllib.parse.urlsplit(url).netloc.lower()
+        return urllib.parse.urlsplit(url).netloc.rpartition("@")[2].lower()
     except ValueError:
         return ""
 

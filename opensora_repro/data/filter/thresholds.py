@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from opensora_repro.storage.addresses import within
+
 Chunks = Callable[[], Iterable[np.ndarray]]  # starts a pass over float64 arrays, always the same ones
 DIGIT_BITS = 16
 COLLECT = 1 << 18  # so few candidates are sorted instead of counted again
@@ -139,7 +141,7 @@ def read_thumbnails(rows: list[NearRow], folder: Path, count: int) -> list[Thumb
         if len(found) == count:
             break
         try:
-            frame = read_pictures_at(folder / row.path, [max(0, row.num_frames // 2)])[0]
+            frame = read_pictures_at(within(folder, row.path), [max(0, row.num_frames // 2)])[0]
         except (DecodeError, OSError, ValueError):
             continue
         found.append((row, _fit(frame)))

@@ -7,15 +7,19 @@ import json
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from opensora_repro.errors import DataError
+from opensora_repro.storage.addresses import address_of
+from opensora_repro.storage.scratch import check_in, check_out, unfinished_name
 
 RECORDS_FILE = "records.sqlite"
 JOURNAL = "WAL"
+SAVED_EVERY = 300.0  # seconds, of records that lie in a store
 TAKEN_OVER = "taken over"  # the kind that tells which other kinds were
 OURS = 0x4F535252  # SQLite's application id: what tells our files from others' databases
 
@@ -30,6 +34,8 @@ class Records:
     def __init__(self, out: Path) -> None:
         self.path, self.lock, self.taken = out / RECORDS_FILE, threading.Lock(), dict[str, int]()
         out.mkdir(parents=True, exist_ok=True)
+        self.due = time.monotonic() + SAVED_EVERY
+        check_out(self.path)
         with ExitStack() as failed, self._locked():
             self.rows = sqlite3.connect(self.path, timeout=1.0, check_same_thread=False)
             failed.callback(self.rows.close)
@@ -57,6 +63,7 @@ class Records:
     def __exit__(self, *_: object) -> None:
         with self._locked():
             self.rows.close()
+        check_in(self.path)
 
     def get(self, kind: str, keys: Collection[str]) -> dict[str, Any]:
         """Return what is recorded under `keys`."""
@@ -91,8 +98,20 @@ class Records:
         return {key: json.loads(text) for key, text in found}
 
     def _put(self, rows: Iterable[tuple[str, ...]]) -> None:
-        with self._locked(), self.rows:
-            self.rows.executemany("REPLACE INTO records VALUES (?, ?, ?)", rows)
+        with self._locked():
+            with self.rows:
+                self.rows.executemany("REPLACE INTO records VALUES (?, ?, ?)", rows)
+            if address_of(self.path) and time.monotonic() >= self.due:
+                self._save()
+
+    def _save(self) -> None:
+        """Write what is recorded to the store meanwhile, for another node where this one is lost; if it can be."""
+        copy = unfinished_name(self.path)
+        self.rows.execute("VACUUM INTO ?", (str(copy),))
+        with suppress(OSError):  # at the end it has to be
+            check_in(self.path, copy)
+        copy.unlink(missing_ok=True)
+        self.due = time.monotonic() + SAVED_EVERY
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

@@ -20,7 +20,6 @@ import difflib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,8 @@ from opensora_repro.config import ConfigError, read_toml, toml_value
 from opensora_repro.data.jobs.run import RunnerArguments
 from opensora_repro.data.options import Option, options_in
 from opensora_repro.errors import DataError
-from opensora_repro.files import one_line
+from opensora_repro.files import one_line, place_text
+from opensora_repro.storage.addresses import AddressError
 
 RUN, REPORT = "run", "report"  # sections that are no stage: options of all tools that have them; of the page at the end
 TOP = ("input", "out")
@@ -101,8 +101,15 @@ def load_line(
         key: texts for key, texts in run.items() if key == "workers"
     }  # few pictures: no cluster is started for them
     page = _with_run(f"{where}: [{REPORT}]", sections.get(REPORT, {}), report, here)
-    source, made = (expanduser(plain[name]) for name in TOP)
+    source, made = (_place(where, name, plain[name]) for name in TOP)
     return Line(source, made, tuple(steps), Step(REPORT, REPORT, *page))
+
+
+def _place(where: str, name: str, text: str) -> str:
+    try:
+        return place_text(text)
+    except AddressError as error:
+        raise DataError(f"{where}: {name} = {error.filename}: {error.strerror}") from None
 
 
 def options_of(where: str, content: Mapping[str, Any], tool: type) -> dict[str, tuple[str, ...]]:

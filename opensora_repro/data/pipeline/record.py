@@ -15,7 +15,10 @@ from typing import Any
 from opensora_repro.data.manifest import REJECTS, Rebase
 from opensora_repro.data.report.stages import MANIFEST_FILE, REJECTS_FILE, Stage
 from opensora_repro.data.tables import EmptyTableError, Table, open_table, schema_of, table_writer
-from opensora_repro.files import digest, sha256_of, write_text
+from opensora_repro.files import digest, is_file, remove_file, sha256_of, write_text
+from opensora_repro.storage.addresses import address_of, is_address
+from opensora_repro.storage.objects import objects_below
+from opensora_repro.storage.scratch import fetched
 
 RECORD_FILE = "done.json"
 METHOD = 1  # raise when a tool would make other tables of the same options and input: steps are then run again
@@ -24,7 +27,7 @@ METHOD = 1  # raise when a tool would make other tables of the same options and 
 def is_done(folder: Path, tool: str, options: Sequence[str], given: Path) -> bool:
     """Whether the step's outcome in `folder` is that of this tool, these options and the manifest `given`."""
     try:
-        record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+        record = json.loads(fetched(folder / RECORD_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return bool(record == _record(folder, tool, options, given)) and has_its_files(folder)
@@ -38,11 +41,11 @@ def record_done(folder: Path, tool: str, options: Sequence[str], given: Path) ->
 
 def forget(folder: Path) -> None:
     """Take the note back, before the step runs again."""
-    (folder / RECORD_FILE).unlink(missing_ok=True)
+    remove_file(folder / RECORD_FILE)
 
 
 def _content(path: Path) -> str:
-    return sha256_of(path) if path.is_file() else ""
+    return sha256_of(path) if is_file(path) else ""
 
 
 def _record(folder: Path, tool: str, options: Sequence[str], given: Path) -> dict[str, Any]:
@@ -88,7 +91,7 @@ def _files_of(path: str) -> Iterator[tuple[str, int, int]]:
 
 def has_its_files(folder: Path) -> bool:
     """Whether the files inside `folder` that its manifest names, such as clips, are there."""
-    if not (folder / MANIFEST_FILE).is_file():
+    if not is_file(folder / MANIFEST_FILE):
         return True
     try:
         table = open_table(folder / MANIFEST_FILE)
@@ -97,15 +100,20 @@ def has_its_files(folder: Path) -> bool:
     listed: dict[str, set[str]] = {}
     for batch in table.batches(["path"]) if "path" in table.schema.names else ():
         for path in batch.column("path").to_pylist():
-            if not isinstance(path, str) or path.startswith(("/", "../")):
+            if not isinstance(path, str) or path.startswith(("/", "../")) or is_address(path):
                 continue
             parent, _, name = path.rpartition("/")
             if parent not in listed:
-                here = folder / parent
-                listed[parent] = set(os.listdir(here)) if here.is_dir() else set()
+                listed[parent] = _names_in(folder / parent)
             if name not in listed[parent]:
                 return False
     return True
+
+
+def _names_in(folder: Path) -> set[str]:
+    if address_of(folder):
+        return {path.name for path in objects_below(folder)}
+    return set(os.listdir(folder)) if folder.is_dir() else set()
 
 
 def write_manifest_of(stage: Stage, path: Path) -> int:

@@ -18,7 +18,7 @@ from opensora_repro.data.manifest import MANIFEST, path_from, reject, write_outc
 from opensora_repro.data.origin import Maker, making
 from opensora_repro.data.tables import Row, is_missing, read_names, with_types
 from opensora_repro.errors import DataError
-from opensora_repro.files import digest, one_line
+from opensora_repro.files import digest, is_file, one_line, size_and_time
 
 METHOD = 2  # raise when the same file would give another row, so that finished files are probed again
 COLUMNS = {
@@ -42,7 +42,7 @@ def manifest_of(given: str, out: Path, runner: Runner, *, required_columns: Coll
     probed into OUT/probe, and that manifest is returned. Raises DataError.
     """
     path = Path(given)
-    if path.suffix.lower() in TABLE_SUFFIXES and path.is_file():
+    if path.suffix.lower() in TABLE_SUFFIXES and is_file(path):
         if out.resolve() == path.resolve().parent:
             raise DataError(
                 f"--out {one_line(out)}: is the manifest's own folder, where it would be replaced; choose another"
@@ -76,7 +76,8 @@ def probe_all(
     results = {id(item): result for item, result in zip(usable, found, strict=True)}
     rows, rejects = collect(inputs, results, out)
     write_outcome(out, rows, rejects, with_types(rows, COLUMNS))
-    print(f"{len(inputs.items)} files, {len(rows)} readable, {len(rejects)} rejected, {inputs.others} others: {out}")
+    counts = f"{len(inputs.items)} files, {len(rows)} readable, {len(rejects)} rejected, {inputs.others} others"
+    print(f"{counts}: {one_line(out)}")
     if not rows:
         raise DataError(f"{given}: no file can be read; the reasons are in {out / 'rejects.parquet'}")
     return 0
@@ -90,7 +91,7 @@ def suffixes(images: bool) -> frozenset[str]:
 
 def job_of(item: Item, decode: bool) -> Job:
     """Return the job for a file; what it contains is part of the work. A name's end may tell pictures from videos."""
-    size = os.path.getsize(item.path) if os.path.exists(item.path) else 0  # a dangling link has none
+    size = (size_and_time(item.path) or [0])[0]  # a dangling link has none
     seconds = PATIENCE + size / (DECODE_RATE if decode else READ_RATE)
     args = {"path": os.fspath(item.path.absolute()), "decode": decode}
     key, earlier = digest([METHOD, decode, item.path.suffix.lower()]), file_key(item.path, METHOD, decode)

@@ -13,7 +13,9 @@ from opensora_repro.data.inputs import TABLE_SUFFIXES
 from opensora_repro.data.report.rows import batches, numeric
 from opensora_repro.data.tables import EmptyTableError, Table, open_table
 from opensora_repro.errors import DataError
-from opensora_repro.files import one_line
+from opensora_repro.files import is_file, one_line
+from opensora_repro.storage.addresses import address_of
+from opensora_repro.storage.scratch import fetched
 
 MANIFEST_FILE, REJECTS_FILE, RULES_FILE = "manifest.parquet", "rejects.parquet", "filter.json"
 SOURCES_COUNTED = 100_000  # beyond, it is only told that there are more
@@ -67,12 +69,12 @@ def find_stages(inputs: Sequence[str]) -> list[Stage]:
 
 def _stage_of(given: Path) -> Stage:
     manifest, folder = given / MANIFEST_FILE, given
-    if given.suffix.lower() in TABLE_SUFFIXES and given.is_file():
+    if given.suffix.lower() in TABLE_SUFFIXES and is_file(given):
         manifest, folder = given, given.parent
-    elif not given.is_dir():
+    elif not given.is_dir() and not address_of(given):
         raise DataError(f"{one_line(given)}: no such folder or manifest")
     rejects = folder / REJECTS_FILE
-    if not manifest.is_file() and not rejects.is_file():
+    if not is_file(manifest) and not is_file(rejects):
         raise DataError(f"{one_line(given)}: holds no {MANIFEST_FILE}; expected the --out folder of a dataset tool")
     name = folder.absolute().name if manifest.name == MANIFEST_FILE else manifest.stem
     return Stage(
@@ -82,7 +84,7 @@ def _stage_of(given: Path) -> Stage:
 
 def _table(path: Path) -> Table | None:
     try:
-        return open_table(path) if path.is_file() else None
+        return open_table(path) if is_file(path) else None
     except EmptyTableError:
         return None
 
@@ -90,7 +92,7 @@ def _table(path: Path) -> Table | None:
 def _rules(path: Path) -> list[dict[str, Any]]:
     """Return a filter's rules; what is no such file has none."""
     try:
-        rules = json.loads(path.read_text(encoding="utf-8"))["rules"]
+        rules = json.loads(fetched(path).read_text(encoding="utf-8"))["rules"]
         return [rule for rule in rules if isinstance(rule["rule"], str) and isinstance(rule["dropped_alone"], int)]
     except (OSError, ValueError, LookupError, TypeError):
         return []

@@ -14,6 +14,7 @@ from opensora_repro.data.jobs.earlier import file_key
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, run_jobs
 from opensora_repro.files import digest
+from opensora_repro.storage.addresses import within
 
 METHOD = 1  # raise when the same clip would give another picture
 HEIGHT = 84  # pixels of a frame's short side
@@ -27,7 +28,7 @@ def read_strips(rows: Iterable[Mapping[str, Any]], folder: Path, out: Path, runn
     jobs: dict[str, Job] = {}
     for row in rows:
         if isinstance(row.get("path"), str) and row["path"] not in jobs:
-            jobs[row["path"]] = _job(folder / row["path"], row.get("num_frames"))
+            jobs[row["path"]] = _job(within(folder, row["path"]), row.get("num_frames"))
     if not jobs:
         return {}
     with Records(out) as records:

@@ -6,7 +6,6 @@ kept or applied, and the source's clock is kept, so that a variable frame rate s
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -31,7 +30,7 @@ from opensora_repro.data.video import (
     pixel_aspect,
 )
 from opensora_repro.data.write import GOP_SIZE, rgb_to_yuv, steady_options
-from opensora_repro.files import beside
+from opensora_repro.files import beside, put_in_place
 
 TRAINING_SIDE = 256  # pixels
 COPYABLE = frozenset(("h264", "hevc", "av1", "vp9"))  # what an mp4 may hold as it is
@@ -161,7 +160,7 @@ def copy_clip(path: str | Path, scan: Scan, span: Span, target: Path, how: Encod
         expected = [float((t - start) * scan.time_base) for t in index.times[span.start : span.end]]
         if not np.allclose(decoded_seconds(unfinished), expected, atol=1e-3):
             return False
-        os.replace(unfinished, target)
+        put_in_place(unfinished, target)
         return True
     except (DecodeError, av.FFmpegError, ValueError):  # ValueError: not so many frames
         return False
@@ -336,7 +335,7 @@ class ClipWriter:
         if wrong:
             self.discard()
             raise DecodeError(f"{target or self.target}: {wrong} after writing")
-        os.replace(self.unfinished, target or self.target)
+        put_in_place(self.unfinished, target or self.target)
 
     def discard(self) -> None:
         """Close and remove the unfinished file."""

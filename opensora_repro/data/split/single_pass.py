@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from opensora_repro.data.split.cut import ClipWriter, Encoding, PlainFrames, clip_rate
 from opensora_repro.data.split.scenes import Footage, Scan, Span, Thumbnails, gaps, one_core
 from opensora_repro.data.video import DecodeError, open_video
+from opensora_repro.files import remove_file
 
 if TYPE_CHECKING:
     from opensora_repro.data.split.shots import ShotDetector
@@ -128,4 +129,4 @@ class Scenes:
         if self.writer is not None:
             self.writer.discard()
         for path in self.written:
-            path.unlink(missing_ok=True)
+            remove_file(path)
