@@ -38,11 +38,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_repro.data.caption.text import REJECTED, Caption, ends_sentence, judged
-from opensora_repro.data.jobs.course import Keeping, contents_of, memo_of
+from opensora_repro.data.jobs.course import Keeping, memo_of
 from opensora_repro.data.jobs.earlier import adopt, sampled_digest
 from opensora_repro.data.jobs.gpus import check_device, usual_device
 from opensora_repro.data.jobs.records import Records
-from opensora_repro.data.jobs.run import Runner, RunnerArguments, runner_of
+from opensora_repro.data.jobs.run import Runner, RunnerArguments, contents_of, runner_of
 from opensora_repro.data.manifest import REJECTS, reject
 from opensora_repro.data.options import argument, option, parse, parser_of
 from opensora_repro.data.origin import made_by
@@ -239,7 +239,7 @@ def first_captions(
     if args.rewrite and any(row["caption"].strip() for row in rows):
         return [judged(row["caption"]) for row in rows]
     assert endpoint is not None
-    return from_endpoint(rows, args, endpoint, records)
+    return from_endpoint(rows, args, endpoint, records, runner)
 
 
 def reason_of(found: Caption, keep_flagged: bool) -> str:
@@ -291,7 +291,7 @@ def from_model(rows: Sequence[Record], args: Arguments, keeping: Keeping, runner
     args = replace(args, device=device, dtype=dtype)
     how, options = model_options(args, memo_of(keeping.records))
     gpu = check_device(args.device, args.model_workers, over_ray=over_ray)
-    keys = clip_keys(rows, keeping, how, lambda: model_options(args, sampled_digest)[0])
+    keys = clip_keys(rows, keeping, how, runner, lambda: model_options(args, sampled_digest)[0])
     shown = ("path", "num_frames", "fps", "height", "width")
     items = {key: {name: row[name] for name in shown} for key, row in zip(keys, rows, strict=True)}
     runner = replace(runner, workers=args.model_workers, gpu=gpu)
@@ -301,7 +301,9 @@ def from_model(rows: Sequence[Record], args: Arguments, keeping: Keeping, runner
     return [judge(found[key]) for key in keys]
 
 
-def clip_keys(rows: Sequence[Record], keeping: Keeping, how: list[Any], earlier: Callable[[], list[Any]]) -> list[str]:
+def clip_keys(
+    rows: Sequence[Record], keeping: Keeping, how: list[Any], runner: Runner, earlier: Callable[[], list[Any]]
+) -> list[str]:
     """Return what names each clip's record: its content, and how it is asked about."""
     paths = [Path(row["path"]) for row in rows]
 
@@ -309,7 +311,7 @@ def clip_keys(rows: Sequence[Record], keeping: Keeping, how: list[Any], earlier:
         facts = [[int(row["num_frames"]), float(row["fps"])] for row in rows]
         return [digest([content, *told, *how]) for content, told in zip(contents, facts, strict=True)]
 
-    named = keys(contents_of(paths, keeping.records), how)
+    named = keys(contents_of(paths, keeping.records, runner), how)
     adopt(keeping, named, lambda: keys(list(map(sampled_digest, paths)), earlier()))
     return named
 
@@ -397,7 +399,9 @@ def fields_of(args: Arguments) -> Record:
     return fields | {name: value for name, value in given.items() if value is not None}
 
 
-def from_endpoint(rows: Sequence[Record], args: Arguments, endpoint: Endpoint, records: Records) -> list[Caption]:
+def from_endpoint(
+    rows: Sequence[Record], args: Arguments, endpoint: Endpoint, records: Records, runner: Runner
+) -> list[Caption]:
     """Return every clip's caption as the endpoint writes it."""
     whole = args.send == "video"
     usual = f"This is a video clip. {DESCRIBE}" if whole else INSTRUCTION
@@ -405,7 +409,7 @@ def from_endpoint(rows: Sequence[Record], args: Arguments, endpoint: Endpoint, r
     frames = 0 if whole else args.frames or ENDPOINT_FRAMES
     how = [METHOD, endpoint.model, instruction, frames, args.max_tokens, endpoint.fields]
     keeping = Keeping(records, ANSWERS[0])
-    keys = clip_keys(rows, keeping, how, lambda: how)
+    keys = clip_keys(rows, keeping, how, runner, lambda: how)
     prompts = {key: partial(about_clip, row, instruction, frames) for key, row in zip(keys, rows, strict=True)}
     found = answers(prompts, args, endpoint, keeping, "captioning")
     return [judge(found[key]) for key in keys]

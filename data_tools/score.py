@@ -38,11 +38,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_repro.data.jobs.batches import run_batches
-from opensora_repro.data.jobs.course import Job, Keeping, contents_of, memo_of
+from opensora_repro.data.jobs.course import Job, Keeping, memo_of
 from opensora_repro.data.jobs.earlier import adopt, sampled_digest
 from opensora_repro.data.jobs.gpus import check_device
 from opensora_repro.data.jobs.records import Records
-from opensora_repro.data.jobs.run import Runner, RunnerArguments, run_jobs, runner_of
+from opensora_repro.data.jobs.run import Runner, RunnerArguments, contents_of, run_jobs, runner_of
 from opensora_repro.data.manifest import REJECTS
 from opensora_repro.data.options import argument, option, parse, parser_of
 from opensora_repro.data.origin import made_by
@@ -197,7 +197,7 @@ def embed_all(
         how = model_fingerprint(**models, hash_file=hash_file)
         return [digest([text, i["num_frames"], i["caption"], how]) for text, i in zip(contents, items, strict=True)]
 
-    named = keys(contents_of(paths, keeping.records), memo_of(keeping.records))
+    named = keys(contents_of(paths, keeping.records, runner), memo_of(keeping.records))
     adopt(keeping, named, lambda: keys(list(map(sampled_digest, paths)), sampled_digest))
     todo = dict(zip(named, items, strict=True))
     options = {**models, "device": args.device}
