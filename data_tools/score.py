@@ -42,7 +42,7 @@ from opensora_repro.data.jobs.course import Job, Keeping, memo_of
 from opensora_repro.data.jobs.earlier import adopt, sampled_digest
 from opensora_repro.data.jobs.gpus import check_device
 from opensora_repro.data.jobs.records import Records
-from opensora_repro.data.jobs.run import Runner, RunnerArguments, contents_of, run_jobs, runner_of
+from opensora_repro.data.jobs.run import Needs, Runner, RunnerArguments, contents_of, run_jobs, runner_of
 from opensora_repro.data.manifest import REJECTS
 from opensora_repro.data.options import argument, option, parse, parser_of
 from opensora_repro.data.origin import made_by
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 
 NAMES = ("motion", "jitter", "static", "sharpness", "brightness", "letterbox", "text", "watermark", "duplicates")
 MODEL_METHOD = 1  # raise when the model's scores are computed otherwise
+NEEDS, MODEL_NEEDS = Needs(memory=1 << 30), Needs(memory=2 << 30)
 TIMEOUT = 300.0  # seconds for a clip
 Record = dict[str, Any]
 
@@ -154,7 +155,7 @@ def measure_all(clips: Any, names: list[str], keeping: Keeping, runner: Runner) 
         earlier = digest([sampled_digest(path), facts, methods]) if old else ""
         args = {"path": row["path"], "names": names, **facts}
         jobs.append(Job(digest([facts, methods]), str(row["id"]), args, TIMEOUT, (path,), earlier))
-    return run_jobs(measure, jobs, keeping, runner=runner, label="scoring", unit="clip")
+    return run_jobs(measure, jobs, keeping, runner=runner, label="scoring", unit="clip", needs=NEEDS)
 
 
 def measure(args: Record) -> Record:
@@ -201,7 +202,9 @@ def embed_all(
     adopt(keeping, named, lambda: keys(list(map(sampled_digest, paths)), sampled_digest))
     todo = dict(zip(named, items, strict=True))
     options = {**models, "device": args.device}
-    known = run_batches(embed, todo, keeping, size=args.batch_size, options=options, runner=runner, label="embedding")
+    known = run_batches(
+        embed, todo, keeping, size=args.batch_size, options=options, runner=runner, label="embedding", needs=MODEL_NEEDS
+    )
     found = iter(known[key] for key in named)
     return [{} if "error" in record else next(found) for record in records]
 

@@ -27,7 +27,7 @@ from opensora_repro.data.inputs import Item, find_inputs
 from opensora_repro.data.jobs.course import Job, Keeping
 from opensora_repro.data.jobs.earlier import file_key
 from opensora_repro.data.jobs.records import Records
-from opensora_repro.data.jobs.run import Runner, RunnerArguments, run_jobs, runner_of
+from opensora_repro.data.jobs.run import Needs, Runner, RunnerArguments, run_jobs, runner_of
 from opensora_repro.data.manifest import LINEAGE, MANIFEST, reject, write_outcome
 from opensora_repro.data.options import argument, option, parse, parser_of
 from opensora_repro.data.origin import made_by
@@ -43,6 +43,7 @@ PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "sl
 CLIP_COLUMNS = {**MANIFEST, **LINEAGE, "resplit": "bool"}
 USUAL: dict[str, Any] = {"min_frames": 8, "short_side": 0, "fps": ""}  # where neither they nor a config are given
 METHOD = 5  # raise when the same options would give other clips, so that finished sources are done again
+NEEDS = Needs(memory=1 << 30)
 PATIENCE = 600.0  # seconds that any source may take
 SLOWEST = 20e3  # bytes of a source that a busy core splits in a second
 Record = dict[str, Any]  # of a finished source: rows of "clips" and "rejects", 16 digits of its "content"
@@ -228,7 +229,7 @@ def split(given: str, out: Path, options: Options, runner: Runner) -> int:
     with Records(out) as records:
         take_over(records, jobs)
         keeping = Keeping(records, "sources", holds, one_a_file=True)
-        found = run_jobs(split_job, jobs, keeping, runner=runner, label="splitting", unit="video")
+        found = run_jobs(split_job, jobs, keeping, runner=runner, label="splitting", unit="video", needs=NEEDS)
     remove_leftovers(out / "clips")  # again: the workers of a run that was killed just before may have died since
     sources = [
         Source(item.path, item.name, result.get("content", text_digest(item.name)))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from opensora_repro.data.jobs import cluster, gpus
 from opensora_repro.data.jobs.course import Job, Keeping
 from opensora_repro.data.jobs.parts import to_records
 from opensora_repro.data.jobs.records import Records
-from opensora_repro.data.jobs.run import Runner, RunnerArguments, run_jobs, runner_of
+from opensora_repro.data.jobs.run import Needs, Runner, RunnerArguments, run_jobs, runner_of
 from opensora_repro.data.jobs.workers import Task, num_cores, run_here
 from opensora_repro.data.options import parse, parser_of
 from opensora_repro.data.progress import progress
@@ -263,6 +264,13 @@ def test_runner_options(monkeypatch: pytest.MonkeyPatch) -> None:
         runner_of(options("--workers", "-1"))
     with pytest.raises(DataError, match="--address: only with --runner ray"):
         runner_of(options("--address", "auto"))
+    with pytest.raises(DataError, match="--gpu-nodes: only with --runner ray"):
+        runner_of(options("--gpu-nodes"))
+    with pytest.raises(DataError, match=r"--memory -1\.0: expected 0 or more"):
+        runner_of(options("--runner", "ray", "--memory", "-1"))
+    told = runner_of(options("--runner", "ray", "--cpus", "2", "--gpus", ".5", "--memory", "1.5"))
+    assert told.needs(Needs(rows=8)) == Needs(cpus=2.0, memory=3 << 29, rows=8)
+    assert replace(told, gpu=True).needs(Needs()).gpus == 0.5 and Runner(gpu=True).needs(Needs()).gpus == 1.0
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(DataError, match="Ray is not installed"):
         runner_of(options("--runner", "ray", "--address", "auto"))

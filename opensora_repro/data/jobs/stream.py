@@ -118,8 +118,9 @@ class _Run:
         with self.order.open("wb") as order:
             for batch in self.table.batches():
                 hashes = bytearray(self.table.hashes(batch))
-                for at in self._left_in(batch, hashes, anew):
-                    waiting.append(self._row(self.table.job(batch, at), hashes[16 * at : 16 * at + 16], anew))
+                for at, spoilt in self._left_in(batch, hashes, anew):
+                    quick = bytes(hashes[16 * at : 16 * at + 16])
+                    waiting.append(self._row(self.table.job(batch, at), quick, anew or spoilt))
                     left += 1
                 order.write(hashes)
                 while len(waiting) >= self.rows * SPREAD:
@@ -132,8 +133,11 @@ class _Run:
             chunks += 1
         return chunks, left
 
-    def _left_in(self, batch: Any, hashes: bytearray, anew: bool) -> Iterator[int]:
-        """Yield the rows that have no result which holds; twins once. `hashes` are made those of what was found."""
+    def _left_in(self, batch: Any, hashes: bytearray, anew: bool) -> Iterator[tuple[int, bool]]:
+        """Yield the rows that have no result, or (True) one that no longer holds; twins once.
+
+        `hashes` are made those of what was found.
+        """
         import numpy as np
 
         keys = parts.as_hashes(bytes(hashes))
@@ -144,6 +148,7 @@ class _Run:
                     name = parts.named_hash(earlier)
                     if (place := self.index.find(parts.as_hashes(name))[0]) >= 0:
                         located[at], hashes[16 * at : 16 * at + 16] = place, name
+        spoilt = set[int]()
         if self.keeping.holds:
             there = np.flatnonzero(located >= 0)
             for at, text in zip(there.tolist(), self.index.texts(located[there]), strict=True):
@@ -151,17 +156,18 @@ class _Run:
                 failed = anew and "error" in result  # in this run
                 if not failed and not self.keeping.holds(self.table.job(batch, at), result):
                     located[at] = -1
+                    spoilt.add(at)
         seen = set[bytes]()
         for at in np.flatnonzero(located < 0).tolist():
             key = bytes(hashes[16 * at : 16 * at + 16])
             if key not in seen:
                 seen.add(key)
-                yield at
+                yield at, at in spoilt
 
-    def _row(self, job: Job, quick: bytearray, anew: bool) -> dict[str, Any]:
+    def _row(self, job: Job, quick: bytes, anew: bool) -> dict[str, Any]:
         self.num_files += len(job.files)
         files = [os.path.abspath(file) for file in job.files]
-        return {"quick": bytes(quick), "key": job.key, "args": json.dumps(job.args), "seconds": job.seconds,
+        return {"quick": quick, "key": job.key, "args": json.dumps(job.args), "seconds": job.seconds,
                 "files": files, "anew": anew}  # fmt: skip
 
     def _write(self, number: int, rows: list[dict[str, Any]]) -> None:
