@@ -38,11 +38,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_repro.data.caption.text import REJECTED, Caption, ends_sentence, judged
+from opensora_repro.data.jobs.cluster import Needs
 from opensora_repro.data.jobs.course import Keeping, memo_of
 from opensora_repro.data.jobs.earlier import adopt, sampled_digest
 from opensora_repro.data.jobs.gpus import check_device, usual_device
 from opensora_repro.data.jobs.records import Records
-from opensora_repro.data.jobs.run import Needs, Runner, RunnerArguments, contents_of, runner_of
+from opensora_repro.data.jobs.run import Runner, RunnerArguments, contents_of, runner_of
 from opensora_repro.data.manifest import REJECTS, reject
 from opensora_repro.data.options import argument, option, parse, parser_of
 from opensora_repro.data.origin import made_by

@@ -38,11 +38,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_repro.data.jobs.batches import run_batches
+from opensora_repro.data.jobs.cluster import Needs
 from opensora_repro.data.jobs.course import Job, Keeping, memo_of
 from opensora_repro.data.jobs.earlier import adopt, sampled_digest
 from opensora_repro.data.jobs.gpus import check_device
 from opensora_repro.data.jobs.records import Records
-from opensora_repro.data.jobs.run import Needs, Runner, RunnerArguments, contents_of, run_jobs, runner_of
+from opensora_repro.data.jobs.run import Runner, RunnerArguments, contents_of, run_jobs, runner_of
 from opensora_repro.data.manifest import REJECTS
 from opensora_repro.data.options import argument, option, parse, parser_of
 from opensora_repro.data.origin import made_by
@@ -155,7 +156,7 @@ def measure_all(clips: Any, names: list[str], keeping: Keeping, runner: Runner) 
         earlier = digest([sampled_digest(path), facts, methods]) if old else ""
         args = {"path": row["path"], "names": names, **facts}
         jobs.append(Job(digest([facts, methods]), str(row["id"]), args, TIMEOUT, (path,), earlier))
-    return run_jobs(measure, jobs, keeping, runner=runner, label="scoring", unit="clip", needs=NEEDS)
+    return list(run_jobs(measure, jobs, keeping, runner=runner, label="scoring", unit="clip", needs=NEEDS))
 
 
 def measure(args: Record) -> Record:

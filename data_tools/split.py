@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from functools import partial
@@ -24,10 +25,11 @@ from typing import TYPE_CHECKING, Any
 
 from opensora_repro.data.ids import text_digest
 from opensora_repro.data.inputs import Item, find_inputs
+from opensora_repro.data.jobs.cluster import Needs
 from opensora_repro.data.jobs.course import Job, Keeping
 from opensora_repro.data.jobs.earlier import file_key
 from opensora_repro.data.jobs.records import Records
-from opensora_repro.data.jobs.run import Needs, Runner, RunnerArguments, run_jobs, runner_of
+from opensora_repro.data.jobs.run import Runner, RunnerArguments, run_jobs, runner_of
 from opensora_repro.data.manifest import LINEAGE, MANIFEST, reject, write_outcome
 from opensora_repro.data.options import argument, option, parse, parser_of
 from opensora_repro.data.origin import made_by
@@ -336,7 +338,7 @@ def clip_row(path: Path, scan: Scan, span: Span) -> Row:
     }
 
 
-def collect(sources: list[Source], records: list[Record]) -> tuple[list[Row], list[Row]]:
+def collect(sources: list[Source], records: Iterable[Record]) -> tuple[list[Row], list[Row]]:
     """Join the sources' rows; of sources with the same content the first is kept."""
     clips: list[Row] = []
     rejects: list[Row] = []

@@ -16,9 +16,10 @@ import pandas as pd
 import pytest
 
 from opensora_repro.data.jobs import parts
+from opensora_repro.data.jobs.cluster import Needs
 from opensora_repro.data.jobs.course import Job, Keeping
 from opensora_repro.data.jobs.records import Records
-from opensora_repro.data.jobs.run import Needs, Runner, run_jobs
+from opensora_repro.data.jobs.run import Runner, run_jobs
 from tests.e2e.test_ray_tools import film, run_tools
 from tests.frames import read_table
 from tests.job_works import square
@@ -32,6 +33,11 @@ def lines(folder: Path) -> list[int]:
     return [int(line.split()[0]) for line in log.read_text().splitlines()] if log.exists() else []
 
 
+def workers(folder: Path) -> set[str]:
+    """Return the processes that have done rows: of two, each is on a node, which has one core."""
+    return {line.split()[1] for line in (folder / "log").read_text().splitlines()}
+
+
 def wait_for(condition: Any) -> None:
     deadline = time.monotonic() + 300
     while not condition():
@@ -43,7 +49,8 @@ def run(folder: Path, runner: Runner, count: int = COUNT) -> list[Any]:
     (folder / "files").mkdir(parents=True, exist_ok=True)
     jobs = []
     for n in range(count):
-        (file := folder / "files" / str(n)).write_text(str(n))
+        if not (file := folder / "files" / str(n)).exists():
+            file.write_text(str(n))
         jobs.append(Job("k", str(n), {"n": n, "log": str(folder / "log"), "sleep": 0.1}, 60.0, (file,)))
     with Records(folder / "out") as records:
         return list(
@@ -73,7 +80,7 @@ def test_a_killed_node_costs_what_was_in_flight(tmp_path: Path) -> None:
         ray.init(address=cluster.address, log_to_driver=False)
         folder = tmp_path / "there"
         killer = threading.Thread(
-            target=lambda: (wait_for(lambda: len(lines(folder)) >= COUNT // 4),
+            target=lambda: (wait_for(lambda: len(lines(folder)) >= COUNT // 4 and len(workers(folder)) > 1),
                             cluster.remove_node(doomed, allow_graceful=False))
         )  # fmt: skip
         killer.start()

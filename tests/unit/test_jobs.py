@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 
 from opensora_repro.data.jobs import cluster, gpus
+from opensora_repro.data.jobs.cluster import Needs
 from opensora_repro.data.jobs.course import Job, Keeping
 from opensora_repro.data.jobs.parts import to_records
 from opensora_repro.data.jobs.records import Records
-from opensora_repro.data.jobs.run import Needs, Runner, RunnerArguments, run_jobs, runner_of
+from opensora_repro.data.jobs.run import Runner, RunnerArguments, run_jobs, runner_of
 from opensora_repro.data.jobs.workers import Task, num_cores, run_here
 from opensora_repro.data.options import parse, parser_of
 from opensora_repro.data.progress import progress
@@ -84,7 +85,7 @@ def test_files_are_known_by_content(tmp_path: Path) -> None:
         todo = [Job(key, "", {"n": n, "log": str(tmp_path / "log")}, files=(file,)) for n, file in enumerate(files)]
         with Records(tmp_path / "out") as records:
             keeping = Keeping(records, "x", one_a_file=one_a_file)
-            results = run_jobs(square, todo, keeping, runner=TWO, label="testing")
+            results = list(run_jobs(square, todo, keeping, runner=TWO, label="testing"))
         assert results[0] == results[1] and [r["square"] for r in results[1:]] in ([0, 4], [1, 4])
         return ran(tmp_path)
 

@@ -6,9 +6,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from opensora_repro.data.jobs.cluster import Needs
 from opensora_repro.data.jobs.course import Job, Keeping
 from opensora_repro.data.jobs.parts import to_records
-from opensora_repro.data.jobs.run import USUAL, Needs, Runner, run_over_ray, run_tasks
+from opensora_repro.data.jobs.run import USUAL, Runner, run_over_ray, run_tasks
 from opensora_repro.data.jobs.workers import Task, Work
 from opensora_repro.data.progress import progress
 
@@ -34,8 +35,8 @@ def run_batches(
     """
     if runner.kind == "ray":
         jobs = [Job(key, "", item) for key, item in items.items()]
-        found = run_over_ray(work, jobs, keeping, runner, needs, label, "clip", group=size, options=options)
-        return dict(zip(items, found, strict=True))
+        results = run_over_ray(work, jobs, keeping, runner, needs, label, "clip", group=size, options=options)
+        return dict(zip(items, results, strict=True))
     to_records(keeping)
     known = keeping.records.get(keeping.kind, items)
     for step in dict.fromkeys((size, 1)):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -107,7 +107,7 @@ def run_jobs(
     label: str,
     unit: str = "file",
     needs: Needs = USUAL,
-) -> Collection[Any]:
+) -> Iterable[Any]:
     """Run `work` on every job that has no record yet; return the jobs' results in their order.
 
     `needs` is what a worker holds over Ray. There `jobs` may be of any number, if it gives a new iterator whenever it

@@ -10,10 +10,11 @@ from typing import Any
 
 from opensora_repro.data.ids import text_digest
 from opensora_repro.data.inputs import TABLE_SUFFIXES, VIDEO_SUFFIXES, Inputs, Item, find_inputs
+from opensora_repro.data.jobs.cluster import Needs
 from opensora_repro.data.jobs.course import Job, Keeping
 from opensora_repro.data.jobs.earlier import file_key
 from opensora_repro.data.jobs.records import Records
-from opensora_repro.data.jobs.run import Needs, Runner, run_jobs
+from opensora_repro.data.jobs.run import Runner, run_jobs
 from opensora_repro.data.manifest import MANIFEST, path_from, reject, write_outcome
 from opensora_repro.data.origin import Maker, making
 from opensora_repro.data.tables import Row, is_missing, read_names, with_types
