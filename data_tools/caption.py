@@ -38,11 +38,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_repro.data.caption.text import REJECTED, Caption, ends_sentence, judged
-from opensora_repro.data.jobs.course import Keeping, contents_of, memo_of
+from opensora_repro.data.jobs.cluster import Needs
+from opensora_repro.data.jobs.course import Keeping, memo_of
 from opensora_repro.data.jobs.earlier import adopt, sampled_digest
 from opensora_repro.data.jobs.gpus import check_device, usual_device
 from opensora_repro.data.jobs.records import Records
-from opensora_repro.data.jobs.run import Runner, RunnerArguments, runner_of
+from opensora_repro.data.jobs.run import Runner, RunnerArguments, contents_of, runner_of
 from opensora_repro.data.manifest import REJECTS, reject
 from opensora_repro.data.options import any_path, argument, local_path, option, parse, parser_of
 from opensora_repro.data.origin import made_by
@@ -54,9 +55,11 @@ from opensora_repro.storage.scratch import fetched
 
 if TYPE_CHECKING:
     from opensora_repro.data.caption.chat import Endpoint
+    from opensora_repro.data.caption.endpoints import Endpoints
     from opensora_repro.frozen.captioner import Captioner
 
 METHOD, REWRITE_METHOD = 2, 1  # raise when the same clip would be shown, or asked about, otherwise
+NEEDS = Needs(memory=4 << 30)  # of a worker with a captioner
 SHORT_SIDE, JPEG_QUALITY = 448, 90  # of the frames that are shown; smaller ones stay as they are
 ENDPOINT_FRAMES = 8
 VIDEO_TYPES = {".webm": "webm", ".mkv": "x-matroska", ".mov": "quicktime", ".avi": "x-msvideo"}  # others: mp4
@@ -94,7 +97,12 @@ class Arguments(RunnerArguments):
     model: str = option(
         "vision-language model: folder, or name in the hub's cache", "", type=expanduser, metavar="MODEL"
     )
-    endpoint: str = option("chat-completions API, such as http://localhost:8000/v1", "", metavar="URL")
+    endpoint: list[str] = option(
+        "chat-completions API, such as http://localhost:8000/v1; again for more servers of the same model",
+        None,
+        action="append",
+        metavar="URL",
+    )
     endpoint_model: str = option("the endpoint's model", "", metavar="NAME")
     rewrite: bool = option("make short captions detailed, with the endpoint", False)
     keep_flagged: bool = option("keep empty and refusing captions, flagged", False)
@@ -112,7 +120,7 @@ class Arguments(RunnerArguments):
     batch_size: int = option("clips a batch (%(default)s)", 8, group=WITH_MODEL, metavar="N")
     model_workers: int = option("copies of the model (%(default)s)", 1, group=WITH_MODEL, metavar="N")
 
-    concurrency: int = option("questions at a time (%(default)s)", 8, group=WITH_ENDPOINT, metavar="N")
+    concurrency: int = option("questions at a time to each (%(default)s)", 8, group=WITH_ENDPOINT, metavar="N")
     retries: int = option("tries after the first (%(default)s)", 6, group=WITH_ENDPOINT, metavar="N")
     timeout: float = option("seconds for an answer (%(default)g)", 180.0, group=WITH_ENDPOINT, metavar="S")
     send: str | None = option(
@@ -222,13 +230,13 @@ def caption(args: Arguments) -> int:
         print(f"{unwrapped} captions had thoughts, chat markers or courtesies around them, which were cut")
     print(f"{sum(good)} of {len(clips)} clips captioned{flagged}, {len(clips) - sum(good)} rejected: {one_line(out)}")
     if not any(good):
-        source = args.sidecar or args.model or args.endpoint
+        source = args.sidecar or args.model or ", ".join(args.endpoint)
         raise DataError(f"{source}: no clip found its caption; the reasons are in {out / 'rejects.parquet'}")
     return 0
 
 
 def first_captions(
-    args: Arguments, rows: Sequence[Record], endpoint: Endpoint | None, records: Records, runner: Runner
+    args: Arguments, rows: Sequence[Record], endpoint: Endpoint | Endpoints | None, records: Records, runner: Runner
 ) -> list[Caption]:
     """Return every clip's caption before any rewriting."""
     from opensora_repro.data.caption.join import captions_of
@@ -240,7 +248,7 @@ def first_captions(
     if args.rewrite and any(row["caption"].strip() for row in rows):
         return [judged(row["caption"]) for row in rows]
     assert endpoint is not None
-    return from_endpoint(rows, args, endpoint, records)
+    return from_endpoint(rows, args, endpoint, records, runner)
 
 
 def reason_of(found: Caption, keep_flagged: bool) -> str:
@@ -292,17 +300,19 @@ def from_model(rows: Sequence[Record], args: Arguments, keeping: Keeping, runner
     args = replace(args, device=device, dtype=dtype)
     how, options = model_options(args, memo_of(keeping.records))
     gpu = check_device(args.device, args.model_workers, over_ray=over_ray)
-    keys = clip_keys(rows, keeping, how, lambda: model_options(args, sampled_digest)[0])
+    keys = clip_keys(rows, keeping, how, runner, lambda: model_options(args, sampled_digest)[0])
     shown = ("path", "num_frames", "fps", "height", "width")
     items = {key: {name: row[name] for name in shown} for key, row in zip(keys, rows, strict=True)}
     runner = replace(runner, workers=args.model_workers, gpu=gpu)
     found = run_batches(
-        describe, items, keeping, size=args.batch_size, options=options, runner=runner, label="captioning"
+        describe, items, keeping, size=args.batch_size, options=options, runner=runner, label="captioning", needs=NEEDS
     )
     return [judge(found[key]) for key in keys]
 
 
-def clip_keys(rows: Sequence[Record], keeping: Keeping, how: list[Any], earlier: Callable[[], list[Any]]) -> list[str]:
+def clip_keys(
+    rows: Sequence[Record], keeping: Keeping, how: list[Any], runner: Runner, earlier: Callable[[], list[Any]]
+) -> list[str]:
     """Return what names each clip's record: its content, and how it is asked about."""
     paths = [Path(row["path"]) for row in rows]
 
@@ -310,7 +320,7 @@ def clip_keys(rows: Sequence[Record], keeping: Keeping, how: list[Any], earlier:
         facts = [[int(row["num_frames"]), float(row["fps"])] for row in rows]
         return [digest([content, *told, *how]) for content, told in zip(contents, facts, strict=True)]
 
-    named = keys(contents_of(paths, keeping.records), how)
+    named = keys(contents_of(paths, keeping.records, runner), how)
     adopt(keeping, named, lambda: keys(list(map(sampled_digest, paths)), earlier()))
     return named
 
@@ -366,18 +376,23 @@ def describe(args: Record) -> Record:
 # ---- an endpoint
 
 
-def endpoint_of(args: Arguments) -> Endpoint:
+def endpoint_of(args: Arguments) -> Endpoint | Endpoints:
     from opensora_repro.data.caption.chat import Endpoint
+    from opensora_repro.data.caption.endpoints import Endpoints
 
-    return Endpoint(
-        args.endpoint,
-        args.endpoint_model,
-        key_env=args.api_key_env,
-        max_tokens=args.max_tokens,
-        timeout=args.timeout,
-        retries=args.retries,
-        fields=fields_of(args),
-    )
+    found = [
+        Endpoint(
+            url,
+            args.endpoint_model,
+            key_env=args.api_key_env,
+            max_tokens=args.max_tokens,
+            timeout=args.timeout,
+            retries=args.retries,
+            fields=fields_of(args),
+        )
+        for url in dict.fromkeys(args.endpoint)
+    ]
+    return found[0] if len(found) == 1 else Endpoints(found, args.concurrency)
 
 
 def fields_of(args: Arguments) -> Record:
@@ -398,7 +413,9 @@ def fields_of(args: Arguments) -> Record:
     return fields | {name: value for name, value in given.items() if value is not None}
 
 
-def from_endpoint(rows: Sequence[Record], args: Arguments, endpoint: Endpoint, records: Records) -> list[Caption]:
+def from_endpoint(
+    rows: Sequence[Record], args: Arguments, endpoint: Endpoint | Endpoints, records: Records, runner: Runner
+) -> list[Caption]:
     """Return every clip's caption as the endpoint writes it."""
     whole = args.send == "video"
     usual = f"This is a video clip. {DESCRIBE}" if whole else INSTRUCTION
@@ -406,7 +423,7 @@ def from_endpoint(rows: Sequence[Record], args: Arguments, endpoint: Endpoint, r
     frames = 0 if whole else args.frames or ENDPOINT_FRAMES
     how = [METHOD, endpoint.model, instruction, frames, args.max_tokens, endpoint.fields]
     keeping = Keeping(records, ANSWERS[0])
-    keys = clip_keys(rows, keeping, how, lambda: how)
+    keys = clip_keys(rows, keeping, how, runner, lambda: how)
     prompts = {key: partial(about_clip, row, instruction, frames) for key, row in zip(keys, rows, strict=True)}
     found = answers(prompts, args, endpoint, keeping, "captioning")
     return [judge(found[key]) for key in keys]
@@ -445,7 +462,9 @@ def whole_video(path: Path) -> Record:
     return {"type": "video_url", "video_url": {"url": f"data:video/{kind};base64,{data}"}}
 
 
-def rewritten(captions: Sequence[Caption], args: Arguments, endpoint: Endpoint, records: Records) -> list[Caption]:
+def rewritten(
+    captions: Sequence[Caption], args: Arguments, endpoint: Endpoint | Endpoints, records: Records
+) -> list[Caption]:
     """Return the captions made detailed; what is no caption, and is not sent, as it is."""
     how: list[Any] = [REWRITE_METHOD, endpoint.model, REWRITE, args.max_tokens]
     how += [endpoint.fields] if endpoint.fields else []  # without any, the answers of earlier runs are still right
@@ -465,7 +484,7 @@ def about_text(text: str) -> list[Record]:
 def answers(
     prompts: Mapping[str, Callable[[], list[Record]]],
     args: Arguments,
-    endpoint: Endpoint,
+    endpoint: Endpoint | Endpoints,
     keeping: Keeping,
     label: str,
 ) -> dict[str, Record]:
@@ -473,7 +492,8 @@ def answers(
 
     questions = [Prompt(key, messages) for key, messages in prompts.items()]
     prices = Prices(args.price_in, args.price_out)
-    return complete_all(questions, keeping, endpoint, concurrency=args.concurrency, label=label, prices=prices)
+    concurrency = args.concurrency * len(set(args.endpoint))
+    return complete_all(questions, keeping, endpoint, concurrency=concurrency, label=label, prices=prices)
 
 
 if __name__ == "__main__":

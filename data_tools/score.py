@@ -40,11 +40,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_repro.data.jobs.batches import run_batches
-from opensora_repro.data.jobs.course import Job, Keeping, contents_of, memo_of
+from opensora_repro.data.jobs.cluster import Needs
+from opensora_repro.data.jobs.course import Job, Keeping, memo_of
 from opensora_repro.data.jobs.earlier import adopt, sampled_digest
 from opensora_repro.data.jobs.gpus import check_device
 from opensora_repro.data.jobs.records import Records
-from opensora_repro.data.jobs.run import Runner, RunnerArguments, run_jobs, runner_of
+from opensora_repro.data.jobs.run import Runner, RunnerArguments, contents_of, run_jobs, runner_of
 from opensora_repro.data.manifest import REJECTS
 from opensora_repro.data.options import any_path, argument, option, parse, parser_of
 from opensora_repro.data.origin import made_by
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
 
 NAMES = ("motion", "jitter", "static", "sharpness", "brightness", "letterbox", "text", "watermark", "duplicates")
 MODEL_METHOD = 1  # raise when the model's scores are computed otherwise
+NEEDS, MODEL_NEEDS = Needs(memory=1 << 30), Needs(memory=2 << 30)
 TIMEOUT = 300.0  # seconds for a clip
 FEW = 1000  # clips of which it is not told how they are compared
 Record = dict[str, Any]
@@ -165,7 +167,7 @@ def measure_all(clips: Any, names: list[str], keeping: Keeping, runner: Runner) 
         earlier = digest([sampled_digest(path), facts, methods]) if old else ""
         args = {"path": row["path"], "names": names, **facts}
         jobs.append(Job(digest([facts, methods]), str(row["id"]), args, TIMEOUT, (path,), earlier))
-    return run_jobs(measure, jobs, keeping, runner=runner, label="scoring", unit="clip")
+    return list(run_jobs(measure, jobs, keeping, runner=runner, label="scoring", unit="clip", needs=NEEDS))
 
 
 def measure(args: Record) -> Record:
@@ -208,11 +210,13 @@ def embed_all(
         how = model_fingerprint(**models, hash_file=hash_file)
         return [digest([text, i["num_frames"], i["caption"], how]) for text, i in zip(contents, items, strict=True)]
 
-    named = keys(contents_of(paths, keeping.records), memo_of(keeping.records))
+    named = keys(contents_of(paths, keeping.records, runner), memo_of(keeping.records))
     adopt(keeping, named, lambda: keys(list(map(sampled_digest, paths)), sampled_digest))
     todo = dict(zip(named, items, strict=True))
     options = {**models, "device": args.device}
-    known = run_batches(embed, todo, keeping, size=args.batch_size, options=options, runner=runner, label="embedding")
+    known = run_batches(
+        embed, todo, keeping, size=args.batch_size, options=options, runner=runner, label="embedding", needs=MODEL_NEEDS
+    )
     found = iter(known[key] for key in named)
     return [{} if "error" in record else next(found) for record in records]
 

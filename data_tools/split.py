@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from functools import partial
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from opensora_repro.data.ids import text_digest
 from opensora_repro.data.inputs import Item, find_inputs
+from opensora_repro.data.jobs.cluster import Needs
 from opensora_repro.data.jobs.course import Job, Keeping
 from opensora_repro.data.jobs.earlier import file_key
 from opensora_repro.data.jobs.records import Records
@@ -43,6 +45,7 @@ PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "sl
 CLIP_COLUMNS = {**MANIFEST, **LINEAGE, "resplit": "bool"}
 USUAL: dict[str, Any] = {"min_frames": 8, "short_side": 0, "fps": ""}  # where neither they nor a config are given
 METHOD = 5  # raise when the same options would give other clips, so that finished sources are done again
+NEEDS = Needs(memory=1 << 30)
 PATIENCE = 600.0  # seconds that any source may take
 SLOWEST = 20e3  # bytes of a source that a busy core splits in a second
 Record = dict[str, Any]  # of a finished source: rows of "clips" and "rejects", 16 digits of its "content"
@@ -228,7 +231,7 @@ def split(given: str, out: Path, options: Options, runner: Runner) -> int:
     with Records(out) as records:
         take_over(records, jobs)
         keeping = Keeping(records, "sources", holds, one_a_file=True)
-        found = run_jobs(split_job, jobs, keeping, runner=runner, label="splitting", unit="video")
+        found = run_jobs(split_job, jobs, keeping, runner=runner, label="splitting", unit="video", needs=NEEDS)
     remove_leftovers(out / "clips")  # again: the workers of a run that was killed just before may have died since
     sources = [
         Source(item.path, item.name, result.get("content", text_digest(item.name)))
@@ -335,7 +338,7 @@ def clip_row(path: Path, scan: Scan, span: Span) -> Row:
     }
 
 
-def collect(sources: list[Source], records: list[Record]) -> tuple[list[Row], list[Row]]:
+def collect(sources: list[Source], records: Iterable[Record]) -> tuple[list[Row], list[Row]]:
     """Join the sources' rows; of sources with the same content the first is kept."""
     clips: list[Row] = []
     rejects: list[Row] = []

@@ -24,8 +24,8 @@ BATCH_ROWS = 1 << 16
 # Options that tell where, or who works, not what comes out
 PLACES = ("input", "inputs", "table", "out")
 WORKERS = (
-    "workers", "runner", "address", "model_workers", "device", "per_host", "batch_size", "concurrency", "timeout",
-    "retries", "price_in", "price_out", "thumbnails", "dry_run",
+    "workers", "runner", "address", "cpus", "gpus", "memory", "gpu_nodes", "model_workers", "device", "per_host",
+    "batch_size", "concurrency", "timeout", "retries", "price_in", "price_out", "thumbnails", "dry_run",
 )  # fmt: skip
 SECRETS = ("key", "token", "password")  # within the names of options whose values nobody should read
 

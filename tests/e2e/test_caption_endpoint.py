@@ -478,3 +478,44 @@ def test_a_clip_that_cannot_be_read(shaded: Path, tmp_path: Path) -> None:
 def test_prices() -> None:
     assert completions.Prices(2.5, 10).cost(1_000_000, 100_000) == pytest.approx(3.5)
     assert os.environ.get("OPENAI_API_KEY") is None
+
+
+def both(first: ChatServer, second: ChatServer, manifest: Path, out: Path, *more: str) -> list[str]:
+    return options(first, manifest, out, "--endpoint", second.url, *more)
+
+
+def test_two_servers_share_the_questions(shaded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    with chat_server(shade) as first, chat_server(shade) as second:
+        assert caption.main(both(first, second, shaded, out, "--concurrency", "1", "--price-in", "2")) == 0
+        counts = len(first.questions), len(second.questions)
+        assert captions_in(out) == EXPECTED and sum(counts) == COUNT and min(counts) > 0
+        shares = f"{first.url}/chat/completions {counts[0]}, {second.url}/chat/completions {counts[1]}"
+        assert f"captioning: 6 answers, 600 tokens in, 60 out, cost 0.0012 ({shares})\n" in capsys.readouterr().out
+        assert caption.main(both(second, first, shaded, out)) == 0  # answers are the model's, whoever gave them
+        assert sum((len(first.questions), len(second.questions))) == COUNT
+
+
+@pytest.mark.parametrize("trouble", [error(500), BREAK, error(401, "no")])
+def test_a_server_that_fails_leaves_its_part_to_the_other(
+    shaded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], trouble: Any
+) -> None:
+    def fails(question: dict[str, Any], number: int) -> Any:
+        return trouble if number else shade(question)
+
+    with chat_server(fails) as first, chat_server(shade) as second:
+        assert caption.main(both(first, second, shaded, tmp_path / "out", "--concurrency", "1")) == 0
+        assert captions_in(tmp_path / "out") == EXPECTED
+        assert len(second.questions) == COUNT - 1
+        assert (": 401 no" in capsys.readouterr().err) == (trouble == error(401, "no"))
+
+
+def test_servers_that_are_not_there(shaded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with chat_server(shade) as first:
+        with chat_server(shade) as second:
+            pass
+        assert caption.main(both(second, first, shaded, tmp_path / "out")) == 0
+        assert captions_in(tmp_path / "out") == EXPECTED
+        assert f"note: --endpoint {second.url}/chat/completions: no connection" in capsys.readouterr().err
+    assert caption.main(both(second, first, shaded, tmp_path / "other")) == 2
+    assert "is the server running" in capsys.readouterr().err

@@ -9,13 +9,16 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from opensora_repro.data.jobs import cluster, gpus
+from opensora_repro.data.jobs.cluster import Needs
 from opensora_repro.data.jobs.course import Job, Keeping
+from opensora_repro.data.jobs.parts import to_records
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, RunnerArguments, run_jobs, runner_of
 from opensora_repro.data.jobs.workers import Task, num_cores, run_here
@@ -82,7 +85,7 @@ def test_files_are_known_by_content(tmp_path: Path) -> None:
         todo = [Job(key, "", {"n": n, "log": str(tmp_path / "log")}, files=(file,)) for n, file in enumerate(files)]
         with Records(tmp_path / "out") as records:
             keeping = Keeping(records, "x", one_a_file=one_a_file)
-            results = run_jobs(square, todo, keeping, runner=TWO, label="testing")
+            results = list(run_jobs(square, todo, keeping, runner=TWO, label="testing"))
         assert results[0] == results[1] and [r["square"] for r in results[1:]] in ([0, 4], [1, 4])
         return ran(tmp_path)
 
@@ -189,6 +192,8 @@ def test_ray_gives_the_same(tmp_path: Path) -> None:
     here = run(misbehave, todo, tmp_path / "here")
     there = run(misbehave, todo, tmp_path / "there", Runner("ray", 2, "local"))
     assert there == here
+    with Records(tmp_path / "there") as records:
+        to_records(Keeping(records, "x"))  # as the next run on this machine does
     assert recorded(tmp_path / "here", "x") == recorded(tmp_path / "there", "x")
     assert soon(lambda: not any(alive(int(p.stem)) for p in (tmp_path / "pids").iterdir()))
 
@@ -260,6 +265,13 @@ def test_runner_options(monkeypatch: pytest.MonkeyPatch) -> None:
         runner_of(options("--workers", "-1"))
     with pytest.raises(DataError, match="--address: only with --runner ray"):
         runner_of(options("--address", "auto"))
+    with pytest.raises(DataError, match="--gpu-nodes: only with --runner ray"):
+        runner_of(options("--gpu-nodes"))
+    with pytest.raises(DataError, match=r"--memory -1\.0: expected 0 or more"):
+        runner_of(options("--runner", "ray", "--memory", "-1"))
+    told = runner_of(options("--runner", "ray", "--cpus", "2", "--gpus", ".5", "--memory", "1.5"))
+    assert told.needs(Needs(rows=8)) == Needs(cpus=2.0, memory=3 << 29, rows=8)
+    assert replace(told, gpu=True).needs(Needs()).gpus == 0.5 and Runner(gpu=True).needs(Needs()).gpus == 1.0
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(DataError, match="Ray is not installed"):
         runner_of(options("--runner", "ray", "--address", "auto"))

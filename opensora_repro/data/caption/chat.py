@@ -139,7 +139,7 @@ class Endpoint:
         for attempt in range(self.retries + 1):
             self._wait_until(self._not_before)
             try:
-                return self._ask_once(messages)
+                return self.ask_once(messages)
             except TryAgain as trouble:
                 if attempt == self.retries:
                     raise NoAnswer(f"{trouble} ({attempt + 1} tries)", unreachable=True) from None
@@ -154,7 +154,8 @@ class Endpoint:
         if self._stop.wait(max(0.0, moment - time.monotonic())):
             raise Stopped
 
-    def _ask_once(self, messages: Sequence[dict[str, Any]]) -> Answer:
+    def ask_once(self, messages: Sequence[dict[str, Any]]) -> Answer:
+        """Like `ask`, and raises TryAgain for what another try may be rid of."""
         limit = self._limit
         question = {"model": self.model, "messages": list(messages), limit: self.max_tokens, **self.fields}
         status, wait, body = self._post(question)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from opensora_repro.data.caption.chat import Answer, Endpoint, NoAnswer, Stopped
+from opensora_repro.data.caption.endpoints import Endpoints
 from opensora_repro.data.jobs.course import Keeping
 from opensora_repro.data.progress import progress
 from opensora_repro.data.video import DecodeError
@@ -43,13 +44,15 @@ class Prices:
 class Usage:
     """What was asked and what it cost: in this run, and before."""
 
-    def __init__(self, prices: Prices, before: Sequence[dict[str, Any]]) -> None:
-        self.prices, self.before = prices, list(before)
+    def __init__(self, prices: Prices, before: Sequence[dict[str, Any]], endpoint: Endpoint | Endpoints) -> None:
+        self.prices, self.before, self.endpoint = prices, list(before), endpoint
         self.asked: list[dict[str, Any]] = []
 
     def line(self) -> str:
         """Return "12 answers, 3,400 tokens in, 560 out, cost 0.0123"."""
         text = _sums(self.asked, self.prices)
+        if isinstance(self.endpoint, Endpoints) and self.asked:
+            text += f" ({self.endpoint.shares()})"
         return f"{text}; before: {_sums(self.before, self.prices)}" if self.before else text
 
 
@@ -60,7 +63,13 @@ def _sums(records: Sequence[dict[str, Any]], prices: Prices) -> str:
 
 
 def complete_all(
-    prompts: Sequence[Prompt], keeping: Keeping, endpoint: Endpoint, *, concurrency: int, label: str, prices: Prices
+    prompts: Sequence[Prompt],
+    keeping: Keeping,
+    endpoint: Endpoint | Endpoints,
+    *,
+    concurrency: int,
+    label: str,
+    prices: Prices,
 ) -> dict[str, dict[str, Any]]:
     """Return {"text", "cut", "tokens_in", "tokens_out"} or {"error": reason} for every prompt, by its key.
 
@@ -68,7 +77,7 @@ def complete_all(
     when the run ends early. Raises DataError where no server is, or the endpoint answers nobody.
     """
     results = keeping.records.get(keeping.kind, [prompt.key for prompt in prompts])
-    usage = Usage(prices, list(results.values()))
+    usage = Usage(prices, list(results.values()), endpoint)
     todo = {prompt.key: prompt for prompt in prompts if prompt.key not in results}
     total = len(results) + len(todo)
     if todo:
@@ -100,7 +109,7 @@ def complete_all(
 class _Workers:
     """Threads that take one prompt after another; daemons, so that none keeps a run from ending."""
 
-    def __init__(self, prompts: Sequence[Prompt], keeping: Keeping, endpoint: Endpoint, size: int) -> None:
+    def __init__(self, prompts: Sequence[Prompt], keeping: Keeping, endpoint: Endpoint | Endpoints, size: int) -> None:
         self.keeping, self.endpoint = keeping, endpoint
         self.prompts: Iterator[Prompt] = iter(prompts)
         self.lock = threading.Lock()

@@ -6,8 +6,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from opensora_repro.data.jobs.course import Keeping
-from opensora_repro.data.jobs.run import Runner, run_tasks
+from opensora_repro.data.jobs.cluster import Needs
+from opensora_repro.data.jobs.course import Job, Keeping
+from opensora_repro.data.jobs.parts import to_records
+from opensora_repro.data.jobs.run import USUAL, Runner, run_over_ray, run_tasks
 from opensora_repro.data.jobs.workers import Task, Work
 from opensora_repro.data.progress import progress
 
@@ -15,7 +17,15 @@ Record = dict[str, Any]
 
 
 def run_batches(
-    work: Work, items: Mapping[str, Record], keeping: Keeping, *, size: int, options: Record, runner: Runner, label: str
+    work: Work,
+    items: Mapping[str, Record],
+    keeping: Keeping,
+    *,
+    size: int,
+    options: Record,
+    runner: Runner,
+    label: str,
+    needs: Needs = USUAL,
 ) -> dict[str, Record]:
     """Return every item's record by its key, a digest of its content and of how it is treated.
 
@@ -23,13 +33,18 @@ def run_batches(
     recorded is not done again. If a batch fails, its items are tried one by one; one that fails alone has
     {"error": ...}.
     """
+    if runner.kind == "ray":
+        jobs = [Job(key, "", item) for key, item in items.items()]
+        results = run_over_ray(work, jobs, keeping, runner, needs, label, "clip", group=size, options=options)
+        return dict(zip(items, results, strict=True))
+    to_records(keeping)
     known = keeping.records.get(keeping.kind, items)
     for step in dict.fromkeys((size, 1)):
         left = [{"key": key, **item} for key, item in items.items() if key not in known]
         batches = {str(at): left[at : at + step] for at in range(0, len(left), step)}
         tasks = [Task(at, {"items": batch, **options}, None) for at, batch in batches.items()]
         with progress(label, len(tasks), "batch") as bar:
-            for done in run_tasks(work, iter(tasks), len(tasks), runner) if tasks else ():
+            for done in run_tasks(work, iter(tasks), runner) if tasks else ():
                 bar(done is not None)
                 if done is None:
                     continue

@@ -1,13 +1,41 @@
-"""The same tasks over a Ray cluster: each Ray actor hands them to a worker of its own, so results are the same."""
+"""Work over a Ray cluster, as a streaming plan of Ray Data: chunks of rows in, Parquet parts out, by way of actors.
+
+What Ray does: who works where, back-pressure, more and fewer actors, and another try for a chunk whose actor or node is
+gone. Rows and results never pass through this process.
+"""
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from opensora_repro.data.jobs.workers import Done, Steps, Task, Worker, num_cores, one_reason, surroundings, wait
+from opensora_repro.data.jobs import parts
+from opensora_repro.data.jobs.rows import Order, Rows
+from opensora_repro.data.jobs.workers import num_cores, one_reason
 from opensora_repro.errors import DataError
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a worker of a step holds over Ray: cores, GPUs and bytes of memory. `rows` is how many it gets at a time."""
+
+    cpus: float = 1.0
+    gpus: float = 0.0
+    memory: int = 0
+    rows: int = 64
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which cluster, and how many workers there: 0 for all that it has room for. `gpu_nodes`: also where GPUs are."""
+
+    address: str | None = None
+    workers: int = 0
+    gpu_nodes: bool = False
 
 
 def import_ray() -> Any:
@@ -20,112 +48,86 @@ def import_ray() -> Any:
     return ray
 
 
-def run_over_ray(
-    work: str, tasks: Iterator[Task], count: int, workers: int, address: str | None, gpu: bool = False
-) -> Steps:
-    """Like `run_here`; `workers` is 0 for all that the cluster has room for. Raises DataError if no cluster answers.
+def run_plan(order: Order, count: int, needs: Needs, place: Place) -> Iterator[int]:
+    """Do the chunks 0 to `count` of `order`, then make few parts of many; yield how many rows each chunk had.
 
-    Never more than `workers` tasks are under way, each in an actor that holds a core, and with `gpu` a GPU, for the
-    whole run: a model is loaded once. Every node needs this package and the inputs under the same path.
+    Every node needs this package, and inputs and outputs under the same path. Raises DataError if no cluster answers
+    or none of its nodes has what a worker needs, OSError and RuntimeError for what stops all of the work.
     """
     ray = import_ray()
     mine = not ray.is_initialized()
     if mine:
-        _connect(ray, workers, address)
-    crew: list[Any] = []
+        _connect(ray, needs, place)
     try:
-        room = _room(ray, gpu)
-        # An actor and its task are started again, three times, where their node is lost.
-        actor = ray.remote(num_cpus=1, num_gpus=int(gpu), max_restarts=-1, max_task_retries=3)(_RayWorker)
-        crew += [actor.remote(work) for _ in range(min(workers or room, count))]
-        yield from _hand_out(ray, crew, tasks)
+        yield from _chunks(ray, order, count, needs, place)
+        merge = ray.remote(num_cpus=min(1.0, needs.cpus), max_retries=3)(parts.merge)
+        ray.get([merge.remote(group) for group in parts.groups_to_merge(order.folder)])
     finally:
-        for member in crew:
-            ray.kill(member)
         if mine:
             ray.shutdown()
 
 
-def _room(ray: Any, gpu: bool) -> int:
-    """Return how many actors the cluster has room for. Raises DataError for none."""
-    resources = ray.cluster_resources()
-    room = max(1, int(resources.get("CPU", 1)))
-    if not gpu:
-        return room
-    if not (gpus := int(resources.get("GPU", 0))):
+def _chunks(ray: Any, order: Order, count: int, needs: Needs, place: Place) -> Iterator[int]:
+    from ray.data import ActorPoolStrategy, DataContext, from_items
+
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    DataContext.get_current().enable_progress_bars = False
+    nodes, apart = _nodes(ray, needs, place)
+    room = _room(nodes, needs)
+    most = min(place.workers or count, count)
+    chunks = from_items([{"chunk": number} for number in range(count)], override_num_blocks=count)
+    plan = chunks.map_batches(
+        Rows,
+        batch_size=1,
+        fn_constructor_args=(order,),
+        compute=ActorPoolStrategy(min_size=1, max_size=most, initial_size=min(room, most)),
+        num_cpus=needs.cpus,
+        num_gpus=needs.gpus or None,
+        memory=needs.memory or None,
+        label_selector=apart,
+    )
+    for done in plan.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
+        for trouble in filter(None, done["trouble"].tolist()):
+            kind, _, text = trouble.partition(" ")
+            raise RuntimeError(text) if kind == "RuntimeError" else OSError(text)
+        yield from done["rows"].tolist()
+
+
+def _nodes(ray: Any, needs: Needs, place: Place) -> tuple[list[dict[str, float]], dict[str, str] | None]:
+    """Return what each node has that may do this work, and by which label Ray keeps away from the others.
+
+    Nodes with GPUs are left to what needs these, unless there are no others.
+    """
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    with_gpus = [node for node in alive if node["Resources"].get("GPU")]
+    if needs.gpus or place.gpu_nodes or len(with_gpus) == len(alive) or not with_gpus:
+        return [node["Resources"] for node in alive], None
+    names = ", ".join(node["NodeID"] for node in with_gpus)
+    others = [node["Resources"] for node in alive if node not in with_gpus]
+    return others, {"ray.io/node-id": f"!in({names})"}
+
+
+def _room(nodes: list[dict[str, float]], needs: Needs) -> int:
+    """Return how many workers the nodes have room for. Raises DataError for none."""
+    wanted = {"CPU": needs.cpus, "GPU": needs.gpus, "memory": needs.memory}
+    wanted = {name: amount for name, amount in wanted.items() if amount}
+    room = sum(int(min(node.get(name, 0) / amount for name, amount in wanted.items())) for node in nodes)
+    if room or not wanted:
+        return max(1, room)
+    if needs.gpus and not any(node.get("GPU") for node in nodes):
         raise DataError("--runner ray: this cluster has no GPU, as --device cuda asks for")
-    return min(room, gpus)
+    told = f"{needs.cpus:g} cores, {needs.gpus:g} GPUs and {needs.memory / 2**30:.1f} GiB of memory"
+    raise DataError(f"--runner ray: no node has the {told} of a worker; --cpus, --gpus and --memory say less")
 
 
-def _hand_out(ray: Any, crew: list[Any], queue: Iterator[Task]) -> Steps:
-    """Give a task to each actor that is there and idle; one that the cluster has no room for yet gets none."""
-    pending: dict[Any, tuple[Any, str | None]] = {member.ready.remote(): (member, None) for member in crew}
-    busy, more = 0, True
-    while busy or more:
-        ready, _ = ray.wait(list(pending), num_returns=1, timeout=1.0)
-        if not ready:
-            yield None
-        for ref in ready:
-            member, key = pending.pop(ref)
-            if key is not None:
-                busy -= 1
-                yield key, _fetch(ray, ref)
-            elif (told := _fetch(ray, ref)).text:
-                raise RuntimeError(f"a Ray actor did not start: {told.text}")
-            task = next(queue, None)
-            more = task is not None
-            if task is not None:
-                busy += 1
-                pending[member.run.remote(task)] = member, task.key
-
-
-def _connect(ray: Any, workers: int, address: str | None) -> None:
-    """Join the cluster at `address`, or start one here ("local", or none given and none running)."""
+def _connect(ray: Any, needs: Needs, place: Place) -> None:
+    """Join the cluster at the address, or start one here ("local", or none given and none running)."""
     quiet = {"logging_level": "WARNING", "log_to_driver": False}
     try:
-        if address in (None, "local") and not os.environ.get("RAY_ADDRESS"):
-            ray.init(address="local", num_cpus=workers or num_cores(), include_dashboard=False, **quiet)
+        if place.address in (None, "local") and not os.environ.get("RAY_ADDRESS"):
+            cores = math.ceil(place.workers * needs.cpus) or num_cores()
+            ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
         else:
-            ray.init(address=address, **quiet)
+            ray.init(address=place.address, **quiet)
     except Exception as error:  # Ray has no class of its own for this: ConnectionError, RuntimeError, plain Exception
-        raise DataError(f"--address {address or 'local'}: no Ray cluster answers: {one_reason(error)}") from error
-
-
-def _fetch(ray: Any, ref: Any) -> Done:
-    try:
-        text, final = ray.get(ref)
-    except ray.exceptions.RayTaskError as error:  # not the task's own fault: those come back as results
-        raise error.cause if isinstance(error.cause, OSError | RuntimeError) else error from None
-    except ray.exceptions.RayError as error:
-        return Done.failed(f"lost with its node: {one_reason(error)}", final=False)
-    return Done(text, final)
-
-
-class _RayWorker:
-    """A Ray actor with a worker of its own, so that a crash or a hang is met as on one machine.
-
-    The worker inherits the variables by which Ray tells an actor its GPU.
-    """
-
-    def __init__(self, work: str) -> None:
-        self.work = work
-        self.worker: Worker | None = None
-
-    def ready(self) -> tuple[str, bool]:
-        """Answer when the actor is there."""
-        return "", True
-
-    def run(self, task: Task) -> tuple[str, bool]:
-        """Return a task's result, and whether it is final."""
-        if self.worker is None or self.worker.dead:
-            self.worker = Worker(self.work, surroundings(threads=1))
-        worker, done = self.worker, None
-        try:
-            worker.give(task)
-            while done is None:
-                if wait([worker]):
-                    done = worker.take()
-        except BaseException:
-            worker.kill()
-            raise
-        return done.text, done.final
+        raise DataError(f"--address {place.address or 'local'}: no Ray cluster answers: {one_reason(error)}") from error

@@ -6,14 +6,12 @@ import json
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from opensora_repro.data.jobs.records import Records
-from opensora_repro.data.jobs.workers import Done, Task, num_cores
-from opensora_repro.data.progress import progress
+from opensora_repro.data.jobs.workers import Done, Task
 from opensora_repro.files import Sha256Memo, digest, size_and_time
 
 CONTENTS = "sha256"  # the kind of records that remember files' contents
@@ -33,14 +31,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Keeping:
-    """Where results are kept: as records of a kind, which count while `holds` says so of a job and its result.
+    """Where results are kept: as records of a kind, which count while `holds`, if there is one, says so.
 
     With `one_a_file`, what is made of a file under one key replaces what was made of it under others.
     """
 
     records: Records
     kind: str
-    holds: Callable[[Job, Any], bool] = lambda job, result: True
+    holds: Callable[[Job, Any], bool] | None = None
     one_a_file: bool = False
 
 
@@ -55,22 +53,17 @@ class _Piece:
     failure: Any = None  # why it could not
 
 
+def record_name(key: str, contents: Sequence[str]) -> str:
+    """Return a record's name: how the work is done, and what its files contain."""
+    return f"{digest(contents)}-{key}" if contents else key
+
+
 def memo_of(records: Records) -> Sha256Memo:
     """Return what `records` remember of files' contents."""
     return Sha256Memo(
         lambda place: records.get(CONTENTS, [place]).get(place),
         lambda place, facts: records.put(CONTENTS, {place: json.dumps(facts)}),
     )
-
-
-def contents_of(files: Sequence[Path], records: Records) -> list[str]:
-    """Return the sha256 of files that no job has read, such as clips that go to a model in batches."""
-    memo, contents = memo_of(records), []
-    with ThreadPoolExecutor(num_cores()) as pool, progress("reading", len(files), "file") as bar:
-        for content in pool.map(memo, files):
-            contents.append(content)
-            bar(1)
-    return contents
 
 
 class Course:
@@ -104,11 +97,11 @@ class Course:
 
     def _name(self, piece: _Piece, contents: list[str]) -> None:
         piece.contents = contents
-        piece.name = f"{digest(contents)}-{piece.job.key}" if contents else piece.job.key
+        piece.name = record_name(piece.job.key, contents)
 
     def _take_recorded(self, jobs: Mapping[str, Job]) -> None:
         for name, result in self.records.get(self.keeping.kind, jobs).items():
-            if self.keeping.holds(jobs[name], result):
+            if self.keeping.holds is None or self.keeping.holds(jobs[name], result):
                 self.found[name] = result
 
     def _is_first(self, number: int) -> bool:

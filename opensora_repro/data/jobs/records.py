@@ -75,6 +75,12 @@ class Records:
         self.num_taken_over(kind)
         self._put((kind, key, text) for key, text in texts.items())
 
+    def texts(self, kind: str) -> Iterator[tuple[str, str]]:
+        """Yield the keys of all records of a kind, and their JSON texts."""
+        self.num_taken_over(kind)
+        with self._locked():
+            yield from self.rows.execute("SELECT key, text FROM records WHERE kind = ?", (kind,))
+
     def drop(self, kind: str, prefix: str) -> None:
         """Forget the records whose keys begin with `prefix`, of letters and digits."""
         with self._locked(), self.rows:

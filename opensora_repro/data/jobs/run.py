@@ -8,15 +8,21 @@ which the worker that is to do it looks up just before, and which is remembered.
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from opensora_repro.data.jobs.cluster import import_ray, run_over_ray
-from opensora_repro.data.jobs.course import Course, Job, Keeping
+from opensora_repro.data.jobs.cluster import Needs, Place, import_ray
+from opensora_repro.data.jobs.course import Course, Job, Keeping, memo_of
 from opensora_repro.data.jobs.gpus import visible_gpus
+from opensora_repro.data.jobs.parts import to_records
+from opensora_repro.data.jobs.records import Records
+from opensora_repro.data.jobs.stream import Results, Table, run_streamed
 from opensora_repro.data.jobs.workers import Steps, Task, Work, num_cores, run_here
 from opensora_repro.data.options import option
 from opensora_repro.data.progress import progress
@@ -27,16 +33,32 @@ from opensora_repro.errors import DataError
 class Runner:
     """Where jobs run: `workers` is 0 for all the cores of the machine, or of the cluster.
 
-    `gpu`: each worker has a GPU of its own, the only one it sees.
+    `gpu`: each worker has a GPU of its own, the only one it sees. What follows is of a cluster: what a worker holds
+    there where that is not what its step needs (GiB of memory), and whether work without GPUs goes to nodes with GPUs.
     """
 
     kind: str = "local"
     workers: int = 0
     address: str | None = None
     gpu: bool = False
+    cpus: float | None = None
+    gpus: float | None = None
+    memory: float | None = None
+    gpu_nodes: bool = False
+
+    def needs(self, step: Needs) -> Needs:
+        """Return what a worker holds over Ray, for a step that says what it needs."""
+        cpus = step.cpus if self.cpus is None else self.cpus
+        gpus = float(self.gpu) or step.gpus
+        if gpus and self.gpus is not None:
+            gpus = self.gpus
+        memory = step.memory if self.memory is None else int(self.memory * 2**30)
+        return replace(step, cpus=cpus, gpus=gpus, memory=memory)
 
 
+USUAL = Needs()
 WHERE = "where the work is done"
+READING = Needs(rows=256)  # of files, for what they contain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,55 +70,113 @@ class RunnerArguments:
     address: str | None = option(
         "Ray cluster: auto, ray://HOST:PORT; local starts one here", None, group=WHERE, metavar="A"
     )
+    cpus: float | None = option("cores that a worker holds over Ray (as its step says)", None, group=WHERE, metavar="X")
+    gpus: float | None = option(
+        "GPUs, or a part of one, that a worker with a model on cuda holds over Ray (1)", None, group=WHERE, metavar="X"
+    )
+    memory: float | None = option(
+        "GiB of memory that a worker holds over Ray (as its step says)", None, group=WHERE, metavar="X"
+    )
+    gpu_nodes: bool = option("over Ray, use nodes with GPUs also for work that needs none", False, group=WHERE)
 
 
 def runner_of(args: RunnerArguments) -> Runner:
     """Check where the work is to be done; DataError names the wrong option."""
     if args.workers < 0:
         raise DataError(f"--workers {args.workers}: expected a number of at least 1")
-    if args.address and args.runner != "ray":
-        raise DataError("--address: only with --runner ray")
+    for name in ("address", "cpus", "gpus", "memory", "gpu_nodes"):
+        if getattr(args, name) and args.runner != "ray":
+            raise DataError(f"--{name.replace('_', '-')}: only with --runner ray")
+    for name in ("cpus", "gpus", "memory"):
+        if (value := getattr(args, name)) is not None and not 0 <= value < math.inf:
+            raise DataError(f"--{name} {value}: expected 0 or more")
     if args.runner == "ray":
         import_ray()
-    return Runner(args.runner, args.workers, args.address)
+    return Runner(
+        args.runner, args.workers, args.address, cpus=args.cpus, gpus=args.gpus, memory=args.memory,
+        gpu_nodes=args.gpu_nodes,
+    )  # fmt: skip
 
 
 def run_jobs(
     work: Work,
-    jobs: Sequence[Job],
+    jobs: Iterable[Job],
     keeping: Keeping,
     *,
     runner: Runner,
     label: str,
     unit: str = "file",
-) -> list[Any]:
+    needs: Needs = USUAL,
+) -> Iterable[Any]:
     """Run `work` on every job that has no record yet; return the jobs' results in their order.
+
+    `needs` is what a worker holds over Ray. There `jobs` may be of any number, if it gives a new iterator whenever it
+    is asked for one: neither jobs nor results are held, both are read when they are asked for.
 
     `work` is a top-level function of a module that workers can import; it gets `args` and returns something JSON-able.
     A job that crashes its worker or outlasts its time has the result {"error": reason}. A crash is
     recorded, for it would come again; a limit, an exception of `work` and a worker killed from outside are not, and are
     tried again by the next run. A full or read-only disk raises OSError at once, Ctrl-C KeyboardInterrupt.
     """
-    course = Course(jobs, keeping)
+    if runner.kind == "ray":
+        return run_over_ray(work, jobs, keeping, runner, needs, label, unit)
+    to_records(keeping)
+    course = Course(list(jobs), keeping)
     if course.num_left:
         with progress(label, course.num_left, unit) as bar:
-            for step in run_tasks(work, course, course.num_left, runner):
+            for step in run_tasks(work, course, runner):
                 bar(course.take(*step) if step else 0)
     return course.results()
 
 
-def run_tasks(work: Work, tasks: Iterator[Task], count: int, runner: Runner) -> Steps:
+def run_tasks(work: Work, tasks: Iterator[Task], runner: Runner) -> Steps:
     """Yield each task's key and what became of it, in the order they end; None about every second while none does.
 
-    `count` is about how many tasks there are. The next is taken when the last outcome has been: a worker gets what
+    The next is taken when the last outcome has been: a worker gets what
     follows from its own.
     """
-    if runner.kind == "ray":
-        steps = run_over_ray(_name_of(work), tasks, count, runner.workers, runner.address, runner.gpu)
-    else:
-        steps = run_here(_name_of(work), tasks, runner.workers or num_cores(), visible_gpus() if runner.gpu else ())
-    with closing(steps):
+    gpus = visible_gpus() if runner.gpu else ()
+    with closing(run_here(_name_of(work), tasks, runner.workers or num_cores(), gpus)) as steps:
         yield from steps
+
+
+def run_over_ray(
+    work: Work,
+    jobs: Iterable[Job],
+    keeping: Keeping,
+    runner: Runner,
+    needs: Needs,
+    label: str,
+    unit: str,
+    *,
+    group: int = 0,
+    options: dict[str, Any] | None = None,
+) -> Results:
+    """Like `run_jobs`, over a cluster; with `group` the work takes so many jobs at a time, see `run_batches`."""
+    place = Place(runner.address, runner.workers, runner.gpu_nodes)
+    return run_streamed(
+        _name_of(work), Table.of_jobs(jobs), keeping, needs=runner.needs(needs), place=place, label=label, unit=unit,
+        group=group, options=options,
+    )  # fmt: skip
+
+
+def contents_of(files: Sequence[Path], records: Records, runner: Runner) -> list[str]:
+    """Return the sha256 of files that no job has read, such as clips that go to a model in batches."""
+    if runner.kind == "ray":
+        jobs = [Job("contents", str(file), {}, files=(file,)) for file in files]
+        keeping = Keeping(records, "contents")
+        return [str(found) for found in run_over_ray(first_content, jobs, keeping, runner, READING, "reading", "file")]
+    memo, contents = memo_of(records), []
+    with ThreadPoolExecutor(num_cores()) as pool, progress("reading", len(files), "file") as bar:
+        for content in pool.map(memo, files):
+            contents.append(content)
+            bar(1)
+    return contents
+
+
+def first_content(args: dict[str, Any]) -> str:
+    """Job: the sha256 of a file, which its worker has looked up."""
+    return str(args["contents"][0])
 
 
 def _name_of(work: Work) -> str:

@@ -33,7 +33,7 @@ from opensora_repro.storage.addresses import AddressError
 RUN, REPORT = "run", "report"  # sections that are no stage: options of all tools that have them; of the page at the end
 TOP = ("input", "out")
 AS_USUAL = ("--workers=0",)  # each tool's own default
-RUNNER = ("workers", "runner", "address")
+RUNNER = ("workers", "runner", "address", "cpus", "gpus", "memory", "gpu_nodes")
 OWN = ("out",)  # options that the line sets itself
 
 

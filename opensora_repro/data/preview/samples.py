@@ -50,7 +50,7 @@ def read_samples(
         return []
     with Records(out) as records:
         keeping = Keeping(records, "samples")
-        return run_jobs(make_sample, jobs, keeping, runner=runner, label="samples", unit="clip")
+        return list(run_jobs(make_sample, jobs, keeping, runner=runner, label="samples", unit="clip"))
 
 
 def make_sample(args: dict[str, Any]) -> Picture:

@@ -10,6 +10,7 @@ from typing import Any
 
 from opensora_repro.data.ids import text_digest
 from opensora_repro.data.inputs import TABLE_SUFFIXES, VIDEO_SUFFIXES, Inputs, Item, find_inputs
+from opensora_repro.data.jobs.cluster import Needs
 from opensora_repro.data.jobs.course import Job, Keeping
 from opensora_repro.data.jobs.earlier import file_key
 from opensora_repro.data.jobs.records import Records
@@ -27,6 +28,7 @@ COLUMNS = {
     "coded_width": "int64", "rotation": "int64", "audio": "bool", "container": "string", "file_size": "int64",
     "same_as": "string",
 }  # fmt: skip
+NEEDS = Needs(memory=1 << 29, rows=256)
 PATIENCE = 60.0  # seconds that any file may take
 READ_RATE, DECODE_RATE = 5e6, 20e3  # bytes a second that a slow disk and a slow core manage, for large files
 
@@ -72,7 +74,7 @@ def probe_all(
     usable = [item for item in inputs.items if not item.reason]
     jobs = [job_of(item, decode) for item in usable]
     with Records(out) as records:
-        found = run_jobs(probe_file, jobs, Keeping(records, "files"), runner=runner, label="probing", unit="file")
+        found = run_jobs(probe_file, jobs, Keeping(records, "files"), runner=runner, label="probing", needs=NEEDS)
     results = {id(item): result for item, result in zip(usable, found, strict=True)}
     rows, rejects = collect(inputs, results, out)
     write_outcome(out, rows, rejects, with_types(rows, COLUMNS))

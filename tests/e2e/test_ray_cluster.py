@@ -1,0 +1,134 @@
+"""A cluster of two nodes, one of which is killed in mid-run: nothing is lost or there twice, all as on one machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from opensora_repro.data.jobs import parts
+from opensora_repro.data.jobs.cluster import Needs
+from opensora_repro.data.jobs.course import Job, Keeping
+from opensora_repro.data.jobs.records import Records
+from opensora_repro.data.jobs.run import Runner, run_jobs
+from tests.e2e.test_ray_tools import film, run_tools
+from tests.frames import read_table
+from tests.job_works import square
+
+COUNT = 240
+ROWS = 8  # a chunk
+
+
+def lines(folder: Path) -> list[int]:
+    log = folder / "log"
+    return [int(line.split()[0]) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def workers(folder: Path) -> set[str]:
+    """Return the processes that have done rows: of two, each is on a node, which has one core."""
+    return {line.split()[1] for line in (folder / "log").read_text().splitlines()}
+
+
+def wait_for(condition: Any) -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def run(folder: Path, runner: Runner, count: int = COUNT) -> list[Any]:
+    (folder / "files").mkdir(parents=True, exist_ok=True)
+    jobs = []
+    for n in range(count):
+        if not (file := folder / "files" / str(n)).exists():
+            file.write_text(str(n))
+        jobs.append(Job("k", str(n), {"n": n, "log": str(folder / "log"), "sleep": 0.1}, 60.0, (file,)))
+    with Records(folder / "out") as records:
+        return list(
+            run_jobs(square, jobs, Keeping(records, "x"), runner=runner, label="squaring", needs=Needs(rows=ROWS))
+        )
+
+
+def rows_in(folder: Path) -> list[dict[str, Any]]:
+    return [row for part in folder.glob("*.parquet") for row in parts.read_part(part).to_pylist()]
+
+
+@pytest.mark.exhaustive
+def test_a_killed_node_costs_what_was_in_flight(tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for number in range(12):
+        film(videos / f"{number}.mp4", [20 + number, 120 + number, 200 - number])
+    (videos / "broken.mp4").write_bytes(b"\0" * 500)
+    here = run(tmp_path / "here", Runner("local", 2))
+    run_tools(videos, tmp_path / "tools_here")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        doomed = cluster.add_node(num_cpus=1)
+        ray.init(address=cluster.address, log_to_driver=False)
+        folder = tmp_path / "there"
+        killer = threading.Thread(
+            target=lambda: (wait_for(lambda: len(lines(folder)) >= COUNT // 4 and len(workers(folder)) > 1),
+                            cluster.remove_node(doomed, allow_graceful=False))
+        )  # fmt: skip
+        killer.start()
+        there = run(folder, Runner("ray", 2, "auto"))
+        killer.join()
+        assert there == here
+        kept = rows_in(folder / "out" / "parts" / "x")
+        assert len(kept) == COUNT and len({row["quick"] for row in kept}) == COUNT
+        done = Counter(lines(folder))
+        assert set(done) == set(range(COUNT)) and set(done.values()) <= {1, 2}
+        assert sum(done.values()) <= COUNT + 2 * ROWS  # the chunks that the node had
+        assert run(folder, Runner("ray", 2, "auto")) == here and Counter(lines(folder)) == done
+
+        doomed = cluster.add_node(num_cpus=1)
+        out = tmp_path / "tools_there"
+        split = out / "split" / "clips"
+        killer = threading.Thread(
+            target=lambda: (wait_for(lambda: split.is_dir() and any(split.glob("*.mp4"))),
+                            cluster.remove_node(doomed, allow_graceful=False))
+        )  # fmt: skip
+        killer.start()
+        run_tools(videos, out, "--runner", "ray", "--address", "auto")
+        killer.join()
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    for tool in ("probe", "split", "score"):
+        first, second = (tmp_path / name / tool for name in ("tools_here", "tools_there"))
+        assert (first / "rejects.parquet").read_bytes() == (second / "rejects.parquet").read_bytes()
+        pd.testing.assert_frame_equal(
+            read_table(first / "manifest.parquet"), read_table(second / "manifest.parquet"), check_exact=True
+        )
+
+
+@pytest.mark.exhaustive
+def test_a_killed_driver_costs_what_was_in_flight(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    program = (
+        "import sys; from pathlib import Path; from opensora_repro.data.jobs.run import Runner\n"
+        "from tests.e2e.test_ray_cluster import run\n"
+        "if __name__ == '__main__': run(Path(sys.argv[1]), Runner('ray', 2, 'local'))\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        wait_for(lambda: len(lines(tmp_path)) >= COUNT // 4)
+        os.kill(process.pid, signal.SIGKILL)
+    found = run(tmp_path, Runner("ray", 2, "local"))
+    assert [result["square"] for result in found] == [n * n for n in range(COUNT)]
+    done = Counter(lines(tmp_path))
+    assert set(done) == set(range(COUNT)) and sum(done.values()) <= COUNT + 3 * ROWS
+    assert len({row["quick"] for row in rows_in(tmp_path / "out" / "parts" / "x")}) == COUNT

@@ -1,0 +1,195 @@
+"""Parts: what a cluster's workers leave behind is found again, once, and by the newest that was made."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from opensora_repro.data.jobs import parts, rows
+from opensora_repro.data.jobs.cluster import Needs, Place
+from opensora_repro.data.jobs.course import Job, Keeping
+from opensora_repro.data.jobs.records import Records
+from opensora_repro.data.jobs.rows import Order, Rows
+from opensora_repro.data.jobs.run import Runner, run_jobs
+from opensora_repro.data.jobs.stream import Table, run_streamed
+
+CHUNK = 8
+
+
+@pytest.fixture(autouse=True)
+def _here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let an actor's code do the chunks in this process: the same rows and parts, without a cluster."""
+
+    def plan(order: Order, count: int, needs: Needs, place: Place) -> Any:
+        actor = Rows(order)
+        for number in range(count):
+            done = actor({"chunk": np.array([number])})
+            assert done["trouble"] == [""]
+            yield done["rows"][0]
+        if actor.worker:
+            actor.worker.end()
+        for group in parts.groups_to_merge(order.folder):
+            parts.merge(group)
+
+    monkeypatch.setattr("opensora_repro.data.jobs.stream.run_plan", plan)
+    monkeypatch.setattr("opensora_repro.data.jobs.stream.SPREAD", 4)
+
+
+def run(work: str, todo: list[Job], folder: Path, **more: Any) -> list[Any]:
+    with Records(folder) as records:
+        keeping = Keeping(records, "x", **more)
+        found = run_streamed(
+            f"tests.job_works:{work}", Table.of_jobs(todo), keeping, needs=Needs(rows=CHUNK), place=Place(), label="x"
+        )
+        assert len(found) == len(todo)
+        assert list(found) == list(found)
+        return list(found)
+
+
+def numbers(folder: Path, count: int) -> list[Job]:
+    return [Job(f"k{n}", "", {"n": n, "log": str(folder / "log")}) for n in range(count)]
+
+
+def ran(folder: Path) -> list[int]:
+    return sorted(int(line.split()[0]) for line in (folder / "log").read_text().splitlines())
+
+
+def rows_in(folder: Path) -> list[dict[str, Any]]:
+    return [row for part in (folder / "parts" / "x").glob("*.parquet") for row in parts.read_part(part).to_pylist()]
+
+
+def test_only_what_is_new_is_done_and_each_runner_finds_what_the_other_did(tmp_path: Path) -> None:
+    found = run("square", numbers(tmp_path, 50), tmp_path)
+    assert [r["square"] for r in found] == [n * n for n in range(50)] and ran(tmp_path) == list(range(50))
+    assert run("square", numbers(tmp_path, 60)[::-1], tmp_path)[::-1][:50] == found
+    assert ran(tmp_path) == list(range(60)) and len(rows_in(tmp_path)) == 60
+    assert not (tmp_path / "parts" / "x" / "todo").exists()
+    with Records(tmp_path) as records:
+        from tests.job_works import square
+
+        here = run_jobs(square, numbers(tmp_path, 61), Keeping(records, "x"), runner=Runner(workers=1), label="x")
+    assert list(here)[:50] == found and not (tmp_path / "parts" / "x").exists()
+    assert run("square", numbers(tmp_path, 61), tmp_path) == list(here)
+    assert ran(tmp_path) == list(range(61))
+
+
+def test_files_are_known_by_content(tmp_path: Path) -> None:
+    """What is moved or touched is not done again; what is changed, treated otherwise or no longer holds is."""
+    files = [tmp_path / name for name in "abc"]
+    for file in files:
+        file.write_text(file.name)
+
+    def done(key: str = "k", **more: Any) -> int:
+        todo = [Job(key, "", {"n": n, "log": str(tmp_path / "log")}, files=(file,)) for n, file in enumerate(files)]
+        before = len(ran(tmp_path)) if (tmp_path / "log").exists() else 0
+        assert all("square" in result for result in run("square", todo, tmp_path / "out", **more))
+        return len(ran(tmp_path)) - before
+
+    assert done() == 3 and done() == 0
+    os.utime(files[0])
+    files[2] = files[2].rename(tmp_path / "moved")
+    assert done() == 0 and done() == 0
+    files[2].write_text("again")
+    assert done() == 1
+    assert done("l") == 3 and done() == 0  # beside what was made under k
+    lost = {0}
+    assert done(holds=lambda job, result: result["n"] not in lost or bool(lost.clear())) == 1
+    shutil.rmtree(tmp_path / "out")
+    assert done(one_a_file=True) == 3 and done("l", one_a_file=True) == 3  # in the place of what was made under k
+    assert done("l", one_a_file=True) == 0 and done(one_a_file=True) == 3
+
+
+def test_each_failure_costs_its_own_row(tmp_path: Path) -> None:
+    (tmp_path / "pids").mkdir()
+    hows = [None, "SIGSEGV", None, "hang", "exit", None, "raise", "SIGKILL", None]
+    pids = str(tmp_path / "pids")
+    todo = [
+        Job(f"k{i}", "", {"n": i, "how": how, "pids": pids}, 1.0 if how == "hang" else None)
+        for i, how in enumerate(hows)
+    ]
+    found = run("misbehave", todo, tmp_path)
+    assert [result.get("square", result.get("error")) for result in found] == [
+        0, "crashed its worker process (Segmentation fault)", 4, "took longer than the time limit of 1 s",
+        "ended its worker process (exit status 3)", 25, "ValueError: two lines",
+        "its worker process was killed (SIGKILL: out of memory?)", 64,
+    ]  # fmt: skip
+    final = {row["name"] for row in rows_in(tmp_path) if row["final"]}
+    assert final == {"k0", "k1", "k2", "k4", "k5", "k8"}  # a slow or crowded machine may be better next time
+
+
+def test_a_model_s_batch_that_fails_is_tried_one_by_one(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("")
+    items = [Job(f"k{n}", "", {"path": str(n), "n": n, "spoilt": n == 4}) for n in range(7)]
+    with Records(tmp_path) as records:
+        found = run_streamed(
+            "tests.job_works:squares", Table.of_jobs(items), Keeping(records, "x"), needs=Needs(rows=7), place=Place(),
+            label="x", group=3, options={"log": str(log)},
+        )  # fmt: skip
+        assert [r.get("square", r.get("error")) for r in found] == [0, 1, 4, 9, "ValueError: spoilt", 25, 36]
+
+
+def test_a_chunk_goes_on_and_a_row_that_takes_its_node_along_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an actor's death: finished rows stay, and from then on the row under way is known."""
+    monkeypatch.setattr(rows, "FLUSH", 0.0)
+    folder, todo = tmp_path / "parts", tmp_path / "todo"
+    folder.mkdir()
+    todo.mkdir()
+    order = Order("tests.job_works:square", folder, todo, run=1)
+
+    class Killed(BaseException):
+        """The end of an actor."""
+
+    def chunk(dies_at: int | None) -> None:
+        actor = Rows(order)
+        answer = actor._work
+
+        def work(args: list[Any], seconds: float | None, *, twice: bool) -> Any:
+            if dies_at is not None and any(arg["n"] == dies_at for arg in args):
+                raise Killed
+            return answer(args, seconds, twice=twice)
+
+        actor._work = work  # type: ignore[method-assign]
+        try:
+            actor({"chunk": np.array([0])})
+        finally:
+            if actor.worker:
+                actor.worker.kill()
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    told = [
+        {"quick": parts.named_hash(f"k{n}"), "key": f"k{n}", "args": json.dumps({"n": n, "log": str(tmp_path / "log")}),
+         "seconds": 60.0, "files": [], "anew": False}
+        for n in range(4)
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(told), todo / "0000000.parquet")
+    for _ in range(3):
+        with pytest.raises(Killed):
+            chunk(dies_at=2)
+    assert ran(tmp_path) == [0, 1]  # once
+    chunk(dies_at=2)
+    found = {
+        row["name"]: json.loads(row["text"]) for part in folder.iterdir() for row in parts.read_part(part).to_pylist()
+    }
+    assert found.pop("k2") == {"error": "its worker was lost 2 times with its node"}
+    assert sorted(found) == ["k0", "k1", "k3"] and ran(tmp_path) == [0, 1, 3]
+
+
+def test_many_small_parts_become_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "SMALL_PARTS", 3)
+    monkeypatch.setattr(parts, "FULL", 30)
+    found = run("square", numbers(tmp_path, 80), tmp_path)
+    names = sorted(part.name for part in (tmp_path / "parts" / "x").glob("*.parquet"))
+    assert len(names) == 4 and all(name.startswith("merged-") for name in names)
+    assert len(rows_in(tmp_path)) == 80 and run("square", numbers(tmp_path, 80), tmp_path) == found
+    assert ran(tmp_path) == list(range(80))
