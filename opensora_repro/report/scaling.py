@@ -211,7 +211,7 @@ def _by_size(found: Mapping[str, Any]) -> Chart | None:
     for colour, budget in enumerate(dict.fromkeys(run["budget"] for run in found["runs"])):
         own = [run for run in found["runs"] if run["budget"] == budget]
         lines.append(Series(budget, [(run["parameters"], run["loss"]) for run in own], colour % COLOURS))
-    return chart("Held-out loss by parameters, a line a budget", lines, over="parameters", log_x=True)
+    return chart("Held-out loss by parameters", lines, over="parameters", log_x=True)
 
 
 def _samples(shown: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[tuple[str, bool]]]]:
