@@ -17,6 +17,7 @@ from opensora_repro.planning.scaling import NUMBERS
 from opensora_repro.planning.sizes import latent_shape, token_grid
 
 FEWEST_STEPS = 10  # of a run
+CHECKPOINTS = 4  # of a run at least, to go on from
 WARMUP_SHARE = 0.1  # of a run's steps that its warm-up takes at most
 
 
@@ -174,6 +175,7 @@ def make_rung(config: str, overrides: Sequence[str], size: Size, budget: Budget,
         f"train.steps={steps}",
         f"optim.warmup_steps={warmup}",
         f"optim.decay_steps={decay}",
+        f"checkpoint.every={min(base.checkpoint.every, math.ceil(steps / CHECKPOINTS))}",
         f"validation.every={steps}",
         f"sample.every={steps if base.sample.prompts else 0}",
     ]

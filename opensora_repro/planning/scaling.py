@@ -30,7 +30,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Law:
-    """a, b and c are not below 0, c not above LARGEST_POWER; `drawn` [DRAWS, 3] has those of every draw."""
+    """a, b and c are not below 0, c not above LARGEST_POWER; `drawn` [draws, 3] has those of every draw."""
 
     a: float  # the loss that no compute takes away
     b: float
@@ -46,16 +46,16 @@ class Law:
         return {name: _interval(getattr(self, name), own) for name, own in zip("abc", self.drawn.T, strict=True)}
 
 
-def fit_law(flops: Array, losses: Array, *, seed: int = 0) -> Law:
+def fit_law(flops: Array, losses: Array, *, draws: int = DRAWS) -> Law:
     """Least squares for the mean losses.
 
     `flops`: [budgets], at least NUMBERS of them. `losses`: [budgets, clips] of held-out clips, the same at each budget.
     """
     mean = losses.mean(axis=1)
     a, b, c = _fits(flops, mean[None])[0]
-    rng, (budgets, clips) = np.random.default_rng(seed), losses.shape
-    chosen = rng.integers(clips, size=(DRAWS, clips))
-    drawn = losses[:, chosen].mean(axis=2).T  # [DRAWS, budgets]
+    rng, (budgets, clips) = np.random.default_rng(0), losses.shape
+    chosen = rng.integers(clips, size=(draws, clips))
+    drawn = losses[:, chosen].mean(axis=2).T  # [draws, budgets]
     if budgets > NUMBERS:
         curve, free = a + b * flops**-c, budgets - NUMBERS
         missed = np.sqrt(((mean - curve) ** 2).sum() / free)

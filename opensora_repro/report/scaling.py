@@ -17,7 +17,7 @@ from opensora_repro.errors import DataError
 from opensora_repro.files import write_text
 from opensora_repro.planning.ladder import Rung
 from opensora_repro.planning.report import duration, operations
-from opensora_repro.planning.scaling import Law, fit_law
+from opensora_repro.planning.scaling import LARGEST_POWER, NUMBERS, SHARE, SMALLEST_POWER, Law, fit_law
 from opensora_repro.report.curves import Chart, Series, chart
 from opensora_repro.report.read import read_run
 from opensora_repro.run_folder import VALIDATION_FILE, JsonLines
@@ -115,16 +115,20 @@ def _notes(law: Law, rungs: Sequence[Rung], best: Sequence[int], following: Rung
     chosen, names = [rungs[number] for number in best], list(dict.fromkeys(rung.size.name for rung in rungs))
     budgets = len(chosen)
     yield (
-        f"intervals: 95 % of {len(law.drawn):,} fits to held-out clips drawn anew"
-        + (", and to what the curve misses" if budgets > 3 else "; three budgets leave nothing to judge the curve by")
+        f"Intervals: {SHARE:.0%} of {len(law.drawn):,} fits to held-out clips drawn anew"
+        + (
+            ", and to what the curve misses"
+            if budgets > NUMBERS
+            else "; three budgets leave nothing to judge the curve by"
+        )
         + ". That other seeds would train other models is not in them."
     )
     if not law.b:
         yield "The loss does not fall with compute: there is no law here."
     elif not law.a:
         yield "a came out as 0: these budgets do not show yet where the loss ends; c is that of a curve without an end."
-    if law.c <= 0.001 or law.c >= 3:
-        yield "c is at the end of what is looked for, 0.001 to 3: these losses are no such curve."
+    if not SMALLEST_POWER < law.c < LARGEST_POWER:
+        yield f"c is at an end of {SMALLEST_POWER} to {LARGEST_POWER}, which is searched: these losses are no such curve."
     edges = [f"{rung.size.name} at {rung.budget.name}" for rung in chosen if rung.size.name in (names[0], names[-1])]
     if edges and len(names) > 1:
         yield f"Best at the edge of the sizes: {', '.join(edges)}. Smaller or larger ones may do better there."
@@ -211,7 +215,7 @@ def _by_size(found: Mapping[str, Any]) -> Chart | None:
     for colour, budget in enumerate(dict.fromkeys(run["budget"] for run in found["runs"])):
         own = [run for run in found["runs"] if run["budget"] == budget]
         lines.append(Series(budget, [(run["parameters"], run["loss"]) for run in own], colour % COLOURS))
-    return chart("Held-out loss by parameters, a line a budget", lines, over="parameters", log_x=True)
+    return chart("Held-out loss by parameters", lines, over="parameters", log_x=True)
 
 
 def _samples(shown: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[tuple[str, bool]]]]:

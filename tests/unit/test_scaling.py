@@ -56,13 +56,13 @@ def test_a_made_law_is_found_again(budgets: int) -> None:
 @pytest.mark.parametrize(("budgets", "trained"), [(3, 0.0), (6, 0.0), (6, 0.004)])
 def test_intervals_hold_the_truth(budgets: int, trained: float) -> None:
     """By held-out clips alone; where runs differ by themselves, too, that is seen from four budgets on."""
-    flops, tries, held = 1e12 * 4.0 ** np.arange(budgets), 24, {"a": 0, "c": 0, "next": 0}
+    flops, tries, held = 1e12 * 4.0 ** np.arange(budgets), 100, {"a": 0, "c": 0, "next": 0}
     for seed in range(tries):
-        found = fit_law(flops, made_losses(flops, seed, trained=trained))
+        found = fit_law(flops, made_losses(flops, seed, trained=trained), draws=200)
         intervals = {**found.numbers(), "next": found.at(4 * flops[-1])}
         for name, truth in {"a": A, "c": C, "next": law(4 * flops[-1])}.items():
             held[name] += intervals[name].low <= truth <= intervals[name].high
-    assert all(count >= 0.8 * tries for count in held.values()), held
+    assert all(count >= 0.88 * tries for count in held.values()), held
 
 
 def test_what_is_no_law_is_held_within_bounds() -> None:
