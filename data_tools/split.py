@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import sys
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
@@ -30,6 +31,7 @@ from opensora_repro.data.jobs.course import Job, Keeping
 from opensora_repro.data.jobs.earlier import file_key
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, RunnerArguments, run_jobs, runner_of
+from opensora_repro.data.jobs.workers import num_cores
 from opensora_repro.data.manifest import LINEAGE, MANIFEST, reject, write_outcome
 from opensora_repro.data.options import any_path, argument, option, parse, parser_of
 from opensora_repro.data.origin import made_by
@@ -48,6 +50,7 @@ METHOD = 5  # raise when the same options would give other clips, so that finish
 NEEDS = Needs(memory=1 << 30)
 PATIENCE = 600.0  # seconds that any source may take
 SLOWEST = 20e3  # bytes of a source that a busy core splits in a second
+FEW = 4  # sources a worker, up to which it pays to share one out: its frames are decoded twice then
 Record = dict[str, Any]  # of a finished source: rows of "clips" and "rejects", 16 digits of its "content"
 
 
@@ -124,6 +127,11 @@ class Arguments(RunnerArguments):
         type=config_path,
         metavar="CONFIG.toml",
     )
+    share: float = option(
+        "where there are few videos, several workers share those of more than so many minutes (%(default)s); 0: never",
+        30.0,
+        metavar="MIN",
+    )
     crf: int = option("x264 quality of the clips, 0 (best) to 51 (%(default)s)", 18)
 
 
@@ -134,13 +142,17 @@ def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
     args = parse(Arguments, build_parser(), argv)
     return run_command(
-        made_by("split", args)(lambda: split(args.input, Path(args.out), options_of(args), runner_of(args)))
+        made_by("split", args)(
+            lambda: split(args.input, Path(args.out), options_of(args), runner_of(args), share=args.share)
+        )
     )
 
 
 def check(args: Arguments) -> None:
     """Raise DataError for options that cannot work, before any input is looked at."""
     options_of(args)
+    if not 0 <= args.share < float("inf"):
+        raise DataError(f"--share {args.share}: expected 0 or more minutes")
     runner_of(args)
 
 
@@ -217,8 +229,11 @@ def encoding_of(options: Options) -> Encoding:
     )
 
 
-def split(given: str, out: Path, options: Options, runner: Runner) -> int:
-    """Split every source, then write the manifest and the rejects; returns the exit status."""
+def split(given: str, out: Path, options: Options, runner: Runner, *, share: float = 0.0) -> int:
+    """Split every source, then write the manifest and the rejects; returns the exit status.
+
+    Where there are few, several workers share a video of more than `share` minutes, unless it is 0.
+    """
     inputs = find_inputs(given, out=out)
     (out / "clips").mkdir(parents=True, exist_ok=True)
     remove_leftovers(out / "clips")
@@ -231,6 +246,8 @@ def split(given: str, out: Path, options: Options, runner: Runner) -> int:
     with Records(out) as records:
         take_over(records, jobs)
         keeping = Keeping(records, "sources", holds, one_a_file=True)
+        if share and options.detector == "shots" and len(jobs) <= FEW * (runner.workers or num_cores()):
+            split_long(jobs, options, keeping, 60 * share, runner)
         found = run_jobs(split_job, jobs, keeping, runner=runner, label="splitting", unit="video", needs=NEEDS)
     remove_leftovers(out / "clips")  # again: the workers of a run that was killed just before may have died since
     sources = [
@@ -273,39 +290,116 @@ def split_job(args: dict[str, Any]) -> Record:
     return {"content": content, **split_source(Source(path, path.name, content), Path(args["out"]), options)}
 
 
+def scans_in_one_pass(options: Options) -> bool:
+    """Whether clips are written while their cuts are found."""
+    return options.detector == "shots" and not options.max_frames
+
+
 def split_source(source: Source, out: Path, options: Options) -> Record:
     """Detect, cut, verify; return the clips and what gave none. A source that cannot be read is a reject."""
-    from opensora_repro.data.split.cut import cut_clips, num_written
-    from opensora_repro.data.split.scenes import plan_spans, scan_video
+    from opensora_repro.data.split.cut import cut_clips
+    from opensora_repro.data.split.scenes import scan_video
     from opensora_repro.data.split.single_pass import SceneOptions, scan_and_cut
-    from opensora_repro.data.video import DecodeError, average_rate
+    from opensora_repro.data.video import DecodeError
 
-    def target(span: Span) -> Path:
-        return out / "clips" / f"{clip_id(source, span)}.mp4"
-
+    target = partial(clip_path, source, out)
     encoding, scan, o = encoding_of(options), None, options
     try:
-        if o.detector == "shots" and not o.max_frames:
+        if scans_in_one_pass(o):
             how = SceneOptions(encoding, o.threshold, o.min_frames, o.trim)
             scan = scan_and_cut(source.path, target, how)
         written = scan is not None
         scan = scan or scan_video(source.path, detector=o.detector, threshold=o.threshold)
-        limits = {"min_frames": o.min_frames, "max_frames": o.max_frames}
-        if encoding.fps is not None:  # limits count frames as they are written
-            faster = average_rate(scan.times, scan.time_base) / float(encoding.fps)
-            limits = {name: round(limit * faster) or limit for name, limit in limits.items()}
-        spans = plan_spans(len(scan.times), scan.cuts, transitions=scan.transitions, trim=o.trim, **limits)
-        lengths = {span: num_written(scan, span, encoding.fps) for span in spans}
-        kept = [(span, target(span)) for span in spans if lengths[span] >= o.min_frames]
+        spans, rejects = planned_spans(scan, o)
+        kept = [(span, target(span)) for span in spans]
         if not written:
             cut_clips(source.path, scan, kept, encoding)
-        short = [span for span in spans if lengths[span] < o.min_frames]
-        clips = [clip_row(path, scan, span) for span, path in kept]
-        rejects = [reject_row(f"{lengths[s]} frames, --min-frames is {o.min_frames}", s.start, s.end) for s in short]
-        record = {"clips": clips, "rejects": rejects}
+        record = {"clips": [clip_row(path, scan, span) for span, path in kept], "rejects": rejects}
     except DecodeError as error:
         record = {"clips": [], "rejects": [reject_row(str(error).removeprefix(f"{source.path}: "))]}
     return record
+
+
+def planned_spans(scan: Scan, o: Options) -> tuple[list[Span], list[Row]]:
+    """Return the spans of a source's clips, and rejects for those that are too short."""
+    from opensora_repro.data.split.cut import num_written
+    from opensora_repro.data.split.scenes import plan_spans
+    from opensora_repro.data.video import average_rate
+
+    fps, limits = encoding_of(o).fps, {"min_frames": o.min_frames, "max_frames": o.max_frames}
+    if fps is not None:  # limits count frames as they are written
+        faster = average_rate(scan.times, scan.time_base) / float(fps)
+        limits = {name: round(limit * faster) or limit for name, limit in limits.items()}
+    spans = plan_spans(len(scan.times), scan.cuts, transitions=scan.transitions, trim=o.trim, **limits)
+    lengths = {span: num_written(scan, span, fps) for span in spans}
+    short = [span for span in spans if lengths[span] < o.min_frames]
+    rejects = [reject_row(f"{lengths[s]} frames, --min-frames is {o.min_frames}", s.start, s.end) for s in short]
+    return [span for span in spans if lengths[span] >= o.min_frames], rejects
+
+
+# ---- long sources, several workers at one
+
+
+def split_long(jobs: list[Job], options: Options, keeping: Keeping, seconds: float, runner: Runner) -> None:
+    """Split sources of more than so many seconds in ranges, by several workers; recorded is what one would have made.
+
+    What cannot be done so, such as a damaged file, is left to be done in one piece.
+    """
+    from opensora_repro.data.split.shared import find_cuts, large_left, run_parts
+
+    long = large_left(jobs, keeping, seconds)
+    if not long:
+        return
+    encoding = encoding_of(options)
+    whole = scans_in_one_pass(options) and encoding.fps is None and not encoding.audio and not encoding.copy
+    how = {"threshold": options.threshold, "whole": whole, "short_side": encoding.short_side}
+    cuts = find_cuts(long, keeping.records, runner, seconds=seconds, how=how)
+    own = {name: {**long[name].args, "method": METHOD} for name in cuts}
+    plans = run_parts(spans_job, [(long[name], {**own[name], **cuts[name]}) for name in cuts], keeping.records, runner)
+    sound = {name: plan for name, plan in zip(cuts, plans, strict=True) if "error" not in plan}
+    parts = [(name, group) for name, plan in sound.items() for group in plan["groups"]]
+    todo = [(long[name], {**own[name], "spans": group}) for name, group in parts]
+    made = run_parts(clips_job, todo, keeping.records, runner, label="cutting", holds=keeping.holds)
+    for name, plan in sound.items():
+        own_parts = [part for (owner, _), part in zip(parts, made, strict=True) if owner == name]
+        if all("error" not in part for part in own_parts):
+            clips = [row for part in own_parts for row in part["clips"]]
+            record = {"content": plan["content"], "clips": clips, "rejects": plan["rejects"]}
+            keeping.records.drop(keeping.kind, f"{name.partition('-')[0]}-")
+            keeping.records.put(keeping.kind, {name: json.dumps(record)})
+
+
+def spans_job(args: dict[str, Any]) -> Record:
+    """Plan the clips of a source whose cuts are known: those that begin in each range, and what gives none."""
+    from opensora_repro.data.split.ranges import scan_of
+
+    scan = scan_of(Path(args["path"]), args["cuts"], args["transitions"])
+    spans, rejects = planned_spans(scan, Options(**args["options"]))
+    groups: list[list[Any]] = [[] for _ in args["starts"]]
+    for span in spans:
+        groups[bisect_right(args["starts"], span.start) - 1].append([span.start, span.end, span.resplit])
+    return {"content": args["contents"][0][:16], "groups": [group for group in groups if group], "rejects": rejects}
+
+
+def clips_job(args: dict[str, Any]) -> Record:
+    """Cut the clips of one range."""
+    from opensora_repro.data.split.cut import cut_clips
+    from opensora_repro.data.split.ranges import scan_of
+    from opensora_repro.data.split.scenes import Span
+
+    path, options = Path(args["path"]), Options(**args["options"])
+    source = Source(path, path.name, args["contents"][0][:16])
+    scan, target = scan_of(path, (), ()), partial(clip_path, source, Path(args["out"]))
+    clips = [(span, target(span)) for span in (Span(*given) for given in args["spans"])]
+    cut_clips(path, scan, clips, encoding_of(options), seek=True)
+    return {"clips": [clip_row(path, scan, span) for span, path in clips]}
+
+
+# ---- what a clip is called, and what is told of it
+
+
+def clip_path(source: Source, out: Path, span: Span) -> Path:
+    return out / "clips" / f"{clip_id(source, span)}.mp4"
 
 
 def clip_id(source: Source, span: Span) -> str:

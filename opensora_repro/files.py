@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import filecmp
 import hashlib
@@ -16,19 +17,24 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from opensora_repro.storage.addresses import address_of, is_address, place, shown
+from opensora_repro.storage.addresses import AddressError, address_of, is_address, place, shown
 from opensora_repro.storage.objects import facts_of, is_object
 from opensora_repro.storage.scratch import fetched, publish, remove, unfinished_name
 
 
 def user_path(text: str) -> Path:
     """Return a path as its user means it, `~` being the home folder: the type of options that take a local one."""
+    if is_address(text):
+        raise argparse.ArgumentTypeError(f"{one_line(text)}: expected a path of this machine, not an address")
     return Path(text).expanduser()
 
 
-def place_text(text: str) -> str:
-    """As `user_path`, of addresses too (see storage/addresses.py), and as text."""
-    return os.fspath(place(text)) if is_address(text) else os.path.expanduser(text)
+def user_place(text: str) -> Path:
+    """As `user_path`, of an address too: the path of its object (see storage/addresses.py)."""
+    try:
+        return place(text)
+    except AddressError as error:
+        raise argparse.ArgumentTypeError(f"{error.filename}: {error.strerror}") from None
 
 
 def shipped(name: str) -> Path:
@@ -42,7 +48,7 @@ def shipped(name: str) -> Path:
 
 def here_or_shipped(path: str | Path) -> Path:
     """Return `path`; where nothing is there, what comes with the product under that name: it works in any folder."""
-    path = user_path(os.fspath(path))
+    path = Path(path).expanduser()
     if path.exists() or path.parts[:1] not in (("configs",), ("checkpoints",)):
         return path
     brought = shipped(os.fspath(path))

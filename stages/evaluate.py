@@ -15,7 +15,7 @@ from typing import Any
 from opensora_repro.config import ConfigError
 from opensora_repro.config.checks import SAMPLERS
 from opensora_repro.errors import GOES_ON, run_command
-from opensora_repro.files import user_path
+from opensora_repro.files import user_path, user_place
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -25,7 +25,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     source = "runs (their newest checkpoint), checkpoints, or published weights (file, folder, fetched NAME)"
     add("sources", nargs="+", metavar="RUN_OR_CHECKPOINT", type=user_path, help=source)
-    add("--manifest", required=True, type=user_path, metavar="HELD_OUT", help="clips that were not trained on")
+    add("--manifest", required=True, type=user_place, metavar="HELD_OUT", help="clips that were not trained on")
     add("--out", required=True, type=user_path, metavar="DIR", help="where the results go; what is done is not redone")
     add("--clips", type=int, default=64, metavar="N", help="held-out clips that are measured (%(default)s)")
     add("--samples", type=int, metavar="N", help="videos sampled from their captions; 0: none (as many as --clips)")
@@ -37,7 +37,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--clip", type=expanduser, metavar="PATH", help="CLIP model, for scores of samples against their captions")
     add("--lpips", type=expanduser, metavar="DIR", help="folder of VGG16's weights, for the autoencoder's LPIPS")
     train = "training clips, to look for copies of them (by default the run's, where they are still there)"
-    add("--train", type=user_path, metavar="MANIFEST", help=train)
+    add("--train", type=user_place, metavar="MANIFEST", help=train)
     add("--train-clips", type=int, default=500, metavar="N", help="of them that are looked at (%(default)s)")
     add(
         "--vbench", type=user_path, metavar="PROMPTS.json", help="VBench_full_info.json: write the videos it wants, too"

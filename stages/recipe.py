@@ -25,7 +25,8 @@ from typing import Any
 
 from opensora_repro.config import Config, ConfigError, load_autoencoder_config, load_config, read_toml, toml_value
 from opensora_repro.errors import DataError, run_command
-from opensora_repro.files import content_of, digest, here_or_shipped, read_json, sha256_of, write_text
+from opensora_repro.files import content_of, digest, here_or_shipped, one_line, read_json, sha256_of, write_text
+from opensora_repro.storage.addresses import is_address
 
 TOP = {"input": "", "out": "", "captions": "", "held_out": 0.1}
 MODULES = {
@@ -135,6 +136,9 @@ def load_recipe(path: str, overrides: Sequence[str]) -> Recipe:
             raise ConfigError(f"{path}: {name}.config is not set: name the TOML file of this step")
     if "pipeline" not in sections or len(sections) == 1 or not {"stage1", "stage2", "stage3"} & sections.keys():
         raise ConfigError(f"{path}: expected [pipeline] and at least one of [stage1], [stage2], [stage3]")
+    for name in ("input", "out", "captions"):
+        if is_address(str(top[name])):
+            raise ConfigError(f"{name} = {one_line(top[name])}: expected a path of this machine, not an address")
     found = {name: Path(expanduser(str(top[name]))) for name in ("input", "out", "captions")}
     if not found["input"].exists() and not set("*?[") & set(top["input"]):
         raise ConfigError(f"input = {top['input']}: no such file or folder")

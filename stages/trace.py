@@ -15,7 +15,7 @@ from typing import Any
 
 from opensora_repro.config import ConfigError
 from opensora_repro.errors import run_command
-from opensora_repro.files import user_path
+from opensora_repro.files import user_path, user_place
 
 SHOWN_SOURCES = 20
 
@@ -29,7 +29,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     which.add_argument("--clip", metavar="ID", help="each time that this clip of the manifest was seen")
     differ = "how two manifests, or two runs or checkpoints, differ; exit status 0 either way"
     which.add_argument("--diff", nargs=2, type=user_path, metavar=("A", "B"), help=differ)
-    add("--manifest", type=user_path, metavar="FILE", help="the run's manifest, where it lies elsewhere by now")
+    add("--manifest", type=user_place, metavar="FILE", help="the run's manifest, where it lies elsewhere by now")
     add("--json", action="store_true", help="a JSON object a line, with all that is known")
     args = parser.parse_args(argv)
     if (args.source is None) == (args.diff is None):

@@ -28,7 +28,7 @@ class Hub:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 hub.asked.append(self.path)
                 status, answer = hub.answer(self.path, body)
-                data = json.dumps(answer).encode()
+                data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))
@@ -72,3 +72,23 @@ class Hub:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(data)
         return folder
+
+
+class DatasetHub(Hub):
+    """A hub with one dataset, me/it, whose files are given by name; it answers what reads them."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        super().__init__()
+        self.files |= files
+
+    def answer(self, path: str, body: bytes) -> tuple[int, Any]:
+        where, _, _ = path.partition("?")
+        if "/resolve/main/" in where:
+            return 200, self.files[where.partition("/resolve/main/")[2]]
+        if "/tree/main" in where:
+            folder = where.partition("/tree/main")[2].strip("/")
+            return 200, [
+                {"type": "file", "oid": f"{len(data):040x}", "size": len(data), "path": name}
+                for name, data in self.files.items() if name.startswith(folder)
+            ]  # fmt: skip
+        return 200, {"id": "me/it", "sha": "b" * 40, "siblings": [{"rfilename": name} for name in self.files]}

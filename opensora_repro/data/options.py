@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from opensora_repro.files import one_line, place_text
-from opensora_repro.storage.addresses import AddressError, is_address
+from opensora_repro.files import user_path, user_place
+from opensora_repro.storage.addresses import is_address
 
 T = TypeVar("T")
 
@@ -34,16 +34,12 @@ def option(help: str, default: Any = MISSING, *, group: str = "", flag: str = ""
 
 def any_path(text: str) -> str:
     """Type of an option that takes a path or an address, such as s3://bucket/folder."""
-    try:
-        return place_text(text)
-    except AddressError as error:
-        raise argparse.ArgumentTypeError(f"{error.filename}: {error.strerror}") from None
+    return os.fspath(user_place(text)) if is_address(text) else os.path.expanduser(text)
 
 
 def local_path(text: str) -> str:
     """Type of an option that takes a path of this machine alone."""
-    if is_address(text):
-        raise argparse.ArgumentTypeError(f"{one_line(text)}: expected a path of this machine, not an address")
+    user_path(text)
     return os.path.expanduser(text)
 
 

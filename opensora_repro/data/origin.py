@@ -25,7 +25,7 @@ BATCH_ROWS = 1 << 16
 PLACES = ("input", "inputs", "table", "out")
 WORKERS = (
     "workers", "runner", "address", "cpus", "gpus", "memory", "gpu_nodes", "model_workers", "device", "per_host",
-    "batch_size", "concurrency", "timeout", "retries", "price_in", "price_out", "thumbnails", "dry_run",
+    "batch_size", "concurrency", "timeout", "retries", "price_in", "price_out", "thumbnails", "dry_run", "share",
 )  # fmt: skip
 SECRETS = ("key", "token", "password")  # within the names of options whose values nobody should read
 

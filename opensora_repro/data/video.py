@@ -276,6 +276,32 @@ def decoded_frames(container: Any, stream: Any) -> Iterator[Any]:
             yield from packet.decode()
 
 
+def frames_from(path: str | Path, container: Any, stream: Any, first: int) -> Iterator[tuple[int, Any]]:
+    """Yield an open video's frames with their numbers, from the key frame at or before `first` on.
+
+    Raises DecodeError where they do not come at the times that the packets tell.
+    """
+    index = frame_index(path)
+    key = max(0, bisect_right(index.key_times, index.times[first]) - 1)
+    position = index.key_position(key)
+    packets = _packets_from(container, stream, index, key)
+    if packets is None:
+        raise DecodeError(f"{path}: frame {position} cannot be found")
+    begin = index.times[position]
+    for packet in packets:
+        if not packet.size and packet.dts is not None:
+            continue
+        for frame in packet.decode():
+            if key and frame.pts is not None and frame.pts < begin:
+                continue  # needs what is before the key frame
+            if frame.is_corrupt or position == len(index.times) or frame.pts != index.times[position]:
+                raise DecodeError(f"{path}: frame {position} is not where its packet says")
+            yield position, frame
+            position += 1
+    if position < len(index.times):
+        raise DecodeError(f"{path}: {index.ended_early(position)}")
+
+
 def frame_index(path: str | Path) -> FrameIndex:
     """Return the file's frame index; kept for recently read files."""
     _check_file(path)

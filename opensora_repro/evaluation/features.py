@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from opensora_repro.config import ConfigError
-from opensora_repro.files import Sha256Memo, user_path
+from opensora_repro.files import Sha256Memo
 from opensora_repro.frozen.clip import Clip, clip_fingerprint, load_clip
 from opensora_repro.frozen.image_encoder import ImageEncoder, find_image_encoder, prepared
 from opensora_repro.frozen.pretrained import FrozenModel, check_complete, find_folder
@@ -37,7 +37,7 @@ class FeatureModel(Protocol):
 
 def open_features(path: str, device: torch.device, *, key: str = f"--{KEY}") -> FeatureModel:
     """The model of a local file or folder, or of the hub's cache; never `OWN`. Raises ConfigError, ModelNotFound."""
-    file = user_path(path)
+    file = Path(path).expanduser()
     if file.is_file():
         return TorchScriptFeatures(file, device, key=key)
     folder = find_folder(path, key=key, kind="TorchScript file, or a folder of a timm, CLIP or video model")

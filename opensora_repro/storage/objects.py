@@ -29,7 +29,7 @@ from opensora_repro.storage.addresses import (
     shown,
 )
 
-TRIES, FIRST_PAUSE = 6, 0.5  # each pause is about twice the one before: half a minute in all
+TRIES, FIRST_PAUSE = 6, 0.5  # each pause is about twice the one before, a quarter of a minute in all
 THREADS = 32  # that wait for a store
 WORTH_LISTING = 20  # objects of a folder: a list of all tells of them sooner than asking for each
 KNOWN = 1 << 21  # objects whose facts are kept

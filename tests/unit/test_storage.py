@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import signal
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +30,7 @@ from opensora_repro.storage import objects, scratch
 from opensora_repro.storage.addresses import AddressError, address_of, place, relative, scratch_folder, shown, within
 from opensora_repro.storage.objects import facts_of, is_object, look_up
 from opensora_repro.storage.scratch import fetch_ahead, fetched, publish, unfinished_name
+from tests.hub_server import DatasetHub
 from tests.object_store import BUCKET, Store, files, fill, serving
 
 SECRETS = ("s3://me:hush@bucket-a/a.mp4", "https://host/a.mp4?X-Amz-Signature=hush&x=1", "https://host/a?token=hush")
@@ -335,3 +338,28 @@ def test_a_web_server_is_read_from(node: Store) -> None:
     with pytest.raises(FileNotFoundError, match="no such object"):
         fetched(place(f"{node.url}/{BUCKET}/web/b.txt"))
     assert node.busy["/web/b.txt"] == 0
+
+
+HUB_READER = """
+from opensora_repro.data.inputs import find_inputs
+from opensora_repro.storage.addresses import place
+from opensora_repro.storage.scratch import fetched
+from pathlib import Path
+(item,) = find_inputs(place("hf://datasets/me/it/videos"), out=Path("out")).items
+print(item.name, fetched(item.path).read_bytes())
+"""
+
+
+@pytest.mark.exhaustive
+def test_a_hub_is_read_from(tmp_path: Path) -> None:
+    hub = DatasetHub({"videos/a.mp4": b"from a hub", "videos/notes.txt": b"-"})
+    where = {
+        "HF_ENDPOINT": hub.address,
+        "HF_HUB_OFFLINE": "0",
+        "OPENSORA_SCRATCH": str(tmp_path),
+        "HF_HOME": str(tmp_path),
+    }
+    read = subprocess.run(
+        [sys.executable, "-c", HUB_READER], env={**os.environ, **where}, capture_output=True, text=True, timeout=300
+    )
+    assert read.stdout == "a.mp4 b'from a hub'\n", read.stderr

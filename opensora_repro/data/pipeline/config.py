@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -27,8 +28,8 @@ from opensora_repro.config import ConfigError, read_toml, toml_value
 from opensora_repro.data.jobs.run import RunnerArguments
 from opensora_repro.data.options import Option, options_in
 from opensora_repro.errors import DataError
-from opensora_repro.files import one_line, place_text
-from opensora_repro.storage.addresses import AddressError
+from opensora_repro.files import one_line
+from opensora_repro.storage.addresses import AddressError, is_address, place
 
 RUN, REPORT = "run", "report"  # sections that are no stage: options of all tools that have them; of the page at the end
 TOP = ("input", "out")
@@ -107,7 +108,7 @@ def load_line(
 
 def _place(where: str, name: str, text: str) -> str:
     try:
-        return place_text(text)
+        return os.fspath(place(text)) if is_address(text) else os.path.expanduser(text)
     except AddressError as error:
         raise DataError(f"{where}: {name} = {error.filename}: {error.strerror}") from None
 

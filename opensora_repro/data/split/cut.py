@@ -25,6 +25,7 @@ from opensora_repro.data.video import (
     average_rate,
     decoded_frames,
     frame_index,
+    frames_from,
     open_video,
     orientation,
     pixel_aspect,
@@ -57,10 +58,12 @@ class Encoding:
         return not self.short_side and self.fps is None
 
 
-def cut_clips(path: str | Path, scan: Scan, clips: Sequence[tuple[Span, Path]], how: Encoding) -> None:
+def cut_clips(
+    path: str | Path, scan: Scan, clips: Sequence[tuple[Span, Path]], how: Encoding, *, seek: bool = False
+) -> None:
     """Write the spans (ascending, disjoint) in one pass over the source; a name appears once its clip is verified.
 
-    Raises DecodeError.
+    `seek`: begin at the key frame before the first of them. Raises DecodeError.
     """
     if reason := frame_index(path).damage():
         raise DecodeError(f"{path}: {reason}")
@@ -69,7 +72,13 @@ def cut_clips(path: str | Path, scan: Scan, clips: Sequence[tuple[Span, Path]], 
     try:
         with open_video(path) as (container, stream):
             to_plain = PlainFrames(path, stream, how.short_side)
-            for position, frame in enumerate(decoded_frames(container, stream)):
+            seeks = seek and bool(waiting)
+            frames = (
+                frames_from(path, container, stream, waiting[0][0].start)
+                if seeks
+                else enumerate(decoded_frames(container, stream))
+            )
+            for position, frame in frames:
                 if not waiting:
                     break
                 span, target = waiting[0]

@@ -19,6 +19,8 @@ times, so that the same footage has the same cuts at any frame rate.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -178,6 +180,29 @@ class ShotDetector:
         if self.valley is not None and self._is_short(self.valley, self.count):
             bounds.append(self._since(self.valley, fade))
         return min(bounds)
+
+    def state(self, first: int) -> str:
+        """Return a digest of all that decides about frames to come, `first` being the video's number of frame 0 here.
+
+        Detectors of one state go on alike, whatever frames they began with.
+        """
+        flat = [valley.start for valley in self.valleys] + [self.valley] * (self.valley is not None)
+        begin = min([self.recent.first, *(self._since(start or 0, self.options.fade) for start in flat)])
+        told = [
+            [first + frame for frame in (self.count, self.decided, self.recent.first, begin)], round(self.next_look, 6),
+            [first + cut for cut in self.hard if cut >= begin],
+            [(first + start, first + end) for start, end in self.gradual if end >= begin],
+            [(first + mixed.start, first + mixed.end, mixed.part, mixed.off) for mixed in self.mixed],
+            [(first + valley.start, first + valley.end) for valley in self.valleys],
+            None if self.valley is None else (first + self.valley, self.lowest),
+        ]  # fmt: skip
+        known = hashlib.blake2b(json.dumps(told).encode(), digest_size=16)
+        for numbers in (self.times, self.changes, self.contrasts):
+            known.update(np.array(numbers[begin:], np.float64).tobytes())
+        before = [self.valley_before] if self.valley is not None and self.valley_before else []
+        for picture in (*before, *(valley.before for valley in self.valleys), *self.recent.pictures):
+            known.update(picture[0].tobytes() + picture[1].tobytes())
+        return known.hexdigest()
 
     def _since(self, frame: int, seconds: float) -> int:
         """Return the first frame at most so long before another."""

@@ -1,0 +1,91 @@
+"""Long videos on their way through several workers: which they are, their ranges, and the cuts of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from opensora_repro.data.jobs.course import Job, Keeping, contents_of
+from opensora_repro.data.jobs.records import Records
+from opensora_repro.data.jobs.run import Runner, run_jobs
+from opensora_repro.data.jobs.workers import Work
+from opensora_repro.data.split.ranges import LEAD, LONGER, RangeShots, joined, plan_ranges, scan_range, unlike_before
+from opensora_repro.files import digest, size_and_time
+
+METHOD = 1  # raise when a range would be looked at otherwise
+SPARSE = 1e3  # bytes of a second of any video that is worth sharing out
+Part = tuple[Job, dict[str, Any]]  # of the work that a job would do alone: what is to be done of it
+
+
+def large_left(jobs: Sequence[Job], keeping: Keeping, seconds: float) -> dict[str, Job]:
+    """Return by their records' names the jobs that are not done and whose files may last longer than `seconds`."""
+    large = [job for job in jobs if (size_and_time(job.files[0]) or [0])[0] >= seconds * SPARSE]
+    contents = contents_of([job.files[0] for job in large], keeping.records) if large else []
+    named = {f"{digest([content])}-{job.key}": job for content, job in zip(contents, large, strict=True)}
+    known = keeping.records.get(keeping.kind, named)
+    return {name: job for name, job in named.items() if name not in known or not keeping.holds(job, known[name])}
+
+
+def run_parts(
+    work: Work,
+    parts: Sequence[Part],
+    records: Records,
+    runner: Runner,
+    *,
+    label: str = "planning",
+    holds: Callable[[Job, Any], bool] = lambda job, result: True,
+) -> list[Any]:
+    """Return what `work` makes of parts of jobs, in their order; what is recorded is not done again."""
+    jobs = [
+        Job(digest([work.__name__, METHOD, {k: v for k, v in args.items() if k not in ("path", "out")}]), job.name,
+            {"path": job.args["path"], **args}, job.seconds, job.files)
+        for job, args in parts
+    ]  # fmt: skip
+    keeping = Keeping(records, "parts", holds)
+    return run_jobs(work, jobs, keeping, runner=runner, label=label, unit="part") if jobs else []
+
+
+def ranges_job(args: dict[str, Any]) -> list[int]:
+    """The first frames of a video's ranges."""
+    return plan_ranges(Path(args["path"]), args["seconds"])
+
+
+def scan_job(args: dict[str, Any]) -> dict[str, Any]:
+    """Look at one range."""
+    return asdict(scan_range(Path(args["path"]), args["start"], args["end"], lead=args["lead"], **args["how"]))
+
+
+def find_cuts(
+    videos: Mapping[str, Job], records: Records, runner: Runner, *, seconds: float, how: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Return of the videos that can be worked on in ranges of so many seconds: their starts, cuts and transitions.
+
+    `how`: the last arguments of `scan_range`.
+    """
+    planned = run_parts(ranges_job, [(job, {"seconds": seconds}) for job in videos.values()], records, runner)
+    starts = {name: found for name, found in zip(videos, planned, strict=True) if isinstance(found, list) and found[1:]}
+    ranges: dict[str, list[Any]] = {name: [None] * len(found) for name, found in starts.items()}
+    todo, lead = [(name, number) for name, found in starts.items() for number in range(len(found))], LEAD
+    while todo:
+        parts = []
+        for name, number in todo:
+            start, end = [*starts[name], None][number : number + 2]
+            parts.append((videos[name], {"start": start, "end": end, "lead": lead, "how": how}))
+        looked = run_parts(scan_job, parts, records, runner, label="finding cuts")
+        for (name, number), found in zip(todo, looked, strict=True):
+            failed = found.get("error", "")
+            ranges[name][number] = RangeShots([], [], [], alone=failed) if failed else RangeShots(**found)
+        ranges = {name: found for name, found in ranges.items() if _is_sound(found)}
+        todo = [(name, number) for name, found in ranges.items() for number in unlike_before(found)]
+        lead *= LONGER
+    found_cuts = {name: joined(found) for name, found in ranges.items()}
+    return {
+        name: {"starts": starts[name], "cuts": cuts, "transitions": transitions}
+        for name, (cuts, transitions) in found_cuts.items()
+    }
+
+
+def _is_sound(ranges: Sequence[RangeShots]) -> bool:
+    return not any(part.alone for part in ranges) and len({str(part.size) for part in ranges}) == 1
