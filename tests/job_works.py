@@ -45,6 +45,12 @@ def surroundings(args: dict[str, Any]) -> Any:
     return {"gpu": os.environ["CUDA_VISIBLE_DEVICES"], **threads}
 
 
+def node(args: dict[str, Any]) -> Any:
+    """Return the node of a cluster that this runs on."""
+    time.sleep(args["sleep"])
+    return os.environ["RAY_NODE_ID"]
+
+
 def misbehave(args: dict[str, Any]) -> Any:
     """Do what `how` says."""
     how = args.get("how")

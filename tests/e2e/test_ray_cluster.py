@@ -20,9 +20,10 @@ from opensora_repro.data.jobs.cluster import Needs
 from opensora_repro.data.jobs.course import Job, Keeping
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, run_jobs
+from opensora_repro.errors import DataError
 from tests.e2e.test_ray_tools import film, run_tools
 from tests.frames import read_table
-from tests.job_works import square
+from tests.job_works import node, square
 
 COUNT = 240
 ROWS = 8  # a chunk
@@ -113,6 +114,32 @@ def test_a_killed_node_costs_what_was_in_flight(tmp_path: Path) -> None:
         pd.testing.assert_frame_equal(
             read_table(first / "manifest.parquet"), read_table(second / "manifest.parquet"), check_exact=True
         )
+
+
+@pytest.mark.exhaustive
+def test_work_without_gpus_keeps_away_from_nodes_with_some(tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    try:
+        with_gpu = cluster.add_node(num_cpus=2, num_gpus=1)
+        ray.init(address=cluster.address, log_to_driver=False)
+        jobs = [Job(f"k{n}", "", {"sleep": 0.3}) for n in range(24)]
+
+        def nodes(name: str, runner: Runner, needs: Needs) -> set[str]:
+            with Records(tmp_path / name) as records:
+                return set(run_jobs(node, jobs, Keeping(records, "x"), runner=runner, label="x", needs=needs))
+
+        there = with_gpu.node_id
+        assert there not in nodes("cpu", Runner("ray"), Needs())
+        assert nodes("gpu", Runner("ray", gpu=True), Needs()) == {there}
+        assert there in nodes("told", Runner("ray", gpu_nodes=True), Needs())
+        with pytest.raises(DataError, match=r"no node has the 1 cores, 2 GPUs and 0\.0 GiB of memory"):
+            nodes("two", Runner("ray", gpu=True, gpus=2.0), Needs())
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
 
 
 @pytest.mark.exhaustive

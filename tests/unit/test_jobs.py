@@ -11,6 +11,7 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -236,6 +237,28 @@ def test_which_gpus_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(DataError, match="--device cuda: no GPU can be used here"):
         gpus.check_device("cuda", 1, over_ray=False)
+
+
+def test_which_nodes_have_room() -> None:
+    """As Ray tells of three nodes: one with GPUs, one without, one that is gone."""
+    facts = [("a", True, {"CPU": 8.0, "GPU": 2.0, "memory": 64.0}), ("b", True, {"CPU": 3.0, "memory": 10.0}),
+             ("c", False, {"CPU": 99.0})]  # fmt: skip
+    told = [{"NodeID": name, "Alive": alive, "Resources": resources} for name, alive, resources in facts]
+
+    def room(needs: Needs, place: cluster.Place, nodes: list[dict[str, Any]] = told) -> tuple[int, object]:
+        found, apart = cluster._nodes(SimpleNamespace(nodes=lambda: nodes), needs, place)
+        return cluster._room(found, needs), apart
+
+    here = cluster.Place()
+    assert room(Needs(), here) == (3, {"ray.io/node-id": "!in(a)"})
+    assert room(Needs(memory=4), here)[0] == 2 and room(Needs(cpus=2.0), here)[0] == 1
+    assert room(Needs(), cluster.Place(gpu_nodes=True)) == (11, None)
+    assert room(Needs(gpus=1.0), here) == (2, None) and room(Needs(gpus=0.5), here) == (4, None)
+    assert room(Needs(), here, told[:1]) == (8, None)  # where there are no others
+    with pytest.raises(DataError, match="this cluster has no GPU, as --device cuda asks for"):
+        room(Needs(gpus=1.0), here, told[1:])
+    with pytest.raises(DataError, match=r"no node has the 4 cores, 0 GPUs .* of a worker; --cpus, --gpus and --memory"):
+        room(Needs(cpus=4.0), here)
 
 
 @pytest.mark.exhaustive

@@ -70,12 +70,13 @@ def run_plan(order: Order, count: int, needs: Needs, place: Place) -> Iterator[i
 def _chunks(ray: Any, order: Order, count: int, needs: Needs, place: Place) -> Iterator[int]:
     from ray.data import ActorPoolStrategy, DataContext, from_items
 
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     DataContext.get_current().enable_progress_bars = False
     nodes, apart = _nodes(ray, needs, place)
     room = _room(nodes, needs)
     most = min(place.workers or count, count)
-    chunks = from_items([{"chunk": number} for number in range(count)], override_num_blocks=count)
+    # The last ones are the largest, with which it begins, so that none is left alone with one at the end
+    chunks = from_items([{"chunk": number} for number in reversed(range(count))], override_num_blocks=count)
     plan = chunks.map_batches(
         Rows,
         batch_size=1,
@@ -86,11 +87,14 @@ def _chunks(ray: Any, order: Order, count: int, needs: Needs, place: Place) -> I
         memory=needs.memory or None,
         label_selector=apart,
     )
-    for done in plan.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
-        for trouble in filter(None, done["trouble"].tolist()):
-            kind, _, text = trouble.partition(" ")
-            raise RuntimeError(text) if kind == "RuntimeError" else OSError(text)
-        yield from done["rows"].tolist()
+    try:
+        for done in plan.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
+            for trouble in filter(None, done["trouble"].tolist()):
+                kind, _, text = trouble.partition(" ")
+                raise RuntimeError(text) if kind == "RuntimeError" else OSError(text)
+            yield from done["rows"].tolist()
+    except ray.exceptions.RayError as error:
+        raise OSError(f"--runner ray: {one_reason(error)[:500]}") from error
 
 
 def _nodes(ray: Any, needs: Needs, place: Place) -> tuple[list[dict[str, float]], dict[str, str] | None]:

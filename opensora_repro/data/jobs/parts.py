@@ -10,12 +10,12 @@ import hashlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_repro.data.jobs.course import Job, Keeping
 from opensora_repro.data.jobs.records import Records
+from opensora_repro.data.tables import in_batches
 from opensora_repro.files import digest, place_of, remove_folder, remove_leftovers, replacing, size_and_time, writing
 
 if TYPE_CHECKING:
@@ -225,10 +225,11 @@ def from_records(keeping: Keeping) -> None:
     folder, records = folder_of(keeping.records, keeping.kind), keeping.records
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
-    schema, rows = schema_of_parts(keeping.one_a_file), iter(_rows_of(records.texts(keeping.kind)))
-    while batch := list(islice(rows, FULL)):
+    schema, batch = schema_of_parts(keeping.one_a_file), list[Row]()
+    for batch in in_batches(_rows_of(records.texts(keeping.kind)), FULL):
         write_part(folder / f"merged-{digest([row['name'] for row in batch])}.parquet", batch, schema)
-    records.drop(keeping.kind, "")
+    if batch:
+        records.drop(keeping.kind, "")
 
 
 def _rows_of(texts: Iterable[tuple[str, str]]) -> Iterator[Row]:

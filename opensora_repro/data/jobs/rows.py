@@ -14,6 +14,7 @@ from typing import Any
 from opensora_repro.data.jobs import parts
 from opensora_repro.data.jobs.course import record_name
 from opensora_repro.data.jobs.workers import DISK_TROUBLE, Done, Task, Worker, one_reason, surroundings, wait
+from opensora_repro.data.tables import in_batches
 from opensora_repro.files import digest, read_json
 
 FLUSH = 20.0  # seconds after which finished rows are a part, whatever else their chunk has to do
@@ -30,6 +31,7 @@ class Order:
     folder: Path
     todo: Path
     run: int
+    rows: int = 64  # that their process gets at a time, where they take none
     threads: int = 1
     one_a_file: bool = False
     by_name: bool = False  # whether TODO/index.npy tells where results lie by their files' contents
@@ -108,17 +110,19 @@ class Rows:
             yield from (self._lost(row) for row in rows if tries.is_hopeless(row["quick"].hex()))
             rows = [row for row in rows if not tries.is_hopeless(row["quick"].hex())]
         elif self.order.group:
-            size = self.order.group
-            groups = [rows[at : at + size] for at in range(0, len(rows), size)]
-            rows = []
+            groups, rows = in_batches(rows, self.order.group), []
             for group in groups:
                 done = dict(self._group(group))
                 rows += [row for row in group if row["quick"] not in done]
                 yield from (self._row(row, row["key"], done[row["quick"]]) for row in group if row["quick"] in done)
         elif all(row["seconds"] is None and not row["files"] for row in rows):
-            done = dict(self._bundle(rows))
-            yield from (self._row(row, row["key"], done[row["quick"]]) for row in rows if row["quick"] in done)
-            rows = [row for row in rows if row["quick"] not in done]
+            bundles, rows = in_batches(rows, self.order.rows), []
+            for bundle in bundles:
+                found = self._work([json.loads(row["args"]) for row in bundle], None, twice=False)
+                if len(found) == len(bundle):
+                    yield from (self._row(row, row["key"], done) for row, done in zip(bundle, found, strict=True))
+                else:  # the process died
+                    rows += bundle
         for row in rows:
             tries.under_way(row["quick"].hex())
             if not self.order.group:
@@ -134,12 +138,6 @@ class Rows:
 
     def _lost(self, row: Row) -> Row:
         return self._row(row, row["key"], Done.failed(f"its worker was lost {DEATHS} times with its node", final=False))
-
-    def _bundle(self, rows: Sequence[Row]) -> Iterator[tuple[bytes, Done]]:
-        """Do rows that have no time limit with one question; of a process that dies nothing comes."""
-        found = self._work([json.loads(row["args"]) for row in rows], None, twice=False) if rows else []
-        if len(found) == len(rows):
-            yield from zip((row["quick"] for row in rows), found, strict=True)
 
     def _group(self, rows: Sequence[Row]) -> Iterator[tuple[bytes, Done]]:
         """Give rows to a model together; of a batch that fails nothing comes, of a row alone what it failed of."""

@@ -21,6 +21,7 @@ from opensora_repro.files import remove_leftovers
 
 BATCH = 8192  # rows that are looked up at a time
 SPREAD = 64  # chunks that little work is spread over, where it has fewer than full ones
+GROW, LARGEST = 256, 4  # after so many chunks they are twice as large, and so on, so many times at most
 ROUNDS = 3  # plans of a run: a second one for results that no longer hold, a third for what was lost twice
 
 
@@ -87,8 +88,8 @@ def run_streamed(
             return Results(run.index, run.order)
         by_name = run.write_index()
         order = Order(
-            work, run.folder.absolute(), run.todo.absolute(), run.began, max(1, int(needs.cpus)),
-            keeping.one_a_file, by_name, group, options or {},
+            work, run.folder.absolute(), run.todo.absolute(), run.began, rows=run.rows, threads=max(1, int(needs.cpus)),
+            one_a_file=keeping.one_a_file, by_name=by_name, group=group, options=options or {},
         )  # fmt: skip
         with progress(label, left, unit) as bar:
             for count in run_plan(order, chunks, needs, place):
@@ -124,8 +125,9 @@ class _Run:
                     left += 1
                 order.write(hashes)
                 while len(waiting) >= self.rows * SPREAD:
-                    self._write(chunks, waiting[: self.rows])
-                    del waiting[: self.rows]
+                    size = self.rows << min(chunks // GROW, LARGEST)
+                    self._write(chunks, waiting[:size])
+                    del waiting[:size]
                     chunks += 1
         size = max(1, min(self.rows, -(-left // SPREAD)))
         for rows in in_batches(waiting, size):
