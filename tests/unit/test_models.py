@@ -444,7 +444,8 @@ def test_a_model_without_values_gets_them_without_the_compiler(tmp_path):
         "import sys, torch; from opensora_repro.models import stdit, stdit2, stdit3\n"
         "from opensora_repro.weights.load import load_model_weights\n"
         "with torch.device('meta'):\n"
-        "    model = stdit.stdit_xl_2(hidden_size=48, depth=1, num_heads=4); stdit2.stdit2_s_2(depth=1), stdit3.stdit3_s_2(depth=1)\n"
+        "    model = stdit.stdit_xl_2(hidden_size=48, depth=1, num_heads=4)\n"
+        "    stdit2.stdit2_s_2(depth=1), stdit3.stdit3_s_2(depth=1)\n"
         "load_model_weights(model, sys.argv[1])\n"
         "print({'sympy', 'torch._dynamo'} & set(sys.modules))"
     )
