@@ -347,7 +347,7 @@ def split_long(jobs: list[Job], options: Options, keeping: Keeping, seconds: flo
     """
     from opensora_repro.data.split.shared import find_cuts, large_left, run_parts
 
-    long = large_left(jobs, keeping, seconds)
+    long = large_left(jobs, keeping, seconds, runner)
     if not long:
         return
     encoding = encoding_of(options)

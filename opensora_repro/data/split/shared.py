@@ -7,9 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from opensora_repro.data.jobs.course import Job, Keeping, contents_of
+from opensora_repro.data.jobs.course import Job, Keeping
+from opensora_repro.data.jobs.parts import to_records
 from opensora_repro.data.jobs.records import Records
-from opensora_repro.data.jobs.run import Runner, run_jobs
+from opensora_repro.data.jobs.run import Runner, contents_of, run_jobs
 from opensora_repro.data.jobs.workers import Work
 from opensora_repro.data.split.ranges import LEAD, LONGER, RangeShots, joined, plan_ranges, scan_range, unlike_before
 from opensora_repro.files import digest, size_and_time
@@ -19,13 +20,17 @@ SPARSE = 1e3  # bytes of a second of any video that is worth sharing out
 Part = tuple[Job, dict[str, Any]]  # of the work that a job would do alone: what is to be done of it
 
 
-def large_left(jobs: Sequence[Job], keeping: Keeping, seconds: float) -> dict[str, Job]:
+def large_left(jobs: Sequence[Job], keeping: Keeping, seconds: float, runner: Runner) -> dict[str, Job]:
     """Return by their records' names the jobs that are not done and whose files may last longer than `seconds`."""
     large = [job for job in jobs if (size_and_time(job.files[0]) or [0])[0] >= seconds * SPARSE]
-    contents = contents_of([job.files[0] for job in large], keeping.records) if large else []
+    if not large:
+        return {}
+    to_records(keeping)
+    contents = contents_of([job.files[0] for job in large], keeping.records, runner)
     named = {f"{digest([content])}-{job.key}": job for content, job in zip(contents, large, strict=True)}
     known = keeping.records.get(keeping.kind, named)
-    return {name: job for name, job in named.items() if name not in known or not keeping.holds(job, known[name])}
+    holds = keeping.holds or (lambda job, result: True)
+    return {name: job for name, job in named.items() if name not in known or not holds(job, known[name])}
 
 
 def run_parts(
@@ -35,7 +40,7 @@ def run_parts(
     runner: Runner,
     *,
     label: str = "planning",
-    holds: Callable[[Job, Any], bool] = lambda job, result: True,
+    holds: Callable[[Job, Any], bool] | None = None,
 ) -> list[Any]:
     """Return what `work` makes of parts of jobs, in their order; what is recorded is not done again."""
     jobs = [
@@ -44,7 +49,7 @@ def run_parts(
         for job, args in parts
     ]  # fmt: skip
     keeping = Keeping(records, "parts", holds)
-    return run_jobs(work, jobs, keeping, runner=runner, label=label, unit="part") if jobs else []
+    return list(run_jobs(work, jobs, keeping, runner=runner, label=label, unit="part")) if jobs else []
 
 
 def ranges_job(args: dict[str, Any]) -> list[int]:
