@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 # opensora_repro.files.shipped finds these in either place.
 BROUGHT_ALONG = {
-    "configs": ["**/*.toml", "slurm.sbatch"],
+    "configs": ["**/*.toml", "slurm.sbatch", "cluster/*"],
     "checkpoints": ["catalog.toml", "demo/**/*"],
 }
 

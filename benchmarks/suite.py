@@ -55,6 +55,22 @@ def videos(result: dict[str, Any]) -> Iterator[Line]:
             yield f"{video}, {name}", "", "", f"{1 / share:.2f}x", ""
 
 
+def duplicates(result: dict[str, Any]) -> Iterator[Line]:
+    """Of benchmarks.duplicates: CPU seconds, memory, and the least recall of a cosine."""
+    for run in result["runs"]:
+        name, recall = f"{run['rows']:,} embeddings, order: {run['embeddings']}", min(run["recall"].values())
+        yield name, f"{run['cpu_seconds']:.0f} CPU s", "", f"{run['peak_rss_mb']} MB", f"{100 * recall:.1f} % found"
+
+
+def footage(result: dict[str, Any]) -> Iterator[Line]:
+    """Of benchmarks.curation: minutes of footage a core hour, of decoding alone as the limit."""
+    for name, video in result["footage"].items():
+        limit = video["others"]["decode"]["footage_minutes_per_core_hour"]
+        for side, found in {**video["tools"], "the line": video["line"], **video["others"]}.items():
+            if minutes := found.get("footage_minutes_per_core_hour"):
+                yield f"{name}, {side}", f"{minutes:,.0f} min a core hour", "", "", f"{100 * minutes / limit:.0f} %"
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """A module of benchmarks/ with `main()` and `--out`; `quick` are its options for the subset, None: not in it."""
@@ -73,6 +89,8 @@ BENCHMARKS = {
     "collectives": Benchmark((), counted),
     "tables": Benchmark(("--rows", "200000"), tools),
     "split": Benchmark(None, videos),
+    "duplicates": Benchmark(("--rows", "60000", "--exact-rows", "25000"), duplicates),
+    "curation": Benchmark(None, footage),
     "load_weights": Benchmark(None),
 }
 

@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     home = shipped("configs")
-    for recipe in sorted(path for path in home.rglob("*") if path.suffix in (".toml", ".sbatch")):
+    for recipe in sorted(path for path in home.rglob("*") if path.suffix in (".toml", ".sbatch", ".yaml")):
         name = recipe.relative_to(home)
         if args.copy is None:
             print(f"configs/{name.as_posix()}")

@@ -78,6 +78,7 @@ COMMANDS = [
     "data_tools.preview",
     "data_tools.report",
     "data_tools.pipeline",
+    "data_tools.plan",
 ]
 HEAVY = (
     "torch", "torchvision", "diffusers", "transformers", "timm", "pandas", "pyarrow", "av", "cv2", "scenedetect",
