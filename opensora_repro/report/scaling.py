@@ -128,7 +128,7 @@ def _notes(law: Law, rungs: Sequence[Rung], best: Sequence[int], following: Rung
     elif not law.a:
         yield "a came out as 0: these budgets do not show yet where the loss ends; c is that of a curve without an end."
     if not SMALLEST_POWER < law.c < LARGEST_POWER:
-        yield f"c is at an end of {SMALLEST_POWER} to {LARGEST_POWER}, which is searched: these losses are no such curve."
+        yield f"c is at an end of {SMALLEST_POWER} to {LARGEST_POWER}, the bounds: these losses are no such curve."
     edges = [f"{rung.size.name} at {rung.budget.name}" for rung in chosen if rung.size.name in (names[0], names[-1])]
     if edges and len(names) > 1:
         yield f"Best at the edge of the sizes: {', '.join(edges)}. Smaller or larger ones may do better there."
