@@ -55,7 +55,7 @@ def result(rungs: Sequence[Rung], following: Rung, price: float | None) -> dict[
         "curve": _curve(law, min(flops), following.flops),
         "clips": len(lines[0]["of_clips"]),
         "next": _next(law, following, found, price),
-        "notes": list(_notes(law, rungs, best, following)),
+        "notes": [*_missed(law, [found[number] for number in best]), *_notes(law, rungs, best, following)],
         "runs": found,
     }
 
@@ -110,6 +110,20 @@ def _next(law: Law, following: Rung, found: Sequence[Mapping[str, Any]], price: 
     }
 
 
+def _missed(law: Law, best: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Where the curve goes past what was measured: a bound holds it, or the losses follow no such law."""
+    told = []
+    for run in best:
+        at = law.at(run["flops"])
+        if not at.low <= run["loss"] <= at.high:
+            told.append(f"{at.value:.3f} in place of {run['loss']:.3f} at {run['budget']}")
+    if told:
+        yield (
+            f"These losses do not follow the curve, which says {', '.join(told)}: further off than clips drawn "
+            "anew explain. Its numbers, and what it says of the next size, are rough."
+        )
+
+
 def _notes(law: Law, rungs: Sequence[Rung], best: Sequence[int], following: Rung) -> Iterator[str]:
     """What the numbers do not say."""
     chosen, names = [rungs[number] for number in best], list(dict.fromkeys(rung.size.name for rung in rungs))
@@ -119,7 +133,7 @@ def _notes(law: Law, rungs: Sequence[Rung], best: Sequence[int], following: Rung
         + (
             ", and to what the curve misses"
             if budgets > NUMBERS
-            else "; three budgets leave nothing to judge the curve by"
+            else "; of three budgets alone, not of the curve's form"
         )
         + ". That other seeds would train other models is not in them."
     )
@@ -128,7 +142,7 @@ def _notes(law: Law, rungs: Sequence[Rung], best: Sequence[int], following: Rung
     elif not law.a:
         yield "a came out as 0: these budgets do not show yet where the loss ends; c is that of a curve without an end."
     if not SMALLEST_POWER < law.c < LARGEST_POWER:
-        yield f"c is at an end of {SMALLEST_POWER} to {LARGEST_POWER}, which is searched: these losses are no such curve."
+        yield f"c is at an end of {SMALLEST_POWER} to {LARGEST_POWER}, the bounds: these losses are no such curve."
     edges = [f"{rung.size.name} at {rung.budget.name}" for rung in chosen if rung.size.name in (names[0], names[-1])]
     if edges and len(names) > 1:
         yield f"Best at the edge of the sizes: {', '.join(edges)}. Smaller or larger ones may do better there."

@@ -88,6 +88,7 @@ def test_evaluation_shows_progress_and_changes_nothing(world: World, tmp_path: P
     assert [line["step"] for line in lines] == [2, 4, 5]
     assert all(line["samples"] == 3 and len(line["losses"]) == 2 for line in lines)
     assert lines[0]["loss"] == pytest.approx(sum(lines[0]["losses"]) / 2)
+    assert all(line["loss"] == pytest.approx(sum(line["of_clips"]) / 3, rel=1e-6) for line in lines)
     assert lines[0]["losses"] != lines[1]["losses"]
     folders = sorted((tmp_path / "watched" / "samples").iterdir())
     assert [folder.name for folder in folders] == ["step-00000004", "step-00000005"]

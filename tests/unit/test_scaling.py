@@ -138,12 +138,25 @@ def test_the_page_tells_law_next_size_and_samples(tmp_path: Path) -> None:
     lines = table(found)
     assert sum("best" in line for line in lines[1:7]) == 3 and any(line.startswith("next: 256x4") for line in lines)
     assert any("Best at the edge of the sizes" in line for line in lines)
+    assert not any("do not follow the curve" in line for line in lines)
 
     write_page(found, tmp_path / "report.html")
     page = Page(tmp_path / "report.html")
     assert sum(tag == "video" for tag, _ in page.tags) == 3 * 6 and sum(tag == "svg" for tag, _ in page.tags) == 2
     assert all(words in page.text for words in ("a red square moving left", "256x4", "16x", "costs"))
     assert "http://" not in page.source and (tmp_path / "report.html").stat().st_size < 200_000
+
+
+def test_losses_that_fall_ever_faster_are_said_to_follow_no_law(tmp_path: Path) -> None:
+    rungs, following = ladder(tmp_path, "128x3")
+    measured(rungs)
+    for rung, loss in zip(rungs, (1.0, 0.9, 0.4), strict=True):
+        file = rung.run_dir / "validation.jsonl"
+        line = json.loads(file.read_text())
+        write_lines(file, [line | {"loss": loss, "of_clips": [loss - 0.01, loss, loss + 0.01]}])
+    notes = result(rungs, following, None)["notes"]
+    assert any("do not follow the curve, which says" in note and "0.900 at 4x" in note for note in notes)
+    assert any(note.startswith("a came out as 0") for note in notes)
 
 
 def test_runs_of_other_held_out_clips_are_not_compared(tmp_path: Path) -> None:
