@@ -33,7 +33,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +91,7 @@ class Arguments(RunnerArguments):
     )
     sidecar: str = option("list of captions, or folder with a text file a clip", "", type=local_path, metavar="PATH")
     model: str = option(
-        "vision-language model: folder, or name in the hub's cache", "", type=expanduser, metavar="MODEL"
+        "vision-language model: folder, or name in the hub's cache", "", type=local_path, metavar="MODEL"
     )
     endpoint: str = option("chat-completions API, such as http://localhost:8000/v1", "", metavar="URL")
     endpoint_model: str = option("the endpoint's model", "", metavar="NAME")
