@@ -33,7 +33,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +94,7 @@ class Arguments(RunnerArguments):
     )
     sidecar: str = option("list of captions, or folder with a text file a clip", "", type=local_path, metavar="PATH")
     model: str = option(
-        "vision-language model: folder, or name in the hub's cache", "", type=expanduser, metavar="MODEL"
+        "vision-language model: folder, or name in the hub's cache", "", type=local_path, metavar="MODEL"
     )
     endpoint: list[str] = option(
         "chat-completions API, such as http://localhost:8000/v1; again for more servers of the same model",

@@ -35,7 +35,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +46,7 @@ from opensora_repro.data.jobs.gpus import check_device
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, RunnerArguments, contents_of, run_jobs, runner_of
 from opensora_repro.data.manifest import REJECTS
-from opensora_repro.data.options import any_path, argument, option, parse, parser_of
+from opensora_repro.data.options import any_path, argument, local_path, option, parse, parser_of
 from opensora_repro.data.origin import made_by
 from opensora_repro.data.probe.rows import INPUT_HELP, manifest_of
 from opensora_repro.data.progress import progress
@@ -74,16 +73,16 @@ class Arguments(RunnerArguments):
     out: str = option("folder for manifest.parquet and the records", type=any_path, metavar="DIR")
     scores: str = option(f"all, or some of {', '.join(NAMES)} (all)", "all", metavar="A,B")
     clip: str = option(
-        "CLIP model: adds text_match, and duplicates by its embeddings", "", type=expanduser, metavar="MODEL"
+        "CLIP model: adds text_match, and duplicates by its embeddings", "", type=local_path, metavar="MODEL"
     )
     embed: str = option(
         "image encoder of timm, such as timm/vit_small_patch14_dinov2.lvd142m: duplicates by its embeddings",
         "",
-        type=expanduser,
+        type=local_path,
         metavar="MODEL",
     )
     aesthetic: str = option(
-        "linear aesthetic head over that model: adds aesthetic", "", type=expanduser, metavar="HEAD"
+        "linear aesthetic head over that model: adds aesthetic", "", type=local_path, metavar="HEAD"
     )
     cosine: float = option(
         "embeddings that are at least so near are of near-duplicates (%(default)s)", 0.95, metavar="X"

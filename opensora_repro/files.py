@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import filecmp
 import hashlib
@@ -17,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from opensora_repro.storage.addresses import AddressError, address_of, is_address, place, shown
+from opensora_repro.storage.addresses import AddressRefused, address_of, is_address, place, shown
 from opensora_repro.storage.objects import facts_of, is_object
 from opensora_repro.storage.scratch import fetched, publish, remove, unfinished_name
 
@@ -25,6 +24,8 @@ from opensora_repro.storage.scratch import fetched, publish, remove, unfinished_
 def user_path(text: str) -> Path:
     """Return a path as its user means it, `~` being the home folder: the type of options that take a local one."""
     if is_address(text):
+        import argparse
+
         raise argparse.ArgumentTypeError(f"{one_line(text)}: expected a path of this machine, not an address")
     return Path(text).expanduser()
 
@@ -33,7 +34,9 @@ def user_place(text: str) -> Path:
     """As `user_path`, of an address too: the path of its object (see storage/addresses.py)."""
     try:
         return place(text)
-    except AddressError as error:
+    except AddressRefused as error:
+        import argparse
+
         raise argparse.ArgumentTypeError(f"{error.filename}: {error.strerror}") from None
 
 

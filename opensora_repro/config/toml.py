@@ -24,7 +24,7 @@ from opensora_repro.config.checks import check_config
 from opensora_repro.config.sections import ADDRESS_KEYS, PATH_KEYS, Config, ConfigError, section_classes
 from opensora_repro.files import here_or_shipped
 from opensora_repro.models.config import ARCHITECTURES
-from opensora_repro.storage.addresses import AddressError, is_address, place
+from opensora_repro.storage.addresses import AddressRefused, is_address, place
 
 AnyConfig = TypeVar("AnyConfig", Config, AutoencoderConfig)  # of stages 1 to 3, of stage 0
 
@@ -98,7 +98,7 @@ def _path(key: str, text: str) -> str:
         return os.path.expanduser(text)
     try:
         place(text)
-    except AddressError as error:
+    except AddressRefused as error:
         raise ConfigError(f"{key} = {error.filename}: {error.strerror}") from None
     if key not in ADDRESS_KEYS:
         raise ConfigError(f"{key} = {text}: expected a path of this machine; {', '.join(ADDRESS_KEYS)} take addresses")

@@ -286,7 +286,9 @@ class _Batches(Dataset[ClipBatch]):
             with self.readings.reading(reader, index):
                 return self.dataset.load(epoch, index, shape)
 
-        fetch_ahead(self.dataset.rows["path"][index].as_py() for _, index in pairs)
+        paths = [self.dataset.rows["path"][index].as_py() for _, index in pairs]
+        if any(map(address_of, paths)):
+            fetch_ahead(paths)
         samples = zip(pairs, shapes, strict=True)
         return ClipBatch((load(epoch, index, shape) for (epoch, index), shape in samples), shape)
 

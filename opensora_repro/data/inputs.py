@@ -17,7 +17,7 @@ from typing import Any
 from opensora_repro.data.tables import is_missing, open_table
 from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
-from opensora_repro.storage.addresses import AddressError, address_of, redacted, within
+from opensora_repro.storage.addresses import AddressRefused, address_of, redacted, within
 from opensora_repro.storage.objects import is_object, objects_below, objects_matching
 
 VIDEO_SUFFIXES = frozenset(
@@ -176,7 +176,7 @@ def _of_table(table: Path) -> list[Item]:
         name = row["source"] if whole else row["path"]
         try:
             items.append(_item(Path(os.path.normpath(within(folder, row["path"]))), name, row))
-        except AddressError as error:
+        except AddressRefused as error:
             told = {**row, "path": "", **({"source": ""} if whole else {})}
             items.append(Item(Path(), redacted(name), told, f"{error.filename}: {error.strerror}"))
     return items

@@ -25,7 +25,7 @@ _SECRET = (
 _SIGNED = re.compile(rf"(?<=[?&])({_SECRET})=[^&#\s'\"]*", re.IGNORECASE)
 
 
-class AddressError(PermissionError):
+class AddressRefused(PermissionError):
     """An address that cannot be used: as it is written, or for want of a package or of credentials."""
 
     def __init__(self, reason: str, address: str) -> None:
@@ -57,7 +57,7 @@ def scratch_folder() -> Path:
 def place(text: str | os.PathLike[str]) -> Path:
     """Return the path that an address stands under; that of a local path is the path, `~` being the home folder.
 
-    Raises AddressError for one that holds credentials, which belong in the environment, or that no object can have.
+    Raises AddressRefused for one that holds credentials, which belong in the environment, or that no object can have.
     """
     text = os.fspath(text)
     found = _ADDRESS.match(text)
@@ -65,9 +65,9 @@ def place(text: str | os.PathLike[str]) -> Path:
         return Path(text).expanduser()
     scheme, name = found[1], found[2].rstrip("/")
     if redacted(text) != text:
-        raise AddressError("holds credentials; leave them out and set them in the environment", text)
+        raise AddressRefused("holds credentials; leave them out and set them in the environment", text)
     if not name or any(part in ("", ".", "..") for part in name.split("/")) or not name.isprintable():
-        raise AddressError("is no address of an object: expected scheme://bucket/folder/name", text)
+        raise AddressRefused("is no address of an object: expected scheme://bucket/folder/name", text)
     return Path(_root(os.environ.get(SCRATCH, "")), scheme, name)
 
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 from opensora_repro.storage.addresses import (
     EXTRAS,
     READ_ONLY,
-    AddressError,
+    AddressRefused,
     address_of,
     redacted,
     scratch_folder,
@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 
 class Facts(NamedTuple):
-    """Size in bytes, and a time of change in ns whose part below a second is a digest of the object's tag."""
+    """Size in bytes, and a time of change in ns whose microseconds are a digest of the object's tag."""
 
     size: int
     mtime_ns: int
@@ -61,7 +61,7 @@ def _file_system(address: str) -> Any:
         how: dict[str, Any] = {} if scheme in READ_ONLY else {"use_listings_cache": False}
         return fsspec.filesystem(scheme, **how)
     except ImportError:
-        raise AddressError(f"needs a package: pip install 'opensora-repro[{EXTRAS[scheme]}]'", address) from None
+        raise AddressRefused(f"needs a package: pip install 'opensora-repro[{EXTRAS[scheme]}]'", address) from None
 
 
 def _tried(call: Callable[[Any, str], T], path: str | os.PathLike[str]) -> T:
@@ -87,7 +87,7 @@ def _failure(error: Exception, path: str | os.PathLike[str]) -> OSError:
     """Return an error of a store as an OSError about the path; those that may pass have a number of _PASSING."""
     name, words = os.fspath(path), " ".join(str(getattr(error, "strerror", None) or error).split())
     text = redacted(words) or type(error).__name__
-    if isinstance(error, AddressError):
+    if isinstance(error, AddressRefused):
         return error
     if isinstance(error, FileNotFoundError) and getattr(error.__cause__, "status", 404) in (404, 410):
         return FileNotFoundError(errno.ENOENT, "no such object", name)
@@ -96,7 +96,7 @@ def _failure(error: Exception, path: str | os.PathLike[str]) -> OSError:
     if isinstance(error, _FINAL):
         return type(error)(error.errno or errno.EACCES, text, name)
     if "Credentials" in type(error).__name__:
-        return AddressError("no credentials in the environment", shown(name))
+        return AddressRefused("no credentials in the environment", shown(name))
     status = next((v for v in (getattr(error, "status", None), getattr(error, "code", None)) if isinstance(v, int)), 0)
     if status:
         number = errno.EBUSY if status in _BUSY or status >= 500 else errno.EACCES
@@ -115,7 +115,7 @@ def _facts(info: dict[str, Any]) -> Facts:
     seconds = int(when.timestamp()) if hasattr(when, "timestamp") else 1 << 30
     tags = [info.get(name) for name in ("ETag", "etag", "blob_id", "md5Hash")]
     tag = hashlib.blake2b(repr([str(t).strip('"') for t in tags if t]).encode(), digest_size=8).digest()
-    return Facts(int(info.get("size") or 0), seconds * 10**9 + int.from_bytes(tag, "big") % 10**9)
+    return Facts(int(info.get("size") or 0), seconds * 10**9 + int.from_bytes(tag, "big") % 10**6 * 1000)
 
 
 def _learn(path: str, facts: Facts) -> Facts:
@@ -232,7 +232,9 @@ def read_object(path: Path, start: int, length: int) -> bytes:
 def upload(file: Path, path: Path) -> Facts:
     """Write an object: whole, or it is not there; one of that name is replaced. Raises OSError."""
     if address_of(path).partition("://")[0] in READ_ONLY:
-        raise AddressError("can only be read from; choose a local folder, s3:// or gs:// to write to", address_of(path))
+        raise AddressRefused(
+            "can only be read from; choose a local folder, s3:// or gs:// to write to", address_of(path)
+        )
     _known.pop(os.fspath(path), None)
     _tried(lambda files, address: files.put_file(os.fspath(file), address), path)
     return facts_of(path)

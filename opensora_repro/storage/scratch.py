@@ -26,7 +26,7 @@ from pathlib import Path
 from opensora_repro.storage.addresses import (
     EXTRAS,
     SCRATCH_GB,
-    AddressError,
+    AddressRefused,
     address_of,
     scratch_folder,
 )
@@ -35,6 +35,8 @@ from opensora_repro.storage.objects import Facts, delete, download, facts_of, lo
 DEFAULT_GB = 50.0
 KEPT = 0.9  # of the limit, what is left where room is made
 HELD_SHARE, HELD_LEAST = 1 / 64, 2  # of the limit, that a process holds locked; and copies that it does in any case
+HELD_MOST = 128  # copies, each of which is an open file
+TRIES = 3  # of fetching what is deleted or replaced in the same moment
 PATIENCE, PAUSE = 60.0, 0.2  # seconds for others to let go of copies, where no other can be deleted
 AT_A_TIME = 16  # objects that are fetched ahead side by side
 COPY = stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH  # the mode of a copy; what else lies there is nobody's to delete
@@ -46,12 +48,12 @@ _numbers = itertools.count()
 
 
 def limit() -> int:
-    """Return how many bytes of copies there may be. Raises AddressError."""
+    """Return how many bytes of copies there may be. Raises AddressRefused."""
     given = os.environ.get(SCRATCH_GB, "")
     with contextlib.suppress(ValueError):
         if (size := float(given or DEFAULT_GB)) > 0:
             return int(size * 1e9)
-    raise AddressError(f"{SCRATCH_GB} = {given}: expected a number of gigabytes", os.fspath(scratch_folder()))
+    raise AddressRefused(f"{SCRATCH_GB} = {given}: expected a number of gigabytes", os.fspath(scratch_folder()))
 
 
 def fetched(path: Path) -> Path:
@@ -64,7 +66,12 @@ def fetched(path: Path) -> Path:
     facts = facts_of(path)
     if not _hold(path, facts):
         with _locked(_folder("locks") / hashlib.blake2b(os.fspath(path).encode(), digest_size=2).hexdigest()):
-            while not _hold(path, facts):
+            for left in reversed(range(TRIES)):
+                if _hold(path, facts):
+                    break
+                if not left:
+                    why = "no copy can be kept: its folder keeps no exact times; set OPENSORA_SCRATCH to another"
+                    raise OSError(errno.EIO, why, os.fspath(path))
                 unfinished = unfinished_name(path)
                 try:
                     with _room(facts.size):
@@ -162,7 +169,7 @@ def _folder(name: str) -> Path:
         root.mkdir(parents=True, exist_ok=True)
         root.chmod(0o700)
     elif root.stat().st_uid != os.getuid():
-        raise AddressError("is another user's folder; set OPENSORA_SCRATCH to one of your own", os.fspath(root))
+        raise AddressRefused("is another user's folder; set OPENSORA_SCRATCH to one of your own", os.fspath(root))
     (root / name).mkdir(exist_ok=True)
     return root / name
 
@@ -203,7 +210,8 @@ def _hold(path: Path, facts: Facts) -> bool:
             return False
         _held[name] = handle, here.st_size
         _held.move_to_end(name)
-        while len(_held) > HELD_LEAST and sum(size for _, size in _held.values()) > limit() * HELD_SHARE:
+        most = limit() * HELD_SHARE
+        while len(_held) > HELD_LEAST and (len(_held) > HELD_MOST or sum(size for _, size in _held.values()) > most):
             os.close(_held.popitem(last=False)[1][0])
         return True
 
@@ -291,6 +299,8 @@ def _is_free(path: Path, *, delete: bool = False) -> bool:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if delete:
+            if os.fstat(handle).st_ino != os.stat(path).st_ino:
+                return False  # another copy by now
             os.unlink(path)
         return True
     except OSError:

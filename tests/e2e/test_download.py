@@ -348,3 +348,15 @@ def test_mistakes_are_answered_with_one_line(
     write_table(pd.DataFrame([{"id": "a", "link": "x"}]), tmp_path / "t.csv")
     assert download.main([str(tmp_path / "t.csv"), "--out", str(tmp_path / "out"), *options]) == 2
     assert line in capsys.readouterr().err
+
+
+def test_signatures_leave_no_trace(server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What is signed is fetched as it is, and told without what gives access."""
+    signed = {name: server.url(f"{name}/a.mp4?X-Amz-Signature=hush&part=1") for name in ("ranges", "missing", "broken")}
+    rows = [{"id": name, "url": url} for name, url in signed.items()]
+    kept, reasons = run(tmp_path / "t.csv", rows, tmp_path / "out")
+    assert kept["ranges"]["url"] == server.url("ranges/a.mp4?X-Amz-Signature=...&part=1") and len(reasons) == 2
+    told = capfd.readouterr()
+    assert "hush" not in told.out + told.err
+    assert all(b"hush" not in path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert run(tmp_path / "t.csv", rows, tmp_path / "out")[0].keys() == {"ranges"}

@@ -84,6 +84,7 @@ def test_a_lead_that_is_too_short_is_noticed(long: Path) -> None:
     assert unlike_before(list(found.values())) == list(range(1, len(starts)))
 
 
+@pytest.mark.exhaustive
 def test_what_cannot_be_shared_stays_whole(long: Path, tmp_path: Path) -> None:
     assert plan_ranges(long, 3600.0) == [0]
     damaged, content = tmp_path / "damaged.mp4", bytearray(long.read_bytes())
@@ -96,7 +97,10 @@ def test_what_cannot_be_shared_stays_whole(long: Path, tmp_path: Path) -> None:
     assert reasons[0] == reasons[1]
 
 
-@pytest.mark.parametrize("options", [(), ("--max-frames", "30", "--trim", "2"), ("--fps", "10", "--for-training")])
+MORE = [("--max-frames", "30", "--trim", "2"), ("--fps", "10", "--for-training")]
+
+
+@pytest.mark.parametrize("options", [(), *(pytest.param(more, marks=pytest.mark.exhaustive) for more in MORE)])
 def test_workers_that_share_a_video_make_what_one_makes(
     long: Path, tmp_path: Path, options: tuple[str, ...], capfd: pytest.CaptureFixture[str]
 ) -> None:

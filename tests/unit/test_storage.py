@@ -27,7 +27,7 @@ from opensora_repro.errors import DataError, run_command
 from opensora_repro.files import one_line, write_text
 from opensora_repro.run_folder import check_folder
 from opensora_repro.storage import objects, scratch
-from opensora_repro.storage.addresses import AddressError, address_of, place, relative, scratch_folder, shown, within
+from opensora_repro.storage.addresses import AddressRefused, address_of, place, relative, scratch_folder, shown, within
 from opensora_repro.storage.objects import facts_of, is_object, look_up
 from opensora_repro.storage.scratch import fetch_ahead, fetched, publish, unfinished_name
 from tests.hub_server import DatasetHub
@@ -78,7 +78,7 @@ def test_an_address_and_its_path_stand_for_each_other(tmp_path: Path) -> None:
     assert place("~/x") == Path("~/x").expanduser()
     assert address_of(tmp_path) == "" == address_of("s3:/bucket/x")
     for wrong in ("s3://", "s3://bucket/../x", "s3://bucket//x", "s3://bucket/a\nb"):
-        with pytest.raises(AddressError, match="no address of an object"):
+        with pytest.raises(AddressRefused, match="no address of an object"):
             place(wrong)
 
 
@@ -228,7 +228,7 @@ def test_a_file_is_published_whole_and_an_equal_one_left_untouched(node: Store, 
     assert fetched(path).read_text() == "two" and node.count(f"GET /{BUCKET}/out/a.txt") == 0
     unfinished = unfinished_name(path)
     unfinished.write_text("x")
-    with pytest.raises(AddressError, match="can only be read from"):
+    with pytest.raises(AddressRefused, match="can only be read from"):
         publish(unfinished, place("https://127.0.0.1:1/a.txt"))
 
 

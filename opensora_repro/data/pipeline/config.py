@@ -29,7 +29,7 @@ from opensora_repro.data.jobs.run import RunnerArguments
 from opensora_repro.data.options import Option, options_in
 from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
-from opensora_repro.storage.addresses import AddressError, is_address, place
+from opensora_repro.storage.addresses import AddressRefused, is_address, place
 
 RUN, REPORT = "run", "report"  # sections that are no stage: options of all tools that have them; of the page at the end
 TOP = ("input", "out")
@@ -109,7 +109,7 @@ def load_line(
 def _place(where: str, name: str, text: str) -> str:
     try:
         return os.fspath(place(text)) if is_address(text) else os.path.expanduser(text)
-    except AddressError as error:
+    except AddressRefused as error:
         raise DataError(f"{where}: {name} = {error.filename}: {error.strerror}") from None
 
 

@@ -91,13 +91,10 @@ def scan_range(
     alone = "its pictures change their size" if len(sizes) > 1 else ""
     if whole and held * pixels * 3 // 2 > ROOM:
         alone = "one pass cannot hold so large pictures"
-    hard, blends, gradual = [
-        found[at:] for found, at in zip((detector.hard, detector.blends, detector.gradual), before, strict=True)
-    ]
     return RangeShots(
-        [first + cut for cut in hard],
-        [[first + a, first + b] for a, b in blends],
-        [[first + a, first + b] for a, b in gradual],
+        [first + cut for cut in detector.hard[before[0] :]],
+        [[first + a, first + b] for a, b in detector.blends[before[1] :]],
+        [[first + a, first + b] for a, b in detector.gradual[before[2] :]],
         begun if start else "",
         ended,
         alone,
