@@ -48,6 +48,14 @@ def tools(result: dict[str, Any]) -> Iterator[Line]:
         yield f"{name}, {result['rows']:,} rows", f"{tool['rows_per_s']:,} rows/s", "", f"{tool['peak_rss_mb']} MB", ""
 
 
+def plans(result: dict[str, Any]) -> Iterator[Line]:
+    """Of benchmarks.rows: rows and the driver's memory."""
+    for what in ("first", "again"):
+        run = result[what]
+        rate = f"{run['rows_per_core_s']:,} rows/core s"
+        yield f"{what}, {result['rows']:,} rows", rate, "", f"{run['driver_mb']} MB", ""
+
+
 def videos(result: dict[str, Any]) -> Iterator[Line]:
     """Of benchmarks.split: CPU seconds over the other's."""
     for video, found in result["videos"].items():
@@ -88,6 +96,7 @@ BENCHMARKS = {
     "loader": Benchmark(("--windows", "4")),
     "collectives": Benchmark((), counted),
     "tables": Benchmark(("--rows", "200000"), tools),
+    "rows": Benchmark(None, plans),
     "split": Benchmark(None, videos),
     "duplicates": Benchmark(("--rows", "60000", "--exact-rows", "25000"), duplicates),
     "curation": Benchmark(None, footage),

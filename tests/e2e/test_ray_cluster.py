@@ -9,6 +9,8 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from tests.job_works import node, square
 
 COUNT = 240
 ROWS = 8  # a chunk
+PATIENCE = 1800  # seconds: a node takes a minute to start where other work goes on
 
 
 def lines(folder: Path) -> list[int]:
@@ -40,7 +43,7 @@ def workers(folder: Path) -> set[str]:
 
 
 def wait_for(condition: Any) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -63,30 +66,43 @@ def rows_in(folder: Path) -> list[dict[str, Any]]:
     return [row for part in folder.glob("*.parquet") for row in parts.read_part(part).to_pylist()]
 
 
-@pytest.mark.exhaustive
-def test_a_killed_node_costs_what_was_in_flight(tmp_path: Path) -> None:
+@contextmanager
+def cluster_of(**head: int) -> Iterator[Any]:
+    """Yield a cluster on this machine, which this process has joined."""
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    videos = tmp_path / "videos"
-    videos.mkdir()
-    for number in range(12):
-        film(videos / f"{number}.mp4", [20 + number, 120 + number, 200 - number])
-    (videos / "broken.mp4").write_bytes(b"\0" * 500)
-    here = run(tmp_path / "here", Runner("local", 2))
-    run_tools(videos, tmp_path / "tools_here")
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster = Cluster(initialize_head=True, head_node_args={"include_dashboard": False, **head})
     try:
-        doomed = cluster.add_node(num_cpus=1)
         ray.init(address=cluster.address, log_to_driver=False)
-        folder = tmp_path / "there"
-        killer = threading.Thread(
-            target=lambda: (wait_for(lambda: len(lines(folder)) >= COUNT // 4 and len(workers(folder)) > 1),
-                            cluster.remove_node(doomed, allow_graceful=False))
-        )  # fmt: skip
-        killer.start()
-        there = run(folder, Runner("ray", 2, "auto"))
-        killer.join()
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@contextmanager
+def killing(cluster: Any, when: Callable[[], bool]) -> Iterator[None]:
+    """Add a node of one core, and kill it as soon as `when` holds, within the block."""
+    doomed = cluster.add_node(num_cpus=1)
+
+    def kill() -> None:
+        wait_for(when)
+        cluster.remove_node(doomed, allow_graceful=False)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    yield
+    killer.join()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(PATIENCE)
+def test_a_killed_node_costs_what_was_in_flight(tmp_path: Path) -> None:
+    here, folder = run(tmp_path / "here", Runner("local", 2)), tmp_path / "there"
+    with cluster_of(num_cpus=1) as cluster:
+        with killing(cluster, lambda: len(lines(folder)) >= COUNT // 4 and len(workers(folder)) > 1):
+            there = run(folder, Runner("ray", 2, "auto"))
         assert there == here
         kept = rows_in(folder / "out" / "parts" / "x")
         assert len(kept) == COUNT and len({row["quick"] for row in kept}) == COUNT
@@ -95,21 +111,20 @@ def test_a_killed_node_costs_what_was_in_flight(tmp_path: Path) -> None:
         assert sum(done.values()) <= COUNT + 2 * ROWS  # the chunks that the node had
         assert run(folder, Runner("ray", 2, "auto")) == here and Counter(lines(folder)) == done
 
-        doomed = cluster.add_node(num_cpus=1)
-        out = tmp_path / "tools_there"
-        split = out / "split" / "clips"
-        killer = threading.Thread(
-            target=lambda: (wait_for(lambda: split.is_dir() and any(split.glob("*.mp4"))),
-                            cluster.remove_node(doomed, allow_graceful=False))
-        )  # fmt: skip
-        killer.start()
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(PATIENCE)
+def test_tools_give_the_same_where_a_node_is_killed(tmp_path: Path) -> None:
+    videos, out = tmp_path / "videos", tmp_path / "there"
+    videos.mkdir()
+    for number in range(12):
+        film(videos / f"{number}.mp4", [20 + number, 120 + number, 200 - number])
+    (videos / "broken.mp4").write_bytes(b"\0" * 500)
+    run_tools(videos, tmp_path / "here")
+    with cluster_of(num_cpus=1) as cluster, killing(cluster, lambda: any(out.glob("split/clips/*.mp4"))):
         run_tools(videos, out, "--runner", "ray", "--address", "auto")
-        killer.join()
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
     for tool in ("probe", "split", "score"):
-        first, second = (tmp_path / name / tool for name in ("tools_here", "tools_there"))
+        first, second = (tmp_path / name / tool for name in ("here", "there"))
         assert (first / "rejects.parquet").read_bytes() == (second / "rejects.parquet").read_bytes()
         pd.testing.assert_frame_equal(
             read_table(first / "manifest.parquet"), read_table(second / "manifest.parquet"), check_exact=True
@@ -117,32 +132,25 @@ def test_a_killed_node_costs_what_was_in_flight(tmp_path: Path) -> None:
 
 
 @pytest.mark.exhaustive
+@pytest.mark.timeout(PATIENCE)
 def test_work_without_gpus_keeps_away_from_nodes_with_some(tmp_path: Path) -> None:
-    ray = pytest.importorskip("ray")
-    from ray.cluster_utils import Cluster
+    jobs = [Job(f"k{n}", "", {"sleep": 0.3}) for n in range(24)]
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-    try:
-        with_gpu = cluster.add_node(num_cpus=2, num_gpus=1)
-        ray.init(address=cluster.address, log_to_driver=False)
-        jobs = [Job(f"k{n}", "", {"sleep": 0.3}) for n in range(24)]
+    def nodes(name: str, runner: Runner) -> set[int]:
+        with Records(tmp_path / name) as records:
+            return set(run_jobs(node, jobs, Keeping(records, "x"), runner=runner, label="x"))
 
-        def nodes(name: str, runner: Runner, needs: Needs) -> set[str]:
-            with Records(tmp_path / name) as records:
-                return set(run_jobs(node, jobs, Keeping(records, "x"), runner=runner, label="x", needs=needs))
-
-        there = with_gpu.node_id
-        assert there not in nodes("cpu", Runner("ray"), Needs())
-        assert nodes("gpu", Runner("ray", gpu=True), Needs()) == {there}
-        assert there in nodes("told", Runner("ray", gpu_nodes=True), Needs())
+    with cluster_of(num_cpus=2) as cluster:
+        there = cluster.add_node(num_cpus=2, num_gpus=1).all_processes["raylet"][0].process.pid
+        assert there not in nodes("cpu", Runner("ray"))
+        assert nodes("gpu", Runner("ray", gpu=True)) == {there}
+        assert there in nodes("told", Runner("ray", workers=4, gpu_nodes=True))
         with pytest.raises(DataError, match=r"no node has the 1 cores, 2 GPUs and 0\.0 GiB of memory"):
-            nodes("two", Runner("ray", gpu=True, gpus=2.0), Needs())
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
+            nodes("two", Runner("ray", gpu=True, gpus=2.0))
 
 
 @pytest.mark.exhaustive
+@pytest.mark.timeout(PATIENCE)
 def test_a_killed_driver_costs_what_was_in_flight(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     program = (
