@@ -168,17 +168,20 @@ os.register_at_fork(after_in_child=_leave_claims_to_parent)
 
 
 @contextlib.contextmanager
-def claimed_run_folder(run_dir: Path) -> Iterator[None]:
-    """Create the folder and hold it for the block; remove it again if empty. Raises ConfigError if it is held."""
+def claimed_run_folder(run_dir: Path, key: str = "run.dir") -> Iterator[None]:
+    """Create the folder that `key` names and hold it for the block; remove it again if empty.
+
+    Raises ConfigError if it is held.
+    """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         handle = os.open(run_dir, os.O_RDONLY)
     except OSError as error:
-        raise ConfigError(f"run.dir = {run_dir}: cannot be used ({error.strerror})") from None
+        raise ConfigError(f"{key} = {run_dir}: cannot be used ({error.strerror})") from None
     _claims.add(handle)
     locked = False
     try:
-        _lock(handle, run_dir)
+        _lock(handle, f"{key} = {run_dir}")
         locked = True
         yield
     finally:
@@ -190,12 +193,12 @@ def claimed_run_folder(run_dir: Path) -> Iterator[None]:
                     run_dir.rmdir()
 
 
-def _lock(handle: int, run_dir: Path) -> None:
+def _lock(handle: int, place: str) -> None:
     try:
         # The kernel drops the lock with the process, however it dies.
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ConfigError(f"run.dir = {run_dir}: another process is training there; wait for it or stop it") from None
+        raise ConfigError(f"{place}: another process is training there; wait for it or stop it") from None
     except OSError:
         pass  # a network file system without locks
 

@@ -99,11 +99,12 @@ def run(args: argparse.Namespace) -> int:
         steps = steps[: names.index(args.until) + 1]
     if args.gpu is not None and not args.dry_run:
         raise ConfigError("--gpu asks what --dry-run estimates: give both, or neither")
+    look_at_input(recipe)
     if args.dry_run:
         return show(recipe, steps, args.gpu)
     from opensora_repro.run_folder import claimed_run_folder
 
-    with claimed_run_folder(recipe.out):
+    with claimed_run_folder(recipe.out, key="out"):
         return follow(recipe, steps)
 
 
@@ -149,6 +150,22 @@ def load_recipe(path: str, overrides: Sequence[str]) -> Recipe:
         raise ConfigError(f"{path}: no captions: give captions=FILE, or a [caption] section to {config}")
     captions = found["captions"] if top["captions"] else None
     return Recipe(found["input"], found["out"], captions, top["held_out"], sections)
+
+
+def look_at_input(recipe: Recipe) -> None:
+    """What would end the recipe after hours ends it now: no footage, captions of other videos. Raises UserError."""
+    from opensora_repro.data.caption.lists import ClipKeys, read_list
+    from opensora_repro.data.inputs import find_inputs
+    from opensora_repro.run_folder import check_folder
+
+    check_folder("out", str(recipe.out))
+    items = find_inputs(recipe.input, out=recipe.out).items
+    if recipe.captions is not None:
+        rows = [{"id": item.name, "path": str(item.path), **(item.row or {})} for item in items]
+        listed = read_list(recipe.captions, ClipKeys.of(rows))
+        if listed.keyed_by != "id" and not listed.whole and not listed.spans:  # clips' ids are not known yet
+            names = f"none of the {len(items)} files of {recipe.input}, such as {items[0].name!r}"
+            raise ConfigError(f"captions = {recipe.captions}: names {names}")
 
 
 def _brings_captions(source: Path, pipeline: str) -> bool:
@@ -212,7 +229,17 @@ def _data(recipe: Recipe, train: Path, held_out: Path) -> Iterator[Step]:
 def _preview(recipe: Recipe, last: Step, train: Path) -> Iterator[Step]:
     if "preview" in recipe.sections:
         page, changes = recipe.out / "preview" / "preview.html", recipe.sections[last.name].get("set", ())
-        words = ("data_tools.preview", str(train), *changes, "--config", last.command[1], "--out", str(page.parent))
+        text = [word for word in last.command if word.startswith("text.path=")]  # which stage 0 has yet to make
+        words = (
+            "data_tools.preview",
+            str(train),
+            *changes,
+            *text,
+            "--config",
+            last.command[1],
+            "--out",
+            str(page.parent),
+        )
         words = (*words, *recipe.options("preview"))
         yield Step("preview", "a page of what training reads", page, words, (train, Path(last.command[1])))
 
@@ -323,7 +350,8 @@ def follow(recipe: Recipe, steps: Sequence[Step]) -> int:
         if code == 0 and not step.output.exists():
             code = INTERRUPTED_BY_SIGTERM  # a stage that was told to stop has saved, and calls that well
         if code:
-            print(f"{step.name} ended with exit code {code}; the same command goes on there", file=sys.stderr)
+            if code != 2:  # the user's mistake has its own line
+                print(f"{step.name} ended with exit code {code}; the same command goes on there", file=sys.stderr)
             return code
         record.put(step, key, time.monotonic() - began)
     print(f"\ndone: {recipe.out}")

@@ -109,7 +109,15 @@ def chart(
 
 
 def _plain(low: float, high: float) -> list[tuple[float, str]]:
-    return [(value, f"{value:.4g}") for value in ticks(low, high)]
+    return [(value, _short(value)) for value in ticks(low, high)]
+
+
+def _short(value: float) -> str:
+    """As wide as the room beside a curve: 1.5e-4 for 0.00015."""
+    if not 0 < abs(value) < 1e-3:
+        return f"{value:.4g}"
+    factor, power = f"{value:.2e}".split("e")
+    return f"{float(factor):g}e{int(power)}"
 
 
 def _powers(low: float, high: float) -> list[tuple[float, str]]:
@@ -122,7 +130,7 @@ def _powers(low: float, high: float) -> list[tuple[float, str]]:
             break
     if len(found) < 2:
         found = [value for value in ticks(10**low, 10**high) if value > 0]
-    return [(math.log10(value), re.sub(r"e\+0?", "e", f"{value:.3g}")) for value in found[:: -(-len(found) // 6) or 1]]
+    return [(math.log10(value), _short(value)) for value in found[:: -(-len(found) // 6) or 1]]
 
 
 def _span(values: Sequence[float]) -> tuple[float, float]:

@@ -7,6 +7,7 @@ deviations over many steps, so that no single step is an alarm; what has gone of
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from einops import reduce
 
 from opensora_repro.config import Config
 from opensora_repro.errors import TrainingError
+from opensora_repro.process import available_cpus
 from opensora_repro.run_folder import best_checkpoint, list_checkpoints, step_of
 from opensora_repro.training.metrics import RunLog
 
@@ -28,6 +30,7 @@ EASED = 0.5  # of its limit, below which an alarm is over
 EARLY = 0.2  # share of a run in which its samples may still be noise, and captions unheard
 MOST = 3e4  # an activation; float16 ends at 65504, bfloat16 counts in steps of 128 there
 UNHEARD = 0.002  # of the loss: a caption gap that is none
+MOMENT = 60.0  # seconds that a machine may be slow without a word
 
 
 def is_due(step: int) -> bool:
@@ -51,6 +54,7 @@ class Alarms:
         self._loss_then: dict[int, float] = {}  # training's median loss before each validation
         self._usual: tuple[Look, Look] | None = None  # of clips, of noise
         self._has_shown = False  # more than noise
+        self._speeds: list[Speed] = []  # of this start's blocks: a resumed run may be on another machine
         if self.log.enabled:  # what is over by now shows at the first look; what ended the run ends it again
             self._on = {str(line.get("alarm")) for line in self.log.alarms.read()} - set(self.cfg.alarms.stop)
 
@@ -61,11 +65,12 @@ class Alarms:
         steady = [line for line in lines if line["step"] > since]
         validations = self.log.validation.read()
         self._note_losses(validations, lines)
+        self._note_speed(step, lines)
         cfg, late = self.cfg, step >= EARLY * self.cfg.train.steps
         return list(self._changes(step, {
             "loss": loss_rises(steady, self._ease("loss")),
             "gradient": gradient_leaves(steady, self._ease("gradient")),
-            "throughput": throughput_falls(steady, self._ease("throughput")),
+            "throughput": throughput_falls(self._speeds, self._ease("throughput")),
             "overfitting": overfits(validations, self._loss_then, self._ease("overfitting")),
             "saturation": saturates(validations, self._ease("saturation")),
             "average": average_lags(validations, self._ease("average")),
@@ -112,6 +117,10 @@ class Alarms:
         lowest = min(newest_first, key=lambda path: losses.get(step_of(path), math.inf), default="none yet")
         return str(best_checkpoint(run_dir) or lowest)
 
+    def _note_speed(self, step: int, lines: Lines) -> None:
+        if is_due(step) and len(lines) >= BLOCK:
+            self._speeds = [*self._speeds[-_slow_blocks(self._speeds) - EARLIER // BLOCK :], Speed.of(lines[-BLOCK:])]
+
     def _note_losses(self, validations: Lines, lines: Lines) -> None:
         """A resumed run looks its earlier losses up once."""
         missing = [line["step"] for line in validations if line["step"] not in self._loss_then]
@@ -149,17 +158,47 @@ def gradient_leaves(lines: Lines, ease: float) -> str:
     return ""
 
 
-def throughput_falls(lines: Lines, ease: float) -> str:
-    """To two fifths: a machine that others use, too, has half at times."""
-    found = [(line["tokens"] or line["samples"]) / line["seconds"] for line in lines if line["seconds"] > 0]
-    if len(found) < LEAST + BLOCK:
+@dataclass(frozen=True)
+class Speed:
+    """Of a block of steps, waiting counted: where batches come in bursts, most single steps are as quick as ever."""
+
+    rate: float  # tokens a second, or samples of a model that counts none
+    seconds: float
+    waited: float  # of them, for data
+
+    @staticmethod
+    def of(lines: Lines) -> Speed:
+        seconds = max(sum(line["seconds"] for line in lines), 1e-9)
+        done = sum(line["tokens"] or line["samples"] for line in lines)
+        return Speed(done / seconds, seconds, sum(line["data_seconds"] for line in lines))
+
+
+def throughput_falls(blocks: Sequence[Speed], ease: float) -> str:
+    """To two fifths, for a minute and two blocks: a machine that others use, too, has half at times, a moment less."""
+    count = _slow_blocks(blocks)
+    before, last = blocks[: len(blocks) - count], blocks[len(blocks) - count :]
+    if len(before) * BLOCK < LEAST or sum(block.seconds for block in last) < MOMENT:
         return ""
-    usual, _, now = _band(found)
-    if now < usual * 0.4 / (0.8 if ease < 1 else 1) ** 2:
-        last = lines[-BLOCK:]
-        waited = sum(line["data_seconds"] for line in last) / sum(line["seconds"] for line in last)
-        return f"{now / usual:.0%} of the speed of the steps before, {waited:.0%} of the time spent waiting for data"
-    return ""
+    usual, now = statistics.median(block.rate for block in before), max(block.rate for block in last)
+    if now >= usual * 0.4 / (0.8 if ease < 1 else 1) ** 2:
+        return ""
+    seconds = sum(block.seconds for block in last)
+    waited = sum(block.waited for block in last) / seconds
+    found = f"{now / usual:.0%} of the speed of the steps before, for {seconds:.0f} s; "
+    found += f"{waited:.0%} of that is waiting for data"
+    if hasattr(os, "getloadavg"):  # whoever else is at work here
+        found += f", the machine's load is {os.getloadavg()[0]:.1f} on {available_cpus()} CPUs"
+    return found
+
+
+def _slow_blocks(blocks: Sequence[Speed]) -> int:
+    """How many of the last ones are judged together."""
+    seconds = 0.0
+    for count, block in enumerate(reversed(blocks), start=1):
+        seconds += block.seconds
+        if count >= 2 and seconds >= MOMENT:
+            return count
+    return len(blocks)
 
 
 def repeats(epoch: int, most: int) -> str:

@@ -175,7 +175,7 @@ def test_from_phone_videos_to_a_sampled_one(home: Path, run: Any, repo_dir: Path
             assert all(f"camera {cameras[row['source']]}" in row["caption"] for row in clips.to_dict("records"))
         elif "data_tools.preview" in line:
             page = (home / "data/preview/preview.html").read_text(encoding="utf-8")
-            assert "cut away" in page and "</s>" in page and "but whole" not in page
+            assert "cut away" in page and "</s>" in page and "shown whole" not in page
         elif "--dry-run" in line:
             assert re.search(r"usable +\d+ +100.0%", output) and "not yet there" not in output
     video = probe(home / "out" / "0000.mp4")

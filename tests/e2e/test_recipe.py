@@ -43,6 +43,8 @@ def footage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [f"clip{number}.mp4,a square of number {number}" for number in range(6)]
     folder.with_name("footage.csv").write_text("\n".join(["path,caption", *lines, ""]))
     folder.with_name("pipeline.toml").write_text('input = "x"\nout = "x"\n[run]\nworkers = 1\n[probe]\n')
+    folder.with_name("EMPTY").mkdir()
+    folder.with_name("others.csv").write_text("source,caption\nfilm.mp4,not of this footage\n")
     folder.with_name("empty.toml").write_text("")
     return folder
 
@@ -154,6 +156,10 @@ MISTAKES = {
     "no such file or folder": ["input=none"],
     "no captions: give captions=FILE": ["captions="],
     "captions = none: no such file": ["captions=none"],
+    "expected a folder, or a list (": ["captions=README.md"],
+    "such as 'clip0.mp4'": ["captions=FOOTAGE/others.csv"],
+    "EMPTY: no video in this folder": ["input=FOOTAGE/EMPTY"],
+    "out = ": ["out=FOOTAGE/others.csv"],
     "expected a share of the videos": ["held_out=1.5"],
     "expected input=, captions=, out=, held_out= or SECTION.key=value": ["stage4.train.steps=1"],
     "--until stage9: this recipe's steps are pipeline, captions": ["--until", "stage9"],
@@ -169,7 +175,8 @@ def test_mistakes_are_one_line_before_anything_runs(
     footage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], told: str
 ) -> None:
     out = tmp_path / "out"
-    given = [f"input={footage}", f"captions={footage}.csv", f"out={out}", *MISTAKES[told]]
+    changes = [word.replace("FOOTAGE", str(footage.parent)) for word in MISTAKES[told]]
+    given = [f"input={footage}", f"captions={footage}.csv", f"out={out}", *changes]
     assert main(["configs/laptop.recipe.toml", *given]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and told in error and error.count("\n") == 1

@@ -15,6 +15,7 @@ import torch
 
 from opensora_repro.config import AlarmsConfig, Config, ConfigError, TrainConfig, parse_config
 from opensora_repro.demo.shapes import training_scenes
+from opensora_repro.process import available_cpus
 from opensora_repro.training import alarms
 from opensora_repro.training.alarms import Alarms
 from opensora_repro.training.metrics import RunLog
@@ -157,16 +158,30 @@ def test_overfitting_is_held_out_loss_that_rises_while_training_falls(tmp_path: 
     assert (tmp_path / "run" / "alarms.jsonl").read_text() == before
 
 
-def test_throughput_that_falls(tmp_path: Path, healthy: Any) -> None:
-    def timed(line: dict[str, Any]) -> dict[str, Any]:
-        waited = 0.03 if line["step"] > 300 else 0.0
-        return {**line, "seconds": 0.01 + waited, "data_seconds": waited}
+def test_throughput_that_falls_for_a_while(tmp_path: Path, healthy: Any) -> None:
+    def go(name: str, steps: range, step_seconds: float = 1.0, every: int = 1) -> list[str]:
+        """Steps of these numbers wait for data thrice as long as they work; every so many for all of them."""
 
-    watched = Watched(tmp_path / "run")
-    said = watched.go([timed(line) for line in healthy[0][:400]])
-    (line,) = [line for line in said if "throughput" in line]
-    assert "25% of the speed of the steps before, 75% of the time spent waiting for data" in line
-    assert watched.names().count("throughput") == 1
+        def timed(line: dict[str, Any]) -> dict[str, Any]:
+            waits = line["step"] in steps and line["step"] % every == 0
+            waited = 3 * every * step_seconds if waits else 0.0
+            return {**line, "seconds": step_seconds + waited, "data_seconds": waited}
+
+        watched = Watched(tmp_path / name)
+        watched.go([timed(line) for line in healthy[0][:700]])
+        assert set(watched.names()) <= {"throughput"}
+        return watched.said
+
+    expected = (
+        "alarm: throughput, step 400: 25% of the speed of the steps before, for 400 s; 75% of that is waiting for data"
+    )
+    for every in (1, 10):  # bursts, too
+        (line,) = go(f"slow{every}", range(301, 701), every=every)
+        assert line.startswith(expected) and line.endswith(f" on {available_cpus()} CPUs")
+    assert go("moment", range(301, 351)) == []  # one block
+    assert go("short", range(301, 401), step_seconds=0.1) == []  # 40 seconds
+    (line,) = go("quick", range(301, 701), step_seconds=0.11)  # a minute at last
+    assert line.startswith("alarm: throughput, step 450: 25%")
 
 
 def validation(step: int, **values: float) -> dict[str, Any]:

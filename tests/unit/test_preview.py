@@ -177,7 +177,7 @@ def test_one_size_and_no_text_encoder(folder: Path, tmp_path: Path) -> None:
     assert run(folder, tmp_path, *overrides(folder, ""), "data.width=48", f"text.path={tmp_path / 'gone'}") == 0
     source = (tmp_path / "preview.html").read_text(encoding="utf-8")
     assert [row[:3] for row in table_of(source)] == [["6", "x", "32x48"]]
-    assert f"but whole: text.path={tmp_path / 'gone'}: no such folder" in source
+    assert f"how far it reads them: text.path={tmp_path / 'gone'}: no such folder" in source
     assert "<h3>too short: 5</h3>" in source and "too small" not in source and "not kept" not in source
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -269,6 +270,7 @@ def build_image(cfg: AutoencoderConfig) -> ImageAutoencoder:
 
 def draw_image(cfg: AutoencoderModelConfig) -> Any:
     """An AutoencoderKL from torch's global generator, as `picture_start` has it where that is possible."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which diffusers imports, see frozen/autoencoder.py
     from diffusers import AutoencoderKL
 
     settings: dict[str, Any] = {}
