@@ -81,7 +81,9 @@ def address_of(path: str | os.PathLike[str]) -> str:
     root = _root(os.environ.get(SCRATCH, ""))
     text = os.fspath(path)
     if not text.startswith(root):
-        text = os.path.abspath(text)  # with .. within, or relative
+        if text.startswith("/") and ".." not in text:
+            return ""
+        text = os.path.abspath(text)
     if not text.startswith(f"{root}/"):
         return ""
     scheme, _, name = os.path.normpath(text)[len(root) + 1 :].partition("/")
