@@ -152,8 +152,10 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(text)
 
 
-def measure(videos: dict[str, Path], args: argparse.Namespace, keep: Callable[[dict[str, Any]], object]) -> None:
-    """Run the rounds, and hand what is known to `keep` after each."""
+def measure(
+    videos: dict[str, Path], args: argparse.Namespace, keep: Callable[[dict[str, Any]], object]
+) -> dict[str, Any]:
+    """Run the rounds, and hand what is known to `keep` after each; return all of it."""
     known: dict[str, list[dict[str, dict[str, Any]]]] = {name: [] for name in videos}
     result: dict[str, Any] = {"footage": {}}
     with tempfile.TemporaryDirectory() as place:
@@ -169,6 +171,7 @@ def measure(videos: dict[str, Path], args: argparse.Namespace, keep: Callable[[d
                 known[name].append(one_round(Path(place) / name, out, not args.ours))
                 result["footage"][name] = summary(known[name], lengths[name], args.price_per_core_hour)
                 keep(result)
+    return result
 
 
 def main() -> None:
@@ -188,13 +191,9 @@ def main() -> None:
         return
     head = {"benchmark": "curation", "environment": environment(), "price": args.price_per_core_hour}
 
-    def keep(found: dict[str, Any]) -> None:
-        save("curation", {**head, **found}, args.out)
-
-    latest: dict[str, Any] = {}
-    measure(videos, args, lambda found: (latest.update(found), keep(found)))
-    print(report({**head, **latest}))
-    print(f"written to {args.out or 'benchmarks/results/curation.json'}")
+    found = measure(videos, args, lambda found: save("curation", {**head, **found}, args.out))
+    print(report({**head, **found}))
+    print(f"written to {save('curation', {**head, **found}, args.out)}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ is the one on the path, or that of the package imageio-ffmpeg.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -135,14 +136,18 @@ def put_ffmpeg_on_the_path(out: Path) -> None:
         os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ['PATH']}"
 
 
-def main(side: str, folder: str, out: str) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("side", choices=SIDES)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("out", type=Path)
+    args = parser.parse_args()
     try:
-        count: int | None = SIDES[side](Path(folder), Path(out))
-        told = {"count": count}
+        told: dict[str, Any] = {"count": SIDES[args.side](args.folder, args.out)}
     except ImportError as error:
         told = {"missing": str(error)}
     print(json.dumps(told))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -66,7 +66,7 @@ def check(args: Arguments) -> None:
 
 def plan(args: Arguments) -> int:
     """Print the plan; returns the exit status."""
-    from opensora_repro.planning.curation import plan_curation, read_rates, told_plan
+    from opensora_repro.data.plan.rates import plan_curation, read_rates, told_plan
 
     check(args)
     rates = read_rates(Path(args.measured) if args.measured else MEASURED, args.footage)

@@ -141,6 +141,7 @@ def _probes(vectors: np.ndarray, order: np.ndarray, cells: int) -> np.ndarray:
     )  # fmt: skip
     means.train(_unit(vectors, order[np.sort(sample)]).numpy())
     index = faiss.IndexFlatIP(vectors.shape[1])
+    assert means.centroids is not None
     index.add(means.centroids)
     probes = np.empty((len(order), min(PROBES, cells)), dtype=np.int32)
     for start in range(0, len(order), ROWS):

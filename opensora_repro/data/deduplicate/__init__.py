@@ -1,0 +1,1 @@
+"""Behind data_tools.deduplicate: which clips drop for which."""
