@@ -19,7 +19,7 @@ from typing import Any
 from opensora_repro.config import Config, ConfigError, dump_toml, load_recorded
 from opensora_repro.config.sections import PATH_KEYS
 from opensora_repro.data.origin import read_origin
-from opensora_repro.files import is_file, one_line
+from opensora_repro.files import is_file, one_line, read_json
 from opensora_repro.run_folder import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -189,7 +189,7 @@ class Card:
         for key in RECIPE:
             section, name = key.split(".")
             value = getattr(getattr(self.cfg, section), name)
-            if value not in ("", 0) or name == "seed":
+            if (value not in ("", 0) or name == "seed") and (section != "lora" or self.cfg.lora.rank):
                 yield key, f"{value:g}" if isinstance(value, float) else value
         for bucket in self.cfg.data.buckets:
             yield "bucket", f"{bucket.num_frames} frames at {bucket.resolution}"
@@ -215,7 +215,13 @@ class Card:
         return found
 
     def _evaluation(self) -> tuple[int, list[tuple[Any, ...]]] | None:
-        """The last one up to the checkpoint."""
+        """What `stages.evaluate` has left within the run of this checkpoint, else the last one in training up to it."""
+        place = (self.run_dir.name, self.checkpoint.name)
+        for file in sorted(self.run_dir.glob("*/evaluation.json")):
+            for found in read_json(file).get("checkpoints", []):
+                path = Path(found.get("path", ""))
+                if (path.parent.parent.name, path.name) == place and isinstance(found.get("metrics"), dict):
+                    return self._state["step"], [(name, *_measured(value)) for name, value in found["metrics"].items()]
         lines = [
             line for line in JsonLines(self.run_dir / EVALUATION_FILE).read() if isinstance(line.get("metrics"), dict)
         ]

@@ -53,6 +53,17 @@ def push(hub: Hub, *words: Any, **environment: str) -> subprocess.CompletedProce
     return subprocess.run(command, env=told, capture_output=True, text=True, timeout=300)
 
 
+def test_a_card_tells_what_was_evaluated_of_its_checkpoint(world: World, tmp_path: Path) -> None:
+    run, file = world.root / "run", world.root / "run" / "evaluation" / "evaluation.json"
+    of = {name: {"path": f"runs/run/checkpoints/step-0000000{name}", "metrics": {"psnr": int(name)}} for name in "12"}
+    file.parent.mkdir()
+    file.write_text(json.dumps({"checkpoints": list(of.values())}))
+    assert weights.main(["card", str(run), "--out", str(tmp_path / "card.md")]) == 0
+    card = (tmp_path / "card.md").read_text()
+    assert "| psnr | 2 |" in card and "psnr | 1" not in card and "frechet" not in card and "lora" not in card
+    file.unlink()
+
+
 def test_what_a_hub_receives_samples_like_the_run(world: World, hub: Hub, tmp_path: Path) -> None:
     run = world.root / "run"
     shown = push(hub, run, REPO)
