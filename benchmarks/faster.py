@@ -2,7 +2,8 @@
 
 Each part is beside the published sampler of its objective (`full`): its speed-up, how near its videos are to the full
 sampler's of the same noise, and, of a run of the demo, how many show what was asked. Batches are sampled by all sides
-in turn; a speed-up is the median over batches, from prompts to latents.
+in turn; a speed-up is the median over batches, from prompts to latents. On a CPU it is also told in seconds of the
+processor, which others on the machine lengthen less.
 """
 
 from __future__ import annotations
@@ -115,6 +116,7 @@ def measure(
     calls = {name: samples(side) for name, side in found.items()}
     videos: dict[str, list[Any]] = {name: [] for name in found}
     times: dict[str, list[float]] = {name: [] for name in found}
+    processor: dict[str, list[float]] = {name: [] for name in found}
     with torch.autocast(device.type, torch.bfloat16, enabled=source.config.train.dtype == "bf16"):
         for call in calls.values():  # what is made at the first call
             sampled(call, batches[:1], clock=clock)
@@ -123,6 +125,7 @@ def measure(
                 done = sampled(call, [batch], clock=clock)
                 videos[name] += done.videos
                 times[name] += done.seconds
+                processor[name] += done.processor
     rows = [
         {
             "side": name,
@@ -130,13 +133,15 @@ def measure(
             "steps": side.steps,
             "speedups": {} if side.speedups is None else side.speedups.settings(),
             **side_by_side(times[name], times["full"]),
+            "processor": side_by_side(processor[name], processor["full"]),
             "psnr": None if name == "full" else round(psnr(videos[name], videos["full"]), 2),
             "adherence": judged(videos[name], motions),
         }
         for name, side in found.items()
     ]
-    about = {"guidance": source.config.sample.guidance, "num_frames": source.config.data.num_frames}
-    return {"prompts": len(texts), "batch_size": batch_size, "seed": SEED, **about, "rows": rows}
+    about: dict[str, Any] = {"guidance": source.config.sample.guidance, "num_frames": source.config.data.num_frames}
+    about |= {"device": device.type, "batch_size": batch_size, "seed": SEED}
+    return {"prompts": len(texts), **about, "rows": rows}
 
 
 def with_side(cfg: Config, side: Side) -> Config:
@@ -159,9 +164,12 @@ def report(result: dict[str, Any]) -> str:
         shown = [f"{adherence[key]:.3f}" if key in adherence else "" for key in ("colour", "shape", "direction")]
         near = "" if row["psnr"] is None else f"{row['psnr']:.1f}"
         sampler = f"{row['sampler']}, {row['steps']}"
-        lines.append((row["side"], sampler, f"{row['ratio']:.2f}x", f"{row['ours']['median_ms']:.0f}", near, *shown))
+        cpu = [f"{row['processor']['ratio']:.2f}x"] if result["device"] == "cpu" else []
+        ms = f"{row['ours']['median_ms']:.0f}"
+        lines.append((row["side"], sampler, f"{row['ratio']:.2f}x", *cpu, ms, near, *shown))
     title = (
         f"{result['prompts']} prompts, {result['num_frames']} frames, guidance {result['guidance']:g}, "
         f"{result['threads']} thread(s), {result['clock']} (medians of {result['batch_size']} prompts at once)"
     )
-    return table(title, ("", "sampler, steps", "speed-up", "ms", "PSNR", "colour", "shape", "direction"), lines)
+    columns = ("speed-up", *(["in CPU s"] if result["device"] == "cpu" else []), "ms", "PSNR")
+    return table(title, ("", "sampler, steps", *columns, "colour", "shape", "direction"), lines)

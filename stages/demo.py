@@ -92,9 +92,12 @@ def demo(plan: Plan) -> int:
             return error.returncode if error.returncode > 0 else 1
         seconds[name] = round(time.monotonic() - begin, 1)
 
+    from opensora_repro.demo.given import rows_of
+
     records = measure_all(plan)
     given = measure_given(plan)
-    summary: dict[str, Any] = {"adherence": table(records), "seconds": seconds, "records": records, "given": given}
+    summary: dict[str, Any] = {"adherence": table(records), "seconds": seconds, "records": records, "given": given,
+                               "given_shares": rows_of(given)}  # fmt: skip
     write_text(plan.root / "adherence.json", json.dumps(summary, indent=1) + "\n")
     report = write_report(plan, summary)
     print_adherence(summary["adherence"])

@@ -29,6 +29,7 @@ TASKS = {
 PARTS = ("colour", "shape", "direction", "seam")
 FPS = 12  # of the clips that are given
 MAX_JUMP = 1.5  # of the median step: more between old and new frames is a jump
+GONE = 99.0  # the measure of a video whose shape is gone for a while
 MAX_LOSS = 1.0  # dB that a first frame may be further from its picture than the autoencoder's own
 
 
@@ -92,18 +93,21 @@ def _frames(row: dict[str, Any], data: DataConfig) -> np.ndarray:
 
 
 def judge(job: Job, frames: np.ndarray, vae: Autoencoder) -> dict[str, Any]:
-    """What a written video uint8 [T, H, W, 3] shows, and which of PARTS are as asked."""
+    """What a written video uint8 [T, H, W, 3] shows, which of PARTS are as asked, and what was measured at its seams.
+
+    `measured`: dB that a first frame lost, or the largest step at a seam in median steps.
+    """
     seen, masks = asdict(measure(frames)), [mask_of(frame) for frame in frames]
     if job.motion.returns:
         seen["direction"] = direction_of(masks[0], farthest(masks))
     agrees = {key: value == getattr(job.motion, key) for key, value in seen.items()}
     if job.task == "first":
         loss = first_frame_loss(job.given[0], frames, vae)
-        seen["seam"], agrees["seam"] = f"{loss:.1f} dB lost", loss <= MAX_LOSS
+        seen["seam"], agrees["seam"], measured = f"{loss:.1f} dB lost", loss <= MAX_LOSS, loss
     else:
         jump = largest_jump(masks, job.seams)
-        seen["seam"], agrees["seam"] = f"a step of {jump:.1f} medians", jump <= MAX_JUMP
-    return {"seen": seen, "agrees": agrees}
+        seen["seam"], agrees["seam"], measured = f"a step of {jump:.1f} medians", jump <= MAX_JUMP, jump
+    return {"seen": seen, "agrees": agrees, "seams": list(job.seams), "measured": round(min(measured, GONE), 3)}
 
 
 def farthest(masks: Sequence[np.ndarray]) -> np.ndarray:

@@ -73,6 +73,7 @@ def fitted(inputs: Sequence[float], residuals: Sequence[float]) -> dict[str, Any
 class Sampled:
     videos: list[np.ndarray]
     seconds: list[float]  # of each batch, from its prompts to its latents
+    processor: list[float] = field(default_factory=list)  # likewise, of this process's CPUs
 
 
 def sampled(
@@ -85,21 +86,22 @@ def sampled(
 ) -> Sampled:
     """All batches, one after the other; on a CPU seconds of the processor, which others do not lengthen."""
     clock = clock or (time.process_time if default_kind() == "cpu" else time.perf_counter)
-    videos, seconds = [], []
+    found = Sampled([], [])
     for batch in batches:
         before()
-        ends = [clock()]
+        ends = [(clock(), time.process_time())]
 
-        def step(done: int, total: int, ends: list[float] = ends) -> None:
+        def step(done: int, total: int, ends: list[tuple[float, float]] = ends) -> None:
             if progress is not None:
                 progress(done, total)
             if done == total:
                 torch.zeros(1, device=default_kind()).item()  # waits for a GPU
-                ends.append(clock())
+                ends.append((clock(), time.process_time()))
 
-        videos += [video for _, video in samples(only=batch, batch_size=len(batch), progress=step)]
-        seconds.append(ends[-1] - ends[0])
-    return Sampled(videos, seconds)
+        found.videos.extend(video for _, video in samples(only=batch, batch_size=len(batch), progress=step))
+        found.seconds.append(ends[-1][0] - ends[0][0])
+        found.processor.append(ends[-1][1] - ends[0][1])
+    return found
 
 
 def psnr(found: Sequence[np.ndarray], full: Sequence[np.ndarray]) -> float:

@@ -11,11 +11,15 @@ import pytest
 import torch
 
 from opensora_repro.config import DataConfig, VaeConfig
+from opensora_repro.data.dataset import to_tensor
 from opensora_repro.data.video import probe, read_frames
 from opensora_repro.data.write import write_png, write_video
-from opensora_repro.demo.given import PARTS, TASKS, Job, judge, make_jobs, rows_of
+from opensora_repro.demo.adherence import mask_of
+from opensora_repro.demo.given import MAX_JUMP, PARTS, TASKS, Job, judge, largest_jump, make_jobs, rows_of
 from opensora_repro.demo.shapes import Motion, draw_scene, motions
 from opensora_repro.frozen.vae import open_vae
+from opensora_repro.sampling.generate import decode
+from tests.bounding_box import judged, jump_by_light
 
 
 def filmed(motion: Motion, count: int = 12, seed: int = 0) -> np.ndarray:
@@ -27,12 +31,16 @@ def vae(repo_dir: Path) -> Any:
     return open_vae(VaeConfig(path=str(repo_dir / "checkpoints/demo/vae")), "cpu", torch.float32)
 
 
-def test_what_goes_on_evenly_is_as_asked(vae: Any) -> None:
+def test_what_goes_on_evenly_is_as_asked_by_both_judges(vae: Any, tmp_path: Path) -> None:
     there, back = Motion("red", "square", "left"), Motion("green", "circle", "up", returns=True)
     for job in (Job("extend", there, (), (2,)), Job("join", there, (), (2, 8)), Job("loop", back, (), (-1,))):
         frames = filmed(job.motion)
-        told = judge(job, frames[:-1] if job.task == "loop" else frames, vae)
+        frames = frames[:-1] if job.task == "loop" else frames
+        told = judge(job, frames, vae)
         assert told["agrees"] == dict.fromkeys(PARTS, True), (job.task, told)
+        write_video(tmp_path / "video.mp4", frames, 12)
+        second = judged({"path": str(tmp_path / "video.mp4"), "caption": job.motion.caption, "seams": told["seams"]})
+        assert all(second[part] for part in PARTS) and second["overlap"] > 0.9, (job.task, second)
 
 
 @pytest.mark.parametrize("fault", ["jump", "gone", "no way back"])
@@ -47,6 +55,21 @@ def test_a_seam_that_shows_is_told(vae: Any, fault: str) -> None:
         job = Job("loop", motion, (), (-1,))
     told = judge(job, frames, vae)["agrees"]
     assert not told["seam"] and told["colour"] and told["shape"]
+    if fault != "gone":
+        assert jump_by_light(frames, job.seams) > MAX_JUMP
+
+
+def test_what_the_autoencoder_gives_back_of_a_clip_has_no_seam(vae: Any) -> None:
+    for motion in (
+        Motion("red", "triangle", "up"),
+        Motion("blue", "circle", "right"),
+        Motion("cyan", "square", "down"),
+    ):
+        with torch.no_grad():
+            latents = vae.sample_latents(vae.encode_moments(to_tensor(torch.from_numpy(filmed(motion)))), None)
+            frames = decode(vae, latents, num_frames=12)
+        masks = [mask_of(frame) for frame in frames]
+        assert max(largest_jump(masks, range(11)), jump_by_light(frames, tuple(range(11)))) < 1.2
 
 
 def test_a_first_frame_is_held_to_what_the_autoencoder_makes_of_its_picture(vae: Any, tmp_path: Path) -> None:
