@@ -53,7 +53,7 @@ def sides(source: Source, step_cache: StepCache | None) -> dict[str, Side]:
     if (cfg.sample.sampler, cfg.sample.steps) != (sampler, steps):
         found["as the run has it"] = Side(cfg.sample.sampler, cfg.sample.steps)
     found["as few steps"] = Side("ddim" if sampler == "iddpm" else sampler, fast["steps"])
-    found["second order"] = quick()
+    found["second order"] = Side("dpm" if sampler == "iddpm" else "ab2", fast["steps"])
     if sampler == "euler":
         found["second order, Heun"] = Side("heun", fast["steps"] // 2)
     if interval is not None:

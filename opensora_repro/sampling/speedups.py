@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from opensora_repro.sampling.source import Source
 
 CALIBRATION = "step_cache.json"  # of stages.calibrate, beside the checkpoint
-FAST_STEPS = {"ab2": 7, "dpm": 16}  # by what samples flow models, and IDDPM ones
+FAST_STEPS = {"euler": 7, "ab2": 7, "dpm": 16}  # by what samples flow models, and IDDPM ones
 FAST_INTERVAL = (0.2, 0.95)  # noise levels of guidance
 
 
@@ -112,7 +112,7 @@ def fast_options(source: Source, given: dict[str, Any]) -> dict[str, Any]:
     Never more steps than the run's own.
     """
     cfg = source.config
-    sampler = given["sampler"] or ("ab2" if cfg.diffusion.objective == "flow" else "dpm")
+    sampler = given["sampler"] or ("euler" if cfg.diffusion.objective == "flow" else "dpm")
     own = cfg.sample.steps
     chosen: dict[str, Any] = {"sampler": sampler, "steps": min(own, FAST_STEPS.get(sampler, own))}
     guidance = cfg.sample.guidance if given["guidance"] is None else given["guidance"]

@@ -26,9 +26,11 @@ def test_fast_chooses_says_what_and_leaves_the_rest(
 ) -> None:
     sample(home / "flow", tmp_path / "a", "--fast", prompts=PROMPTS[:2])
     shown = capsys.readouterr().out
-    assert "--fast: --sampler ab2 --steps 3 --guidance-interval" in shown and "guidance 2 acts at noise levels" in shown
+    assert (
+        "--fast: --sampler euler --steps 3 --guidance-interval" in shown and "guidance 2 acts at noise levels" in shown
+    )
     told = record(tmp_path / "a")
-    assert (told["sampler"], told["steps"]) == ("ab2", 3) and "guidance_interval" in told  # never more than its own
+    assert (told["sampler"], told["steps"]) == ("euler", 3) and "guidance_interval" in told  # never more than its own
     sample(
         home / "flow",
         tmp_path / "b",
