@@ -4,7 +4,7 @@
 
 Footage is long_dev.mp4 (1280x720) and long_dev_vfr.mp4 (480x270) of ../shared/videos, or the first N seconds of each.
 Counted are CPU seconds, user and system, of a command and all it starts, medians over the rounds: `probe`, `split`,
-`score` and `filter`, each with one worker, and the line they make together. A tool's start is what it takes when it has
+`score` and `filter`, each with one worker, and the line they make together. A side's start is what it takes when it has
 nothing to do; rates are without it, for it is paid once, however much footage there is. `caption` is left out: it
 takes what its model takes.
 
@@ -33,6 +33,7 @@ from benchmarks.harness import environment, save, table
 from benchmarks.split import VIDEOS
 
 FOOTAGE = {"720p": "long_dev.mp4", "270p": "long_dev_vfr.mp4"}
+LEAST_SECONDS = 0.2
 PRICE = 0.04  # of a core hour, in any currency: an assumption, to be set
 KEEP = ("--keep", "motion > 0.001 or missing(motion)", "--keep", "not duplicate", "--thumbnails", "0")
 TOOLS = ("probe", "split", "score", "filter")
@@ -67,7 +68,7 @@ def run_side(side: str, folder: Path, out: Path) -> Counted:
 
 
 def one_round(folder: Path, out: Path, others: bool) -> dict[str, dict[str, Any]]:
-    """Every side once, in turn: its CPU seconds, of tools also those of a second run, which has nothing to do."""
+    """Every side once, in turn: its CPU seconds, and those of a second run, which has nothing to do."""
     from opensora_repro.data.tables import num_rows
 
     found: dict[str, dict[str, Any]] = {}
@@ -77,9 +78,15 @@ def one_round(folder: Path, out: Path, others: bool) -> dict[str, dict[str, Any]
         if tool != "probe":
             found[tool]["clips"] = num_rows(out / tool / "manifest.parquet")
         print(f"{tool}: {seconds:.1f} s, {again:.1f} s of them its start", flush=True)
+    nothing = out / "nothing"
+    nothing.mkdir()
     for side in ("decode", *(OTHERS if others else ())):
-        seconds, told = run_side(side, out / "split" / "clips" if side.endswith("motion") else folder, out / side)
-        found[side] = told if "missing" in told else {"cpu_seconds": seconds, "clips": told["count"]}
+        given = out / "split" / "clips" if side.endswith("motion") else folder
+        seconds, told = run_side(side, given, out / side)
+        found[side] = told if "missing" in told else {
+            "cpu_seconds": seconds, "start_cpu_seconds": run_side(side, nothing, out / f"{side}, nothing")[0],
+            "clips": told["count"],
+        }  # fmt: skip
         print(f"{side}: {told.get('missing') or f'{seconds:.1f} s'}", flush=True)
     return found
 
@@ -102,10 +109,10 @@ def summary(rounds: Sequence[dict[str, dict[str, Any]]], seconds: float, price: 
     line = {"cpu_seconds": round(whole, 2), "start_cpu_seconds": sum(t["start_cpu_seconds"] for t in tools.values())}
     for side in (*tools.values(), line, *others.values()):
         if "cpu_seconds" in side:
-            work = max(1e-9, side["cpu_seconds"] - side.get("start_cpu_seconds", 0.0))
-            side["footage_minutes_per_core_hour"] = round(60 * seconds / work, 1)
-            side["clips_per_core_hour"] = round(3600 * side.get("clips", clips) / work, 1)
-    line["clips_per_core_hour"] = round(3600 * clips / max(1e-9, whole - line["start_cpu_seconds"]), 1)
+            work = side["cpu_seconds"] - side["start_cpu_seconds"]
+            if work >= LEAST_SECONDS:  # less is no rate
+                side["footage_minutes_per_core_hour"] = round(60 * seconds / work, 1)
+                side["clips_per_core_hour"] = round(3600 * (side.get("clips") or clips) / work, 1)
     hours = 1e6 / line["clips_per_core_hour"]
     return {
         "seconds": round(seconds, 2), "rounds": len(rounds), "clips": clips, "tools": tools, "line": line,
@@ -137,7 +144,7 @@ def lines(result: dict[str, Any]) -> list[tuple[object, ...]]:
     rows: list[tuple[object, ...]] = []
     for name, video in result["footage"].items():
         for side, found in {**video["tools"], "the line": video["line"], **video["others"]}.items():
-            shown = [found.get(key, "missing") for key in
+            shown = [found.get(key, "missing" if "missing" in found else "") for key in
                      ("cpu_seconds", "footage_minutes_per_core_hour", "clips_per_core_hour")]  # fmt: skip
             rows.append((f"{name}: {side}", *shown))
     return rows

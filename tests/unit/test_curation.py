@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import av
@@ -25,7 +22,7 @@ ROUNDS = [
         "split": {"cpu_seconds": seconds, "start_cpu_seconds": 2.0, "clips": 12},
         "score": {"cpu_seconds": 13.0, "start_cpu_seconds": 3.0, "clips": 12},
         "filter": {"cpu_seconds": 1.0, "start_cpu_seconds": 1.0, "clips": 9},
-        "decode": {"cpu_seconds": 6.0, "clips": 0},
+        "decode": {"cpu_seconds": 7.0, "start_cpu_seconds": 1.0, "clips": 0},
         "video2dataset": {"missing": "No module named 'video2dataset'"},
     }
     for seconds in (21.0, 500.0, 20.0)
@@ -120,27 +117,3 @@ def test_the_kuberay_manifest_runs_the_pipeline() -> None:
         pod = group["template"]["spec"]
         volumes = {volume["name"] for volume in pod["volumes"]}
         assert {mount["name"] for container in pod["containers"] for mount in container["volumeMounts"]} <= volumes
-
-
-@pytest.mark.exhaustive
-def test_slurm_script_starts_ray_for_one_tool(tmp_path: Path) -> None:
-    """SLURM's commands are stand-ins: `srun` starts Ray's node on this machine."""
-    pytest.importorskip("ray")
-    tools = {
-        "scontrol": 'test "$*" = "show hostnames a1" && printf "127.0.0.1\\n"',
-        "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
-    }
-    for name, line in tools.items():
-        (tmp_path / name).write_text(f"#!/usr/bin/env bash\nset -e\n{line}\n")
-        (tmp_path / name).chmod(0o755)
-    (tmp_path / "in").mkdir()
-    frames = moving([(3.0, 0.0)] * 9, 32, 48)
-    write_video(tmp_path / "in" / "film.mp4", frames[..., None].repeat(3, axis=3), 10.0)
-    slurm = {"JOB_NODELIST": "a1", "JOB_ID": str(os.getpid()), "NNODES": "1", "CPUS_PER_TASK": "1"}
-    environment = {**os.environ, **{f"SLURM_{name}": value for name, value in slurm.items()}}
-    environment |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable}
-    tool = ["data_tools.probe", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--runner", "ray"]
-    script = ["bash", "configs/cluster/ray.sbatch", *tool, "--address", "auto"]
-    done = subprocess.run(script, cwd=REPO, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "out" / "manifest.parquet").is_file()
