@@ -37,7 +37,9 @@ def test_requirements_cover_what_the_project_declares() -> None:
     listed = set(re.findall(r'"([a-z][a-z0-9-]+)>=', text)) | {name.lower() for name in declared if ">=" in name}
     assert {"torch", "colossalai", "diffusers", "transformers", "av", "pytest", "ruff", "mypy"} <= listed
     missing = listed - requirement_names((REPO / "requirements.txt").read_text(encoding="utf-8"))
-    assert not missing
+    assert missing == {
+        "gcsfs"
+    }  # of an extra alone: seventeen packages of Google's, for a store that no test can stand in for
 
 
 def test_make_names_its_targets() -> None:

@@ -26,7 +26,8 @@ from opensora_repro.planning.scaling import DRAWS, fit_law
 from opensora_repro.report.curves import Series, chart
 from opensora_repro.report.scaling import result, table, write_page
 from stages.scaling import main
-from tests.unit.test_run_report import Page, write_lines
+from tests.made_runs import write_lines
+from tests.unit.test_run_report import Page
 
 DEMO = "configs/demo/scaling.toml"
 A, B, C = 0.3, 200.0, 0.25  # of the made law
