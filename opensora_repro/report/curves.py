@@ -112,8 +112,8 @@ def _plain(low: float, high: float) -> list[tuple[float, str]]:
 
 
 def _short(value: float) -> str:
-    """As wide as the room beside a curve: 1.5e-4 for 0.00015."""
-    if not 0 < abs(value) < 1e-3:
+    """As wide as the room beside a curve: 1.5e-4 for 0.00015, 1e9 for a billion."""
+    if value == 0 or 1e-3 <= abs(value) < 1e4:
         return f"{value:.4g}"
     factor, power = f"{value:.2e}".split("e")
     return f"{float(factor):g}e{int(power)}"
