@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from opensora_repro.storage.addresses import AddressRefused, address_of, is_address, place, shown
+from opensora_repro.storage.addresses import OBJECTS, AddressRefused, address_of, is_address, place, shown
 from opensora_repro.storage.objects import facts_of, is_object
 from opensora_repro.storage.scratch import fetched, publish, remove, unfinished_name
 
@@ -58,9 +58,13 @@ def here_or_shipped(path: str | Path) -> Path:
     return brought if brought.exists() else path
 
 
+def _is_remote(path: Path) -> bool:
+    return OBJECTS in os.fspath(path) and bool(address_of(path))
+
+
 def is_file(path: Path) -> bool:
     """Whether a file is there, or an object. Raises OSError where a store does not tell."""
-    return is_object(path) if address_of(path) else path.is_file()
+    return is_object(path) if _is_remote(path) else path.is_file()
 
 
 def beside(path: Path) -> Path:
@@ -68,7 +72,7 @@ def beside(path: Path) -> Path:
 
     Of an object it is a name on this node.
     """
-    if address_of(path):
+    if _is_remote(path):
         return unfinished_name(path)
     return path.with_name(f".{path.name}.{_machine()}.{os.getpid()}-{_started('self')}.tmp")
 
@@ -84,7 +88,7 @@ def replacing(path: Path) -> Iterator[Path]:
     unfinished = beside(path)
     try:
         yield unfinished
-        if address_of(path):
+        if _is_remote(path):
             publish(unfinished, path)
         elif not (unfinished.is_file() and path.is_file() and filecmp.cmp(unfinished, path, shallow=False)):
             if path.is_dir() and unfinished.is_dir():  # a file never takes a folder's place
@@ -115,7 +119,7 @@ def write_text(path: Path, text: str) -> None:
 
 def put_in_place(unfinished: Path, path: Path) -> None:
     """Rename a file of `beside(path)` that is whole; an object is written."""
-    if address_of(path):
+    if _is_remote(path):
         publish(unfinished, path)
     else:
         os.replace(unfinished, path)
@@ -123,7 +127,7 @@ def put_in_place(unfinished: Path, path: Path) -> None:
 
 def remove_file(path: Path) -> None:
     """Delete a file or an object, if it is there."""
-    if address_of(path):
+    if _is_remote(path):
         remove(path)
     else:
         path.unlink(missing_ok=True)
@@ -186,7 +190,7 @@ def digest(parts: Sequence[Any], size: int = 16) -> str:
 def size_and_time(file: Path) -> list[Any]:
     """Return a file's size in bytes and its time of change in ns, nothing for one that is not there."""
     with contextlib.suppress(OSError, ValueError):
-        if address_of(file):
+        if _is_remote(file):
             return list(facts_of(file))
         status = os.stat(file)
         return [status.st_size, status.st_mtime_ns]
@@ -267,7 +271,9 @@ def one_line(text: object) -> str:
 
     Objects are named by their addresses, without what gives access to them.
     """
-    told = shown(str(text))
+    told = str(text)
+    if OBJECTS in told or "://" in told:
+        told = shown(told)
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in told)
 
 

@@ -27,7 +27,7 @@ from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.sample_frames import choose_frames, frames_at_rate, pick, rate_of
 from opensora_repro.data.sampler import Shape, keyed_generator
 from opensora_repro.data.video import DecodeError, Size, read_frames_at
-from opensora_repro.storage.addresses import address_of, shown
+from opensora_repro.storage.addresses import OBJECTS, address_of, shown
 from opensora_repro.storage.scratch import fetch_ahead
 
 IDLE = -1  # instead of a row that is read
@@ -120,7 +120,8 @@ class ClipDataset:
         """Read one sample in the data section's size (or `shape`); what cannot be read comes back as a BadSample."""
         num_frames, height, width = shape or self.shape
         name, path, caption, clip_frames, fps = (column[index].as_py() for column in self.rows.columns)
-        told, available = address_of(path) or path, int(frames_at_rate(self.cfg, clip_frames, fps))
+        told = (OBJECTS in path and address_of(path)) or path
+        available = int(frames_at_rate(self.cfg, clip_frames, fps))
         if available < num_frames:
             rate = f" at data.fps = {self.cfg.fps:g}" if self.cfg.fps else ""
             return BadSample(name, told, f"the clip has {available} frames{rate}, the sample needs {num_frames}")
@@ -287,7 +288,7 @@ class _Batches(Dataset[ClipBatch]):
                 return self.dataset.load(epoch, index, shape)
 
         paths = [self.dataset.rows["path"][index].as_py() for _, index in pairs]
-        if any(map(address_of, paths)):
+        if any(OBJECTS in path and address_of(path) for path in paths):
             fetch_ahead(paths)
         samples = zip(pairs, shapes, strict=True)
         return ClipBatch((load(epoch, index, shape) for (epoch, index), shape in samples), shape)

@@ -30,7 +30,7 @@ import numpy as np
 
 from opensora_repro.data.color import to_rgb
 from opensora_repro.errors import UserError
-from opensora_repro.storage.addresses import address_of
+from opensora_repro.storage.addresses import OBJECTS, address_of
 from opensora_repro.storage.scratch import fetched
 
 if TYPE_CHECKING:
@@ -631,7 +631,7 @@ def _image_size(path: str | Path) -> Size:
 def _check_file(path: str | Path) -> None:
     path = Path(path)
     try:
-        if address_of(path):
+        if OBJECTS in os.fspath(path) and address_of(path):
             fetched(path)
     except OSError as error:
         if error.errno == errno.ENOSPC:

@@ -1,7 +1,7 @@
 """Addresses such as s3://bucket/folder/a.mp4, and the path that each stands under on this node.
 
-An object's path is SCRATCH/SCHEME/BUCKET/KEY, whether a copy of it is there or not. So it can be joined, compared and
-made relative like any other path; `shown` turns it back into its address wherever it is told.
+An object's path is SCRATCH/opensora-objects/SCHEME/BUCKET/KEY, whether a copy of it is there or not. So it can be
+joined, compared and made relative like any other path; `shown` turns it back into its address wherever it is told.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
+OBJECTS = "opensora-objects"  # in every object's path: what does not hold it is local, and is asked nothing more
 SCRATCH, SCRATCH_GB = "OPENSORA_SCRATCH", "OPENSORA_SCRATCH_GB"  # variables of the environment
 EXTRAS = {"s3": "s3", "gs": "gcs", "hf": "", "http": "http", "https": "http"}  # scheme: the extra that reads it
 READ_ONLY = ("hf", "http", "https")
@@ -45,12 +46,13 @@ def redacted(text: str) -> str:
 
 @lru_cache(maxsize=8)
 def _root(given: str) -> str:
-    folder = given or os.path.join(tempfile.gettempdir(), f"opensora-repro-{os.getuid()}")
-    return os.path.realpath(os.path.expanduser(folder))
+    if not given:
+        return os.path.join(os.path.realpath(tempfile.gettempdir()), f"{OBJECTS}-{os.getuid()}")
+    return os.path.join(os.path.realpath(os.path.expanduser(given)), OBJECTS)
 
 
 def scratch_folder() -> Path:
-    """Where copies are kept on this node: $OPENSORA_SCRATCH, or a folder of the user's in the temporary one."""
+    """Where copies are kept on this node: in $OPENSORA_SCRATCH, or a folder of the user's in the temporary one."""
     return Path(_root(os.environ.get(SCRATCH, "")))
 
 
@@ -78,12 +80,10 @@ def within(folder: Path, name: str) -> Path:
 
 def address_of(path: str | os.PathLike[str]) -> str:
     """Return the address that a path stands for, "" for a local one."""
-    root = _root(os.environ.get(SCRATCH, ""))
     text = os.fspath(path)
-    if not text.startswith(root):
-        if text.startswith("/") and ".." not in text:
-            return ""
-        text = os.path.abspath(text)
+    if OBJECTS not in text:
+        return ""
+    root, text = _root(os.environ.get(SCRATCH, "")), os.path.abspath(text)
     if not text.startswith(f"{root}/"):
         return ""
     scheme, _, name = os.path.normpath(text)[len(root) + 1 :].partition("/")
