@@ -202,8 +202,8 @@ def place_of(file: Path) -> str:
 
     Of an object it is the address.
     """
-    if address := address_of(file):
-        return address
+    if _is_remote(file):
+        return address_of(file)
     with contextlib.suppress(ValueError):  # a null character
         file = Path(os.path.realpath(file))
     return os.fsencode(file).decode("utf-8", "backslashreplace")
