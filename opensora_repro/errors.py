@@ -46,7 +46,6 @@ def run_command(run: Callable[[], int], *, kept: str = GOES_ON, less_memory: str
     training did. 130: Ctrl-C. Anything else is a fault of ours, and raised. `kept` says what of the work remains where
     it was not the user's mistake, `less_memory` how to need less.
     """
-    os.environ.setdefault("TQDM_DELAY", "2")  # seconds before a bar shows: libraries draw them for what takes none
     try:
         return run()
     except KeyboardInterrupt:

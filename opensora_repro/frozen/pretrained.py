@@ -141,6 +141,14 @@ def _inside(path: str, folder: Path, key: str) -> str:
     return f"; did you mean {path.rstrip('/')}/{found[0]}?" if found else ""
 
 
+def bar_if_large(folder: str) -> None:
+    """Let transformers show how far it has come with what takes more than a second or two; it does for anything."""
+    from transformers.utils import logging
+
+    if sum(file.stat().st_size for file in Path(folder).glob("*.*") if file.is_file()) < 1 << 30:
+        logging.disable_progress_bar()
+
+
 def _load(load: Callable[..., T], folder: Path, where: str, kind: str) -> T:
     try:
         return load(str(folder), local_files_only=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from opensora_repro.files import sha256_of
-from opensora_repro.frozen.pretrained import FrozenModel, HashFile, ModelNotFound, check_complete
+from opensora_repro.frozen.pretrained import FrozenModel, HashFile, ModelNotFound, bar_if_large, check_complete
 from opensora_repro.kernels.ops import to_device
 
 if TYPE_CHECKING:
@@ -289,6 +289,7 @@ def open_text_encoder(
     def load(path: str, **options: Any) -> tuple[Any, Any]:
         from transformers import AutoTokenizer, T5EncoderModel
 
+        bar_if_large(path)
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         model, info = T5EncoderModel.from_pretrained(path, torch_dtype=dtype, output_loading_info=True, **options)
         check_complete(info)
@@ -378,6 +379,7 @@ def open_clip_text(cfg: TextConfig, device: torch.device | str, dtype: torch.dty
     def load(path: str, **options: Any) -> tuple[Any, Any]:
         from transformers import CLIPTextModel
 
+        bar_if_large(path)
         tokenizer = _tokenizer(path, **options)
         model, info = CLIPTextModel.from_pretrained(path, torch_dtype=dtype, output_loading_info=True, **options)
         check_complete(info)
