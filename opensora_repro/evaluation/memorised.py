@@ -24,10 +24,15 @@ def nearest(features: Tensor, training: Tensor) -> tuple[list[int], list[float]]
 
     Channels count alike: each is measured in its standard deviation over the training clips.
     """
-    scale = training.double().std(dim=0).clamp(min=1e-6)
+    scale = scale_of(training)
     apart = torch.cdist(features.double() / scale, training.double() / scale)
     found = apart.min(dim=1)
     return found.indices.tolist(), found.values.tolist()
+
+
+def scale_of(training: Tensor) -> Tensor:
+    """What each channel [D] is measured in: its standard deviation over the training clips [M, D]."""
+    return training.double().std(dim=0).clamp(min=1e-6)
 
 
 def rms(first: np.ndarray, second: np.ndarray) -> float:
@@ -38,6 +43,8 @@ def rms(first: np.ndarray, second: np.ndarray) -> float:
 def memorised(samples: Nearest, held_out: Nearest) -> list[bool]:
     """Whether each sample is nearer to a training clip than any held-out clip is, by features and by pixels.
 
+    All as the autoencoder gives them back: what it loses would set even an exact copy apart from its clip, and in some
+    worlds by more than two takes of one scene are.
     A sample as good as a held-out clip is nearer by one of the two by chance, one in as many as there are held-out
     clips; by both, hardly ever.
     """

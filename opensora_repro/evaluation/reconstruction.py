@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from opensora_repro.data.dataset import to_tensor
+from opensora_repro.data.dataset import Clip, to_tensor
 from opensora_repro.evaluation.clips import Clips
 from opensora_repro.evaluation.distances import frechet_distance, jackknife, mean_of
 from opensora_repro.evaluation.features import as_set
@@ -46,18 +46,32 @@ def reconstruction(vae: Autoencoder, clips: Clips, common: Measures) -> Found:
     return metrics
 
 
-@torch.no_grad()
 def _of_clip(vae: Autoencoder, video: Tensor, common: Measures) -> tuple[dict[str, float], Tensor]:
     """Numbers of one clip [3, T, H, W] in [-1, 1], and the features of its reconstruction."""
-    device = common.engine.device
-    latents = vae.sample_latents(vae.encode_moments(video.to(device, vae.pixel_dtype)), None)
-    found = vae.decode(latents[None], num_frames=video.shape[1])[0].float().clamp(-1, 1)  # [3, T, h, w]
-    source = video.to(device)[:, :, : found.shape[2], : found.shape[3]].float()
+    found = _given_back(vae, video, common.engine.device)
+    source = video.to(found.device)[:, :, : found.shape[2], : found.shape[3]].float()
     both = [rearrange(x, "c t h w -> t c h w") for x in (found, source)]
     numbers = {"psnr": float(psnr(*both).mean())}
     if min(both[0].shape[2:]) >= WINDOW:
         numbers["ssim"] = float(ssim(*both).mean())
     if common.lpips is not None:
         numbers["lpips"] = float(common.lpips(*both).mean())
-    pixels = ((found + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return numbers, common.features_of([rearrange(pixels, "c t h w -> t h w c").cpu().numpy()])[0]
+    return numbers, common.features_of([_pixels(found)])[0]
+
+
+def given_back(vae: Autoencoder, clip: Clip, device: torch.device) -> np.ndarray:
+    """What the autoencoder makes of a clip, uint8 [T, H, W, 3]: as a sample that equals it would look."""
+    return _pixels(_given_back(vae, to_tensor(clip.pixels), device))
+
+
+@torch.no_grad()
+def _given_back(vae: Autoencoder, video: Tensor, device: torch.device) -> Tensor:
+    """A clip [3, T, H, W] in [-1, 1] there and back, float32 [3, T, h, w]."""
+    latents = vae.sample_latents(vae.encode_moments(video.to(device, vae.pixel_dtype)), None)
+    return vae.decode(latents[None], num_frames=video.shape[1])[0].float().clamp(-1, 1)
+
+
+def _pixels(video: Tensor) -> np.ndarray:
+    pixels = ((video + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    found: np.ndarray = rearrange(pixels, "c t h w -> t h w c").cpu().numpy()
+    return found

@@ -35,7 +35,7 @@ from opensora_repro.evaluation.losses import HeldOutLosses
 from opensora_repro.evaluation.own_features import OwnFeatures, make_own
 from opensora_repro.evaluation.pixels import look_at
 from opensora_repro.evaluation.quality import as_json, clip_vectors, of_clip, of_features, of_looks
-from opensora_repro.evaluation.reconstruction import reconstruction
+from opensora_repro.evaluation.reconstruction import given_back, reconstruction
 from opensora_repro.evaluation.share import shared
 from opensora_repro.evaluation.table import write_evaluation
 from opensora_repro.files import Sha256Memo, digest, is_file, read_json, safe_name, write_text
@@ -352,34 +352,41 @@ class OfCheckpoint:
             self.notes.append("memorised: no training clips to compare with (give --train MANIFEST)")
             return {}
         good, known = self.common.of_clips(training)
-        _, real = self.common.of_clips(self.held)
-
-        def held(part: Sequence[int]) -> list[np.ndarray]:
-            return [as_video(clip) for clip in self.held.good(part)]
-
+        look = lambda part: self.common.features_of(self._again(self.held, part))  # noqa: E731
+        real = torch.stack(shared(self.engine, range(len(self.held)), look))
         of_samples = self._nearest(self.sample_features, known, good, training, self.videos)
-        of_held = self._nearest(real, known, good, training, held)
+        of_held = self._nearest(real, known, good, training, lambda part: self._again(self.held, part))
         flags = memorised.memorised(of_samples, of_held)
         lines = memorised.as_lines(of_samples, flags, list(self.sampling.prompts), training.ids)
         self.engine.world.on_first(lambda: self._write_nearest(lines, training))
         self.notes.append(
             f"memorised: share of samples nearer to one of {len(good)} training clips than every held-out clip is, by "
-            "features and pixels both; nearest.png shows the nearest"
+            "features and pixels both, all as the autoencoder gives them back; nearest.png shows the nearest"
         )
         return as_json({"memorised": share_of(flags)})
+
+    def _again(self, clips: Clips, numbers: Sequence[int]) -> list[np.ndarray]:
+        """Clips as the run's autoencoder gives them back."""
+        vae = open_encoder(self.cfg, self.engine.device).vae
+        return [given_back(vae, clip, self.engine.device) for clip in clips.good(numbers)]
 
     def _nearest(
         self, features: Tensor, known: Tensor, good: list[int], training: Clips,
         load: Callable[[Sequence[int]], list[np.ndarray]],
     ) -> memorised.Nearest:  # fmt: skip
-        numbers, distances = memorised.nearest(features.mean(dim=1), known.mean(dim=1))
-        clips = [good[number] for number in numbers]
+        """`features` [N, F, D] of what `load` loads, `known` of the `good` ones of the training clips."""
+        clips = [good[number] for number in memorised.nearest(features.mean(dim=1), known.mean(dim=1))[0]]
+        scale = memorised.scale_of(known.mean(dim=1))
 
-        def apart(part: Sequence[int]) -> list[float]:
-            pairs = zip(load(part), training.good([clips[i] for i in part]), strict=True)
-            return [memorised.rms(video, as_video(clip)) for video, clip in pairs]
+        def apart(part: Sequence[int]) -> list[tuple[float, float]]:
+            others = self._again(training, [clips[i] for i in part])
+            vectors = self.common.features_of(others)
+            lengths = [((features[i] - of).mean(dim=0) / scale).norm() for i, of in zip(part, vectors, strict=True)]
+            pixels = [memorised.rms(*pair) for pair in zip(load(part), others, strict=True)]
+            return [(float(length), p) for length, p in zip(lengths, pixels, strict=True)]
 
-        return memorised.Nearest(clips, distances, shared(self.engine, range(len(clips)), apart))
+        distances, pixels = zip(*shared(self.engine, range(len(clips)), apart), strict=True)
+        return memorised.Nearest(clips, list(distances), list(pixels))
 
     def _write_nearest(self, lines: list[dict[str, Any]], training: Clips) -> None:
         shown = lines[:SHOWN]
