@@ -34,7 +34,7 @@ class Order:
     rows: int = 64  # that their process gets at a time, where they take none
     threads: int = 1
     one_a_file: bool = False
-    by_name: bool = False  # whether TODO/index.npy tells where results lie by their files' contents
+    by_name: bool = False  # whether index.npy in `todo` tells where results lie by their files' contents
     group: int = 0  # rows that the work takes at a time, as {"items": [...], **options}; 0: one, by itself
     options: Row = field(default_factory=dict)
 
