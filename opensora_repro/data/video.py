@@ -97,7 +97,8 @@ class FrameIndex:
         """
         known = {time for time in times if time is not None}
         one_a_field = len(self.times) in (2 * len(times), 2 * len(times) - 1)  # interlaced: two packets make a frame
-        lost = [time for time in self.times if known and time > min(known) and time not in known]
+        begin = min(known, default=0)
+        lost = [time for time in self.times if known and time > begin and time not in known]
         has_clock = len(known) == len(times)
         if times and not (lost and has_clock and not one_a_field):
             return ""

@@ -15,7 +15,15 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from opensora_repro.data.color import to_rgb
-from opensora_repro.data.video import DecodeError, cover_size, frame_index, probe, read_frames, read_frames_at
+from opensora_repro.data.video import (
+    DecodeError,
+    FrameIndex,
+    cover_size,
+    frame_index,
+    probe,
+    read_frames,
+    read_frames_at,
+)
 
 BAD = Path(os.environ.get("OPENSORA_VIDEOS", Path(__file__).parents[3] / "shared/videos")) / "bad/expected.json"
 EXPECTED = json.loads(BAD.read_text(encoding="utf-8")) if BAD.exists() else {}
@@ -192,6 +200,29 @@ def test_frames_that_are_never_shown_do_not_count(tmp_path: Path) -> None:
     assert np.array_equal(before[6], after[5])
     assert probe(hidden).num_frames == 19
     assert np.array_equal(read_frames(hidden, start=5, count=1)[0].numpy(), after[5])
+
+
+class Counted(int):
+    """A time that counts how often it is compared."""
+
+    compared = 0
+
+    def __lt__(self, other: int) -> bool:
+        Counted.compared += 1
+        return int(self) < int(other)
+
+    def __gt__(self, other: int) -> bool:
+        Counted.compared += 1
+        return int(self) > int(other)
+
+
+def test_frames_of_a_long_video_are_checked_in_one_pass() -> None:
+    times = [Counted(time) for time in range(5000)]
+    index = FrameIndex(tuple(times), (), (), len(times), len(times))
+    Counted.compared = 0
+    assert index.damage_of(times) == ""
+    assert index.damage_of([*times[:4000], *times[4001:]]) == "damaged: 4999 of 5000 frames decode"
+    assert Counted.compared < 5 * len(times)
 
 
 def test_files_are_closed(videos_dir: Path) -> None:
