@@ -9,7 +9,7 @@ from typing import Any
 
 from opensora_repro.data.tables import is_missing
 
-CAPTION_KEYS = ("caption", "text", "description", "captions", "texts")  # of others, the first that is there
+CAPTION_KEYS = ("caption", "text", "description", "captions", "texts", "prompt")  # of others, the first that is there
 LONGEST_LIST = 1 << 16  # characters of a list of texts that is written out
 LONGEST_LITERAL = 1 << 22  # characters of a list of spans or captions
 

@@ -121,6 +121,14 @@ def test_json_lists(tmp_path: Path) -> None:
     assert texts(tmp_path / "d.jsonl") == [missing[0], "one", "seven", missing[0]]
 
 
+def test_rows_below_a_key(tmp_path: Path) -> None:
+    rows = [{"video": "vidA.mp4", "caption": "a walk"}, {"video": "007.mp4", "caption": "a spy"}]
+    whole = ["a walk", "a walk", "a spy", "[no caption for this source]"]
+    assert texts(as_json(tmp_path / "a.json", {"version": 2, "videos": [{"video": "vidA.mp4"}], "data": rows})) == whole
+    prompts = [{"video": row["video"], "prompt": row["caption"]} for row in rows]
+    assert texts(table(tmp_path / "metadata.csv", prompts)) == whole
+
+
 def test_json_lines_end_at_line_feeds_alone(tmp_path: Path) -> None:
     odd = "one\u2028two\u0085three\x0bfour\x1cfive"
     lines = [json.dumps({"id": "c0", "caption": odd}, ensure_ascii=False).replace("\\u000b", "\x0b"),

@@ -282,13 +282,24 @@ def _read_json(path: Path) -> Any:
 
 
 def _objects(path: Path, content: Any) -> list[Row]:
-    """Return rows: a list of objects as it is, an object of captions by id as rows of id and caption."""
+    """Return rows: a list of objects as it is, an object of captions by id as rows of id and caption.
+
+    Of an object that holds lists of objects, such as {"data": [...]}, it is the one that names and captions videos.
+    """
+    if isinstance(content, dict):
+        content = next((rows for rows in content.values() if _names_and_captions(rows)), content)
     if isinstance(content, dict):
         content = [value | {"id": key} if isinstance(value, dict) else {"id": key, "caption": value}
                    for key, value in content.items()]  # fmt: skip
     if not isinstance(content, list) or not content or not all(isinstance(row, dict) for row in content):
         raise DataError(f"{path}: expected a list of objects, or an object of captions by id")
     return content
+
+
+def _names_and_captions(rows: Any) -> bool:
+    if not isinstance(rows, list) or not rows or not isinstance(rows[0], dict):
+        return False
+    return not rows[0].keys().isdisjoint(CAPTION_KEYS) and not rows[0].keys().isdisjoint({*IDS, *FILES, *VIDEOS})
 
 
 def _span(path: Path, number: int, span: Any) -> tuple[float, float]:
