@@ -346,10 +346,10 @@ def test_files_that_are_no_captions(files: Path) -> None:
     (files / "c6.txt").write_bytes(b"x" * (1 << 21))
     assert texts(files, clips) == [
         "[c0.txt: no UTF-8 text]",
-        "[c1.json: no JSON, or none of the keys caption, text, description, captions, texts in it]",
+        "[c1.json: no JSON, or none of the keys caption, text, description, captions, texts, prompt in it]",
         "[its caption (c2.txt) is empty]",
         "[c3.txt: no regular file]",
         "[no file e.txt or e.json for it]",
-        "[c5.json: no JSON, or none of the keys caption, text, description, captions, texts in it]",
+        "[c5.json: no JSON, or none of the keys caption, text, description, captions, texts, prompt in it]",
         "[c6.txt: larger than a caption (2097152 bytes)]",
     ]
