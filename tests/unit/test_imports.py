@@ -138,6 +138,16 @@ def room_of(name: str) -> str:
     return ".".join(parts[:2]) if parts[0] == LIBRARY else parts[0]
 
 
+def test_maps_show_every_room_in_its_place() -> None:
+    """The README's map and the architecture's table, from the ground up; what is on one floor in any order."""
+    for page, mark in (("README.md", r"(?m)^  (\S.*?)    "), ("docs/architecture.md", r"(?m)^\| (`.*?) \|")):
+        rows = re.findall(mark, (REPO / page).read_text(encoding="utf-8"))
+        shown = [room for row in rows for room in re.findall(r"\w+", row)]
+        places = [[shown.index(room) for room in floor] for floor in FLOORS[3:]]  # what is below shares a line
+        assert {room for floor in FLOORS[:3] for room in floor} <= set(shown[: min(places[0])]), page
+        assert places == sorted(places), page
+
+
 def test_rooms_use_what_stands_above_them() -> None:
     wrong = []
     files = python_files("opensora_repro", "stages", "data_tools", "benchmarks")
