@@ -193,6 +193,15 @@ def test_a_sources_caption_goes_to_all_its_clips(tmp_path: Path, column: str, na
     assert texts(listed)[:2] == ["a walk", "a run"]
 
 
+def test_capitals_count_only_between_names_that_differ_by_them(tmp_path: Path) -> None:
+    clips = [clip("a", "/d/IMG_1.MP4"), clip("b", "/d/img_2.mp4"), clip("c", "/d/Img_2.mp4"), clip("d", "/D/x.mp4")]
+    names = ["img_1.mp4", "img_2.mp4", "IMG_3.mp4", "d/X"]
+    rows = [{"filename": name, "caption": f"of {name}"} for name in names]
+    found = texts(table(tmp_path / "a.csv", rows), clips)
+    assert found[:2] == ["of img_1.mp4", "of img_2.mp4"] and found[3] == "of d/X"
+    assert found[2] == "[no caption for this file]"  # img_2.mp4 is the other one's own name
+
+
 def test_spans_and_whole_sources_in_one_list(tmp_path: Path) -> None:
     rows = [{"source": "vidA.mp4", "start_time": 0, "end_time": 4, "caption": "a part"},
             {"source": "007.mp4", "start_time": None, "end_time": None, "caption": "all of it"}]  # fmt: skip

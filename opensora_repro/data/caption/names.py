@@ -1,7 +1,8 @@
 """Which of a list's names means which video: by file name and folder, and only where no other could be meant.
 
 People name a video as it suits them: with its folder or without, with a folder of another machine, with the file's
-ending or without, with / or \\, in composed letters or (as macOS does) in decomposed ones.
+ending or without, with / or \\, in composed letters or (as macOS does) in decomposed ones, and, where no name fits
+otherwise, in capitals or small letters, between which Windows and macOS do not tell.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from opensora_repro.data.inputs import VIDEO_SUFFIXES
@@ -37,7 +38,7 @@ class Found:
 @dataclass(frozen=True)
 class _Claim:
     name: str
-    strength: tuple[bool, int, bool]  # the same; path components that agree; none that contradicts
+    strength: tuple[bool, bool, int, bool]  # in the same letters; the whole; components that agree; none contradicts
 
 
 def without_ending(name: str) -> str:
@@ -60,7 +61,8 @@ def parts_of(name: str) -> Parts:
 def forms_of(video: str) -> set[str]:
     """Return the last components under which a list may name a video: with its ending and without."""
     parts = parts_of(video)
-    return {parts[-1], _bare(parts[-1])} if parts else set()
+    forms = {parts[-1], _bare(parts[-1])} if parts else set()
+    return forms | {form.casefold() for form in forms}
 
 
 def is_named(name: str, forms: frozenset[str]) -> bool:
@@ -68,7 +70,13 @@ def is_named(name: str, forms: frozenset[str]) -> bool:
     if name in forms:
         return True
     parts = parts_of(name)
-    return bool(parts) and (parts[-1] in forms or without_ending(parts[-1]) in forms)
+    return bool(parts) and not forms.isdisjoint(
+        form for last in (parts[-1], parts[-1].casefold()) for form in (last, without_ending(last))
+    )
+
+
+def _folded(parts: Parts) -> Parts:
+    return tuple(part.casefold() for part in parts)
 
 
 def _bare(last: str) -> str:
@@ -93,11 +101,12 @@ class NameIndex:
     """The names of a list, found by the videos that they mean. Time is linear in both, whatever the names share."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        self.as_given, self.bare = _Tails(), _Tails()
+        self.as_given, self.bare, self.folded = _Tails(), _Tails(), _Tails()
         for name in names:
             if parts := parts_of(name):
                 self.as_given.add(parts, name)
                 self.bare.add((*parts[:-1], without_ending(parts[-1])), name)
+                self.folded.add(_folded((*parts[:-1], without_ending(parts[-1]))), name)
 
     def find(self, videos: Iterable[str]) -> dict[str, Found]:
         """Return what is known of those videos that the list names at all.
@@ -127,9 +136,14 @@ class NameIndex:
         bare = _bare(parts[-1])
         # With its ending in the list, too; else without, on either side.
         ways = [(self.as_given, parts[-1]), (self.as_given, bare) if bare != parts[-1] else (self.bare, bare)]
+        as_written = self._fitting(parts, ways, True)
+        return as_written or self._fitting(_folded(parts), [(self.folded, bare.casefold())], False)
+
+    def _fitting(self, parts: Parts, ways: Sequence[tuple[_Tails, str]], as_written: bool) -> _Claim | list[str]:
+        """Return what fits a path's components best, with one of the last ones, each of an index."""
         for index, last in ways:
             if len(same := index.whole.get((*parts[:-1], last), [])) == 1:
-                return _Claim(same[0], (True, len(parts), True))
+                return _Claim(same[0], (as_written, True, len(parts), True))
         longest: Parts = ()
         fits: list[str] = []
         for index, last in ways:
@@ -141,4 +155,5 @@ class NameIndex:
                     longest, fits = tail, index.tails[tail]
         if len(fits) != 1:
             return fits
-        return _Claim(fits[0], (False, len(longest), len(longest) in (len(parts), len(parts_of(fits[0])))))
+        agree = len(longest)
+        return _Claim(fits[0], (as_written, False, agree, agree in (len(parts), len(parts_of(fits[0])))))
