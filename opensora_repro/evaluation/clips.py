@@ -65,7 +65,7 @@ class Clips:
         """Leave out, in every process, what cannot be read; return lines on it. Collective. Raises DataError."""
         found = shared(engine, range(len(self)), self._faults)
         bad = [fault for fault in found if fault is not None]
-        if len(bad) > max_fraction * len(self):
+        if len(bad) > max_fraction * len(self) or len(bad) == len(self):
             raise DataError(f"{self.what}: {len(bad)} of {len(self)} clips cannot be read; {bad[0]}")
         self._take([number for number, fault in enumerate(found) if fault is None])
         return [f"left out of {self.what}: {fault}" for fault in bad]

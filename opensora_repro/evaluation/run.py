@@ -9,6 +9,7 @@ OUT/evaluation.json, evaluation.md
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -48,6 +49,7 @@ from opensora_repro.sampling.source import Source
 from opensora_repro.storage.addresses import place, shown
 from opensora_repro.training.autoencoder.perceptual import load_lpips
 from opensora_repro.training.step import ModelRunner
+from opensora_repro.weights.adapters import add_adapters
 from opensora_repro.weights.families import empty_model
 from opensora_repro.weights.load import load_model_weights
 
@@ -95,8 +97,8 @@ def names_of(paths: Sequence[Path]) -> list[str]:
     for path in paths:
         parts = [path.parent.parent.name, path.name] if path.parent.name == "checkpoints" else [path.stem]
         name = safe_name("-".join(filter(None, parts)))
-        same = sum(other == name or other.startswith(f"{name}_") for other in found)
-        found.append(f"{name}_{same + 1}" if same else name)
+        numbered = (f"{name}_{number}" for number in itertools.count(2))
+        found.append(name if name not in found else next(other for other in numbered if other not in found))
     return found
 
 
@@ -268,6 +270,7 @@ class OfCheckpoint:
         choose("eager" if cfg.train.kernels == "eager" else "auto", device.type)
         model = empty_model(self.source.model)
         load_model_weights(model, self.source.weights)
+        add_adapters(model, self.source.adapters)
         model = model.eval().to(device)
         encoder = open_encoder(replace(cfg, text=replace(cfg.text, shard=False)), device)
         own = range(len(self.held))[engine.mesh.data_rank :: engine.mesh.data_size]

@@ -158,6 +158,23 @@ def test_overfitting_is_held_out_loss_that_rises_while_training_falls(tmp_path: 
     assert (tmp_path / "run" / "alarms.jsonl").read_text() == before
 
 
+def test_held_out_loss_that_is_not_finite_ends_no_run(tmp_path: Path, healthy: Any) -> None:
+    """A validation that overflows has no number; nor has each of its noise levels."""
+    lines, validations = healthy
+    watched = Watched(tmp_path / "run", stop=("loss",))
+    gone = [{**line, "loss": float("inf"), "losses": [float("nan"), 1.0]} for line in validations[8:]]
+    watched.go(lines, validations[:8] + gone)
+    written = (tmp_path / "run" / "validation.jsonl").read_text()
+    assert '"loss": null, "losses": [null, 1.0]' in written and "NaN" not in written
+    assert "overfitting" not in watched.names()
+    assert watched.alarms._best() == "none yet"
+    for step in (400, 450):
+        (tmp_path / "run" / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+    assert watched.alarms._best().endswith("step-00000400")
+    (line,) = alarms.average_lags([validation(1, of_trained=0.5, of_average=None)] * 2, 1).splitlines()  # type: ignore[arg-type]
+    assert "averaged weights have a held-out loss of inf" in line
+
+
 def test_throughput_that_falls_for_a_while(tmp_path: Path, healthy: Any) -> None:
     def go(name: str, steps: range, step_seconds: float = 1.0, every: int = 1) -> list[str]:
         """Steps of these numbers wait for data thrice as long as they work; every so many for all of them."""
