@@ -85,6 +85,12 @@ class Clips:
         return found
 
 
+def once_each(table: Any) -> Any:
+    """A manifest's rows without those of files that rows before have: what is repeated is to be seen once."""
+    _, first = np.unique(np.array(table["path"].to_pylist(), dtype=object), return_index=True)
+    return table.take(np.sort(first))
+
+
 def as_video(clip: Clip) -> np.ndarray:
     """uint8 [T, H, W, 3]."""
     return np.ascontiguousarray(clip.pixels.numpy())

@@ -173,7 +173,7 @@ def test_runs_that_tell_nothing_are_named(tmp_path: Path) -> None:
         result(rungs, following, None)
     with_losses(rungs[1], [0.5] * 64)
     (rungs[2].run_dir / "metrics.jsonl").unlink()
-    with pytest.raises(DataError, match="metrics.jsonl: it tells of no step"):
+    with pytest.raises(DataError, match=r"metrics\.jsonl: it tells of no step"):
         result(rungs, following, None)
 
 
