@@ -31,6 +31,7 @@ EASED = 0.5  # of its limit, below which an alarm is over
 EARLY = 0.2  # share of a run in which its samples may still be noise, and captions unheard
 MOST = 3e4  # an activation; float16 ends at 65504, bfloat16 counts in steps of 128 there
 UNHEARD = 0.002  # of the loss: a caption gap that is none
+FAINT = 8.0  # levels of 255 within a frame, below which it may be of one colour
 MOMENT = 60.0  # seconds that a machine may be slow without a word
 
 
@@ -307,7 +308,8 @@ class Look:
         return self._most(self.likeness, limit, "look like noise: neighbouring places have nothing in common")
 
     def is_flat(self, usual: Look, ease: float) -> str:
-        limit = min(4.0, 0.2 * statistics.median(usual.contrast)) if usual.contrast else 4.0
+        """A model of one colour leaves some of its noise: 5 levels, where clips have 26."""
+        limit = min(FAINT, 0.2 * statistics.median(usual.contrast)) if usual.contrast else FAINT
         return self._most(self.contrast, limit / ease, "are of one colour")
 
     def is_still(self, usual: Look, ease: float) -> str:

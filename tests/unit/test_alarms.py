@@ -287,6 +287,15 @@ def test_samples_that_turn_to_noise_one_colour_or_stills(tmp_path: Path, clips: 
     assert watched.names() == ["noise", "flat", "motion", "motion", "noise", "noise"]
 
 
+def test_one_colour_with_some_noise_left_is_one_colour() -> None:
+    """As a model leaves it that has learned a single colour."""
+    scenes = itertools.islice(training_scenes(1, seed=0), 12)
+    usual = alarms.Look.of([scene.frames(count=8, size=96) for scene in scenes], 8)
+    blocks = np.random.default_rng(0).normal(40, 4.7, (3, 1, 12, 12, 1)).repeat(8, 2).repeat(8, 3)
+    found = alarms.Look.of(blocks.astype(np.uint8).repeat(3, axis=-1), 8)
+    assert min(found.contrast) > 4.5 and found.is_flat(usual, 1)
+
+
 def test_real_footage_is_no_noise(videos_dir: Path) -> None:
     from opensora_repro.data.video import read_frames
 
