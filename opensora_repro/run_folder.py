@@ -280,6 +280,8 @@ def _parsed(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
 
 def _finite(value: Any) -> Any:
     """JSON has no NaN or infinity."""
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

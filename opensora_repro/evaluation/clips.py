@@ -65,7 +65,7 @@ class Clips:
         """Leave out, in every process, what cannot be read; return lines on it. Collective. Raises DataError."""
         found = shared(engine, range(len(self)), self._faults)
         bad = [fault for fault in found if fault is not None]
-        if len(bad) > max_fraction * len(self):
+        if len(bad) > max_fraction * len(self) or len(bad) == len(self):
             raise DataError(f"{self.what}: {len(bad)} of {len(self)} clips cannot be read; {bad[0]}")
         self._take([number for number, fault in enumerate(found) if fault is None])
         return [f"left out of {self.what}: {fault}" for fault in bad]
@@ -83,6 +83,12 @@ class Clips:
             kept = iter(work([as_video(sample) for sample in samples if isinstance(sample, Clip)]))
             found += [next(kept) if isinstance(sample, Clip) else None for sample in samples]
         return found
+
+
+def once_each(table: Any) -> Any:
+    """A manifest's rows without those of files that rows before have: what is repeated is to be seen once."""
+    _, first = np.unique(np.array(table["path"].to_pylist(), dtype=object), return_index=True)
+    return table.take(np.sort(first))
 
 
 def as_video(clip: Clip) -> np.ndarray:

@@ -9,11 +9,13 @@ OUT/evaluation.json, evaluation.md
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from opensora_repro.data.write import write_png
 from opensora_repro.diffusion.gaussian import build_objective
 from opensora_repro.errors import DataError
 from opensora_repro.evaluation import memorised, vbench
-from opensora_repro.evaluation.clips import Clips, as_video
+from opensora_repro.evaluation.clips import Clips, as_video, once_each
 from opensora_repro.evaluation.distances import share_of
 from opensora_repro.evaluation.features import OWN, ClipFeatures, FeatureModel, all_features, open_features
 from opensora_repro.evaluation.losses import HeldOutLosses
@@ -48,6 +50,7 @@ from opensora_repro.sampling.source import Source
 from opensora_repro.storage.addresses import place, shown
 from opensora_repro.training.autoencoder.perceptual import load_lpips
 from opensora_repro.training.step import ModelRunner
+from opensora_repro.weights.adapters import add_adapters
 from opensora_repro.weights.families import empty_model
 from opensora_repro.weights.load import load_model_weights
 
@@ -95,8 +98,8 @@ def names_of(paths: Sequence[Path]) -> list[str]:
     for path in paths:
         parts = [path.parent.parent.name, path.name] if path.parent.name == "checkpoints" else [path.stem]
         name = safe_name("-".join(filter(None, parts)))
-        same = sum(other == name or other.startswith(f"{name}_") for other in found)
-        found.append(f"{name}_{same + 1}" if same else name)
+        numbered = (f"{name}_{number}" for number in itertools.count(2))
+        found.append(name if name not in found else next(other for other in numbered if other not in found))
     return found
 
 
@@ -137,7 +140,7 @@ class Common:
                 raise ConfigError(f"--train {path}: no such manifest")
             return None
         what = f"training clips of {shown(str(path))}"
-        find = lambda: Clips(read_manifest(path), cfg, self.options.training_clips, what=what)  # noqa: E731
+        find = lambda: Clips(once_each(read_manifest(path)), cfg, self.options.training_clips, what=what)  # noqa: E731
         found: Clips = self.once(["training", str(path), *data_key(cfg)], find)
         return found
 
@@ -175,15 +178,26 @@ class Common:
 
     def of_clips(self, clips: Clips) -> tuple[list[int], Tensor]:
         """Numbers of the clips that can be read, and their features [N, F, D]."""
+        good, features, _ = self._seen(clips)
+        return good, features
 
-        def find() -> tuple[list[int], Tensor]:
-            found = shared(self.engine, range(len(clips)), lambda part: clips.map_videos(part, self.features_of))
+    def thumbnails(self, clips: Clips) -> Tensor:
+        """[N, D] of the same clips."""
+        return self._seen(clips)[2]
+
+    def _seen(self, clips: Clips) -> tuple[list[int], Tensor, Tensor]:
+        def look(videos: list[np.ndarray]) -> list[tuple[Tensor, Tensor]]:
+            return list(zip(self.features_of(videos), map(memorised.thumbnail, videos), strict=True))
+
+        def find() -> tuple[list[int], Tensor, Tensor]:
+            found = shared(self.engine, range(len(clips)), lambda part: clips.map_videos(part, look))
             good = [number for number, of in enumerate(found) if of is not None]
             if not good:
                 raise DataError(f"{clips.what}: none of {len(found)} clips can be read")
-            return good, torch.stack([of for of in found if of is not None])
+            features, thumbnails = zip(*(of for of in found if of is not None), strict=True)
+            return good, torch.stack(features), torch.stack(thumbnails)
 
-        result: tuple[list[int], Tensor] = self.once(["features", clips.what, clips.ids, self._size(clips)], find)
+        result: tuple[list[int], Tensor, Tensor] = self.once(["seen", clips.what, clips.ids, self._size(clips)], find)
         return result
 
     def _size(self, clips: Clips) -> list[Any]:
@@ -194,6 +208,16 @@ def data_key(cfg: Config) -> list[Any]:
     data = cfg.data
     size = [data.num_frames, data.height, data.width]
     return [*size, data.frame_interval, data.fps, data.frame_sampling]
+
+
+@dataclass(frozen=True)
+class Known:
+    """Training clips that samples are compared with; `features` [M, F, D], `thumbnails` [M, D]: of the `good` ones."""
+
+    clips: Clips
+    good: list[int]
+    features: Tensor
+    thumbnails: Tensor
 
 
 class OfCheckpoint:
@@ -217,7 +241,7 @@ class OfCheckpoint:
         if self.options.samples:
             steps |= {"pixels": self.pixels, "distances": self.distances}
             steps |= {"clip": self.clip} if self.options.clip else {}
-            steps |= {"memorised": self.copies}
+            steps |= {"copies": self.copies}
         steps |= {"vbench": self.vbench_videos} if self.options.vbench else {}
         metrics: dict[str, Any] = {}
         if self.options.samples:
@@ -268,6 +292,7 @@ class OfCheckpoint:
         choose("eager" if cfg.train.kernels == "eager" else "auto", device.type)
         model = empty_model(self.source.model)
         load_model_weights(model, self.source.weights)
+        add_adapters(model, self.source.adapters)
         model = model.eval().to(device)
         encoder = open_encoder(replace(cfg, text=replace(cfg.text, shard=False)), device)
         own = range(len(self.held))[engine.mesh.data_rank :: engine.mesh.data_size]
@@ -281,12 +306,13 @@ class OfCheckpoint:
 
     # Samples
 
-    def _sampling(self, prompts: list[str], kind: str, of: str) -> SamplingRun:
+    def _sampling(self, prompts: list[str], kind: str, of: Any, *, other_noise: bool = False) -> SamplingRun:
         """Samples of other settings, or of another file of prompts, lie in another folder."""
         options = self.options
         run = SamplingRun(
-            self.source, prompts, self.folder, seed=options.seed, batch_size=options.batch_size, ema=options.ema
-        )
+            self.source, prompts, self.folder, seed=options.seed + other_noise, batch_size=options.batch_size,
+            ema=options.ema,
+        )  # fmt: skip
         settings = {key: value for key, value in run.settings().items() if key != "checkpoint"}
         return replace(run, out=self.folder / f"{kind}-{digest([settings, of], size=4)}")
 
@@ -297,12 +323,13 @@ class OfCheckpoint:
             self.common.say(f"{self.name}: {len(check.todo)} samples to {run.out}")
             run.sample_with(check.folder, self.engine)
 
-    def videos(self, numbers: Sequence[int]) -> list[np.ndarray]:
-        """Samples as they were written, uint8 [T, H, W, 3]."""
+    def videos(self, numbers: Sequence[int], run: SamplingRun | None = None) -> list[np.ndarray]:
+        """Samples (of `run`, by default the ones that all is measured on) as they were written, uint8 [T, H, W, 3]."""
+        out = (run or self.sampling).out
         ending = "png" if self.cfg.data.num_frames == 1 else "mp4"
         found = []
         for number in numbers:
-            file = self.sampling.out / f"{number:04d}.{ending}"
+            file = out / f"{number:04d}.{ending}"
             found.append(np.asarray(read_frames(file, start=0, count=probe(file).num_frames)))
         return found
 
@@ -352,18 +379,47 @@ class OfCheckpoint:
             self.notes.append("memorised: no training clips to compare with (give --train MANIFEST)")
             return {}
         good, known = self.common.of_clips(training)
+        near = partial(self._nearest, known=Known(training, good, known, self.common.thumbnails(training)))
         look = lambda part: self.common.features_of(self._again(self.held, part))  # noqa: E731
         real = torch.stack(shared(self.engine, range(len(self.held)), look))
-        of_samples = self._nearest(self.sample_features, known, good, training, self.videos)
-        of_held = self._nearest(real, known, good, training, lambda part: self._again(self.held, part))
-        flags = memorised.memorised(of_samples, of_held)
-        lines = memorised.as_lines(of_samples, flags, list(self.sampling.prompts), training.ids)
+        held = near(real, lambda part: self._again(self.held, part))
+        of_samples = near(self.sample_features, self.videos)
+        clips = [number % len(self.held) for number in range(self.options.samples)]
+        flags = memorised.are_near(of_samples, held, clips)
+        again = self._near_again(memorised.suspects(of_samples, flags, clips), held, near)
+        flags = [flag and again.get(clip) == memorised.AGAIN for flag, clip in zip(flags, clips, strict=True)]
+        lines = memorised.as_lines(of_samples, clips, again, flags, self.sampling.prompts, training.ids)
         self.engine.world.on_first(lambda: self._write_nearest(lines, training))
-        self.notes.append(
-            f"memorised: share of samples nearer to one of {len(good)} training clips than every held-out clip is, by "
-            "features and pixels both, all as the autoencoder gives them back; nearest.png shows the nearest"
-        )
+        self._note_copies(held, len(good), again)
         return as_json({"memorised": share_of(flags)})
+
+    def _near_again(
+        self, clips: Sequence[int], held: memorised.Nearest, near: Callable[..., memorised.Nearest]
+    ) -> dict[int, int]:
+        """Of held-out clips' captions: how many more samples are near a training clip, with other noise."""
+        if not clips:
+            return {}
+        of = [clip for clip in clips for _ in range(memorised.AGAIN)]
+        run = self._sampling([self.held.captions[clip] for clip in of], "again", clips, other_noise=True)
+        self._sample(run)
+        load = partial(self.videos, run=run)
+        features = torch.stack(shared(self.engine, range(len(of)), lambda part: self.common.features_of(load(part))))
+        flags = memorised.are_near(near(features, load), held, of)
+        return {clip: sum(flag for flag, other in zip(flags, of, strict=True) if other == clip) for clip in clips}
+
+    def _note_copies(self, held: memorised.Nearest, known: int, again: dict[int, int]) -> None:
+        self.notes.append(
+            f"memorised: share of samples near one of {known} training clips, at {memorised.AGAIN} other noises, too: "
+            "nearer, as the autoencoder gives clips back, than nine of ten held-out clips and the caption's own, and "
+            "than two thirds of the distance to the next clip; "
+            f"{len(again)} captions were sampled again; nearest.png shows the nearest"
+        )
+        trained = [name for name, pixels in zip(self.held.ids, held.pixels, strict=True) if not pixels]
+        if trained:
+            self.notes.append(
+                f"memorised: {len(trained)} of {len(self.held)} held-out clips are training clips, such as "
+                f"{trained[0]!r}: of their captions no copies can be told"
+            )
 
     def _again(self, clips: Clips, numbers: Sequence[int]) -> list[np.ndarray]:
         """Clips as the run's autoencoder gives them back."""
@@ -371,22 +427,25 @@ class OfCheckpoint:
         return [given_back(vae, clip, self.engine.device) for clip in clips.good(numbers)]
 
     def _nearest(
-        self, features: Tensor, known: Tensor, good: list[int], training: Clips,
-        load: Callable[[Sequence[int]], list[np.ndarray]],
-    ) -> memorised.Nearest:  # fmt: skip
-        """`features` [N, F, D] of what `load` loads, `known` of the `good` ones of the training clips."""
-        clips = [good[number] for number in memorised.nearest(features.mean(dim=1), known.mean(dim=1))[0]]
-        scale = memorised.scale_of(known.mean(dim=1))
+        self, features: Tensor, load: Callable[[Sequence[int]], list[np.ndarray]], *, known: Known
+    ) -> memorised.Nearest:
+        """`features` [N, F, D] of what `load` loads: the nearest by features or by thumbnails, as pixels have it."""
+        by_features = memorised.nearest(features.mean(dim=1), known.features.mean(dim=1))
+        scale = memorised.scale_of(known.features.mean(dim=1))
+        again = lru_cache(maxsize=64)(lambda other: self._again(known.clips, [known.good[other]])[0])
 
-        def apart(part: Sequence[int]) -> list[tuple[float, float]]:
-            others = self._again(training, [clips[i] for i in part])
-            vectors = self.common.features_of(others)
-            lengths = [((features[i] - of).mean(dim=0) / scale).norm() for i, of in zip(part, vectors, strict=True)]
-            pixels = [memorised.rms(*pair) for pair in zip(load(part), others, strict=True)]
-            return [(float(length), p) for length, p in zip(lengths, pixels, strict=True)]
+        def apart(part: Sequence[int]) -> Iterator[tuple[int, float, float, float]]:
+            for number, video in zip(part, load(part), strict=True):
+                looks = memorised.thumbnail(video)
+                others = {by_features[number], int((known.thumbnails - looks).square().mean(dim=1).argmin())}
+                pixels, first = min((memorised.rms(video, again(other)), other) for other in others)
+                second = memorised.one_apart(looks, known.thumbnails, first)
+                length = ((features[number] - self.common.features_of([again(first)])[0]).mean(dim=0) / scale).norm()
+                next_one = math.inf if second is None else memorised.rms(video, again(second))
+                yield known.good[first], float(length), pixels, next_one
 
-        distances, pixels = zip(*shared(self.engine, range(len(clips)), apart), strict=True)
-        return memorised.Nearest(clips, list(distances), list(pixels))
+        found = zip(*shared(self.engine, range(len(features)), apart), strict=True)
+        return memorised.Nearest(*map(list, found))
 
     def _write_nearest(self, lines: list[dict[str, Any]], training: Clips) -> None:
         shown = lines[:SHOWN]

@@ -114,15 +114,12 @@ def charts(runs: Sequence[Run]) -> Iterator[Chart | None]:
 
 
 def _by_noise_level(runs: Sequence[Run]) -> Iterator[Chart | None]:
-    levels = {
-        (number, level): [
-            (float(line["step"]), float(line["losses"][line["timesteps"].index(level)]))
-            for line in run.validations
-            if level in line.get("timesteps", ())
-        ]
-        for number, run in enumerate(runs)
-        for level in sorted({level for line in run.validations for level in line.get("timesteps", ())})
-    }
+    levels: dict[tuple[int, float], list[tuple[float, float]]] = {}
+    for place, run in enumerate(runs):
+        levels |= {(place, level): [] for level in sorted({of for line in run.validations for of, _ in _levels(line)})}
+        for line in run.validations:
+            for level, loss in _levels(line):
+                levels[place, level].append((float(line["step"]), loss))
     if len(runs) == 1:
         lines = [Series(f"{level:g}", points, place) for place, ((_, level), points) in enumerate(levels.items())]
         yield chart("Held-out loss by noise level (of 1000)", lines)
@@ -131,6 +128,12 @@ def _by_noise_level(runs: Sequence[Run]) -> Iterator[Chart | None]:
         own = [(number, points) for (number, of), points in levels.items() if of == level]
         lines = [Series(runs[number].name, points, number % COLOURS) for number, points in own]
         yield chart(f"Held-out loss at noise level {level:g} of 1000", lines)
+
+
+def _levels(line: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """Of a validation: noise levels and their losses, those that were finite."""
+    both = zip(line.get("timesteps", ()), line.get("losses", ()), strict=True)
+    return [(level, float(loss)) for level, loss in both if loss is not None]
 
 
 def _metric_points(run: Run, name: str) -> list[tuple[float, float]]:

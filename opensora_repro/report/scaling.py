@@ -20,17 +20,22 @@ from opensora_repro.planning.report import duration, operations
 from opensora_repro.planning.scaling import LARGEST_POWER, NUMBERS, SHARE, SMALLEST_POWER, Law, fit_law
 from opensora_repro.report.curves import Chart, Series, chart
 from opensora_repro.report.read import read_run
-from opensora_repro.run_folder import VALIDATION_FILE, JsonLines
+from opensora_repro.run_folder import METRICS_FILE, VALIDATION_FILE, JsonLines
 
 SECONDS_AN_HOUR = 3600
+ROUNDED = 1e-4  # of a loss: as near as the search comes, where clips that do not differ leave an interval no width
 
 
 def held_out(rung: Rung) -> dict[str, Any]:
-    """The line of the validation at its end. Raises DataError where there is none."""
+    """The line of the validation at its end. Raises DataError where there is none, or none that is finite."""
     lines = JsonLines(rung.run_dir / VALIDATION_FILE).read()
     if not lines or lines[-1].get("step") != rung.cfg.train.steps or not lines[-1].get("of_clips"):
         raise DataError(
             f"{rung.run_dir}: it has not measured held-out clips at its end; delete its folder to train it anew"
+        )
+    if lines[-1]["loss"] is None or None in lines[-1]["of_clips"]:
+        raise DataError(
+            f"{rung.run_dir}: its held-out loss is not finite: lower optim.lr, or leave {rung.size.name} out of --sizes"
         )
     return lines[-1]
 
@@ -50,18 +55,21 @@ def result(rungs: Sequence[Rung], following: Rung, price: float | None) -> dict[
     law = fit_law(flops, np.array([lines[number]["of_clips"] for number in best]))
     for place in best:
         found[place] |= {"best": True, "law": law.at(found[place]["flops"]).value}
+    clips = len(lines[0]["of_clips"])
     return {
         "law": {name: asdict(value) for name, value in law.numbers().items()},
         "curve": _curve(law, min(flops), following.flops),
-        "clips": len(lines[0]["of_clips"]),
+        "clips": clips,
         "next": _next(law, following, found, price),
-        "notes": [*_missed(law, [found[number] for number in best]), *_notes(law, rungs, best, following)],
+        "notes": [*_missed(law, [found[number] for number in best]), *_notes(law, clips, rungs, best, following)],
         "runs": found,
     }
 
 
 def _of_run(rung: Rung, line: Mapping[str, Any]) -> dict[str, Any]:
     run = read_run(rung.run_dir)
+    if not run.seconds:
+        raise DataError(f"{rung.run_dir / METRICS_FILE}: it tells of no step, and so not how long the run took")
     start = run.last_start
     return {
         "size": rung.size.name,
@@ -114,8 +122,8 @@ def _missed(law: Law, best: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Where the curve goes past what was measured: a bound holds it, or the losses follow no such law."""
     told = []
     for run in best:
-        at = law.at(run["flops"])
-        if not at.low <= run["loss"] <= at.high:
+        at, near = law.at(run["flops"]), ROUNDED * abs(run["loss"])
+        if not at.low - near <= run["loss"] <= at.high + near:
             told.append(f"{at.value:.3f} in place of {run['loss']:.3f} at {run['budget']}")
     if told:
         yield (
@@ -124,7 +132,7 @@ def _missed(law: Law, best: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         )
 
 
-def _notes(law: Law, rungs: Sequence[Rung], best: Sequence[int], following: Rung) -> Iterator[str]:
+def _notes(law: Law, clips: int, rungs: Sequence[Rung], best: Sequence[int], following: Rung) -> Iterator[str]:
     """What the numbers do not say."""
     chosen, names = [rungs[number] for number in best], list(dict.fromkeys(rung.size.name for rung in rungs))
     budgets = len(chosen)
@@ -137,6 +145,8 @@ def _notes(law: Law, rungs: Sequence[Rung], best: Sequence[int], following: Rung
         )
         + ". That other seeds would train other models is not in them."
     )
+    if clips == 1:
+        yield "Of one held-out clip intervals have no width: they say nothing of how sure these numbers are."
     if not law.b:
         yield "The loss does not fall with compute: there is no law here."
     elif not law.a:
@@ -189,6 +199,7 @@ def ahead(following: Mapping[str, Any]) -> str:
 TEMPLATE = Path(__file__).with_name("templates") / "scaling.html"
 COLOURS = 8
 SIDES = 4  # budgets whose samples stand side by side, the first and the last among them
+KINDS = {".png": "image/png", ".mp4": "video/mp4"}
 SAMPLE_BYTES = 3_000_000  # of all of them; in the page they take a third more
 
 
@@ -238,10 +249,10 @@ def _samples(shown: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[tup
         return
     room = SAMPLE_BYTES
     for place, prompt in enumerate(shown[0]["samples"][1]):
-        files = [next(Path(run["samples"][0]).glob(f"{place:04d}.*"), None) for run in shown]
+        places = [Path(run["samples"][0]) / f"{place:04d}" for run in shown]
+        files = [next((file for kind in KINDS if (file := at.with_suffix(kind)).is_file()), None) for at in places]
         contents = [(file, file.read_bytes()) for file in files if file is not None]
         room -= sum(len(content) for _, content in contents)
         if room < 0 or len(contents) < len(shown):
             return
-        kinds = {".png": "image/png", ".mp4": "video/mp4"}
-        yield prompt, [(data_uri(kinds[file.suffix], content), file.suffix == ".png") for file, content in contents]
+        yield prompt, [(data_uri(KINDS[file.suffix], content), file.suffix == ".png") for file, content in contents]

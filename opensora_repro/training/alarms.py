@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import statistics
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ EASED = 0.5  # of its limit, below which an alarm is over
 EARLY = 0.2  # share of a run in which its samples may still be noise, and captions unheard
 MOST = 3e4  # an activation; float16 ends at 65504, bfloat16 counts in steps of 128 there
 UNHEARD = 0.002  # of the loss: a caption gap that is none
+FAINT = 8.0  # levels of 255 within a frame, below which it may be of one colour
 MOMENT = 60.0  # seconds that a machine may be slow without a word
 
 
@@ -112,7 +114,7 @@ class Alarms:
     def _best(self) -> str:
         """What is kept as the best, else the checkpoint with the lowest held-out loss, else the newest."""
         run_dir = self.log.run_dir
-        losses = {line["step"]: line["loss"] for line in self.log.validation.read()}
+        losses = {line["step"]: _known(line["loss"]) for line in self.log.validation.read()}
         newest_first = list_checkpoints(run_dir)[::-1]
         lowest = min(newest_first, key=lambda path: losses.get(step_of(path), math.inf), default="none yet")
         return str(best_checkpoint(run_dir) or lowest)
@@ -126,9 +128,11 @@ class Alarms:
         missing = [line["step"] for line in validations if line["step"] not in self._loss_then]
         if len(missing) > 1:
             lines = self.log.metrics.read()
+        steps = [line["step"] for line in lines]
         for step in missing:
-            before = [line["loss"] for line in lines if step - EARLIER < line["step"] <= step]
-            self._loss_then[step] = statistics.median([loss for loss in before if loss is not None] or [math.inf])
+            before = lines[bisect_right(steps, step - EARLIER) : bisect_right(steps, step)]
+            losses = [line["loss"] for line in before if line["loss"] is not None]
+            self._loss_then[step] = statistics.median(losses or [math.inf])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,7 +218,7 @@ def _band(found: Sequence[float]) -> tuple[float, float, float]:
 
 
 def _known(value: float | None) -> float:
-    """JSON has no infinity: a skipped step has none."""
+    """JSON has no infinity: a skipped step has none, nor a validation that overflows."""
     return math.inf if value is None else value
 
 
@@ -226,7 +230,7 @@ def overfits(validations: Lines, training: Mapping[int, float], ease: float) -> 
     """Held-out loss has risen at three validations since its lowest, by a thirtieth; training's has fallen since."""
     if len(validations) < 4:
         return ""
-    losses = [line["loss"] for line in validations]
+    losses = [_known(line["loss"]) for line in validations]
     lowest = losses.index(min(losses))
     rises = ease < 1 or (len(losses) - lowest > 3 and losses[-1] > losses[-2] > losses[-3])
     before, now = (training[validations[place]["step"]] for place in (lowest, -1))
@@ -240,8 +244,7 @@ def overfits(validations: Lines, training: Mapping[int, float], ease: float) -> 
 
 
 def saturates(validations: Lines, ease: float) -> str:
-    found = [line["activation"] for line in validations if "activation" in line]
-    found = [math.inf if value is None else value for value in found]  # JSON has no infinity
+    found = [_known(line["activation"]) for line in validations if "activation" in line]
     if not found:
         return ""
     *earlier, now = found
@@ -254,7 +257,8 @@ def saturates(validations: Lines, ease: float) -> str:
 
 def average_lags(validations: Lines, ease: float) -> str:
     """Twice in a row: a young average lags for a while."""
-    found = [(line["of_average"], line["of_trained"]) for line in validations[-2:] if "of_trained" in line]
+    lines = [line for line in validations[-2:] if "of_trained" in line]
+    found = [(_known(line["of_average"]), _known(line["of_trained"])) for line in lines]
     if len(found) == 2 and all(ours > (1 + 0.1 * ease) * trained for ours, trained in found):
         ours, trained = found[-1]
         return f"averaged weights have a held-out loss of {ours:.3g}, the trained ones {trained:.3g}: lower ema.decay"
@@ -304,7 +308,8 @@ class Look:
         return self._most(self.likeness, limit, "look like noise: neighbouring places have nothing in common")
 
     def is_flat(self, usual: Look, ease: float) -> str:
-        limit = min(4.0, 0.2 * statistics.median(usual.contrast)) if usual.contrast else 4.0
+        """A model of one colour leaves some of its noise: 5 levels, where clips have 26."""
+        limit = min(FAINT, 0.2 * statistics.median(usual.contrast)) if usual.contrast else FAINT
         return self._most(self.contrast, limit / ease, "are of one colour")
 
     def is_still(self, usual: Look, ease: float) -> str:

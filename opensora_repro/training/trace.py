@@ -273,7 +273,7 @@ def diff_runs(first: Trace, second: Trace) -> Iterator[str]:
         }
         for trace in (first, second)
     ]
-    for key in facts[0].keys() | facts[1].keys():
+    for key in facts[0] | facts[1]:
         if facts[0].get(key) != facts[1].get(key):
             yield f"{key}: {_short(facts[0].get(key))} there, {_short(facts[1].get(key))} here"
     if first.manifest.is_file() and second.manifest.is_file():

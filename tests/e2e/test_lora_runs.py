@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from stages import sample, stage2_video, weights
+from stages import evaluate, sample, stage2_video, weights
+from tests.tiny_models import make_tiny_i3d
 from tests.training_world import (
     World,
     finish,
@@ -110,6 +111,20 @@ def test_it_samples_by_itself_on_its_base_and_merged(
     assert "no adapter there" in capsys.readouterr().err
     assert weights.main(["inspect", str(run)]) == 2
     assert "this is a LoRA" in capsys.readouterr().err
+
+
+def test_its_held_out_loss_is_with_its_adapters(world: World, tmp_path: Path) -> None:
+    """As the run itself has measured it."""
+    held = {"data__val_manifest": str(world.manifest("val")), "validation__every": 4}
+    changes = {**adapted(world), **held, "validation__timesteps": [0.3, 0.7], "optim__lr": 0.1, "ema__decay": 0.0}
+    assert train(world, "measured", **changes) == 0
+    words = ["--manifest", held["data__val_manifest"], "--features", str(make_tiny_i3d(tmp_path / "i3d.pt"))]
+    words += ["--samples", "0", "--levels", "0.3", "0.7", "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert evaluate.main([str(world.root / "measured"), str(world.root / "base"), *map(str, words)]) == 0
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())["checkpoints"]
+    loss, of_base = (of["metrics"]["loss"]["value"] for of in found)
+    (line,) = [json.loads(line) for line in (world.root / "measured" / "validation.jsonl").read_text().splitlines()]
+    assert loss == pytest.approx(line["loss"], rel=1e-4) and loss != pytest.approx(of_base, rel=1e-3)
 
 
 def test_other_weights_under_the_same_name(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -158,6 +158,23 @@ def test_overfitting_is_held_out_loss_that_rises_while_training_falls(tmp_path: 
     assert (tmp_path / "run" / "alarms.jsonl").read_text() == before
 
 
+def test_held_out_loss_that_is_not_finite_ends_no_run(tmp_path: Path, healthy: Any) -> None:
+    """A validation that overflows has no number; nor has each of its noise levels."""
+    lines, validations = healthy
+    watched = Watched(tmp_path / "run", stop=("loss",))
+    gone = [{**line, "loss": float("inf"), "losses": [float("nan"), 1.0]} for line in validations[8:]]
+    watched.go(lines, validations[:8] + gone)
+    written = (tmp_path / "run" / "validation.jsonl").read_text()
+    assert '"loss": null, "losses": [null, 1.0]' in written and "NaN" not in written
+    assert "overfitting" not in watched.names()
+    assert watched.alarms._best() == "none yet"
+    for step in (400, 450):
+        (tmp_path / "run" / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+    assert watched.alarms._best().endswith("step-00000400")
+    (line,) = alarms.average_lags([validation(1, of_trained=0.5, of_average=None)] * 2, 1).splitlines()  # type: ignore[arg-type]
+    assert "averaged weights have a held-out loss of inf" in line
+
+
 def test_throughput_that_falls_for_a_while(tmp_path: Path, healthy: Any) -> None:
     def go(name: str, steps: range, step_seconds: float = 1.0, every: int = 1) -> list[str]:
         """Steps of these numbers wait for data thrice as long as they work; every so many for all of them."""
@@ -268,6 +285,15 @@ def test_samples_that_turn_to_noise_one_colour_or_stills(tmp_path: Path, clips: 
     white = np.random.default_rng(0).integers(0, 256, (3, 1, 96, 96, 3), dtype=np.uint8)
     assert look(100, samples) == [] and look(110, list(white)) == ["alarm: noise"]  # pictures
     assert watched.names() == ["noise", "flat", "motion", "motion", "noise", "noise"]
+
+
+def test_one_colour_with_some_noise_left_is_one_colour() -> None:
+    """As a model leaves it that has learned a single colour."""
+    scenes = itertools.islice(training_scenes(1, seed=0), 12)
+    usual = alarms.Look.of([scene.frames(count=8, size=96) for scene in scenes], 8)
+    blocks = np.random.default_rng(0).normal(40, 4.7, (3, 1, 12, 12, 1)).repeat(8, 2).repeat(8, 3)
+    found = alarms.Look.of(blocks.astype(np.uint8).repeat(3, axis=-1), 8)
+    assert min(found.contrast) > 4.5 and found.is_flat(usual, 1)
 
 
 def test_real_footage_is_no_noise(videos_dir: Path) -> None:

@@ -8,11 +8,13 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 from opensora_repro.config import CheckpointConfig, Config, ConfigError, EvaluateConfig, ValidationConfig, check_config
 from opensora_repro.evaluation import memorised, vbench
+from opensora_repro.evaluation.clips import once_each
 from opensora_repro.evaluation.distances import (
     frechet_distance,
     jackknife,
@@ -26,6 +28,7 @@ from opensora_repro.evaluation.losses import other_clip, shuffled_order, summary
 from opensora_repro.evaluation.own_features import OwnFeatures, caption_words, small, train_own
 from opensora_repro.evaluation.pixels import flicker, look_at
 from opensora_repro.evaluation.quality import of_clip, of_features, of_looks
+from opensora_repro.evaluation.run import names_of
 from opensora_repro.evaluation.table import as_table
 from opensora_repro.run_folder import best_checkpoint, list_checkpoints, mark_best, prune
 from tests.tiny_models import make_tiny_clip, make_tiny_i3d, make_tiny_image_encoder
@@ -273,35 +276,56 @@ def test_another_caption_and_another_order_are_keyed() -> None:
 # Memorisation
 
 
-def test_a_planted_copy_is_found_and_nothing_else() -> None:
-    generator = torch.Generator().manual_seed(0)
-    training = torch.randn(100, 8, generator=generator)
-    held, samples = torch.randn(2, 20, 8, generator=generator)
-    samples[3] = training[42] + 0.01
-    videos = np.random.default_rng(0).integers(0, 255, (100, 2, 4, 4, 3), dtype=np.uint8)
-    shown = np.random.default_rng(1).integers(0, 255, (40, 2, 4, 4, 3), dtype=np.uint8)
-    shown[3] = videos[42]
+def test_a_copy_is_what_is_near_at_every_noise() -> None:
+    """Nearer than nine of ten held-out clips, and than the one of its caption: some scenes are common."""
+    held = memorised.Nearest([0] * 20, [1.0] * 20, [0.02 + 0.001 * place for place in range(20)], [0.1] * 20)
+    assert memorised.limit_of(held, 7) == pytest.approx(0.021) and memorised.limit_of(held, 0) == pytest.approx(0.02)
+    clips, pixels, seconds = (
+        [7, 0, 7, 9, 12, 3],
+        [0.015, 0.0205, 0.014, 0.03, 0.01, 0.01],
+        [0.1] * 4 + [math.inf, 0.014],
+    )
+    samples = memorised.Nearest([4, 5, 4, 6, 8, 1], [0.5, 3.0, 0.4, 0.1, 9.0, 0.0], pixels, seconds)
+    near = memorised.are_near(samples, held, clips)
+    assert near == [True, False, True, False, True, False]  # the last one is between two
+    assert memorised.suspects(samples, near, clips) == [12, 7]
+    flags = [True, False, True, False, False, False]
+    lines = memorised.as_lines(samples, clips, {12: 3, 7: 8}, flags, list("abcdef"), [f"id{n}" for n in range(9)])
+    assert lines[2]["second"] is None and lines[0]["second"] == 0.1
+    assert [(line["sample"], line["training_clip"], line["near_again"]) for line in lines] == [
+        (2, "id4", 8), (0, "id4", 8), (4, "id8", 3), (5, "id1", None), (1, "id5", None), (3, "id6", None)
+    ]  # fmt: skip
 
-    def near(features: torch.Tensor, own: np.ndarray) -> memorised.Nearest:
-        numbers, distances = memorised.nearest(features, training)
-        return memorised.Nearest(
-            numbers, distances, [memorised.rms(v, videos[n]) for v, n in zip(own, numbers, strict=True)]
-        )
 
-    of_samples, of_held = near(samples, shown[:20]), near(held, shown[20:])
-    flags = memorised.memorised(of_samples, of_held)
-    assert [number for number, flag in enumerate(flags) if flag] == [3]
-    first = memorised.as_lines(of_samples, flags, ["p"] * 20, [str(n) for n in range(100)])[0]
-    assert (first["sample"], first["training_clip"], first["pixels"]) == (3, "42", 0.0)
-    picture = memorised.side_by_side([(shown[3], videos[42]), (shown[4], videos[0])])
+def test_pairs_are_shown_side_by_side() -> None:
+    shown = np.random.default_rng(1).integers(0, 255, (4, 2, 4, 4, 3), dtype=np.uint8)
+    picture = memorised.side_by_side([(shown[0], shown[0]), (shown[1], shown[2])])
     assert picture.shape == (4 + 2 + 4, 8 + 6 + 8, 3)
     assert np.array_equal(picture[:4, :8], picture[:4, 14:])
+    assert memorised.rms(shown[0], shown[0]) == 0
+    assert memorised.thumbnail(shown[3]).shape == (2 * 3 * 16 * 16,)
+
+
+def test_the_next_clip_is_not_the_same_one_in_another_file() -> None:
+    training = torch.tensor([[0.5, 0.5], [0.502, 0.5], [0.6, 0.5], [0.9, 0.9]])
+    assert memorised.one_apart(torch.tensor([0.51, 0.5]), training, 0) == 2
+    assert memorised.one_apart(torch.tensor([0.51, 0.5]), training[:2], 0) is None
 
 
 def test_channels_count_alike_in_distances() -> None:
     training = torch.tensor([[0.0, 0.0], [1.0, 1000.0], [2.0, 0.0]])
-    numbers, _ = memorised.nearest(torch.tensor([[1.9, 200.0]]), training)
-    assert numbers == [2]
+    assert memorised.nearest(torch.tensor([[1.9, 200.0]]), training) == [2]
+    assert memorised.scale_of(training[:1]).isfinite().all()  # of one clip, which has no spread
+
+
+def test_clips_that_are_repeated_are_seen_once() -> None:
+    table = pa.table({"id": ["a", "b", "c", "d"], "path": ["y", "x", "y", "z"]})
+    assert once_each(table)["id"].to_pylist() == ["a", "b", "d"]
+
+
+def test_no_two_checkpoints_share_a_folder() -> None:
+    paths = [Path(name) for name in ("x/a_2", "x/a", "y/a", "z/a", "r/checkpoints/step-1", "q/r/checkpoints/step-1")]
+    assert names_of(paths) == ["a_2", "a", "a_3", "a_4", "r-step-1", "r-step-1_2"]
 
 
 # VBench

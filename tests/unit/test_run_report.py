@@ -109,6 +109,18 @@ def test_half_a_run_has_half_a_page(tmp_path: Path) -> None:
     assert read_run(tmp_path / "run").step == 1
 
 
+def test_losses_that_are_not_finite_are_gaps(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", grids=0)
+    lost = {"step": 400, "loss": None, "losses": [None, 0.5], "timesteps": [200.0, 500.0], "of_trained": None}
+    with open(run / "validation.jsonl", "a") as file:
+        file.write(json.dumps(lost) + "\n")
+    infinite = {"metrics": {"psnr": {"value": 30.0, "low": float("-inf"), "high": float("nan")}}, "name": "a"}
+    (run / "evaluation.json").write_text(json.dumps({"checkpoints": [infinite]}))
+    assert report.main([str(run)]) == 0
+    text = Page(run / "report.html").text
+    assert "Held-out loss by noise level" in text and "30 (-inf to nan)" in text
+
+
 def test_long_runs_are_thinned_out_and_still_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path / "run", steps=1000, grids=0)
     whole = read_run(run)

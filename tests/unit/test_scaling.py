@@ -148,6 +148,35 @@ def test_the_page_tells_law_next_size_and_samples(tmp_path: Path) -> None:
     assert "http://" not in page.source and (tmp_path / "report.html").stat().st_size < 200_000
 
 
+def with_losses(rung: Rung, losses: list[float | None]) -> None:
+    file = rung.run_dir / "validation.jsonl"
+    line = json.loads(file.read_text())
+    write_lines(file, [line | {"loss": None if None in losses else float(np.mean(losses)), "of_clips": losses}])  # type: ignore[arg-type]
+
+
+def test_one_held_out_clip_tells_no_intervals(tmp_path: Path) -> None:
+    """Nor is the width that they lack a sign that the losses follow no law."""
+    rungs, following = ladder(tmp_path, "128x3")
+    measured(rungs)
+    for rung in rungs:
+        with_losses(rung, [float(law(rung.flops))])
+    notes = " ".join(result(rungs, following, None)["notes"])
+    assert "Of one held-out clip intervals have no width" in notes and "do not follow" not in notes
+
+
+def test_runs_that_tell_nothing_are_named(tmp_path: Path) -> None:
+    """One whose held-out loss is not finite, and one whose steps are gone."""
+    rungs, following = ladder(tmp_path)
+    measured(rungs)
+    with_losses(rungs[1], [0.5, None])
+    with pytest.raises(DataError, match=f"{rungs[1].run_dir}: its held-out loss is not finite: .* leave 128x3 out"):
+        result(rungs, following, None)
+    with_losses(rungs[1], [0.5] * 64)
+    (rungs[2].run_dir / "metrics.jsonl").unlink()
+    with pytest.raises(DataError, match=r"metrics\.jsonl: it tells of no step"):
+        result(rungs, following, None)
+
+
 def test_losses_that_fall_ever_faster_are_said_to_follow_no_law(tmp_path: Path) -> None:
     rungs, following = ladder(tmp_path, "128x3")
     measured(rungs)

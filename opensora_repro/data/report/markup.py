@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -43,7 +44,9 @@ def shown(text: object, limit: int = 500) -> str:
 
 
 def number(value: float, digits: int = 4) -> str:
-    """Return a number for people: the digits that count, thousands apart."""
+    """Return a number for people: the digits that count, thousands apart; of what is not finite, its name."""
+    if not math.isfinite(value):
+        return str(value)
     whole = value == round(value) or abs(value) >= 10**digits
     return f"{value:,.0f}" if whole and abs(value) < 1e12 else f"{value:.{digits}g}"
 
