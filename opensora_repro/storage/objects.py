@@ -24,12 +24,14 @@ from opensora_repro.storage.addresses import (
     READ_ONLY,
     AddressRefused,
     address_of,
+    can_be_path,
     redacted,
     scratch_folder,
     shown,
 )
 
 TRIES, FIRST_PAUSE = 6, 0.5  # each pause is about twice the one before, a quarter of a minute in all
+CONNECT, SILENCE = 30.0, 60.0  # seconds that a web server may take to answer, and between two bytes, of however many
 THREADS = 32  # that wait for a store
 WORTH_LISTING = 20  # objects of a folder: a list of all tells of them sooner than asking for each
 KNOWN = 1 << 21  # objects whose facts are kept
@@ -59,6 +61,10 @@ def _file_system(address: str) -> Any:
         import fsspec
 
         how: dict[str, Any] = {} if scheme in READ_ONLY else {"use_listings_cache": False}
+        if scheme.startswith("http"):
+            from aiohttp import ClientTimeout
+
+            how["client_kwargs"] = {"timeout": ClientTimeout(sock_connect=CONNECT, sock_read=SILENCE)}
         return fsspec.filesystem(scheme, **how)
     except ImportError:
         raise AddressRefused(f"needs a package: pip install 'opensora-repro[{EXTRAS[scheme]}]'", address) from None
@@ -89,10 +95,12 @@ def _failure(error: Exception, path: str | os.PathLike[str]) -> OSError:
     text = redacted(words) or type(error).__name__
     if isinstance(error, AddressRefused):
         return error
-    if isinstance(error, FileNotFoundError) and getattr(error.__cause__, "status", 404) in (404, 410):
-        return FileNotFoundError(errno.ENOENT, "no such object", name)
-    if isinstance(error, FileNotFoundError):  # fsspec's word for all that a web server refuses
-        return _failure(error.__cause__, path) if isinstance(error.__cause__, Exception) else error
+    if isinstance(error, FileNotFoundError):
+        cause = error.__cause__ if address_of(path).startswith("http") else None
+        if isinstance(cause, Exception) and getattr(cause, "status", 0) not in (404, 410):
+            return _failure(cause, path)  # fsspec's word for all that goes wrong with a web server
+        bucket = "bucket does not exist" in words
+        return FileNotFoundError(errno.ENOENT, "no such bucket" if bucket else "no such object", name)
     if isinstance(error, _FINAL):
         return type(error)(error.errno or errno.EACCES, text, name)
     if "Credentials" in type(error).__name__:
@@ -113,7 +121,7 @@ def _facts(info: dict[str, Any]) -> Facts:
     """Return an object's facts. Tags and times come spelt in many ways; some stores have only one of them."""
     when: Any = info.get("LastModified") or info.get("mtime") or info.get("updated")
     seconds = int(when.timestamp()) if hasattr(when, "timestamp") else 1 << 30
-    tags = [info.get(name) for name in ("ETag", "etag", "blob_id", "md5Hash")]
+    tags = [info.get(name) for name in ("ETag", "etag", "blob_id", "md5Hash", "Last-Modified")]
     tag = hashlib.blake2b(repr([str(t).strip('"') for t in tags if t]).encode(), digest_size=8).digest()
     return Facts(int(info.get("size") or 0), seconds * 10**9 + int.from_bytes(tag, "big") % 10**6 * 1000)
 
@@ -169,11 +177,11 @@ def _learn_all(near: Path, infos: Iterable[dict[str, Any]]) -> list[Path]:
     top = scratch_folder() / scheme
     found = []
     for info in infos:
-        name = info["name"].rpartition("://")[2]
+        name = info["name"].removeprefix(f"{scheme}://")
         path = top / name
         if info["type"] != "file" or name.endswith("/"):
             continue
-        if not name.isprintable() or os.path.normpath(path) != f"{top}/{name}":
+        if not can_be_path(name):
             print(f"warning: {scheme}://{name!a}: no file can have this name; left out", file=sys.stderr)
             continue
         _learn(os.fspath(path), _facts(info))
