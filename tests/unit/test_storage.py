@@ -365,6 +365,18 @@ def test_facts_are_asked_for_side_by_side_and_once(node: Store) -> None:
     assert all(node.count(f"HEAD /{BUCKET}/facts/{path.name}") == 1 for path in paths)
 
 
+def test_a_batch_of_clips_lists_no_folder_of_millions(node: Store) -> None:
+    paths = [put(f"many/{number}", b"x") for number in range(25)]
+    fetch_ahead(map(str, paths))
+    assert len(copies()) == 25 and node.count("list-type=2") == 0
+    forget()
+    look_up(paths, share=0.01)  # a survey's sample of ten thousand, say
+    assert node.count("list-type=2") == 0 and node.count("HEAD") == 50
+    forget()
+    look_up(paths, share=1.0)
+    assert node.count("list-type=2") == 1 and node.count("HEAD") == 50
+
+
 def test_a_web_server_is_read_from(node: Store) -> None:
     put("web/a.txt", b"from the web")
     files().chmod(f"{BUCKET}/web/a.txt", acl="public-read")
@@ -379,6 +391,39 @@ def test_a_web_server_is_read_from(node: Store) -> None:
 def test_a_web_server_that_does_not_answer_is_told_from_a_file_that_is_not_there(node: Store) -> None:
     with pytest.raises(ConnectionRefusedError, match=r"Connect call failed|Cannot connect"):
         is_object(place("http://127.0.0.1:1/a.mp4"))
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """Knows nobody."""
+
+    def do_HEAD(self) -> None:
+        self.send_response(403 if "denied" in self.path else 400)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_PUT = do_HEAD
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_wrong_credentials_are_a_line_that_says_where_to_look(
+    node: Store, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+    files().clear_instance_cache()
+    for name, told, code in (("denied", "Forbidden", 2), ("expired", "Bad Request", 1)):
+        assert run_command(lambda name=name: len(objects.objects_below(place(f"s3://elsewhere/{name}")))) == code
+        assert f"{told}; are the credentials, the region and the endpoint in the environment right?" in (
+            capfd.readouterr().err
+        )
+    assert run_command(lambda: len(fetched(place(f"{url}/denied")).read_bytes())) == 2
+    assert "403" in capfd.readouterr().err
+    files().clear_instance_cache()
+    server.shutdown()
 
 
 class Plain(BaseHTTPRequestHandler):
