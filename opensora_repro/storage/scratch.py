@@ -54,9 +54,21 @@ def limit() -> int:
     """Return how many bytes of copies there may be. Raises AddressRefused."""
     given = os.environ.get(SCRATCH_GB, "")
     with contextlib.suppress(ValueError):
-        if (size := float(given or DEFAULT_GB)) > 0:
+        if 0 < (size := float(given or DEFAULT_GB)) < float("inf"):
             return int(size * 1e9)
     raise AddressRefused(f"{SCRATCH_GB} = {given}: expected a number of gigabytes", os.fspath(scratch_folder()))
+
+
+def ready() -> None:
+    """See to it that copies can be kept, before many are asked for. Raises AddressRefused."""
+    limit()
+    try:
+        unfinished_name(Path("x"))
+    except AddressRefused:
+        raise
+    except OSError as error:
+        why = f"no copies of objects can be kept here ({error.strerror}); set {SCRATCH} to another folder"
+        raise AddressRefused(why, os.fspath(scratch_folder())) from None
 
 
 def fetched(path: Path) -> Path:

@@ -289,6 +289,26 @@ def test_what_a_folder_and_a_pattern_stand_for(node: Store, tmp_path: Path) -> N
         find_inputs(place(f"s3://{BUCKET}/nowhere"), out=out)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("OPENSORA_SCRATCH_GB", "abc", "OPENSORA_SCRATCH_GB = abc: expected a number of gigabytes"),
+        ("OPENSORA_SCRATCH_GB", "inf", "OPENSORA_SCRATCH_GB = inf: expected a number of gigabytes"),
+        ("OPENSORA_SCRATCH", "FILE", "no copies of objects can be kept here (Not a directory); set OPENSORA_SCRATCH"),
+    ],
+)
+def test_a_scratch_folder_that_cannot_be_used_is_no_fault_of_the_videos(
+    name: str, value: str, told: str, node: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    put("wrong/a.mp4", b"x")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(name, value.replace("FILE", str(tmp_path / "file")))
+    command = [f"s3://{BUCKET}/wrong", "--out", str(tmp_path / "out"), "--workers", "1"]
+    assert probe.main(command) == 2 and told in capfd.readouterr().err
+    assert not (tmp_path / "out" / "rejects.parquet").exists()
+
+
 def test_a_vanished_object_is_a_reject_and_others_go_on(
     node: Store, videos_made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -455,6 +475,7 @@ def test_of_a_plain_web_server_changes_are_seen_and_bytes_are_counted(
         assert fetched(place(f"{url}/{number}.mp4")).read_bytes().startswith(b"Mon, 01 Jan")
         web = [path for path in (scratch_folder() / "http").rglob("*") if path.is_file()]
         assert sum(path.stat().st_size for path in web) <= 1_000_000
+    assert objects.read_object(place(f"{url}/5.mp4"), 5, 6) == b"01 Jan"
     monkeypatch.setattr(Plain, "changed", "Tue, 02 Jan 2024 00:00:00 GMT")
     forget()
     assert fetched(place(f"{url}/5.mp4")).read_bytes().startswith(b"Tue, 02 Jan")
