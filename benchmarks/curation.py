@@ -113,11 +113,14 @@ def summary(rounds: Sequence[dict[str, dict[str, Any]]], seconds: float, price: 
             if work >= LEAST_SECONDS:  # less is no rate
                 side["footage_minutes_per_core_hour"] = round(60 * seconds / work, 1)
                 side["clips_per_core_hour"] = round(3600 * (side.get("clips") or clips) / work, 1)
-    hours = 1e6 / line["clips_per_core_hour"]
-    return {
+    found = {
         "seconds": round(seconds, 2), "rounds": len(rounds), "clips": clips, "tools": tools, "line": line,
-        "others": others, "million_clips": {"core_hours": round(hours, 1), "cost": round(price * hours, 2)},
+        "others": others,
     }  # fmt: skip
+    if "clips_per_core_hour" in line:
+        hours = 1e6 / line["clips_per_core_hour"]
+        found["million_clips"] = {"core_hours": round(hours, 1), "cost": round(price * hours, 2)}
+    return found
 
 
 def take(video: Path, out: Path, seconds: float) -> float:
@@ -154,6 +157,9 @@ def report(result: dict[str, Any]) -> str:
     columns = ("footage and side", "CPU s", "minutes a core hour", "clips a core hour")
     text = [table("Curation", columns, lines(result))]
     for name, video in result["footage"].items():
+        if "million_clips" not in video:
+            text.append(f"{name}: too short to tell what a million clips take")
+            continue
         cost, hours = video["million_clips"]["cost"], video["million_clips"]["core_hours"]
         text.append(f"a million clips of {name}: {hours:,.0f} core hours, {cost:,.2f} at {result['price']} a core hour")
     return "\n".join(text)
@@ -192,8 +198,11 @@ def main() -> None:
     add("--out", type=Path, help="JSON file (default: benchmarks/results/curation.json)")
     args = parser.parse_args()
     videos = {path.stem: path for path in args.video} or {name: VIDEOS / file for name, file in FOOTAGE.items()}
-    missing = [video for video in videos.values() if not video.exists()]
-    if missing:
+    if len(videos) < len(args.video):
+        parser.error("--video: two have one name but for its end; rename one")
+    if args.rounds < 1:
+        parser.error(f"--rounds {args.rounds}: expected at least 1")
+    if missing := [video for video in videos.values() if not video.exists()]:
         print(f"{missing[0]}: not there; name videos with --video")
         return
     head = {"benchmark": "curation", "environment": environment(), "price": args.price_per_core_hour}

@@ -19,11 +19,10 @@ import json
 import sys
 from dataclasses import dataclass
 from functools import partial
-from os.path import expanduser
 from pathlib import Path
 
 from opensora_repro.data.jobs.run import Runner
-from opensora_repro.data.options import argument, option, parse, parser_of
+from opensora_repro.data.options import any_path, argument, option, parse, parser_of
 from opensora_repro.data.origin import made_by
 from opensora_repro.data.probe.rows import INPUT_HELP, manifest_of
 from opensora_repro.errors import DataError, run_command
@@ -33,13 +32,13 @@ from opensora_repro.errors import DataError, run_command
 class Arguments:
     """What the command line says."""
 
-    input: str = argument(INPUT_HELP, type=expanduser)
+    input: str = argument(INPUT_HELP, type=any_path)
     embeddings: str = option(
         "Parquet table with the columns id and embedding, such as score's embeddings.parquet",
-        type=expanduser,
+        type=any_path,
         metavar="FILE",
     )
-    out: str = option("folder for manifest.parquet and what was dropped", type=expanduser, metavar="DIR")
+    out: str = option("folder for manifest.parquet and what was dropped", type=any_path, metavar="DIR")
     cosine: float = option(
         "embeddings that are at least so near are of near-duplicates (%(default)s)", 0.95, metavar="X"
     )
@@ -64,7 +63,7 @@ def deduplicate(args: Arguments) -> int:
     """Write the kept rows, the rejects and the report; returns the exit status."""
     from opensora_repro.data.deduplicate.drops import find_drops, read_ranks, write_rows_of
     from opensora_repro.data.tables import open_table
-    from opensora_repro.files import write_text
+    from opensora_repro.files import one_line, write_text
     from opensora_repro.process import limit_threads
 
     check(args)
@@ -76,10 +75,11 @@ def deduplicate(args: Arguments) -> int:
     write_rows_of(table, ids, drops, out)
     write_text(out / "deduplicate.json", json.dumps({**counts, "cosine": args.cosine}, indent=2) + "\n")
     if counts["without_embedding"]:
-        print(f"{counts['without_embedding']:,} clips have no embedding: they stay, uncompared")
+        print(f"{counts['without_embedding']:,} clips have no embedding, or one of zeros or NaN: they stay, uncompared")
     dropped, groups = counts["dropped"], counts["groups"]
-    print(f"{counts['pairs']:,} pairs of near-duplicates: {dropped:,} clips drop for {groups:,} that stay", end="")
-    print(f", up to {counts['largest']:,} for one; {counts['rows'] - dropped:,} of {counts['rows']:,} rows kept: {out}")
+    print(f"near-duplicates: {dropped:,} clips drop for {groups:,} that stay", end="")
+    print(f", up to {counts['largest']:,} for one;", end=" ")
+    print(f"{counts['rows'] - dropped:,} of {counts['rows']:,} rows kept: {one_line(out)}")
     return 0
 
 

@@ -14,10 +14,9 @@ import math
 import sys
 from dataclasses import dataclass
 from functools import partial
-from os.path import expanduser
 from pathlib import Path
 
-from opensora_repro.data.options import argument, option, parse, parser_of
+from opensora_repro.data.options import argument, local_path, option, parse, parser_of
 from opensora_repro.errors import DataError, run_command
 
 MEASURED = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "curation.json"
@@ -36,7 +35,7 @@ class Arguments:
     price_per_core_hour: float | None = option("adds the cost", None, metavar="X")
     price_per_gpu_hour: float | None = option("adds the cost of the models", None, metavar="X")
     measured: str | None = option(
-        "what benchmarks.curation wrote (benchmarks/results/curation.json)", None, type=expanduser, metavar="FILE"
+        "what benchmarks.curation wrote (benchmarks/results/curation.json)", None, type=local_path, metavar="FILE"
     )
 
 
@@ -60,6 +59,8 @@ def check(args: Arguments) -> None:
             raise DataError(
                 f"{'HOURS' if name == 'hours' else '--' + name.replace('_', '-')} {value}: expected 0 or more"
             )
+    if args.price_per_gpu_hour is not None and not args.gpu_seconds:
+        raise DataError("--price-per-gpu-hour: expected --gpu-seconds with it, what a clip takes of a GPU")
     if not 0 < args.used <= 1:
         raise DataError(f"--used {args.used}: expected more than 0 and at most 1")
 

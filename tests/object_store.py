@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -70,6 +71,8 @@ def serving(environ: dict[str, str]) -> Iterator[Store]:
     before = dict(os.environ)
     os.environ.update(environ)
     try:
+        files().clear_instance_cache()  # a server that was there before, in this process, left its address and objects
+        urllib.request.urlopen(urllib.request.Request(f"{store.url}/moto-api/reset", method="POST")).close()
         files().mkdir(BUCKET)
         yield store
     finally:

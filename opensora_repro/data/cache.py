@@ -233,7 +233,7 @@ class CacheRows:
         self._ids, self._paths = table["id"], table["path"]
         batches = table.select(["path", "caption", "num_frames", "fps"]).to_batches(max_chunksize=1 << 14)
         for column in self._paths.chunks:
-            look_up(column.to_pylist())  # of objects, side by side
+            look_up(column.to_pylist(), share=1.0)  # of objects, side by side
         rows = (row for batch in batches for row in zip(*(column.to_pylist() for column in batch), strict=True))
         self._content = np.frombuffer(b"".join(_row_digest(*row) for row in rows), np.uint64)
 

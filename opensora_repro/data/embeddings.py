@@ -48,9 +48,10 @@ def gather_embeddings(path: Path, ids: Any, file: BinaryIO, advance: Advance) ->
             size = size or vectors.shape[1]
             if vectors.shape[1] != size:
                 raise DataError(f"{path}: embeddings of {size} and of {vectors.shape[1]} numbers; expected one length")
-            lengths = np.linalg.norm(vectors, axis=1)
-            good = np.isfinite(lengths) & (lengths > 0)
-            file.write((vectors[good] / lengths[good, None]).astype(KIND).tobytes())
+            largest = np.abs(vectors).max(axis=1)
+            good = np.isfinite(largest) & (largest > 0)
+            some = vectors[good] / largest[good, None]  # whose squares are neither infinite nor all 0
+            file.write((some / np.linalg.norm(some, axis=1, keepdims=True)).astype(KIND).tobytes())
             owners.append(places.filter(wanted).to_numpy().astype(np.int64)[good])
         advance(batch.num_rows)
     whose = np.concatenate(owners)

@@ -65,7 +65,7 @@ def read_manifest(path: str | Path, *, need_captions: bool = True) -> Any:
             f"a manifest needs {', '.join(MANIFEST)} (has {', '.join(table.schema.names)})"
         )
     checked = pa.concat_tables(map(_joined, in_batches(_checked(table, need_captions), BATCHES)))
-    _check_ids(path, checked["id"])
+    check_ids(path, checked["id"])
     return checked
 
 
@@ -196,7 +196,7 @@ def _maybe_missing(values: Any) -> list[int]:
     return pc.indices_nonzero(pc.invert(pc.fill_null(known, False))).to_pylist()  # type: ignore[no-any-return]
 
 
-def _check_ids(path: Path, ids: Any) -> None:
+def check_ids(path: Path, ids: Any) -> None:
     """Raise DataError for an id that two rows have."""
     import numpy as np
     import pyarrow.compute as pc

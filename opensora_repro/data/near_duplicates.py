@@ -2,8 +2,8 @@
 
 A row is a duplicate where a better one is near enough; nothing is told by way of others. Rows are compared within
 the cells of a k-means over all of them. A pair at the edge of a cell would be lost, so a row is also compared with the
-cells whose centres come next. No cell is cut, however full: time grows with the square of what lies together, memory
-with the rows alone.
+cells whose centres come next. No cell is cut, however full: time grows with the square of what lies together and is
+not near, memory with the rows alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import isqrt
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,17 +23,17 @@ COSINE = 0.95
 EXACT_ROWS = 20_000  # so few are all compared with each other, which takes seconds
 PROBES = 8  # cells that a row is compared with: loses fewer than one pair in a hundred where embeddings have no order
 ITERATIONS, SAMPLES = 10, 64  # of k-means, and how many rows a cell it looks at
-BLOCK = 1 << 22  # cosines that are held at a time
+BLOCK = 1 << 22  # cosines that are held at a time ...
+CHUNK = 1 << 10  # ... of so many rows of a cell with others
 ROWS = 1 << 14  # that are read at a time
 
 
 @dataclass(frozen=True)
 class NearDuplicates:
-    """What was found of N rows, best first: each one's best better row (-1: none), their cosine, how many pairs."""
+    """What was found of N rows, best first: each one's best better row (-1: none), and their cosine."""
 
     better: np.ndarray  # int64 [N]
     cosine: np.ndarray  # float32 [N]; -1 where there is none
-    num_pairs: int
 
     def kept(self) -> np.ndarray:
         """Return int64 [N]: the row without a better one to which each row's better ones lead; itself, if it has none.
@@ -72,47 +72,57 @@ def find_near_duplicates(
     Results count rows in that order. `vectors` may lie on the disk (a memmap). `advance` is told of rows that are done.
     """
     cells = num_cells(len(order)) if cells is None else cells
-    found = _Found(len(order), _probes(vectors, order, cells), cosine)
-    for cell, (members, guests) in enumerate(_by_cell(found.probes, cells)):
-        if len(members):
-            theirs = _unit(vectors, order[members])
-            for rows in (members, guests):
-                for start in range(0, len(rows), size := max(1, BLOCK // len(members))):
-                    part = rows[start : start + size]
-                    near = found.near(_unit(vectors, order[part]) @ theirs.T)
-                    found.add(cell, part, members, *near)
+    probes = _probes(vectors, order, cells)
+    found = _Found(vectors, order, cosine)
+    for members, guests in _by_cell(probes, cells):
+        for start in range(0, len(members), CHUNK):
+            chunk = members[start : start + CHUNK]
+            for rows, compare in ((members[start:], found.among), (guests, found.between)):
+                for first in range(0, len(rows), BLOCK // CHUNK):
+                    compare(rows[first : first + BLOCK // CHUNK], chunk)
         advance(len(members))
-    return NearDuplicates(np.where(found.better < len(order), found.better, -1), found.best_cosine, found.num_pairs)
+    return NearDuplicates(np.where(found.better < len(order), found.better, -1), found.best_cosine)
 
 
 class _Found:
-    """Gathers the pairs of N rows, of which no more than a block's are held."""
+    """The best better row of each of N that is known so far. What cannot change it is not compared: of rows that are
+    all near to each other each is compared with the first ones alone."""
 
-    def __init__(self, count: int, probes: np.ndarray, cosine: float) -> None:
-        self.probes, self.cosine = probes, cosine
-        self.better = np.full(count, count, dtype=np.int64)  # none yet: behind all
-        self.best_cosine = np.full(count, -1, dtype=np.float32)
-        self.num_pairs = 0
+    def __init__(self, vectors: np.ndarray, order: np.ndarray, cosine: float) -> None:
+        self.vectors, self.order, self.cosine = vectors, order, cosine
+        self.better = np.full(len(order), len(order), dtype=np.int64)  # none yet: behind all
+        self.best_cosine = np.full(len(order), -1, dtype=np.float32)
 
-    def near(self, cosines: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the places (rows, columns) in a block that are near enough, and their cosines."""
-        rows = (cosines.amax(dim=1) >= self.cosine).nonzero()[:, 0]  # most blocks have few or none
-        some = cosines[rows].numpy()
-        at, columns = np.nonzero(some >= self.cosine)
-        return rows.numpy()[at], columns, some[at, columns]
+    def among(self, rows: np.ndarray, chunk: np.ndarray) -> None:
+        """Compare rows with those of a chunk that are before them; both are in order."""
+        self._keep(rows := self._open_to(rows, chunk), chunk, self._cosines(rows, chunk))
 
-    def add(self, cell: int, part: np.ndarray, members: np.ndarray, rows: Any, columns: Any, cosines: Any) -> None:
-        """Take pairs between `part`, of this cell or its guests, and the cell's members."""
-        first, second = part[rows], members[columns]
-        home = self.probes[first, 0]
-        # Two members meet twice in their cell; so do rows of two cells, each of which is the other's guest.
-        again = np.where(home == cell, first < second, (home < cell) & (home == self.probes[second].T).any(axis=0))
-        self.num_pairs += int(np.count_nonzero(~again & (first != second)))
-        worse, better = np.maximum(first, second), np.minimum(first, second)
-        best = np.lexsort((better, worse))
-        best = best[np.flatnonzero(np.diff(worse[best], prepend=-1))]  # of each worse row, its best better one
-        best = best[better[best] < np.minimum(self.better[worse[best]], worse[best])]
-        self.better[worse[best]], self.best_cosine[worse[best]] = better[best], cosines[best]
+    def between(self, rows: np.ndarray, chunk: np.ndarray) -> None:
+        """Compare rows of other cells with a chunk, whichever are the better ones."""
+        worse, theirs = self._open_to(rows, chunk), self._open_to(chunk, rows)
+        if len(worse) * len(chunk) + len(rows) * len(theirs) >= len(rows) * len(chunk):
+            cosines = self._cosines(rows, chunk)  # once for both
+            self._keep(rows, chunk, cosines)
+            self._keep(chunk, rows, cosines.T)
+        else:
+            self._keep(worse, chunk, self._cosines(worse, chunk))
+            self._keep(theirs, rows, self._cosines(theirs, rows))
+
+    def _open_to(self, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """Return the rows for which the first of the others would be a better one than is known."""
+        return rows[np.minimum(self.better[rows], rows) > others[0]]
+
+    def _cosines(self, rows: np.ndarray, others: np.ndarray) -> Tensor:
+        return _unit(self.vectors, self.order[rows]) @ _unit(self.vectors, self.order[others]).T
+
+    def _keep(self, rows: np.ndarray, others: np.ndarray, cosines: Tensor) -> None:
+        """Take for each of the rows the first of the others that is near, where that is a better one than is known."""
+        some = (cosines.amax(dim=1) >= self.cosine).nonzero()[:, 0]  # most blocks have few or none
+        cosines, rows = cosines[some], rows[some.numpy()]
+        at = (cosines >= self.cosine).numpy().argmax(axis=1)
+        right = np.flatnonzero(others[at] < np.minimum(self.better[rows], rows))
+        rows, at = rows[right], at[right]
+        self.better[rows], self.best_cosine[rows] = others[at], cosines.numpy()[right, at]
 
 
 def _by_cell(probes: np.ndarray, cells: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -20,6 +20,7 @@ from opensora_repro.data.sample_frames import frames_at_rate, interval_of
 from opensora_repro.errors import DataError
 from opensora_repro.storage.addresses import address_of, place, shown
 from opensora_repro.storage.objects import facts_of, look_up
+from opensora_repro.storage.scratch import ready
 
 ALL_ROWS, SAMPLED_ROWS = 100_000, 10_000  # beyond so many rows, a sample of so many stands for them
 THREADS = 32  # that wait for a file system; most of a local one's answers come at once
@@ -94,7 +95,7 @@ def survey(table: Any, data: DataConfig, manifest: str | Path) -> Survey:
 
     looked = keyed_sample(table, ALL_ROWS if len(table) <= ALL_ROWS else SAMPLED_ROWS)
     paths = looked["path"].to_pylist()
-    missing = np.array(_missing(paths), dtype=bool)
+    missing = np.array(_missing(paths, len(looked) / len(table)), dtype=bool)
     frames, fps = looked["num_frames"].to_numpy(), looked["fps"].to_numpy()
     heights, widths = looked["height"].to_numpy(), looked["width"].to_numpy()
     target, taken = _targets(data, frames, heights, widths, fps), frames_at_rate(data, frames, fps)
@@ -185,9 +186,11 @@ def _targets(data: DataConfig, frames: Any, heights: Any, widths: Any, fps: Any)
     return _Targets(num_frames, height, width, np.array(reasons)[kind], rule.buckets, kind, shares)
 
 
-def _missing(paths: Sequence[str]) -> list[bool]:
+def _missing(paths: Sequence[str], share: float) -> list[bool]:
     """Whether each path is no file that holds something. Threads, because a network's file system takes its time."""
-    look_up(paths)  # of objects, side by side
+    if any(map(address_of, paths)):
+        ready()
+        look_up(paths, share=share)  # side by side
     size = max(1, min(1000, -(-len(paths) // THREADS)))
     parts = [paths[start : start + size] for start in range(0, len(paths), size)]
     with ThreadPoolExecutor(THREADS) as pool:

@@ -121,6 +121,11 @@ class FrameIndex:
         """Return which frame a key frame is."""
         return bisect_left(self.times, self.key_times[key]) if key else 0
 
+    def key_at(self, time: int) -> int | None:
+        """Return which key frame is shown at a time, None if none is."""
+        key = bisect_left(self.key_times, time)
+        return key if key < len(self.key_times) and self.key_times[key] == time else None
+
     def ended_early(self, decoded: int) -> str:
         """Return what is wrong with a file of which only so many frames decode."""
         return f"damaged: {decoded} of {max(self.promised, len(self.times), decoded)} frames decode"
@@ -372,7 +377,7 @@ def _lost_bytes(packets: Sequence[_Entry], in_segments: bool) -> tuple[tuple[int
     Where a key frame follows, another segment begins there; elsewhere something is missing.
     """
     corrupt = [number for number, packet in enumerate(packets) if packet.corrupt]
-    joints = [n for n in corrupt if in_segments and any(after.key for after in packets[n + 1 : n + 3])]
+    joints = {n for n in corrupt if in_segments and any(after.key for after in packets[n + 1 : n + 3])}
     return tuple(n for n in corrupt if n not in joints), len(joints)
 
 

@@ -10,6 +10,7 @@ import errno
 import os
 import re
 import tempfile
+import unicodedata
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,13 +18,14 @@ OBJECTS = "opensora-objects"  # in every object's path: what does not hold it is
 SCRATCH, SCRATCH_GB = "OPENSORA_SCRATCH", "OPENSORA_SCRATCH_GB"  # variables of the environment
 EXTRAS = {"s3": "s3", "gs": "gcs", "hf": "", "http": "http", "https": "http"}  # scheme: the extra that reads it
 READ_ONLY = ("hf", "http", "https")
-_ADDRESS = re.compile(rf"({'|'.join(EXTRAS)})://(.*)", re.DOTALL)
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _USER = re.compile(r"(?<=://)[^/\s?#]*@")
 _SECRET = (
     r"x-(?:amz|goog)-[\w-]+|awsaccesskeyid|googleaccessid|signature|sig|key-pair-id|api_?key|access_?key"
-    r"|[\w-]+[_-]key|(?:[\w-]*[_-])?(?:token|secret|password)"
+    r"|[\w-]+[_-]key|(?:[\w-]*[_-])?(?:token|secret|password|passwd|pwd|credentials?|auth|authorization|bearer|jwt)"
+    r"|hdn(?:ea|ts|tl)"
 )
-_SIGNED = re.compile(rf"(?<=[?&])({_SECRET})=[^&#\s'\"]*", re.IGNORECASE)
+_SIGNED = re.compile(rf"(?<=[?&#;])({_SECRET})=[^&#\s'\"]*", re.IGNORECASE)
 
 
 class AddressRefused(PermissionError):
@@ -66,11 +68,19 @@ def place(text: str | os.PathLike[str]) -> Path:
     if found is None:
         return Path(text).expanduser()
     scheme, name = found[1], found[2].rstrip("/")
+    if scheme not in EXTRAS:
+        raise AddressRefused(f"is of no store that can be used: expected {', '.join(f'{s}://' for s in EXTRAS)}", text)
     if redacted(text) != text:
         raise AddressRefused("holds credentials; leave them out and set them in the environment", text)
-    if not name or any(part in ("", ".", "..") for part in name.split("/")) or not name.isprintable():
+    if not can_be_path(name):
         raise AddressRefused("is no address of an object: expected scheme://bucket/folder/name", text)
     return Path(_root(os.environ.get(SCRATCH, "")), scheme, name)
+
+
+def can_be_path(name: str) -> bool:
+    """Whether bucket and key can be a path's parts, and a line of a message: keys may hold anything."""
+    control = any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name)
+    return not control and not any(part in ("", ".", "..") for part in name.split("/"))
 
 
 def within(folder: Path, name: str) -> Path:

@@ -24,20 +24,23 @@ from opensora_repro.storage.addresses import (
     READ_ONLY,
     AddressRefused,
     address_of,
+    can_be_path,
     redacted,
     scratch_folder,
     shown,
 )
 
 TRIES, FIRST_PAUSE = 6, 0.5  # each pause is about twice the one before, a quarter of a minute in all
+CONNECT, SILENCE = 30.0, 60.0  # seconds that a web server may take to answer, and between two bytes, of however many
 THREADS = 32  # that wait for a store
-WORTH_LISTING = 20  # objects of a folder: a list of all tells of them sooner than asking for each
+LISTED, PAGE = 20, 1000  # objects that are worth a list of their folder, if it has few others; as an answer has them
 KNOWN = 1 << 21  # objects whose facts are kept
 _PASSING = (
     None, errno.EBUSY, errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.EPIPE,
     errno.ECONNABORTED, errno.ENETUNREACH, errno.EHOSTUNREACH,
 )  # fmt: skip
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+CREDENTIALS = "; are the credentials, the region and the endpoint in the environment right?"
 _BUSY = (408, 425, 429)  # of HTTP, and all from 500 on
 
 T = TypeVar("T")
@@ -59,6 +62,10 @@ def _file_system(address: str) -> Any:
         import fsspec
 
         how: dict[str, Any] = {} if scheme in READ_ONLY else {"use_listings_cache": False}
+        if scheme.startswith("http"):
+            from aiohttp import ClientTimeout
+
+            how["client_kwargs"] = {"timeout": ClientTimeout(sock_connect=CONNECT, sock_read=SILENCE)}
         return fsspec.filesystem(scheme, **how)
     except ImportError:
         raise AddressRefused(f"needs a package: pip install 'opensora-repro[{EXTRAS[scheme]}]'", address) from None
@@ -86,15 +93,18 @@ def _tried(call: Callable[[Any, str], T], path: str | os.PathLike[str]) -> T:
 def _failure(error: Exception, path: str | os.PathLike[str]) -> OSError:
     """Return an error of a store as an OSError about the path; those that may pass have a number of _PASSING."""
     name, words = os.fspath(path), " ".join(str(getattr(error, "strerror", None) or error).split())
-    text = redacted(words) or type(error).__name__
+    text, web = redacted(words) or type(error).__name__, address_of(path).startswith("http")
     if isinstance(error, AddressRefused):
         return error
-    if isinstance(error, FileNotFoundError) and getattr(error.__cause__, "status", 404) in (404, 410):
-        return FileNotFoundError(errno.ENOENT, "no such object", name)
-    if isinstance(error, FileNotFoundError):  # fsspec's word for all that a web server refuses
-        return _failure(error.__cause__, path) if isinstance(error.__cause__, Exception) else error
+    if isinstance(error, FileNotFoundError):
+        cause = error.__cause__ if web else None
+        if isinstance(cause, Exception) and getattr(cause, "status", 0) not in (404, 410):
+            return _failure(cause, path)  # fsspec's word for all that goes wrong with a web server
+        bucket = "bucket does not exist" in words
+        return FileNotFoundError(errno.ENOENT, "no such bucket" if bucket else "no such object", name)
     if isinstance(error, _FINAL):
-        return type(error)(error.errno or errno.EACCES, text, name)
+        doubt = CREDENTIALS if isinstance(error, PermissionError) and not web else ""
+        return type(error)(error.errno or errno.EACCES, text + doubt, name)
     if "Credentials" in type(error).__name__:
         return AddressRefused("no credentials in the environment", shown(name))
     status = next((v for v in (getattr(error, "status", None), getattr(error, "code", None)) if isinstance(v, int)), 0)
@@ -106,6 +116,8 @@ def _failure(error: Exception, path: str | os.PathLike[str]) -> OSError:
         number = errno.ETIMEDOUT  # of aiohttp's and botocore's errors, which have no class in common
     else:
         number = errno.EINVAL
+    if number == errno.EINVAL and not web:
+        text += CREDENTIALS  # an expired token is a bad request, too
     return OSError(number, text, name)
 
 
@@ -113,7 +125,7 @@ def _facts(info: dict[str, Any]) -> Facts:
     """Return an object's facts. Tags and times come spelt in many ways; some stores have only one of them."""
     when: Any = info.get("LastModified") or info.get("mtime") or info.get("updated")
     seconds = int(when.timestamp()) if hasattr(when, "timestamp") else 1 << 30
-    tags = [info.get(name) for name in ("ETag", "etag", "blob_id", "md5Hash")]
+    tags = [info.get(name) for name in ("ETag", "etag", "blob_id", "md5Hash", "Last-Modified")]
     tag = hashlib.blake2b(repr([str(t).strip('"') for t in tags if t]).encode(), digest_size=8).digest()
     return Facts(int(info.get("size") or 0), seconds * 10**9 + int.from_bytes(tag, "big") % 10**6 * 1000)
 
@@ -136,10 +148,11 @@ def facts_of(path: str | os.PathLike[str], *, again: bool = False) -> Facts:
     return _learn(name, _facts(info))
 
 
-def look_up(paths: Iterable[str | os.PathLike[str]]) -> None:
-    """Learn the facts of many objects at once, side by side: of a folder by its list, of few by asking for each.
+def look_up(paths: Iterable[str | os.PathLike[str]], *, share: float = 0.0) -> None:
+    """Learn the facts of many objects at once, side by side, by asking for each.
 
-    What is not there is left for `facts_of` to tell.
+    `share`: about how much of their folders they are. Where it is enough, folders are listed, which takes one question
+    for a page of objects, one page after the other. What is not there is left for `facts_of` to tell.
     """
     from concurrent.futures import ThreadPoolExecutor
 
@@ -158,7 +171,7 @@ def look_up(paths: Iterable[str | os.PathLike[str]]) -> None:
 
     with ThreadPoolExecutor(THREADS) as pool:
         for folder, names in folders.items():
-            listed = len(names) >= WORTH_LISTING and not address_of(folder).startswith("http")
+            listed = len(names) >= LISTED and share * PAGE >= THREADS and not address_of(folder).startswith("http")
             for _ in [pool.submit(list_folder, folder)] if listed else [pool.submit(ask, name) for name in names]:
                 pass
 
@@ -169,11 +182,11 @@ def _learn_all(near: Path, infos: Iterable[dict[str, Any]]) -> list[Path]:
     top = scratch_folder() / scheme
     found = []
     for info in infos:
-        name = info["name"].rpartition("://")[2]
+        name = info["name"].removeprefix(f"{scheme}://")
         path = top / name
         if info["type"] != "file" or name.endswith("/"):
             continue
-        if not name.isprintable() or os.path.normpath(path) != f"{top}/{name}":
+        if not can_be_path(name):
             print(f"warning: {scheme}://{name!a}: no file can have this name; left out", file=sys.stderr)
             continue
         _learn(os.fspath(path), _facts(info))
@@ -226,7 +239,8 @@ def download(path: Path, to: Path) -> Facts:
 
 def read_object(path: Path, start: int, length: int) -> bytes:
     """Return a part of an object. Raises OSError."""
-    return bytes(_tried(lambda files, address: files.cat_file(address, start=start, end=start + length), path))
+    part = bytes(_tried(lambda files, address: files.cat_file(address, start=start, end=start + length), path))
+    return part if len(part) <= length else part[start : start + length]  # some web servers know only the whole
 
 
 def upload(file: Path, path: Path) -> Facts:

@@ -22,9 +22,11 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from opensora_repro.storage.addresses import (
     EXTRAS,
+    SCRATCH,
     SCRATCH_GB,
     AddressRefused,
     address_of,
@@ -33,8 +35,9 @@ from opensora_repro.storage.addresses import (
 from opensora_repro.storage.objects import Facts, delete, download, facts_of, look_up, upload
 
 DEFAULT_GB = 50.0
+SPARE = 10**9  # bytes, or a twentieth of the disk, that copies leave to others
 KEPT = 0.9  # of the limit, what is left where room is made
-HELD_SHARE, HELD_LEAST = 1 / 64, 2  # of the limit, that a process holds locked; and copies that it does in any case
+HELD_SHARE, HELD_LEAST = 1 / 64, 2  # of the limit or disk, that a process holds locked; and copies in any case
 HELD_MOST = 128  # copies, each of which is an open file
 TRIES = 3  # of fetching what is deleted or replaced in the same moment
 PATIENCE, PAUSE = 60.0, 0.2  # seconds for others to let go of copies, where no other can be deleted
@@ -51,9 +54,21 @@ def limit() -> int:
     """Return how many bytes of copies there may be. Raises AddressRefused."""
     given = os.environ.get(SCRATCH_GB, "")
     with contextlib.suppress(ValueError):
-        if (size := float(given or DEFAULT_GB)) > 0:
+        if 0 < (size := float(given or DEFAULT_GB)) < float("inf"):
             return int(size * 1e9)
     raise AddressRefused(f"{SCRATCH_GB} = {given}: expected a number of gigabytes", os.fspath(scratch_folder()))
+
+
+def ready() -> None:
+    """See to it that copies can be kept, before many are asked for. Raises AddressRefused."""
+    limit()
+    try:
+        unfinished_name(Path("x"))
+    except AddressRefused:
+        raise
+    except OSError as error:
+        why = f"no copies of objects can be kept here ({error.strerror}); set {SCRATCH} to another folder"
+        raise AddressRefused(why, os.fspath(scratch_folder())) from None
 
 
 def fetched(path: Path) -> Path:
@@ -75,8 +90,10 @@ def fetched(path: Path) -> Path:
                 unfinished = unfinished_name(path)
                 try:
                     with _room(facts.size):
-                        facts = download(path, unfinished)
-                        _adopt(unfinished, path, facts)
+                        facts, told = download(path, unfinished), facts.size
+                        # Of some servers the size is known now alone
+                        with _room(max(0, unfinished.stat().st_size - told), written=True):
+                            _adopt(unfinished, path, facts)
                 finally:
                     unfinished.unlink(missing_ok=True)
     return path
@@ -106,7 +123,7 @@ def publish(unfinished: Path, path: Path) -> None:
             return
     facts = upload(unfinished, path)
     try:
-        with _room(size, patience=0):
+        with _room(size, patience=0, written=True):
             _adopt(unfinished, path, facts)
     except OSError:  # no room for a copy: it is fetched when it is needed
         unfinished.unlink(missing_ok=True)
@@ -210,7 +227,7 @@ def _hold(path: Path, facts: Facts) -> bool:
             return False
         _held[name] = handle, here.st_size
         _held.move_to_end(name)
-        most = limit() * HELD_SHARE
+        most = min(limit(), _disk().total) * HELD_SHARE
         while len(_held) > HELD_LEAST and (len(_held) > HELD_MOST or sum(size for _, size in _held.values()) > most):
             os.close(_held.popitem(last=False)[1][0])
         return True
@@ -225,40 +242,56 @@ def _adopt(unfinished: Path, path: Path, facts: Facts) -> None:
 
 
 @contextmanager
-def _room(size: int, patience: float = PATIENCE) -> Iterator[None]:
+def _room(size: int, patience: float = PATIENCE, *, written: bool = False) -> Iterator[None]:
     """In this context there is room for `size` more bytes: the copies that were used longest ago make it.
 
-    Raises OSError (no space left) for an object that is larger than the limit, or where all others are in use.
+    `written`: they are on the disk by now. Raises OSError (no space left) for an object that is larger than the limit,
+    or the disk, or where all others are in use.
     """
     most, until, reserved = limit(), time.monotonic() + patience, unfinished_name(Path("x.room"))
     try:
-        while not _reserve(size, most, reserved):
-            if size > most or time.monotonic() > until:
-                why = f"{size / 1e9:.3g} GB more, with what is in use, are above {SCRATCH_GB} = {most / 1e9:.3g}"
-                raise OSError(errno.ENOSPC, why, os.fspath(scratch_folder()))
+        while lacking := _reserve(size, most, reserved, written):
+            if size > min(most, _disk().total) or time.monotonic() > until:
+                raise OSError(errno.ENOSPC, lacking, os.fspath(scratch_folder()))
             time.sleep(PAUSE)
         yield
     finally:
         reserved.unlink(missing_ok=True)
 
 
-def _reserve(size: int, most: int, reserved: Path) -> bool:
-    """Count the bytes and leave a file of no content but their size, by which others see them; False: no room."""
+def _reserve(size: int, most: int, reserved: Path, written: bool) -> str:
+    """Count the bytes and leave a file of no content but their size, by which others see them; "", or what there is
+    no room for."""
     with _locked(_folder("locks") / "room") as handle:
         counted = int(os.pread(handle, 32, 0) or 0)
-        if counted + size > most:
-            counted = _clear(max(0, int(most * KEPT) - size))
-        fits = counted + size <= most
+        short = 0 if written else _short_of(size)
+        if counted + size > most or short > 0:
+            counted = _clear(max(0, int(most * KEPT) - size), short + int(counted * (1 - KEPT)) if short > 0 else 0)
+            short = 0 if written else _short_of(size)
+        fits = counted + size <= most and short <= 0
         os.ftruncate(handle, 0)
         os.pwrite(handle, str(counted + size * fits).encode(), 0)
         if fits:
             with reserved.open("wb") as file:
                 file.truncate(size)
-        return fits
+            return ""
+    more = f"{size / 1e9:.3g} GB more, with what is in use, are above"
+    return f"{more} {SCRATCH_GB} = {most / 1e9:.3g}" if short <= 0 else f"{more} what its disk has; set {SCRATCH}"
 
 
-def _clear(target: int) -> int:
-    """Delete copies, those used longest ago first, down to `target` bytes with what is on its way; return how many."""
+def _short_of(size: int) -> int:
+    """Return how many bytes the disk has too few for `size` more, beside what clips that are written now may take."""
+    disk = _disk()
+    return size + min(SPARE, disk.total // 20) - disk.free
+
+
+def _disk() -> Any:
+    return shutil.disk_usage(scratch_folder())
+
+
+def _clear(target: int, wanted: int) -> int:
+    """Delete copies, those used longest ago first, down to `target` bytes with what is on its way, and so many as are
+    `wanted`; return how many there are."""
     with _locked(_folder("locks") / "incoming"):
         _clear_dead()
     total = 0
@@ -276,10 +309,10 @@ def _clear(target: int) -> int:
                         copies.append((status.st_atime_ns, status.st_size, path))
     total += sum(size for _, size, _ in copies)
     for _, size, path in sorted(copies):
-        if total <= target:
+        if total <= target and wanted <= 0:
             break
         if _is_free(Path(path), delete=True):
-            total -= size
+            total, wanted = total - size, wanted - size
     return total
 
 

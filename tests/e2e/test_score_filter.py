@@ -315,13 +315,13 @@ def test_embeddings_of_score_are_what_deduplicate_reads(
     command = [str(tmp_path / "scored" / "manifest.parquet"), "--out", str(tmp_path / "out"), "--embeddings"]
     assert deduplicate.main([*command, str(known)]) == 0
     told = capsys.readouterr().out
-    assert "1 clips have no embedding: they stay" in told and "3 of 4 rows kept" in told
+    assert "1 clips have no embedding, or one of zeros or NaN: they stay" in told and "3 of 4 rows kept" in told
     assert read_manifest(tmp_path / "out" / "manifest.parquet")["id"].tolist() == ["fast", "slow", "black"]
     (reject,) = pq.read_table(tmp_path / "out" / "rejects.parquet").to_pylist()
     assert (reject["id"], reject["duplicate_of"], reject["kept"]) == ("small", "fast", "fast")
     assert reject["reason"] == "near-duplicate of fast (cosine 0.995)" and reject["stage"] == "deduplicate"
     counts = json.loads((tmp_path / "out" / "deduplicate.json").read_text())
-    assert (counts["pairs"], counts["dropped"], counts["without_embedding"]) == (1, 1, 1)
+    assert (counts["groups"], counts["dropped"], counts["without_embedding"]) == (1, 1, 1)
     before = stamps(tmp_path / "out")
     assert deduplicate.main([*command, str(known)]) == 0 and stamps(tmp_path / "out") == before
     assert deduplicate.main([*command, str(known), "--cosine", "0.999"]) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pandas as pd
 import pytest
 
 from opensora_repro.data.caption import join
-from opensora_repro.data.caption.join import captions_of
+from opensora_repro.data.caption.join import Spans, captions_of, match
+from opensora_repro.data.caption.lists import Entry
 from opensora_repro.errors import DataError
 
 
@@ -362,3 +364,16 @@ def test_files_that_are_no_captions(files: Path) -> None:
         "[c5.json: no JSON, or none of the keys caption, text, description, captions, texts, prompt in it]",
         "[c6.txt: larger than a caption (2097152 bytes)]",
     ]
+
+
+def test_a_clip_of_a_source_of_hours_is_looked_for_among_few_spans() -> None:
+    draw = random.Random(0)
+    spans = [Entry(row, f"a dog {row}", start := draw.randint(0, 200) / 2, start + draw.choice((0, 0.5, 1, 3, 30)))
+             for row in range(1, 200)]  # fmt: skip
+    found = Spans(spans)
+    for _ in range(300):
+        start = draw.randint(0, 200) / 2
+        end = start + draw.choice((0, 0.5, 1, 4))
+        assert match(found.around(start, end), start, end) == match(spans, start, end)
+    day = Spans([Entry(row, "a dog", 2.0 * row, 2.0 * row + 2) for row in range(43_200)])
+    assert [entry.row for entry in day.around(500.0, 503.0)] == [250, 251]

@@ -47,6 +47,13 @@ def test_rates_are_medians_without_the_starts() -> None:
     assert "No module named" in found["others"]["video2dataset"]["missing"]
 
 
+def test_footage_that_takes_no_time_has_no_rates() -> None:
+    idle = {tool: {"cpu_seconds": 1.0, "start_cpu_seconds": 1.0, "clips": 1} for tool in curation.TOOLS}
+    found = curation.summary([idle], 0.5, 0.04)
+    report = curation.report({"footage": {"blink": found}, "price": 0.04})
+    assert "blink: too short to tell what a million clips take" in report
+
+
 def test_a_plan_follows_from_the_rates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["100", "--measured", str(written(tmp_path)), "--cores", "10", "--used", "1"]
     assert plan.main([*options, "--price-per-core-hour", "0.1"]) == 0
@@ -55,7 +62,7 @@ def test_a_plan_follows_from_the_rates(tmp_path: Path, capsys: pytest.CaptureFix
     assert "50.0 core hours\non 10 cores: 5.0 hours\ncost: 5.00, 69.44 a million clips" in told
     assert plan.main([*options, "--gpu-seconds", "2", "--gpus", "4", "--price-per-gpu-hour", "3"]) == 0
     told = capsys.readouterr().out
-    assert "40.0 GPU hours\non 10 cores, then 4 GPUs: 15.0 hours\ncost: 120.00" in told
+    assert "40.0 GPU hours\non 10 cores, then 4 GPUs: 15.0 hours\ncost, without cores: 120.00" in told
 
 
 @pytest.mark.parametrize(
@@ -64,6 +71,7 @@ def test_a_plan_follows_from_the_rates(tmp_path: Path, capsys: pytest.CaptureFix
         (["--cores", "0"], "--cores 0: expected at least 1"),
         (["--used", "2"], "--used 2.0: expected more than 0"),
         (["--price-per-gpu-hour", "-1"], "--price-per-gpu-hour -1.0: expected 0 or more"),
+        (["--price-per-gpu-hour", "1"], "--price-per-gpu-hour: expected --gpu-seconds with it"),
         (["--footage", "8k"], "--footage 8k: "),
         (["--measured", "nothing.json"], "python -m benchmarks.curation makes it"),
         (["--measured", "README.md"], "expected what python -m benchmarks.curation writes"),
@@ -88,7 +96,7 @@ def test_the_first_seconds_of_a_video_are_taken(tmp_path: Path) -> None:
 
 @pytest.mark.exhaustive
 def test_the_benchmark_measures_every_tool(tmp_path: Path) -> None:
-    frames = moving([(3.0, 0.0)] * 39, 64, 96)
+    frames = moving([(1.0, 0.0)] * 39, 64, 96)  # one shot: most of what it shows stays
     write_video(tmp_path / "film.mp4", frames[..., None].repeat(3, axis=3), 10.0)
     kept: list[dict] = []
     args = argparse.Namespace(seconds=0, rounds=1, ours=True, price_per_core_hour=1.0)

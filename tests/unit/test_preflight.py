@@ -157,7 +157,7 @@ def test_a_sample_of_many_rows(clip: Path, monkeypatch: pytest.MonkeyPatch) -> N
     frame.loc[gone, "path"] = "/nowhere/gone.mp4"
     looked_at: list[str] = []
     missing = preflight._missing
-    monkeypatch.setattr(preflight, "_missing", lambda paths: looked_at.extend(paths) or missing(paths))
+    monkeypatch.setattr(preflight, "_missing", lambda paths, share: looked_at.extend(paths) or missing(paths, share))
     many = pa.Table.from_pandas(frame)
     found = survey(many, DATA, "many.parquet")
     assert found.looked_at == len(looked_at) == SAMPLED_ROWS and found.rows == rows

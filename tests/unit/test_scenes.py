@@ -321,6 +321,12 @@ def test_trimming_leaves_transitions_out() -> None:
     assert plan_spans(10, (3, 5), trim=2) == [Span(0, 1), Span(7, 10)]
 
 
+def test_a_cut_finds_its_transition_without_looking_through_all() -> None:  # or this would take half an hour
+    cuts = range(50, 10_000_000, 50)
+    spans = plan_spans(10_000_000, cuts, transitions=[(cut - 5, cut + 5) for cut in cuts[::2]], trim=1)
+    assert len(spans) == len(cuts) + 1 and spans[1] == Span(56, 99) and spans[2] == Span(101, 144)
+
+
 @pytest.mark.parametrize(
     ("name", "least"),
     [("long_dev.mp4", 1.0), ("long_dev_vfr.mp4", 1.0), ("fx_dev.mp4", 0.9), ("fx_dev_vfr.webm", 0.9)],

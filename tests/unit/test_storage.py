@@ -8,8 +8,10 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pandas as pd
@@ -33,7 +35,12 @@ from opensora_repro.storage.scratch import fetch_ahead, fetched, publish, unfini
 from tests.hub_server import DatasetHub
 from tests.object_store import BUCKET, Store, files, fill, serving
 
-SECRETS = ("s3://me:hush@bucket-a/a.mp4", "https://host/a.mp4?X-Amz-Signature=hush&x=1", "https://host/a?token=hush")
+SECRETS = (
+    "s3://me:hush@bucket-a/a.mp4",
+    "https://host/a.mp4?X-Amz-Signature=hush&x=1",
+    "https://host/a?token=hush",
+    "https://host/a?x=1&auth=hush",
+)
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +82,15 @@ def test_an_address_and_its_path_stand_for_each_other(tmp_path: Path) -> None:
         assert address_of(path) == address == shown(str(path)) == one_line(path)
         assert place(str(path)) == path == within(tmp_path, address)
         assert address_of(path.parent / "sub" / ".." / path.name) == address
+    mac = "s3://bucket/Screen Recording 1.00\u202fPM.mov"  # as macOS names them
+    assert address_of(place(mac)) == mac
     assert place("~/x") == Path("~/x").expanduser()
     assert address_of(tmp_path) == "" == address_of("s3:/bucket/x")
     for wrong in ("s3://", "s3://bucket/../x", "s3://bucket//x", "s3://bucket/a\nb"):
         with pytest.raises(AddressRefused, match="no address of an object"):
+            place(wrong)
+    for wrong in ("S3://bucket/x", "az://bucket/x", "s3a://bucket/x"):
+        with pytest.raises(AddressRefused, match="no store that can be used: expected s3://, gs://, hf://"):
             place(wrong)
 
 
@@ -115,7 +127,7 @@ def test_a_row_with_credentials_is_a_reject_and_leaves_no_trace_of_them(tmp_path
     pd.DataFrame(rows).to_csv(tmp_path / "in.csv", index=False)
     assert probe.main([str(tmp_path / "in.csv"), "--out", str(tmp_path / "out"), "--workers", "1"]) == 0
     rejects = pd.read_parquet(tmp_path / "out" / "rejects.parquet")
-    assert len(rejects) == 3 and rejects["reason"].str.contains("holds credentials").all()
+    assert len(rejects) == len(SECRETS) and rejects["reason"].str.contains("holds credentials").all()
     assert all(b"hush" not in path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
 
 
@@ -170,6 +182,30 @@ def test_copies_keep_within_their_room(node: Store, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("OPENSORA_SCRATCH_GB", "0.0002")
     with pytest.raises(OSError, match=r"0\.0003 GB more, with what is in use, are above OPENSORA_SCRATCH_GB = 0\.0002"):
         fetched(paths[3])
+
+
+ON_A_SMALL_DISK = """
+import sys
+from opensora_repro.storage.addresses import place
+from opensora_repro.storage.scratch import fetched
+print(*(len(fetched(place(f"s3://bucket-a/disk/{number}")).read_bytes()) for number in range(4)))
+fetched(place("s3://bucket-a/disk/large"))
+"""
+
+
+def test_copies_keep_within_their_disk(node: Store, tmp_path: Path) -> None:
+    for number in range(4):
+        put(f"disk/{number}", bytes([number]) * 400_000)
+    put("disk/large", b"x" * 3_000_000)
+    (tmp_path / "disk").mkdir()
+    mount = 'mount -t tmpfs -o size=1400k tmpfs "$OPENSORA_SCRATCH" || exit 9; exec "$@"'
+    command = ["unshare", "-rm", "sh", "-c", mount, "sh", sys.executable, "-c", ON_A_SMALL_DISK]
+    where = {**os.environ, "OPENSORA_SCRATCH": str(tmp_path / "disk")}
+    done = subprocess.run(command, env=where, capture_output=True, text=True, timeout=300)
+    if done.returncode == 9 or "unshare" in done.stderr:
+        pytest.skip("this machine gives nobody a disk of their own")
+    assert done.stdout.split() == ["400000"] * 4, done.stderr
+    assert "0.003 GB more, with what is in use, are above what its disk has; set OPENSORA_SCRATCH" in done.stderr
 
 
 def test_processes_share_copies_and_their_room(node: Store) -> None:
@@ -253,6 +289,26 @@ def test_what_a_folder_and_a_pattern_stand_for(node: Store, tmp_path: Path) -> N
         find_inputs(place(f"s3://{BUCKET}/nowhere"), out=out)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("OPENSORA_SCRATCH_GB", "abc", "OPENSORA_SCRATCH_GB = abc: expected a number of gigabytes"),
+        ("OPENSORA_SCRATCH_GB", "inf", "OPENSORA_SCRATCH_GB = inf: expected a number of gigabytes"),
+        ("OPENSORA_SCRATCH", "FILE", "no copies of objects can be kept here (Not a directory); set OPENSORA_SCRATCH"),
+    ],
+)
+def test_a_scratch_folder_that_cannot_be_used_is_no_fault_of_the_videos(
+    name: str, value: str, told: str, node: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    put("wrong/a.mp4", b"x")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(name, value.replace("FILE", str(tmp_path / "file")))
+    command = [f"s3://{BUCKET}/wrong", "--out", str(tmp_path / "out"), "--workers", "1"]
+    assert probe.main(command) == 2 and told in capfd.readouterr().err
+    assert not (tmp_path / "out" / "rejects.parquet").exists()
+
+
 def test_a_vanished_object_is_a_reject_and_others_go_on(
     node: Store, videos_made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -318,7 +374,7 @@ def test_a_run_looks_at_clips_without_fetching_them(node: Store) -> None:
 def test_a_folder_to_write_to_is_tried(node: Store) -> None:
     check_folder("data.cache", f"s3://{BUCKET}/cache")
     assert files().find(f"{BUCKET}/cache") == []
-    with pytest.raises(ConfigError, match=r"data\.cache = s3://bucket-b/cache: cannot be used \(no such object\)"):
+    with pytest.raises(ConfigError, match=r"data\.cache = s3://bucket-b/cache: cannot be used \(no such bucket\)"):
         check_folder("data.cache", "s3://bucket-b/cache")
 
 
@@ -327,6 +383,18 @@ def test_facts_are_asked_for_side_by_side_and_once(node: Store) -> None:
     look_up([*paths, *paths, place(f"s3://{BUCKET}/facts/none")])
     assert [facts_of(path).size for path in paths] == [1, 2, 3, 4]
     assert all(node.count(f"HEAD /{BUCKET}/facts/{path.name}") == 1 for path in paths)
+
+
+def test_a_batch_of_clips_lists_no_folder_of_millions(node: Store) -> None:
+    paths = [put(f"many/{number}", b"x") for number in range(25)]
+    fetch_ahead(map(str, paths))
+    assert len(copies()) == 25 and node.count("list-type=2") == 0
+    forget()
+    look_up(paths, share=0.01)  # a survey's sample of ten thousand, say
+    assert node.count("list-type=2") == 0 and node.count("HEAD") == 50
+    forget()
+    look_up(paths, share=1.0)
+    assert node.count("list-type=2") == 1 and node.count("HEAD") == 50
 
 
 def test_a_web_server_is_read_from(node: Store) -> None:
@@ -338,6 +406,83 @@ def test_a_web_server_is_read_from(node: Store) -> None:
     with pytest.raises(FileNotFoundError, match="no such object"):
         fetched(place(f"{node.url}/{BUCKET}/web/b.txt"))
     assert node.busy["/web/b.txt"] == 0
+
+
+def test_a_web_server_that_does_not_answer_is_told_from_a_file_that_is_not_there(node: Store) -> None:
+    with pytest.raises(ConnectionRefusedError, match=r"Connect call failed|Cannot connect"):
+        is_object(place("http://127.0.0.1:1/a.mp4"))
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """Knows nobody."""
+
+    def do_HEAD(self) -> None:
+        self.send_response(403 if "denied" in self.path else 400)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_PUT = do_HEAD
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_wrong_credentials_are_a_line_that_says_where_to_look(
+    node: Store, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+    files().clear_instance_cache()
+    for name, told, code in (("denied", "Forbidden", 2), ("expired", "Bad Request", 1)):
+        assert run_command(lambda name=name: len(objects.objects_below(place(f"s3://elsewhere/{name}")))) == code
+        assert f"{told}; are the credentials, the region and the endpoint in the environment right?" in (
+            capfd.readouterr().err
+        )
+    assert run_command(lambda: len(fetched(place(f"{url}/denied")).read_bytes())) == 2
+    assert "403" in capfd.readouterr().err
+    files().clear_instance_cache()
+    server.shutdown()
+
+
+class Plain(BaseHTTPRequestHandler):
+    """Tells no length and no tag, only the time of change."""
+
+    changed = "Mon, 01 Jan 2024 00:00:00 GMT"
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        self.send_header("Last-Modified", self.changed)
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.do_HEAD()
+        self.wfile.write(self.changed[:11].encode() + b"x" * 300_000)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_of_a_plain_web_server_changes_are_seen_and_bytes_are_counted(
+    node: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Plain)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("OPENSORA_SCRATCH_GB", "0.001")
+    for number in range(6):
+        assert fetched(place(f"{url}/{number}.mp4")).read_bytes().startswith(b"Mon, 01 Jan")
+        web = [path for path in (scratch_folder() / "http").rglob("*") if path.is_file()]
+        assert sum(path.stat().st_size for path in web) <= 1_000_000
+    assert objects.read_object(place(f"{url}/5.mp4"), 5, 6) == b"01 Jan"
+    monkeypatch.setattr(Plain, "changed", "Tue, 02 Jan 2024 00:00:00 GMT")
+    forget()
+    assert fetched(place(f"{url}/5.mp4")).read_bytes().startswith(b"Tue, 02 Jan")
+    server.shutdown()
+    # However large a file is: a server may take as long as it wants, if only bytes come
+    timeout = objects._file_system(url).client_kwargs["timeout"]
+    assert timeout.total is None and timeout.sock_read == objects.SILENCE
 
 
 HUB_READER = """

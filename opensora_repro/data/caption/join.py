@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+from bisect import bisect_right
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
+from itertools import accumulate
 from pathlib import Path, PurePosixPath
 
 from opensora_repro.data.caption.lists import FRAME, CaptionList, ClipKeys, Entry, Row, read_list, source_of
@@ -58,6 +60,7 @@ def from_list(listed: CaptionList, clips: Sequence[Row]) -> list[Caption]:
     """Return every clip's caption: of its own key, else by its span of the source."""
     whole = named_for(clips, NameIndex(listed.whole))
     spans = NameIndex(listed.spans).find(map(source_of, clips))
+    spans_of = cache(lambda name: Spans(listed.spans[name]))
     captions = []
     for clip, named in zip(clips, whole, strict=True):
         entry = listed.whole.get(clip["id"]) or listed.whole.get(named.name)
@@ -65,7 +68,7 @@ def from_list(listed: CaptionList, clips: Sequence[Row]) -> list[Caption]:
         if entry and (named.clear or clip["id"] in listed.whole):
             captions.append(checked(entry))
         elif source.clear:
-            captions.append(of_span(clip, listed.spans[source.name], listed.unit))
+            captions.append(of_span(clip, spans_of(source.name), listed.unit))
         else:
             captions.append(without(doubt_of(named) or doubt_of(source) or f"no caption for this {listed.keyed_by}"))
     return captions
@@ -88,9 +91,11 @@ def checked(entry: Entry) -> Caption:
     return caption
 
 
-def of_span(clip: Row, entries: list[Entry], unit: str) -> Caption:
+def of_span(clip: Row, spans: Spans, unit: str) -> Caption:
     span = span_of(clip, unit)
-    return without(f"the manifest has no start_{unit} and end_{unit} of it") if span is None else match(entries, *span)
+    if span is None:
+        return without(f"the manifest has no start_{unit} and end_{unit} of it")
+    return match(spans.around(*span), *span)
 
 
 def span_of(clip: Row, unit: str) -> tuple[float, float] | None:
@@ -101,6 +106,19 @@ def span_of(clip: Row, unit: str) -> tuple[float, float] | None:
     if PurePosixPath(source_of(clip)).stem != PurePosixPath(clip["path"]).stem:
         return None
     return 0.0, clip["num_frames"] if unit == FRAME else clip["num_frames"] / (clip["fps"] or 1.0)
+
+
+class Spans:
+    """The entries of a source of hours, of which each clip meets few."""
+
+    def __init__(self, entries: list[Entry]) -> None:
+        self.entries = sorted(entries, key=lambda entry: entry.start)
+        self.starts = [entry.start for entry in self.entries]
+        self.ends = list(accumulate((entry.end for entry in self.entries), max))  # the latest so far: ascending, too
+
+    def around(self, start: float, end: float) -> list[Entry]:
+        """Return those that may hold a part of a clip."""
+        return self.entries[bisect_right(self.ends, start) : bisect_right(self.starts, end)]
 
 
 def match(entries: list[Entry], start: float, end: float) -> Caption:

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from opensora_repro.data.embeddings import gather_embeddings
-from opensora_repro.data.manifest import Rebase
+from opensora_repro.data.manifest import Rebase, check_ids
 from opensora_repro.data.near_duplicates import cells_note, find_near_duplicates, num_cells
 from opensora_repro.data.progress import progress
 from opensora_repro.data.tables import Table, num_rows, table_writer
 from opensora_repro.errors import DataError
+from opensora_repro.files import is_file
 
 SIZES = ("height", "width", "num_frames")
 
@@ -36,20 +37,31 @@ def read_ranks(table: Table) -> tuple[Any, np.ndarray]:
         raise DataError(f"{table.path}: column {missing[0]} missing; expected id, {', '.join(SIZES)}")
     batches = [batch.select(["id", *SIZES]) for batch in table.batches(["id", *SIZES])]
     whole = pa.Table.from_batches(batches).combine_chunks()
-    height, width, frames = (whole[name].to_numpy().astype(np.float64) for name in SIZES)
+    check_ids(table.path, whole["id"])
+    height, width, frames = (_numbers(table.path, name, whole[name]) for name in SIZES)
     ranks = np.empty(len(whole), dtype=np.int64)
     ranks[np.lexsort((-frames, -height * width))] = np.arange(len(whole))
     return whole["id"].cast(pa.string()).combine_chunks(), ranks
+
+
+def _numbers(path: Path, name: str, column: Any) -> np.ndarray:
+    """Return float64 [rows], NaN where a number is missing. Raises DataError."""
+    import pyarrow as pa
+
+    try:
+        return np.asarray(column.cast(pa.float64()).to_numpy())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise DataError(f"{path}: column {name} holds {column.type}, expected numbers") from None
 
 
 def find_drops(path: Path, ids: Any, ranks: np.ndarray, cosine: float, out: Path) -> tuple[Drops, dict[str, Any]]:
     """Compare the embeddings, which are gathered in a file of `out` that goes with this process. Raises DataError."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=out) as file:
-        with progress("reading embeddings", num_rows(path) if path.is_file() else None, "row") as advance:
+        with progress("reading embeddings", num_rows(path) if is_file(path) else None, "row") as advance:
             vectors, whose = gather_embeddings(path, ids, file, advance)
         if not len(whose):
-            raise DataError(f"{path}: holds no embedding of the manifest's clips")
+            raise DataError(f"{path}: holds no embedding of the manifest's clips that is finite and not zero")
         print(cells_note(len(whose)), flush=True)
         order = np.argsort(ranks[whose])
         with progress("comparing", len(whose), "clip") as advance:
@@ -63,7 +75,7 @@ def find_drops(path: Path, ids: Any, ranks: np.ndarray, cosine: float, out: Path
     _, sizes = np.unique(kept[worse], return_counts=True)
     return drops, {
         "rows": len(ids), "compared": len(whose), "without_embedding": len(ids) - len(whose),
-        "clusters": num_cells(len(whose)), "pairs": found.num_pairs, "dropped": len(worse), "groups": len(sizes),
+        "clusters": num_cells(len(whose)), "dropped": len(worse), "groups": len(sizes),
         "largest": int(sizes.max(initial=0)),
     }  # fmt: skip
 

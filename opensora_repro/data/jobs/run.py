@@ -27,6 +27,8 @@ from opensora_repro.data.jobs.workers import Steps, Task, Work, num_cores, run_h
 from opensora_repro.data.options import option
 from opensora_repro.data.progress import progress
 from opensora_repro.errors import DataError
+from opensora_repro.storage.addresses import address_of
+from opensora_repro.storage.scratch import ready
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,10 @@ def run_jobs(
     if runner.kind == "ray":
         return run_over_ray(work, jobs, keeping, runner, needs, label, unit)
     to_records(keeping)
-    course = Course(list(jobs), keeping)
+    jobs = list(jobs)
+    if any(address_of(file) for job in jobs for file in job.files):
+        ready()
+    course = Course(jobs, keeping)
     if course.num_left:
         with progress(label, course.num_left, unit) as bar:
             for step in run_tasks(work, course, runner):

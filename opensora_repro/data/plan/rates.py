@@ -24,13 +24,17 @@ class Rates:
 
 @dataclass(frozen=True)
 class Plan:
-    """`hours` are of the cluster's time, with all of its cores, or GPUs, at work; `cost` None without a price."""
+    """`hours` are of the cluster's time, with all of its cores, or GPUs, at work; `cost` None without a price.
+
+    `unpriced`: of cores and GPUs what is not in the cost.
+    """
 
     clips: int
     core_hours: dict[str, float]  # by tool
     gpu_hours: float
     hours: float
     cost: float | None
+    unpriced: tuple[str, ...] = ()
 
 
 def read_rates(path: Path, footage: str) -> Rates:
@@ -71,9 +75,11 @@ def plan_curation(
     clips = round(hours * rates.clips)
     gpu_hours = clips * gpu_seconds / 3600
     whole = sum(core_hours.values())
-    prices = [price for price in (core_price, gpu_price if gpu_hours else None) if price is not None]
-    cost = whole * (core_price or 0.0) + gpu_hours * (gpu_price or 0.0) if prices else None
-    return Plan(clips, core_hours, gpu_hours, whole / cores + (gpu_hours / gpus if gpu_hours else 0.0), cost)
+    paid = {"cores": (whole, core_price), "GPUs": (gpu_hours, gpu_price)}
+    unpriced = tuple(name for name, (taken, price) in paid.items() if taken and price is None)
+    priced = [taken * price for taken, price in paid.values() if price is not None]
+    hours_in_all = whole / cores + (gpu_hours / gpus if gpu_hours else 0.0)
+    return Plan(clips, core_hours, gpu_hours, hours_in_all, sum(priced) if priced else None, unpriced)
 
 
 def told_plan(rates: Rates, plan: Plan, hours: float, *, cores: int, gpus: int) -> list[str]:
@@ -87,7 +93,8 @@ def told_plan(rates: Rates, plan: Plan, hours: float, *, cores: int, gpus: int) 
     days = f" ({plan.hours / 24:,.1f} days)" if plan.hours >= 48 else ""
     lines.append(f"on {where}: {_hours(plan.hours)}{days}")
     if plan.cost is not None:
-        lines.append(f"cost: {plan.cost:,.2f}, {1e6 * plan.cost / max(1, plan.clips):,.2f} a million clips")
+        without = f", without {' and '.join(plan.unpriced)}" if plan.unpriced else ""
+        lines.append(f"cost{without}: {plan.cost:,.2f}, {1e6 * plan.cost / max(1, plan.clips):,.2f} a million clips")
     return lines
 
 

@@ -20,6 +20,7 @@ from opensora_repro.data.origin import Maker, making
 from opensora_repro.data.tables import Row, is_missing, read_names, with_types
 from opensora_repro.errors import DataError
 from opensora_repro.files import digest, is_file, one_line, size_and_time
+from opensora_repro.storage.addresses import address_of
 
 METHOD = 2  # raise when the same file would give another row, so that finished files are probed again
 COLUMNS = {
@@ -31,6 +32,7 @@ COLUMNS = {
 NEEDS = Needs(memory=1 << 29, rows=256)
 PATIENCE = 60.0  # seconds that any file may take
 READ_RATE, DECODE_RATE = 5e6, 20e3  # bytes a second that a slow disk and a slow core manage, for large files
+LINK_RATE = 200e3  # and a slow line to a store, which busy processes share
 
 INPUT_HELP = (
     "manifest of clips, Parquet or CSV; or a video, folder, glob pattern or table of paths, which is probed first"
@@ -94,7 +96,7 @@ def suffixes(images: bool) -> frozenset[str]:
 def job_of(item: Item, decode: bool) -> Job:
     """Return the job for a file; what it contains is part of the work. A name's end may tell pictures from videos."""
     size = (size_and_time(item.path) or [0])[0]  # a dangling link has none
-    seconds = PATIENCE + size / (DECODE_RATE if decode else READ_RATE)
+    seconds = PATIENCE + size / (DECODE_RATE if decode else LINK_RATE if address_of(item.path) else READ_RATE)
     args = {"path": os.fspath(item.path.absolute()), "decode": decode}
     key, earlier = digest([METHOD, decode, item.path.suffix.lower()]), file_key(item.path, METHOD, decode)
     return Job(key, item.name, args, seconds, (item.path,), earlier)

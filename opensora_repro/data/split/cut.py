@@ -145,7 +145,8 @@ def copy_clip(path: str | Path, scan: Scan, span: Span, target: Path, how: Encod
         return False
     start, offset = index.times[span.start], index.times[0]
     end = index.times[span.end] if span.end < len(index.times) else None
-    if start not in index.key_times or (end is not None and end not in index.key_times):
+    key = index.key_at(start)
+    if key is None or (end is not None and index.key_at(end) is None):
         return False
     unfinished = beside(target)
     try:
@@ -153,10 +154,10 @@ def copy_clip(path: str | Path, scan: Scan, span: Span, target: Path, how: Encod
             if stream.codec_context.codec.canonical_name not in COPYABLE or pixel_aspect(stream) != 1:
                 return False
             if start > offset:
-                container.seek(index.key_seeks[index.key_times.index(start)], stream=stream, backward=True)
+                container.seek(index.key_seeks[key], stream=stream, backward=True)
             if orientation(next(container.decode(stream))) != Orientation():
                 return False
-            container.seek(index.key_seeks[index.key_times.index(start)], stream=stream, backward=True)
+            container.seek(index.key_seeks[key], stream=stream, backward=True)
             packets = list(_packets_between(container, stream, start, end))
             if sorted(p.pts for p in packets) != list(index.times[span.start : span.end]):
                 return False

@@ -7,6 +7,7 @@ with the one before without asking whether it has moved, and so cannot tell simi
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -162,12 +163,14 @@ def plan_spans(
 
 
 def gaps(cuts: Sequence[int], transitions: Sequence[tuple[int, int]], trim: int | None) -> list[tuple[int, int]]:
-    """Return (end of the scene before, start of the scene after) for each cut."""
+    """Return (end of the scene before, start of the scene after) for each cut; both arguments are in order."""
     if trim is None:
         return [(cut, cut) for cut in cuts]
-    gaps = []
+    gaps, ahead = [], deque(transitions)
     for cut in cuts:
-        start, end = next(((a, b) for a, b in transitions if a <= cut <= b), (cut, cut))
+        while ahead and ahead[0][1] < cut:
+            ahead.popleft()
+        start, end = ahead[0] if ahead and ahead[0][0] <= cut else (cut, cut)
         gaps.append((max(0, start - trim), end + trim))
     return gaps
 

@@ -89,7 +89,7 @@ class Scenes:
         """Encode the frames for which the detector has settled the scene."""
         if detector.num_found != self.num_found:
             self.num_found = detector.num_found
-            self.gaps = deque(gaps(detector.cuts, detector.transitions, self.options.trim)[self.num_passed :])
+            self.gaps = deque(gaps(detector.cuts[self.num_passed :], detector.transitions, self.options.trim))
         settled = detector.settled()
         until = settled if settled == detector.count else settled - (self.options.trim or 0)
         while self.position < until:
