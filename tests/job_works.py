@@ -58,6 +58,12 @@ def misbehave(args: dict[str, Any]) -> Any:
         Path(args["pids"], str(os.getpid())).touch()
     if how in ("SIGSEGV", "SIGKILL"):
         os.kill(os.getpid(), getattr(signal, how))
+    elif how == "once":
+        try:
+            Path(args["pids"], "once").touch(exist_ok=False)
+        except FileExistsError:
+            return square(args)
+        os.kill(os.getpid(), signal.SIGKILL)
     elif how == "exit":
         os._exit(3)
     elif how == "hang":
