@@ -43,6 +43,7 @@ from opensora_repro.data.jobs.cluster import Needs
 from opensora_repro.data.jobs.course import Job, Keeping, memo_of
 from opensora_repro.data.jobs.earlier import adopt, sampled_digest
 from opensora_repro.data.jobs.gpus import check_device
+from opensora_repro.data.jobs.line import Stage
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, RunnerArguments, contents_of, run_jobs, runner_of
 from opensora_repro.data.manifest import REJECTS
@@ -157,16 +158,35 @@ def score(args: Arguments) -> int:
 
 def measure_all(clips: Any, names: list[str], keeping: Keeping, runner: Runner) -> list[Record]:
     """Return every clip's record: columns, or "error"."""
+    old = keeping.records.num_taken_over(keeping.kind)
+    jobs = [job_of(row, names, old=bool(old)) for row in clips.to_pylist()]
+    return list(run_jobs(measure, jobs, keeping, runner=runner, label="scoring", unit="clip", needs=NEEDS))
+
+
+def job_of(row: Record, names: list[str], *, old: bool = False) -> Job:
+    """Return the job that measures a clip; `old`: also as earlier releases named it."""
     from opensora_repro.data.score.measure import methods_of
 
-    jobs, methods = [], methods_of(names)
-    old = keeping.records.num_taken_over(keeping.kind)
-    for row in clips.to_pylist():
-        facts, path = {"num_frames": int(row["num_frames"]), "fps": float(row["fps"])}, Path(row["path"])
-        earlier = digest([sampled_digest(path), facts, methods]) if old else ""
-        args = {"path": row["path"], "names": names, **facts}
-        jobs.append(Job(digest([facts, methods]), str(row["id"]), args, TIMEOUT, (path,), earlier))
-    return list(run_jobs(measure, jobs, keeping, runner=runner, label="scoring", unit="clip", needs=NEEDS))
+    facts, methods = {"num_frames": int(row["num_frames"]), "fps": float(row["fps"])}, methods_of(names)
+    earlier = digest([sampled_digest(Path(row["path"])), facts, methods]) if old else ""
+    args = {"path": row["path"], "names": names, **facts}
+    return Job(digest([facts, methods]), str(row["id"]), args, TIMEOUT, (Path(row["path"]),), earlier)
+
+
+def stage_of(args: Arguments) -> Stage:
+    """Return this tool as a step of a line over a cluster, see jobs/line.py; models and groups want all rows."""
+    return Stage("score", Path(args.out), "scores", measure, NEEDS, jobs_after, {"names": names_of(args)})
+
+
+def jobs_after(args: Record, result: Record, options: Record) -> list[Job]:
+    """Return the jobs of the clips that a source was split to, or of a file that was probed."""
+    if "error" in result:
+        return []
+    folder = Path(args.get("out", "")) / "clips"
+    rows = [{**row, "path": str(folder / row["path"])} for row in result["clips"]] if "clips" in result else []
+    if "clips" not in result:
+        rows = [{**result, "path": args["path"], "fps": result["fps"] or 0.0}]
+    return [job_of(row, options["names"]) for row in rows]
 
 
 def measure(args: Record) -> Record:

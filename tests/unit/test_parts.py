@@ -18,26 +18,14 @@ from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.rows import Order, Rows
 from opensora_repro.data.jobs.run import Runner, run_jobs
 from opensora_repro.data.jobs.stream import Table, run_streamed
+from tests.job_works import plan_here
 
 CHUNK = 8
 
 
 @pytest.fixture(autouse=True)
 def _here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let an actor's code do the chunks in this process: the same rows and parts, without a cluster."""
-
-    def plan(order: Order, count: int, needs: Needs, place: Place) -> Any:
-        actor = Rows(order)
-        for number in range(count):
-            done = actor({"chunk": np.array([number])})
-            assert done["trouble"] == [""]
-            yield done["rows"][0]
-        if actor.worker:
-            actor.worker.end()
-        for group in parts.groups_to_merge(order.folder):
-            parts.merge(group)
-
-    monkeypatch.setattr("opensora_repro.data.jobs.stream.run_plan", plan)
+    monkeypatch.setattr("opensora_repro.data.jobs.stream.run_plan", plan_here)
     monkeypatch.setattr("opensora_repro.data.jobs.stream.SPREAD", 4)
 
 
@@ -168,8 +156,8 @@ def test_a_chunk_goes_on_and_a_row_that_takes_its_node_along_is_given_up(
         try:
             actor({"chunk": np.array([0])})
         finally:
-            if actor.worker:
-                actor.worker.kill()
+            if actor.process.worker:
+                actor.process.worker.kill()
 
     import pyarrow as pa
     import pyarrow.parquet as pq

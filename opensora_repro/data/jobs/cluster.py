@@ -6,6 +6,7 @@ gone. Rows and results never pass through this process.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opensora_repro.data.jobs import parts
-from opensora_repro.data.jobs.rows import Order, Rows
+from opensora_repro.data.jobs.rows import Order, Rows, folders_of
 from opensora_repro.data.jobs.workers import num_cores, one_reason
 from opensora_repro.errors import DataError
 
@@ -52,8 +53,11 @@ def import_ray() -> Any:
     return ray
 
 
-def run_plan(order: Order, count: int, needs: Needs, place: Place) -> Iterator[int]:
-    """Do the chunks 0 to `count` of `order`, then make few parts of many; yield how many rows each chunk had.
+Counts = list[list[int]]  # of each step of a line (usually there is one): rows that were done, and rejects among them
+
+
+def run_plan(order: Order, count: int, needs: Needs, place: Place) -> Iterator[Counts]:
+    """Do the chunks 0 to `count` of `order`, then make few parts of many; yield what was done, now and then.
 
     Every node needs this package, and inputs and outputs under the same path. Raises DataError if no cluster answers
     or none of its nodes has what a worker needs, OSError and RuntimeError for what stops all of the work.
@@ -67,7 +71,8 @@ def run_plan(order: Order, count: int, needs: Needs, place: Place) -> Iterator[i
             nodes, apart = _nodes(ray, needs, place)
             yield from _chunks(ray, order, count, needs, place, room=_room(nodes, needs), apart=apart)
             merge = ray.remote(num_cpus=min(1.0, needs.cpus), max_retries=3, label_selector=apart)(parts.merge)
-            ray.get([merge.remote(group) for group in parts.groups_to_merge(order.folder)])
+            groups = [group for folder in folders_of(order) for group in parts.groups_to_merge(folder)]
+            ray.get([merge.remote(group) for group in groups])
     finally:
         if mine:
             ray.shutdown()
@@ -84,7 +89,7 @@ def _told(ray: Any) -> Iterator[None]:
 
 def _chunks(
     ray: Any, order: Order, count: int, needs: Needs, place: Place, *, room: int, apart: dict[str, str] | None
-) -> Iterator[int]:
+) -> Iterator[Counts]:
     from ray.data import ActorPoolStrategy, DataContext, from_items
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -96,7 +101,7 @@ def _chunks(
     most = min(place.workers or blocks, blocks)
     plan = from_items(numbers, override_num_blocks=blocks).map_batches(
         Rows,
-        batch_size=None,
+        batch_size=max(1, count // blocks),  # of the smallest block; with GPUs Ray wants it told
         fn_constructor_args=(order,),
         compute=ActorPoolStrategy(min_size=1, max_size=most, initial_size=min(room, most)),
         num_cpus=needs.cpus,
@@ -108,7 +113,7 @@ def _chunks(
         for trouble in filter(None, done["trouble"].tolist()):
             kind, _, text = trouble.partition(" ")
             raise RuntimeError(text) if kind == "RuntimeError" else OSError(text)
-        yield from done["rows"].tolist()
+        yield from map(json.loads, done["counts"].tolist())
 
 
 def _nodes(ray: Any, needs: Needs, place: Place) -> tuple[list[dict[str, float]], dict[str, str] | None]:

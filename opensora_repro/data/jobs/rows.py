@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from opensora_repro.data.jobs import parts
-from opensora_repro.data.jobs.course import record_name
+from opensora_repro.data.jobs.course import Job, record_name
 from opensora_repro.data.jobs.workers import DISK_TROUBLE, Done, Task, Worker, one_reason, surroundings, wait
 from opensora_repro.data.tables import in_batches
 from opensora_repro.files import read_json, replacing
@@ -39,12 +40,43 @@ class Order:
     by_name: bool = False  # whether index.npy in `todo` tells where results lie by their files' contents
     group: int = 0  # rows that the work takes at a time, as {"items": [...], **options}; 0: one, by itself
     options: Row = field(default_factory=dict)
+    then: Following | None = None  # of a line: what is done at once with what a row gave
+
+
+@dataclass(frozen=True)
+class Following:
+    """The step after one of a line. `jobs`, "module:function", gives its jobs, of a job's arguments and its result."""
+
+    jobs: str
+    options: Row  # beside these two
+    order: Order
+
+
+def folders_of(order: Order) -> list[Path]:
+    """Return where the parts of all steps of a line go."""
+    return [order.folder, *(folders_of(order.then.order) if order.then else ())]
+
+
+def files_of(job: Job) -> str | None:
+    """Return a job's files as JSON: their names need be no text."""
+    return json.dumps([os.path.abspath(file) for file in job.files]) if job.files else None
+
+
+def is_reject(text: str) -> bool:
+    """Whether nothing comes of a result, for those who look at the progress."""
+    result = json.loads(text)
+    return isinstance(result, dict) and ("error" in result or result.get("clips") == [])
+
+
+def named(name: str) -> Any:
+    """Return what "module:function" names."""
+    module, function = name.split(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def do_rows(args: Row) -> list[list[Any]]:
     """Job: do several rows, given as JSON; return which results are final, and the results as JSON."""
-    module, name = args["work"].split(":")
-    work = getattr(importlib.import_module(module), name)
+    work = named(args["work"])
     finals, texts = list[bool](), list[str]()
     for row in args["rows"]:
         try:
@@ -65,10 +97,12 @@ class Rows:
     process is tried once more; one that twice was under way when the whole actor died is not tried again.
     """
 
-    def __init__(self, order: Order) -> None:
+    def __init__(self, order: Order, process: _Process | None = None) -> None:
         self.order = order
         self.schema = parts.schema_of_parts(order.one_a_file)
-        self.worker: Worker | None = None
+        self.num_done = self.num_rejected = 0
+        self.process = process or _Process(order.threads)
+        self.then = _Then(order.then, self.process) if order.then else None
         self.index: Any = None
         if order.by_name:
             import numpy as np
@@ -78,13 +112,18 @@ class Rows:
             self.texts_of = lru_cache(maxsize=2)(lambda number: parts.read_part(order.folder / names[number], ["text"]))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        counts, trouble = list[int](), ""
+        trouble = ""
         try:
             for number in batch["chunk"].tolist():
-                counts.append(self._chunk(int(number)))
+                self.num_done += self._chunk(int(number))
         except (OSError, RuntimeError) as error:
             trouble = f"{type(error).__name__} {error}"
-        return {"rows": [sum(counts)], "trouble": [trouble]}
+        return {"counts": [json.dumps(self.counts())], "trouble": [trouble]}
+
+    def counts(self) -> list[list[int]]:
+        """Return what each step of the line has done since this was asked last: rows, and rejects among them."""
+        found, self.num_done, self.num_rejected = [[self.num_done, self.num_rejected]], 0, 0
+        return found + (self.then.counts() if self.then else [])
 
     def _chunk(self, number: int) -> int:
         """Do what is left of a chunk; return how many rows it has."""
@@ -102,8 +141,12 @@ class Rows:
         )
         tries = _Tries(self.order.todo / f"{number:07d}.json")
         waiting, last = list[Any](), time.monotonic()
+        args = dict(zip(left["quick"].to_pylist(), left["args"].to_pylist(), strict=True)) if self.then else {}
         for done in self._results(left, tries):
             waiting.append(done)
+            if self.then:
+                self.num_rejected += is_reject(done["text"])
+                self.then.follow(args[done["quick"]], done["text"])
             if time.monotonic() - last > FLUSH:
                 self._write(f"{stem}-{count:04d}.parquet", waiting)
                 waiting, last, count = [], time.monotonic(), count + 1
@@ -111,9 +154,11 @@ class Rows:
         return int(todo.num_rows)
 
     def _write(self, name: str, done: Sequence[Any]) -> None:
-        """Write a part of finished rows: tables of them, or single ones."""
+        """Write a part of finished rows: tables of them, or single ones. What followed from them is there before."""
         import pyarrow as pa
 
+        if self.then:
+            self.then.flush(name)
         tables = [one for one in done if not isinstance(one, dict)]
         if rows := [one for one in done if isinstance(one, dict)]:
             tables.append(parts.part_of(rows, self.schema))
@@ -187,7 +232,7 @@ class Rows:
         """Do one row: find out what its files contain, then the work, unless it is known what comes of these."""
         args, contents = json.loads(row["args"]), list[str]()
         if row["files"]:
-            told = self._ask(Task("", {}, row["seconds"], tuple(json.loads(row["files"]))), twice=True)
+            told = self.process.ask(Task("", {}, row["seconds"], tuple(json.loads(row["files"]))), twice=True)
             contents = json.loads(told.text)
             if isinstance(contents, dict):  # the process was lost, or out of time
                 return self._row(row, row["key"], Done(told.text, False))
@@ -200,7 +245,11 @@ class Rows:
 
     def _known(self, name: str) -> str | None:
         """Return the result that was made of the same contents at another place or time."""
-        (located,) = parts.find(self.index, parts.as_hashes(parts.named_hash(name))).tolist()
+        return self._at(parts.find(self.index, parts.as_hashes(parts.named_hash(name))))
+
+    def _at(self, place: Any) -> str | None:
+        """Return the result that lies there, of one row."""
+        (located,) = place.tolist()
         if located < 0:
             return None
         with suppress(OSError):
@@ -215,15 +264,26 @@ class Rows:
 
     def _ask_for(self, texts: Sequence[str], seconds: float | None, *, twice: bool) -> Done:
         """Let the process do rows with these arguments; of several whose process died there is one failure."""
-        done = self._ask(Task("", {"work": self.order.work, "rows": texts}, seconds), twice=twice)
-        if done.text[0] == "{" and self.worker is not None and not self.worker.dead:
+        done = self.process.ask(Task("", {"work": self.order.work, "rows": texts}, seconds), twice=twice)
+        if done.text[0] == "{" and self.process.is_alive():
             raise RuntimeError(f"{self.order.work} cannot be imported by a worker: {json.loads(done.text)['error']}")
         return done
 
-    def _ask(self, task: Task, *, twice: bool) -> Done:
-        """Let the process do a task; `twice`, also where that kills it. What takes too long is asked for once."""
+
+class _Process:
+    """The process that does an actor's rows, and another one where it died."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.worker: Worker | None = None
+
+    def is_alive(self) -> bool:
+        return self.worker is not None and not self.worker.dead
+
+    def ask(self, task: Task, *, twice: bool) -> Done:
+        """Let it do a task; `twice`, also where that kills it. What takes too long is asked for once."""
         if self.worker is None or self.worker.dead:
-            self.worker = Worker(BUNDLE, surroundings(threads=self.order.threads))
+            self.worker = Worker(BUNDLE, surroundings(threads=self.threads))
         worker, done = self.worker, None
         try:
             worker.give(task)
@@ -234,7 +294,35 @@ class Rows:
             worker.kill()
             raise
         again = twice and worker.dead and worker.deadline > time.monotonic()
-        return self._ask(task, twice=False) if again else done
+        return self.ask(task, twice=False) if again else done
+
+
+class _Then(Rows):
+    """The next step of a line, done by the same process with what a row gave, as deep as the line goes."""
+
+    def __init__(self, following: Following, process: _Process) -> None:
+        super().__init__(following.order, process)
+        self.following = following
+        self.waiting = list[Row]()
+
+    def follow(self, args: str, text: str) -> None:
+        """Do what has no result yet of the jobs that follow from a row's arguments and its result, both as JSON."""
+        for job in named(self.following.jobs)(json.loads(args), json.loads(text), self.following.options):
+            quick, told = parts.quick_hash(job), json.dumps(job.args)
+            known = self._at(parts.find(self.index, parts.as_hashes(quick)))
+            if known is None:
+                row = {"quick": quick, "key": job.key, "args": told, "seconds": job.seconds, "anew": False,
+                       "files": files_of(job)}  # fmt: skip
+                self.waiting.append(self._alone(row))
+                known = self.waiting[-1]["text"]
+                self.num_done, self.num_rejected = self.num_done + 1, self.num_rejected + is_reject(known)
+            if self.then:
+                self.then.follow(told, known)
+
+    def flush(self, name: str) -> None:
+        """Write what is finished as a part of this name."""
+        self._write(name, self.waiting)
+        self.waiting = []
 
 
 class _Tries:

@@ -14,7 +14,7 @@ from typing import IO, Any
 from opensora_repro.data.jobs import parts
 from opensora_repro.data.jobs.cluster import Needs, Place, run_plan
 from opensora_repro.data.jobs.course import Job, Keeping
-from opensora_repro.data.jobs.rows import Order
+from opensora_repro.data.jobs.rows import Order, files_of
 from opensora_repro.data.progress import progress
 from opensora_repro.data.tables import in_batches
 
@@ -82,7 +82,7 @@ def run_streamed(
     Raises OSError and RuntimeError for what stops all of the work, and where results of it are not found.
     """
     parts.from_records(keeping)
-    run = _Run(table, keeping, needs.rows if not group else max(1, needs.rows // group) * group)
+    run = Run(table, keeping, needs.rows if not group else max(1, needs.rows // group) * group)
     for number in range(ROUNDS + 1):
         chunks, left = run.write_todo(anew=number > 0)
         if not left:
@@ -90,20 +90,15 @@ def run_streamed(
             return Results(run.index, run.order)
         if number == ROUNDS:
             break
-        by_name = run.write_index()
-        order = Order(
-            work, run.folder.absolute(), run.todo.absolute(), time.time_ns(), rows=run.rows,
-            threads=max(1, int(needs.cpus)), one_a_file=keeping.one_a_file, by_name=by_name, group=group,
-            options=options or {},
-        )  # fmt: skip
+        order = run.order_of(work, threads=max(1, int(needs.cpus)), group=group, options=options or {})
         with progress(label, left, unit) as bar:
-            for count in run_plan(order, chunks, needs, place):
-                bar(count)
+            for counts in run_plan(order, chunks, needs, place):
+                bar(counts[0][0])
     told = f"{left} results are not here or no longer hold after {ROUNDS} tries"
     raise OSError(f"{run.folder}: {told}; do all nodes share this folder?")
 
 
-class _Run:
+class Run:
     """The files of one run: chunks of what is left, and the order in which results are asked for."""
 
     def __init__(self, table: Table, keeping: Keeping, rows: int) -> None:
@@ -190,19 +185,22 @@ class _Run:
             chunks += 1
         return chunks
 
-    def write_index(self) -> bool:
-        """Leave to the workers what is known by files' contents, if any of the rows has files."""
+    def order_of(self, work: str, *, by_name: bool = False, **more: Any) -> Order:
+        """Return what the actors are to do. They are told what is known by files' contents, if any row has files."""
         import numpy as np
 
-        if not self.num_files:
-            return False
-        np.save(self.todo / "index.npy", self.index.entries)
-        (self.todo / "parts.json").write_text(json.dumps([part.name for part in self.index.parts]), encoding="utf-8")
-        return True
+        if by_name := by_name or self.num_files > 0:
+            np.save(self.todo / "index.npy", self.index.entries)
+            names = json.dumps([part.name for part in self.index.parts])
+            (self.todo / "parts.json").write_text(names, encoding="utf-8")
+        return Order(
+            work, self.folder.absolute(), self.todo.absolute(), time.time_ns(), rows=self.rows,
+            one_a_file=self.keeping.one_a_file, by_name=by_name, **more,
+        )  # fmt: skip
 
 
 class _Waiting:
-    """Rows of chunks that are not written yet, by column. File names, which need be no text, are JSON."""
+    """Rows of chunks that are not written yet, by column."""
 
     def __init__(self) -> None:
         self.columns: tuple[list[Any], ...] = ([], [], [], [], [], [])
@@ -211,8 +209,7 @@ class _Waiting:
         return len(self.columns[0])
 
     def add(self, job: Job, quick: bytearray, anew: bool) -> None:
-        files = json.dumps([os.path.abspath(file) for file in job.files]) if job.files else None
-        row = (bytes(quick), job.key, json.dumps(job.args), job.seconds, files, anew)
+        row = (bytes(quick), job.key, json.dumps(job.args), job.seconds, files_of(job), anew)
         for column, value in zip(self.columns, row, strict=True):
             column.append(value)
 
