@@ -61,6 +61,8 @@ def test_only_what_is_new_is_done_and_each_runner_finds_what_the_other_did(tmp_p
     assert [r["square"] for r in found] == [n * n for n in range(50)] and ran(tmp_path) == list(range(50))
     assert run("square", numbers(tmp_path, 60)[::-1], tmp_path)[::-1][:50] == found
     assert ran(tmp_path) == list(range(60)) and len(rows_in(tmp_path)) == 60
+    index = parts.Index(tmp_path / "parts" / "x", 0)  # columns in one piece: to look one row up copies none of them
+    assert index.entries.shape == (3, 60) and index.entries[0].flags.c_contiguous
     (tmp_path / "parts" / "x" / ".half.parquet.another-node.1-1.tmp").touch()
     assert run("square", numbers(tmp_path, 50), tmp_path) == found
     assert all(path.suffix == ".parquet" and path.name[0] != "." for path in (tmp_path / "parts" / "x").iterdir())
@@ -97,6 +99,17 @@ def test_files_are_known_by_content(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "out")
     assert done(one_a_file=True) == 3 and done("l", one_a_file=True) == 3  # in the place of what was made under k
     assert done("l", one_a_file=True) == 0 and done(one_a_file=True) == 3
+
+
+def test_what_this_machine_knows_of_files_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_text("a")
+    todo = [Job("k", "", {"n": 1}, files=(tmp_path / "a",))]
+    from tests.job_works import square
+
+    with Records(tmp_path / "out") as records:
+        here = run_jobs(square, todo, Keeping(records, "x"), runner=Runner(workers=1), label="x")
+    monkeypatch.delattr("opensora_repro.data.jobs.stream.run_plan")
+    assert run("square", todo, tmp_path / "out") == list(here)
 
 
 def test_each_failure_costs_its_own_row(tmp_path: Path) -> None:

@@ -87,7 +87,9 @@ class Index:
         import numpy as np
 
         self.parts = sorted(folder.glob("[!.]*.parquet"), key=lambda part: part.name)
-        entries, ranks = [np.empty((0, 3), np.uint64)], [np.empty(0, np.int64)]
+        # Memory is taken where it is written to: as many rows as there can be are no cost where there are fewer
+        most = 2 * sum(map(_num_rows, self.parts))
+        entries, ranks, count = np.empty((3, most), np.uint64), np.empty(most, np.int64), 0
         replaced = _Replaced(self.parts)
         for number, part in enumerate(self.parts):
             table = read_part(part, ["quick", "named", "final", "run"])
@@ -98,11 +100,19 @@ class Index:
             located = (np.uint64(number) << np.uint64(32)) | kept.astype(np.uint64)
             rank = (np.where(final, 0, 1) - 2 * runs)[kept]
             other = np.flatnonzero((quick != named).any(axis=1))  # those with files
-            entries += [np.column_stack([quick, located]), np.column_stack([named[other], located[other]])]
-            ranks += [rank, rank[other]]
-        joined = np.concatenate(entries)
-        del entries
-        self.entries = joined[np.lexsort((np.concatenate(ranks), joined[:, 0]))]
+            for names, rows in ((quick, slice(None)), (named, other)):
+                end = count + len(located[rows])
+                entries[:2, count:end], entries[2, count:end], ranks[count:end] = (
+                    names[rows].T,
+                    located[rows],
+                    rank[rows],
+                )
+                count = end
+        order = np.lexsort((ranks[:count], entries[0, :count]))
+        del ranks
+        for column in entries:
+            column[:count] = column[order]
+        self.entries = entries[:, :count]
         self._column = lru_cache(maxsize=4)(lambda number: read_part(self.parts[number], ["text"])["text"])
 
     def find(self, hashes: np.ndarray) -> np.ndarray:
@@ -125,14 +135,15 @@ class Index:
 
 
 def find(entries: np.ndarray, hashes: np.ndarray) -> np.ndarray:
-    """See `Index.find`; `entries` are sorted by their first number, and may lie in a file."""
+    """See `Index.find`; `entries`, uint64 [3, n], are sorted by their first numbers, and may lie in a file."""
     import numpy as np
 
-    if not len(entries):
+    first, second, located = entries
+    if not len(first):
         return np.full(len(hashes), -1, np.int64)
-    at = np.minimum(np.searchsorted(entries[:, 0], hashes[:, 0]), len(entries) - 1)
-    hit = (entries[at, 0] == hashes[:, 0]) & (entries[at, 1] == hashes[:, 1])
-    return np.where(hit, entries[at, 2].astype(np.int64), -1)
+    at = np.minimum(np.searchsorted(first, hashes[:, 0]), len(first) - 1)
+    hit = (first[at] == hashes[:, 0]) & (second[at] == hashes[:, 1])
+    return np.where(hit, located[at].astype(np.int64), -1)
 
 
 def as_hashes(data: bytes) -> np.ndarray:
@@ -239,7 +250,7 @@ def to_records(keeping: Keeping) -> None:
     index = Index(folder, sys.maxsize)
     import numpy as np
 
-    places = np.unique(index.entries[:, 2])
+    places = np.unique(index.entries[2])
     for number, part in enumerate(index.parts):
         rows = places[(places >> np.uint64(32)) == number] & np.uint64(0xFFFFFFFF)
         table = read_part(part, ["name", "text"]).take(rows)

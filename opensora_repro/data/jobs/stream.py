@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from opensora_repro.data.jobs import parts
 from opensora_repro.data.jobs.cluster import Needs, Place, run_plan
-from opensora_repro.data.jobs.course import Job, Keeping
+from opensora_repro.data.jobs.course import CONTENTS, Job, Keeping, memo_of, record_name
 from opensora_repro.data.jobs.rows import Order, files_of
 from opensora_repro.data.progress import progress
 from opensora_repro.data.tables import in_batches
@@ -107,6 +107,7 @@ class Run:
         self.todo, self.began = self.folder / "todo", time.time_ns()
         self.order: IO[bytes] = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 - is gone with this process
         self.taken_over = keeping.records.num_taken_over(keeping.kind)
+        self.memo = memo_of(keeping.records) if any(True for _ in keeping.records.texts(CONTENTS)) else None
         self.index = parts.Index(self.folder, self.began)
         self.num_files = 0
 
@@ -147,8 +148,10 @@ class Run:
         import numpy as np
 
         located = self.index.find(parts.as_hashes(bytes(hashes)))
+        if self.memo:
+            self._find_named(batch, hashes, located, self._name)
         if self.taken_over:
-            self._find_earlier(batch, hashes, located)
+            self._find_named(batch, hashes, located, lambda job: job.earlier)
         spoilt = set[int]()
         if self.keeping.holds:
             there = np.flatnonzero(located >= 0)
@@ -163,16 +166,22 @@ class Run:
         once = {bytes(hashes[16 * at : 16 * at + 16]): at for at in reversed(left)}
         return sorted(once.values()), spoilt
 
-    def _find_earlier(self, batch: Any, hashes: bytearray, located: Any) -> None:
-        """Find what earlier releases recorded under names of their own."""
+    def _find_named(self, batch: Any, hashes: bytearray, located: Any, name: Callable[[Job], str]) -> None:
+        """Find what is not found yet by a name of its record, "" where it has none."""
         import numpy as np
 
         left = np.flatnonzero(located < 0).tolist()
-        named = {at: job.earlier for at, job in zip(left, self.table.jobs(batch, left), strict=True) if job.earlier}
-        told = b"".join(map(parts.named_hash, named.values()))
-        for number, (at, place) in enumerate(zip(named, self.index.find(parts.as_hashes(told)).tolist(), strict=True)):
+        told = {at: found for at, job in zip(left, self.table.jobs(batch, left), strict=True) if (found := name(job))}
+        names = b"".join(map(parts.named_hash, told.values()))
+        for number, (at, place) in enumerate(zip(told, self.index.find(parts.as_hashes(names)).tolist(), strict=True)):
             if place >= 0:
-                located[at], hashes[16 * at : 16 * at + 16] = place, told[16 * number : 16 * number + 16]
+                located[at], hashes[16 * at : 16 * at + 16] = place, names[16 * number : 16 * number + 16]
+
+    def _name(self, job: Job) -> str:
+        """Return the record's name where this machine remembers what the files contain."""
+        assert self.memo is not None
+        contents = [self.memo.recall(file) for file in job.files]
+        return record_name(job.key, [text for text in contents if text]) if contents and None not in contents else ""
 
     def _write(self, chunks: int, waiting: _Waiting, size: int) -> int:
         """Write the waiting rows in chunks of this size, the first of which has this number; return the next's."""
