@@ -38,7 +38,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opensora_repro.data.jobs.batches import run_batches
+from opensora_repro.data.jobs.batches import run_batches, sized_batches
 from opensora_repro.data.jobs.cluster import Needs
 from opensora_repro.data.jobs.course import Job, Keeping, memo_of
 from opensora_repro.data.jobs.earlier import adopt, sampled_digest
@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 NAMES = ("motion", "jitter", "static", "sharpness", "brightness", "letterbox", "text", "watermark", "duplicates")
+BATCH_SIZE = 16  # clips, where memory does not tell
 MODEL_METHOD = 1  # raise when the model's scores are computed otherwise
 NEEDS, MODEL_NEEDS = Needs(memory=1 << 30), Needs(memory=2 << 30)
 TIMEOUT = 300.0  # seconds for a clip
@@ -89,7 +90,9 @@ class Arguments(RunnerArguments):
         "embeddings that are at least so near are of near-duplicates (%(default)s)", 0.95, metavar="X"
     )
     device: str = option("where the model computes, such as cuda (%(default)s)", "cpu")
-    batch_size: int = option("clips a model batch (%(default)s)", 16, metavar="N")
+    batch_size: int | None = option(
+        "clips a model batch (16; on a GPU as many as its free memory has room for)", None, metavar="N"
+    )
     model_workers: int = option("copies of the model (%(default)s)", 1, metavar="N")
 
 
@@ -117,8 +120,8 @@ def names_of(args: Arguments) -> list[str]:
     if args.aesthetic and not args.clip:
         raise DataError("--aesthetic needs --clip, the model whose embeddings it was made for")
     for name in ("batch_size", "model_workers"):
-        if getattr(args, name) < 1:
-            raise DataError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise DataError(f"--{name.replace('_', '-')} {value}: expected at least 1")
     if not 0 < args.cosine <= 1:
         raise DataError(f"--cosine {args.cosine}: expected more than 0 and at most 1")
     return [name for name in NAMES if name in requested]
@@ -232,9 +235,10 @@ def embed_all(
     named = keys(contents_of(paths, keeping.records, runner), memo_of(keeping.records))
     adopt(keeping, named, lambda: keys(list(map(sampled_digest, paths)), sampled_digest))
     todo = dict(zip(named, items, strict=True))
-    options = {**models, "device": args.device}
+    options = {**models, "device": args.device, "batch_size": args.batch_size}
+    size = sized_batches(args.batch_size, args.device, usual=BATCH_SIZE)
     known = run_batches(
-        embed, todo, keeping, size=args.batch_size, options=options, runner=runner, label="embedding", needs=MODEL_NEEDS
+        embed, todo, keeping, size=size, options=options, runner=runner, label="embedding", needs=MODEL_NEEDS
     )
     found = iter(known[key] for key in named)
     return [{} if "error" in record else next(found) for record in records]
@@ -275,32 +279,40 @@ def embed(args: Record) -> Record:
     """Job: for every clip of a batch its embedding (mean of its middle frames') and scores, or why there are none."""
     from opensora_repro.data.clip_frames import read_middles
     from opensora_repro.data.video import DecodeError
+    from opensora_repro.frozen.fitting import in_batches_that_fit
 
     results: dict[str, Record] = {}
-    items: list[Record] = []
-    pictures, owners = [], []
+    readable: list[tuple[Record, Any]] = []
     for item in args["items"]:
         try:
-            frames = read_middles(item["path"], item["num_frames"])
+            readable.append((item, read_middles(item["path"], item["num_frames"])))
         except DecodeError as error:
             results[item["key"]] = {"error": reason_of(error, item["path"])}
-            continue
-        owners += [len(items)] * len(frames)
-        pictures += list(frames)
-        items.append(item)
-    clip, head, encoder = load_models(args["clip"], args["head"], args["encoder"], args["device"])
+    models = load_models(args["clip"], args["head"], args["encoder"], args["device"])
+    work = partial(embed_batch, models)
+    found = in_batches_that_fit(work, readable, args["device"], given=bool(args["batch_size"]))
+    results |= {item["key"]: result for (item, _), result in zip(readable, found, strict=True)}
+    return {"clips": results}
+
+
+def embed_batch(models: tuple[Any, Any, Any], batch: Sequence[tuple[Record, Any]]) -> list[Record]:
+    """Return what the models say of clips with their frames, uint8 [T, H, W, 3], which go through them at once."""
+    clip, head, encoder = models
+    pictures = [picture for _, frames in batch for picture in frames]
+    owners = [number for number, (_, frames) in enumerate(batch) for _ in frames]
     of_frames = (encoder or clip).embed_pictures(pictures)  # [frames, D]
     of_clip = clip.embed_pictures(pictures) if clip and encoder else of_frames  # in the captions' space
-    captions = clip.embed_captions([item["caption"] for item in items]) if clip else [None] * len(items)
-    for number, (item, caption) in enumerate(zip(items, captions, strict=True)):
+    captions = clip.embed_captions([item["caption"] for item, _ in batch]) if clip else [None] * len(batch)
+    results = []
+    for number, ((item, _), caption) in enumerate(zip(batch, captions, strict=True)):
         own = [owner == number for owner in owners]
         result: Record = {"embedding": packed(of_frames[own].mean(dim=0).numpy())}
         if caption is not None:
             result["text_match"] = (of_clip[own] @ caption).mean().item() if item["caption"].strip() else None
         if head:
             result["aesthetic"] = head(of_clip[own]).mean().item()
-        results[item["key"]] = result
-    return {"clips": results}
+        results.append(result)
+    return results
 
 
 def packed(vector: np.ndarray) -> str:
