@@ -32,9 +32,10 @@ from __future__ import annotations
 import base64
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ from opensora_repro.data.options import any_path, argument, local_path, option, 
 from opensora_repro.data.origin import made_by
 from opensora_repro.data.probe.rows import INPUT_HELP, manifest_of
 from opensora_repro.data.progress import progress
-from opensora_repro.data.tables import write_rows
+from opensora_repro.data.tables import BATCH, in_batches, write_rows
 from opensora_repro.errors import DataError, run_command
 from opensora_repro.files import digest, one_line
 
@@ -135,21 +136,20 @@ def score(args: Arguments) -> int:
     manifest = manifest_of(args.input, out, runner)
     clips = read_manifest(manifest, need_captions=False)
     with Records(out) as kept:
-        records = measure_all(clips, names, Keeping(kept, "scores"), runner)
+        found = measure_all(clips, names, Keeping(kept, "scores"), runner)
         if args.clip or args.embed:
             gpu = check_device(args.device, args.model_workers, over_ray=runner.kind == "ray")
             runner = replace(runner, workers=args.model_workers, gpu=gpu)
-            models = embed_all(clips, records, args, Keeping(kept, "models"), runner)
-            records = [{**record, **model} for record, model in zip(records, models, strict=True)]
-            write_embeddings_of(clips["id"].to_pylist(), records, out / "embeddings.parquet")
-    reasons: list[str] = [record.get("error", "") for record in records]
-    good = [not reason for reason in reasons]
-    measured = clips.filter(good)
-    usable = [record for record in records if "error" not in record]
-    measured = with_columns(measured, usable, args.cosine if "duplicates" in names else None)
+            readable = clips.filter([not reason for reason in found.reasons])
+            models = embed_all(readable, args, Keeping(kept, "models"), runner)
+            write_embeddings_of(readable["id"].to_pylist(), models, out / "embeddings.parquet")
+            found.add(models)
+    good = [not reason for reason in found.reasons]
+    measured = with_columns(clips.filter(good), found, args.cosine if "duplicates" in names else None)
     refused = clips.filter([not kept for kept in good]).to_pylist()
+    reasons = filter(None, found.reasons)
     rejects: list[Record] = [
-        row | {"stage": "score", "reason": reason} for row, reason in zip(refused, filter(None, reasons), strict=True)
+        row | {"stage": "score", "reason": reason} for row, reason in zip(refused, reasons, strict=True)
     ]
     write_rows(out / "rejects.parquet", rejects, REJECTS)
     write_manifest(measured, out / "manifest.parquet")
@@ -159,11 +159,64 @@ def score(args: Arguments) -> int:
     return 0
 
 
-def measure_all(clips: Any, names: list[str], keeping: Keeping, runner: Runner) -> list[Record]:
-    """Return every clip's record: columns, or "error"."""
-    old = keeping.records.num_taken_over(keeping.kind)
-    jobs = [job_of(row, names, old=bool(old)) for row in clips.to_pylist()]
-    return list(run_jobs(measure, jobs, keeping, runner=runner, label="scoring", unit="clip", needs=NEEDS))
+def measure_all(clips: Any, names: list[str], keeping: Keeping, runner: Runner) -> Found:
+    """Measure every clip. Jobs and records are made and read as they are needed: there may be millions."""
+    jobs = Jobs(clips, names, old=keeping.records.num_taken_over(keeping.kind) > 0)
+    return Found.of(run_jobs(measure, jobs, keeping, runner=runner, label="scoring", unit="clip", needs=NEEDS))
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """The jobs of a manifest's clips, made whenever they are asked for."""
+
+    clips: Any
+    names: list[str]
+    old: bool  # also as earlier releases named them
+
+    def __iter__(self) -> Iterator[Job]:
+        for batch in self.clips.select(["id", "path", "num_frames", "fps"]).to_batches(max_chunksize=BATCH):
+            yield from (job_of(row, self.names, old=self.old) for row in batch.to_pylist())
+
+
+@dataclass
+class Found:
+    """What was found of clips: why there is nothing of each ("": there is), and of the others numbers by column."""
+
+    reasons: list[str]
+    columns: Any  # table of float64
+    codes: list[str]  # of how they look, "" for none
+    embeddings: list[str]  # likewise
+
+    @classmethod
+    def of(cls, records: Iterable[Record]) -> Found:
+        """Gather records: columns, or "error"."""
+        import pyarrow as pa
+
+        from opensora_repro.data.score.measure import CODE
+
+        reasons, codes, embeddings = list[str](), list[str](), list[str]()
+        tables, names = list[Any](), list[str]()
+        for batch in in_batches(records):
+            reasons += [record.get("error", "") for record in batch]
+            good = [record for record in batch if "error" not in record]
+            codes += [record.get(CODE) or "" for record in good]
+            embeddings += [record.get("embedding") or "" for record in good]
+            names = names or [name for record in good[:1] for name in record if name not in (CODE, "embedding")]
+            columns = {name: pa.array([record[name] for record in good], pa.float64()) for name in names}
+            if good:
+                tables.append(pa.table({"": pa.nulls(len(good)), **columns}))  # has a length without a column, too
+        return cls(reasons, pa.concat_tables(tables) if tables else pa.table({"": pa.nulls(0)}), codes, embeddings)
+
+    def add(self, records: Sequence[Record]) -> None:
+        """Add what models say of the clips that there is something of."""
+        more = Found.of(records)
+        kept = [not reason for reason in more.reasons]
+        left = iter(more.reasons)
+        self.reasons = [reason or next(left) for reason in self.reasons]
+        self.columns = self.columns.filter(kept)
+        for name in more.columns.column_names[1:]:
+            self.columns = self.columns.append_column(name, more.columns[name])
+        self.codes, self.embeddings = list(compress(self.codes, kept)), more.embeddings
 
 
 def job_of(row: Record, names: list[str], *, old: bool = False) -> Job:
@@ -210,22 +263,13 @@ def reason_of(error: Exception, path: str) -> str:
 # ---- scores of a model
 
 
-def embed_all(
-    clips: Any,
-    records: list[Record],
-    args: Arguments,
-    keeping: Keeping,
-    runner: Runner,
-) -> list[Record]:
-    """Return what the model says of every clip that could be measured, and nothing of the others."""
+def embed_all(clips: Any, args: Arguments, keeping: Keeping, runner: Runner) -> list[Record]:
+    """Return what the model says of every clip."""
     models = {"clip": args.clip, "head": args.aesthetic, "encoder": args.embed}
     load_models(**models, device="cpu")  # says now what every worker would say
     load_models.cache_clear()
-    items = [
-        {"path": row["path"], "num_frames": int(row["num_frames"]), "caption": row["caption"]}
-        for row, record in zip(clips.to_pylist(), records, strict=True)
-        if "error" not in record
-    ]
+    shown = clips.select(["path", "num_frames", "caption"]).to_pylist()
+    items = [{**row, "num_frames": int(row["num_frames"])} for row in shown]
     paths = [Path(item["path"]) for item in items]
 
     def keys(contents: Sequence[str], hash_file: Callable[[Path], str]) -> list[str]:
@@ -240,8 +284,7 @@ def embed_all(
     known = run_batches(
         embed, todo, keeping, size=size, options=options, runner=runner, label="embedding", needs=MODEL_NEEDS
     )
-    found = iter(known[key] for key in named)
-    return [{} if "error" in record else next(found) for record in records]
+    return [known[key] for key in named]
 
 
 def model_fingerprint(clip: str, head: str, encoder: str, hash_file: Callable[[Path], str]) -> str:
@@ -337,21 +380,19 @@ def write_embeddings_of(ids: Sequence[str], records: list[Record], path: Path) -
 # ---- the manifest
 
 
-def with_columns(clips: Any, records: list[Record], cosine: float | None) -> Any:
-    """Return the clips, whose rows the records match, with what was measured and the groups that look the same.
+def with_columns(clips: Any, found: Found, cosine: float | None) -> Any:
+    """Return the clips with what was found of them, and the groups that look the same.
 
     `cosine`: from which on embeddings look the same; None: no groups are asked for.
     """
     import pyarrow as pa
 
-    from opensora_repro.data.score.measure import CODE
     from opensora_repro.data.tables import set_column
 
-    for name in records[0] if records else ():
-        if name not in (CODE, "embedding"):
-            clips = set_column(clips, name, pa.array([record[name] for record in records], pa.float64()))
+    for name in found.columns.column_names[1:]:
+        clips = set_column(clips, name, found.columns[name])
     if cosine is not None:
-        best = best_alike(clips, records, cosine)
+        best = best_alike(clips, found, cosine)
         sizes = Counter(best)
         ids = clips["id"].to_pylist()
         groups = [ids[row] if sizes[row] > 1 else None for row in best]
@@ -360,12 +401,12 @@ def with_columns(clips: Any, records: list[Record], cosine: float | None) -> Any
     return clips
 
 
-def best_alike(clips: Any, records: list[Record], cosine: float) -> list[int]:
+def best_alike(clips: Any, found: Found, cosine: float) -> list[int]:
     """Return for each clip the row of the best that looks the same: the largest, then longest, then first."""
     import numpy as np
 
     from opensora_repro.data.score.duplicates import groups_of, near_codes, num_crowded
-    from opensora_repro.data.score.measure import CODE, code_of
+    from opensora_repro.data.score.measure import code_of
 
     pixels = clips["height"].to_numpy() * clips["width"].to_numpy()
     order = np.lexsort((-clips["num_frames"].to_numpy(), -pixels))
@@ -373,15 +414,15 @@ def best_alike(clips: Any, records: list[Record], cosine: float) -> list[int]:
     rank[order] = np.arange(len(order))
 
     def pairs() -> Iterator[tuple[int, int]]:
-        coded = [row for row, record in enumerate(records) if record[CODE]]
-        embedded = [int(row) for row in order if records[row].get("embedding")]
+        coded = [row for row, code in enumerate(found.codes) if code]
+        embedded = [int(row) for row in order if found.embeddings[row]]
         if len(coded) > 1:
-            codes = np.stack([code_of(records[row][CODE]) for row in coded])
+            codes = np.stack([code_of(found.codes[row]) for row in coded])
             if crowded := num_crowded(codes):
                 print(f"{crowded:,} clips share part of their code with more than others can be compared: see --embed")
             yield from ((coded[a], coded[b]) for a, b in near_codes(codes))
         if len(embedded) > 1:
-            yield from near_embeddings(embedded, np.stack([unpacked(records[row]["embedding"]) for row in embedded]))
+            yield from near_embeddings(embedded, np.stack([unpacked(found.embeddings[row]) for row in embedded]))
 
     def near_embeddings(rows: list[int], vectors: np.ndarray) -> Iterator[tuple[int, int]]:
         from opensora_repro.data.near_duplicates import cells_note, find_near_duplicates
@@ -389,10 +430,10 @@ def best_alike(clips: Any, records: list[Record], cosine: float) -> list[int]:
         if len(rows) > FEW:
             print(cells_note(len(rows)), flush=True)
         with progress("comparing", len(rows), "clip") as advance:
-            found = find_near_duplicates(vectors, np.arange(len(rows)), cosine=cosine, advance=advance)
-        yield from ((row, rows[better]) for row, better in zip(rows, found.better.tolist(), strict=True) if better >= 0)
+            alike = find_near_duplicates(vectors, np.arange(len(rows)), cosine=cosine, advance=advance)
+        yield from ((row, rows[better]) for row, better in zip(rows, alike.better.tolist(), strict=True) if better >= 0)
 
-    return groups_of(len(records), pairs(), rank.tolist())
+    return groups_of(len(found.codes), pairs(), rank.tolist())
 
 
 if __name__ == "__main__":
