@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -56,14 +57,15 @@ def told(path: str, out: str, workers: str, chunk: str, read: str) -> None:
     from opensora_repro.data.jobs.stream import BATCH, Table, run_streamed
     from opensora_repro.process import peak_memory
 
-    def job(batch: Any, at: int) -> Job:
-        name = batch["id"][at].as_py()
-        return Job(name, name, {"n": batch["n"][at].as_py()})
+    def jobs(batch: Any, places: Sequence[int]) -> Iterable[Job]:
+        chosen = batch.take(places)
+        names, numbers = chosen["id"].to_pylist(), chosen["n"].to_pylist()
+        return (Job(name, name, {"n": number}) for name, number in zip(names, numbers, strict=True))
 
     table = Table(
         lambda: pq.ParquetFile(path).iter_batches(BATCH),
         lambda batch: b"".join(map(named_hash, batch["id"].to_pylist())),
-        job,
+        jobs,
     )
     began = time.perf_counter()
     with Records(Path(out)) as records:

@@ -59,6 +59,7 @@ if TYPE_CHECKING:
 
 METHOD, REWRITE_METHOD = 2, 1  # raise when the same clip would be shown, or asked about, otherwise
 NEEDS = Needs(memory=4 << 30)  # of a worker with a captioner
+BATCH_SIZE = 8  # clips, where memory does not tell
 SHORT_SIDE, JPEG_QUALITY = 448, 90  # of the frames that are shown; smaller ones stay as they are
 ENDPOINT_FRAMES = 8
 VIDEO_TYPES = {".webm": "webm", ".mkv": "x-matroska", ".mov": "quicktime", ".avi": "x-msvideo"}  # others: mp4
@@ -116,7 +117,9 @@ class Arguments(RunnerArguments):
     dtype: str = option(
         "(bfloat16 on a GPU, float32 on a CPU)", "", group=WITH_MODEL, choices=("float32", "bfloat16", "float16")
     )
-    batch_size: int = option("clips a batch (%(default)s)", 8, group=WITH_MODEL, metavar="N")
+    batch_size: int | None = option(
+        "clips a batch (8; on a GPU as many as its free memory has room for)", None, group=WITH_MODEL, metavar="N"
+    )
     model_workers: int = option("copies of the model (%(default)s)", 1, group=WITH_MODEL, metavar="N")
 
     concurrency: int = option("questions at a time to each (%(default)s)", 8, group=WITH_ENDPOINT, metavar="N")
@@ -291,7 +294,7 @@ def shown_frames(row: Record, parts: int) -> Any:
 
 def from_model(rows: Sequence[Record], args: Arguments, keeping: Keeping, runner: Runner) -> list[Caption]:
     """Return every clip's caption as the model writes it."""
-    from opensora_repro.data.jobs.batches import run_batches
+    from opensora_repro.data.jobs.batches import run_batches, sized_batches
 
     over_ray = runner.kind == "ray"
     device = args.device or usual_device(over_ray=over_ray)
@@ -303,8 +306,9 @@ def from_model(rows: Sequence[Record], args: Arguments, keeping: Keeping, runner
     shown = ("path", "num_frames", "fps", "height", "width")
     items = {key: {name: row[name] for name in shown} for key, row in zip(keys, rows, strict=True)}
     runner = replace(runner, workers=args.model_workers, gpu=gpu)
+    size, options = sized_batches(args.batch_size, device, usual=BATCH_SIZE), {**options, "batch_size": args.batch_size}
     found = run_batches(
-        describe, items, keeping, size=args.batch_size, options=options, runner=runner, label="captioning", needs=NEEDS
+        describe, items, keeping, size=size, options=options, runner=runner, label="captioning", needs=NEEDS
     )
     return [judge(found[key]) for key in keys]
 
@@ -352,6 +356,7 @@ def describe(args: Record) -> Record:
     from opensora_repro.data.clip_frames import middles_of
     from opensora_repro.data.video import DecodeError
     from opensora_repro.frozen.captioner import Clip
+    from opensora_repro.frozen.fitting import in_batches_that_fit
 
     captioner = loaded(args["model"], args["device"], args["dtype"])
     results: dict[str, Record] = {}
@@ -366,7 +371,8 @@ def describe(args: Record) -> Record:
         except DecodeError as error:
             results[item["key"]] = {"error": str(error)}
     if clips:
-        texts = captioner.caption(list(clips.values()), args["max_tokens"])
+        write = partial(captioner.caption, max_tokens=args["max_tokens"])
+        texts = in_batches_that_fit(write, list(clips.values()), args["device"], given=bool(args["batch_size"]))
         for key, (text, ended) in zip(clips, texts, strict=True):
             results[key] = {"text": text, "cut": ended and not ends_sentence(text)}
     return {"clips": results}

@@ -24,7 +24,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from data_tools import report
 from opensora_repro.data.options import any_path, argument, local_path, option, parse, parser_of
@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     from opensora_repro.data.report.stages import Stage
 
 URLS_FILE = "urls.parquet"  # what convert makes of tables of addresses, for download
+ROW_BY_ROW = ("probe", "split", "score")  # in this order what a row gives can go on at once, whatever others do
 TOOLS = ("convert", "download", "probe", "split", "score", "filter", "deduplicate", "caption")
+Place = tuple[Step, "str | Path", Path]  # a step, what it reads, and the folder it writes to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +108,7 @@ def command_of(step: Step, given: str | Path, folder: Path) -> list[str]:
     return [*step.options, *step.runner, f"--out={folder}", "--", str(given)]
 
 
-def places(line: Line) -> list[tuple[Step, str | Path, Path]]:
+def places(line: Line) -> list[Place]:
     """Return for each step what it reads and the folder it writes to."""
     from opensora_repro.data.report.stages import MANIFEST_FILE
 
@@ -150,12 +152,44 @@ def run(line: Line, tools: dict[str, ModuleType]) -> int:
         print(title, flush=True)
         if not fresh:
             forget(folder)
-        status = tools[step.tool].main(command_of(step, given, folder))
+        status = run_ahead(steps[number:], tools) or tools[step.tool].main(command_of(step, given, folder))
         remove_leftovers(folder)  # of runs that were killed
         if status:
             return failed(line, number, status)
         record_done(folder, step.tool, step.options, Path(given))
     return finish(line, out)
+
+
+def run_ahead(steps: Sequence[Place], tools: dict[str, ModuleType]) -> int:
+    """Over Ray, do what the first of these steps and those after it can do row by row; returns the exit status.
+
+    When their turns come, the tools find it done.
+    """
+    from opensora_repro.data.jobs.line import run_line
+    from opensora_repro.data.jobs.run import runner_of
+    from opensora_repro.data.pipeline.record import forget, is_done
+
+    group, last = list[tuple[ModuleType, Any]](), -1
+    for step, given, folder in steps:
+        at = ROW_BY_ROW.index(step.tool) if step.tool in ROW_BY_ROW else -1
+        if at <= last:
+            break
+        tool, last = tools[step.tool], at
+        args = parse(tool.Arguments, tool.build_parser(), command_of(step, given, folder))
+        if group and runner_of(args) != runner_of(group[0][1]):
+            break
+        group.append((tool, args))
+    if len(group) < 2 or (runner := runner_of(group[0][1])).kind != "ray":
+        return 0
+    for step, given, folder in steps[: len(group)]:
+        if not is_done(folder, step.tool, step.options, Path(given)):
+            forget(folder)
+
+    def work() -> int:
+        run_line([tool.stage_of(args) for tool, args in group], group[0][0].first_jobs(group[0][1]), runner)
+        return 0
+
+    return run_command(work)
 
 
 def failed(line: Line, number: int, status: int) -> int:

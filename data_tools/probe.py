@@ -18,10 +18,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from opensora_repro.data.inputs import find_inputs
+from opensora_repro.data.jobs.course import Job
+from opensora_repro.data.jobs.line import Stage
 from opensora_repro.data.jobs.run import RunnerArguments, runner_of
 from opensora_repro.data.options import any_path, argument, option, parse, parser_of
 from opensora_repro.data.origin import made_by
-from opensora_repro.data.probe.rows import probe_all
+from opensora_repro.data.probe.rows import NEEDS, job_of, probe_all, probe_file, suffixes
 from opensora_repro.errors import run_command
 
 
@@ -43,6 +46,19 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(Arguments, build_parser(), argv)
     work = partial(probe_all, args.input, Path(args.out))
     return run_command(made_by("probe", args)(lambda: work(runner_of(args), decode=args.decode, images=args.images)))
+
+
+# ---- as a step of a line over a cluster, see jobs/line.py
+
+
+def stage_of(args: Arguments) -> Stage:
+    return Stage("probe", Path(args.out), "files", probe_file, NEEDS)
+
+
+def first_jobs(args: Arguments) -> list[Job]:
+    """Return the jobs of INPUT. Raises DataError."""
+    inputs = find_inputs(args.input, out=Path(args.out), suffixes=suffixes(args.images))
+    return [job_of(item, args.decode) for item in inputs.items if not item.reason]
 
 
 if __name__ == "__main__":

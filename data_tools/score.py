@@ -32,17 +32,19 @@ from __future__ import annotations
 import base64
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opensora_repro.data.jobs.batches import run_batches
+from opensora_repro.data.jobs.batches import run_batches, sized_batches
 from opensora_repro.data.jobs.cluster import Needs
 from opensora_repro.data.jobs.course import Job, Keeping, memo_of
 from opensora_repro.data.jobs.earlier import adopt, sampled_digest
 from opensora_repro.data.jobs.gpus import check_device
+from opensora_repro.data.jobs.line import Stage
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, RunnerArguments, contents_of, run_jobs, runner_of
 from opensora_repro.data.manifest import REJECTS
@@ -50,7 +52,7 @@ from opensora_repro.data.options import any_path, argument, local_path, option, 
 from opensora_repro.data.origin import made_by
 from opensora_repro.data.probe.rows import INPUT_HELP, manifest_of
 from opensora_repro.data.progress import progress
-from opensora_repro.data.tables import write_rows
+from opensora_repro.data.tables import BATCH, in_batches, write_rows
 from opensora_repro.errors import DataError, run_command
 from opensora_repro.files import digest, one_line
 
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 NAMES = ("motion", "jitter", "static", "sharpness", "brightness", "letterbox", "text", "watermark", "duplicates")
+BATCH_SIZE = 16  # clips, where memory does not tell
 MODEL_METHOD = 1  # raise when the model's scores are computed otherwise
 NEEDS, MODEL_NEEDS = Needs(memory=1 << 30), Needs(memory=2 << 30)
 TIMEOUT = 300.0  # seconds for a clip
@@ -88,7 +91,9 @@ class Arguments(RunnerArguments):
         "embeddings that are at least so near are of near-duplicates (%(default)s)", 0.95, metavar="X"
     )
     device: str = option("where the model computes, such as cuda (%(default)s)", "cpu")
-    batch_size: int = option("clips a model batch (%(default)s)", 16, metavar="N")
+    batch_size: int | None = option(
+        "clips a model batch (16; on a GPU as many as its free memory has room for)", None, metavar="N"
+    )
     model_workers: int = option("copies of the model (%(default)s)", 1, metavar="N")
 
 
@@ -116,8 +121,8 @@ def names_of(args: Arguments) -> list[str]:
     if args.aesthetic and not args.clip:
         raise DataError("--aesthetic needs --clip, the model whose embeddings it was made for")
     for name in ("batch_size", "model_workers"):
-        if getattr(args, name) < 1:
-            raise DataError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise DataError(f"--{name.replace('_', '-')} {value}: expected at least 1")
     if not 0 < args.cosine <= 1:
         raise DataError(f"--cosine {args.cosine}: expected more than 0 and at most 1")
     return [name for name in NAMES if name in requested]
@@ -131,21 +136,20 @@ def score(args: Arguments) -> int:
     manifest = manifest_of(args.input, out, runner)
     clips = read_manifest(manifest, need_captions=False)
     with Records(out) as kept:
-        records = measure_all(clips, names, Keeping(kept, "scores"), runner)
+        found = measure_all(clips, names, Keeping(kept, "scores"), runner)
         if args.clip or args.embed:
             gpu = check_device(args.device, args.model_workers, over_ray=runner.kind == "ray")
             runner = replace(runner, workers=args.model_workers, gpu=gpu)
-            models = embed_all(clips, records, args, Keeping(kept, "models"), runner)
-            records = [{**record, **model} for record, model in zip(records, models, strict=True)]
-            write_embeddings_of(clips["id"].to_pylist(), records, out / "embeddings.parquet")
-    reasons: list[str] = [record.get("error", "") for record in records]
-    good = [not reason for reason in reasons]
-    measured = clips.filter(good)
-    usable = [record for record in records if "error" not in record]
-    measured = with_columns(measured, usable, args.cosine if "duplicates" in names else None)
+            readable = clips.filter([not reason for reason in found.reasons])
+            models = embed_all(readable, args, Keeping(kept, "models"), runner)
+            write_embeddings_of(readable["id"].to_pylist(), models, out / "embeddings.parquet")
+            found.add(models)
+    good = [not reason for reason in found.reasons]
+    measured = with_columns(clips.filter(good), found, args.cosine if "duplicates" in names else None)
     refused = clips.filter([not kept for kept in good]).to_pylist()
+    reasons = filter(None, found.reasons)
     rejects: list[Record] = [
-        row | {"stage": "score", "reason": reason} for row, reason in zip(refused, filter(None, reasons), strict=True)
+        row | {"stage": "score", "reason": reason} for row, reason in zip(refused, reasons, strict=True)
     ]
     write_rows(out / "rejects.parquet", rejects, REJECTS)
     write_manifest(measured, out / "manifest.parquet")
@@ -155,18 +159,90 @@ def score(args: Arguments) -> int:
     return 0
 
 
-def measure_all(clips: Any, names: list[str], keeping: Keeping, runner: Runner) -> list[Record]:
-    """Return every clip's record: columns, or "error"."""
+def measure_all(clips: Any, names: list[str], keeping: Keeping, runner: Runner) -> Found:
+    """Measure every clip. Jobs and records are made and read as they are needed: there may be millions."""
+    jobs = Jobs(clips, names, old=keeping.records.num_taken_over(keeping.kind) > 0)
+    return Found.of(run_jobs(measure, jobs, keeping, runner=runner, label="scoring", unit="clip", needs=NEEDS))
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """The jobs of a manifest's clips, made whenever they are asked for."""
+
+    clips: Any
+    names: list[str]
+    old: bool  # also as earlier releases named them
+
+    def __iter__(self) -> Iterator[Job]:
+        for batch in self.clips.select(["id", "path", "num_frames", "fps"]).to_batches(max_chunksize=BATCH):
+            yield from (job_of(row, self.names, old=self.old) for row in batch.to_pylist())
+
+
+@dataclass
+class Found:
+    """What was found of clips: why there is nothing of each ("": there is), and of the others numbers by column."""
+
+    reasons: list[str]
+    columns: Any  # table of float64
+    codes: list[str]  # of how they look, "" for none
+    embeddings: list[str]  # likewise
+
+    @classmethod
+    def of(cls, records: Iterable[Record]) -> Found:
+        """Gather records: columns, or "error"."""
+        import pyarrow as pa
+
+        from opensora_repro.data.score.measure import CODE
+
+        reasons, codes, embeddings = list[str](), list[str](), list[str]()
+        tables, names = list[Any](), list[str]()
+        for batch in in_batches(records):
+            reasons += [record.get("error", "") for record in batch]
+            good = [record for record in batch if "error" not in record]
+            codes += [record.get(CODE) or "" for record in good]
+            embeddings += [record.get("embedding") or "" for record in good]
+            names = names or [name for record in good[:1] for name in record if name not in (CODE, "embedding")]
+            columns = {name: pa.array([record[name] for record in good], pa.float64()) for name in names}
+            if good:
+                tables.append(pa.table({"": pa.nulls(len(good)), **columns}))  # has a length without a column, too
+        return cls(reasons, pa.concat_tables(tables) if tables else pa.table({"": pa.nulls(0)}), codes, embeddings)
+
+    def add(self, records: Sequence[Record]) -> None:
+        """Add what models say of the clips that there is something of."""
+        more = Found.of(records)
+        kept = [not reason for reason in more.reasons]
+        left = iter(more.reasons)
+        self.reasons = [reason or next(left) for reason in self.reasons]
+        self.columns = self.columns.filter(kept)
+        for name in more.columns.column_names[1:]:
+            self.columns = self.columns.append_column(name, more.columns[name])
+        self.codes, self.embeddings = list(compress(self.codes, kept)), more.embeddings
+
+
+def job_of(row: Record, names: list[str], *, old: bool = False) -> Job:
+    """Return the job that measures a clip; `old`: also as earlier releases named it."""
     from opensora_repro.data.score.measure import methods_of
 
-    jobs, methods = [], methods_of(names)
-    old = keeping.records.num_taken_over(keeping.kind)
-    for row in clips.to_pylist():
-        facts, path = {"num_frames": int(row["num_frames"]), "fps": float(row["fps"])}, Path(row["path"])
-        earlier = digest([sampled_digest(path), facts, methods]) if old else ""
-        args = {"path": row["path"], "names": names, **facts}
-        jobs.append(Job(digest([facts, methods]), str(row["id"]), args, TIMEOUT, (path,), earlier))
-    return list(run_jobs(measure, jobs, keeping, runner=runner, label="scoring", unit="clip", needs=NEEDS))
+    facts, methods = {"num_frames": int(row["num_frames"]), "fps": float(row["fps"])}, methods_of(names)
+    earlier = digest([sampled_digest(Path(row["path"])), facts, methods]) if old else ""
+    args = {"path": row["path"], "names": names, **facts}
+    return Job(digest([facts, methods]), str(row["id"]), args, TIMEOUT, (Path(row["path"]),), earlier)
+
+
+def stage_of(args: Arguments) -> Stage:
+    """Return this tool as a step of a line over a cluster, see jobs/line.py; models and groups want all rows."""
+    return Stage("score", Path(args.out), "scores", measure, NEEDS, jobs_after, {"names": names_of(args)})
+
+
+def jobs_after(args: Record, result: Record, options: Record) -> list[Job]:
+    """Return the jobs of the clips that a source was split to, or of a file that was probed."""
+    if "error" in result:
+        return []
+    folder = Path(args.get("out", "")) / "clips"
+    rows = [{**row, "path": str(folder / row["path"])} for row in result["clips"]] if "clips" in result else []
+    if "clips" not in result:
+        rows = [{**result, "path": args["path"], "fps": result["fps"] or 0.0}]
+    return [job_of(row, options["names"]) for row in rows]
 
 
 def measure(args: Record) -> Record:
@@ -187,22 +263,13 @@ def reason_of(error: Exception, path: str) -> str:
 # ---- scores of a model
 
 
-def embed_all(
-    clips: Any,
-    records: list[Record],
-    args: Arguments,
-    keeping: Keeping,
-    runner: Runner,
-) -> list[Record]:
-    """Return what the model says of every clip that could be measured, and nothing of the others."""
+def embed_all(clips: Any, args: Arguments, keeping: Keeping, runner: Runner) -> list[Record]:
+    """Return what the model says of every clip."""
     models = {"clip": args.clip, "head": args.aesthetic, "encoder": args.embed}
     load_models(**models, device="cpu")  # says now what every worker would say
     load_models.cache_clear()
-    items = [
-        {"path": row["path"], "num_frames": int(row["num_frames"]), "caption": row["caption"]}
-        for row, record in zip(clips.to_pylist(), records, strict=True)
-        if "error" not in record
-    ]
+    shown = clips.select(["path", "num_frames", "caption"]).to_pylist()
+    items = [{**row, "num_frames": int(row["num_frames"])} for row in shown]
     paths = [Path(item["path"]) for item in items]
 
     def keys(contents: Sequence[str], hash_file: Callable[[Path], str]) -> list[str]:
@@ -212,12 +279,12 @@ def embed_all(
     named = keys(contents_of(paths, keeping.records, runner), memo_of(keeping.records))
     adopt(keeping, named, lambda: keys(list(map(sampled_digest, paths)), sampled_digest))
     todo = dict(zip(named, items, strict=True))
-    options = {**models, "device": args.device}
+    options = {**models, "device": args.device, "batch_size": args.batch_size}
+    size = sized_batches(args.batch_size, args.device, usual=BATCH_SIZE)
     known = run_batches(
-        embed, todo, keeping, size=args.batch_size, options=options, runner=runner, label="embedding", needs=MODEL_NEEDS
+        embed, todo, keeping, size=size, options=options, runner=runner, label="embedding", needs=MODEL_NEEDS
     )
-    found = iter(known[key] for key in named)
-    return [{} if "error" in record else next(found) for record in records]
+    return [known[key] for key in named]
 
 
 def model_fingerprint(clip: str, head: str, encoder: str, hash_file: Callable[[Path], str]) -> str:
@@ -255,32 +322,40 @@ def embed(args: Record) -> Record:
     """Job: for every clip of a batch its embedding (mean of its middle frames') and scores, or why there are none."""
     from opensora_repro.data.clip_frames import read_middles
     from opensora_repro.data.video import DecodeError
+    from opensora_repro.frozen.fitting import in_batches_that_fit
 
     results: dict[str, Record] = {}
-    items: list[Record] = []
-    pictures, owners = [], []
+    readable: list[tuple[Record, Any]] = []
     for item in args["items"]:
         try:
-            frames = read_middles(item["path"], item["num_frames"])
+            readable.append((item, read_middles(item["path"], item["num_frames"])))
         except DecodeError as error:
             results[item["key"]] = {"error": reason_of(error, item["path"])}
-            continue
-        owners += [len(items)] * len(frames)
-        pictures += list(frames)
-        items.append(item)
-    clip, head, encoder = load_models(args["clip"], args["head"], args["encoder"], args["device"])
+    models = load_models(args["clip"], args["head"], args["encoder"], args["device"])
+    work = partial(embed_batch, models)
+    found = in_batches_that_fit(work, readable, args["device"], given=bool(args["batch_size"]))
+    results |= {item["key"]: result for (item, _), result in zip(readable, found, strict=True)}
+    return {"clips": results}
+
+
+def embed_batch(models: tuple[Any, Any, Any], batch: Sequence[tuple[Record, Any]]) -> list[Record]:
+    """Return what the models say of clips with their frames, uint8 [T, H, W, 3], which go through them at once."""
+    clip, head, encoder = models
+    pictures = [picture for _, frames in batch for picture in frames]
+    owners = [number for number, (_, frames) in enumerate(batch) for _ in frames]
     of_frames = (encoder or clip).embed_pictures(pictures)  # [frames, D]
     of_clip = clip.embed_pictures(pictures) if clip and encoder else of_frames  # in the captions' space
-    captions = clip.embed_captions([item["caption"] for item in items]) if clip else [None] * len(items)
-    for number, (item, caption) in enumerate(zip(items, captions, strict=True)):
+    captions = clip.embed_captions([item["caption"] for item, _ in batch]) if clip else [None] * len(batch)
+    results = []
+    for number, ((item, _), caption) in enumerate(zip(batch, captions, strict=True)):
         own = [owner == number for owner in owners]
         result: Record = {"embedding": packed(of_frames[own].mean(dim=0).numpy())}
         if caption is not None:
             result["text_match"] = (of_clip[own] @ caption).mean().item() if item["caption"].strip() else None
         if head:
             result["aesthetic"] = head(of_clip[own]).mean().item()
-        results[item["key"]] = result
-    return {"clips": results}
+        results.append(result)
+    return results
 
 
 def packed(vector: np.ndarray) -> str:
@@ -305,21 +380,19 @@ def write_embeddings_of(ids: Sequence[str], records: list[Record], path: Path) -
 # ---- the manifest
 
 
-def with_columns(clips: Any, records: list[Record], cosine: float | None) -> Any:
-    """Return the clips, whose rows the records match, with what was measured and the groups that look the same.
+def with_columns(clips: Any, found: Found, cosine: float | None) -> Any:
+    """Return the clips with what was found of them, and the groups that look the same.
 
     `cosine`: from which on embeddings look the same; None: no groups are asked for.
     """
     import pyarrow as pa
 
-    from opensora_repro.data.score.measure import CODE
     from opensora_repro.data.tables import set_column
 
-    for name in records[0] if records else ():
-        if name not in (CODE, "embedding"):
-            clips = set_column(clips, name, pa.array([record[name] for record in records], pa.float64()))
+    for name in found.columns.column_names[1:]:
+        clips = set_column(clips, name, found.columns[name])
     if cosine is not None:
-        best = best_alike(clips, records, cosine)
+        best = best_alike(clips, found, cosine)
         sizes = Counter(best)
         ids = clips["id"].to_pylist()
         groups = [ids[row] if sizes[row] > 1 else None for row in best]
@@ -328,12 +401,12 @@ def with_columns(clips: Any, records: list[Record], cosine: float | None) -> Any
     return clips
 
 
-def best_alike(clips: Any, records: list[Record], cosine: float) -> list[int]:
+def best_alike(clips: Any, found: Found, cosine: float) -> list[int]:
     """Return for each clip the row of the best that looks the same: the largest, then longest, then first."""
     import numpy as np
 
     from opensora_repro.data.score.duplicates import groups_of, near_codes, num_crowded
-    from opensora_repro.data.score.measure import CODE, code_of
+    from opensora_repro.data.score.measure import code_of
 
     pixels = clips["height"].to_numpy() * clips["width"].to_numpy()
     order = np.lexsort((-clips["num_frames"].to_numpy(), -pixels))
@@ -341,15 +414,15 @@ def best_alike(clips: Any, records: list[Record], cosine: float) -> list[int]:
     rank[order] = np.arange(len(order))
 
     def pairs() -> Iterator[tuple[int, int]]:
-        coded = [row for row, record in enumerate(records) if record[CODE]]
-        embedded = [int(row) for row in order if records[row].get("embedding")]
+        coded = [row for row, code in enumerate(found.codes) if code]
+        embedded = [int(row) for row in order if found.embeddings[row]]
         if len(coded) > 1:
-            codes = np.stack([code_of(records[row][CODE]) for row in coded])
+            codes = np.stack([code_of(found.codes[row]) for row in coded])
             if crowded := num_crowded(codes):
                 print(f"{crowded:,} clips share part of their code with more than others can be compared: see --embed")
             yield from ((coded[a], coded[b]) for a, b in near_codes(codes))
         if len(embedded) > 1:
-            yield from near_embeddings(embedded, np.stack([unpacked(records[row]["embedding"]) for row in embedded]))
+            yield from near_embeddings(embedded, np.stack([unpacked(found.embeddings[row]) for row in embedded]))
 
     def near_embeddings(rows: list[int], vectors: np.ndarray) -> Iterator[tuple[int, int]]:
         from opensora_repro.data.near_duplicates import cells_note, find_near_duplicates
@@ -357,10 +430,10 @@ def best_alike(clips: Any, records: list[Record], cosine: float) -> list[int]:
         if len(rows) > FEW:
             print(cells_note(len(rows)), flush=True)
         with progress("comparing", len(rows), "clip") as advance:
-            found = find_near_duplicates(vectors, np.arange(len(rows)), cosine=cosine, advance=advance)
-        yield from ((row, rows[better]) for row, better in zip(rows, found.better.tolist(), strict=True) if better >= 0)
+            alike = find_near_duplicates(vectors, np.arange(len(rows)), cosine=cosine, advance=advance)
+        yield from ((row, rows[better]) for row, better in zip(rows, alike.better.tolist(), strict=True) if better >= 0)
 
-    return groups_of(len(records), pairs(), rank.tolist())
+    return groups_of(len(found.codes), pairs(), rank.tolist())
 
 
 if __name__ == "__main__":

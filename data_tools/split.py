@@ -16,7 +16,7 @@ import json
 import os
 import sys
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from functools import partial
@@ -29,6 +29,7 @@ from opensora_repro.data.inputs import Item, find_inputs
 from opensora_repro.data.jobs.cluster import Needs
 from opensora_repro.data.jobs.course import Job, Keeping
 from opensora_repro.data.jobs.earlier import file_key
+from opensora_repro.data.jobs.line import Stage
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, RunnerArguments, run_jobs, runner_of
 from opensora_repro.data.jobs.workers import num_cores
@@ -235,18 +236,13 @@ def split(given: str, out: Path, options: Options, runner: Runner, *, share: flo
     Where there are few, several workers share a video of more than `share` minutes, unless it is 0.
     """
     inputs = find_inputs(given, out=out)
-    (out / "clips").mkdir(parents=True, exist_ok=True)
-    remove_leftovers(out / "clips")
+    make_ready(out)
     usable = [item for item in inputs.items if not item.reason]
     jobs = [job_of(item, out, options) for item in usable]
-
-    def holds(job: Job, result: Record) -> bool:
-        return all(is_file(out / "clips" / row["path"]) for row in result.get("clips", []))
-
     with Records(out) as records:
         take_over(records, jobs)
-        keeping = Keeping(records, "sources", holds, one_a_file=True)
-        if share and options.detector == "shots" and len(jobs) <= FEW * (runner.workers or num_cores()):
+        keeping = Keeping(records, "sources", partial(has_its_clips, out), one_a_file=True)
+        if share and options.detector == "shots" and are_few(jobs, runner):
             split_long(jobs, options, keeping, 60 * share, runner)
         found = run_jobs(split_job, jobs, keeping, runner=runner, label="splitting", unit="video", needs=NEEDS)
     remove_leftovers(out / "clips")  # again: the workers of a run that was killed just before may have died since
@@ -262,6 +258,20 @@ def split(given: str, out: Path, options: Options, runner: Runner, *, share: flo
     if not clips:
         raise DataError(f"{given}: no clip came out; the reasons are in {out / 'rejects.parquet'}")
     return 0
+
+
+def are_few(jobs: Sequence[Job], runner: Runner) -> bool:
+    """Whether it pays to share one of the jobs out."""
+    return len(jobs) <= FEW * (runner.workers or num_cores())
+
+
+def make_ready(out: Path) -> None:
+    (out / "clips").mkdir(parents=True, exist_ok=True)
+    remove_leftovers(out / "clips")
+
+
+def has_its_clips(out: Path, job: Job, result: Record) -> bool:
+    return all(is_file(out / "clips" / row["path"]) for row in result.get("clips", []))
 
 
 def take_over(records: Records, jobs: list[Job]) -> None:
@@ -393,6 +403,40 @@ def clips_job(args: dict[str, Any]) -> Record:
     clips = [(span, target(span)) for span in (Span(*given) for given in args["spans"])]
     cut_clips(path, scan, clips, encoding_of(options), seek=True)
     return {"clips": [clip_row(path, scan, span) for span, path in clips]}
+
+
+# ---- as a step of a line over a cluster, see jobs/line.py
+
+
+def stage_of(args: Arguments) -> Stage:
+    out, options = Path(args.out), options_of(args)
+    told = {"out": os.fspath(out.absolute()), "options": asdict(options), "long": long_seconds(args, options)}
+    holds = partial(has_its_clips, out)
+    make_ready(out)
+    return Stage("split", out, "sources", split_job, NEEDS, jobs_after_probe, told, holds, one_a_file=True)
+
+
+def long_seconds(args: Arguments, options: Options) -> float:
+    """Return from how many seconds on a source may be one that several workers share: no line has those."""
+    return 60 * args.share if args.share and options.detector == "shots" else float("inf")
+
+
+def first_jobs(args: Arguments) -> list[Job]:
+    """Return the jobs of INPUT, but for files that may be long where there are few. Raises DataError."""
+    from opensora_repro.data.split.shared import SPARSE
+
+    options, out = options_of(args), Path(args.out)
+    jobs = [job_of(item, out, options) for item in find_inputs(args.input, out=out).items if not item.reason]
+    large = long_seconds(args, options) * SPARSE if are_few(jobs, runner_of(args)) else float("inf")
+    return [job for job in jobs if (size_and_time(job.files[0]) or [0])[0] < large]
+
+
+def jobs_after_probe(args: Record, result: Record, options: Record) -> list[Job]:
+    """Return the job of a file that was probed; none for a long one."""
+    if "error" in result or (result.get("duration") or 0) > options["long"]:
+        return []
+    path = Path(args["path"])
+    return [job_of(Item(path, path.name), Path(options["out"]), Options(**options["options"]))]
 
 
 # ---- what a clip is called, and what is told of it

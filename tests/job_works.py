@@ -6,13 +6,19 @@ python tests/job_works.py FOLDER COUNT WORKERS
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from opensora_repro.data.jobs.cluster import Needs, Place
+    from opensora_repro.data.jobs.rows import Order
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -58,6 +64,12 @@ def misbehave(args: dict[str, Any]) -> Any:
         Path(args["pids"], str(os.getpid())).touch()
     if how in ("SIGSEGV", "SIGKILL"):
         os.kill(os.getpid(), getattr(signal, how))
+    elif how == "once":
+        try:
+            Path(args["pids"], "once").touch(exist_ok=False)
+        except FileExistsError:
+            return square(args)
+        os.kill(os.getpid(), signal.SIGKILL)
     elif how == "exit":
         os._exit(3)
     elif how == "hang":
@@ -69,6 +81,27 @@ def misbehave(args: dict[str, Any]) -> Any:
     elif how == "full":
         raise OSError(errno.ENOSPC, "No space left on device")
     return square(args)
+
+
+def plan_here(order: Order, count: int, needs: Needs, place: Place) -> Iterator[Any]:
+    """Let an actor's code do the chunks in this process: the same rows and parts as a plan's, without a cluster."""
+    import numpy as np
+
+    from opensora_repro.data.jobs import parts
+    from opensora_repro.data.jobs.rows import Rows, folders_of
+
+    actor = Rows(order)
+    try:
+        for number in range(count):
+            done = actor({"chunk": np.array([number])})
+            assert done["trouble"] == [""]
+            yield json.loads(done["counts"][0])
+    finally:
+        if actor.process.worker:
+            actor.process.worker.end()
+    for folder in folders_of(order):
+        for group in parts.groups_to_merge(folder):
+            parts.merge(group)
 
 
 def main() -> None:

@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,11 @@ from opensora_repro.data.write import write_video
 from tests.e2e.test_data_tools import film, stamps
 from tests.frames import read_manifest, read_table
 from tests.job_records import recorded
+from tests.job_works import plan_here
+
+if TYPE_CHECKING:
+    from opensora_repro.data.jobs.cluster import Needs, Place
+    from opensora_repro.data.jobs.rows import Order
 
 BAD = ("zero_bytes.mp4", "audio_only.mp4", "text_renamed.mp4", "trunc_mdat_half.mp4", "directory.mp4")
 SIDE = 32  # pixels
@@ -229,3 +235,46 @@ def test_the_output_may_not_lie_in_the_input(config: Path, capsys: pytest.Captur
         assert pipeline.main([str(config), "--out", str(out)]) == 2
         assert "lies in the input folder" in capsys.readouterr().err
         assert not (out / "probe").exists()
+
+
+def test_over_a_cluster_rows_go_on_at_once(
+    config: Path, made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each source is probed, split and scored before the next; killed after some, the rest is done, and once."""
+    pytest.importorskip("ray")
+    out, counts, dies = made.with_name("over-ray"), list[list[list[int]]](), [True]
+
+    def plan(order: Order, count: int, needs: Needs, place: Place) -> Iterator[Any]:
+        assert order.then is not None  # the tools have nothing left for plans of their own
+        for found in plan_here(order, count, needs, place):
+            counts.append(found)
+            yield found
+            if dies[0] and found[2][0]:
+                raise OSError("the end of the command")
+
+    for module in ("line", "stream"):
+        monkeypatch.setattr(f"opensora_repro.data.jobs.{module}.run_plan", plan)
+    run = [str(config), "--out", str(out), "run.runner=ray"]
+    assert pipeline.main(run) == 1
+    assert not (out / "probe" / "manifest.parquet").exists() and any(out.glob("split/clips/*.mp4"))
+    assert sum(steps[0][0] for steps in counts) < 4 + len(BAD) and capsys.readouterr().out.count("row by row") == 1
+    dies.clear()
+    dies.append(False)
+    assert pipeline.main(run) == 0
+    sums = np.sum(counts, axis=0).tolist()
+    assert sums == [[4 + len(BAD), len(BAD)], [4, 0], [5, 0]]
+    for name in ("probe", "split", "score", "filter", "."):
+        same_table(out / name / "manifest.parquet", made / name / "manifest.parquet")
+        same_table(out / name / "rejects.parquet", made / name / "rejects.parquet")
+    before = len(counts)
+    assert pipeline.main(run) == 0 and len(counts) == before
+
+
+@pytest.mark.exhaustive
+def test_ray_gives_what_one_machine_gives(config: Path, made: Path) -> None:
+    pytest.importorskip("ray")
+    out = made.with_name("by-ray")
+    where = ["run.runner=ray", "run.address=local", "run.workers=2"]
+    assert pipeline.main([str(config), "--out", str(out), *where]) == 0
+    for name in ("manifest.parquet", "rejects.parquet"):
+        same_table(out / name, made / name)

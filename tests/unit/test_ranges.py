@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import cv2
@@ -13,9 +14,11 @@ import pytest
 
 from data_tools import split
 from opensora_repro.data.jobs.records import Records
+from opensora_repro.data.jobs.rows import Order
 from opensora_repro.data.split.ranges import RangeShots, joined, plan_ranges, scan_of, scan_range, unlike_before
 from opensora_repro.data.split.scenes import scan_video
 from opensora_repro.data.video import frame_index
+from tests.job_works import plan_here
 
 FPS = 12
 SCENES = ("view", "dissolve", "view", "black", "view", "fade", "view", "view", "view")
@@ -119,3 +122,25 @@ def test_workers_that_share_a_video_make_what_one_makes(
         assert split.main([*command, "--out", str(tmp_path / "shared"), "--share", share]) == 0
     told = capfd.readouterr().err
     assert "finding cuts" not in told and "splitting" not in told
+
+
+@pytest.mark.exhaustive
+def test_a_cluster_s_workers_share_a_video_too(long: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranges are rows of plans of their own; what was done so is found by either runner."""
+    pytest.importorskip("ray")
+    plans = list[str]()
+
+    def plan(order: Order, *more: Any) -> Any:
+        plans.append(order.work)
+        return plan_here(order, *more)
+
+    monkeypatch.setattr("opensora_repro.data.jobs.stream.run_plan", plan)
+    command = [str(long), "--workers", "2", "--min-frames", "20"]
+    assert split.main([*command, "--out", str(tmp_path / "alone"), "--share", "0"]) == 0
+    there = [*command, "--out", str(tmp_path / "there"), "--share", "0.35"]
+    for where in (["--runner", "ray"], ["--runner", "ray"], []):
+        assert split.main([*there, *where]) == 0
+        clips = [{p.name: p.read_bytes() for p in (tmp_path / n / "clips").iterdir()} for n in ("alone", "there")]
+        assert clips[0] == clips[1] and len(clips[0]) > 4
+        pd.testing.assert_frame_equal(*(pd.read_parquet(tmp_path / n / "manifest.parquet") for n in ("alone", "there")))
+        assert plans.count("data_tools.split:clips_job") == 1 and "data_tools.split:split_job" not in plans

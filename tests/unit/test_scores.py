@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -166,3 +169,33 @@ def test_a_clip_is_measured_whole(tmp_path: Path) -> None:
     assert len(grey(read_runs(tmp_path / "clip.mp4", 40)[2])) == RUN_FRAMES
     with pytest.raises(DecodeError, match="ends early"):
         measure_clip(tmp_path / "clip.mp4", num_frames=60, fps=FPS, names=["motion"])
+
+
+def test_records_of_millions_are_not_held() -> None:
+    """A number a column and clip is: a record is gone when those after it are read."""
+    from data_tools.score import Found
+    from opensora_repro.data.tables import BATCH
+
+    class Record(dict[str, Any]):
+        pass
+
+    alive, most = list[weakref.ref[Record]](), 0
+
+    def records() -> Iterator[Record]:
+        nonlocal most
+        for n in range(3 * BATCH):
+            record = Record(error="no") if n % 5 == 0 else Record(motion=None if n % 5 == 1 else float(n), code="")
+            alive.append(weakref.ref(record))
+            yield record
+            if n % BATCH == 0:
+                most = max(most, sum(one() is not None for one in alive))
+
+    found = Found.of(records())
+    assert most <= BATCH + 1
+    assert found.reasons[:3] == ["no", "", ""] and len(found.reasons) == 3 * BATCH
+    motion = found.columns["motion"].to_pylist()
+    assert motion[:5] == [None, 2.0, 3.0, 4.0, None]
+    assert len(motion) == len(found.codes) == sum(n % 5 > 0 for n in range(3 * BATCH))
+    found.add([{"aesthetic": 1.0, "embedding": "x"} if number else {"error": "dark"} for number in range(len(motion))])
+    assert found.reasons[:3] == ["no", "dark", ""] and found.columns["motion"].to_pylist()[:2] == [2.0, 3.0]
+    assert len(found.columns["aesthetic"]) == len(found.embeddings) == len(motion) - 1

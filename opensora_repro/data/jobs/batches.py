@@ -14,6 +14,12 @@ from opensora_repro.data.jobs.workers import Task, Work
 from opensora_repro.data.progress import progress
 
 Record = dict[str, Any]
+SENT = 64  # clips that a worker gets at a time where it sizes its batches by itself: all their frames are in memory
+
+
+def sized_batches(given: int | None, device: str, *, usual: int) -> int:
+    """Return how many clips go to a worker at a time; see `in_batches_that_fit` for what it does with them on a GPU."""
+    return given or (SENT if device.startswith("cuda") else usual)
 
 
 def run_batches(

@@ -6,17 +6,22 @@ gone. Rows and results never pass through this process.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from opensora_repro.data.jobs import parts
-from opensora_repro.data.jobs.rows import Order, Rows
+from opensora_repro.data.jobs.rows import Order, Rows, folders_of
 from opensora_repro.data.jobs.workers import num_cores, one_reason
 from opensora_repro.errors import DataError
+
+BLOCKS, A_WORKER = 512, 16  # tasks of Ray's that a plan has at most: in all, or for each worker if that is more
+STARTS = 3  # of a cluster on this machine: Ray gives its own processes half a minute, which a busy one needs
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,11 @@ def import_ray() -> Any:
     return ray
 
 
-def run_plan(order: Order, count: int, needs: Needs, place: Place) -> Iterator[int]:
-    """Do the chunks 0 to `count` of `order`, then make few parts of many; yield how many rows each chunk had.
+Counts = list[list[int]]  # of each step of a line (usually there is one): rows that were done, and rejects among them
+
+
+def run_plan(order: Order, count: int, needs: Needs, place: Place) -> Iterator[Counts]:
+    """Do the chunks 0 to `count` of `order`, then make few parts of many; yield what was done, now and then.
 
     Every node needs this package, and inputs and outputs under the same path. Raises DataError if no cluster answers
     or none of its nodes has what a worker needs, OSError and RuntimeError for what stops all of the work.
@@ -59,27 +67,41 @@ def run_plan(order: Order, count: int, needs: Needs, place: Place) -> Iterator[i
     if mine:
         _connect(ray, needs, place)
     try:
-        yield from _chunks(ray, order, count, needs, place)
-        merge = ray.remote(num_cpus=min(1.0, needs.cpus), max_retries=3)(parts.merge)
-        ray.get([merge.remote(group) for group in parts.groups_to_merge(order.folder)])
+        with _told(ray):
+            nodes, apart = _nodes(ray, needs, place)
+            yield from _chunks(ray, order, count, needs, place, room=_room(nodes, needs), apart=apart)
+            merge = ray.remote(num_cpus=min(1.0, needs.cpus), max_retries=3, label_selector=apart)(parts.merge)
+            groups = [group for folder in folders_of(order) for group in parts.groups_to_merge(folder)]
+            ray.get([merge.remote(group) for group in groups])
     finally:
         if mine:
             ray.shutdown()
 
 
-def _chunks(ray: Any, order: Order, count: int, needs: Needs, place: Place) -> Iterator[int]:
+@contextmanager
+def _told(ray: Any) -> Iterator[None]:
+    """Let an error of Ray's be one line."""
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        raise OSError(f"--runner ray: {one_reason(error)[:500]}") from error
+
+
+def _chunks(
+    ray: Any, order: Order, count: int, needs: Needs, place: Place, *, room: int, apart: dict[str, str] | None
+) -> Iterator[Counts]:
     from ray.data import ActorPoolStrategy, DataContext, from_items
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     DataContext.get_current().enable_progress_bars = False
-    nodes, apart = _nodes(ray, needs, place)
-    room = _room(nodes, needs)
-    most = min(place.workers or count, count)
-    # The last ones are the largest, with which it begins, so that none is left alone with one at the end
-    chunks = from_items([{"chunk": number} for number in reversed(range(count))], override_num_blocks=count)
-    plan = chunks.map_batches(
+    # The last ones are the largest, with which it begins, so that none is left alone with one at the end. A task costs
+    # this process some 10 ms, whatever it has to do: where there are many chunks, a task has several.
+    numbers = [{"chunk": number} for number in reversed(range(count))]
+    blocks = min(count, max(BLOCKS, A_WORKER * max(room, place.workers)))
+    most = min(place.workers or blocks, blocks)
+    plan = from_items(numbers, override_num_blocks=blocks).map_batches(
         Rows,
-        batch_size=1,
+        batch_size=max(1, count // blocks),  # of the smallest block; with GPUs Ray wants it told
         fn_constructor_args=(order,),
         compute=ActorPoolStrategy(min_size=1, max_size=most, initial_size=min(room, most)),
         num_cpus=needs.cpus,
@@ -87,14 +109,11 @@ def _chunks(ray: Any, order: Order, count: int, needs: Needs, place: Place) -> I
         memory=needs.memory or None,
         label_selector=apart,
     )
-    try:
-        for done in plan.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
-            for trouble in filter(None, done["trouble"].tolist()):
-                kind, _, text = trouble.partition(" ")
-                raise RuntimeError(text) if kind == "RuntimeError" else OSError(text)
-            yield from done["rows"].tolist()
-    except ray.exceptions.RayError as error:
-        raise OSError(f"--runner ray: {one_reason(error)[:500]}") from error
+    for done in plan.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
+        for trouble in filter(None, done["trouble"].tolist()):
+            kind, _, text = trouble.partition(" ")
+            raise RuntimeError(text) if kind == "RuntimeError" else OSError(text)
+        yield from map(json.loads, done["counts"].tolist())
 
 
 def _nodes(ray: Any, needs: Needs, place: Place) -> tuple[list[dict[str, float]], dict[str, str] | None]:
@@ -127,11 +146,17 @@ def _room(nodes: list[dict[str, float]], needs: Needs) -> int:
 def _connect(ray: Any, needs: Needs, place: Place) -> None:
     """Join the cluster at the address, or start one here ("local", or none given and none running)."""
     quiet = {"logging_level": "WARNING", "log_to_driver": False}
-    try:
-        if place.address in (None, "local") and not os.environ.get("RAY_ADDRESS"):
-            cores = math.ceil(place.workers * needs.cpus) or num_cores()
-            ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
-        else:
-            ray.init(address=place.address, **quiet)
-    except Exception as error:  # Ray has no class of its own for this: ConnectionError, RuntimeError, plain Exception
-        raise DataError(f"--address {place.address or 'local'}: no Ray cluster answers: {one_reason(error)}") from error
+    here = place.address == "local" or not (place.address or os.environ.get("RAY_ADDRESS"))
+    cores = math.ceil(place.workers * needs.cpus) or num_cores()
+    for left in reversed(range(STARTS if here else 1)):
+        try:
+            if here:
+                ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
+            else:
+                ray.init(address=place.address, **quiet)
+            return
+        except Exception as error:  # Ray has no class of its own for this: ConnectionError, RuntimeError, Exception
+            ray.shutdown()
+            if not left:
+                told = f"--address {place.address or 'local'}: no Ray cluster answers: {one_reason(error)}"
+                raise DataError(told) from error

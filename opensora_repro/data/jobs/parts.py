@@ -7,6 +7,7 @@ read; and `named`, of its record's name, which holds the files' contents. Withou
 from __future__ import annotations
 
 import hashlib
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from opensora_repro.data.jobs.course import Job, Keeping
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.tables import in_batches
-from opensora_repro.files import digest, place_of, remove_folder, remove_leftovers, replacing, size_and_time, writing
+from opensora_repro.files import digest, place_of, remove_folder, size_and_time, writing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,41 +53,66 @@ def schema_of_parts(one_a_file: bool = False) -> Any:
     )
 
 
-def write_part(path: Path, rows: Sequence[Row], schema: Any) -> None:
+def part_of(rows: Sequence[Row], schema: Any) -> Any:
+    """Return rows as a table of a part."""
     import pyarrow as pa
+
+    return pa.Table.from_pylist(list(rows), schema)
+
+
+def write_part(path: Path, table: Any) -> None:
     import pyarrow.parquet as pq
 
     with writing(path) as file:
-        pq.write_table(pa.Table.from_pylist(list(rows), schema), file, compression="zstd")
+        pq.write_table(table, file, compression="zstd")
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what workers left that are gone, on whichever node: one command at a time has the folder.
+
+    One that is not gone yet, of a run that was killed, fails at what nobody waits for any more.
+    """
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 class Index:
-    """Where the result of every row lies that is final, or of this run: 24 bytes a row in memory, 48 with files.
+    """Where the result of every row lies that is final, or made `since`: 24 bytes a row in memory, 48 with files.
 
-    Of several results the newest is found. Where what is made of a file replaces what was made of it before, only the
-    newest is there.
+    Of several results the newest is found, of one run's a final one first. Where what is made of a file replaces
+    what was made of it before, only the newest is there.
     """
 
-    def __init__(self, folder: Path, run: int) -> None:
+    def __init__(self, folder: Path, since: int) -> None:
         import numpy as np
 
         self.parts = sorted(folder.glob("[!.]*.parquet"), key=lambda part: part.name)
-        entries, ranks = [np.empty((0, 3), np.uint64)], [np.empty(0, np.int64)]
+        # Memory is taken where it is written to: as many rows as there can be are no cost where there are fewer
+        most = 2 * sum(map(_num_rows, self.parts))
+        entries, ranks, count = np.empty((3, most), np.uint64), np.empty(most, np.int64), 0
         replaced = _Replaced(self.parts)
         for number, part in enumerate(self.parts):
             table = read_part(part, ["quick", "named", "final", "run"])
             runs = table["run"].to_numpy()
             final = table["final"].to_numpy(zero_copy_only=False)
-            kept = np.flatnonzero((final | (runs == run)) & replaced.kept(part, runs))
-            quick, named = (_numbers(table[name])[kept] for name in ("quick", "named"))
+            kept = np.flatnonzero((final | (runs >= since)) & replaced.kept(part, runs))
+            quick, named = (numbers_of(table[name])[kept] for name in ("quick", "named"))
             located = (np.uint64(number) << np.uint64(32)) | kept.astype(np.uint64)
-            rank = np.where(final, -runs, 1)[kept]
+            rank = (np.where(final, 0, 1) - 2 * runs)[kept]
             other = np.flatnonzero((quick != named).any(axis=1))  # those with files
-            entries += [np.column_stack([quick, located]), np.column_stack([named[other], located[other]])]
-            ranks += [rank, rank[other]]
-        joined = np.concatenate(entries)
-        del entries
-        self.entries = joined[np.lexsort((np.concatenate(ranks), joined[:, 0]))]
+            for names, rows in ((quick, slice(None)), (named, other)):
+                end = count + len(located[rows])
+                entries[:2, count:end], entries[2, count:end], ranks[count:end] = (
+                    names[rows].T,
+                    located[rows],
+                    rank[rows],
+                )
+                count = end
+        order = np.lexsort((ranks[:count], entries[0, :count]))
+        del ranks
+        for column in entries:
+            column[:count] = column[order]
+        self.entries = entries[:, :count]
         self._column = lru_cache(maxsize=4)(lambda number: read_part(self.parts[number], ["text"])["text"])
 
     def find(self, hashes: np.ndarray) -> np.ndarray:
@@ -109,14 +135,15 @@ class Index:
 
 
 def find(entries: np.ndarray, hashes: np.ndarray) -> np.ndarray:
-    """See `Index.find`; `entries` are sorted by their first number, and may lie in a file."""
+    """See `Index.find`; `entries`, uint64 [3, n], are sorted by their first numbers, and may lie in a file."""
     import numpy as np
 
-    if not len(entries):
+    first, second, located = entries
+    if not len(first):
         return np.full(len(hashes), -1, np.int64)
-    at = np.minimum(np.searchsorted(entries[:, 0], hashes[:, 0]), len(entries) - 1)
-    hit = (entries[at, 0] == hashes[:, 0]) & (entries[at, 1] == hashes[:, 1])
-    return np.where(hit, entries[at, 2].astype(np.int64), -1)
+    at = np.minimum(np.searchsorted(first, hashes[:, 0]), len(first) - 1)
+    hit = (first[at] == hashes[:, 0]) & (second[at] == hashes[:, 1])
+    return np.where(hit, located[at].astype(np.int64), -1)
 
 
 def as_hashes(data: bytes) -> np.ndarray:
@@ -126,7 +153,8 @@ def as_hashes(data: bytes) -> np.ndarray:
     return np.frombuffer(data, "<u8").reshape(-1, 2)
 
 
-def _numbers(column: Any) -> np.ndarray:
+def numbers_of(column: Any) -> np.ndarray:
+    """Return a column of 16 bytes a row as numbers, uint64 [n, 2]."""
     import numpy as np
 
     chunks = [chunk for chunk in column.chunks if len(chunk)]
@@ -145,21 +173,32 @@ class _Replaced:
     """Which rows are no longer of value: made of a file of which something else has been made since."""
 
     def __init__(self, parts: Sequence[Path]) -> None:
+        import numpy as np
         import pyarrow.parquet as pq
 
-        self.latest: dict[str, tuple[int, str]] = {}
-        for part in parts if parts and ONE_A_FILE in (pq.read_schema(parts[0]).metadata or {}) else ():
-            for row in read_part(part, ["name", "run"]).to_pylist():
-                content = row["name"].partition("-")[0]
-                self.latest[content] = max(self.latest.get(content, (0, "")), (row["run"], row["name"]))
+        one_a_file = bool(parts) and ONE_A_FILE in (pq.read_schema(parts[0]).metadata or {})
+        found = [self._rows_of(part) for part in parts] if one_a_file else []
+        joined = np.concatenate(found) if found else np.empty((0, 3), np.uint64)
+        joined = joined[np.lexsort((joined[:, 2], joined[:, 0]))]
+        self.latest = joined[np.append(joined[1:, 0] != joined[:-1, 0], True)] if len(joined) else joined
+
+    @staticmethod
+    def _rows_of(part: Path) -> np.ndarray:
+        """Return for each row 8 bytes of its file's content, 8 of its record's name, and its run: uint64 [n, 3]."""
+        import numpy as np
+
+        table = read_part(part, ["named", "name", "run"])
+        contents = b"".join(named_hash(name.partition("-")[0])[:8] for name in table["name"].to_pylist())
+        runs = table["run"].to_numpy().astype(np.uint64)
+        return np.column_stack([np.frombuffer(contents, "<u8"), numbers_of(table["named"])[:, 0], runs])
 
     def kept(self, part: Path, runs: np.ndarray) -> Any:
         import numpy as np
 
-        if not self.latest:
+        if not len(self.latest):
             return np.full(len(runs), True)
-        names = read_part(part, ["name"])["name"].to_pylist()
-        return np.array([self.latest[name.partition("-")[0]][1] == name for name in names], bool)
+        rows = self._rows_of(part)
+        return self.latest[np.searchsorted(self.latest[:, 0], rows[:, 0]), 1] == rows[:, 1]
 
 
 # ---- many small parts to few
@@ -190,15 +229,14 @@ def _num_rows(part: Path) -> int:
 
 
 def merge(parts: Sequence[Path]) -> None:
-    """Make one part of several. Killed in between, rows are there twice, which costs nothing."""
+    """Make one part of several. Killed in between, rows are there twice, which costs nothing; Ray tries it again."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     target = parts[0].with_name(f"merged-{digest([part.stem for part in parts])}.parquet")
-    with replacing(target) as unfinished:
-        pq.write_table(pa.concat_tables([read_part(part) for part in parts]), unfinished, compression="zstd")
+    if not target.exists():
+        write_part(target, pa.concat_tables([read_part(part) for part in parts]))
     for part in parts:
-        part.unlink()
+        part.unlink(missing_ok=True)
 
 
 # ---- to and from the records of one machine
@@ -209,10 +247,10 @@ def to_records(keeping: Keeping) -> None:
     folder = folder_of(keeping.records, keeping.kind)
     if not folder.is_dir():
         return
-    index = Index(folder, 0)
+    index = Index(folder, sys.maxsize)
     import numpy as np
 
-    places = np.unique(index.entries[:, 2])
+    places = np.unique(index.entries[2])
     for number, part in enumerate(index.parts):
         rows = places[(places >> np.uint64(32)) == number] & np.uint64(0xFFFFFFFF)
         table = read_part(part, ["name", "text"]).take(rows)
@@ -224,10 +262,10 @@ def from_records(keeping: Keeping) -> None:
     """Bring what this machine has recorded into parts, where work over a cluster looks for it."""
     folder, records = folder_of(keeping.records, keeping.kind), keeping.records
     folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
+    remove_unfinished(folder)
     schema, batch = schema_of_parts(keeping.one_a_file), list[Row]()
     for batch in in_batches(_rows_of(records.texts(keeping.kind)), FULL):
-        write_part(folder / f"merged-{digest([row['name'] for row in batch])}.parquet", batch, schema)
+        write_part(folder / f"merged-{digest([row['name'] for row in batch])}.parquet", part_of(batch, schema))
     if batch:
         records.drop(keeping.kind, "")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -141,7 +141,7 @@ def run_tasks(work: Work, tasks: Iterator[Task], runner: Runner) -> Steps:
     follows from its own.
     """
     gpus = visible_gpus() if runner.gpu else ()
-    with closing(run_here(_name_of(work), tasks, runner.workers or num_cores(), gpus)) as steps:
+    with closing(run_here(name_of(work), tasks, runner.workers or num_cores(), gpus)) as steps:
         yield from steps
 
 
@@ -160,7 +160,7 @@ def run_over_ray(
     """Like `run_jobs`, over a cluster; with `group` the work takes so many jobs at a time, see `run_batches`."""
     place = Place(runner.address, runner.workers, runner.gpu_nodes)
     return run_streamed(
-        _name_of(work), Table.of_jobs(jobs), keeping, needs=runner.needs(needs), place=place, label=label, unit=unit,
+        name_of(work), Table.of_jobs(jobs), keeping, needs=runner.needs(needs), place=place, label=label, unit=unit,
         group=group, options=options,
     )  # fmt: skip
 
@@ -184,7 +184,7 @@ def first_content(args: dict[str, Any]) -> str:
     return str(args["contents"][0])
 
 
-def _name_of(work: Work) -> str:
+def name_of(work: Callable[..., Any]) -> str:
     """Return "module:function": workers import the code by name, whichever way this process was started."""
     module = work.__module__
     if module == "__main__":

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from opensora_repro.data.jobs.course import Job, Keeping
+from opensora_repro.data.jobs.course import Job, Keeping, memo_of
 from opensora_repro.data.jobs.parts import to_records
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, contents_of, run_jobs
@@ -26,7 +26,11 @@ def large_left(jobs: Sequence[Job], keeping: Keeping, seconds: float, runner: Ru
     if not large:
         return {}
     to_records(keeping)
-    contents = contents_of([job.files[0] for job in large], keeping.records, runner)
+    files, memo = [job.files[0] for job in large], memo_of(keeping.records)
+    before = list(map(size_and_time, files))
+    contents = contents_of(files, keeping.records, runner)
+    for file, as_it_was, content in zip(files, before, contents, strict=True):  # over Ray others have read them
+        memo.remember(file, as_it_was, content)
     named = {f"{digest([content])}-{job.key}": job for content, job in zip(contents, large, strict=True)}
     known = keeping.records.get(keeping.kind, named)
     holds = keeping.holds or (lambda job, result: True)
