@@ -308,8 +308,8 @@ class Look:
         return self._most(self.likeness, limit, "look like noise: neighbouring places have nothing in common")
 
     def is_flat(self, usual: Look, ease: float) -> str:
-        """A model of one colour leaves some of its noise: 5 levels, where clips have 26."""
-        limit = min(FAINT, 0.2 * statistics.median(usual.contrast)) if usual.contrast else FAINT
+        """A model of one colour leaves some of its noise: 5 levels, where clips have 22."""
+        limit = min(FAINT, statistics.median(usual.contrast) / 4) if usual.contrast else FAINT
         return self._most(self.contrast, limit / ease, "are of one colour")
 
     def is_still(self, usual: Look, ease: float) -> str:
