@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,13 +139,13 @@ def make_data(plan: Plan) -> None:
     training, held_out = clips.filter(in_training), clips.filter(apart)
     best = clips.filter(pc.less(number, plan.hq_videos))
     write_manifest(training, plan.manifest)
-    stills, held_out_stills = (
-        take_stills(clips.filter(pc.and_(own, one_way)), plan.root / "images") for own in (in_training, apart)
-    )
-    write_manifest(stills, plan.root / "images.parquet")
-    manifests = {"stage1": stills, "stage2": training, "val_stage1": held_out_stills, "val_stage2": held_out}
-    manifests = {name: own.filter(pc.equal(own["width"], own["height"])) for name, own in manifests.items()}
-    few = stills.take(list(range(1, len(stills), 2 * STILLS_A_CLIP)))  # one of every other clip
+    square, images = pc.equal(clips["width"], clips["height"]), plan.root / "images"
+    manifests = {}
+    for prefix, own in {"": in_training, "val_": apart}.items():
+        manifests[f"{prefix}stage2"] = clips.filter(pc.and_(own, square))
+        manifests[f"{prefix}stage1"] = take_stills(clips.filter(pc.and_(pc.and_(own, square), one_way)), images)
+    some = clips.filter(pc.and_(in_training, one_way))
+    few = take_stills(some.take(list(range(0, len(some), 2))), images, numbers=(1,))  # one of every other clip
     manifests["stage3"] = pa.concat_tables([best, few], promote_options="default")
     manifests["val_stage3"] = held_out
     for name, own in manifests.items():
@@ -153,8 +153,8 @@ def make_data(plan: Plan) -> None:
     print(f"{len(training)} training clips in {plan.manifest}")
 
 
-def take_stills(clips: Any, folder: Path) -> Any:
-    """Save evenly spaced frames of every clip as png; the caption keeps colour and shape only."""
+def take_stills(clips: Any, folder: Path, numbers: Sequence[int] = range(STILLS_A_CLIP)) -> Any:
+    """Save `numbers` of every clip's evenly spaced frames as png; the caption keeps colour and shape only."""
     import pyarrow as pa
     from tqdm import tqdm
 
@@ -164,7 +164,7 @@ def take_stills(clips: Any, folder: Path) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for clip in tqdm(clips.to_pylist(), desc="stills", unit="clip"):
-        for still in range(STILLS_A_CLIP):
+        for still in numbers:
             frame = int(clip["num_frames"]) * (2 * still + 1) // (2 * STILLS_A_CLIP)
             path = folder / f"{clip['id']}-{frame:04d}.png"
             if not path.exists():
@@ -231,8 +231,19 @@ def sample_all(plan: Plan) -> None:
         prompts = folder / "prompts.txt"
         prompts.write_text("\n".join(m.caption for chosen in sample_groups(plan).values() for m in chosen) + "\n")
         width, height = pixels(picture, SIZE)
-        run("stages.sample", str(plan.root / "stage3"), "--prompts", str(prompts), "--out", str(folder),
-            "--width", str(width), "--height", str(height), "--seed", str(SAMPLE_SEED), "--overwrite")  # fmt: skip
+        sample(plan, "--prompts", str(prompts), "--out", str(folder), "--width", str(width), "--height", str(height))
+
+
+def sample(plan: Plan, *options: str) -> None:
+    """One call of `stages.sample`, in this process: what is imported and read for all of them is so once."""
+    from stages.sample import main
+
+    command = [str(plan.root / "stage3"), *options, "--seed", str(SAMPLE_SEED), "--overwrite"]
+    print("$ python -m stages.sample " + shlex.join(command), flush=True)
+    with contextlib.redirect_stdout(io.StringIO()):
+        code = main(command)
+    if code:
+        raise subprocess.CalledProcessError(code, command)
 
 
 def given_jobs(plan: Plan) -> list[tuple[Job, Path]]:
@@ -248,17 +259,8 @@ def given_jobs(plan: Plan) -> list[tuple[Job, Path]]:
 
 
 def sample_given(plan: Plan) -> None:
-    """One call of `stages.sample` for each, in this process: what is imported and read is so once."""
-    from stages.sample import main as sample
-
     for job, path in given_jobs(plan):
-        command = [str(plan.root / "stage3"), "--prompt", job.motion.caption, *job.options, "--out", str(path.parent),
-                   "--seed", str(SAMPLE_SEED), "--overwrite"]  # fmt: skip
-        print("$ python -m stages.sample " + shlex.join(command), flush=True)
-        with contextlib.redirect_stdout(io.StringIO()):
-            code = sample(command)
-        if code:
-            raise subprocess.CalledProcessError(code, command)
+        sample(plan, "--prompt", job.motion.caption, *job.options, "--out", str(path.parent))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

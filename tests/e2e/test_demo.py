@@ -75,8 +75,11 @@ def test_every_cut_is_found_and_every_caption_on_its_clip(finished):
     for row in clips.to_dict("records"):
         name = row["source"].split("/")[-1]
         assert (name, str(row["start_frame"]), str(row["end_frame"]), row["caption"]) in listed
-    images = read_manifest(root / "images.parquet")
-    assert len(images) == STILLS_A_CLIP * (~back).sum() and not images["caption"].str.contains("moving").any()
+    square = ~back & (clips["width"] == clips["height"])
+    images = read_manifest(root / "stage1.parquet")
+    assert len(images) == STILLS_A_CLIP * square.sum() and not images["caption"].str.contains("moving").any()
+    best = read_manifest(root / "stage3.parquet")
+    assert (best["num_frames"] == 1).sum() == -(-(~back).sum() // 2)  # a still of every other clip, of each format
 
 
 @pytest.mark.exhaustive  # stages and tools that are run again have tests of their own
