@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import os
 import time
@@ -16,7 +15,16 @@ from typing import Any
 
 from opensora_repro.data.jobs import parts
 from opensora_repro.data.jobs.course import Job, record_name
-from opensora_repro.data.jobs.workers import DISK_TROUBLE, Done, Task, Worker, one_reason, surroundings, wait
+from opensora_repro.data.jobs.workers import (
+    DISK_TROUBLE,
+    Done,
+    Task,
+    Worker,
+    named_function,
+    one_reason,
+    surroundings,
+    wait,
+)
 from opensora_repro.data.tables import in_batches
 from opensora_repro.files import read_json, replacing
 
@@ -68,15 +76,9 @@ def is_reject(text: str) -> bool:
     return isinstance(result, dict) and ("error" in result or result.get("clips") == [])
 
 
-def named(name: str) -> Any:
-    """Return what "module:function" names."""
-    module, function = name.split(":")
-    return getattr(importlib.import_module(module), function)
-
-
 def do_rows(args: Row) -> list[list[Any]]:
     """Job: do several rows, given as JSON; return which results are final, and the results as JSON."""
-    work = named(args["work"])
+    work = named_function(args["work"])
     finals, texts = list[bool](), list[str]()
     for row in args["rows"]:
         try:
@@ -177,7 +179,7 @@ class Rows:
                 done = dict(self._group(group))
                 rows += [row for row in group if row["quick"] not in done]
                 yield from (self._row(row, row["key"], done[row["quick"]]) for row in group if row["quick"] in done)
-        elif todo["seconds"].null_count == todo["files"].null_count == todo.num_rows:
+        elif not self.then and todo["seconds"].null_count == todo["files"].null_count == todo.num_rows:
             for start in range(0, todo.num_rows, self.order.rows):
                 bundle = todo.slice(start, self.order.rows)
                 if finished := self._bundle(bundle):
@@ -307,7 +309,7 @@ class _Then(Rows):
 
     def follow(self, args: str, text: str) -> None:
         """Do what has no result yet of the jobs that follow from a row's arguments and its result, both as JSON."""
-        for job in named(self.following.jobs)(json.loads(args), json.loads(text), self.following.options):
+        for job in named_function(self.following.jobs)(json.loads(args), json.loads(text), self.following.options):
             quick, told = parts.quick_hash(job), json.dumps(job.args)
             known = self._at(parts.find(self.index, parts.as_hashes(quick)))
             if known is None:

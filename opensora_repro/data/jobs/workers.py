@@ -201,6 +201,12 @@ def _no_interrupt() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def named_function(name: str) -> Any:
+    """Return what "module:function" names."""
+    module, function = name.split(":")
+    return getattr(importlib.import_module(module), function)
+
+
 def _serve(pipe: Any, name: str, environment: dict[str, str]) -> None:
     """Be a worker: answer tasks until the pipe closes."""
     if hasattr(os, "setsid"):
@@ -208,8 +214,7 @@ def _serve(pipe: Any, name: str, environment: dict[str, str]) -> None:
     _die_with_parent()
     os.environ.update(environment)  # before `work` imports what reads it
     try:
-        module, function = name.split(":")
-        work = getattr(importlib.import_module(module), function)
+        work = named_function(name)
     except Exception as error:
         pipe.send_bytes(b"I" + one_reason(error).encode())
         return
