@@ -271,7 +271,7 @@ class Page:
             found["seed"] = whole(values["seed2"], "seed of the second", 0, MAX_SEED)
         return replace(first, **found)
 
-    def _wanted(self, files: Sequence[dict[str, Any] | None], values: Values) -> list[Settings]:
+    def _both_settings(self, files: Sequence[dict[str, Any] | None], values: Values) -> list[Settings]:
         first = self._settings(files, values)
         return [first, self._second(first, values)] if values["compare"] else [first]
 
@@ -292,8 +292,8 @@ class Page:
         try:
             if any(not job.ended.is_set() for job in self.jobs.get(session, [])):
                 raise ConfigError("a sample of this page is being made; wait for it, or stop it")
-            wanted = self._wanted(files, dict(zip(self.form, fields, strict=True)))
-            jobs = self.studio.submit(browser, wanted)
+            settings = self._both_settings(files, dict(zip(self.form, fields, strict=True)))
+            jobs = self.studio.submit(browser, settings)
         except UserError as error:
             yield {self.status: problem(str(error))}
             return

@@ -116,20 +116,21 @@ def _length(settings: Settings, source: Source) -> tuple[list[str], int]:
     if settings.seconds == 0 and not settings.loop:
         return ["--num-frames=1"], 1
     data, geometry = source.config.data, read_geometry(source.config.vae)
-    wanted = frames_of_seconds(source.config, source.model, settings.seconds)
+    num_frames = frames_of_seconds(source.config, source.model, settings.seconds)
     seconds = [f"--seconds={settings.seconds:g}"]
     if settings.loop:
         least = plan_chain(None, data.num_frames, condition_lengths(geometry, data.num_frames, None), loop=True)
-        return (seconds, wanted) if least is None or wanted > least.total else ([], least.total)
-    if wanted > source.longest:
-        return seconds, wanted
-    exact = nearest_exact(geometry, wanted)
+        return (seconds, num_frames) if least is None or num_frames > least.total else ([], least.total)
+    if num_frames > source.longest:
+        return seconds, num_frames
+    exact = nearest_exact(geometry, num_frames)
     return [f"--num-frames={exact}"], exact
 
 
-def nearest_exact(geometry: Geometry, wanted: int) -> int:
-    near = (number for distance in range(wanted + geometry.period) for number in (wanted - distance, wanted + distance))
-    return next(number for number in near if number > 0 and geometry.is_exact(number))
+def nearest_exact(geometry: Geometry, num_frames: int) -> int:
+    distances = range(num_frames + geometry.period)
+    candidates = (number for distance in distances for number in (num_frames - distance, num_frames + distance))
+    return next(number for number in candidates if number > 0 and geometry.is_exact(number))
 
 
 def total_frames(settings: Settings, source: Source) -> int:

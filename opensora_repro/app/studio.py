@@ -247,12 +247,12 @@ class Studio:
         if not 0 <= settings.seconds <= self.max_seconds:
             raise ConfigError(f"seconds: at most {self.max_seconds:g} here")
 
-    def submit(self, browser: str, wanted: Sequence[Settings]) -> list[Job]:
+    def submit(self, browser: str, samples: Sequence[Settings]) -> list[Job]:
         """Samples that are made one after the other, once those before them are. Raises ConfigError."""
         self.results_folder(browser)
-        for settings in wanted:
+        for settings in samples:
             self.check(settings)
-        jobs = [Job(settings) for settings in wanted]
+        jobs = [Job(settings) for settings in samples]
         with self._lock:
             if len(self.jobs) + len(jobs) > MAX_WAITING:
                 raise ConfigError(f"{len(self.jobs)} samples are waiting already; try again later")

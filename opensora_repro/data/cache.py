@@ -25,7 +25,7 @@ from opensora_repro.config import Config
 from opensora_repro.files import remove_leftovers, writing
 from opensora_repro.storage.addresses import address_of, place, shown
 from opensora_repro.storage.objects import facts_of, look_up, objects_below, read_object
-from opensora_repro.storage.scratch import fetch_ahead, fetched
+from opensora_repro.storage.scratch import fetched, prefetch
 
 if TYPE_CHECKING:
     import torch
@@ -133,11 +133,11 @@ class LatentCache:
         """Whether the shards are objects of a store."""
         return bool(address_of(self.folder))
 
-    def fetch_ahead(self, keys: Iterable[Key]) -> None:
+    def prefetch(self, keys: Iterable[Key]) -> None:
         """Bring the shards of entries that are soon to be read to this node."""
         known = [self._where[key] for key in keys if key in self._where]
         shards = {path for path, _ in known} | {self._captions[c] for _, c in known if c in self._captions}
-        fetch_ahead(map(os.fspath, shards))
+        prefetch(map(os.fspath, shards))
 
     def _shards(self) -> list[Path]:
         """Those that have appeared since the last look."""

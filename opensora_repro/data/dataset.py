@@ -28,7 +28,7 @@ from opensora_repro.data.sample_frames import choose_frames, frames_at_rate, pic
 from opensora_repro.data.sampler import Shape, keyed_generator
 from opensora_repro.data.video import DecodeError, Size, read_frames_at
 from opensora_repro.storage.addresses import OBJECTS, address_of, shown
-from opensora_repro.storage.scratch import fetch_ahead
+from opensora_repro.storage.scratch import prefetch
 
 IDLE = -1  # instead of a row that is read
 LOOKS, LONGEST_PAUSE = 4, 1.0  # looks at a reading within its limit at least; seconds between two of them at most
@@ -289,7 +289,7 @@ class _Batches(Dataset[ClipBatch]):
 
         paths = [self.dataset.rows["path"][index].as_py() for _, index in pairs]
         if any(OBJECTS in path and address_of(path) for path in paths):
-            fetch_ahead(paths)
+            prefetch(paths)
         samples = zip(pairs, shapes, strict=True)
         return ClipBatch((load(epoch, index, shape) for (epoch, index), shape in samples), shape)
 

@@ -42,8 +42,8 @@ def gather_embeddings(path: Path, ids: Any, file: BinaryIO, advance: Advance) ->
     table, size, owners = _opened(path), 0, [np.empty(0, dtype=np.int64)]
     for batch in table.batches(["id", "embedding"]):
         places = pc.index_in(batch.column("id").cast(pa.string()), value_set=ids)
-        wanted = pc.and_(places.is_valid(), batch.column("embedding").is_valid())
-        vectors = _numbers(path, batch.column("embedding").filter(wanted))
+        usable = pc.and_(places.is_valid(), batch.column("embedding").is_valid())
+        vectors = _numbers(path, batch.column("embedding").filter(usable))
         if len(vectors):
             size = size or vectors.shape[1]
             if vectors.shape[1] != size:
@@ -52,7 +52,7 @@ def gather_embeddings(path: Path, ids: Any, file: BinaryIO, advance: Advance) ->
             good = np.isfinite(largest) & (largest > 0)
             some = vectors[good] / largest[good, None]  # whose squares are neither infinite nor all 0
             file.write((some / np.linalg.norm(some, axis=1, keepdims=True)).astype(KIND).tobytes())
-            owners.append(places.filter(wanted).to_numpy().astype(np.int64)[good])
+            owners.append(places.filter(usable).to_numpy().astype(np.int64)[good])
         advance(batch.num_rows)
     whose = np.concatenate(owners)
     named, times = np.unique(whose, return_counts=True)

@@ -132,8 +132,8 @@ def _by_cell(probes: np.ndarray, cells: int) -> Iterator[tuple[np.ndarray, np.nd
     own = np.searchsorted(homes[members], np.arange(cells + 1))
     coming = np.searchsorted(others[guests], np.arange(cells + 1))
     for cell in range(cells):
-        visits = guests[coming[cell] : coming[cell + 1]]
-        yield members[own[cell] : own[cell + 1]], visits // max(1, probes.shape[1] - 1)
+        of_cell = guests[coming[cell] : coming[cell + 1]]
+        yield members[own[cell] : own[cell + 1]], of_cell // max(1, probes.shape[1] - 1)
 
 
 def _probes(vectors: np.ndarray, order: np.ndarray, cells: int) -> np.ndarray:

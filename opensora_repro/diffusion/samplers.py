@@ -215,9 +215,9 @@ def masked_flow_sample(
         if name == "ab2" and math.isfinite(step_before):  # a frame's first step is Euler's
             change = velocity + step / (2 * step_before) * torch.where(joining, 0.0, velocity - before)
         elif name == "heun" and after > 0:
-            ahead = torch.where(per_frame(frame_mask), x + step * velocity, x)
+            predicted = torch.where(per_frame(frame_mask), x + step * velocity, x)
             timestep = torch.full((len(x),), NUM_TIMESTEPS * after, device=x.device)
-            change = (velocity + model_fn(ahead, timestep, frame_mask)[:, :num_channels]) / 2
+            change = (velocity + model_fn(predicted, timestep, frame_mask)[:, :num_channels]) / 2
         x = torch.where(per_frame(frame_mask), x + step * change, x)
         before, step_before = velocity, step
         if progress is not None:

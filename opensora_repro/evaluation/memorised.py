@@ -91,9 +91,9 @@ def are_near(samples: Nearest, held: Nearest, clips: Sequence[int]) -> list[bool
     return [pixels < min(limit_of(held, clip), ALONE * second) for pixels, second, clip in found]
 
 
-def suspects(samples: Nearest, near: Sequence[bool], clips: Sequence[int]) -> list[int]:
+def suspects(samples: Nearest, flags: Sequence[bool], clips: Sequence[int]) -> list[int]:
     """Of the `clips` whose captions samples have: those with near samples, the nearest first."""
-    order = sorted((pixels, clip) for pixels, clip, flag in zip(samples.pixels, clips, near, strict=True) if flag)
+    order = sorted((pixels, clip) for pixels, clip, flag in zip(samples.pixels, clips, flags, strict=True) if flag)
     return list(dict.fromkeys(clip for _, clip in order))[:SUSPECTS]
 
 

@@ -379,14 +379,14 @@ class OfCheckpoint:
             self.notes.append("memorised: no training clips to compare with (give --train MANIFEST)")
             return {}
         good, known = self.common.of_clips(training)
-        near = partial(self._nearest, known=Known(training, good, known, self.common.thumbnails(training)))
+        nearest = partial(self._nearest, known=Known(training, good, known, self.common.thumbnails(training)))
         look = lambda part: self.common.features_of(self._again(self.held, part))  # noqa: E731
         real = torch.stack(shared(self.engine, range(len(self.held)), look))
-        held = near(real, lambda part: self._again(self.held, part))
-        of_samples = near(self.sample_features, self.videos)
+        held = nearest(real, lambda part: self._again(self.held, part))
+        of_samples = nearest(self.sample_features, self.videos)
         clips = [number % len(self.held) for number in range(self.options.samples)]
         flags = memorised.are_near(of_samples, held, clips)
-        again = self._near_again(memorised.suspects(of_samples, flags, clips), held, near)
+        again = self._near_again(memorised.suspects(of_samples, flags, clips), held, nearest)
         flags = [flag and again.get(clip) == memorised.AGAIN for flag, clip in zip(flags, clips, strict=True)]
         lines = memorised.as_lines(of_samples, clips, again, flags, self.sampling.prompts, training.ids)
         self.engine.world.on_first(lambda: self._write_nearest(lines, training))
@@ -394,7 +394,7 @@ class OfCheckpoint:
         return as_json({"memorised": share_of(flags)})
 
     def _near_again(
-        self, clips: Sequence[int], held: memorised.Nearest, near: Callable[..., memorised.Nearest]
+        self, clips: Sequence[int], held: memorised.Nearest, nearest: Callable[..., memorised.Nearest]
     ) -> dict[int, int]:
         """Of held-out clips' captions: how many more samples are near a training clip, with other noise."""
         if not clips:
@@ -404,7 +404,7 @@ class OfCheckpoint:
         self._sample(run)
         load = partial(self.videos, run=run)
         features = torch.stack(shared(self.engine, range(len(of)), lambda part: self.common.features_of(load(part))))
-        flags = memorised.are_near(near(features, load), held, of)
+        flags = memorised.are_near(nearest(features, load), held, of)
         return {clip: sum(flag for flag, other in zip(flags, of, strict=True) if other == clip) for clip in clips}
 
     def _note_copies(self, held: memorised.Nearest, known: int, again: dict[int, int]) -> None:

@@ -79,7 +79,7 @@ class Row:
             for table, (clips, _, places) in zip(self.rotary, self.grids, strict=True)
         ]
         # Of the row's tokens place by place, [N, 1, d]
-        self.turns = None if tables[0] is None else torch.cat([table for table in tables if table is not None])
+        self.rotary_row = None if tables[0] is None else torch.cat([table for table in tables if table is not None])
 
     def join(self, batches: Iterable[Tensor]) -> Tensor:
         """Batches [B, T, S, D] -> the row [N, D]; of one batch a view."""
@@ -104,7 +104,7 @@ class Row:
         if over == "time":  # once here, before the projection triples the channels
             x = x.index_select(0, self.by_place)
         q, k, v = layer.qkv(x).unflatten(-1, (3, heads, -1)).unbind(1)  # [N, H, d] each
-        q, k = layer.turn(q, k, self.turns if over == "time" else None)
+        q, k = layer.turn(q, k, self.rotary_row if over == "time" else None)
         ends, longest = self.ends[over]
         out = layer.proj(self.varlen(q, k, v, ends, ends, longest, longest).flatten(1))
         return out.index_select(0, self.by_frame) if over == "time" else out

@@ -122,8 +122,8 @@ def _missed(law: Law, best: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Where the curve goes past what was measured: a bound holds it, or the losses follow no such law."""
     told = []
     for run in best:
-        at, near = law.at(run["flops"]), ROUNDED * abs(run["loss"])
-        if not at.low - near <= run["loss"] <= at.high + near:
+        at, tolerance = law.at(run["flops"]), ROUNDED * abs(run["loss"])
+        if not at.low - tolerance <= run["loss"] <= at.high + tolerance:
             told.append(f"{at.value:.3f} in place of {run['loss']:.3f} at {run['budget']}")
     if told:
         yield (

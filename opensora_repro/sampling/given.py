@@ -296,9 +296,9 @@ def _of_latents(region: Tensor, stride: int) -> Tensor:
 
 def covering(geometry: Geometry, places: Iterable[int], num_frames: int) -> dict[int, range]:
     """The latents that cover any of the frames `places`, and all frames that each covers."""
-    wanted = set(places)
+    asked = set(places)
     spans = geometry.latent_spans(num_frames)
-    return {number: span for number, span in enumerate(spans) if wanted.intersection(span)}
+    return {number: span for number, span in enumerate(spans) if asked.intersection(span)}
 
 
 def encode_given(vae: Autoencoder, clip: GivenClip, size: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
@@ -348,20 +348,21 @@ def told(given: Given, geometry: Geometry, windows: Sequence[range]) -> list[str
 # What is short for it
 
 
-def condition_lengths(geometry: Geometry, num_frames: int, wanted: int | None) -> tuple[int, int]:
-    """Frames that stand at a clip's start and end as a condition: whole latents, within `wanted` frames, one at least.
+def condition_lengths(geometry: Geometry, num_frames: int, condition_frames: int | None) -> tuple[int, int]:
+    """Frames that stand at a clip's start and end as a condition: whole latents, one at least.
 
-    By default a quarter of the latents, as most that training gives at either end. Of an autoencoder that encodes
-    chunks alone whole chunks, where the clip has several.
+    Within `condition_frames`; by default a quarter of the latents, as most that training gives at either end. Of an
+    autoencoder that encodes chunks alone whole chunks, where the clip has several.
     """
     spans = geometry.latent_spans(num_frames)
-    if wanted is None:
+    if condition_frames is None:
         count = max(1, len(spans) // 4)
         if geometry.chunk is not None and num_frames >= 2 * geometry.chunk:
             return geometry.chunk, geometry.chunk
         return spans[count - 1].stop, num_frames - spans[-count].start
-    starts = [span.stop for span in spans if span.stop <= wanted] or [spans[0].stop]
-    ends = [num_frames - span.start for span in spans if num_frames - span.start <= wanted] or [len(spans[-1])]
+    starts = [span.stop for span in spans if span.stop <= condition_frames] or [spans[0].stop]
+    from_end = [num_frames - span.start for span in spans]
+    ends = [count for count in from_end if count <= condition_frames] or from_end[-1:]
     return starts[-1], ends[0]
 
 

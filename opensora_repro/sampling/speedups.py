@@ -128,8 +128,8 @@ def open_step_cache(text: str, source: Source, folder: Path) -> StepCache:
     """
     from opensora_repro.sampling.source import weights_sha256
 
-    name, _, wanted = text.rpartition(":")
-    threshold = _number(wanted)
+    name, _, number = text.rpartition(":")
+    threshold = _number(number)
     if threshold is None:  # no threshold, or a colon of the name's own
         name = text
     beside = folder if folder.is_dir() else folder.parent

@@ -176,9 +176,9 @@ def look_up(paths: Iterable[str | os.PathLike[str]], *, share: float = 0.0) -> N
                 pass
 
 
-def _learn_all(near: Path, infos: Iterable[dict[str, Any]]) -> list[Path]:
-    """Return the paths of the objects that a list tells of, `near` being the path of one of the same store."""
-    scheme = address_of(near).partition("://")[0]
+def _learn_all(beside: Path, infos: Iterable[dict[str, Any]]) -> list[Path]:
+    """Return the paths of the objects that a list tells of, `beside` being the path of one of the same store."""
+    scheme = address_of(beside).partition("://")[0]
     top = scratch_folder() / scheme
     found = []
     for info in infos:

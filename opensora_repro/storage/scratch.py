@@ -99,20 +99,20 @@ def fetched(path: Path) -> Path:
     return path
 
 
-def fetch_ahead(paths: Iterable[str]) -> None:
+def prefetch(paths: Iterable[str]) -> None:
     """Fetch several objects side by side; what fails is told when it is used."""
-    wanted = [Path(path) for path in dict.fromkeys(paths) if address_of(path)]
+    remote = [Path(path) for path in dict.fromkeys(paths) if address_of(path)]
 
     def fetch(path: Path) -> None:
         with contextlib.suppress(OSError):
             fetched(path)
 
-    if wanted:
+    if remote:
         from concurrent.futures import ThreadPoolExecutor
 
-        look_up(wanted)
-        with ThreadPoolExecutor(min(AT_A_TIME, len(wanted))) as pool:
-            list(pool.map(fetch, wanted))
+        look_up(remote)
+        with ThreadPoolExecutor(min(AT_A_TIME, len(remote))) as pool:
+            list(pool.map(fetch, remote))
 
 
 def publish(unfinished: Path, path: Path) -> None:
@@ -289,9 +289,9 @@ def _disk() -> Any:
     return shutil.disk_usage(scratch_folder())
 
 
-def _clear(target: int, wanted: int) -> int:
-    """Delete copies, those used longest ago first, down to `target` bytes with what is on its way, and so many as are
-    `wanted`; return how many there are."""
+def _clear(target: int, to_free: int) -> int:
+    """Delete copies, those used longest ago first, down to `target` bytes with what is on its way, and at least
+    `to_free` of them; return how many there are."""
     with _locked(_folder("locks") / "incoming"):
         _clear_dead()
     total = 0
@@ -309,10 +309,10 @@ def _clear(target: int, wanted: int) -> int:
                         copies.append((status.st_atime_ns, status.st_size, path))
     total += sum(size for _, size, _ in copies)
     for _, size, path in sorted(copies):
-        if total <= target and wanted <= 0:
+        if total <= target and to_free <= 0:
             break
         if _is_free(Path(path), delete=True):
-            total, wanted = total - size, wanted - size
+            total, to_free = total - size, to_free - size
     return total
 
 

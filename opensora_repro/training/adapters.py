@@ -56,8 +56,8 @@ def apply_lora(model: CaptionedModel, cfg: Config) -> None:
     from peft.tuners.lora.layer import Linear
 
     lora = cfg.lora
-    wanted = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=target_pattern(cfg))  # type: ignore[arg-type]
-    inject_adapter_in_model(wanted, model)
+    peft_config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=target_pattern(cfg))  # type: ignore[arg-type]
+    inject_adapter_in_model(peft_config, model)
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, Linear)]
     keys = DropoutKeys() if lora.dropout else None
     for number, (name, layer) in enumerate(layers):

@@ -84,12 +84,12 @@ class CacheFeed:
         self._held_bytes = 0
 
     def batches(self, first: int, count: int) -> Iterator[Fetched]:
-        with ThreadPoolExecutor(1) as ahead:
+        with ThreadPoolExecutor(1) as pool:
             for number in range(first, first + count):
                 batch = self.sampler.batch(number)
                 if self.cache.is_remote and number + 1 < first + count:
                     coming = [self.rows.key(i, epoch % self.rows.draws) for epoch, i in self.sampler.batch(number + 1)]
-                    ahead.submit(self.cache.fetch_ahead, coming)
+                    pool.submit(self.cache.prefetch, coming)
                 own = ((epoch, self._get(index, epoch % self.rows.draws)) for epoch, index in batch)
                 yield Fetched(own, batch.shape)
 

@@ -103,7 +103,7 @@ class Trace:
         """Steps that moved no weight: their loss or gradient was not finite."""
         return {line["step"] for line in JsonLines(self.run_dir / BAD_STEPS_FILE).read()}
 
-    def visits(self, step: int) -> list[tuple[int, int, Any]]:
+    def samples_of(self, step: int) -> list[tuple[int, int, Any]]:
         """(epoch, row, shape) of each sample of a step, counted from 1, in order."""
         batch = self._sampler.batch(step - 1)
         shapes = batch.shapes or [batch.shape] * len(batch)
@@ -113,7 +113,7 @@ class Trace:
         """What each sample of a step was. Raises ConfigError for one that the checkpoint has not made."""
         if not 1 <= number <= self.state.step:
             raise ConfigError(f"--step {number}: {self.checkpoint} has made steps 1 to {self.state.step}")
-        for epoch, row, shape in self.visits(number):
+        for epoch, row, shape in self.samples_of(number):
             yield self.seen(number, epoch, row, shape)
 
     def clip(self, identity: str) -> Iterator[dict[str, Any]]:
@@ -122,7 +122,7 @@ class Trace:
         if row < 0:
             raise ConfigError(f"--clip {identity}: {self.manifest} has no clip of this id")
         for number in range(1, self.state.step + 1):
-            for epoch, other, shape in self.visits(number):
+            for epoch, other, shape in self.samples_of(number):
                 if other == row:
                     yield self.seen(number, epoch, row, shape)
 
@@ -166,7 +166,7 @@ class Trace:
         epochs = 0
         for number in range(1, self.state.step + 1):
             if number not in self.skipped:
-                for epoch, row, _ in self.visits(number):
+                for epoch, row, _ in self.samples_of(number):
                     counts[row] += 1
                     epochs = max(epochs, epoch + 1)
         sources: Counter[str] = Counter()

@@ -31,7 +31,7 @@ from opensora_repro.run_folder import check_folder
 from opensora_repro.storage import objects, scratch
 from opensora_repro.storage.addresses import AddressRefused, address_of, place, relative, scratch_folder, shown, within
 from opensora_repro.storage.objects import facts_of, is_object, look_up
-from opensora_repro.storage.scratch import fetch_ahead, fetched, publish, unfinished_name
+from opensora_repro.storage.scratch import fetched, prefetch, publish, unfinished_name
 from tests.hub_server import DatasetHub
 from tests.object_store import BUCKET, Store, files, fill, serving
 
@@ -224,7 +224,7 @@ def test_processes_share_copies_and_their_room(node: Store) -> None:
 
 
 def _read_all(paths: list[Path]) -> None:
-    fetch_ahead(map(str, paths))
+    prefetch(map(str, paths))
     os._exit(0 if all(len(fetched(path).read_bytes()) == 50_000 for path in paths) else 1)
 
 
@@ -387,7 +387,7 @@ def test_facts_are_asked_for_side_by_side_and_once(node: Store) -> None:
 
 def test_a_batch_of_clips_lists_no_folder_of_millions(node: Store) -> None:
     paths = [put(f"many/{number}", b"x") for number in range(25)]
-    fetch_ahead(map(str, paths))
+    prefetch(map(str, paths))
     assert len(copies()) == 25 and node.count("list-type=2") == 0
     forget()
     look_up(paths, share=0.01)  # a survey's sample of ten thousand, say

@@ -100,9 +100,9 @@ def write_rows_of(table: Table, ids: Any, drops: Drops, out: Path) -> None:
             keep(rebase(batch.filter(pa.array(~bad))))
             dropped = rebase(batch.filter(pa.array(bad)))
             columns = [dropped.column(name).cast(pa.string()) for name in told]
-            near, kept = (ids.take(pa.array(which[rows][bad])) for which in (drops.duplicate_of, drops.kept))
+            of, kept = (ids.take(pa.array(which[rows][bad])) for which in (drops.duplicate_of, drops.kept))
             cosines = drops.cosine[rows][bad]
-            why = [f"near-duplicate of {a} (cosine {c:.3f})" for a, c in zip(near.to_pylist(), cosines, strict=True)]
-            columns += [pa.repeat(pa.scalar("deduplicate"), len(why)), pa.array(why, pa.string()), near, kept]
+            why = [f"near-duplicate of {a} (cosine {c:.3f})" for a, c in zip(of.to_pylist(), cosines, strict=True)]
+            columns += [pa.repeat(pa.scalar("deduplicate"), len(why)), pa.array(why, pa.string()), of, kept]
             refuse(pa.RecordBatch.from_arrays([*columns, pa.array(cosines)], schema=schema))
             advance(batch.num_rows)

@@ -132,10 +132,10 @@ def _nodes(ray: Any, needs: Needs, place: Place) -> tuple[list[dict[str, float]]
 
 def _room(nodes: list[dict[str, float]], needs: Needs) -> int:
     """Return how many workers the nodes have room for. Raises DataError for none."""
-    wanted = {"CPU": needs.cpus, "GPU": needs.gpus, "memory": needs.memory}
-    wanted = {name: amount for name, amount in wanted.items() if amount}
-    room = sum(int(min(node.get(name, 0) / amount for name, amount in wanted.items())) for node in nodes)
-    if room or not wanted:
+    per_worker = {"CPU": needs.cpus, "GPU": needs.gpus, "memory": needs.memory}
+    per_worker = {name: amount for name, amount in per_worker.items() if amount}
+    room = sum(int(min(node.get(name, 0) / amount for name, amount in per_worker.items())) for node in nodes)
+    if room or not per_worker:
         return max(1, room)
     if needs.gpus and not any(node.get("GPU") for node in nodes):
         raise DataError("--runner ray: this cluster has no GPU, as --device cuda asks for")

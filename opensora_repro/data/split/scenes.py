@@ -166,11 +166,11 @@ def gaps(cuts: Sequence[int], transitions: Sequence[tuple[int, int]], trim: int 
     """Return (end of the scene before, start of the scene after) for each cut; both arguments are in order."""
     if trim is None:
         return [(cut, cut) for cut in cuts]
-    gaps, ahead = [], deque(transitions)
+    gaps, remaining = [], deque(transitions)
     for cut in cuts:
-        while ahead and ahead[0][1] < cut:
-            ahead.popleft()
-        start, end = ahead[0] if ahead and ahead[0][0] <= cut else (cut, cut)
+        while remaining and remaining[0][1] < cut:
+            remaining.popleft()
+        start, end = remaining[0] if remaining and remaining[0][0] <= cut else (cut, cut)
         gaps.append((max(0, start - trim), end + trim))
     return gaps
 

@@ -69,8 +69,8 @@ def load_lpips(path: str) -> Lpips:
     Raises ConfigError. Pickles are opened with weights_only.
     """
     tensors = _tensors(Path(path))
-    wanted = [f"features.{number}.{name}" for stage in STAGES for number, _ in stage for name in ("weight", "bias")]
-    lacking = [key for key in wanted if key not in tensors]
+    keys = [f"features.{number}.{name}" for stage in STAGES for number, _ in stage for name in ("weight", "bias")]
+    lacking = [key for key in keys if key not in tensors]
     if lacking:
         raise ConfigError(f"loss.lpips_path = {path}: no VGG16 in torchvision's layout (no {lacking[0]})")
     lin = [tensors[key] for key in (f"lin{index}.model.1.weight" for index in range(len(STAGES))) if key in tensors]
