@@ -18,7 +18,7 @@ import errno
 import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -276,9 +276,18 @@ def _rank(stream: Any) -> tuple[bool, bool, int]:
     return context is not None, bool(int(stream.disposition) & DEFAULT), area
 
 
+def demux(container: Any, stream: Any) -> Iterator[Any]:
+    """Read packets from where the container stands; the last one is empty and flushes the decoder.
+
+    PyAV's own iterator never gives back what it holds where it is left before its end and not closed.
+    """
+    with closing(container.demux(stream)) as packets:
+        yield from packets
+
+
 def decoded_frames(container: Any, stream: Any) -> Iterator[Any]:
     """Decode from where the container stands; samples of no bytes, which show nothing new, are passed over."""
-    for packet in container.demux(stream):
+    for packet in demux(container, stream):
         if packet.size or packet.dts is None:  # the last one is empty: it flushes the decoder
             yield from packet.decode()
 
@@ -328,7 +337,7 @@ def _index_file(path: str, _mtime_ns: int, _size: int) -> FrameIndex:
     with open_video(path, by_header=True) as (container, stream):
         codec, in_segments = stream.codec_context.name, container.format.name == "mpegts"
         keys_known = container.format.name != "avi" or len(stream.index_entries) > 1  # without, all are called so
-        packets = [_entry(packet, codec) for packet in container.demux(stream) if packet.size]
+        packets = [_entry(packet, codec) for packet in demux(container, stream) if packet.size]
         cut_off = container.format.name == "avi" and _is_cut_off(path)
         promised = stream.frames if cut_off else sum(entry.size > 0 for entry in stream.index_entries)
         time_base = stream.time_base
@@ -441,11 +450,11 @@ def _packets_from(container: Any, stream: Any, index: FrameIndex, key: int) -> I
     its decoding time. Where a seek lands earlier, what lies between is read but not decoded.
     """
     if key == 0:
-        return iter(container.demux(stream))
+        return demux(container, stream)
     time = index.key_times[key]
     for target in (time, index.key_seeks[key]):
         container.seek(target, stream=stream, backward=True)
-        packets = iter(container.demux(stream))
+        packets = demux(container, stream)
         for packet in packets:
             if packet.is_keyframe and packet.pts is not None and packet.pts >= time:
                 if packet.pts == time:

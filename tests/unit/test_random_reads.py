@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import random
 import struct
@@ -60,6 +62,24 @@ def memory() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
+class Mallinfo(ctypes.Structure):
+    """What glibc's mallinfo2 tells."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+    )]  # fmt: skip
+
+
+def allocated() -> int:
+    """Bytes of C's heap that are in use; 0 where the C library is not glibc."""
+    gc.collect()
+    tell = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if tell is None:
+        return 0
+    tell.restype = Mallinfo
+    return int(tell().uordblks)
+
+
 def reference(path: Path) -> np.ndarray:
     with av.open(str(path)) as container:
         frames = container.decode(video=0)
@@ -75,12 +95,13 @@ def test_reads_are_exact_and_memory_is_flat(tmp_path: Path) -> None:
         write(path)
         files.append((path, np.rot90(reference(path), turns, axes=(1, 2))))
     assert probe(tmp_path / "rotated.mp4").height == 64
-    draw, before = random.Random(0), 0
+    draw, before, heap = random.Random(0), 0, 0
     for number in range(READS):
         path, frames = draw.choice(files)
         start = draw.randrange(TOTAL - (COUNT - 1) * STEP)
         read = read_frames(path, start=start, count=COUNT, step=STEP).numpy()
         assert np.array_equal(read, frames[start : start + COUNT * STEP : STEP]), (path.name, start)
         if number == FIRST:
-            before = memory()
+            before, heap = memory(), allocated()
     assert memory() <= 1.05 * before
+    assert allocated() - heap < 50 * (READS - FIRST)

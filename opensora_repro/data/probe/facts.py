@@ -23,6 +23,7 @@ from opensora_repro.data.video import (
     PictureConverter,
     average_rate,
     decoded_frames,
+    demux,
     frame_index,
     is_image,
     open_video,
@@ -123,7 +124,7 @@ def _check_packets(path: str | Path, index: FrameIndex) -> None:
         raise DecodeError(f"{path}: no frame decodes")
     with open_video(path) as (container, stream):
         length_size = _nal_length_size(stream)
-        packets = (packet for packet in container.demux(stream) if packet.size)
+        packets = (packet for packet in demux(container, stream) if packet.size)
         misfits = [i for i, packet in enumerate(packets) if length_size and _is_misfit(packet, length_size)]
     if reason := index.damage(misfits):
         raise DecodeError(f"{path}: {reason}")

@@ -24,6 +24,7 @@ from opensora_repro.data.video import (
     PictureConverter,
     average_rate,
     decoded_frames,
+    demux,
     frame_index,
     frames_from,
     open_video,
@@ -155,7 +156,7 @@ def copy_clip(path: str | Path, scan: Scan, span: Span, target: Path, how: Encod
                 return False
             if start > offset:
                 container.seek(index.key_seeks[key], stream=stream, backward=True)
-            if orientation(next(container.decode(stream))) != Orientation():
+            if orientation(next(decoded_frames(container, stream))) != Orientation():
                 return False
             container.seek(index.key_seeks[key], stream=stream, backward=True)
             packets = list(_packets_between(container, stream, start, end))
@@ -181,7 +182,7 @@ def copy_clip(path: str | Path, scan: Scan, span: Span, target: Path, how: Encod
 def _packets_between(container: Any, stream: Any, start: int, end: int | None) -> Iterator[Any]:
     """Packets in decoding order from the key frame shown at `start` until the one shown at `end`."""
     begun = False
-    for packet in container.demux(stream):
+    for packet in demux(container, stream):
         if not packet.size or packet.pts is None or packet.dts is None:
             continue
         if packet.is_keyframe and packet.pts == end:
@@ -213,7 +214,7 @@ def read_sound(path: str | Path, start: float, end: float) -> tuple[np.ndarray, 
         sound = np.zeros((channels, max(1, round((end - start) * rate))), np.float32)
         resampler = av.AudioResampler(format="fltp", layout="mono" if channels == 1 else "stereo", rate=rate)
         container.seek(int(max(0.0, start - 0.5) / stream.time_base), stream=stream, backward=True)
-        for frame in container.decode(stream):
+        for frame in decoded_frames(container, stream):
             if frame.pts is None or frame.time >= end:
                 break
             at = round((frame.time - start) * rate)
