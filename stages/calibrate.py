@@ -70,7 +70,7 @@ def measure(args: argparse.Namespace, prompts: list[str]) -> int:
     from opensora_repro.sampling.run import pick_device, with_options
     from opensora_repro.sampling.source import find_source
     from opensora_repro.sampling.speedups import CALIBRATION
-    from stages.sample import published
+    from opensora_repro.weights.catalog import published
 
     if not args.source.exists():
         args.source = published(args.source)

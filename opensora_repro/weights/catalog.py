@@ -121,6 +121,14 @@ def fetch(entry: Entry, *, progress: Progress | None = None) -> Path:
     return _place(entry, paths)
 
 
+def published(name: Path) -> Path:
+    """What the hub's cache holds of the catalog's weights of that name. Raises CatalogError."""
+    found = find_cached(str(name))
+    if found is None:
+        raise CatalogError(f"{name}: no such run, checkpoint or weights file{similar_name(str(name))}")
+    return found
+
+
 def _how_to_download(entry: Entry) -> str:
     return f"{entry.name} is not on the hub: get it with `curl -L -C - -O {entry.url}`, give its path"
 
