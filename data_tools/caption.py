@@ -126,13 +126,16 @@ def caption(args: Arguments) -> int:
     """Caption all clips, then write the manifest and the rejects; returns the exit status."""
     import pyarrow as pa
 
-    from opensora_repro.data.caption.ask import endpoint_of, rewritten
     from opensora_repro.data.manifest import read_manifest, write_manifest
     from opensora_repro.data.tables import set_column
 
     check(args)
     runner, out = runner_of(args), Path(args.out)
-    endpoint = endpoint_of(args.endpoint, args.endpoint_model, args) if args.endpoint else None
+    endpoint = None
+    if args.endpoint:
+        from opensora_repro.data.caption import ask
+
+        endpoint = ask.endpoint_of(args.endpoint, args.endpoint_model, args)
     if endpoint and not out.exists():
         endpoint.check_reachable()  # before any work; a run that may have all its answers needs no server
     with Records(out) as records:
@@ -143,7 +146,7 @@ def caption(args: Arguments) -> int:
         columns = {}
         if args.rewrite and endpoint:
             columns["caption_original"] = [found.text for found in captions]
-            captions = rewritten(captions, args, endpoint, records)
+            captions = ask.rewritten(captions, args, endpoint, records)
     columns |= {"caption": [found.text for found in captions], "caption_flag": [found.flag for found in captions]}
     reasons = [reason_of(found, args.keep_flagged) for found in captions]
     good = [not reason for reason in reasons]
@@ -168,10 +171,9 @@ def first_captions(
     args: Arguments, rows: Sequence[Record], endpoint: Endpoint | Endpoints | None, records: Records, runner: Runner
 ) -> list[Caption]:
     """Return every clip's caption before any rewriting."""
-    from opensora_repro.data.caption.ask import from_endpoint
-    from opensora_repro.data.caption.join import captions_of
-
     if args.sidecar:
+        from opensora_repro.data.caption.join import captions_of
+
         return captions_of(Path(args.sidecar), rows)
     if args.model:
         from opensora_repro.frozen.captioning import from_model
@@ -179,6 +181,8 @@ def first_captions(
         return from_model(rows, args.model, args, Keeping(records, "model"), runner)
     if args.rewrite and any(row["caption"].strip() for row in rows):
         return [judged(row["caption"]) for row in rows]
+    from opensora_repro.data.caption.ask import from_endpoint
+
     assert endpoint is not None
     return from_endpoint(rows, args, endpoint, records, runner)
 
