@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from opensora_repro.config import Config, ConfigError, load_config
 from opensora_repro.errors import run_command
 from opensora_repro.files import user_path, write_text
-from stages.recipe import INTERRUPTED_BY_SIGTERM, MODULES, call
+from opensora_repro.planning.recipe import MODULES
+from opensora_repro.process import INTERRUPTED_BY_SIGTERM, call
 
 if TYPE_CHECKING:
     from opensora_repro.planning.ladder import Rung, Size
