@@ -46,7 +46,7 @@ from opensora_repro.data.origin import made_by
 from opensora_repro.data.probe.rows import INPUT_HELP, manifest_of
 from opensora_repro.data.score.jobs import Jobs, Record, jobs_after, measure
 from opensora_repro.data.tables import write_rows
-from opensora_repro.errors import DataError, run_command
+from opensora_repro.errors import DataError, check_least, run_command
 from opensora_repro.files import one_line
 
 NAMES = ("motion", "jitter", "static", "sharpness", "brightness", "letterbox", "text", "watermark", "duplicates")
@@ -105,9 +105,7 @@ def names_of(args: Arguments) -> list[str]:
             raise DataError(f"--scores {args.scores}: no score {name!r}; there are {', '.join(NAMES)}")
     if args.aesthetic and not args.clip:
         raise DataError("--aesthetic needs --clip, the model whose embeddings it was made for")
-    for name in ("batch_size", "model_workers"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise DataError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    check_least(args, "batch_size", "model_workers")
     if not 0 < args.cosine <= 1:
         raise DataError(f"--cosine {args.cosine}: expected more than 0 and at most 1")
     return [name for name in NAMES if name in requested]

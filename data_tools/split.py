@@ -30,16 +30,8 @@ from opensora_repro.data.jobs.workers import num_cores
 from opensora_repro.data.manifest import LINEAGE, MANIFEST, reject, write_outcome
 from opensora_repro.data.options import any_path, argument, option, parse, parser_of
 from opensora_repro.data.origin import made_by
+from opensora_repro.data.split import source
 from opensora_repro.data.split.options import USUAL, Options, check_options, recipe_options
-from opensora_repro.data.split.source import (
-    Source,
-    collect,
-    has_its_clips,
-    job_of,
-    jobs_after_probe,
-    split_job,
-    take_over,
-)
 from opensora_repro.errors import DataError, run_command
 from opensora_repro.files import one_line, remove_leftovers, size_and_time
 
@@ -109,11 +101,7 @@ build_parser = partial(parser_of, Arguments, "data_tools.split", __doc__)
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
     args = parse(Arguments, build_parser(), argv)
-    return run_command(
-        made_by("split", args)(
-            lambda: split(args.input, Path(args.out), options_of(args), runner_of(args), share=args.share)
-        )
-    )
+    return run_command(made_by("split", args)(lambda: split(args)))
 
 
 def check(args: Arguments) -> None:
@@ -132,35 +120,33 @@ def options_of(args: Arguments) -> Options:
     return check_options(Options(**given | {name: usual[name] for name in usual if given[name] is None}))
 
 
-def split(given: str, out: Path, options: Options, runner: Runner, *, share: float = 0.0) -> int:
-    """Split every source, then write the manifest and the rejects; returns the exit status.
-
-    Where there are few, several workers share a video of more than `share` minutes, unless it is 0.
-    """
-    inputs = find_inputs(given, out=out)
+def split(args: Arguments) -> int:
+    """Split every source, then write the manifest and the rejects; returns the exit status."""
+    options, runner, out = options_of(args), runner_of(args), Path(args.out)
+    inputs = find_inputs(args.input, out=out)
     make_ready(out)
     usable = [item for item in inputs.items if not item.reason]
-    jobs = [job_of(item, out, options) for item in usable]
+    jobs = [source.job_of(item, out, options) for item in usable]
     with Records(out) as records:
-        take_over(records, jobs)
-        keeping = Keeping(records, "sources", partial(has_its_clips, out), one_a_file=True)
-        if share and options.detector == "shots" and are_few(jobs, runner):
+        source.take_over(records, jobs)
+        keeping = Keeping(records, "sources", partial(source.has_its_clips, out), one_a_file=True)
+        if args.share and options.detector == "shots" and are_few(jobs, runner):
             from opensora_repro.data.split.shared import split_long
 
-            split_long(jobs, options, keeping, 60 * share, runner)
-        found = run_jobs(split_job, jobs, keeping, runner=runner, label="splitting", unit="video", needs=NEEDS)
+            split_long(jobs, options, keeping, 60 * args.share, runner)
+        found = run_jobs(source.split_job, jobs, keeping, runner=runner, label="splitting", unit="video", needs=NEEDS)
     remove_leftovers(out / "clips")  # again: the workers of a run that was killed just before may have died since
     sources = [
-        Source(item.path, item.name, result.get("content", text_digest(item.name)))
+        source.Source(item.path, item.name, result.get("content", text_digest(item.name)))
         for item, result in zip(usable, found, strict=True)
     ]
-    clips, rejects = collect(sources, found)
+    clips, rejects = source.collect(sources, found)
     rejects += [reject("", item.name, "split", item.reason) for item in inputs.items if item.reason]
     write_outcome(out, clips, rejects, CLIP_COLUMNS)
     total = len(inputs.items)
     print(f"{total} videos, {len(clips)} clips, {len(rejects)} rejected, {inputs.others} other files: {one_line(out)}")
     if not clips:
-        raise DataError(f"{given}: no clip came out; the reasons are in {out / 'rejects.parquet'}")
+        raise DataError(f"{args.input}: no clip came out; the reasons are in {out / 'rejects.parquet'}")
     return 0
 
 
@@ -180,9 +166,11 @@ def make_ready(out: Path) -> None:
 def stage_of(args: Arguments) -> Stage:
     out, options = Path(args.out), options_of(args)
     told = {"out": os.fspath(out.absolute()), "options": asdict(options), "long": long_seconds(args, options)}
-    holds = partial(has_its_clips, out)
+    holds = partial(source.has_its_clips, out)
     make_ready(out)
-    return Stage("split", out, "sources", split_job, NEEDS, jobs_after_probe, told, holds, one_a_file=True)
+    return Stage(
+        "split", out, "sources", source.split_job, NEEDS, source.jobs_after_probe, told, holds, one_a_file=True
+    )
 
 
 def long_seconds(args: Arguments, options: Options) -> float:
@@ -195,7 +183,7 @@ def first_jobs(args: Arguments) -> list[Job]:
     from opensora_repro.data.split.shared import SPARSE
 
     options, out = options_of(args), Path(args.out)
-    jobs = [job_of(item, out, options) for item in find_inputs(args.input, out=out).items if not item.reason]
+    jobs = [source.job_of(item, out, options) for item in find_inputs(args.input, out=out).items if not item.reason]
     large = long_seconds(args, options) * SPARSE if are_few(jobs, runner_of(args)) else float("inf")
     return [job for job in jobs if (size_and_time(job.files[0]) or [0])[0] < large]
 

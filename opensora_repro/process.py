@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -171,8 +171,11 @@ class StopSignals:
         self._before = {}
 
 
-def call(command: Sequence[str]) -> int:
-    """Run one of our command lines in a process of its own, which is told when this one is to end."""
+def call(command: Sequence[str], is_done: Callable[[], bool]) -> int:
+    """Run one of our command lines in a process of its own, which is told when this one is to end; its exit code.
+
+    A stage that is told to stop saves, and calls that well: what ends so and is not done was interrupted.
+    """
     print("$ python -m " + shlex.join(command), flush=True)
     told: list[int] = []
     with subprocess.Popen([sys.executable, "-m", *command]) as process:
@@ -189,4 +192,5 @@ def call(command: Sequence[str]) -> int:
             raise
         finally:
             signal.signal(signal.SIGTERM, before)
-    return INTERRUPTED_BY_SIGTERM if told else code if code >= 0 else 128 - code
+    told_to_stop = told or (code == 0 and not is_done())
+    return INTERRUPTED_BY_SIGTERM if told_to_stop else code if code >= 0 else 128 - code

@@ -19,9 +19,8 @@ from os.path import expanduser
 
 from opensora_repro.config import Config, ConfigError
 from opensora_repro.errors import run_command
-from opensora_repro.planning.recipe import MODULES, Recipe, load_recipe, look_at_input
-from opensora_repro.planning.recipe_steps import Record, Step, estimate, steps_of
-from opensora_repro.process import INTERRUPTED_BY_SIGTERM, call
+from opensora_repro.planning.recipe import MODULES, Recipe, Record, Step, estimate, load_recipe, look_at_input, steps_of
+from opensora_repro.process import call
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,9 +81,7 @@ def follow(recipe: Recipe, steps: Sequence[Step]) -> int:
         if step.work is not None:
             step.work()
         else:
-            code = call(step.command)
-        if code == 0 and not step.output.exists():
-            code = INTERRUPTED_BY_SIGTERM  # a stage that was told to stop has saved, and calls that well
+            code = call(step.command, step.output.exists)
         if code:
             if code != 2:  # the user's mistake has its own line
                 print(f"{step.name} ended with exit code {code}; the same command goes on there", file=sys.stderr)
@@ -96,11 +93,10 @@ def follow(recipe: Recipe, steps: Sequence[Step]) -> int:
 
 def show(recipe: Recipe, steps: Sequence[Step], gpu: str | None) -> int:
     """Print each step: whether it is done, its time and memory, and its command."""
-    from opensora_repro.planning.gpus import find_gpu
     from opensora_repro.planning.report import duration, size
-    from opensora_repro.planning.rough import Machine, this_machine
+    from opensora_repro.planning.rough import machine_of
 
-    machine = this_machine() if gpu is None else Machine("cuda", find_gpu(gpu))
+    machine = machine_of(gpu)
     record, total = Record(recipe.out), 0.0
     for number, step in enumerate(steps, start=1):
         known = record.done.get(step.name, {})
@@ -118,8 +114,9 @@ def show(recipe: Recipe, steps: Sequence[Step], gpu: str | None) -> int:
         print(f"[{number}/{len(steps)}] {step.name}: {step.what} ({', '.join(told)})")
         if step.command and step.work is None:
             print(f"    python -m {shlex.join(step.command)}")
-    where = machine.gpu.name if machine.gpu is not None else "this machine"
-    print(f"training: about {duration(total)} on {where}, all steps as the heaviest; reading and encoding come on top")
+    print(
+        f"training: about {duration(total)} on {machine}, all steps as the heaviest; reading and encoding come on top"
+    )
     return 0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from os.path import expanduser
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from opensora_repro.config import ConfigError
 from opensora_repro.config.checks import SAMPLERS
 from opensora_repro.errors import GOES_ON, run_command
 from opensora_repro.files import user_path
+from opensora_repro.sampling.options import Options
+from opensora_repro.weights.catalog import here_or_published
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> Options:
     parser = argparse.ArgumentParser(prog="python -m stages.sample", description=__doc__)
     add = parser.add_argument
     source = "folder of a run (its newest checkpoint), a checkpoint, or published weights (file, folder, fetched NAME)"
@@ -35,18 +38,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--expand", metavar="URL|MODEL", help=expand)
     labels = "class number, for models conditioned on a class; may be given several times"
     prompts.add_argument("--label", action="append", metavar="N", help=labels)
-    add(
-        "--out", type=user_path, required=True, metavar="DIR", help="where the files go; samples of these settings stay"
-    )
+    out = "where the files go; samples of these settings stay"
+    add("--out", type=user_path, required=True, metavar="DIR", help=out)
     add("--overwrite", action="store_true", help="replace the samples that are in DIR, whatever their settings")
     add("--seed", type=int, default=0, metavar="N", help="sample i's noise depends on (seed, i) alone (%(default)s)")
-    add(
-        "--batch-size",
-        type=int,
-        default=8,
-        metavar="N",
-        help="prompts at once; changes results by rounding alone (%(default)s)",
-    )
+    at_once = "prompts at once; changes results by rounding alone (%(default)s)"
+    add("--batch-size", type=int, default=8, metavar="N", help=at_once)
     add("--device", help="such as cuda, cuda:1 or cpu (a GPU where there is one)")
     add("--gif", action="store_true", help="also write 0000.gif, ...")
     add("--best", action="store_true", help="of a run: its best checkpoint (checkpoint.keep_best), not its newest")
@@ -82,7 +79,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--aesthetic", metavar="X", help="aesthetic score, 1 to 10; none: no such words (6.5 with 1.2's release)")
     add("--motion", metavar="X", help="motion score, from 0 on; about 5 is usual")
     add("--camera", metavar="TEXT", help='camera motion, such as "pan left"')
-    return parser.parse_args(joined(sys.argv[1:] if argv is None else argv))
+    return Options(**vars(parser.parse_args(joined(sys.argv[1:] if argv is None else argv))))
 
 
 def add_speedups(add: Callable[..., object]) -> None:
@@ -113,9 +110,8 @@ def add_given(add: Callable[..., object]) -> None:
     add("--keep", action="append", default=[], metavar="PLACE=FILE[SPAN]@STRENGTH", help=keep)
     add("--first", type=user_path, metavar="FILE", help="a picture, or a clip's first frame, to begin with")
     add("--last", type=user_path, metavar="FILE", help="a picture, or a clip's last frame, to end with")
-    add(
-        "--extend", type=user_path, metavar="FILE", help="go on where a clip ends; with --before: lead to its beginning"
-    )
+    extend = "go on where a clip ends; with --before: lead to its beginning"
+    add("--extend", type=user_path, metavar="FILE", help=extend)
     add("--before", action="store_true", help="see --extend")
     add("--join", type=user_path, nargs=2, metavar="FILE", help="from the first clip's end to the second's beginning")
     add("--loop", action="store_true", help="the last frame is followed by the first: clips are chained to close it")
@@ -142,13 +138,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
 
-def run(args: argparse.Namespace) -> int:
-    if not args.source.exists():  # seen without importing torch
-        from opensora_repro.weights.catalog import published
-
-        args.source = published(args.source)
-    if args.best:
-        args.source = best(args.source)
+def run(args: Options) -> int:
+    source = here_or_published(args.source)  # seen without importing torch
+    args = replace(args, source=best(source) if args.best else source)
     if args.out.exists() and not args.out.is_dir():
         raise ConfigError(f"--out {args.out}: this is a file, expected a folder")
     return sample(args)
@@ -160,13 +152,12 @@ def best(run: Path) -> Path:
 
     found = best_checkpoint(run)
     if found is None:
-        raise ConfigError(
-            f"--best: {run} has no checkpoints/best: train with checkpoint.keep_best, or leave --best out"
-        )
+        remedy = "train with checkpoint.keep_best, or leave --best out"
+        raise ConfigError(f"--best: {run} has no checkpoints/best: {remedy}")
     return found
 
 
-def sample(args: argparse.Namespace) -> int:
+def sample(args: Options) -> int:
     """Look at all that can be seen without reading weights; then sample what is not there yet."""
     from opensora_repro.parallel.mesh import launched_as
     from opensora_repro.sampling.build import build_run

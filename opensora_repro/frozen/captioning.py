@@ -7,8 +7,8 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
+from opensora_repro.data.caption.ask import INSTRUCTION, METHOD, clip_keys, shown_frames, with_times
 from opensora_repro.data.caption.options import AskedArguments
-from opensora_repro.data.caption.questions import INSTRUCTION, METHOD, clip_keys, shown_frames, with_times
 from opensora_repro.data.caption.text import Caption, ends_sentence, judge
 from opensora_repro.data.clip_frames import middles_of
 from opensora_repro.data.jobs.batches import run_batches, sized_batches

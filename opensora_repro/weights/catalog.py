@@ -121,11 +121,11 @@ def fetch(entry: Entry, *, progress: Progress | None = None) -> Path:
     return _place(entry, paths)
 
 
-def published(name: Path) -> Path:
-    """What the hub's cache holds of the catalog's weights of that name. Raises CatalogError."""
-    found = find_cached(str(name))
+def here_or_published(path: Path) -> Path:
+    """The path, or where nothing is there what the hub's cache holds of weights of that name. Raises CatalogError."""
+    found = path if path.exists() else find_cached(str(path))
     if found is None:
-        raise CatalogError(f"{name}: no such run, checkpoint or weights file{similar_name(str(name))}")
+        raise CatalogError(f"{path}: no such run, checkpoint or weights file{similar_name(str(path))}")
     return found
 
 

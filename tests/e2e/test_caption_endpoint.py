@@ -22,7 +22,7 @@ from PIL import Image
 
 from data_tools import caption
 from opensora_repro.data.caption import chat, completions
-from opensora_repro.data.caption.questions import INSTRUCTION
+from opensora_repro.data.caption.ask import INSTRUCTION
 from opensora_repro.data.write import write_video
 from tests.chat_server import BREAK, ChatServer, brightness, chat_server, completion, error, pictures
 from tests.frames import read_manifest, read_table, write_manifest

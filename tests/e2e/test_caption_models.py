@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data_tools import caption
-from opensora_repro.data.caption.questions import with_times
+from opensora_repro.data.caption.ask import with_times
 from opensora_repro.data.caption.text import judge
 from opensora_repro.data.clip_frames import middles_of, read_middles
 from opensora_repro.data.write import write_video

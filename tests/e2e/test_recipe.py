@@ -19,8 +19,7 @@ import pytest
 
 from opensora_repro.data.manifest import read_manifest, write_manifest
 from opensora_repro.data.write import write_video
-from opensora_repro.planning.recipe import MODULES
-from opensora_repro.planning.recipe_steps import hold_out
+from opensora_repro.planning.recipe import MODULES, hold_out
 from stages.recipe import main
 from tests.training_world import World, make_world
 

@@ -215,8 +215,7 @@ def test_commands_are_understood(page: Path, monkeypatch: pytest.MonkeyPatch) ->
         options = read_options(module, words, monkeypatch).options
         if module.startswith("stages.") and getattr(options, "config", "").startswith("configs/"):
             if module == "stages.recipe":
-                from opensora_repro.planning.recipe import load_recipe
-                from opensora_repro.planning.recipe_steps import steps_of
+                from opensora_repro.planning.recipe import load_recipe, steps_of
                 from stages.recipe import check_stage
 
                 # whose folders are the reader's own

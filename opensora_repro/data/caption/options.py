@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from opensora_repro.data.options import option
-from opensora_repro.errors import DataError
+from opensora_repro.errors import DataError, check_least
 
 ASKED, WITH_MODEL, WITH_ENDPOINT = "what a model or an endpoint is asked", "with --model", "with --endpoint"
 
@@ -48,17 +48,12 @@ class AskedArguments:
 
 def check_asked(args: AskedArguments, *, endpoint: bool) -> None:
     """Raise DataError for options that do not go together; `endpoint`: there is one."""
-    for name in ("frames", "max_tokens", "batch_size", "model_workers", "concurrency"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise DataError(f"--{name.replace('_', '-')} {value}: expected at least 1")
-    for name in ("retries", "price_in", "price_out"):
-        if not 0 <= getattr(args, name) < math.inf:
-            raise DataError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 0 or more")
+    check_least(args, "frames", "max_tokens", "batch_size", "model_workers", "concurrency")
+    check_least(args, "retries", "price_in", "price_out", least=0)
     for name in ("send", "temperature", "seed", "extra_body"):
         if getattr(args, name) is not None and not endpoint:
             raise DataError(f"--{name.replace('_', '-')}: only with --endpoint")
-    if args.temperature is not None and not 0 <= args.temperature < math.inf:
-        raise DataError(f"--temperature {args.temperature}: expected 0 or more")
+    check_least(args, "temperature", least=0)
     if args.send == "video" and args.frames:
         raise DataError("--frames: the server chooses them with --send video (vLLM's --extra-body can say how)")
     if not 0 < args.timeout < math.inf:

@@ -81,10 +81,9 @@ def split_source(source: Source, out: Path, options: Options) -> Record:
         kept = [(span, target(span)) for span in spans]
         if not written:
             cut_clips(source.path, scan, kept, encoding)
-        record = {"clips": [clip_row(path, scan, span) for span, path in kept], "rejects": rejects}
+        return {"clips": [clip_row(path, scan, span) for span, path in kept], "rejects": rejects}
     except DecodeError as error:
-        record = {"clips": [], "rejects": [reject_row(str(error).removeprefix(f"{source.path}: "))]}
-    return record
+        return {"clips": [], "rejects": [reject_row(str(error).removeprefix(f"{source.path}: "))]}
 
 
 def planned_spans(scan: Scan, o: Options) -> tuple[list[Span], list[Row]]:
