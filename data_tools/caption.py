@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check(args: Arguments) -> None:
-    """Raise DataError for options that do not go together."""
+    """Raise UserError for options that do not go together."""
     sources = [name for name in SOURCES if getattr(args, name)]
     if not sources:
         raise DataError("nothing to take captions from: give --sidecar, --model or --endpoint (or --template)")

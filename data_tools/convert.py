@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def options_of(args: Arguments) -> Options:
-    """Check the options and recognise the format. Raises DataError."""
+    """Check the options and recognise the format. Raises UserError."""
     from opensora_repro.data.convert.recognise import recognise
 
     out = Path(args.out)

@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check(args: Arguments) -> None:
-    """Raise DataError for options that cannot work."""
+    """Raise UserError for options that cannot work."""
     check_least(args, "cores", "gpus")
     if not 0 <= args.hours < math.inf:
         raise DataError(f"HOURS {args.hours}: expected 0 or more")

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: Arguments) -> int:
-    """Write the page; returns the exit status. Raises ConfigError, DataError, also where no clip can be used."""
+    """Write the page; returns the exit status. Raises UserError, also where no clip can be used."""
     from opensora_repro.config import load_config
     from opensora_repro.data.manifest import read_manifest
     from opensora_repro.data.preflight import require_usable, survey

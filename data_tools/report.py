@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check(args: Arguments) -> None:
-    """Raise DataError for options that cannot work, before any input is looked at."""
+    """Raise UserError for options that cannot work, before any input is looked at."""
     check_least(args, "clips", least=0)
     runner_of(args)
 

@@ -92,13 +92,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check(args: Arguments) -> None:
-    """Raise DataError for options that cannot work, before any input is looked at."""
+    """Raise UserError for options that cannot work, before any input is looked at."""
     names_of(args)
     runner_of(args)
 
 
 def names_of(args: Arguments) -> list[str]:
-    """Check the options; return the scores in their usual order. Raises DataError."""
+    """Check the options; return the scores in their usual order. Raises UserError."""
     requested = NAMES if args.scores == "all" else [name.strip() for name in args.scores.split(",")]
     for name in requested:
         if name not in NAMES:

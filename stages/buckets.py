@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ConfigError."""
+    """Raises UserError."""
     for name in ("seconds", "memory"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def ask(args: argparse.Namespace, cfg: Config) -> Question:
-    """Check the options. Raises ConfigError."""
+    """Check the options. Raises UserError."""
     from opensora_repro.planning.budget import Question
     from opensora_repro.planning.gpus import find_gpu
 

@@ -26,7 +26,7 @@ SIZES = (
 
 
 def build_run(options: Options, *, opens_files: bool = False) -> tuple[SamplingRun, list[str]]:
-    """What the options ask for, and lines on the frames that are given. Raises ConfigError, WeightsError.
+    """What the options ask for, and lines on the frames that are given. Raises UserError.
 
     `opens_files`: prompts may name reference files, which only those who type them at this machine are to.
     """

@@ -1,6 +1,6 @@
 """What the options of `stages.sample` say, looked at before anything is loaded: numbers against each other, prompts.
 
-Needs no torch.
+Needs no torch, and is imported without numpy.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 from opensora_repro.config import ConfigError
 from opensora_repro.config.prompts import check_prompts, is_blank, read_prompts
 from opensora_repro.errors import check_least
-from opensora_repro.sampling.named_sizes import FRAMES, parse_frames
 
 NUMBERS = ("steps", "num_frames", "height", "width", "fps", "batch_size", "sp_size", "condition_frames", "mask_align")
 
@@ -92,9 +91,11 @@ class Options:
 
 
 def checked(options: Options) -> Options:
-    """With numbers in place of their words. Raises ConfigError for what cannot be, or does not go together."""
+    """With numbers in place of their words. Raises UserError for what cannot be, or does not go together."""
     o, num_frames = options, options.num_frames
     if num_frames is not None:
+        from opensora_repro.sampling.named_sizes import FRAMES, parse_frames
+
         try:
             num_frames = parse_frames(str(num_frames))
         except ValueError:

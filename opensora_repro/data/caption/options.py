@@ -47,7 +47,7 @@ class AskedArguments:
 
 
 def check_asked(args: AskedArguments, *, endpoint: bool) -> None:
-    """Raise DataError for options that do not go together; `endpoint`: there is one."""
+    """Raise UserError for options that do not go together; `endpoint`: there is one."""
     check_least(args, "frames", "max_tokens", "batch_size", "model_workers", "concurrency")
     check_least(args, "retries", "price_in", "price_out", least=0)
     for name in ("send", "temperature", "seed", "extra_body"):

@@ -82,7 +82,7 @@ class RunnerArguments:
 
 
 def runner_of(args: RunnerArguments) -> Runner:
-    """Check where the work is to be done; DataError names the wrong option."""
+    """Check where the work is to be done; UserError names the wrong option."""
     if args.workers < 0:
         raise DataError(f"--workers {args.workers}: expected a number of at least 1")
     for name in ("address", "cpus", "gpus", "memory", "gpu_nodes"):
