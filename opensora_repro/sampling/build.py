@@ -49,8 +49,8 @@ def build_run(options: Options, *, opens_files: bool = False) -> tuple[SamplingR
     check_prompts_fit(source, prompts, labels=o.label is not None)
     given = chain = None
     if asks_for_frames(o, source, prompts, total):
-        source, prompts, given, chain, told = frames(o, source, prompts, total)
-        lines += told
+        source, prompts, given, chain, more = frames(o, source, prompts, total)
+        lines += more
     run = SamplingRun(
         source, prompts, o.out, seed=o.seed, batch_size=o.batch_size, sp_size=o.sp_size, device=o.device,
         ema=not o.no_ema, gif=o.gif, overwrite=o.overwrite,
