@@ -39,7 +39,7 @@ from opensora_repro.data.origin import made_by
 from opensora_repro.data.probe.rows import job_of, probe_file
 from opensora_repro.data.progress import progress
 from opensora_repro.data.tables import in_batches, rows_batch, schema_of
-from opensora_repro.errors import DataError, run_command
+from opensora_repro.errors import DataError, check_least, run_command
 from opensora_repro.files import one_line, remove_leftovers, user_path
 
 if TYPE_CHECKING:
@@ -97,12 +97,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def options_of(args: Arguments) -> Options:
-    """Check the options and recognise the format. Raises DataError."""
+    """Check the options and recognise the format. Raises UserError."""
     from opensora_repro.data.convert.recognise import recognise
 
     out = Path(args.out)
-    if args.shard_size < 1:
-        raise DataError(f"--shard-size {args.shard_size}: expected at least 1")
+    check_least(args, "shard_size")
     kind = args.kind or recognise(args.input, out)
     for flag, given in (("--classes", args.classes), ("--list", args.listed)):
         if given and kind not in ("ucf101", "imagenet"):

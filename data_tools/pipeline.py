@@ -30,7 +30,7 @@ from data_tools import report
 from opensora_repro.data.options import any_path, argument, local_path, option, parse, parser_of
 from opensora_repro.data.origin import Maker, making
 from opensora_repro.data.pipeline.config import Line, Step, load_line
-from opensora_repro.errors import INTERRUPTED, DataError, run_command
+from opensora_repro.errors import INTERRUPTED, DataError, UserError, run_command
 from opensora_repro.files import is_file, one_line, remove_leftovers
 from opensora_repro.storage.addresses import address_of
 
@@ -92,7 +92,7 @@ def check_step(config: str, step: Step, tool: ModuleType) -> None:
     except SystemExit:
         reason = told.getvalue().strip().rpartition("error: ")[2]
         raise DataError(f"{config}: [{step.name}]: {one_line(reason)}") from None
-    except DataError as error:
+    except UserError as error:
         raise DataError(f"{config}: [{step.name}]: {error}") from None
 
 

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from opensora_repro.data.options import argument, local_path, option, parse, parser_of
-from opensora_repro.errors import DataError, run_command
+from opensora_repro.errors import DataError, check_least, run_command
 
 MEASURED = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "curation.json"
 
@@ -49,16 +49,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check(args: Arguments) -> None:
-    """Raise DataError for options that cannot work."""
-    for name in ("cores", "gpus"):
-        if getattr(args, name) < 1:
-            raise DataError(f"--{name} {getattr(args, name)}: expected at least 1")
-    for name in ("hours", "gpu_seconds", "price_per_core_hour", "price_per_gpu_hour"):
-        value = getattr(args, name)
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            raise DataError(
-                f"{'HOURS' if name == 'hours' else '--' + name.replace('_', '-')} {value}: expected 0 or more"
-            )
+    """Raise UserError for options that cannot work."""
+    check_least(args, "cores", "gpus")
+    if not 0 <= args.hours < math.inf:
+        raise DataError(f"HOURS {args.hours}: expected 0 or more")
+    check_least(args, "gpu_seconds", "price_per_core_hour", "price_per_gpu_hour", least=0)
     if args.price_per_gpu_hour is not None and not args.gpu_seconds:
         raise DataError("--price-per-gpu-hour: expected --gpu-seconds with it, what a clip takes of a GPU")
     if not 0 < args.used <= 1:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from opensora_repro.data.jobs.run import Runner, RunnerArguments, runner_of
 from opensora_repro.data.options import argument, local_path, option, parser_of
-from opensora_repro.errors import DataError, run_command
+from opensora_repro.errors import check_least, run_command
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,15 +55,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: Arguments) -> int:
-    """Write the page; returns the exit status. Raises ConfigError, DataError, also where no clip can be used."""
+    """Write the page; returns the exit status. Raises UserError, also where no clip can be used."""
     from opensora_repro.config import load_config
     from opensora_repro.data.manifest import read_manifest
     from opensora_repro.data.preflight import require_usable, survey
     from opensora_repro.data.preview.page import page
     from opensora_repro.files import write_text
 
-    if args.samples < 1:
-        raise DataError(f"--samples {args.samples}: expected at least 1")
+    check_least(args, "samples")
     runner = runner_of(args)
     cfg = load_config(args.config, args.overrides)
     found = survey(read_manifest(args.manifest), cfg.data, args.manifest)

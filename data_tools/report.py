@@ -23,7 +23,7 @@ from urllib.parse import quote
 from opensora_repro.data.jobs.run import Runner, RunnerArguments, runner_of
 from opensora_repro.data.options import any_path, argument, option, parse, parser_of
 from opensora_repro.data.progress import progress
-from opensora_repro.errors import DataError, run_command
+from opensora_repro.errors import check_least, run_command
 from opensora_repro.storage.addresses import is_address, relative, within
 
 if TYPE_CHECKING:
@@ -63,9 +63,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check(args: Arguments) -> None:
-    """Raise DataError for options that cannot work, before any input is looked at."""
-    if args.clips < 0:
-        raise DataError(f"--clips {args.clips}: expected 0 or more")
+    """Raise UserError for options that cannot work, before any input is looked at."""
+    check_least(args, "clips", least=0)
     runner_of(args)
 
 

@@ -6,6 +6,7 @@ Nothing is imported here that makes such errors: whoever raises one derives it f
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 import sys
@@ -37,6 +38,15 @@ class EngineError(UserError):
 
 class TrainingError(RuntimeError):
     """Training, or sampling, cannot go on; the message is one line meant for the user."""
+
+
+def check_least(options: object, *names: str, least: int = 1) -> None:
+    """Raise UserError for an option, by its field's name, that is given and under `least` (1 or 0), or no number."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not least <= value < math.inf:
+            expected = "at least 1" if least else "0 or more"
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected {expected}")
 
 
 def run_command(run: Callable[[], int], *, kept: str = GOES_ON, less_memory: str = "") -> int:

@@ -1,20 +1,24 @@
-"""What a process may use of its machine: CPUs, memory, what it keeps of freed memory; and when it is asked to stop."""
+"""What a process may use of its machine: CPUs, memory, what it keeps of freed memory; when it is asked to stop; and
+processes of our own commands."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import os
+import shlex
 import signal
+import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 KEPT_BYTES = 1 << 30  # what the process may hold on to without using it; larger tensors come and go as before
+INTERRUPTED_BY_SIGTERM = 143  # exit code
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
@@ -165,3 +169,28 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+
+def call(command: Sequence[str], is_done: Callable[[], bool]) -> int:
+    """Run one of our command lines in a process of its own, which is told when this one is to end; its exit code.
+
+    A stage that is told to stop saves, and calls that well: what ends so and is not done was interrupted.
+    """
+    print("$ python -m " + shlex.join(command), flush=True)
+    told: list[int] = []
+    with subprocess.Popen([sys.executable, "-m", *command]) as process:
+
+        def stop(number: int, _: object) -> None:
+            told.append(number)
+            process.send_signal(number)
+
+        before = signal.signal(signal.SIGTERM, stop)
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:  # which it has got from the terminal, too
+            process.wait()
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    told_to_stop = told or (code == 0 and not is_done())
+    return INTERRUPTED_BY_SIGTERM if told_to_stop else code if code >= 0 else 128 - code

@@ -56,7 +56,7 @@ def serve(args: argparse.Namespace) -> int:
 
     from opensora_repro.app.serve import Server
     from opensora_repro.app.studio import Studio
-    from stages.sample import build_run
+    from opensora_repro.sampling.build import build_run
     from stages.sample import parse as parse_sample
 
     studio = Studio(
@@ -115,9 +115,9 @@ def check_port(host: str, port: int) -> None:
 
 def named_runs(paths: Sequence[Path]) -> dict[str, Path]:
     """Each by the shortest end of its path that no other has. Raises ConfigError."""
-    from stages.sample import published
+    from opensora_repro.weights.catalog import here_or_published
 
-    found = [path if path.exists() else published(path) for path in paths]
+    found = list(map(here_or_published, paths))
     names: dict[str, Path] = {}
     for path in found:
         parts = path.resolve().parts

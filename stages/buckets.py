@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from opensora_repro.config import Config, ConfigError, load_config
 from opensora_repro.config.edit import with_batch_sizes
-from opensora_repro.errors import run_command
+from opensora_repro.errors import check_least, run_command
 from opensora_repro.files import here_or_shipped, user_path, write_text
 from opensora_repro.planning.gpus import GIB
 from stages._training import settle_process
@@ -72,15 +72,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ConfigError."""
+    """Raises UserError."""
     for name in ("seconds", "memory"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"--{name} {value:g}: expected more than 0")
-    for name in ("max_batch", "gpus"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    check_least(args, "max_batch", "gpus")
     if args.utilisation is not None and not 0 < args.utilisation <= 1:
         raise ConfigError(f"--utilisation {args.utilisation:g}: expected a share above 0, at most 1")
     for name in ("gpu", "gpus", "utilisation"):

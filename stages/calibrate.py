@@ -9,11 +9,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
 
-from opensora_repro.config import ConfigError
 from opensora_repro.config.checks import SAMPLERS
-from opensora_repro.errors import run_command
+from opensora_repro.errors import check_least, run_command
 from opensora_repro.files import user_path
 
 
@@ -25,13 +23,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     lines = "one prompt a line, as the model will be asked; a dozen are enough"
     add("--prompts", type=user_path, required=True, metavar="FILE", help=lines)
     add("--out", type=user_path, metavar="FILE", help="where to write (step_cache.json beside the checkpoint)")
-    add(
-        "--psnr",
-        type=float,
-        default=30.0,
-        metavar="DB",
-        help="take the fastest threshold with at least so much (%(default)g)",
-    )
+    fastest = "take the fastest threshold with at least so much (%(default)g)"
+    add("--psnr", type=float, default=30.0, metavar="DB", help=fastest)
     add("--seed", type=int, default=0, metavar="N", help="of the noise (%(default)s)")
     add("--batch-size", type=int, default=8, metavar="N", help="prompts at once (%(default)s)")
     add("--device", help="such as cuda, cuda:1 or cpu (a GPU where there is one)")
@@ -54,10 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     from opensora_repro.config.prompts import read_prompts
 
-    for name in ("steps", "batch_size", "num_frames", "height", "width"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    check_least(args, "steps", "batch_size", "num_frames", "height", "width")
     return measure(args, read_prompts(args.prompts))
 
 
@@ -70,23 +60,17 @@ def measure(args: argparse.Namespace, prompts: list[str]) -> int:
     from opensora_repro.sampling.run import pick_device, with_options
     from opensora_repro.sampling.source import find_source
     from opensora_repro.sampling.speedups import CALIBRATION
-    from stages.sample import published
+    from opensora_repro.weights.catalog import here_or_published
 
-    if not args.source.exists():
-        args.source = published(args.source)
-    source = find_source(args.source, ema=not args.no_ema)
+    path = here_or_published(args.source)
+    source = find_source(path, ema=not args.no_ema)
     names = ("sampler", "steps", "guidance", "num_frames", "height", "width")
-    options: dict[str, Any] = {name: getattr(args, name) for name in names}
-    config = with_options(source.config, vae=None, text=None, shard_text=None, fps=None, dtype=None, **options)
-    out = args.out or (args.source if args.source.is_dir() else args.source.parent) / CALIBRATION
+    config = with_options(source.config, **{name: getattr(args, name) for name in names})
+    out = args.out or (path if path.is_dir() else path.parent) / CALIBRATION
     found = calibrate(
-        replace(source, config=config),
-        prompts,
-        pick_device(args.device, 1, 0),
-        seed=args.seed,
-        batch_size=args.batch_size,
-        least_psnr=args.psnr,
-    )
+        replace(source, config=config), prompts, pick_device(args.device, 1, 0), seed=args.seed,
+        batch_size=args.batch_size, least_psnr=args.psnr,
+    )  # fmt: skip
     write_text(out, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     if not any(row["psnr"] >= args.psnr for row in found["thresholds"]):
         print(f"warning: no threshold keeps {args.psnr:g} dB, the smallest is taken", file=sys.stderr)

@@ -100,17 +100,11 @@ def find(path: Path, args: argparse.Namespace) -> Any:
 
     from opensora_repro.sampling.run import with_options
     from opensora_repro.sampling.source import find_source
-    from opensora_repro.weights.catalog import find_cached, similar_name
+    from opensora_repro.weights.catalog import here_or_published
 
-    if not path.exists():
-        cached = find_cached(str(path))
-        if cached is None:
-            raise ConfigError(f"{path}: no such run, checkpoint or weights file{similar_name(str(path))}")
-        path = cached
-    source = find_source(path, ema=not args.no_ema)
-    sizes = dict.fromkeys(("num_frames", "height", "width", "fps", "dtype"))
+    source = find_source(here_or_published(path), ema=not args.no_ema)
     given = {name: getattr(args, name) for name in ("sampler", "steps", "guidance")}
-    return replace(source, config=with_options(source.config, vae=None, text=None, shard_text=None, **given, **sizes))
+    return replace(source, config=with_options(source.config, **given))
 
 
 def check(args: argparse.Namespace) -> None:

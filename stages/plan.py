@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Sequence
 from os.path import expanduser
 from typing import TYPE_CHECKING
 
 from opensora_repro.config import Config, ConfigError, load_config
-from opensora_repro.errors import run_command
+from opensora_repro.errors import check_least, run_command
 from opensora_repro.files import user_path
 
 if TYPE_CHECKING:
@@ -74,17 +73,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def ask(args: argparse.Namespace, cfg: Config) -> Question:
-    """Check the options. Raises ConfigError."""
+    """Check the options. Raises UserError."""
     from opensora_repro.planning.budget import Question
     from opensora_repro.planning.gpus import find_gpu
 
-    for name in ("gpus", "clips"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name} {value}: expected at least 1")
-    price = args.price_per_gpu_hour
-    if price is not None and not (math.isfinite(price) and price >= 0):
-        raise ConfigError(f"--price-per-gpu-hour {price}: expected 0 or more")
+    check_least(args, "gpus", "clips")
+    check_least(args, "price_per_gpu_hour", least=0)
     strides = read_strides(args.strides) if args.strides else None
     gpu = find_gpu(args.gpu)
     gpu.peak(cfg.train.dtype)
@@ -99,7 +93,7 @@ def ask(args: argparse.Namespace, cfg: Config) -> Question:
         from opensora_repro.planning.measured import measured_utilisation
 
         utilisation, source = measured_utilisation(args.measured, cfg, gpu)
-    return Question(gpu, gpus, utilisation, source, args.clips, price, strides)
+    return Question(gpu, gpus, utilisation, source, args.clips, args.price_per_gpu_hour, strides)
 
 
 def read_strides(text: str) -> tuple[int, int, int]:

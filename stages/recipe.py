@@ -10,65 +10,17 @@ kill, and does again what follows from a change.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import shlex
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from importlib import import_module
 from os.path import expanduser
-from pathlib import Path
-from typing import Any
 
-from opensora_repro.config import Config, ConfigError, load_autoencoder_config, load_config, read_toml, toml_value
-from opensora_repro.errors import DataError, run_command
-from opensora_repro.files import content_of, digest, here_or_shipped, one_line, read_json, sha256_of, write_text
-from opensora_repro.storage.addresses import is_address
-
-TOP = {"input": "", "out": "", "captions": "", "held_out": 0.1}
-MODULES = {
-    "stage0": "stages.stage0_autoencoder",
-    "stage1": "stages.stage1_image",
-    "stage2": "stages.stage2_video",
-    "stage3": "stages.stage3_hq",
-}
-WITH_CONFIG = ("pipeline", *MODULES)  # sections with the keys config and set; the others have options
-SECTIONS = ("pipeline", "preview", *MODULES, "evaluate", "report", "card")
-RECORD = "recipe.json"
-INTERRUPTED_BY_SIGTERM = 143
-
-
-@dataclass(frozen=True)
-class Recipe:
-    input: Path
-    out: Path
-    captions: Path | None
-    held_out: float
-    sections: dict[str, dict[str, Any]]
-
-    @property
-    def stages(self) -> list[str]:
-        return [name for name in MODULES if name in self.sections]
-
-    def options(self, section: str) -> tuple[str, ...]:
-        return tuple(map(str, self.sections[section].get("options", ())))
-
-
-@dataclass(frozen=True)
-class Step:
-    """`output` is there once it is done; `reads` decides whether it still is what it was done from."""
-
-    name: str
-    what: str
-    output: Path
-    command: tuple[str, ...] = ()
-    reads: tuple[Path, ...] = ()
-    work: Callable[[], None] | None = None  # in place of a command
-    looks: bool = False  # it looks by itself, every time, whether there is something new
-    config: Any = field(default=None, compare=False)  # of a stage
+from opensora_repro.config import Config, ConfigError
+from opensora_repro.errors import run_command
+from opensora_repro.planning.recipe import MODULES, Recipe, Record, Step, estimate, load_recipe, look_at_input, steps_of
+from opensora_repro.process import call
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,7 +43,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.config, args.overrides)
-    steps = steps_of(recipe)
+    steps = steps_of(recipe, check_stage)
     if args.until is not None:
         names = [step.name for step in steps]
         if args.until not in names:
@@ -108,229 +60,12 @@ def run(args: argparse.Namespace) -> int:
         return follow(recipe, steps)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The recipe
-
-
-def load_recipe(path: str, overrides: Sequence[str]) -> Recipe:
-    """Read and check a recipe. Raises ConfigError."""
-    table = read_toml(path)
-    for override in overrides:
-        _override(override, table)
-    for name, value in table.items():
-        if isinstance(value, dict) != (name in SECTIONS) or name not in (*TOP, *SECTIONS):
-            known = f"expected {', '.join(TOP)}, or a section of {', '.join(SECTIONS)}"
-            raise ConfigError(f"{path}: {name}: not of a recipe; {known}")
-    top = {name: table.get(name, value) for name, value in TOP.items()}
-    for name in ("input", "out"):
-        if not isinstance(top[name], str) or not top[name]:
-            raise ConfigError(f"{path}: {name} is not set: give {name}=FOLDER")
-    if not isinstance(top["held_out"], float) or not 0 < top["held_out"] < 1:
-        raise ConfigError(f"{path}: held_out = {top['held_out']}: expected a share of the videos, such as 0.1")
-    sections = {name: table[name] for name in SECTIONS if name in table}
-    for name, content in sections.items():
-        keys: dict[str, type] = {"config": str, "set": list} if name in WITH_CONFIG else {"options": list}
-        for key, value in content.items():
-            if key not in keys or not isinstance(value, keys[key]):
-                raise ConfigError(f"{path}: {name}.{key} = {value!r}: expected {' and '.join(keys)}")
-        if name in WITH_CONFIG and "config" not in content:
-            raise ConfigError(f"{path}: {name}.config is not set: name the TOML file of this step")
-    if "pipeline" not in sections or len(sections) == 1 or not {"stage1", "stage2", "stage3"} & sections.keys():
-        raise ConfigError(f"{path}: expected [pipeline] and at least one of [stage1], [stage2], [stage3]")
-    for name in ("input", "out", "captions"):
-        if is_address(str(top[name])):
-            raise ConfigError(f"{name} = {one_line(top[name])}: expected a path of this machine, not an address")
-    found = {name: Path(expanduser(str(top[name]))) for name in ("input", "out", "captions")}
-    if not found["input"].exists() and not set("*?[") & set(top["input"]):
-        raise ConfigError(f"input = {top['input']}: no such file or folder")
-    if top["captions"] and not found["captions"].is_file():
-        raise ConfigError(f"captions = {top['captions']}: no such file")
-    if not (top["captions"] or _brings_captions(found["input"], sections["pipeline"]["config"])):
-        config = sections["pipeline"]["config"]
-        raise ConfigError(f"{path}: no captions: give captions=FILE, or a [caption] section to {config}")
-    captions = found["captions"] if top["captions"] else None
-    return Recipe(found["input"], found["out"], captions, top["held_out"], sections)
-
-
-def look_at_input(recipe: Recipe) -> None:
-    """What would end the recipe after hours ends it now: no footage, captions of other videos. Raises UserError."""
-    from opensora_repro.data.caption.lists import ClipKeys, read_list
-    from opensora_repro.data.inputs import find_inputs
-    from opensora_repro.run_folder import check_folder
-
-    check_folder("out", str(recipe.out))
-    items = find_inputs(recipe.input, out=recipe.out).items
-    if recipe.captions is not None:
-        rows = [{"id": item.name, "path": str(item.path), **(item.row or {})} for item in items]
-        listed = read_list(recipe.captions, ClipKeys.of(rows))
-        if listed.keyed_by != "id" and not listed.whole and not listed.spans:  # clips' ids are not known yet
-            names = f"none of the {len(items)} files of {recipe.input}, such as {items[0].name!r}"
-            raise ConfigError(f"captions = {recipe.captions}: names {names}")
-
-
-def _brings_captions(source: Path, pipeline: str) -> bool:
-    """A table may have them, and a line of tools make them."""
-    is_table = source.suffix.lower() in (".csv", ".parquet")
-    return is_table or any(name.startswith("caption") for name in read_toml(pipeline))
-
-
-def _override(text: str, table: dict[str, Any]) -> None:
-    name, equals, raw = text.partition("=")
-    section, dot, key = name.strip().partition(".")
-    if not equals or (section not in SECTIONS if dot else section not in TOP):
-        raise ConfigError(f"override {text!r}: expected input=, captions=, out=, held_out= or SECTION.key=value")
-    if not dot:
-        table[section] = float(raw) if section == "held_out" and _is_number(raw) else raw.strip()
-        return
-    content = table.setdefault(section, {})
-    if key in ("config", "options"):
-        content[key] = raw.strip() if key == "config" else toml_value(raw.strip())
-    else:
-        content["set"] = [*content.get("set", []), f"{key}={raw}"]
-
-
-def _is_number(text: str) -> bool:
-    with contextlib.suppress(ValueError):
-        float(text)
-        return True
-    return False
-
-
-def steps_of(recipe: Recipe) -> list[Step]:
-    """All steps, their configs checked. Raises ConfigError."""
-    train, held_out = recipe.out / "train.parquet", recipe.out / "held_out.parquet"
-    runs = list(_stages(recipe, train, held_out))
-    return [*_data(recipe, train, held_out), *_preview(recipe, runs[-1], train), *runs, *_pages(recipe, runs, held_out)]
-
-
-def _data(recipe: Recipe, train: Path, held_out: Path) -> Iterator[Step]:
-    out, section = recipe.out, recipe.sections["pipeline"]
-    manifest, config = out / "data" / "manifest.parquet", here_or_shipped(section["config"])
-    words = (
-        "data_tools.pipeline",
-        str(config),
-        f"input={recipe.input}",
-        f"out={out / 'data'}",
-        *section.get("set", ()),
-    )
-    yield Step("pipeline", "footage to clips", manifest, words, (config,), looks=True)
-    if recipe.captions is not None:
-        found, manifest = manifest, out / "captioned" / manifest.name
-        words = ("data_tools.caption", str(found), "--sidecar", str(recipe.captions), "--out", str(manifest.parent))
-        yield Step("captions", "captions to clips", manifest, words, (found, recipe.captions))
-
-    def hold() -> None:
-        hold_out(manifest, train, held_out, recipe.held_out)
-
-    title = f"{recipe.held_out:.0%} of the videos are held out"
-    yield Step("held-out", title, held_out, (str(recipe.held_out),), (manifest,), hold)
-
-
-def _preview(recipe: Recipe, last: Step, train: Path) -> Iterator[Step]:
-    if "preview" in recipe.sections:
-        page, changes = recipe.out / "preview" / "preview.html", recipe.sections[last.name].get("set", ())
-        text = [word for word in last.command if word.startswith("text.path=")]  # which stage 0 has yet to make
-        words = (
-            "data_tools.preview",
-            str(train),
-            *changes,
-            *text,
-            "--config",
-            last.command[1],
-            "--out",
-            str(page.parent),
-        )
-        words = (*words, *recipe.options("preview"))
-        yield Step("preview", "a page of what training reads", page, words, (train, Path(last.command[1])))
-
-
-def _pages(recipe: Recipe, runs: Sequence[Step], held_out: Path) -> Iterator[Step]:
-    """What is measured and told of the trained runs."""
-    trained = [step for step in runs if step.name != "stage0"]
-    folders, reads = [str(recipe.out / step.name) for step in trained], [step.output for step in trained]
-    if "evaluate" in recipe.sections:
-        result = Path(folders[-1]) / "evaluation" / "evaluation.json"  # where the run's own page looks for it
-        words = ["stages.evaluate", folders[-1], "--manifest", str(held_out), "--out", str(result.parent)]
-        words += recipe.options("evaluate")
-        yield Step("evaluate", "measured on what was held out", result, tuple(words), (reads[-1], held_out))
-        reads.append(result)
-    if "report" in recipe.sections:
-        page = recipe.out / "report" / "report.html"
-        words = ["stages.report", *folders, "--out", str(page.parent), *recipe.options("report")]
-        yield Step("report", "a page on all runs", page, tuple(words), tuple(reads))
-    if "card" in recipe.sections:
-        card = recipe.out / "card.md"
-        words = ["stages.weights", "card", folders[-1], "--out", str(card), *recipe.options("card")]
-        yield Step("card", "a model card", card, tuple(words), tuple(reads))
-
-
-def _stages(recipe: Recipe, train: Path, held_out: Path) -> Iterator[Step]:
-    """Each stage goes on from the one before, with the autoencoder and text encoder of stage 0, if there is one."""
-    out, models, before = recipe.out, list[str](), None
-    for name in recipe.stages:
-        section = recipe.sections[name]
-        config, words = section["config"], [f"run.dir={out / name}", f"data.manifest={train}"]
-        words += [f"data.val_manifest={held_out}"]
-        if name == "stage0":
-            cfg: Any = load_autoencoder_config(config, [*section.get("set", ()), *words])
-            models = [f"vae.path={out / name / 'vae'}", f"model.in_channels={cfg.model.latent_channels}"]
-            if cfg.text.vocab_size:
-                models += [f"text.path={out / name / 'text'}", f"model.caption_channels={cfg.text.hidden_size}"]
-        else:
-            words += models
-            words += [] if before is None else [f"init.weights={out / before}"]
-            cfg = load_config(config, [*section.get("set", ()), *words])
-            if cfg.data.cache:
-                words.append(f"data.cache={out / 'cache' / name}")
-            check_stage(name, cfg)
-        file = here_or_shipped(config)
-        reads = [file, train, held_out]
-        reads += [out / earlier for earlier in recipe.stages[: recipe.stages.index(name)]]
-        command = (MODULES[name], str(file), *section.get("set", ()), *words)
-        output = out / name / "checkpoints" / f"step-{cfg.train.steps:08d}"
-        yield Step(name, f"{cfg.train.steps:,} steps", output, command, tuple(reads), config=cfg)
-        before = name if name != "stage0" else None
-
-
 def check_stage(name: str, cfg: Config) -> None:
-    from importlib import import_module
-
+    """Raise ConfigError for a config that is not that stage's."""
     try:
         import_module(MODULES[name]).check(cfg)
     except ConfigError as error:
         raise ConfigError(f"[{name}]: {error}") from None
-
-
-def hold_out(manifest: Path, train: Path, held_out: Path, share: float) -> None:
-    """Two manifests of one: whole videos are held out, chosen by their names alone. Raises DataError."""
-    import pyarrow as pa
-
-    from opensora_repro.data.manifest import read_manifest, write_manifest
-
-    table = read_manifest(manifest)
-    ids = table["id"].to_pylist()
-    sources = table["source"].to_pylist() if "source" in table.column_names else ids
-    names = [Path(source or name).name for source, name in zip(sources, ids, strict=True)]
-    if len(set(names)) == 1:  # one video: some of its clips, which resemble the others
-        names = ids
-    order = sorted(set(names), key=_drawn)
-    if len(order) < 2:
-        raise DataError(f"{manifest}: a single clip, of which none can be held out")
-    # Not so many of them: then new footage would move others to the other side.
-    kept_apart = {name for name in order[:-1] if _drawn(name) < share} or set(order[:1])
-    mask = [name in kept_apart for name in names]
-    write_manifest(table.filter(pa.array(mask)), held_out)
-    write_manifest(table.filter(pa.array([not held for held in mask])), train)
-    print(f"{len(mask) - sum(mask):,} clips in {train}, {sum(mask):,} in {held_out}")
-
-
-def _drawn(name: str) -> float:
-    """A number from 0 to 1 that depends on the name alone."""
-    return int(digest([name]), 16) / 2**128
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Following it
 
 
 def follow(recipe: Recipe, steps: Sequence[Step]) -> int:
@@ -346,9 +81,7 @@ def follow(recipe: Recipe, steps: Sequence[Step]) -> int:
         if step.work is not None:
             step.work()
         else:
-            code = call(step.command)
-        if code == 0 and not step.output.exists():
-            code = INTERRUPTED_BY_SIGTERM  # a stage that was told to stop has saved, and calls that well
+            code = call(step.command, step.output.exists)
         if code:
             if code != 2:  # the user's mistake has its own line
                 print(f"{step.name} ended with exit code {code}; the same command goes on there", file=sys.stderr)
@@ -358,69 +91,12 @@ def follow(recipe: Recipe, steps: Sequence[Step]) -> int:
     return 0
 
 
-def call(command: Sequence[str]) -> int:
-    """Run one of our command lines in a process of its own, which is told when this one is to end."""
-    print("$ python -m " + shlex.join(command), flush=True)
-    told: list[int] = []
-    with subprocess.Popen([sys.executable, "-m", *command]) as process:
-
-        def stop(number: int, _: object) -> None:
-            told.append(number)
-            process.send_signal(number)
-
-        before = signal.signal(signal.SIGTERM, stop)
-        try:
-            code = process.wait()
-        except KeyboardInterrupt:  # which it has got from the terminal, too
-            process.wait()
-            raise
-        finally:
-            signal.signal(signal.SIGTERM, before)
-    return INTERRUPTED_BY_SIGTERM if told else code if code >= 0 else 128 - code
-
-
-class Record:
-    """OUT/recipe.json: of each finished step what it was done from, and how long it took."""
-
-    def __init__(self, out: Path) -> None:
-        self.out, self.file = out, out / RECORD
-        self.done: dict[str, Any] = read_json(self.file)
-
-    def key(self, step: Step) -> str:
-        """Of what it reads and how: files by content, runs by their newest checkpoint, OUT wherever it lies."""
-        words = [word.replace(str(self.out), "OUT") for word in step.command]
-        return digest([words, [contents(path) for path in step.reads]])
-
-    def is_done(self, step: Step) -> bool:
-        known = self.done.get(step.name, {})
-        return step.output.exists() and known.get("key") == self.key(step)
-
-    def put(self, step: Step, key: str, seconds: float) -> None:
-        self.done[step.name] = {"key": key, "seconds": round(seconds, 1)}
-        write_text(self.file, json.dumps(self.done, indent=1) + "\n")
-
-
-def contents(path: Path) -> str:
-    """What decides what is read there: a file's sha256; of a run, its newest checkpoint's, which knows its weights'."""
-    from opensora_repro.run_folder import STATE_FILE, list_checkpoints
-
-    if path.is_dir():
-        newest = path if (path / STATE_FILE).is_file() else next(iter(list_checkpoints(path)[::-1]), None)
-        return "nothing" if newest is None else sha256_of(newest / STATE_FILE)
-    return content_of(path) if path.is_file() else "nothing"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Looking at it
-
-
 def show(recipe: Recipe, steps: Sequence[Step], gpu: str | None) -> int:
     """Print each step: whether it is done, its time and memory, and its command."""
-    from opensora_repro.planning.gpus import find_gpu
     from opensora_repro.planning.report import duration, size
-    from opensora_repro.planning.rough import Machine, this_machine
+    from opensora_repro.planning.rough import machine_of
 
-    machine = this_machine() if gpu is None else Machine("cuda", find_gpu(gpu))
+    machine = machine_of(gpu)
     record, total = Record(recipe.out), 0.0
     for number, step in enumerate(steps, start=1):
         known = record.done.get(step.name, {})
@@ -438,27 +114,10 @@ def show(recipe: Recipe, steps: Sequence[Step], gpu: str | None) -> int:
         print(f"[{number}/{len(steps)}] {step.name}: {step.what} ({', '.join(told)})")
         if step.command and step.work is None:
             print(f"    python -m {shlex.join(step.command)}")
-    where = machine.gpu.name if machine.gpu is not None else "this machine"
-    print(f"training: about {duration(total)} on {where}, all steps as the heaviest; reading and encoding come on top")
+    print(
+        f"training: about {duration(total)} on {machine}, all steps as the heaviest; reading and encoding come on top"
+    )
     return 0
-
-
-def estimate(recipe: Recipe, steps: Sequence[Step], step: Step, machine: Any) -> tuple[float | None, float | None]:
-    """Seconds and bytes of a training step; None for what nothing here can tell."""
-    from dataclasses import replace
-
-    from opensora_repro.planning import rough
-
-    if step.config is None:
-        return None, None
-    if step.name == "stage0":
-        return rough.of_autoencoder(step.config, machine), None
-    cfg, made = step.config, next((other.config for other in steps if other.name == "stage0"), None)
-    if made is None or made.model.kind != "image":
-        return rough.of_stage(cfg, machine)
-    with rough.planned(made) as (vae, text):
-        cfg = replace(cfg, vae=replace(cfg.vae, path=vae))
-        return rough.of_stage(replace(cfg, text=replace(cfg.text, path=text)) if made.text.vocab_size else cfg, machine)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from opensora_repro.config import ConfigError
-from opensora_repro.errors import run_command
+from opensora_repro.errors import check_least, run_command
 from opensora_repro.files import read_json, user_path
 
 
@@ -37,8 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     price, out = args.price_per_gpu_hour, args.out
-    if price is not None and not (math.isfinite(price) and price >= 0):
-        raise ConfigError(f"--price-per-gpu-hour {price}: expected 0 or more")
+    check_least(args, "price_per_gpu_hour", least=0)
     if out is None and len(args.runs) > 1:
         raise ConfigError("--out: name a folder for the page of several runs")
     from opensora_repro.report.page import write_report

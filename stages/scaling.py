@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from os.path import expanduser
 from typing import TYPE_CHECKING, Any
 
 from opensora_repro.config import Config, ConfigError, load_config
-from opensora_repro.errors import run_command
+from opensora_repro.errors import check_least, run_command
 from opensora_repro.files import user_path, write_text
-from stages.recipe import INTERRUPTED_BY_SIGTERM, MODULES, call
+from opensora_repro.planning.recipe import MODULES
+from opensora_repro.process import call
 
 if TYPE_CHECKING:
     from opensora_repro.planning.ladder import Rung, Size
@@ -50,9 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    price = args.price_per_gpu_hour
-    if price is not None and not (math.isfinite(price) and price >= 0):
-        raise ConfigError(f"--price-per-gpu-hour {price}: expected 0 or more")
+    check_least(args, "price_per_gpu_hour", least=0)
     if args.gpu is not None and not args.dry_run:
         raise ConfigError("--gpu asks what --dry-run estimates: give both, or neither")
     rungs, following = plan(args)
@@ -96,9 +95,7 @@ def climb(args: argparse.Namespace, rungs: Sequence[Rung]) -> int:
             print(f"{title}: done before, held-out loss {held_out(rung)['loss']:.4f}", flush=True)
             continue
         print(f"\n{title}", flush=True)
-        code = call((module_of(rung.cfg), args.config, *args.overrides, *rung.overrides))
-        if code == 0 and not is_done(rung):
-            code = INTERRUPTED_BY_SIGTERM  # a stage that was told to stop has saved, and calls that well
+        code = call((module_of(rung.cfg), args.config, *args.overrides, *rung.overrides), partial(is_done, rung))
         if code:
             print(f"{rung.run_dir} ended with exit code {code}; the same command goes on there", file=sys.stderr)
             return code
@@ -134,11 +131,10 @@ def tell(args: argparse.Namespace, rungs: Sequence[Rung], following: Rung) -> in
 
 def show(rungs: Sequence[Rung], gpu: str | None) -> int:
     """Print each run of the ladder: steps, FLOPs, and about how long it takes."""
-    from opensora_repro.planning.gpus import find_gpu
     from opensora_repro.planning.report import duration, operations
-    from opensora_repro.planning.rough import Machine, this_machine
+    from opensora_repro.planning.rough import machine_of
 
-    machine = this_machine() if gpu is None else Machine("cuda", find_gpu(gpu))
+    machine = machine_of(gpu)
     times = [machine.seconds(rung.flops, rung.cfg.train.dtype) for rung in rungs]
     print(f"{'size':>10}{'budget':>10}{'parameters':>15}{'steps':>10}{'work':>16}{'time':>12}")
     for rung, seconds in zip(rungs, times, strict=True):
@@ -147,8 +143,7 @@ def show(rungs: Sequence[Rung], gpu: str | None) -> int:
         print(f"{names}{operations(rung.flops):>16}{known:>12}")
     total = f"{len(rungs)} runs, {operations(sum(rung.flops for rung in rungs))}"
     if None not in times:
-        where = machine.gpu.name if machine.gpu is not None else "this machine"
-        total += f", about {duration(sum(filter(None, times)))} on {where}; encoding and samples come on top"
+        total += f", about {duration(sum(filter(None, times)))} on {machine}; encoding and samples come on top"
     print(total)
     return 0
 

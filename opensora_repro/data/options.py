@@ -55,10 +55,17 @@ class Option:
 
 def options_in(arguments: type) -> Iterator[Option]:
     """Yield the options that a dataclass declares, a class's own before those of its bases."""
-    declared, kinds = {item.name: item for item in fields(arguments)}, get_type_hints(arguments)
-    for name in dict.fromkeys(name for owner in arguments.__mro__ for name in vars(owner).get("__annotations__", ())):
-        if "help" in declared[name].metadata:
-            yield _option(declared[name], kinds[name])
+    kinds = get_type_hints(arguments)
+    for item in fields_in(arguments):
+        if "help" in item.metadata:
+            yield _option(item, kinds[item.name])
+
+
+def fields_in(arguments: type) -> Iterator[Field[Any]]:
+    """Yield the fields of a dataclass, a class's own before those of its bases."""
+    declared = {item.name: item for item in fields(arguments)}
+    names = dict.fromkeys(name for owner in arguments.__mro__ for name in vars(owner).get("__annotations__", ()))
+    yield from map(declared.__getitem__, names)
 
 
 def _option(item: Field[Any], kind: Any) -> Option:

@@ -11,10 +11,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opensora_repro.data.options import fields_in
 from opensora_repro.files import digest, is_file
 from opensora_repro.storage.scratch import fetched
 
@@ -69,7 +70,7 @@ def made_by(tool: str, args: Any) -> Any:
 def told_options(args: Any) -> dict[str, Any]:
     """Those that were given and decide what comes out: not where things lie, nor who works."""
     found = {}
-    for item in fields(args):
+    for item in fields_in(type(args)):
         value = getattr(args, item.name)
         passed = item.name in PLACES + WORKERS or any(word in item.name for word in SECRETS)
         if not passed and value != item.default and value not in (None, (), []):

@@ -18,7 +18,7 @@ from opensora_repro.planning.budget import step_flops
 from opensora_repro.planning.encoders import autoencoder_sizes, frozen_sizes
 from opensora_repro.planning.fit import needed_memory
 from opensora_repro.planning.flops import forward_products
-from opensora_repro.planning.gpus import Gpu, gpu_of_device
+from opensora_repro.planning.gpus import Gpu, find_gpu, gpu_of_device
 from opensora_repro.planning.sizes import latent_shape, token_grid
 
 # Of float32 on a core, as the laptop's stages were measured (docs/training.md): 44 GFLOP in 0.8 s, 105 in 1.5 to 1.8
@@ -34,13 +34,19 @@ class Machine:
     kind: str
     gpu: Gpu | None = None
 
+    def __str__(self) -> str:
+        return "this machine" if self.gpu is None else self.gpu.name
+
     def seconds(self, flops: float, dtype: str) -> float | None:
         if self.gpu is not None:
             return flops / (self.gpu.peak(dtype) * GPU_UTILISATION)
         return flops / (CORE_FLOPS * (os.cpu_count() or 1)) if self.kind == "cpu" else None
 
 
-def this_machine() -> Machine:
+def machine_of(gpu: str | None) -> Machine:
+    """One with a GPU of that name; None: this one. Raises ConfigError."""
+    if gpu is not None:
+        return Machine("cuda", find_gpu(gpu))
     kind = default_kind()
     return Machine(kind, gpu_of_device(device_name(choose_device(None, 0))) if kind == "cuda" else None)
 

@@ -28,6 +28,7 @@ from opensora_repro.frozen.autoencoder import Autoencoder
 from opensora_repro.frozen.geometry import Geometry
 from opensora_repro.frozen.vae import open_vae
 from opensora_repro.sampling.conditions import insert_references, parse_strategy
+from opensora_repro.sampling.options import Options
 
 FORM = 'PLACE=FILE[SPAN]@STRENGTH, such as "0=first.png", "-8:=clip.mp4[0:8]" or "0:16=clip.mp4@0.6"'
 _KEEP = re.compile(r"(?P<place>[-\d:]+)=(?P<file>.+?)(?:\[(?P<span>[-\d:]*)\])?(?:@(?P<strength>[-+.\w]+))?")
@@ -366,18 +367,7 @@ def condition_lengths(geometry: Geometry, num_frames: int, condition_frames: int
     return starts[-1], ends[0]
 
 
-def shorthands(
-    *,
-    first: Path | None,
-    last: Path | None,
-    extend: Path | None,
-    before: bool,
-    join: Sequence[Path] | None,
-    edit: Path | None,
-    strength: float | None,
-    inpaint: Path | None,
-    lengths: tuple[int, int],
-) -> list[Keep]:
+def shorthands(o: Options, lengths: tuple[int, int]) -> list[Keep]:
     """The general form of `--first`, `--last`, `--extend`, `--join`, `--edit` and `--inpaint`.
 
     `lengths` as `condition_lengths`.
@@ -385,27 +375,23 @@ def shorthands(
     found = []
     head, tail = lengths
     begin, end = Span(0, head), Span(-tail, None)
-    if first is not None:
-        found.append(Keep(Span(0, open=True), first, Span(0, 1), option=f"--first {first}"))
-    if extend is not None:
-        option = f"--extend {extend}"
-        found.append(
-            Keep(end, extend, Span(0, tail), option=option)
-            if before
-            else Keep(begin, extend, Span(-head, None), option=option)
-        )
-    if join is not None:
-        one, other = join
+    if o.first is not None:
+        found.append(Keep(Span(0, open=True), o.first, Span(0, 1), option=f"--first {o.first}"))
+    if o.extend is not None:
+        place, span = (end, Span(0, tail)) if o.before else (begin, Span(-head, None))
+        found.append(Keep(place, o.extend, span, option=f"--extend {o.extend}"))
+    if o.join is not None:
+        one, other = o.join
         found.append(Keep(begin, one, Span(-head, None), option=f"--join {one}"))
         found.append(Keep(end, other, Span(0, tail), option=f"--join {other}"))
-    if last is not None:
-        found.append(Keep(Span(-1, open=True), last, Span(-1, None), option=f"--last {last}"))
-    if edit is not None:
-        option = f"--edit {edit}"
-        check_strength(strength or 0.0, f"{option} --strength {strength:g}")
-        found.append(Keep(Span(0, None), edit, None, strength or 0.0, option))
-    if inpaint is not None:
-        found.append(Keep(Span(0, None), inpaint, None, 1.0, f"--inpaint {inpaint}"))
+    if o.last is not None:
+        found.append(Keep(Span(-1, open=True), o.last, Span(-1, None), option=f"--last {o.last}"))
+    if o.edit is not None:
+        option, strength = f"--edit {o.edit}", o.strength or 0.0
+        check_strength(strength, f"{option} --strength {strength:g}")
+        found.append(Keep(Span(0, None), o.edit, None, strength, option))
+    if o.inpaint is not None:
+        found.append(Keep(Span(0, None), o.inpaint, None, 1.0, f"--inpaint {o.inpaint}"))
     return found
 
 
@@ -444,29 +430,21 @@ def _probed(path: Path, option: str) -> VideoInfo:
 
 
 def open_given(
-    keeps: Sequence[Keep],
-    data: DataConfig,
-    *,
-    region: Tensor | None = None,
-    total: int,
-    paste: bool,
-    strategy: str | None,
-    references: str | None,
-    align: int | None,
-    geometry: Geometry,
-    num_clips: int,
+    o: Options, data: DataConfig, lengths: tuple[int, int], *, total: int, geometry: Geometry, num_clips: int
 ) -> Given | None:
     """All files looked at, and everything at its place in a video of `total` frames; None: no frame is given.
 
-    `references` are those of a mask strategy, joined by ";". Raises ConfigError.
+    `lengths` as `condition_lengths`. Raises ConfigError.
     """
+    region = None if o.inpaint is None or o.region is None else open_region(o.region, o.inpaint, data)
+    keeps = [*map(parse_keep, o.keep), *shorthands(o, lengths)]
     found = None
-    if strategy is not None and references is not None:
-        opened = [Reference(Path(path).expanduser(), data, "--reference") for path in references.split(";")]
-        found = Strategy(strategy, tuple(opened), align)
+    if o.mask_strategy is not None and o.reference is not None:
+        opened = [Reference(Path(path).expanduser(), data, "--reference") for path in o.reference.split(";")]
+        found = Strategy(o.mask_strategy, tuple(opened), o.mask_align)
         found.check(geometry, data.num_frames, num_clips)
-    given = Given(place(keeps, data, total), found, paste, region)
-    if paste and not given.placed:
+    given = Given(place(keeps, data, total), found, o.paste, region)
+    if o.paste and not given.placed:
         raise ConfigError("--paste: no frames are given whose pixels could be put back")
     return given if given else None
 

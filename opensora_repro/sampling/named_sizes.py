@@ -26,9 +26,9 @@ def parse_frames(text: str) -> int:
     return FRAMES[text] if text in FRAMES else int(text)
 
 
-def frames_of_seconds(cfg: Config, model: Any, seconds: float) -> int:
+def frames_of_seconds(cfg: Config, model: Any, seconds: float, *, fps: int | None = None) -> int:
     """Frames of a clip so long: at the rate that it is written with; 1.2's are whole chunks of 17 (2 s: 51)."""
-    rate = sample_fps(cfg)
+    rate = fps or sample_fps(cfg)
     if getattr(model, "architecture", "") == "stdit3" and rate == CHUNKED_RATE:
         return CHUNK * max(1, round(CHUNKS_A_SECOND * seconds))
     return max(1, round(rate * seconds))

@@ -49,41 +49,29 @@ if TYPE_CHECKING:
 CUT_SHOWN = 10  # prompts whose unread words are told
 
 
-def with_options(
-    cfg: Config,
-    *,
-    sampler: str | None,
-    vae: str | None,
-    text: str | None,
-    shard_text: bool | None,
-    vae_tile: int | None = None,
-    **sizes: Any,
-) -> Config:
+def with_options(cfg: Config, **options: Any) -> Config:
     """The config with the options that were given; None: as it is. Raises ConfigError.
 
-    `sizes`: num_frames, height, width, steps, guidance, fps and dtype.
+    `options`: num_frames, height, width, sampler, steps, guidance, fps, vae, vae_tile, text, shard_text and dtype.
     """
-    flow = cfg.diffusion.objective == "flow"
+    flow, sampler, shard = cfg.diffusion.objective == "flow", options.get("sampler"), options.get("shard_text")
     if sampler is not None and (sampler in FLOW_SAMPLERS) != flow:
         fitting = "euler, ab2 or heun" if flow else "iddpm, ddim or dpm"
         raise ConfigError(f"--sampler {sampler}: this {cfg.diffusion.objective} model needs {fitting}")
 
-    def given(section: Any, **options: Any) -> Any:
-        return replace(section, **{key: value for key, value in options.items() if value is not None})
+    def given(section: Any, *names: str, **more: Any) -> Any:
+        found = {name: options.get(name) for name in names} | more
+        return replace(section, **{key: value for key, value in found.items() if value is not None})
 
     if flow and sampler is None and cfg.sample.sampler not in FLOW_SAMPLERS:
         sampler = "euler"
     cfg = replace(
         cfg,
-        data=given(cfg.data, **{key: sizes[key] for key in ("num_frames", "height", "width")}),
-        sample=given(
-            cfg.sample,
-            sampler=sampler,
-            **{key: sizes[key] for key in ("steps", "guidance", "fps")},
-        ),
-        vae=given(cfg.vae, path=vae, tile_size=vae_tile),
-        text=given(cfg.text, path=text, shard=shard_text, offload=False if shard_text else None),
-        train=given(cfg.train, dtype=sizes["dtype"]),
+        data=given(cfg.data, "num_frames", "height", "width"),
+        sample=given(cfg.sample, "steps", "guidance", "fps", sampler=sampler),
+        vae=given(cfg.vae, path=options.get("vae"), tile_size=options.get("vae_tile")),
+        text=given(cfg.text, path=options.get("text"), shard=shard, offload=False if shard else None),
+        train=given(cfg.train, "dtype"),
     )
     if cfg.sample.sampler in ("iddpm", "ddim") and cfg.sample.steps > NUM_TRAIN_STEPS:
         raise ConfigError(f"--steps {cfg.sample.steps}: this model was trained with {NUM_TRAIN_STEPS}")
@@ -212,16 +200,11 @@ class SamplingRun:
         todo = self.todo(folder)
         memory = ""
         if todo:
+            size = min(self.batch_size, len(todo))
             memory = check_memory(
-                source,
-                vae,
-                conditions,
-                device,
-                batch_size=min(self.batch_size, len(todo)),
-                sp_size=self.sp_size,
-                world_size=world_size,
-                kept=self._kept(min(self.batch_size, len(todo))),
-            )
+                source, vae, conditions, device, batch_size=size, sp_size=self.sp_size, world_size=world_size,
+                kept=self._kept(size),
+            )  # fmt: skip
         warnings = [*unread_words(conditions, self.read)]
         warnings += unread_words(conditions, [self.negative], "--negative") if self.negative else []
         if self.given is not None or self.chain is not None:
@@ -325,15 +308,7 @@ class SamplingRun:
             closing(ProgressBar("sampling", shown=engine.is_main and self.progress is None)) as bar,
             torch.autocast(device.type, torch.bfloat16, enabled=cfg.train.dtype == "bf16"),
         ):
-            for index, video in self._videos(
-                model,
-                vae,
-                conditions,
-                progress=self.progress or bar,
-                forward=engine.spread(model),
-                todo=todo,
-                mesh=mesh,
-            ):
+            for index, video in self._videos(model, vae, conditions, self.progress or bar, todo, engine):
                 if mesh.member:
                     continue  # the group's first process writes
                 if video is not None:  # a long one is written as it goes
@@ -347,22 +322,15 @@ class SamplingRun:
         return written
 
     def _videos(
-        self,
-        model: Network,
-        vae: Autoencoder,
-        conditions: ConditionEncoder,
-        *,
-        progress: Progress,
-        forward: Callable[..., Any],
-        todo: Sequence[int],
-        mesh: Mesh,
-    ) -> Iterator[tuple[int, np.ndarray | None]]:
+        self, model: Network, vae: Autoencoder, conditions: ConditionEncoder, progress: Progress, todo: Sequence[int],
+        engine: TorchEngine,
+    ) -> Iterator[tuple[int, np.ndarray | None]]:  # fmt: skip
         """This process's share of the samples: number and frames, or None for what is written already."""
-        cfg, share = self.source.config, (mesh.data_rank, mesh.data_size)
+        cfg, mesh = self.source.config, engine.mesh
+        share = (mesh.data_rank, mesh.data_size)
         calls = partial(
-            generate, model, vae, conditions, cfg,
-            seed=self.seed, forward=forward, negative=self.negative, speedups=self.speedups,
-            watch=self.watch,
+            generate, model, vae, conditions, cfg, seed=self.seed, forward=engine.spread(model),
+            negative=self.negative, speedups=self.speedups, watch=self.watch,
         )  # fmt: skip
         if self.given is not None or self.chain is not None:
             from opensora_repro.sampling.chain import given_videos

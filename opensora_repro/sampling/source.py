@@ -132,16 +132,11 @@ def check_memory(
     cfg = replace(source.config, vae=vae_cfg, data=replace(data, **whole))
     if isinstance(conditions, T5Text):
         cfg = replace(cfg, text=replace(cfg.text, path=str(conditions.frozen.folder)))
+    parameters = sum(parameter.numel() for parameter in empty_model(source.model).parameters())
     need = sampling_memory(
-        cfg,
-        source.model,
-        sum(parameter.numel() for parameter in empty_model(source.model).parameters()),
-        batch_size=batch_size,
-        device_type=device.type,
-        reads_t5=isinstance(conditions, T5Text),
-        sp_size=sp_size,
-        world_size=world_size,
-    )
+        cfg, source.model, parameters, batch_size=batch_size, device_type=device.type,
+        reads_t5=isinstance(conditions, T5Text), sp_size=sp_size, world_size=world_size,
+    )  # fmt: skip
     need = replace(need, denoising=need.denoising + kept)
     room = room_on(device)
     peak = room.processes * need.peak

@@ -121,6 +121,14 @@ def fetch(entry: Entry, *, progress: Progress | None = None) -> Path:
     return _place(entry, paths)
 
 
+def here_or_published(path: Path) -> Path:
+    """The path, or where nothing is there what the hub's cache holds of weights of that name. Raises CatalogError."""
+    found = path if path.exists() else find_cached(str(path))
+    if found is None:
+        raise CatalogError(f"{path}: no such run, checkpoint or weights file{similar_name(str(path))}")
+    return found
+
+
 def _how_to_download(entry: Entry) -> str:
     return f"{entry.name} is not on the hub: get it with `curl -L -C - -O {entry.url}`, give its path"
 

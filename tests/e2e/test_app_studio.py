@@ -21,8 +21,9 @@ from opensora_repro.app.uploads import MAX_BYTES, keep_upload
 from opensora_repro.config import ConfigError
 from opensora_repro.data.write import write_video
 from opensora_repro.errors import UserError
+from opensora_repro.sampling.build import build_run
 from stages import app
-from stages.sample import build_run, main
+from stages.sample import main
 from stages.sample import parse as parse_sample
 from tests.sample_home import decode
 

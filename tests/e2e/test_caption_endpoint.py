@@ -22,6 +22,7 @@ from PIL import Image
 
 from data_tools import caption
 from opensora_repro.data.caption import chat, completions
+from opensora_repro.data.caption.ask import INSTRUCTION
 from opensora_repro.data.write import write_video
 from tests.chat_server import BREAK, ChatServer, brightness, chat_server, completion, error, pictures
 from tests.frames import read_manifest, read_table, write_manifest
@@ -306,7 +307,7 @@ def test_answers_that_an_earlier_release_paid_for_are_found(shaded: Path, tmp_pa
     for number, row in enumerate(read_manifest(shaded, need_captions=False).to_dict("records")):
         data = Path(row["path"]).read_bytes()
         content = blake2b(len(data).to_bytes(8, "little") + data, digest_size=16).hexdigest()
-        how = [content, row["num_frames"], 8.0, 2, "m", caption.INSTRUCTION, 8, 256, {}]
+        how = [content, row["num_frames"], 8.0, 2, "m", INSTRUCTION, 8, 256, {}]
         key = blake2b(json.dumps(how).encode(), digest_size=16).hexdigest()
         if number:  # one was not asked about
             text = {"text": f"old {row['id']} of grey", "cut": False, "tokens_in": 1, "tokens_out": 1}

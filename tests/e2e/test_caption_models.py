@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from data_tools import caption
+from opensora_repro.data.caption.ask import with_times
+from opensora_repro.data.caption.text import judge
 from opensora_repro.data.clip_frames import middles_of, read_middles
 from opensora_repro.data.write import write_video
 from opensora_repro.frozen import captioner as captioners
@@ -118,8 +120,8 @@ def test_times_reach_smolvlm(models: Models) -> None:
 def test_a_model_that_is_told_no_times_reads_them(models: Models) -> None:
     row = {"num_frames": 30, "fps": 12.0}
     told = "The frames are at 0.42, 1.25, 2.08 seconds of a clip of 2.50 seconds. describe"
-    assert caption.with_times("describe", row, middles_of(30, 3)) == told
-    assert caption.with_times("describe", {"num_frames": 1, "fps": 12.0}, [0]) == "describe"
+    assert with_times("describe", row, middles_of(30, 3)) == told
+    assert with_times("describe", {"num_frames": 1, "fps": 12.0}, [0]) == "describe"
     assert not load_captioner(models["qwen2_vl"]).family.times
 
 
@@ -128,7 +130,7 @@ def test_thoughts_that_the_prompt_begins_are_told_apart(models: Models) -> None:
     captioner.processor.chat_template += "<think>\n"
     ((text, _),) = captioner.caption([clip_of(0, 2)], 5)
     assert text.startswith("<think>")
-    assert caption.judge({"text": text, "cut": True}).flag == "thoughts"
+    assert judge({"text": text, "cut": True}).flag == "thoughts"
     captioner.processor.chat_template += "\n</think>\n\n"
     ((text, _),) = captioner.caption([clip_of(0, 2)], 5)
     assert not text.startswith("<think>")

@@ -19,6 +19,7 @@ import pytest
 from data_tools import caption, split
 from opensora_repro import files
 from opensora_repro.data.jobs.records import RECORDS_FILE
+from opensora_repro.data.split.options import Options, recipe_options
 from opensora_repro.data.video import probe
 from tests.frames import read_manifest, read_table, write_manifest
 from tests.job_records import recorded
@@ -98,7 +99,7 @@ def test_clips_fit_the_config_that_they_are_for(
     assert clips["fps"].tolist() == pytest.approx([12] * 7)
     for keys, rate in (("fps = 12.5", "12.5"), ('frame_sampling = "uniform"', "")):  # every frame of theirs counts
         config.write_text(f"[data]\nnum_frames = 4\nwidth = 48\n{keys}\n")
-        assert split.recipe_options(str(config)) == {"min_frames": 4, "short_side": 256, "fps": rate}
+        assert recipe_options(str(config)) == {"min_frames": 4, "short_side": 256, "fps": rate}
     with pytest.raises(SystemExit):
         split.main(["--for-training", str(footage), "--out", str(tmp_path / "out")])
     assert "is no .toml; write the input before it" in capsys.readouterr().err
@@ -369,7 +370,7 @@ def test_caption_will_not_overwrite_its_input(clips: Path, capsys: pytest.Captur
 def test_what_an_earlier_release_made_stays(footage: Path, tmp_path: Path) -> None:
     """It knew files by place, size and time of change, and their contents by another digest: clips keep their ids."""
     out, source = tmp_path / "out", footage / "one, 'two'.MP4"
-    options = asdict(split.Options(detector="shots", threshold=None, min_frames=8, max_frames=0, crf=18))
+    options = asdict(Options(detector="shots", threshold=None, min_frames=8, max_frames=0, crf=18))
     how = blake2b(json.dumps([5, options]).encode(), digest_size=4).hexdigest()
     status = source.stat()
     told = f"-{how} {source} {status.st_size} {status.st_mtime_ns}"

@@ -19,7 +19,8 @@ import pytest
 
 from opensora_repro.data.manifest import read_manifest, write_manifest
 from opensora_repro.data.write import write_video
-from stages.recipe import MODULES, hold_out, main
+from opensora_repro.planning.recipe import MODULES, hold_out
+from stages.recipe import main
 from tests.training_world import World, make_world
 
 TIMED = ("recipe.json", "metrics.jsonl", "starts.jsonl")  # hold seconds, or a line a start

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from av.video.reformatter import VideoReformatter
 
-from data_tools.split import Options, Source, split_source
 from opensora_repro.data.color import BT709, BT2020, HLG, PQ, TO_BT709, to_rgb, tone_map
 from opensora_repro.data.probe.facts import read_facts
+from opensora_repro.data.split.options import Options
+from opensora_repro.data.split.source import Source, split_source
 from opensora_repro.data.video import open_video, read_frames
 from opensora_repro.data.write import write_video
 

@@ -215,10 +215,12 @@ def test_commands_are_understood(page: Path, monkeypatch: pytest.MonkeyPatch) ->
         options = read_options(module, words, monkeypatch).options
         if module.startswith("stages.") and getattr(options, "config", "").startswith("configs/"):
             if module == "stages.recipe":
-                from stages.recipe import load_recipe, steps_of
+                from opensora_repro.planning.recipe import load_recipe, steps_of
+                from stages.recipe import check_stage
 
                 # whose folders are the reader's own
-                steps_of(load_recipe(options.config, [*options.overrides, "input=docs", "captions=README.md"]))
+                recipe = load_recipe(options.config, [*options.overrides, "input=docs", "captions=README.md"])
+                steps_of(recipe, check_stage)
                 continue
             load = load_autoencoder_config if module == "stages.stage0_autoencoder" else load_config
             load(options.config, options.overrides)

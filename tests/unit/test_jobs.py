@@ -25,7 +25,7 @@ from opensora_repro.data.jobs.run import Runner, RunnerArguments, run_jobs, runn
 from opensora_repro.data.jobs.workers import Task, num_cores, run_here
 from opensora_repro.data.options import parse, parser_of
 from opensora_repro.data.progress import progress
-from opensora_repro.errors import DataError
+from opensora_repro.errors import DataError, UserError
 from tests import job_works
 from tests.job_records import recorded
 from tests.job_works import misbehave, square
@@ -290,7 +290,7 @@ def test_runner_options(monkeypatch: pytest.MonkeyPatch) -> None:
         runner_of(options("--address", "auto"))
     with pytest.raises(DataError, match="--gpu-nodes: only with --runner ray"):
         runner_of(options("--gpu-nodes"))
-    with pytest.raises(DataError, match=r"--memory -1\.0: expected 0 or more"):
+    with pytest.raises(UserError, match=r"--memory -1\.0: expected 0 or more"):
         runner_of(options("--runner", "ray", "--memory", "-1"))
     told = runner_of(options("--runner", "ray", "--cpus", "2", "--gpus", ".5", "--memory", "1.5"))
     assert told.needs(Needs(rows=8)) == Needs(cpus=2.0, memory=3 << 29, rows=8)

@@ -173,7 +173,7 @@ def test_a_clip_is_measured_whole(tmp_path: Path) -> None:
 
 def test_records_of_millions_are_not_held() -> None:
     """A number a column and clip is: a record is gone when those after it are read."""
-    from data_tools.score import Found
+    from opensora_repro.data.score.found import Found
     from opensora_repro.data.tables import BATCH
 
     class Record(dict[str, Any]):

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from data_tools.split import Options, Source, split_source
 from opensora_repro.data.probe import facts as facts_module
 from opensora_repro.data.probe.facts import read_facts
+from opensora_repro.data.split.options import Options
 from opensora_repro.data.split.scenes import scan_video
+from opensora_repro.data.split.source import Source, split_source
 from opensora_repro.data.video import DecodeError, probe, read_frames, read_frames_at
 from tests.made_streams import X265, drop_samples, numbers, set_edits, without_head, write_numbered
 

@@ -8,7 +8,6 @@ which the worker that is to do it looks up just before, and which is remembered.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +25,7 @@ from opensora_repro.data.jobs.stream import Results, Table, run_streamed
 from opensora_repro.data.jobs.workers import Steps, Task, Work, num_cores, run_here
 from opensora_repro.data.options import option
 from opensora_repro.data.progress import progress
-from opensora_repro.errors import DataError
+from opensora_repro.errors import DataError, check_least
 from opensora_repro.storage.addresses import address_of
 from opensora_repro.storage.scratch import ready
 
@@ -83,15 +82,13 @@ class RunnerArguments:
 
 
 def runner_of(args: RunnerArguments) -> Runner:
-    """Check where the work is to be done; DataError names the wrong option."""
+    """Check where the work is to be done; UserError names the wrong option."""
     if args.workers < 0:
         raise DataError(f"--workers {args.workers}: expected a number of at least 1")
     for name in ("address", "cpus", "gpus", "memory", "gpu_nodes"):
         if getattr(args, name) and args.runner != "ray":
             raise DataError(f"--{name.replace('_', '-')}: only with --runner ray")
-    for name in ("cpus", "gpus", "memory"):
-        if (value := getattr(args, name)) is not None and not 0 <= value < math.inf:
-            raise DataError(f"--{name} {value}: expected 0 or more")
+    check_least(args, "cpus", "gpus", "memory", least=0)
     if args.runner == "ray":
         import_ray()
     return Runner(

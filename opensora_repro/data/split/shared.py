@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,21 @@ from opensora_repro.data.jobs.parts import to_records
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, contents_of, run_jobs
 from opensora_repro.data.jobs.workers import Work
-from opensora_repro.data.split.ranges import LEAD, LONGER, RangeShots, joined, plan_ranges, scan_range, unlike_before
+from opensora_repro.data.split import source
+from opensora_repro.data.split.cut import cut_clips
+from opensora_repro.data.split.options import Options, encoding_of, scans_in_one_pass
+from opensora_repro.data.split.ranges import (
+    LEAD,
+    LONGER,
+    RangeShots,
+    joined,
+    plan_ranges,
+    scan_of,
+    scan_range,
+    unlike_before,
+)
+from opensora_repro.data.split.scenes import Span
+from opensora_repro.data.split.source import Record, Source, clip_path, clip_row, planned_spans
 from opensora_repro.files import digest, size_and_time
 
 METHOD = 1  # raise when a range would be looked at otherwise
@@ -98,3 +115,50 @@ def find_cuts(
 
 def _is_sound(ranges: Sequence[RangeShots]) -> bool:
     return not any(part.alone for part in ranges) and len({str(part.size) for part in ranges}) == 1
+
+
+def split_long(jobs: list[Job], options: Options, keeping: Keeping, seconds: float, runner: Runner) -> None:
+    """Split sources of more than so many seconds in ranges, by several workers; recorded is what one would have made.
+
+    What cannot be done so, such as a damaged file, is left to be done in one piece.
+    """
+    long = large_left(jobs, keeping, seconds, runner)
+    if not long:
+        return
+    encoding = encoding_of(options)
+    whole = scans_in_one_pass(options) and encoding.fps is None and not encoding.audio and not encoding.copy
+    how = {"threshold": options.threshold, "whole": whole, "short_side": encoding.short_side}
+    cuts = find_cuts(long, keeping.records, runner, seconds=seconds, how=how)
+    own = {name: {**long[name].args, "method": source.METHOD} for name in cuts}
+    plans = run_parts(spans_job, [(long[name], {**own[name], **cuts[name]}) for name in cuts], keeping.records, runner)
+    sound = {name: plan for name, plan in zip(cuts, plans, strict=True) if "error" not in plan}
+    parts = [(name, group) for name, plan in sound.items() for group in plan["groups"]]
+    todo = [(long[name], {**own[name], "spans": group}) for name, group in parts]
+    made = run_parts(clips_job, todo, keeping.records, runner, label="cutting", holds=keeping.holds)
+    for name, plan in sound.items():
+        own_parts = [part for (owner, _), part in zip(parts, made, strict=True) if owner == name]
+        if all("error" not in part for part in own_parts):
+            clips = [row for part in own_parts for row in part["clips"]]
+            record = {"content": plan["content"], "clips": clips, "rejects": plan["rejects"]}
+            keeping.records.drop(keeping.kind, f"{name.partition('-')[0]}-")
+            keeping.records.put(keeping.kind, {name: json.dumps(record)})
+
+
+def spans_job(args: dict[str, Any]) -> Record:
+    """Plan the clips of a source whose cuts are known: those that begin in each range, and what gives none."""
+    scan = scan_of(Path(args["path"]), args["cuts"], args["transitions"])
+    spans, rejects = planned_spans(scan, Options(**args["options"]))
+    groups: list[list[Any]] = [[] for _ in args["starts"]]
+    for span in spans:
+        groups[bisect_right(args["starts"], span.start) - 1].append([span.start, span.end, span.resplit])
+    return {"content": args["contents"][0][:16], "groups": [group for group in groups if group], "rejects": rejects}
+
+
+def clips_job(args: dict[str, Any]) -> Record:
+    """Cut the clips of one range."""
+    path, options = Path(args["path"]), Options(**args["options"])
+    target = partial(clip_path, Source(path, path.name, args["contents"][0][:16]), Path(args["out"]))
+    scan = scan_of(path, (), ())
+    clips = [(span, target(span)) for span in (Span(*given) for given in args["spans"])]
+    cut_clips(path, scan, clips, encoding_of(options), seek=True)
+    return {"clips": [clip_row(path, scan, span) for span, path in clips]}

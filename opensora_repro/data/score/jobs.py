@@ -1,0 +1,65 @@
+"""The jobs that measure clips, one each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opensora_repro.data.jobs.course import Job
+from opensora_repro.data.jobs.earlier import sampled_digest
+from opensora_repro.data.tables import BATCH
+from opensora_repro.files import digest
+
+TIMEOUT = 300.0  # seconds for a clip
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """The jobs of a manifest's clips, made whenever they are asked for."""
+
+    clips: Any
+    names: list[str]
+    old: bool  # also as earlier releases named them
+
+    def __iter__(self) -> Iterator[Job]:
+        for batch in self.clips.select(["id", "path", "num_frames", "fps"]).to_batches(max_chunksize=BATCH):
+            yield from (job_of(row, self.names, old=self.old) for row in batch.to_pylist())
+
+
+def job_of(row: Record, names: list[str], *, old: bool = False) -> Job:
+    """Return the job that measures a clip; `old`: also as earlier releases named it."""
+    from opensora_repro.data.score.measure import methods_of
+
+    facts, methods = {"num_frames": int(row["num_frames"]), "fps": float(row["fps"])}, methods_of(names)
+    earlier = digest([sampled_digest(Path(row["path"])), facts, methods]) if old else ""
+    args = {"path": row["path"], "names": names, **facts}
+    return Job(digest([facts, methods]), str(row["id"]), args, TIMEOUT, (Path(row["path"]),), earlier)
+
+
+def jobs_after(args: Record, result: Record, options: Record) -> list[Job]:
+    """Return the jobs of the clips that a source was split to, or of a file that was probed."""
+    if "error" in result:
+        return []
+    folder = Path(args.get("out", "")) / "clips"
+    rows = [{**row, "path": str(folder / row["path"])} for row in result["clips"]] if "clips" in result else []
+    if "clips" not in result:
+        rows = [{**result, "path": args["path"], "fps": result["fps"] or 0.0}]
+    return [job_of(row, options["names"]) for row in rows]
+
+
+def measure(args: Record) -> Record:
+    """Job: the columns of one clip, or why there are none."""
+    from opensora_repro.data.score.measure import measure_clip
+    from opensora_repro.data.video import DecodeError
+
+    try:
+        return measure_clip(args["path"], num_frames=args["num_frames"], fps=args["fps"], names=args["names"])
+    except DecodeError as error:
+        return {"error": reason_of(error, args["path"])}
+
+
+def reason_of(error: Exception, path: str) -> str:
+    return " ".join(str(error).removeprefix(f"{path}: ").split())

@@ -1,0 +1,90 @@
+"""Clips described by a captioner of this machine, in batches: the work of `data_tools.caption --model`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
+from typing import Any
+
+from opensora_repro.data.caption.ask import INSTRUCTION, METHOD, clip_keys, shown_frames, with_times
+from opensora_repro.data.caption.options import AskedArguments
+from opensora_repro.data.caption.text import Caption, ends_sentence, judge
+from opensora_repro.data.clip_frames import middles_of
+from opensora_repro.data.jobs.batches import run_batches, sized_batches
+from opensora_repro.data.jobs.cluster import Needs
+from opensora_repro.data.jobs.course import Keeping, memo_of
+from opensora_repro.data.jobs.earlier import sampled_digest
+from opensora_repro.data.jobs.gpus import check_device, usual_device
+from opensora_repro.data.jobs.run import Runner
+from opensora_repro.data.video import DecodeError
+from opensora_repro.errors import DataError
+from opensora_repro.frozen.captioner import ONE_IMAGE, Captioner, Clip, captioner_fingerprint, family_of, load_captioner
+from opensora_repro.frozen.fitting import in_batches_that_fit
+from opensora_repro.frozen.pretrained import HashFile
+
+NEEDS = Needs(memory=4 << 30)  # of a worker with a captioner
+BATCH_SIZE = 8  # clips, where memory does not tell
+Record = dict[str, Any]
+
+
+def from_model(
+    rows: Sequence[Record], model: str, args: AskedArguments, keeping: Keeping, runner: Runner
+) -> list[Caption]:
+    """Return every clip's caption as the model writes it."""
+    over_ray = runner.kind == "ray"
+    device = args.device or usual_device(over_ray=over_ray)
+    dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+    args = replace(args, device=device, dtype=dtype)
+    how, options = model_options(model, args, memo_of(keeping.records))
+    gpu = check_device(args.device, args.model_workers, over_ray=over_ray)
+    keys = clip_keys(rows, keeping, how, runner, lambda: model_options(model, args, sampled_digest)[0])
+    shown = ("path", "num_frames", "fps", "height", "width")
+    items = {key: {name: row[name] for name in shown} for key, row in zip(keys, rows, strict=True)}
+    runner = replace(runner, workers=args.model_workers, gpu=gpu)
+    size, options = sized_batches(args.batch_size, device, usual=BATCH_SIZE), {**options, "batch_size": args.batch_size}
+    found = run_batches(
+        describe, items, keeping, size=size, options=options, runner=runner, label="captioning", needs=NEEDS
+    )
+    return [judge(found[key]) for key in keys]
+
+
+def model_options(model: str, args: AskedArguments, hash_file: HashFile) -> tuple[list[Any], Record]:
+    """Return what decides the captions, and what the workers need. ModelNotFound."""
+    family = family_of(model, key="--model")
+    files = captioner_fingerprint(model, key="--model", hash_file=hash_file)
+    frames = args.frames or family.frames
+    if family.shown == ONE_IMAGE and frames != 1:
+        raise DataError(f"--frames {frames}: this model looks at one picture")
+    # What a model for one picture goes on from is best no text: its answer is the caption.
+    instruction = args.instruction if args.instruction is not None else "" if family.shown == ONE_IMAGE else INSTRUCTION
+    written = {"instruction": instruction, "max_tokens": args.max_tokens, "frames": frames, "dtype": args.dtype}
+    return [METHOD, files, written], {**written, "model": model, "device": args.device}
+
+
+@lru_cache(maxsize=1)
+def loaded(model: str, device: str, dtype: str) -> Captioner:
+    """Return the model; kept by each worker. Raises ModelNotFound."""
+    return load_captioner(model, key="--model", device=device, dtype=dtype)
+
+
+def describe(args: Record) -> Record:
+    """Job: for every clip of a batch the model's text, or why there is none."""
+    captioner = loaded(args["model"], args["device"], args["dtype"])
+    results: dict[str, Record] = {}
+    clips: dict[str, Clip] = {}
+    for item in args["items"]:
+        numbers = middles_of(item["num_frames"], args["frames"])
+        tells = captioner.family.times
+        asked = args["instruction"] if tells else with_times(args["instruction"], item, numbers)
+        try:
+            frames = shown_frames(item, args["frames"])
+            clips[item["key"]] = Clip(frames, numbers, item["num_frames"], item["fps"], asked)
+        except DecodeError as error:
+            results[item["key"]] = {"error": str(error)}
+    if clips:
+        write = partial(captioner.caption, max_tokens=args["max_tokens"])
+        texts = in_batches_that_fit(write, list(clips.values()), args["device"], given=bool(args["batch_size"]))
+        for key, (text, ended) in zip(clips, texts, strict=True):
+            results[key] = {"text": text, "cut": ended and not ends_sentence(text)}
+    return {"clips": results}
