@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from opensora_repro.data.color import to_rgb
+from opensora_repro.data.h264 import is_spare, length_size_of
 from opensora_repro.errors import UserError
 from opensora_repro.storage.addresses import OBJECTS, address_of
 from opensora_repro.storage.scratch import fetched
@@ -467,11 +468,11 @@ def _read_run(
     to_send, sent, pictures = set(asked_times), set(), []
     # PyAV tells the order of fields from 18 on; before, every picture is decoded.
     sparing = codec.name == "h264" and getattr(codec, "field_order", None) == PROGRESSIVE
-    length_size = _length_size(codec) if sparing else 0
+    length_size = length_size_of(codec.extradata) if sparing else 0
     for packet in packets:
         if not packet.size and packet.dts is not None:
             continue  # shows nothing new; the last one is empty, too: it flushes the decoder
-        if sparing and packet.size and packet.pts not in asked_times and _is_spare(memoryview(packet), length_size):
+        if sparing and packet.size and packet.pts not in asked_times and is_spare(memoryview(packet), length_size):
             continue
         frames = packet.decode()
         sent.add(packet.pts)
@@ -497,38 +498,6 @@ def _read_run(
         if sparing and packet.size and not to_send:
             return None
     return pictures
-
-
-def _length_size(codec: Any) -> int:
-    """Return the bytes of the length before each unit of H.264 as MP4 stores it, 0 for start codes (14496-15, 5.3)."""
-    head = codec.extradata or b""
-    return (head[4] & 3) + 1 if len(head) > 6 and head[0] == 1 else 0
-
-
-def _is_spare(data: memoryview, length_size: int) -> bool:
-    """Whether no other picture refers to this one: nal_ref_idc of all its slices is 0 (ITU-T H.264, 7.4.1)."""
-    slices = 0
-    for header in _unit_headers(data, length_size):
-        if 1 <= header & 0x1F <= 5:
-            if header & 0x60:
-                return False
-            slices += 1
-    return slices > 0
-
-
-def _unit_headers(data: memoryview, length_size: int) -> Iterator[int]:
-    """The first byte of each unit of a coded picture."""
-    if length_size:
-        at = 0
-        while at + length_size < len(data):
-            yield data[at + length_size]
-            at += length_size + int.from_bytes(data[at : at + length_size], "big")
-        return
-    content = bytes(data)
-    at = content.find(b"\0\0\1") + 3
-    while 3 <= at < len(content):
-        yield content[at]
-        at = content.find(b"\0\0\1", at) + 3
 
 
 def _read_by_count(
