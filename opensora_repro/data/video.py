@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from opensora_repro.data.color import to_rgb
-from opensora_repro.data.h264 import is_spare, length_size_of
+from opensora_repro.data.h264 import FieldPairs, is_spare, length_size_of
 from opensora_repro.errors import UserError
 from opensora_repro.storage.addresses import OBJECTS, address_of
 from opensora_repro.storage.scratch import fetched
@@ -97,11 +97,10 @@ class FrameIndex:
         Frames before the first key frame are no loss.
         """
         known = {time for time in times if time is not None}
-        one_a_field = len(self.times) in (2 * len(times), 2 * len(times) - 1)  # interlaced: two packets make a frame
         begin = min(known, default=0)
         lost = [time for time in self.times if known and time > begin and time not in known]
         has_clock = len(known) == len(times)
-        if times and not (lost and has_clock and not one_a_field):
+        if times and not (lost and has_clock):
             return ""
         return self.ended_early(len(times))
 
@@ -329,7 +328,8 @@ def _index_file(path: str, _mtime_ns: int, _size: int) -> FrameIndex:
     with open_video(path, by_header=True) as (container, stream):
         codec, in_segments = stream.codec_context.name, container.format.name == "mpegts"
         keys_known = container.format.name != "avi" or len(stream.index_entries) > 1  # without, all are called so
-        packets = [_entry(packet, codec) for packet in container.demux(stream) if packet.size]
+        fields = FieldPairs(stream.codec_context.extradata if codec == "h264" else None)
+        packets = [_entry(packet, codec, fields) for packet in container.demux(stream) if packet.size]
         cut_off = container.format.name == "avi" and _is_cut_off(path)
         promised = stream.frames if cut_off else sum(entry.size > 0 for entry in stream.index_entries)
         time_base = stream.time_base
@@ -358,8 +358,8 @@ class _Entry:
     corrupt: bool
 
 
-def _entry(packet: Any, codec: str) -> _Entry:
-    shown = not packet.is_discard and _is_shown(packet, codec)
+def _entry(packet: Any, codec: str, fields: FieldPairs) -> _Entry:
+    shown = not fields.is_second(memoryview(packet)) and not packet.is_discard and _is_shown(packet, codec)
     seek = packet.pts if packet.dts is None else packet.dts
     return _Entry(packet.pts, seek, packet.is_keyframe, shown, packet.is_corrupt)
 
