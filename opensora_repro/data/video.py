@@ -44,6 +44,7 @@ DEFAULT, ATTACHED_PICTURE = 0x1, 0x400  # ffmpeg's AV_DISPOSITION_DEFAULT, _ATTA
 CLOCK_GAP, JOINED_GAP = 10.0, 0.7
 PROGRESSIVE = 1  # ffmpeg's AV_FIELD_PROGRESSIVE
 MAX_STREAMS = 16
+LISTS = frozenset(("concat", "hls", "dash", "imf"))  # ffmpeg's formats of texts that name other files
 WORTH_A_SEEK = 2  # frames before a key frame that nobody wants: fewer are sooner decoded than passed over
 Size = tuple[int, int]  # height, width
 
@@ -128,7 +129,9 @@ class FrameIndex:
 
     def ended_early(self, decoded: int) -> str:
         """Return what is wrong with a file of which only so many frames decode."""
-        return f"damaged: {decoded} of {max(self.promised, len(self.times), decoded)} frames decode"
+        if decoded < (known := max(self.promised, len(self.times))):
+            return f"damaged: {decoded} of {known} frames decode"
+        return f"damaged: what follows after {decoded} frames does not decode"
 
 
 @dataclass(frozen=True)
@@ -242,6 +245,8 @@ def open_video(path: str | Path, *, threads: int = 1, by_header: bool = False) -
         hurry = _undecoded() if by_header and _is_mp4(path) else {}
         # the prefix keeps ':' or '%' in a name plain
         with av.open(f"file:{os.fspath(path)}", **_any_metadata(), **hurry) as container:
+            if container.format.name in LISTS:
+                raise DecodeError(f"{path}: is a list of other files, no video")
             streams = [s for s in container.streams.video if not int(s.disposition) & ATTACHED_PICTURE]
             if not streams:
                 raise DecodeError(f"{path}: no video stream")

@@ -202,6 +202,13 @@ def test_what_has_lost_bytes_is_damaged(tmp_path: Path) -> None:
     assert not list((tmp_path / "clips").iterdir())
 
 
+def test_a_list_of_videos_is_none(tmp_path: Path) -> None:
+    write_numbered(tmp_path / "other.mp4", TICKS)
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile other.mp4\nfile other.mp4\n")
+    with pytest.raises(DecodeError, match="list of other files"):
+        read_facts(tmp_path / "list.mp4")
+
+
 def test_only_doubtful_files_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[str] = []
     monkeypatch.setattr(facts_module, "_count_decoded", lambda path, *_: decoded.append(Path(path).name) or 40)
