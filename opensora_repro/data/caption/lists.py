@@ -9,10 +9,10 @@
     videoID, timestamp, caption, ...      Panda-70M: lists of spans and captions a video
     {video: {clip: {..., scene_split}}}   HD-VG-130M (JSON): a caption a scene, named and within a span of the video
 
-CSV and Parquet, JSON (a list of objects, an object by id, or a table) and JSON lines; capitals in column names do not count, and
-`text` and some others will do for `caption`. Of a list of captions the first that is not empty is taken. Rows that
-concern no clip at hand are passed over, so a list may be far larger than memory (JSON is read whole). Everything in
-them is somebody else's text: nothing is evaluated.
+CSV and Parquet, JSON (a list of objects, an object by id, or a table) and JSON lines; capitals in column names do not
+count, and `text` and some others will do for `caption`. Of a list of captions the first that is not empty is taken.
+Rows that concern no clip at hand are passed over, so a list may be far larger than memory (JSON is read whole).
+Everything in them is somebody else's text: nothing is evaluated.
 """
 
 from __future__ import annotations
@@ -268,7 +268,7 @@ def _table_rows(table: Table, columns: Sequence[str]) -> Iterator[Sequence[Any]]
 
 
 def _read_json(path: Path) -> Any:
-    """Return a JSON file's content, of lines of JSON a list. Within a text, control characters may stand as they are."""
+    """Return a JSON file's content, of lines of JSON a list. In a text, control characters may stand as they are."""
     try:
         data = path.read_bytes()
         wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
