@@ -99,6 +99,14 @@ class Handler(BaseHTTPRequestHandler):
     def send_tohere(self, time: int) -> None:
         self.begin(302, Content_Length=0, Location="/ranges/redirected.mp4")
 
+    def send_circle(self, time: int) -> None:
+        self.begin(302, Content_Length=0, Location=self.path)
+
+    def send_chunk(self, time: int) -> None:
+        """The end of the first of several parts."""
+        self.begin(Transfer_Encoding="chunked")
+        self.wfile.write(b"1000\r\n" + CONTENT[:0x1000] + b"\r\n")
+
     def send_huge(self, time: int) -> None:
         self.begin(Content_Type="video/mp4", Content_Length=10**12)
 

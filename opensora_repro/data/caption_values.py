@@ -24,7 +24,7 @@ def texts_in(value: Any) -> Iterator[str]:
     if isinstance(value, str) and (several := _written_list(value)) is not None:
         value = several
     if isinstance(value, list | tuple):
-        for part in value:
+        for part in value[1:] if isinstance(value, tuple) else value:  # Parquet's maps are lists of (key, value)
             yield from texts_in(part)
     elif isinstance(value, dict):
         key = next((key for key in CAPTION_KEYS if value.get(key)), None)

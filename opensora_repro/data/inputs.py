@@ -21,8 +21,9 @@ from opensora_repro.storage.addresses import AddressRefused, address_of, redacte
 from opensora_repro.storage.objects import is_object, objects_below, objects_matching
 
 VIDEO_SUFFIXES = frozenset(
-    (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv")
-)
+    (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv",
+     ".3gp", ".3g2", ".asf", ".f4v", ".vob", ".mxf")
+)  # fmt: skip
 TABLE_SUFFIXES = frozenset((".csv", ".parquet"))
 
 

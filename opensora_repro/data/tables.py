@@ -60,6 +60,8 @@ def open_table(path: Path, *, names: Sequence[str] | None = None) -> Table:
     else:
         with _readable(path), pq.ParquetFile(path) as file:
             schema, num_rows = file.schema_arrow.remove_metadata(), file.metadata.num_rows
+        if repeated := next((name for name in schema.names if schema.names.count(name) > 1), None):
+            raise DataError(f"{path}: column {one_line(repeated)} is there twice")
         table = Table(path, schema, num_rows, lambda columns=None: _stream(path, columns))
     if not num_rows:
         raise EmptyTableError(f"{path}: the table is empty (a header but no rows)")

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from opensora_repro.data.color import to_rgb
+from opensora_repro.data.h264 import FieldPairs, is_spare, length_size_of
 from opensora_repro.errors import UserError
 from opensora_repro.storage.addresses import OBJECTS, address_of
 from opensora_repro.storage.scratch import fetched
@@ -43,6 +44,7 @@ DEFAULT, ATTACHED_PICTURE = 0x1, 0x400  # ffmpeg's AV_DISPOSITION_DEFAULT, _ATTA
 CLOCK_GAP, JOINED_GAP = 10.0, 0.7
 PROGRESSIVE = 1  # ffmpeg's AV_FIELD_PROGRESSIVE
 MAX_STREAMS = 16
+LISTS = frozenset(("concat", "hls", "dash", "imf"))  # ffmpeg's formats of texts that name other files
 WORTH_A_SEEK = 2  # frames before a key frame that nobody wants: fewer are sooner decoded than passed over
 Size = tuple[int, int]  # height, width
 
@@ -96,11 +98,10 @@ class FrameIndex:
         Frames before the first key frame are no loss.
         """
         known = {time for time in times if time is not None}
-        one_a_field = len(self.times) in (2 * len(times), 2 * len(times) - 1)  # interlaced: two packets make a frame
         begin = min(known, default=0)
         lost = [time for time in self.times if known and time > begin and time not in known]
         has_clock = len(known) == len(times)
-        if times and not (lost and has_clock and not one_a_field):
+        if times and not (lost and has_clock):
             return ""
         return self.ended_early(len(times))
 
@@ -128,7 +129,9 @@ class FrameIndex:
 
     def ended_early(self, decoded: int) -> str:
         """Return what is wrong with a file of which only so many frames decode."""
-        return f"damaged: {decoded} of {max(self.promised, len(self.times), decoded)} frames decode"
+        if decoded < (known := max(self.promised, len(self.times))):
+            return f"damaged: {decoded} of {known} frames decode"
+        return f"damaged: what follows after {decoded} frames does not decode"
 
 
 @dataclass(frozen=True)
@@ -242,6 +245,8 @@ def open_video(path: str | Path, *, threads: int = 1, by_header: bool = False) -
         hurry = _undecoded() if by_header and _is_mp4(path) else {}
         # the prefix keeps ':' or '%' in a name plain
         with av.open(f"file:{os.fspath(path)}", **_any_metadata(), **hurry) as container:
+            if container.format.name in LISTS:
+                raise DecodeError(f"{path}: is a list of other files, no video")
             streams = [s for s in container.streams.video if not int(s.disposition) & ATTACHED_PICTURE]
             if not streams:
                 raise DecodeError(f"{path}: no video stream")
@@ -337,7 +342,8 @@ def _index_file(path: str, _mtime_ns: int, _size: int) -> FrameIndex:
     with open_video(path, by_header=True) as (container, stream):
         codec, in_segments = stream.codec_context.name, container.format.name == "mpegts"
         keys_known = container.format.name != "avi" or len(stream.index_entries) > 1  # without, all are called so
-        packets = [_entry(packet, codec) for packet in demux(container, stream) if packet.size]
+        fields = FieldPairs(stream.codec_context.extradata if codec == "h264" else None)
+        packets = [_entry(packet, codec, fields) for packet in demux(container, stream) if packet.size]
         cut_off = container.format.name == "avi" and _is_cut_off(path)
         promised = stream.frames if cut_off else sum(entry.size > 0 for entry in stream.index_entries)
         time_base = stream.time_base
@@ -366,8 +372,8 @@ class _Entry:
     corrupt: bool
 
 
-def _entry(packet: Any, codec: str) -> _Entry:
-    shown = not packet.is_discard and _is_shown(packet, codec)
+def _entry(packet: Any, codec: str, fields: FieldPairs) -> _Entry:
+    shown = not fields.is_second(memoryview(packet)) and not packet.is_discard and _is_shown(packet, codec)
     seek = packet.pts if packet.dts is None else packet.dts
     return _Entry(packet.pts, seek, packet.is_keyframe, shown, packet.is_corrupt)
 
@@ -476,11 +482,11 @@ def _read_run(
     to_send, sent, pictures = set(asked_times), set(), []
     # PyAV tells the order of fields from 18 on; before, every picture is decoded.
     sparing = codec.name == "h264" and getattr(codec, "field_order", None) == PROGRESSIVE
-    length_size = _length_size(codec) if sparing else 0
+    length_size = length_size_of(codec.extradata) if sparing else 0
     for packet in packets:
         if not packet.size and packet.dts is not None:
             continue  # shows nothing new; the last one is empty, too: it flushes the decoder
-        if sparing and packet.size and packet.pts not in asked_times and _is_spare(memoryview(packet), length_size):
+        if sparing and packet.size and packet.pts not in asked_times and is_spare(memoryview(packet), length_size):
             continue
         frames = packet.decode()
         sent.add(packet.pts)
@@ -506,38 +512,6 @@ def _read_run(
         if sparing and packet.size and not to_send:
             return None
     return pictures
-
-
-def _length_size(codec: Any) -> int:
-    """Return the bytes of the length before each unit of H.264 as MP4 stores it, 0 for start codes (14496-15, 5.3)."""
-    head = codec.extradata or b""
-    return (head[4] & 3) + 1 if len(head) > 6 and head[0] == 1 else 0
-
-
-def _is_spare(data: memoryview, length_size: int) -> bool:
-    """Whether no other picture refers to this one: nal_ref_idc of all its slices is 0 (ITU-T H.264, 7.4.1)."""
-    slices = 0
-    for header in _unit_headers(data, length_size):
-        if 1 <= header & 0x1F <= 5:
-            if header & 0x60:
-                return False
-            slices += 1
-    return slices > 0
-
-
-def _unit_headers(data: memoryview, length_size: int) -> Iterator[int]:
-    """The first byte of each unit of a coded picture."""
-    if length_size:
-        at = 0
-        while at + length_size < len(data):
-            yield data[at + length_size]
-            at += length_size + int.from_bytes(data[at : at + length_size], "big")
-        return
-    content = bytes(data)
-    at = content.find(b"\0\0\1") + 3
-    while 3 <= at < len(content):
-        yield content[at]
-        at = content.find(b"\0\0\1", at) + 3
 
 
 def _read_by_count(

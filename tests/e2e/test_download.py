@@ -49,7 +49,7 @@ def run(table: Path, rows: list[dict[str, Any]], out: Path, *options: str) -> tu
 
 def test_every_fault_has_its_answer(server: Server, tmp_path: Path) -> None:
     kinds = ("ranges", "drop", "changed", "mixed", "noranges", "busy", "tohere", "missing", "busyforlong", "broken",
-             "text", "tofile", "tonowhere", "huge", "endless", "page")  # fmt: skip
+             "text", "tofile", "tonowhere", "huge", "endless", "page", "circle")  # fmt: skip
     rows: list[dict[str, Any]] = [
         {"id": kind, "url": server.url(f"{kind}/a.mp4"), "caption": f"a {kind}", "likes": 3} for kind in kinds
     ]
@@ -74,6 +74,7 @@ def test_every_fault_has_its_answer(server: Server, tmp_path: Path) -> None:
         "huge": "has 1,000,000,000,000 bytes, --max-bytes is 1,000,000",
         "endless": "has more than 1,000,000 bytes, the limit of --max-bytes",
         "page": "is a page or other text; expected a video or picture",
+        "circle": "HTTP 302: it redirects in a circle, or too often",
         "scheme": "expected an http or https URL, got file:///etc/passwd",
         "none": "url is empty",
         "no host": "expected an http or https URL, got http:///a.mp4",
@@ -109,10 +110,12 @@ def test_what_is_final_is_remembered_and_what_may_pass_is_tried_again(server: Se
 
 
 def test_a_stalled_connection_is_given_up(server: Server, tmp_path: Path) -> None:
-    rows = [{"id": "stall", "url": server.url("stall/a.mp4")}, {"id": "ok", "url": server.url("ranges/a.mp4")}]
+    kinds = {"stall": "stall", "chunk": "chunk", "ok": "ranges"}
+    rows = [{"id": name, "url": server.url(f"{kind}/a.mp4")} for name, kind in kinds.items()]
     kept, reasons = run(tmp_path / "t.csv", rows, tmp_path / "out", "--timeout", "0.5", "--retries", "1")
     assert list(kept) == ["ok"]
     assert "timed out (2 tries)" in reasons["stall"]
+    assert reasons["chunk"] == "the connection ended early (2 tries)"
 
 
 def test_a_file_has_its_time(server: Server, tmp_path: Path) -> None:

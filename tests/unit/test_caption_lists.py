@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from opensora_repro.data.caption import join
@@ -141,6 +143,39 @@ def test_json_lines_end_at_line_feeds_alone(tmp_path: Path) -> None:
     (tmp_path / "l.jsonl").write_text(lines[1] + '\n{"id": "c0", \n')
     with pytest.raises(DataError, match=r"l\.jsonl: line 2: cannot be read as JSON"):
         texts(tmp_path / "l.jsonl")
+
+
+def test_json_as_other_tools_write_it(tmp_path: Path) -> None:
+    """Lines by the name of a list and the other way round; tables by columns, and by rows that are only counted."""
+    rows = [{"source": "in/vidA.mp4", "caption": "a walk"}, {"source": "007.mp4", "caption": "a spy"}]
+    expected = ["a walk", "a walk", "a spy", "[no caption for this source]"]
+    frame = pd.DataFrame(rows)
+    lines = "\n".join(map(json.dumps, rows))
+    for name, content in (
+        ("lines.json", lines),
+        ("list.jsonl", json.dumps(rows)),
+        ("columns.json", frame.to_json()),
+        ("lists.json", json.dumps(frame.to_dict("list"))),
+        ("index.json", frame.to_json(orient="index")),
+        ("files.json", json.dumps([row | {"source": {"path": row["source"], "bytes": None}} for row in rows])),
+    ):
+        (tmp_path / name).write_text(content)
+        assert texts(tmp_path / name) == expected, name
+    (tmp_path / "one.jsonl").write_text(json.dumps(rows[0]))
+    assert texts(tmp_path / "one.jsonl")[0] == "a walk"
+    with pytest.raises(DataError, match=r"row 1: its key is \['x'\], expected text"):
+        texts(as_json(tmp_path / "odd.json", [{"source": ["x"], "caption": "a"}]))
+
+
+def test_maps_and_repeated_columns_of_parquet(tmp_path: Path) -> None:
+    names = pa.array(["007.mp4"])
+    texts_by_language = pa.array([[("en", "a spy"), ("de", "ein Spion")]], pa.map_(pa.string(), pa.string()))
+    pq.write_table(pa.table({"source": names, "caption": texts_by_language}), tmp_path / "map.parquet")
+    assert texts(tmp_path / "map.parquet")[2] == "a spy"
+    twice = pa.Table.from_arrays([names, names, names], names=["source", "caption", "caption"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(DataError, match="column caption is there twice"):
+        texts(tmp_path / "twice.parquet")
 
 
 def test_of_several_captions_the_first_that_is_not_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -161,6 +161,39 @@ WRAPPED = [
     "¡Claro! Aquí tienes una descripción del video: {}",
     "Конечно! Вот описание видео: {}",
     "好的，以下是视频的描述：{}",
+    "<|START_THINKING|>x<|END_THINKING|><|START_RESPONSE|>{}<|END_RESPONSE|>",
+    "<think:opensource>x</think:opensource>{}",
+    "[BEGIN OF THOUGHT]x[END OF THOUGHT]{}",
+    "**Thinking:** a lawn?\n\n**Answer:** {}",
+    "The frames show a lawn.\n\nFinal caption: {}",
+    "```text\n{}\n```",
+    '```json\n{{"caption": "{}"}}\n```',
+    '{{"description": "{}"}}',
+    '"{}"',
+    "**{}**",
+    "> {}",
+    "\\boxed{{\\text{{{}}}}}",
+    "Sure — {}",
+    "Great! Here you go: {}",
+    "Based on the frames, here is a detailed description of what happens: {}",
+    "The description of the video is as follows:\n\n{}",
+    "Dense caption: {}",
+    "Bien sûr, voici une description détaillée : {}",
+    "當然！以下是影片的描述：{}",
+    "視頻描述：{}",
+    "はい、こちらが動画の説明です：{}",
+    "물론입니다! 다음은 영상에 대한 설명입니다: {}",
+    "Natuurlijk! Hier is een beschrijving van de video: {}",
+    "Oczywiście! Oto opis wideo: {}",
+    "Tentu! Berikut adalah deskripsi video: {}",
+    "Elbette! İşte videonun açıklaması: {}",
+    "Chắc chắn rồi! Đây là mô tả video: {}",
+    "بالتأكيد! إليك وصف الفيديو: {}",
+    "ज़रूर! यहाँ वीडियो का विवरण है: {}",
+    "{}\n\nNote: the frames are dark.",
+    "{} (Word count: 6)",
+    "{} #dog #lawn",
+    "{}\n\nQuestion: what colour?\nAnswer: brown",
     "{} I hope this helps!",
     "{}\n\nLet me know if you need anything else!",
 ]
@@ -194,8 +227,23 @@ def test_captions_that_begin_alike_stay_whole() -> None:
         "Analysis of a chess game on a screen.",
         "Let me know, says a sign. A dog runs.",
         'A man says "Sure!" and laughs.',
+        '"Stop!", a sign says.',
+        '"Stop now."',
+        "Great crested grebes dance on a lake.",
+        "Output of a plotter dries.",
+        "Thinking man's statue: a crowd around it.",
+        "Reasoning about a chess move, a boy frowns.",
+        "A list: *milk*, *bread*, written by hand.",
+        "{braces} are drawn on a board {twice}",
+        "A sticky note: do not touch. A hand does.",
+        "A door with #12 on it.",
     ):
         assert judged(caption) == Caption(caption)
+
+
+def test_what_a_stuck_model_writes_is_read_in_time() -> None:  # or each of these would take minutes
+    for stuck in ("\n", "USER: ", " \n", "#dog ", "<think>"):
+        judged("A dog runs." + stuck * (200_000 // len(stuck)) + "x")
 
 
 def test_thoughts_without_an_end_are_no_caption() -> None:

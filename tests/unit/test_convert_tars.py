@@ -215,6 +215,20 @@ def test_a_damaged_archive_gives_what_comes_before(tmp_path: Path) -> None:
     assert {p.relative_to(tmp_path / "out").as_posix() for p in media} <= kept
 
 
+def test_an_archive_that_is_cut_between_members_is_told(tmp_path: Path) -> None:
+    """`tarfile` itself takes a header that is cut, or missing, for the end; what came last may lack its caption."""
+    members = [(f"s{n}.{kind}", data) for n in range(3) for kind, data in (("png", png(n)), ("txt", b"a"))]
+    whole = tar(tmp_path / "in" / "class" / "whole.tar", members).read_bytes()
+    for name, length in (("cut", 1024 * 5), ("in_header", 1024 * 5 + 100)):
+        (tmp_path / "in" / "class" / f"{name}.tar").write_bytes(whole[:length])
+    rows, _ = run(tmp_path / "in", tmp_path / "out")
+    assert sorted(rows) == [f"class/{name}/s{n}" for name in ("cut", "in_header") for n in (0, 1)] + [
+        f"class/whole/s{n}" for n in (0, 1, 2)
+    ]
+    told = read_table(tmp_path / "out" / "rejects.parquet")["reason"].tolist()
+    assert len(told) == 4 and sum("cannot be read to its end: unexpected end" in reason for reason in told) == 2
+
+
 def test_keys_end_at_the_first_dot_of_the_last_part() -> None:
     assert split_key("a/b.c/d.e.PNG") == ("a/b.c/d", "e.png")
     assert split_key("./x.mp4") == ("x", "mp4")

@@ -222,6 +222,8 @@ def test_frames_of_a_long_video_are_checked_in_one_pass() -> None:
     Counted.compared = 0
     assert index.damage_of(times) == ""
     assert index.damage_of([*times[:4000], *times[4001:]]) == "damaged: 4999 of 5000 frames decode"
+    without_clock = FrameIndex((), (), (), num_packets=0, promised=0)
+    assert without_clock.ended_early(27) == "damaged: what follows after 27 frames does not decode"
     assert Counted.compared < 5 * len(times)
 
 

@@ -145,7 +145,8 @@ def test_public_addresses() -> None:
         assert is_public(address), address
     for address in ("127.1.2.3", "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0",
                     "224.0.0.1", "255.255.255.255", "::1", "::", "fe80::1%eth0", "fc00::1", "::ffff:10.0.0.1",
-                    "64:ff9b::7f00:1", "2002:7f00:1::", "ff02::1"):  # fmt: skip
+                    "64:ff9b::7f00:1", "2002:7f00:1::", "ff02::1", "::127.0.0.1", "fec0::1", "64:ff9b:1::7f00:1",
+                    "192.0.0.8"):  # fmt: skip
         assert not is_public(address), address
 
 

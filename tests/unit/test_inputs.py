@@ -15,7 +15,7 @@ from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
 from tests.frames import read_table
 
-NAMES = ["-dash.mp4", "UPPER.MOV", "a 'b', \"c\"\nd.mp4", "sub/имя 视频.webm", "sub/x.mp4/inside.mkv"]
+NAMES = ["-dash.mp4", "UPPER.MOV", "phone.3gp", "a 'b', \"c\"\nd.mp4", "sub/имя 视频.webm", "sub/x.mp4/inside.mkv"]
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from opensora_repro.data.split.options import Options
 from opensora_repro.data.split.scenes import scan_video
 from opensora_repro.data.split.source import Source, split_source
 from opensora_repro.data.video import DecodeError, probe, read_frames, read_frames_at
+from tests.made_fields import write_fields
 from tests.made_streams import X265, drop_samples, numbers, set_edits, without_head, write_numbered
 
 TICKS = range(60)
@@ -99,6 +101,16 @@ def begun_late(codec: str, packets: int, first: int, **options: str) -> Callable
     return make
 
 
+def fields(count: int, **options: Any) -> Callable[[Path], list[int]]:
+    """A broadcast's recording: interlaced frames, for which a decoder needs two packets."""
+
+    def make(path: Path) -> list[int]:
+        write_fields(path, count, **options)
+        return list(range(count))
+
+    return make
+
+
 KINDS: dict[str, Callable[[Path], list[int]]] = {
     "trimmed.mp4": trimmed,
     "trimmed_at_the_end.mp4": trimmed_at_the_end,
@@ -120,6 +132,10 @@ KINDS: dict[str, Callable[[Path], list[int]]] = {
     "begun_late_hevc_open.ts": begun_late(
         "libx265", 3, 12, **{"x265-params": X265 + ":open-gop=1:bframes=3:b-adapt=0"}
     ),
+    "fields.mp4": fields(40),
+    "fields.ts": fields(40),
+    "fields_and_frames.mkv": fields(40, frames=(0, 3, 4, 5, 17, 24, 31)),
+    "fields_together.ts": fields(40, together=True),
     "begun_late_mpeg2.ts": begun_late("mpeg2video", 5, 12, bf="2"),
 }
 
@@ -185,6 +201,13 @@ def test_what_has_lost_bytes_is_damaged(tmp_path: Path) -> None:
         assert not record["clips"]
         assert "damaged" in record["rejects"][0]["reason"]
     assert not list((tmp_path / "clips").iterdir())
+
+
+def test_a_list_of_videos_is_none(tmp_path: Path) -> None:
+    write_numbered(tmp_path / "other.mp4", TICKS)
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile other.mp4\nfile other.mp4\n")
+    with pytest.raises(DecodeError, match="list of other files"):
+        read_facts(tmp_path / "list.mp4")
 
 
 def test_only_doubtful_files_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,10 @@
     videoID, timestamp, caption, ...      Panda-70M: lists of spans and captions a video
     {video: {clip: {..., scene_split}}}   HD-VG-130M (JSON): a caption a scene, named and within a span of the video
 
-CSV and Parquet, JSON (a list of objects, or an object by id) and JSON lines; capitals in column names do not count, and
-`text` and some others will do for `caption`. Of a list of captions the first that is not empty is taken. Rows that
-concern no clip at hand are passed over, so a list may be far larger than memory (JSON is read whole). Everything in
-them is somebody else's text: nothing is evaluated.
+CSV and Parquet, JSON (a list of objects, an object by id, or a table) and JSON lines; capitals in column names do not
+count, and `text` and some others will do for `caption`. Of a list of captions the first that is not empty is taken.
+Rows that concern no clip at hand are passed over, so a list may be far larger than memory (JSON is read whole).
+Everything in them is somebody else's text: nothing is evaluated.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -248,7 +249,11 @@ def _hd_vg(path: Path, videos: dict[str, Any], ours: ClipKeys) -> CaptionList:
 
 
 def _name(path: Path, row: int, value: object) -> str:
-    """Return an id or a name as text, "" for none. Raises DataError."""
+    """Return an id or a name as text, "" for none; of an object its path, as `datasets` has it. Raises DataError."""
+    if isinstance(value, dict):
+        value = next((value[name] for name in FILES if isinstance(value.get(name), str)), value)
+    if isinstance(value, dict | list):
+        raise DataError(f"{path}: row {row}: its key is {one_line(str(value)[:80])}, expected text")
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8").strip()
@@ -263,13 +268,14 @@ def _table_rows(table: Table, columns: Sequence[str]) -> Iterator[Sequence[Any]]
 
 
 def _read_json(path: Path) -> Any:
-    """Return a JSON file's content, of JSON lines a list. Within a text, control characters may stand as they are."""
+    """Return a JSON file's content, of lines of JSON a list. In a text, control characters may stand as they are."""
     try:
         data = path.read_bytes()
         wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
         text = data.decode("utf-16" if wide else "utf-8-sig")
-        if path.suffix.lower() == ".json":
-            return json.loads(text, strict=False)
+        with suppress(json.JSONDecodeError):  # one value, or one a line, whatever the file is called
+            content = json.loads(text, strict=False)
+            return [content] if path.suffix.lower() == ".jsonl" and isinstance(content, dict) else content
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON: {one_line(error)}") from error
     rows = []
@@ -284,10 +290,15 @@ def _read_json(path: Path) -> Any:
 def _objects(path: Path, content: Any) -> list[Row]:
     """Return rows: a list of objects as it is, an object of captions by id as rows of id and caption.
 
-    Of an object that holds lists of objects, such as {"data": [...]}, it is the one that names and captions videos.
+    Of an object that holds lists of objects, such as {"data": [...]}, it is the one that names and captions videos. An
+    object may also be a table: of columns, or of rows that it only counts.
     """
     if isinstance(content, dict):
         content = next((rows for rows in content.values() if _names_and_captions(rows)), content)
+    if isinstance(content, dict):
+        content = _of_columns(content) if _knows_both(content) else content
+    if isinstance(content, dict) and list(content) == list(map(str, range(len(content)))):
+        content = list(content.values()) if all(_knows_both(value) for value in content.values()) else content
     if isinstance(content, dict):
         content = [value | {"id": key} if isinstance(value, dict) else {"id": key, "caption": value}
                    for key, value in content.items()]  # fmt: skip
@@ -297,9 +308,20 @@ def _objects(path: Path, content: Any) -> list[Row]:
 
 
 def _names_and_captions(rows: Any) -> bool:
-    if not isinstance(rows, list) or not rows or not isinstance(rows[0], dict):
-        return False
-    return not rows[0].keys().isdisjoint(CAPTION_KEYS) and not rows[0].keys().isdisjoint({*IDS, *FILES, *VIDEOS})
+    return isinstance(rows, list) and bool(rows) and _knows_both(rows[0])
+
+
+def _knows_both(row: Any) -> bool:
+    """Whether an object has a name of a video's and a caption among its keys."""
+    return isinstance(row, dict) and not any(row.keys().isdisjoint(k) for k in (CAPTION_KEYS, {*IDS, *FILES, *VIDEOS}))
+
+
+def _of_columns(columns: Row) -> Any:
+    """Return the rows of an object of columns, lists or objects with the same keys; what is none as it is."""
+    values = [list(c.values()) if isinstance(c, dict) else c for c in columns.values()]
+    if not all(isinstance(value, list) and len(value) == len(values[0]) for value in values):
+        return [columns]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)]
 
 
 def _span(path: Path, number: int, span: Any) -> tuple[float, float]:

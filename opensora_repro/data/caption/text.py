@@ -12,11 +12,15 @@ Captions come from files, models and servers of others. The flags:
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+
+from opensora_repro.data.caption_values import texts_in
 
 MAX_CHARACTERS = 4000  # several times what a text encoder reads
 EMPTY, THOUGHTS, REFUSAL, LOOP, TRUNCATED = "empty", "thoughts", "refusal", "loop", "truncated"
@@ -26,6 +30,9 @@ REJECTED = {  # what is no caption at all
     THOUGHTS: "a model's thoughts without an answer (a higher --max-tokens lets it finish)",
     REFUSAL: "looks like a refusal",
 }
+
+
+_SPACES = re.compile(r"\s{3,}")
 
 
 @dataclass(frozen=True)
@@ -43,10 +50,11 @@ class Caption:
 
 def judged(text: str, *, cut: bool = False) -> Caption:
     """Return a text unwrapped, cleaned and flagged; `cut`: its writer was stopped before it had finished."""
+    text = _SPACES.sub(lambda run: "\n\n" if "\n" in run[0] else " ", text)  # else a rule tries each of a long run
     answer = without_thoughts(text)
     if answer is None:
         return Caption(clean(text)[0], THOUGHTS)
-    bare = without_courtesies(answer_turn(answer))
+    bare = without_courtesies(answer_turn(answer)[: 5 * MAX_CHARACTERS])  # bounds the work; `clean` tells of the cut
     caption, shortened = clean(bare)
     flag = flag_of(caption, cut=cut or shortened) or (OPENER if is_about_video(caption) else "")
     return Caption(caption, flag, unwrapped=bare.strip() != text.strip())
@@ -184,21 +192,32 @@ def is_loop(caption: str) -> bool:
 # Models that reason aloud write it before the answer, between marks that differ from maker to maker. Many chat
 # templates put the opening one into the prompt, so that only the closing one is seen.
 
-_NAME = r"(?:\w+:)?(?:think|thinking|thoughts?|reason|reasoning|analysis|reflection|scratchpad|rationale)"
+_NAME = (
+    r"(?:\w+:)?(?:think|thinking|thoughts?|reason|reasoning|analysis|reflection|scratchpad|rationale|cot"
+    r"|inner_monologue)(?:[:_]\w+)?"
+)
 _L, _R = r"(?:<|&lt;)\s?\|?\s?", r"\s?\|?\s?(?:>|&gt;)"
 _CHANNEL = r"<\|?channel\|?>\s*"
 _OPENS = re.compile(
-    rf"{_L}(?:begin_of_)?{_NAME}(?:\s[\w-]+=[^<>]{{1,60}})?{_R}|\[(?:think|thinking|reasoning)\]|◁think▷"
+    rf"{_L}(?:begin_of_|start_)?{_NAME}(?:\s[\w-]+=[^<>]{{1,60}})?{_R}"
+    r"|\[(?:begin of )?(?:think|thought|reason)(?:ing)?\]|◁think▷"
     rf"|{_CHANNEL}(?:analysis|commentary|thought)\b|<unused94>",
     re.IGNORECASE,
 )
 _CLOSES = re.compile(
-    rf"{_L}(?:/\s?|end_of_){_NAME}{_R}|\[/(?:think|thinking|reasoning)\]|◁/think▷"
+    rf"{_L}(?:/\s?|end_of_|end_){_NAME}{_R}|\[(?:/|end of )(?:think|thought|reason)(?:ing)?\]|◁/think▷"
     rf"|{_CHANNEL}final\b[^<]{{0,40}}<\|message\|>|<channel\|>|<unused95>",
     re.IGNORECASE,
 )
 # The marks of channels are special tokens; servers that drop those leave "analysisWe see ...assistantfinalA dog".
 _UNMARKED = re.compile(r"\s*analysis(?=[A-Z])(?:.*assistant\s?final)?", re.DOTALL)
+# Without any marks, headings part thoughts and answer.
+_HEADED = re.compile(
+    r"\W{0,4}(?:thinking|thoughts?|reasoning|analysis|step[ -]by[ -]step|let(?: me|'s) think)\b.*"
+    r"\n\W{0,4}(?:final )?(?:answer|caption|description|response|output)\b(?=\W{0,3}[:：])"
+    r"|.*\n\W{0,4}final (?:answer|caption|description|response)\b(?=\W{0,3}[:：])",
+    re.DOTALL | re.IGNORECASE,
+)
 
 
 def without_thoughts(text: str) -> str | None:
@@ -206,7 +225,10 @@ def without_thoughts(text: str) -> str | None:
     if unmarked := _UNMARKED.match(text):
         return text[unmarked.end() :] if unmarked[0].endswith("final") else None
     rest = text[max((closing.end() for closing in _CLOSES.finditer(text)), default=0) :]
-    return None if _OPENS.search(rest) else rest
+    if _OPENS.search(rest):
+        return None
+    headed = _HEADED.match(rest)
+    return f"answer{rest[headed.end() :]}" if headed else rest
 
 
 # ---- turns
@@ -218,22 +240,26 @@ _TURN = re.compile(
     rf"|<start_of_turn>\s*(?P<c>{_ROLE})?\b"
     rf"|<[|｜]\s?(?P<d>{_ROLE})\s?[|｜]>"
     rf"|(?:^|\n)\s*#+\s*(?P<e>{_ROLE}|instruction|response)\s*:"
-    r"|(?:^|\n)\s*assistant\s*(?::|\n)|\n\s*(?P<f>user|human)\s*:|^\s*(?P<h>user|human)\s*:(?=(?s:.*)\nassistant\s*:)"
+    r"|(?:^|\n)\s*(?:ai |gpt4 correct )?assistant\s*(?::|\n)|\n\s*(?P<f>user|human|question)\s*:"
+    r"|^\s*(?P<h>user|human)\s*:(?=(?s:.*)\nassistant\s*:)"
     r"|(?P<g>\[INST\])|\[/INST\]"
     r"|<[|｜](?:im_end|end|eot_id|eom_id|eot|endoftext|end_of_text|begin_of_text|begin_of_sentence|end_of_turn|return"
     r"|call|message|end_of_role|end[▁_]of[▁_]sentence|begin[▁_]of[▁_]sentence)[|｜]>"
     r"|</?s>|<(?:bos|eos|pad|end_of_turn|end_of_utterance|turn\||eot_id)>",
     re.IGNORECASE,
 )
-_ASKED = re.compile(r"user|human|system|developer|tool|instruction|\[inst\]", re.IGNORECASE)
+_ASKED = re.compile(r"user|human|question|system|developer|tool|instruction|\[inst\]", re.IGNORECASE)
 # Vicuna's form has both turns on one line; what follows a mark of places, boxes or answers is text.
 _ONE_LINE = re.compile(r"\s*USER:.*?ASSISTANT:", re.DOTALL)
-_INLINE = re.compile(r"<[|｜][^|｜<>\n]{1,40}[|｜]>|</?(?:answer|caption|response|output|image|video)>|<</?SYS>>")
+_INLINE = re.compile(
+    r"<[|｜][^|｜<>\n]{1,40}[|｜]>|</?(?:answer|caption|response|output|image|video|p)>"
+    r"|<</?SYS>>|\[/?EOS\]|<0x[0-9A-F]{2}>"
+)
 
 
 def answer_turn(text: str) -> str:
     """Return the first turn of a chat that is no question, without the marks; models may go on with another."""
-    text = _ONE_LINE.sub("", text, count=1)
+    text = _ONE_LINE.sub("", text, count=1) if "ASSISTANT:" in text else text
     asked, at = False, 0
     for mark in [*_TURN.finditer(text), None]:
         turn = _INLINE.sub("", text[at : mark.start() if mark else len(text)]).strip()
@@ -248,46 +274,60 @@ def answer_turn(text: str) -> str:
 
 _COURTESY = re.compile(
     r"¡?(?:sure(?: thing)?|certainly|of course|absolutely|definitely|ok(?:ay)?|alright|all right|got it|understood|"
-    r"no problem|with pleasure|gladly|happy to help|(?:i'd|i would) be (?:happy|glad) to[^.!:\n]*|"
-    r"(?:hello|hi)(?: there)?|thanks?(?: you)? for [^.!:\n]*|"
+    r"no problem|with pleasure|gladly|happy to help|(?:i'd|i would) be (?:happy|glad) to[^.!:\n]*|here you (?:go|are)|"
+    r"(?:great|perfect|excellent)(?=\s?!)|(?:hello|hi)(?: there)?|thanks?(?: you)? for [^.!:\n]*|"
     r"natürlich|gerne?|klar|selbstverständlich|sicher|bien sûr|certainement|d'accord|avec plaisir|"
     r"claro(?: que sí)?|por supuesto|desde luego|certo|certamente|claro que sim|com certeza|конечно|"
-    r"好的|当然(?:可以)?|没问题|もちろん(?:です)?|承知しました|물론(?:입니다|이죠)?)"
+    r"natuurlijk|zeker|oczywiście|jasne|tentu(?: saja)?|elbette|tabii|chắc chắn(?: rồi)?|"
+    r"बिल्कुल|ज़रूर|بالتأكيد|بالطبع|แน่นอน(?:ครับ|ค่ะ)?|"
+    r"好的|[当當]然(?:可以)?|[没沒][问問][题題]|はい|もちろん(?:です)?|承知しました|네|물론(?:입니다|이죠)?)"
     # A sentence ends where the next begins with a capital: "Sure! brand soap" is a name.
-    r"\s?(?:[!.]+(?:\s+(?!(?-i:[a-z]))|$)|[:,，。！：、]+\s*|\n+)",
+    r"(?:\s?(?:[!.]+(?:\s+(?!(?-i:[a-z]))|$)|[:,،，。！：、]+\s*|\n+)|\s[—–-]\s+)",
     re.IGNORECASE,
 )
 _WORK = (
-    r"(?:description|caption|summary|paragraph|overview|breakdown|account|analysis|rewrite|version|answer|response|details"
-    r"|beschreibung|zusammenfassung|bildunterschrift|description|légende|résumé|descripción|leyenda|resumen"
-    r"|descrição|legenda|descrizione|didascalia|описание)"
+    r"(?:description|caption|summary|paragraph|overview|breakdown|account|analysis|rewrite|version|answer|response"
+    r"|details|output|beschreibung|zusammenfassung|bildunterschrift|légende|résumé|descripción|leyenda|resumen|descrição"
+    r"|legenda|descrizione|didascalia|описание|подпись|beschrijving|bijschrift|opis|deskripsi|keterangan|açıklama\w*"
+    r"|mô tả|chú thích|विवरण|वर्णन|وصف|คำอธิบาย|설명|캡션|説明|キャプション|[说說]明|描述|字幕)"
 )
-_OF = r"(?:of|for|based|as|that|in|from|you|der|des|von|zum|de|du|del|della|da|do|i|видео)"
+_OF = r"(?:of|for|based|as|that|in|from|you|der|des|von|zum|de|du|del|della|da|do|van|i|видео)"
 _THE_CLIP = r"(?:the|this|these|your|what) (?:\w+ ){0,3}(?:video|clip|footage|frames?|images?|scene|sequence|happens)"
 _ANNOUNCED = re.compile(
-    r"(?:here(?: is|['’]s| are)|below (?:is|are)|the following is|this is|i have written|"
-    r"hier (?:ist|sind|kommt)|voici|ci-dessous|aquí (?:está|tienes?|va)|a continuación|aqui está|segue|ecco|вот)"
-    rf"(?! (?:where|when|how|why)\b)[^.!?:\n]{{0,60}}?\b{_WORK}(?:s|en)?"
-    rf"(?:(?:\s+{_OF}\b[^.!?:\n]{{0,100}})?(?:\s?[:：]\s*|\s*\n+\s*)"
+    r"(?:(?:based on|from) [^.!?:,\n]{1,60}, )?(?:here(?: is|['’]s| are)|below (?:is|are)|the following is|this is"
+    r"|i have written|hier (?:ist|sind|kommt)|voici|ci-dessous|aquí (?:está|tienes?|va)|a continuación|aqui está|segue"
+    rf"|ecco|вот)(?! (?:where|when|how|why)\b)[^.!?:\n]{{0,60}}?\b{_WORK}(?:s|en)?"
+    rf"(?:(?:\s+{_OF}\b[^.!?:\n]{{0,100}}|(?:\s+\w+){{1,2}})?(?:\s?[:：]\s*|\s*\n+\s*)"
     rf"|(?:\s+{_OF} {_THE_CLIP}[^.!?:\n]{{0,60}})?[.](?:\s+|$))"
     r"|here(?:['’]s| is) what (?:happens|is happening|i see|can be seen|the \w+ shows)[^.!?:\n]{0,60}[:：]\s*"
-    r"|(?:以下是|下面是|这是)[^。：:\n]{0,40}(?:描述|说明|字幕|概述|总结)[^。：:\n]{0,20}[：:。\n]\s*"
+    rf"|the (?:\w+ )?{_WORK}(?: of [^.!?:\n]{{1,60}})? (?:is|reads)(?: as follows)?\s?:\s*|voici\s?:\s*"
+    # Of languages whose words stand in another order, or change, a colon after one of them is enough.
+    r"|(?:hier (?:is|volgt)|oto|berikut|işte|đây là|यहाँ|إليك|นี่คือ|다음은|こちらが|以下[はがに])"
+    rf"[^.!?:：\n]{{0,60}}?{_WORK}[^.!?:：\n]{{0,40}}[:：]\s*"
+    r"|(?:以下是|下面是|[这這]是)[^。：:\n]{0,40}(?:描述|[说說]明|字幕|概述|[总總][结結])[^。：:\n]{0,20}[：:。\n]\s*"
     r"|以下は[^。：:\n]{0,40}(?:説明|キャプション|描写)[^。：:\n]{0,20}[：:。\n]\s*",
     re.IGNORECASE,
 )
 _HEADING = re.compile(
-    r"(?:#+\s+)?(?:\*\*|__)?(?:(?:video|clip|image|scene|detailed|short|final|the|your|generated)[ \t]+){0,3}"
-    rf"{_WORK}(?:\*\*|__)?[ \t]?[:：](?:\*\*|__)?\s*"
+    r"(?:#+\s+)?(?:\*\*|__)?(?:(?:video|clip|image|scene|detailed|dense|short|brief|long|final|the|your|my|generated"
+    r"|[视視][频頻]|影片|動画)[ \t]*){0,3}"
+    rf"{_WORK}(?:\*\*|__)?[ \t]?(?:[:：]|[-–—][ \t]*\n)(?:\*\*|__)?\s*"
     rf"|(?:#+\s+|\*\*)(?:[\w]+[ \t]+){{0,3}}{_WORK}(?:\*\*)?[ \t]*\n+\s*",
     re.IGNORECASE,
 )
 _CLOSING = re.compile(
     r"(?<=[.!?。！？\"”*])\s*(?:i hope (?:this|that)|hope this helps|let me know|feel free to|please let me know|"
     r"is there anything else|would you like me to|do you want me to|if you (?:need|have|want|would like|'d like))\b"
-    r"[^.!?\n]{0,200}[.!?]*\s*$",
+    r"[^.!?\n]{0,200}[.!?]*\s*$"
+    r"|(?:\n|\s\()\W{0,3}note\b\W{0,3}:[^\n]{0,300}$"
+    r"|\s\(?(?:word|character) count: ?\d{1,6}\)?$|\s\(\d{1,6} words\)$"
+    r"|\s(?:hashtags: )?#\w{1,60}(?: #\w{1,60}){1,40}$",
     re.IGNORECASE,
 )
 _QUOTES = {'"': '"', "“": "”", "«": "»", "「": "」", "„": "“"}
+_AROUND = ("```", "---", "***", "**", "__", "*", "_")  # markdown around the whole; the longer before its beginning
+FEW_WORDS, CLOSINGS = 4, 4
+_BOXED = re.compile(r"\\boxed\{(?:\\text\{(.*)\}|(.*))\}", re.DOTALL)
 
 
 def without_courtesies(text: str) -> str:
@@ -295,13 +335,31 @@ def without_courtesies(text: str) -> str:
     rest = text.strip()
     while found := _COURTESY.match(rest) or _ANNOUNCED.match(rest) or _HEADING.match(rest):
         rest = rest[found.end() :]
-    while found := _CLOSING.search(rest):
-        rest = rest[: found.start()].rstrip()
+    for _ in range(CLOSINGS):
+        if found := _CLOSING.search(rest):
+            rest = rest[: found.start()].rstrip()
+    rest = _unwrapped(rest)
+    if len(rest) > 1 and _QUOTES.get(rest[0]) == rest[-1] and rest[-1] not in rest[1:-1]:
+        told = rest[1:-1]  # alone, a few words in quotes are what somebody says or what is written somewhere
+        rest = told if rest != text.strip() or (ends_sentence(told) and len(told.split()) > FEW_WORDS) else rest
     if rest == text.strip():
         return text
-    if len(rest) > 1 and _QUOTES.get(rest[0]) == rest[-1] and rest[-1] not in rest[1:-1]:
-        rest = rest[1:-1]
     return rest[:1].upper() + rest[1:]
+
+
+def _unwrapped(text: str) -> str:
+    """Return a text without what is around all of it: a fence or other markdown, an object of JSON, a box."""
+    for mark in _AROUND:
+        inner = text[len(mark) : -len(mark)]
+        if text.startswith(mark) and text.endswith(mark) and inner.strip() and mark not in inner:
+            inner = re.sub(r"\A\w*\n", "", inner) if mark == "```" else inner  # its language
+            return _unwrapped(inner.strip())
+    if box := _BOXED.fullmatch(text):
+        return (box[1] or box[2] or "").strip()
+    if text.startswith("{") and text.endswith("}"):
+        with suppress(ValueError, RecursionError):
+            return next((part.strip() for part in texts_in(json.loads(text, strict=False)) if part.strip()), text)
+    return re.sub(r"\A(?:[->•]|#+)\s+(?!.*\n)", "", text)  # a list or quotation of one line
 
 
 # Not cut, for it is part of a sentence, but no words about what is seen either.

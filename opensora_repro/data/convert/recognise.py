@@ -76,6 +76,8 @@ def _of_folder(root: Path, out: Path) -> str:
         return _of_json(root / jsons[0])
     folders = class_folders(root, out)
     files = [name for _, folder in folders[:3] for name in sorted(os.listdir(folder))[:100]]
+    if any(name.lower().endswith(TAR_SUFFIXES) for name in files):
+        return "webdataset"
     pictures = [name for name in files if _is_media(name) and Path(name).suffix.lower() not in VIDEO_SUFFIXES]
     if any(name.startswith("v_") and Path(name).suffix.lower() == ".avi" for name in files):
         return "ucf101"

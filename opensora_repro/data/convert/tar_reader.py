@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from tarfile import EmptyHeaderError, TruncatedHeaderError  # type: ignore[attr-defined]
 from typing import IO, Any
 
 from opensora_repro.data.caption_values import texts_in
@@ -31,8 +32,8 @@ from opensora_repro.data.tables import Row, in_batches, with_types
 from opensora_repro.errors import DataError
 from opensora_repro.files import digest, one_line, replacing, safe_name, size_and_time
 
-METHOD = 2  # raise when an archive would give other rows, so that finished ones are read again
-TAR_SUFFIXES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
+METHOD = 3  # raise when an archive would give other rows, so that finished ones are read again
+TAR_SUFFIXES = (".tar", ".tgz", ".tar.gz", ".tbz2", ".tar.bz2", ".txz", ".tar.xz")
 TEXT_BYTES = 1 << 20  # of a caption or its JSON
 ALL_TEXTS, ALL_KEYS = 1 << 29, 1 << 20  # bytes and samples of an archive that are in memory until its end
 CAPTIONS = ("txt", "text", "caption")
@@ -194,13 +195,24 @@ class _TooMuch(Exception):
     """An archive beyond the limits."""
 
 
+class _Member(tarfile.TarInfo):
+    """Tells an archive's end from where its file ends: `tarfile` takes a header that is cut, or not there, for it."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: tarfile.TarFile) -> _Member:
+        try:
+            return super().fromtarfile(tarfile)
+        except (TruncatedHeaderError, EmptyHeaderError) as error:
+            raise EOFError("unexpected end of data") from error
+
+
 def _samples(path: str, name: str, folder: Path, within: str, limits: Limits) -> Iterator[dict[str, Any]]:
     """Yield {"row": ...} or {"reject": ...}; what is wrong with the archive itself is the last entry."""
     samples: dict[str, _Sample] = {}
     size = texts = 0
     last, damage = "", None
     try:
-        with tarfile.open(path, "r|*") as tar:
+        with tarfile.open(path, "r|*", tarinfo=_Member) as tar:
             for member in tar:
                 if member.isdir():
                     continue

@@ -15,6 +15,9 @@ from typing import Any
 from opensora_repro.files import one_line
 
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# Of no use to anybody else, but global to some releases of `ipaddress`: protocols' own, NAT64 within a network, and two
+# kinds of old, site-local addresses and IPv4's within IPv6.
+NOT_PUBLIC = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "64:ff9b:1::/48", "fec0::/10", "::/96")))
 
 
 class Forbidden(Exception):
@@ -143,4 +146,4 @@ def is_public(address: str) -> bool:
             within = ipaddress.IPv4Address(int(place) & 0xFFFFFFFF)
         if within is not None:
             return is_public(str(within))
-    return place.is_global and not place.is_multicast
+    return place.is_global and not place.is_multicast and not any(place in network for network in NOT_PUBLIC)

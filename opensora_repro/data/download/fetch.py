@@ -169,6 +169,8 @@ def _attempt(
         raise TryAgain(one_line(error.reason)) from error
     except http.client.InvalidURL as error:
         raise Refused(f"no URL: {one_line(error)}") from error
+    except http.client.IncompleteRead as error:
+        raise TryAgain("the connection ended early") from error
     except http.client.HTTPException as error:
         raise TryAgain(one_line(str(error) or type(error).__name__)) from error
     except ValueError as error:  # a server may redirect to what is no address
@@ -181,6 +183,8 @@ def _attempt(
 
 def _raise_status(error: urllib.error.HTTPError, part: Path) -> NoReturn:
     reason = f"HTTP {error.code} {one_line(error.reason)}".strip()
+    if urllib.request.HTTPRedirectHandler.inf_msg in str(error.reason):
+        reason = f"HTTP {error.code}: it redirects in a circle, or too often"
     if error.code == 416:  # our part is longer than the file
         drop(part)
         raise TryAgain(reason, 0.0) from error

@@ -22,7 +22,7 @@ from opensora_repro.errors import DataError
 from opensora_repro.files import digest, is_file, one_line, size_and_time
 from opensora_repro.storage.addresses import address_of
 
-METHOD = 2  # raise when the same file would give another row, so that finished files are probed again
+METHOD = 3  # raise when the same file would give another row, so that finished files are probed again
 COLUMNS = {
     **MANIFEST, "source": "string", "duration": "double", "constant_fps": "bool", "codec": "string",
     "pixel_format": "string", "transfer": "string", "primaries": "string", "coded_height": "int64",

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from opensora_repro.data.color import CENTRED_CHROMA, LEFT_CHROMA, keeps_color, yuv_to_yuv
+from opensora_repro.data.color import BT2020, CENTRED_CHROMA, LEFT_CHROMA, is_hdr, keeps_color, primaries_of, yuv_to_yuv
 from opensora_repro.data.split.scenes import DRAFT, Scan, Span
 from opensora_repro.data.video import (
     DecodeError,
@@ -268,7 +268,10 @@ class PlainFrames:
 
         height, width = self.written
         picture = np.ascontiguousarray(self.to_picture(frame)[:height, :width])
-        return rgb_to_yuv(self.reformatter, av.VideoFrame.from_ndarray(picture, format="rgb24"), height, width)
+        yuv = rgb_to_yuv(self.reformatter, av.VideoFrame.from_ndarray(picture, format="rgb24"), height, width)
+        if primaries_of(frame) == BT2020 and not is_hdr(frame):
+            yuv.color_primaries = BT2020  # wide colours that nothing has mapped
+        return yuv
 
     def _reduced(self, height: int, width: int) -> tuple[int, int]:
         """Return the written size: even, its short side at most `short_side`."""
