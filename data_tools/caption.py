@@ -29,8 +29,7 @@ import base64
 import json
 import math
 import sys
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -43,11 +42,10 @@ from opensora_repro.data.jobs.earlier import adopt, sampled_digest
 from opensora_repro.data.jobs.gpus import check_device, usual_device
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, RunnerArguments, contents_of, runner_of
-from opensora_repro.data.manifest import REJECTS, reject
 from opensora_repro.data.options import any_path, argument, local_path, option, parse, parser_of
 from opensora_repro.data.origin import made_by
 from opensora_repro.data.probe.rows import INPUT_HELP, manifest_of
-from opensora_repro.data.tables import write_rows
+from opensora_repro.data.tables import Again
 from opensora_repro.errors import DataError, run_command
 from opensora_repro.files import digest, one_line
 from opensora_repro.storage.scratch import fetched
@@ -82,6 +80,7 @@ ASKED, WITH_MODEL, WITH_ENDPOINT = "what a model or an endpoint is asked", "with
 SOURCES = ("sidecar", "model", "endpoint")
 ANSWERS = ("captions", "rewrites")  # kinds of records of what an endpoint has answered
 Record = dict[str, Any]
+Messages = Callable[[], list[Record]]  # made when they are sent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,10 +197,8 @@ def template(args: Arguments) -> int:
 
 def caption(args: Arguments) -> int:
     """Caption all clips, then write the manifest and the rejects; returns the exit status."""
-    import pyarrow as pa
-
-    from opensora_repro.data.manifest import read_manifest, write_manifest
-    from opensora_repro.data.tables import set_column
+    from opensora_repro.data.caption.outcome import write_captioned
+    from opensora_repro.data.manifest import open_manifest
 
     check(args)
     runner, out = runner_of(args), Path(args.out)
@@ -210,56 +207,37 @@ def caption(args: Arguments) -> int:
         endpoint.check_reachable()  # before any work; a run that may have all its answers needs no server
     with Records(out) as records:
         manifest = manifest_of(args.input, out, runner)
-        clips = read_manifest(manifest, need_captions=False)
-        rows: list[Record] = clips.to_pylist()
-        captions = first_captions(args, rows, endpoint, records, runner)
-        columns = {}
+        clips = open_manifest(manifest, need_captions=False)
+        captions = first_captions(args, Again(clips.rows), endpoint, records, runner)
+        short = captions if args.rewrite else None
         if args.rewrite and endpoint:
-            columns["caption_original"] = [found.text for found in captions]
             captions = rewritten(captions, args, endpoint, records)
-    columns |= {"caption": [found.text for found in captions], "caption_flag": [found.flag for found in captions]}
-    reasons = [reason_of(found, args.keep_flagged) for found in captions]
-    good = [not reason for reason in reasons]
-    rejects = (row | reject(row["id"], row.get("source"), "caption", reason)  # type: ignore[arg-type]
-               for row, reason in zip(rows, reasons, strict=True) if reason)  # fmt: skip
-    write_rows(out / "rejects.parquet", rejects, REJECTS)
-    for name, texts in columns.items():
-        clips = set_column(clips, name, pa.array(texts, pa.string()))
-    write_manifest(clips.filter(good), out / "manifest.parquet")
-    flags = Counter(found.flag for found, kept in zip(captions, good, strict=True) if kept and found.flag)
-    flagged = "".join(f", {count} flagged {flag}" for flag, count in sorted(flags.items()))
-    if unwrapped := sum(found.unwrapped for found in captions):
-        print(f"{unwrapped} captions had thoughts, chat markers or courtesies around them, which were cut")
-    print(f"{sum(good)} of {len(clips)} clips captioned{flagged}, {len(clips) - sum(good)} rejected: {one_line(out)}")
-    if not any(good):
+    counts = write_captioned(clips, captions, short, out, keep_flagged=args.keep_flagged)
+    if counts.unwrapped:
+        print(f"{counts.unwrapped} captions had thoughts, chat markers or courtesies around them, which were cut")
+    flagged = "".join(f", {count} flagged {flag}" for flag, count in sorted(counts.flags.items()))
+    rejected = counts.clips - counts.captioned
+    print(f"{counts.captioned} of {counts.clips} clips captioned{flagged}, {rejected} rejected: {one_line(out)}")
+    if not counts.captioned:
         source = args.sidecar or args.model or ", ".join(args.endpoint)
         raise DataError(f"{source}: no clip found its caption; the reasons are in {out / 'rejects.parquet'}")
     return 0
 
 
 def first_captions(
-    args: Arguments, rows: Sequence[Record], endpoint: Endpoint | Endpoints | None, records: Records, runner: Runner
-) -> list[Caption]:
-    """Return every clip's caption before any rewriting."""
+    args: Arguments, rows: Iterable[Record], endpoint: Endpoint | Endpoints | None, records: Records, runner: Runner
+) -> Iterable[Caption]:
+    """Return every clip's caption before any rewriting; made anew whenever they are asked for."""
     from opensora_repro.data.caption.join import captions_of
 
     if args.sidecar:
-        return captions_of(Path(args.sidecar), rows)
+        return captions_of(Path(args.sidecar), list(rows))
     if args.model:
         return from_model(rows, args, Keeping(records, "model"), runner)
     if args.rewrite and any(row["caption"].strip() for row in rows):
-        return [judged(row["caption"]) for row in rows]
+        return Again(lambda: (judged(row["caption"]) for row in rows))
     assert endpoint is not None
     return from_endpoint(rows, args, endpoint, records, runner)
-
-
-def reason_of(found: Caption, keep_flagged: bool) -> str:
-    """Return why a clip is left out, "" if it is not."""
-    if found.flag and keep_flagged:
-        return ""
-    if found.reason or found.flag not in REJECTED:
-        return found.reason
-    return f"{REJECTED[found.flag]}: {found.text[:100]}" if found.text else REJECTED[found.flag]
 
 
 def with_times(instruction: str, row: Record, frames: Sequence[int]) -> str:
@@ -292,7 +270,7 @@ def shown_frames(row: Record, parts: int) -> Any:
 # ---- a model
 
 
-def from_model(rows: Sequence[Record], args: Arguments, keeping: Keeping, runner: Runner) -> list[Caption]:
+def from_model(rows: Iterable[Record], args: Arguments, keeping: Keeping, runner: Runner) -> Iterable[Caption]:
     """Return every clip's caption as the model writes it."""
     from opensora_repro.data.jobs.batches import run_batches, sized_batches
 
@@ -304,27 +282,29 @@ def from_model(rows: Sequence[Record], args: Arguments, keeping: Keeping, runner
     gpu = check_device(args.device, args.model_workers, over_ray=over_ray)
     keys = clip_keys(rows, keeping, how, runner, lambda: model_options(args, sampled_digest)[0])
     shown = ("path", "num_frames", "fps", "height", "width")
-    items = {key: {name: row[name] for name in shown} for key, row in zip(keys, rows, strict=True)}
+    items = Again(lambda: ((key, {name: row[name] for name in shown}) for key, row in zip(keys, rows, strict=True)))
     runner = replace(runner, workers=args.model_workers, gpu=gpu)
     size, options = sized_batches(args.batch_size, device, usual=BATCH_SIZE), {**options, "batch_size": args.batch_size}
     found = run_batches(
         describe, items, keeping, size=size, options=options, runner=runner, label="captioning", needs=NEEDS
     )
-    return [judge(found[key]) for key in keys]
+    return Again(lambda: map(judge, found))
 
 
 def clip_keys(
-    rows: Sequence[Record], keeping: Keeping, how: list[Any], runner: Runner, earlier: Callable[[], list[Any]]
-) -> list[str]:
+    rows: Iterable[Record], keeping: Keeping, how: list[Any], runner: Runner, earlier: Callable[[], list[Any]]
+) -> Iterable[str]:
     """Return what names each clip's record: its content, and how it is asked about."""
-    paths = [Path(row["path"]) for row in rows]
+    paths = Again(lambda: (Path(row["path"]) for row in rows))
 
-    def keys(contents: Sequence[str], how: list[Any]) -> list[str]:
-        facts = [[int(row["num_frames"]), float(row["fps"])] for row in rows]
-        return [digest([content, *told, *how]) for content, told in zip(contents, facts, strict=True)]
+    def keys(contents: Iterable[str], how: list[Any]) -> Iterable[str]:
+        return Again(lambda: (
+            digest([content, int(row["num_frames"]), float(row["fps"]), *how])
+            for content, row in zip(contents, rows, strict=True)
+        ))  # fmt: skip
 
     named = keys(contents_of(paths, keeping.records, runner), how)
-    adopt(keeping, named, lambda: keys(list(map(sampled_digest, paths)), earlier()))
+    adopt(keeping, named, lambda: keys(map(sampled_digest, paths), earlier()))
     return named
 
 
@@ -419,8 +399,8 @@ def fields_of(args: Arguments) -> Record:
 
 
 def from_endpoint(
-    rows: Sequence[Record], args: Arguments, endpoint: Endpoint | Endpoints, records: Records, runner: Runner
-) -> list[Caption]:
+    rows: Iterable[Record], args: Arguments, endpoint: Endpoint | Endpoints, records: Records, runner: Runner
+) -> Iterable[Caption]:
     """Return every clip's caption as the endpoint writes it."""
     whole = args.send == "video"
     usual = f"This is a video clip. {DESCRIBE}" if whole else INSTRUCTION
@@ -429,9 +409,12 @@ def from_endpoint(
     how = [METHOD, endpoint.model, instruction, frames, args.max_tokens, endpoint.fields]
     keeping = Keeping(records, ANSWERS[0])
     keys = clip_keys(rows, keeping, how, runner, lambda: how)
-    prompts = {key: partial(about_clip, row, instruction, frames) for key, row in zip(keys, rows, strict=True)}
+
+    def prompts() -> Iterator[tuple[str, Messages]]:
+        return ((key, partial(about_clip, row, instruction, frames)) for key, row in zip(keys, rows, strict=True))
+
     found = answers(prompts, args, endpoint, keeping, "captioning")
-    return [judge(found[key]) for key in keys]
+    return Again(lambda: map(judge, found))
 
 
 def about_clip(row: Record, instruction: str, frames: int) -> list[Record]:
@@ -468,18 +451,27 @@ def whole_video(path: Path) -> Record:
 
 
 def rewritten(
-    captions: Sequence[Caption], args: Arguments, endpoint: Endpoint | Endpoints, records: Records
-) -> list[Caption]:
+    captions: Iterable[Caption], args: Arguments, endpoint: Endpoint | Endpoints, records: Records
+) -> Iterable[Caption]:
     """Return the captions made detailed; what is no caption, and is not sent, as it is."""
     how: list[Any] = [REWRITE_METHOD, endpoint.model, REWRITE, args.max_tokens]
     how += [endpoint.fields] if endpoint.fields else []  # without any, the answers of earlier runs are still right
-    keys = [digest([found.text, *how]) if found.text and not found.reason else None for found in captions]
-    keys = [None if found.flag in REJECTED else key for key, found in zip(keys, captions, strict=True)]
-    prompts = {key: partial(about_text, found.text) for key, found in zip(keys, captions, strict=True) if key}
+
+    def is_sent(found: Caption) -> bool:
+        return bool(found.text) and not found.reason and found.flag not in REJECTED
+
+    def prompts() -> Iterator[tuple[str, Messages]]:
+        return ((digest([c.text, *how]), partial(about_text, c.text)) for c in captions if is_sent(c))
+
     written = answers(prompts, args, endpoint, Keeping(records, ANSWERS[1]), "rewriting")
-    detailed = [judge(written[key]) if key else short for key, short in zip(keys, captions, strict=True)]
-    return [replace(d, reason=d.reason and f"rewriting: {d.reason}") if key else d
-            for key, d in zip(keys, detailed, strict=True)]  # fmt: skip
+
+    def detailed() -> Iterator[Caption]:
+        left = iter(written)
+        for short in captions:
+            found = judge(next(left)) if is_sent(short) else short
+            yield replace(found, reason=f"rewriting: {found.reason}") if is_sent(short) and found.reason else found
+
+    return Again(detailed)
 
 
 def about_text(text: str) -> list[Record]:
@@ -487,15 +479,15 @@ def about_text(text: str) -> list[Record]:
 
 
 def answers(
-    prompts: Mapping[str, Callable[[], list[Record]]],
+    prompts: Callable[[], Iterator[tuple[str, Messages]]],
     args: Arguments,
     endpoint: Endpoint | Endpoints,
     keeping: Keeping,
     label: str,
-) -> dict[str, Record]:
+) -> Iterable[Record]:
     from opensora_repro.data.caption.completions import Prices, Prompt, complete_all
 
-    questions = [Prompt(key, messages) for key, messages in prompts.items()]
+    questions = Again(lambda: (Prompt(key, messages) for key, messages in prompts()))
     prices = Prices(args.price_in, args.price_out)
     concurrency = args.concurrency * len(set(args.endpoint))
     return complete_all(questions, keeping, endpoint, concurrency=concurrency, label=label, prices=prices)

@@ -16,7 +16,7 @@ import json
 import os
 import sys
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from functools import partial
@@ -24,8 +24,8 @@ from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opensora_repro.data.ids import text_digest
-from opensora_repro.data.inputs import Item, find_inputs
+from opensora_repro.data.ids import Originals, text_digest
+from opensora_repro.data.inputs import Item, Items, find_inputs
 from opensora_repro.data.jobs.cluster import Needs
 from opensora_repro.data.jobs.course import Job, Keeping
 from opensora_repro.data.jobs.earlier import file_key
@@ -36,7 +36,7 @@ from opensora_repro.data.jobs.workers import num_cores
 from opensora_repro.data.manifest import LINEAGE, MANIFEST, reject, write_outcome
 from opensora_repro.data.options import any_path, argument, option, parse, parser_of
 from opensora_repro.data.origin import made_by
-from opensora_repro.data.tables import Row
+from opensora_repro.data.tables import Again, Row, in_batches
 from opensora_repro.errors import DataError, run_command
 from opensora_repro.files import digest, is_file, one_line, remove_leftovers, size_and_time
 
@@ -237,32 +237,26 @@ def split(given: str, out: Path, options: Options, runner: Runner, *, share: flo
     """
     inputs = find_inputs(given, out=out)
     make_ready(out)
-    usable = [item for item in inputs.items if not item.reason]
-    jobs = [job_of(item, out, options) for item in usable]
+    jobs = jobs_of(inputs.items, out, options)
     with Records(out) as records:
         take_over(records, jobs)
         keeping = Keeping(records, "sources", partial(has_its_clips, out), one_a_file=True)
-        if share and options.detector == "shots" and are_few(jobs, runner):
-            split_long(jobs, options, keeping, 60 * share, runner)
+        if share and options.detector == "shots" and are_few(inputs.items, runner):
+            split_long(list(jobs), options, keeping, 60 * share, runner)
         found = run_jobs(split_job, jobs, keeping, runner=runner, label="splitting", unit="video", needs=NEEDS)
     remove_leftovers(out / "clips")  # again: the workers of a run that was killed just before may have died since
-    sources = [
-        Source(item.path, item.name, result.get("content", text_digest(item.name)))
-        for item, result in zip(usable, found, strict=True)
-    ]
-    clips, rejects = collect(sources, found)
-    rejects += [reject("", item.name, "split", item.reason) for item in inputs.items if item.reason]
-    write_outcome(out, clips, rejects, CLIP_COLUMNS)
+    outcome = Outcome(inputs.items, found)
+    clips, rejects = write_outcome(out, outcome.clips(), outcome.rejects(), CLIP_COLUMNS)
     total = len(inputs.items)
-    print(f"{total} videos, {len(clips)} clips, {len(rejects)} rejected, {inputs.others} other files: {one_line(out)}")
+    print(f"{total} videos, {clips} clips, {rejects} rejected, {inputs.others} other files: {one_line(out)}")
     if not clips:
         raise DataError(f"{given}: no clip came out; the reasons are in {out / 'rejects.parquet'}")
     return 0
 
 
-def are_few(jobs: Sequence[Job], runner: Runner) -> bool:
-    """Whether it pays to share one of the jobs out."""
-    return len(jobs) <= FEW * (runner.workers or num_cores())
+def are_few(items: Items, runner: Runner) -> bool:
+    """Whether it pays to share one of the videos out."""
+    return sum(not item.reason for item in items) <= FEW * (runner.workers or num_cores())
 
 
 def make_ready(out: Path) -> None:
@@ -274,14 +268,18 @@ def has_its_clips(out: Path, job: Job, result: Record) -> bool:
     return all(is_file(out / "clips" / row["path"]) for row in result.get("clips", []))
 
 
-def take_over(records: Records, jobs: list[Job]) -> None:
+def take_over(records: Records, jobs: Iterable[Job]) -> None:
     """Bring an earlier release's records together: of a file the name of its content's, and of that the clips."""
-    if records.num_taken_over("files"):
-        named = records.get("files", [job.earlier for job in jobs])
+    for batch in in_batches(jobs) if records.num_taken_over("files") else ():
+        named = records.get("files", [job.earlier for job in batch])
         names = {key: record["digest"] for key, record in named.items() if "digest" in record}
         found = records.get("sources", names.values())
         known = {key: {**found[name], "content": name[:16]} for key, name in names.items() if name in found}
         records.put("sources", {key: json.dumps(record) for key, record in known.items()})
+
+
+def jobs_of(items: Items, out: Path, options: Options) -> Iterable[Job]:
+    return Again(lambda: (job_of(item, out, options) for item in items if not item.reason))
 
 
 def job_of(item: Item, out: Path, options: Options) -> Job:
@@ -421,14 +419,15 @@ def long_seconds(args: Arguments, options: Options) -> float:
     return 60 * args.share if args.share and options.detector == "shots" else float("inf")
 
 
-def first_jobs(args: Arguments) -> list[Job]:
+def first_jobs(args: Arguments) -> Iterable[Job]:
     """Return the jobs of INPUT, but for files that may be long where there are few. Raises DataError."""
     from opensora_repro.data.split.shared import SPARSE
 
     options, out = options_of(args), Path(args.out)
-    jobs = [job_of(item, out, options) for item in find_inputs(args.input, out=out).items if not item.reason]
-    large = long_seconds(args, options) * SPARSE if are_few(jobs, runner_of(args)) else float("inf")
-    return [job for job in jobs if (size_and_time(job.files[0]) or [0])[0] < large]
+    items = find_inputs(args.input, out=out).items
+    large = long_seconds(args, options) * SPARSE if are_few(items, runner_of(args)) else float("inf")
+    jobs = jobs_of(items, out, options)
+    return Again(lambda: (job for job in jobs if (size_and_time(job.files[0]) or [0])[0] < large))
 
 
 def jobs_after_probe(args: Record, result: Record, options: Record) -> list[Job]:
@@ -476,20 +475,39 @@ def clip_row(path: Path, scan: Scan, span: Span) -> Row:
     }
 
 
-def collect(sources: list[Source], records: Iterable[Record]) -> tuple[list[Row], list[Row]]:
-    """Join the sources' rows; of sources with the same content the first is kept."""
-    clips: list[Row] = []
-    rejects: list[Row] = []
-    owner: dict[str, str] = {}
-    for source, record in zip(sources, records, strict=True):
-        found = record.get("clips", [])
-        refused = record.get("rejects", []) if "error" not in record else [reject_row(str(record["error"]))]
-        first = owner.setdefault(source.digest, source.name) if found else source.name
-        if first != source.name:
-            found, refused = [], [reject_row(f"same content as {first}")]
-        clips += [{**row, "source": source.name, "path": f"clips/{row['path']}"} for row in found]
-        rejects += [named_reject(source, row) for row in refused]
-    return clips, rejects
+class Outcome:
+    """The clips and the rejects, in the sources' order, made of the results as often as they are asked for.
+
+    Of sources with the same content the first is kept.
+    """
+
+    def __init__(self, items: Items, results: Iterable[Record]) -> None:
+        self.items, self.results = items, results
+        self.originals = Originals(source.digest for source, record in self._told() if record.get("clips"))
+
+    def clips(self) -> Iterator[Row]:
+        for source, clips, _ in self._all():
+            yield from ({**row, "source": source.name, "path": f"clips/{row['path']}"} for row in clips)
+
+    def rejects(self) -> Iterator[Row]:
+        for source, _, refused in self._all():
+            yield from (named_reject(source, row) for row in refused)
+        yield from (reject("", item.name, "split", item.reason) for item in self.items if item.reason)
+
+    def _told(self) -> Iterator[tuple[Source, Record]]:
+        usable = (item for item in self.items if not item.reason)
+        for item, record in zip(usable, self.results, strict=True):
+            yield Source(item.path, item.name, record.get("content", text_digest(item.name))), record
+
+    def _all(self) -> Iterator[tuple[Source, list[Row], list[Row]]]:
+        original = self.originals.names()
+        for source, record in self._told():
+            found = record.get("clips", [])
+            refused = record.get("rejects", []) if "error" not in record else [reject_row(str(record["error"]))]
+            first = original(source.name) if found else source.name
+            if first != source.name:
+                found, refused = [], [reject_row(f"same content as {first}")]
+            yield source, found, refused
 
 
 def named_reject(source: Source, row: Row) -> Row:

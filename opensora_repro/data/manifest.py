@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,25 @@ def read_manifest(path: str | Path, *, need_captions: bool = True) -> Any:
     """
     import pyarrow as pa
 
-    path = place(path)
+    table = _with_columns(place(path))
+    checked = pa.concat_tables(map(_joined, in_batches(_checked(table, need_captions), BATCHES)))
+    check_ids(table.path, checked["id"])
+    return checked
+
+
+def open_manifest(path: str | Path, *, need_captions: bool = True) -> Table:
+    """Check a manifest as `read_manifest` does; return a table that reads the same rows whenever they are asked for."""
+    import pyarrow as pa
+
+    table, ids, schema = _with_columns(place(path)), list[Any](), None
+    for batch in _checked(table, need_captions):
+        ids.append(batch["id"])
+        schema = batch.schema
+    check_ids(table.path, pa.chunked_array(ids))
+    return replace(table, schema=schema, batches=lambda: _checked(table, need_captions))
+
+
+def _with_columns(path: Path) -> Table:
     table = open_table(path)
     missing = [name for name in MANIFEST if name not in table.schema.names]
     if missing:
@@ -64,9 +83,7 @@ def read_manifest(path: str | Path, *, need_captions: bool = True) -> Any:
             f"{path}: column{'s' if len(missing) > 1 else ''} {', '.join(missing)} missing; "
             f"a manifest needs {', '.join(MANIFEST)} (has {', '.join(table.schema.names)})"
         )
-    checked = pa.concat_tables(map(_joined, in_batches(_checked(table, need_captions), BATCHES)))
-    check_ids(path, checked["id"])
-    return checked
+    return table
 
 
 def _checked(table: Table, need_captions: bool) -> Iterator[Any]:
@@ -282,14 +299,17 @@ def reject(identity: str, source: str, stage: str, reason: str, **more: Any) -> 
     return {"id": identity, "source": source, "stage": stage, "reason": one_line(reason), **more}
 
 
-def write_outcome(out: Path, rows: Iterable[Row], rejects: Iterable[Row], columns: Mapping[str, str]) -> None:
+def write_outcome(
+    out: Path, rows: Iterable[Row], rejects: Iterable[Row], columns: Mapping[str, str]
+) -> tuple[int, int]:
     """Write OUT/rejects.parquet, then OUT/manifest.parquet: where a manifest is, its work is done.
 
     Each whole or not at all, and left untouched if equal. `columns` are the manifest's, with pyarrow's names of their
-    types; what a row lacks is null, what it has besides is left out. Both are read once and never held whole.
+    types; what a row lacks is null, what it has besides is left out. Both are read once and never held whole. Returns
+    how many rows and rejects there are.
     """
-    write_rows(out / "rejects.parquet", rejects, REJECTS)
-    write_rows(out / "manifest.parquet", rows, columns)
+    refused = write_rows(out / "rejects.parquet", rejects, REJECTS)
+    return write_rows(out / "manifest.parquet", rows, columns), refused
 
 
 @contextmanager
