@@ -231,7 +231,7 @@ def first_captions(
     from opensora_repro.data.caption.join import captions_of
 
     if args.sidecar:
-        return captions_of(Path(args.sidecar), list(rows))
+        return captions_of(Path(args.sidecar), rows)
     if args.model:
         return from_model(rows, args, Keeping(records, "model"), runner)
     if args.rewrite and any(row["caption"].strip() for row in rows):

@@ -16,7 +16,7 @@ import json
 import os
 import sys
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from functools import partial
@@ -33,7 +33,7 @@ from opensora_repro.data.jobs.line import Stage
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, RunnerArguments, run_jobs, runner_of
 from opensora_repro.data.jobs.workers import num_cores
-from opensora_repro.data.manifest import LINEAGE, MANIFEST, reject, write_outcome
+from opensora_repro.data.manifest import LINEAGE, MANIFEST, reject, write_parted
 from opensora_repro.data.options import any_path, argument, option, parse, parser_of
 from opensora_repro.data.origin import made_by
 from opensora_repro.data.tables import Again, Row, in_batches
@@ -245,8 +245,7 @@ def split(given: str, out: Path, options: Options, runner: Runner, *, share: flo
             split_long(list(jobs), options, keeping, 60 * share, runner)
         found = run_jobs(split_job, jobs, keeping, runner=runner, label="splitting", unit="video", needs=NEEDS)
     remove_leftovers(out / "clips")  # again: the workers of a run that was killed just before may have died since
-    outcome = Outcome(inputs.items, found)
-    clips, rejects = write_outcome(out, outcome.clips(), outcome.rejects(), CLIP_COLUMNS)
+    clips, rejects = write_parted(out, Outcome(inputs.items, found).clips, CLIP_COLUMNS)
     total = len(inputs.items)
     print(f"{total} videos, {clips} clips, {rejects} rejected, {inputs.others} other files: {one_line(out)}")
     if not clips:
@@ -485,21 +484,8 @@ class Outcome:
         self.items, self.results = items, results
         self.originals = Originals(source.digest for source, record in self._told() if record.get("clips"))
 
-    def clips(self) -> Iterator[Row]:
-        for source, clips, _ in self._all():
-            yield from ({**row, "source": source.name, "path": f"clips/{row['path']}"} for row in clips)
-
-    def rejects(self) -> Iterator[Row]:
-        for source, _, refused in self._all():
-            yield from (named_reject(source, row) for row in refused)
-        yield from (reject("", item.name, "split", item.reason) for item in self.items if item.reason)
-
-    def _told(self) -> Iterator[tuple[Source, Record]]:
-        usable = (item for item in self.items if not item.reason)
-        for item, record in zip(usable, self.results, strict=True):
-            yield Source(item.path, item.name, record.get("content", text_digest(item.name))), record
-
-    def _all(self) -> Iterator[tuple[Source, list[Row], list[Row]]]:
+    def clips(self, refuse: Callable[[Row], None]) -> Iterator[Row]:
+        """Yield the clips, and hand the rejects to `refuse`."""
         original = self.originals.names()
         for source, record in self._told():
             found = record.get("clips", [])
@@ -507,7 +493,17 @@ class Outcome:
             first = original(source.name) if found else source.name
             if first != source.name:
                 found, refused = [], [reject_row(f"same content as {first}")]
-            yield source, found, refused
+            yield from ({**row, "source": source.name, "path": f"clips/{row['path']}"} for row in found)
+            for row in refused:
+                refuse(named_reject(source, row))
+        for item in self.items:
+            if item.reason:
+                refuse(reject("", item.name, "split", item.reason))
+
+    def _told(self) -> Iterator[tuple[Source, Record]]:
+        usable = (item for item in self.items if not item.reason)
+        for item, record in zip(usable, self.results, strict=True):
+            yield Source(item.path, item.name, record.get("content", text_digest(item.name))), record
 
 
 def named_reject(source: Source, row: Row) -> Row:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from opensora_repro.data.tables import BATCH, in_batches, is_missing, open_table
+from opensora_repro.data.tables import in_batches, is_missing, open_table
 from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
 from opensora_repro.storage.addresses import AddressRefused, address_of, redacted, within
@@ -24,6 +24,7 @@ VIDEO_SUFFIXES = frozenset(
     (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv")
 )
 TABLE_SUFFIXES = frozenset((".csv", ".parquet"))
+CHUNK = 1024  # items that are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Items:
         import pyarrow as pa
 
         schema = pa.schema([("name", pa.string()), ("path", pa.binary()), ("reason", pa.string())])
-        batches = [pa.table(_columns(batch), schema) for batch in in_batches(found)]
+        batches = [pa.table(_columns(batch), schema) for batch in in_batches(found, CHUNK)]
         self.root, self.held = root, pa.concat_tables(batches) if batches else schema.empty_table()
         if ordered:
             self.held = self.held.sort_by("name")
@@ -55,7 +56,7 @@ class Items:
         return int(self.held.num_rows)
 
     def __iter__(self) -> Iterator[Item]:
-        for batch in self.held.to_batches(max_chunksize=BATCH):
+        for batch in self.held.to_batches(max_chunksize=CHUNK):
             for name, path, reason in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                 yield Item(Path(os.fsdecode(path)) if path is not None else self.root / name, name, None, reason)
 
@@ -79,7 +80,7 @@ class TableItems(Items):
         if "path" not in self.table.schema.names:
             raise DataError(f"{one_line(table)}: column path missing (has {', '.join(self.table.schema.names)})")
         told = (_with_reason(item) for item in self._rows())
-        self.reasons = pa.chunked_array([pa.array([i.reason for i in b], pa.string()) for b in in_batches(told)])
+        self.reasons = pa.chunked_array([pa.array([i.reason for i in b], pa.string()) for b in in_batches(told, CHUNK)])
 
     def __len__(self) -> int:
         return self.table.num_rows

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -288,7 +289,14 @@ def _split(paths: Any) -> tuple[Any, Any]:
 
 def path_from(out: Path, path: Path) -> str:
     """Return a manifest's way of naming a file: relative to the manifest's folder, with /; see `relative`."""
-    return relative(path.absolute(), out.absolute())
+    path = path.absolute()
+    folder = _folder_from(str(out.absolute()), str(path.parent))
+    return path.name if folder == "." else f"{folder}/{path.name}"
+
+
+@lru_cache(maxsize=64)
+def _folder_from(out: str, folder: str) -> str:
+    return relative(Path(folder), Path(out))
 
 
 # ---- what a tool leaves behind
@@ -299,17 +307,38 @@ def reject(identity: str, source: str, stage: str, reason: str, **more: Any) -> 
     return {"id": identity, "source": source, "stage": stage, "reason": one_line(reason), **more}
 
 
-def write_outcome(
-    out: Path, rows: Iterable[Row], rejects: Iterable[Row], columns: Mapping[str, str]
-) -> tuple[int, int]:
+def write_outcome(out: Path, rows: Iterable[Row], rejects: Iterable[Row], columns: Mapping[str, str]) -> None:
     """Write OUT/rejects.parquet, then OUT/manifest.parquet: where a manifest is, its work is done.
 
     Each whole or not at all, and left untouched if equal. `columns` are the manifest's, with pyarrow's names of their
-    types; what a row lacks is null, what it has besides is left out. Both are read once and never held whole. Returns
-    how many rows and rejects there are.
+    types; what a row lacks is null, what it has besides is left out. Both are read once and never held whole.
     """
-    refused = write_rows(out / "rejects.parquet", rejects, REJECTS)
-    return write_rows(out / "manifest.parquet", rows, columns), refused
+    write_rows(out / "rejects.parquet", rejects, REJECTS)
+    write_rows(out / "manifest.parquet", rows, columns)
+
+
+def write_parted(
+    out: Path, rows: Callable[[Callable[[Row], None]], Iterable[Row]], columns: Mapping[str, str]
+) -> tuple[int, int]:
+    """As `write_outcome`, of rows that are told apart as they are read; return how many rows and rejects there are.
+
+    `rows` is given a function that takes the rejects among them.
+    """
+    schema, kept, refused = schema_of(columns), 0, 0
+    with (
+        table_writer(out / "manifest.parquet", schema) as write,
+        rejects_writer(out / "rejects.parquet") as add,
+    ):
+
+        def refuse(row: Row) -> None:
+            nonlocal refused
+            refused += 1
+            add(row)
+
+        for batch in in_batches(rows(refuse)):
+            kept += len(batch)
+            write(rows_batch(batch, schema))
+    return kept, refused
 
 
 @contextmanager

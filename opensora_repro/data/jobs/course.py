@@ -87,7 +87,7 @@ class Course:
 
     def __init__(self, jobs: Iterable[Job], keeping: Keeping) -> None:
         self.jobs, self.keeping, self.records = jobs, keeping, keeping.records
-        self.failed = failures_of(keeping)
+        self.failed, self.has_failures = failures_of(keeping), False
         self.memo = memo_of(self.records)
         self.places = array("q")  # 0: no result yet, SPOILT: one that no longer holds
         self.of_store = False  # whether files are objects
@@ -169,10 +169,11 @@ class Course:
             (place,) = self._places([piece.job], [piece.name])
         if place == SPOILT:
             self.places[piece.number] = SPOILT
-        place = max(place, 0) or self.records.places(self.failed, [piece.name]).get(piece.name, 0)
-        if place:
+        if place <= 0 and self.has_failures:
+            place = self.records.places(self.failed, [piece.name]).get(piece.name, 0)
+        if place > 0:
             self._found([piece.number], place)
-        return bool(place)
+        return place > 0
 
     def take(self, key: str, done: Done) -> None:
         """Take what became of a task."""
@@ -188,6 +189,7 @@ class Course:
             self.queue.appendleft(piece)
             return
         final = done.final and bool(piece.name)  # else the worker was lost, or out of time, before it could read
+        self.has_failures = self.has_failures or not final
         kind, name = self.keeping.kind if final else self.failed, piece.name or key
         self.records.put(kind, {name: done.text})
         self._found(numbers, self.records.places(kind, [name])[name])

@@ -25,7 +25,7 @@ RECORDS_FILE = "records.sqlite"
 JOURNAL = "WAL"
 SAVED_EVERY = 300.0  # seconds, of records that lie in a store
 TAKEN_OVER = "taken over"  # the kind that tells which other kinds were
-PIECE = 1 << 20  # bytes of a spool that are read at a time
+PIECE = 1 << 17  # bytes of a spool that are read at a time
 OURS = 0x4F535252  # SQLite's application id: what tells our files from others' databases
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from opensora_repro.data.ids import Originals, Seen, text_digest
-from opensora_repro.data.inputs import TABLE_SUFFIXES, VIDEO_SUFFIXES, Item, Items, find_inputs
+from opensora_repro.data.inputs import TABLE_SUFFIXES, VIDEO_SUFFIXES, Item, Items, TableItems, find_inputs
 from opensora_repro.data.jobs.cluster import Needs
-from opensora_repro.data.jobs.course import Job, Keeping
+from opensora_repro.data.jobs.course import LOOKED_UP, Job, Keeping
 from opensora_repro.data.jobs.earlier import file_key
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, run_jobs
-from opensora_repro.data.manifest import MANIFEST, path_from, reject, write_outcome
+from opensora_repro.data.manifest import MANIFEST, path_from, reject, write_parted
 from opensora_repro.data.origin import Maker, making
 from opensora_repro.data.tables import Again, Row, in_batches, is_missing, read_names, with_types
 from opensora_repro.errors import DataError
@@ -77,7 +77,8 @@ def probe_all(
         jobs, keeping = jobs_of(inputs.items, decode), Keeping(records, "files")
         found = run_jobs(probe_file, jobs, keeping, runner=runner, label="probing", needs=NEEDS)
     probed = Probed(inputs.items, found, out)
-    rows, rejects = write_outcome(out, probed.rows(), probed.rejects(), with_types(probed.rows(), COLUMNS))
+    columns = with_types(probed.rows(lambda row: None), COLUMNS) if isinstance(inputs.items, TableItems) else COLUMNS
+    rows, rejects = write_parted(out, probed.rows, columns)
     counts = f"{len(inputs.items)} files, {rows} readable, {rejects} rejected, {inputs.others} others"
     print(f"{counts}: {one_line(out)}")
     if not rows:
@@ -128,27 +129,23 @@ class Probed:
         self.items, self.results, self.out = items, results, out
         self.originals = Originals(result["id"] for _, result in self._told() if "error" not in result)
 
-    def rows(self) -> Iterator[Row]:
-        return (row for row, is_new in self._all() if is_new)
-
-    def rejects(self) -> Iterator[Row]:
-        return (row for row, is_new in self._all() if not is_new)
-
     def _told(self) -> Iterator[tuple[Item, Row]]:
         results = iter(self.results)
         return ((item, {"error": item.reason} if item.reason else next(results)) for item in self.items)
 
-    def _all(self) -> Iterator[tuple[Row, bool]]:
-        """Yield a row or a reject of each input, and whether it is a row."""
+    def rows(self, refuse: Callable[[Row], None]) -> Iterator[Row]:
+        """Yield the manifest's rows, and hand the rejects among them to `refuse`."""
         seen, original = Seen(), self.originals.names()
-        for batch in in_batches(self._told()):
+        for batch in in_batches(self._told(), LOOKED_UP):
             found = [self._row(item, result, original) for item, result in batch]
             new = iter(seen.add([row["id"] for row, good in found if good]).tolist())
             for (item, _), (row, good) in zip(batch, found, strict=True):
-                is_new = good and next(new)
-                if good and not is_new:
-                    row = reject(row["id"], item.name, "probe", "another row has this id", path=row["path"])
-                yield row, is_new
+                if not good:
+                    refuse(row)
+                elif next(new):
+                    yield row
+                else:
+                    refuse(reject(row["id"], item.name, "probe", "another row has this id", path=row["path"]))
 
     def _row(self, item: Item, result: Row, original: Callable[[str], str]) -> tuple[Row, bool]:
         named = text_digest(item.name)
