@@ -20,6 +20,7 @@ from opensora_repro.storage.addresses import address_of
 CONTENTS = "sha256"  # the kind of records that remember files' contents
 LOOKED_UP = 256  # jobs at a time: there are results that hold hundreds of clips
 SPOILT = -1
+Files = tuple[str, tuple[Path, ...]]  # with how they are treated
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,10 @@ class _Piece:
     name: str = ""
     contents: list[str] = field(default_factory=list)
     before: list[Any] = field(default_factory=list)  # the files' sizes and times when a worker was told to read them
+
+    @property
+    def of(self) -> Files:
+        return self.job.key, self.job.files
 
 
 def record_name(key: str, contents: Sequence[str]) -> str:
@@ -97,6 +102,8 @@ class Course:
         self.num_left = sum(place <= 0 for place in self.places)
         self.left, self.queue = self._left(), deque[_Piece]()
         self.given = dict[str, _Piece]()  # by their tasks' keys
+        self.reading = dict[Files, list[_Piece]]()  # jobs whose files are being read, by these
+        self.unread = dict[Files, int]()  # where it is told why files could not be
         self.waiting = dict[str, list[int]]()  # jobs by the record that is being made: twins need it made once
         self.made_again = set[str]()  # records that did not hold
         self.num_new = 0  # results since `take_new`
@@ -146,9 +153,12 @@ class Course:
 
     def __next__(self) -> Task:
         """Return the next task: to tell what a job's files contain, or, where that is known, to do it."""
-        piece = self.queue.popleft() if self.queue else next(self.left)
-        while piece.name and self._has_result(piece):
+        while True:
             piece = self.queue.popleft() if self.queue else next(self.left)
+            if not (self._has_result(piece) if piece.name else self._is_read(piece)):
+                return self._task(piece)
+
+    def _task(self, piece: _Piece) -> Task:
         key, job = str(piece.number), piece.job
         self.given[key] = piece
         if not piece.name:
@@ -158,6 +168,15 @@ class Course:
         if self.keeping.one_a_file:
             self.records.drop(self.keeping.kind, f"{digest(piece.contents)}-", but=piece.name)
         return Task(key, {**job.args, "contents": piece.contents} if job.files else job.args, job.seconds)
+
+    def _is_read(self, piece: _Piece) -> bool:
+        """Whether a job's files are being read for another one, or could not be."""
+        twins = self.reading.setdefault(piece.of, [])
+        twins.append(piece)
+        if unread := self.unread.get(piece.of):
+            del self.reading[piece.of]
+            self._found([piece.number], unread)
+        return bool(unread) or len(twins) > 1
 
     def _has_result(self, piece: _Piece) -> bool:
         """Whether a twin has made a job's result since it was looked for, or is at it."""
@@ -177,22 +196,25 @@ class Course:
 
     def take(self, key: str, done: Done) -> None:
         """Take what became of a task."""
-        piece, numbers = self.given.pop(key), [int(key)]
-        if piece.name:
-            numbers = self.waiting.pop(piece.name)
-            if self.places[piece.number] == SPOILT:
-                self.made_again.add(piece.name)
-        elif isinstance(contents := json.loads(done.text), list):
+        piece = self.given.pop(key)
+        twins = [] if piece.name else self.reading.pop(piece.of)
+        if twins and isinstance(contents := json.loads(done.text), list):
             for file, before, content in zip(piece.job.files, piece.before, contents, strict=True):
                 self.memo.remember(file, before, content)
-            self._name(piece, contents)
-            self.queue.appendleft(piece)
+            for twin in twins:
+                self._name(twin, contents)
+            self.queue.extendleft(reversed(twins))
             return
-        final = done.final and bool(piece.name)  # else the worker was lost, or out of time, before it could read
+        if self.places[piece.number] == SPOILT:
+            self.made_again.add(piece.name)
+        final = done.final and not twins  # else the worker was lost, or out of time, before it could read
         self.has_failures = self.has_failures or not final
         kind, name = self.keeping.kind if final else self.failed, piece.name or key
         self.records.put(kind, {name: done.text})
-        self._found(numbers, self.records.places(kind, [name])[name])
+        place = self.records.places(kind, [name])[name]
+        if twins:
+            self.unread[piece.of] = place
+        self._found([twin.number for twin in twins] or self.waiting.pop(name), place)
 
     def _found(self, numbers: Sequence[int], place: int) -> None:
         for number in numbers:
