@@ -26,23 +26,21 @@ truncated (was cut at --max-tokens), opener (begins "The video shows").
 from __future__ import annotations
 
 import sys
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_repro.data.caption.options import AskedArguments, check_asked
-from opensora_repro.data.caption.text import Caption, judged, reason_of
+from opensora_repro.data.caption.text import Caption, judged
 from opensora_repro.data.jobs.course import Keeping
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, RunnerArguments, runner_of
-from opensora_repro.data.manifest import REJECTS, reject
 from opensora_repro.data.options import any_path, argument, local_path, option, parse, parser_of
 from opensora_repro.data.origin import made_by
 from opensora_repro.data.probe.rows import INPUT_HELP, manifest_of
-from opensora_repro.data.tables import write_rows
+from opensora_repro.data.tables import Again
 from opensora_repro.errors import DataError, run_command
 from opensora_repro.files import one_line
 
@@ -124,10 +122,8 @@ def template(args: Arguments) -> int:
 
 def caption(args: Arguments) -> int:
     """Caption all clips, then write the manifest and the rejects; returns the exit status."""
-    import pyarrow as pa
-
-    from opensora_repro.data.manifest import read_manifest, write_manifest
-    from opensora_repro.data.tables import set_column
+    from opensora_repro.data.caption.outcome import write_captioned
+    from opensora_repro.data.manifest import open_manifest
 
     check(args)
     runner, out = runner_of(args), Path(args.out)
@@ -140,37 +136,27 @@ def caption(args: Arguments) -> int:
         endpoint.check_reachable()  # before any work; a run that may have all its answers needs no server
     with Records(out) as records:
         manifest = manifest_of(args.input, out, runner)
-        clips = read_manifest(manifest, need_captions=False)
-        rows: list[Record] = clips.to_pylist()
-        captions = first_captions(args, rows, endpoint, records, runner)
-        columns = {}
+        clips = open_manifest(manifest, need_captions=False)
+        captions = first_captions(args, Again(clips.rows), endpoint, records, runner)
+        short = captions if args.rewrite else None
         if args.rewrite and endpoint:
-            columns["caption_original"] = [found.text for found in captions]
             captions = ask.rewritten(captions, args, endpoint, records)
-    columns |= {"caption": [found.text for found in captions], "caption_flag": [found.flag for found in captions]}
-    reasons = [reason_of(found, args.keep_flagged) for found in captions]
-    good = [not reason for reason in reasons]
-    rejects = (row | reject(row["id"], row.get("source"), "caption", reason)  # type: ignore[arg-type]
-               for row, reason in zip(rows, reasons, strict=True) if reason)  # fmt: skip
-    write_rows(out / "rejects.parquet", rejects, REJECTS)
-    for name, texts in columns.items():
-        clips = set_column(clips, name, pa.array(texts, pa.string()))
-    write_manifest(clips.filter(good), out / "manifest.parquet")
-    flags = Counter(found.flag for found, kept in zip(captions, good, strict=True) if kept and found.flag)
-    flagged = "".join(f", {count} flagged {flag}" for flag, count in sorted(flags.items()))
-    if unwrapped := sum(found.unwrapped for found in captions):
-        print(f"{unwrapped} captions had thoughts, chat markers or courtesies around them, which were cut")
-    print(f"{sum(good)} of {len(clips)} clips captioned{flagged}, {len(clips) - sum(good)} rejected: {one_line(out)}")
-    if not any(good):
+    counts = write_captioned(clips, captions, short, out, keep_flagged=args.keep_flagged)
+    if counts.unwrapped:
+        print(f"{counts.unwrapped} captions had thoughts, chat markers or courtesies around them, which were cut")
+    flagged = "".join(f", {count} flagged {flag}" for flag, count in sorted(counts.flags.items()))
+    rejected = counts.clips - counts.captioned
+    print(f"{counts.captioned} of {counts.clips} clips captioned{flagged}, {rejected} rejected: {one_line(out)}")
+    if not counts.captioned:
         source = args.sidecar or args.model or ", ".join(args.endpoint)
         raise DataError(f"{source}: no clip found its caption; the reasons are in {out / 'rejects.parquet'}")
     return 0
 
 
 def first_captions(
-    args: Arguments, rows: Sequence[Record], endpoint: Endpoint | Endpoints | None, records: Records, runner: Runner
-) -> list[Caption]:
-    """Return every clip's caption before any rewriting."""
+    args: Arguments, rows: Iterable[Record], endpoint: Endpoint | Endpoints | None, records: Records, runner: Runner
+) -> Iterable[Caption]:
+    """Return every clip's caption before any rewriting; made anew whenever they are asked for."""
     if args.sidecar:
         from opensora_repro.data.caption.join import captions_of
 
@@ -180,7 +166,7 @@ def first_captions(
 
         return from_model(rows, args.model, args, Keeping(records, "model"), runner)
     if args.rewrite and any(row["caption"].strip() for row in rows):
-        return [judged(row["caption"]) for row in rows]
+        return Again(lambda: (judged(row["caption"]) for row in rows))
     from opensora_repro.data.caption.ask import from_endpoint
 
     assert endpoint is not None

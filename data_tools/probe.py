@@ -14,6 +14,7 @@ do not fit their packet. With it every frame is decoded. A damaged file is rejec
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from opensora_repro.data.jobs.line import Stage
 from opensora_repro.data.jobs.run import RunnerArguments, runner_of
 from opensora_repro.data.options import any_path, argument, option, parse, parser_of
 from opensora_repro.data.origin import made_by
-from opensora_repro.data.probe.rows import NEEDS, job_of, probe_all, probe_file, suffixes
+from opensora_repro.data.probe.rows import NEEDS, jobs_of, probe_all, probe_file, suffixes
 from opensora_repro.errors import run_command
 
 
@@ -55,10 +56,9 @@ def stage_of(args: Arguments) -> Stage:
     return Stage("probe", Path(args.out), "files", probe_file, NEEDS)
 
 
-def first_jobs(args: Arguments) -> list[Job]:
+def first_jobs(args: Arguments) -> Iterable[Job]:
     """Return the jobs of INPUT. Raises DataError."""
-    inputs = find_inputs(args.input, out=Path(args.out), suffixes=suffixes(args.images))
-    return [job_of(item, args.decode) for item in inputs.items if not item.reason]
+    return jobs_of(find_inputs(args.input, out=Path(args.out), suffixes=suffixes(args.images)).items, args.decode)
 
 
 if __name__ == "__main__":

@@ -13,25 +13,25 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from os.path import expanduser
 from pathlib import Path
 
-from opensora_repro.data.ids import text_digest
-from opensora_repro.data.inputs import find_inputs
+from opensora_repro.data.inputs import Items, find_inputs
 from opensora_repro.data.jobs.cluster import Needs
 from opensora_repro.data.jobs.course import Job, Keeping
 from opensora_repro.data.jobs.line import Stage
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, RunnerArguments, run_jobs, runner_of
 from opensora_repro.data.jobs.workers import num_cores
-from opensora_repro.data.manifest import LINEAGE, MANIFEST, reject, write_outcome
+from opensora_repro.data.manifest import LINEAGE, MANIFEST, write_parted
 from opensora_repro.data.options import any_path, argument, option, parse, parser_of
 from opensora_repro.data.origin import made_by
 from opensora_repro.data.split import source
 from opensora_repro.data.split.options import USUAL, Options, check_options, recipe_options
+from opensora_repro.data.tables import Again
 from opensora_repro.errors import DataError, run_command
 from opensora_repro.files import one_line, remove_leftovers, size_and_time
 
@@ -125,34 +125,27 @@ def split(args: Arguments) -> int:
     options, runner, out = options_of(args), runner_of(args), Path(args.out)
     inputs = find_inputs(args.input, out=out)
     make_ready(out)
-    usable = [item for item in inputs.items if not item.reason]
-    jobs = [source.job_of(item, out, options) for item in usable]
+    jobs = source.jobs_of(inputs.items, out, options)
     with Records(out) as records:
         source.take_over(records, jobs)
         keeping = Keeping(records, "sources", partial(source.has_its_clips, out), one_a_file=True)
-        if args.share and options.detector == "shots" and are_few(jobs, runner):
+        if args.share and options.detector == "shots" and are_few(inputs.items, runner):
             from opensora_repro.data.split.shared import split_long
 
-            split_long(jobs, options, keeping, 60 * args.share, runner)
+            split_long(list(jobs), options, keeping, 60 * args.share, runner)
         found = run_jobs(source.split_job, jobs, keeping, runner=runner, label="splitting", unit="video", needs=NEEDS)
     remove_leftovers(out / "clips")  # again: the workers of a run that was killed just before may have died since
-    sources = [
-        source.Source(item.path, item.name, result.get("content", text_digest(item.name)))
-        for item, result in zip(usable, found, strict=True)
-    ]
-    clips, rejects = source.collect(sources, found)
-    rejects += [reject("", item.name, "split", item.reason) for item in inputs.items if item.reason]
-    write_outcome(out, clips, rejects, CLIP_COLUMNS)
+    clips, rejects = write_parted(out, source.Outcome(inputs.items, found).clips, CLIP_COLUMNS)
     total = len(inputs.items)
-    print(f"{total} videos, {len(clips)} clips, {len(rejects)} rejected, {inputs.others} other files: {one_line(out)}")
+    print(f"{total} videos, {clips} clips, {rejects} rejected, {inputs.others} other files: {one_line(out)}")
     if not clips:
         raise DataError(f"{args.input}: no clip came out; the reasons are in {out / 'rejects.parquet'}")
     return 0
 
 
-def are_few(jobs: Sequence[Job], runner: Runner) -> bool:
-    """Whether it pays to share one of the jobs out."""
-    return len(jobs) <= FEW * (runner.workers or num_cores())
+def are_few(items: Items, runner: Runner) -> bool:
+    """Whether it pays to share one of the videos out."""
+    return sum(not item.reason for item in items) <= FEW * (runner.workers or num_cores())
 
 
 def make_ready(out: Path) -> None:
@@ -178,14 +171,15 @@ def long_seconds(args: Arguments, options: Options) -> float:
     return 60 * args.share if args.share and options.detector == "shots" else float("inf")
 
 
-def first_jobs(args: Arguments) -> list[Job]:
+def first_jobs(args: Arguments) -> Iterable[Job]:
     """Return the jobs of INPUT, but for files that may be long where there are few. Raises DataError."""
     from opensora_repro.data.split.shared import SPARSE
 
     options, out = options_of(args), Path(args.out)
-    jobs = [source.job_of(item, out, options) for item in find_inputs(args.input, out=out).items if not item.reason]
-    large = long_seconds(args, options) * SPARSE if are_few(jobs, runner_of(args)) else float("inf")
-    return [job for job in jobs if (size_and_time(job.files[0]) or [0])[0] < large]
+    items = find_inputs(args.input, out=out).items
+    large = long_seconds(args, options) * SPARSE if are_few(items, runner_of(args)) else float("inf")
+    jobs = source.jobs_of(items, out, options)
+    return Again(lambda: (job for job in jobs if (size_and_time(job.files[0]) or [0])[0] < large))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,6 +31,32 @@ def column_digest(column: Any) -> str:
         told_apart = pc.binary_join_element_wise(pc.utf8_length(texts).cast(pa.string()), texts, ":")
         told.update(pc.binary_join(pa.ListArray.from_arrays([0, len(texts)], told_apart), "")[0].as_buffer())
     return told.hexdigest()
+
+
+class Originals:
+    """Which of many files, told by 16 hex digits of their contents, is the first with the same: 16 bytes a file."""
+
+    def __init__(self, digests: Iterable[str]) -> None:
+        import numpy as np
+
+        contents = np.fromiter((int(text, 16) for text in digests), np.uint64)
+        _, first, inverse = np.unique(contents, return_index=True, return_inverse=True)
+        self.first = first[inverse]
+        self.copied = np.zeros(len(contents), bool)
+        self.copied[self.first[self.first != np.arange(len(contents))]] = True
+
+    def names(self) -> Callable[[str], str]:
+        """Return a function that is told each file's name in turn, and tells the first one's with its content."""
+        numbers, known = count(), dict[int, str]()  # the names of those that have copies
+
+        def original(name: str) -> str:
+            number = next(numbers)
+            first = int(self.first[number])
+            if first == number and self.copied[number]:
+                known[number] = name
+            return known.get(first, name)
+
+        return original
 
 
 class Seen:

@@ -9,12 +9,12 @@ import glob
 import itertools
 import os
 import sys
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from opensora_repro.data.tables import is_missing, open_table
+from opensora_repro.data.tables import in_batches, is_missing, open_table
 from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
 from opensora_repro.storage.addresses import AddressRefused, address_of, redacted, within
@@ -25,6 +25,7 @@ VIDEO_SUFFIXES = frozenset(
      ".3gp", ".3g2", ".asf", ".f4v", ".vob", ".mxf")
 )  # fmt: skip
 TABLE_SUFFIXES = frozenset((".csv", ".parquet"))
+CHUNK = 1024  # items that are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,79 @@ class Item:
     reason: str = ""  # why it cannot be used, where that is known already
 
 
+class Items:
+    """Input files in their order, made whenever they are asked for: there may be millions. Their names are held.
+
+    `root` is what the names are relative to.
+    """
+
+    def __init__(self, found: Iterable[Item], root: Path, *, ordered: bool = False) -> None:
+        import pyarrow as pa
+
+        schema = pa.schema([("name", pa.string()), ("path", pa.binary()), ("reason", pa.string())])
+        batches = [pa.table(_columns(batch), schema) for batch in in_batches(found, CHUNK)]
+        self.root, self.held = root, pa.concat_tables(batches) if batches else schema.empty_table()
+        if ordered:
+            self.held = self.held.sort_by("name")
+
+    def __len__(self) -> int:
+        return int(self.held.num_rows)
+
+    def __iter__(self) -> Iterator[Item]:
+        for batch in self.held.to_batches(max_chunksize=CHUNK):
+            for name, path, reason in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                yield Item(Path(os.fsdecode(path)) if path is not None else self.root / name, name, None, reason)
+
+    def first(self) -> Item:
+        return next(iter(self))
+
+
+def _columns(items: list[Item]) -> list[list[Any]]:
+    """Return names, paths of those that may be called otherwise (a name that is no text), and reasons."""
+    paths = [os.fsencode(item.path) if item.reason else None for item in items]
+    return [[item.name for item in items], paths, [item.reason for item in items]]
+
+
+class TableItems(Items):
+    """A table's rows, read whenever they are asked for. What is known of them from the first time is held."""
+
+    def __init__(self, table: Path) -> None:
+        import pyarrow as pa
+
+        self.table = open_table(table)
+        if "path" not in self.table.schema.names:
+            raise DataError(f"{one_line(table)}: column path missing (has {', '.join(self.table.schema.names)})")
+        told = (_with_reason(item) for item in self._rows())
+        self.reasons = pa.chunked_array([pa.array([i.reason for i in b], pa.string()) for b in in_batches(told, CHUNK)])
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def __iter__(self) -> Iterator[Item]:
+        reasons = (reason for chunk in self.reasons.chunks for reason in chunk.to_pylist())
+        for item, reason in zip(self._rows(), reasons, strict=True):
+            yield replace(item, reason=reason) if reason else item
+
+    def _rows(self) -> Iterator[Item]:
+        table = self.table.path
+        folder = table.absolute().parent
+        for number, row in enumerate(self.table.rows(), start=1):
+            if not isinstance(row["path"], str) or is_missing(row["path"]):
+                raise DataError(f"{one_line(table)}: row {number}: path is {row['path']!r}, expected text")
+            whole = is_missing(row.get("start_frame")) and isinstance(row.get("source"), str)
+            name = row["source"] if whole else row["path"]
+            try:
+                yield Item(Path(os.path.normpath(within(folder, row["path"]))), name, row)
+            except AddressRefused as error:
+                told = {**row, "path": "", **({"source": ""} if whole else {})}
+                yield Item(Path(), redacted(name), told, f"{error.filename}: {error.strerror}")
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What INPUT holds, sorted by name (a table's rows keep their order), and how many files were passed over."""
 
-    items: list[Item]
+    items: Items
     others: int = 0
 
 
@@ -60,9 +129,9 @@ def find_inputs(given: str | Path, *, out: Path, suffixes: Collection[str] = VID
     elif path.is_dir():
         inputs = _of_folder(path, out, suffixes)
     elif path.suffix.lower() in TABLE_SUFFIXES and path.is_file():
-        inputs = Inputs(_of_table(path))
+        inputs = Inputs(TableItems(path))
     elif os.path.lexists(path):
-        inputs = Inputs([_item(path, path.name)])
+        inputs = Inputs(Items([_item(path, path.name)], path.parent))
     elif glob.has_magic(os.fspath(given)):
         inputs = Inputs(_of_pattern(os.fspath(given), out, suffixes))
     else:
@@ -70,23 +139,31 @@ def find_inputs(given: str | Path, *, out: Path, suffixes: Collection[str] = VID
     return inputs
 
 
-def _item(path: Path, name: str, row: dict[str, Any] | None = None) -> Item:
+def _item(path: Path, name: str) -> Item:
+    return _with_reason(Item(path, name))
+
+
+def _with_reason(item: Item) -> Item:
+    """Return an item with the reason why it cannot be used, if it can be told without opening it."""
+    path, name = item.path, item.name
     try:
         name.encode()
         os.fspath(path).encode()
     except UnicodeEncodeError:  # no table can hold such a path
         readable = os.fsencode(name).decode("utf-8", "backslashreplace")
-        return Item(path, readable, row, "its name is not valid UTF-8; rename it")
-    if not address_of(path) and path.exists() and not (path.is_file() or path.is_dir()):
-        return Item(path, name, row, "is no regular file")  # opening a pipe would wait for its other end
-    return Item(path, name, row)
+        return replace(item, name=readable, reason="its name is not valid UTF-8; rename it")
+    if not item.reason and not address_of(path) and path.exists() and not (path.is_file() or path.is_dir()):
+        return replace(item, reason="is no regular file")  # opening a pipe would wait for its other end
+    return item
 
 
 def _of_store(path: Path, out: Path, suffixes: Collection[str]) -> Inputs:
     """Return what an address stands for. Of a web server, which has no lists, it is one file."""
     address, told = address_of(path), one_line(path)
     if is_object(path):
-        return Inputs(_of_table(path) if path.suffix.lower() in TABLE_SUFFIXES else [_item(path, path.name)])
+        if path.suffix.lower() in TABLE_SUFFIXES:
+            return Inputs(TableItems(path))
+        return Inputs(Items([_item(path, path.name)], path.parent))
     if address.startswith("http"):
         raise DataError(f"{told}: no such file")
     if glob.has_magic(address):
@@ -94,21 +171,14 @@ def _of_store(path: Path, out: Path, suffixes: Collection[str]) -> Inputs:
         found = [one for one in objects_matching(path) if out not in one.parents]
         if not found:
             raise DataError(f"{told}: no object matches this pattern")
-        return Inputs([_item(one, one.relative_to(root).as_posix()) for one in found])
+        return Inputs(Items((_item(one, one.relative_to(root).as_posix()) for one in found), root))
     return _of_folder(path, out, suffixes)
 
 
-def _below_address(root: Path, out: Path, suffixes: Collection[str]) -> Inputs:
-    items, others = [], 0
+def _below_address(root: Path, out: Path) -> Iterator[Path]:
     for path in objects_below(root):
-        name = path.relative_to(root).as_posix()
-        if out in path.parents or any(part.startswith(".") for part in name.split("/")):
-            continue
-        if path.suffix.lower() in suffixes:
-            items.append(_item(path, name))
-        else:
-            others += 1
-    return Inputs(sorted(items, key=lambda item: item.name), others)
+        if out not in path.parents and not any(part.startswith(".") for part in path.relative_to(root).parts):
+            yield path
 
 
 def _of_folder(root: Path, out: Path, suffixes: Collection[str]) -> Inputs:
@@ -122,15 +192,19 @@ def files_below(root: Path, out: Path, suffixes: Collection[str]) -> Inputs:
     """Return what `find_inputs` finds in a folder, where nothing is no mistake."""
     if out.resolve() == root.resolve():
         raise DataError(f"--out {one_line(out)}: is INPUT itself; choose another folder")
-    if address_of(root):
-        return _below_address(root, out, suffixes)
-    items, others = [], 0
-    for path, is_folder in _walk(root, out):
-        if path.suffix.lower() in suffixes:
-            items.append(_item(path, path.relative_to(root).as_posix()))
-        else:
-            others += not is_folder
-    return Inputs(sorted(items, key=lambda item: item.name), others)
+    others = 0
+
+    def found() -> Iterator[Item]:
+        nonlocal others
+        below = ((path, False) for path in _below_address(root, out)) if address_of(root) else _walk(root, out)
+        for path, is_folder in below:
+            if path.suffix.lower() in suffixes:
+                yield _item(path, path.relative_to(root).as_posix())
+            else:
+                others += not is_folder
+
+    items = Items(found(), root, ordered=True)
+    return Inputs(items, others)
 
 
 def _walk(root: Path, out: Path) -> Iterator[tuple[Path, bool]]:
@@ -151,7 +225,7 @@ def _walk(root: Path, out: Path) -> Iterator[tuple[Path, bool]]:
         yield from ((Path(parent, name), False) for name in files if not name.startswith("."))
 
 
-def _of_pattern(pattern: str, out: Path, suffixes: Collection[str]) -> list[Item]:
+def _of_pattern(pattern: str, out: Path, suffixes: Collection[str]) -> Items:
     parts = Path(pattern).parts
     fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
     root, within = Path(*parts[:fixed]), out.absolute()
@@ -161,23 +235,4 @@ def _of_pattern(pattern: str, out: Path, suffixes: Collection[str]) -> list[Item
         paths = [p for p in paths if within not in p.absolute().parents]
     if not paths:
         raise DataError(f"{one_line(pattern)}: no file matches this pattern")
-    return [_item(path, path.relative_to(root).as_posix()) for path in paths]
-
-
-def _of_table(table: Path) -> list[Item]:
-    found = open_table(table)
-    if "path" not in found.schema.names:
-        raise DataError(f"{one_line(table)}: column path missing (has {', '.join(found.schema.names)})")
-    folder = table.absolute().parent
-    items = []
-    for number, row in enumerate(found.rows(), start=1):
-        if not isinstance(row["path"], str) or is_missing(row["path"]):
-            raise DataError(f"{one_line(table)}: row {number}: path is {row['path']!r}, expected text")
-        whole = is_missing(row.get("start_frame")) and isinstance(row.get("source"), str)
-        name = row["source"] if whole else row["path"]
-        try:
-            items.append(_item(Path(os.path.normpath(within(folder, row["path"]))), name, row))
-        except AddressRefused as error:
-            told = {**row, "path": "", **({"source": ""} if whole else {})}
-            items.append(Item(Path(), redacted(name), told, f"{error.filename}: {error.strerror}"))
-    return items
+    return Items((_item(path, path.relative_to(root).as_posix()) for path in paths), root)

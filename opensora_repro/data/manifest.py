@@ -11,6 +11,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,25 @@ def read_manifest(path: str | Path, *, need_captions: bool = True) -> Any:
     """
     import pyarrow as pa
 
-    path = place(path)
+    table = _with_columns(place(path))
+    checked = pa.concat_tables(map(_joined, in_batches(_checked(table, need_captions), BATCHES)))
+    check_ids(table.path, checked["id"])
+    return checked
+
+
+def open_manifest(path: str | Path, *, need_captions: bool = True) -> Table:
+    """Check a manifest as `read_manifest` does; return a table that reads the same rows whenever they are asked for."""
+    import pyarrow as pa
+
+    table, ids, schema = _with_columns(place(path)), list[Any](), None
+    for batch in _checked(table, need_captions):
+        ids.append(batch["id"])
+        schema = batch.schema
+    check_ids(table.path, pa.chunked_array(ids))
+    return replace(table, schema=schema, batches=lambda: _checked(table, need_captions))
+
+
+def _with_columns(path: Path) -> Table:
     table = open_table(path)
     missing = [name for name in MANIFEST if name not in table.schema.names]
     if missing:
@@ -64,9 +84,7 @@ def read_manifest(path: str | Path, *, need_captions: bool = True) -> Any:
             f"{path}: column{'s' if len(missing) > 1 else ''} {', '.join(missing)} missing; "
             f"a manifest needs {', '.join(MANIFEST)} (has {', '.join(table.schema.names)})"
         )
-    checked = pa.concat_tables(map(_joined, in_batches(_checked(table, need_captions), BATCHES)))
-    check_ids(path, checked["id"])
-    return checked
+    return table
 
 
 def _checked(table: Table, need_captions: bool) -> Iterator[Any]:
@@ -271,7 +289,14 @@ def _split(paths: Any) -> tuple[Any, Any]:
 
 def path_from(out: Path, path: Path) -> str:
     """Return a manifest's way of naming a file: relative to the manifest's folder, with /; see `relative`."""
-    return relative(path.absolute(), out.absolute())
+    path = path.absolute()
+    folder = _folder_from(str(out.absolute()), str(path.parent))
+    return path.name if folder == "." else f"{folder}/{path.name}"
+
+
+@lru_cache(maxsize=64)
+def _folder_from(out: str, folder: str) -> str:
+    return relative(Path(folder), Path(out))
 
 
 # ---- what a tool leaves behind
@@ -290,6 +315,30 @@ def write_outcome(out: Path, rows: Iterable[Row], rejects: Iterable[Row], column
     """
     write_rows(out / "rejects.parquet", rejects, REJECTS)
     write_rows(out / "manifest.parquet", rows, columns)
+
+
+def write_parted(
+    out: Path, rows: Callable[[Callable[[Row], None]], Iterable[Row]], columns: Mapping[str, str]
+) -> tuple[int, int]:
+    """As `write_outcome`, of rows that are told apart as they are read; return how many rows and rejects there are.
+
+    `rows` is given a function that takes the rejects among them.
+    """
+    schema, kept, refused = schema_of(columns), 0, 0
+    with (
+        table_writer(out / "manifest.parquet", schema) as write,
+        rejects_writer(out / "rejects.parquet") as add,
+    ):
+
+        def refuse(row: Row) -> None:
+            nonlocal refused
+            refused += 1
+            add(row)
+
+        for batch in in_batches(rows(refuse)):
+            kept += len(batch)
+            write(rows_batch(batch, schema))
+    return kept, refused
 
 
 @contextmanager

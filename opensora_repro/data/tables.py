@@ -44,7 +44,9 @@ class Table:
 
     def rows(self) -> Iterator[Row]:
         """Yield every row, a batch of them being in memory."""
-        return (row for batch in self.batches() for row in batch.to_pylist())
+        for batch in self.batches():
+            for start in range(0, batch.num_rows, BATCH):
+                yield from batch.slice(start, BATCH).to_pylist()
 
 
 def open_table(path: Path, *, names: Sequence[str] | None = None) -> Table:
@@ -115,6 +117,16 @@ def in_batches(items: Iterable[Item], size: int = BATCH) -> Iterator[list[Item]]
     items = iter(items)
     while batch := list(islice(items, size)):
         yield batch
+
+
+@dataclass(frozen=True)
+class Again(Iterable[Item]):
+    """Items that are made anew whenever they are asked for: of millions none is held."""
+
+    make: Callable[[], Iterator[Item]]
+
+    def __iter__(self) -> Iterator[Item]:
+        return self.make()
 
 
 class EmptyTableError(DataError):

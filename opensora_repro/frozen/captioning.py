@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
@@ -17,6 +17,7 @@ from opensora_repro.data.jobs.course import Keeping, memo_of
 from opensora_repro.data.jobs.earlier import sampled_digest
 from opensora_repro.data.jobs.gpus import check_device, usual_device
 from opensora_repro.data.jobs.run import Runner
+from opensora_repro.data.tables import Again
 from opensora_repro.data.video import DecodeError
 from opensora_repro.errors import DataError
 from opensora_repro.frozen.captioner import ONE_IMAGE, Captioner, Clip, captioner_fingerprint, family_of, load_captioner
@@ -29,8 +30,8 @@ Record = dict[str, Any]
 
 
 def from_model(
-    rows: Sequence[Record], model: str, args: AskedArguments, keeping: Keeping, runner: Runner
-) -> list[Caption]:
+    rows: Iterable[Record], model: str, args: AskedArguments, keeping: Keeping, runner: Runner
+) -> Iterable[Caption]:
     """Return every clip's caption as the model writes it."""
     over_ray = runner.kind == "ray"
     device = args.device or usual_device(over_ray=over_ray)
@@ -40,13 +41,13 @@ def from_model(
     gpu = check_device(args.device, args.model_workers, over_ray=over_ray)
     keys = clip_keys(rows, keeping, how, runner, lambda: model_options(model, args, sampled_digest)[0])
     shown = ("path", "num_frames", "fps", "height", "width")
-    items = {key: {name: row[name] for name in shown} for key, row in zip(keys, rows, strict=True)}
+    items = Again(lambda: ((key, {name: row[name] for name in shown}) for key, row in zip(keys, rows, strict=True)))
     runner = replace(runner, workers=args.model_workers, gpu=gpu)
     size, options = sized_batches(args.batch_size, device, usual=BATCH_SIZE), {**options, "batch_size": args.batch_size}
     found = run_batches(
         describe, items, keeping, size=size, options=options, runner=runner, label="captioning", needs=NEEDS
     )
-    return [judge(found[key]) for key in keys]
+    return Again(lambda: map(judge, found))
 
 
 def model_options(model: str, args: AskedArguments, hash_file: HashFile) -> tuple[list[Any], Record]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -37,19 +37,19 @@ def embed_all(
     items = [{**row, "num_frames": int(row["num_frames"])} for row in shown]
     paths = [Path(item["path"]) for item in items]
 
-    def keys(contents: Sequence[str], hash_file: Callable[[Path], str]) -> list[str]:
+    def keys(contents: Iterable[str], hash_file: Callable[[Path], str]) -> list[str]:
         how = model_fingerprint(**models, hash_file=hash_file)
         return [digest([text, i["num_frames"], i["caption"], how]) for text, i in zip(contents, items, strict=True)]
 
     named = keys(contents_of(paths, keeping.records, runner), memo_of(keeping.records))
     adopt(keeping, named, lambda: keys(list(map(sampled_digest, paths)), sampled_digest))
-    todo = dict(zip(named, items, strict=True))
+    todo = list(zip(named, items, strict=True))
     options = {**models, "device": device, "batch_size": batch_size}
     size = sized_batches(batch_size, device, usual=BATCH_SIZE)
-    known = run_batches(
+    found = run_batches(
         embed, todo, keeping, size=size, options=options, runner=runner, label="embedding", needs=MODEL_NEEDS
     )
-    return [known[key] for key in named]
+    return list(found)
 
 
 def model_fingerprint(clip: str, head: str, encoder: str, hash_file: Callable[[Path], str]) -> str:

@@ -124,7 +124,7 @@ def look_at_input(recipe: Recipe) -> None:
         rows = [{"id": item.name, "path": str(item.path), **(item.row or {})} for item in items]
         listed = read_list(recipe.captions, ClipKeys.of(rows))
         if listed.keyed_by != "id" and not listed.whole and not listed.spans:  # clips' ids are not known yet
-            names = f"none of the {len(items)} files of {recipe.input}, such as {items[0].name!r}"
+            names = f"none of the {len(items)} files of {recipe.input}, such as {items.first().name!r}"
             raise ConfigError(f"captions = {recipe.captions}: names {names}")
 
 

@@ -19,10 +19,10 @@ def run(items: dict[str, dict[str, Any]], folder: Path, size: int) -> tuple[dict
     options = {"log": str(log)}
     with Records(folder) as records:
         results = run_batches(
-            job_works.squares, items, Keeping(records, "x"), size=size, options=options, runner=Runner(workers=1),
-            label="x",
+            job_works.squares, items.items(), Keeping(records, "x"), size=size, options=options,
+            runner=Runner(workers=1), label="x",
         )  # fmt: skip
-    return results, log.read_text().splitlines()
+    return dict(zip(items, results, strict=True)), log.read_text().splitlines()
 
 
 def test_a_batch_that_fails_is_tried_one_by_one(tmp_path: Path) -> None:

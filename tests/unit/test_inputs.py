@@ -58,7 +58,7 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
 
 def test_files_and_patterns(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = folder / "out"
-    assert find_inputs(folder / "notes.txt", out=out).items == [Item(folder / "notes.txt", "notes.txt")]
+    assert [*find_inputs(folder / "notes.txt", out=out).items] == [Item(folder / "notes.txt", "notes.txt")]
     assert names(folder / "gone.mp4", out) == ["gone.mp4"]
     assert names(f"{folder}/*.mp4", out) == sorted(
         n for n in [*NAMES, "gone.mp4"] if n.endswith("mp4") and "/" not in n

@@ -18,11 +18,11 @@ import pytest
 
 from opensora_repro.data.jobs import cluster, gpus
 from opensora_repro.data.jobs.cluster import Needs
-from opensora_repro.data.jobs.course import Job, Keeping
+from opensora_repro.data.jobs.course import Course, Job, Keeping
 from opensora_repro.data.jobs.parts import to_records
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, RunnerArguments, run_jobs, runner_of
-from opensora_repro.data.jobs.workers import Task, num_cores, run_here
+from opensora_repro.data.jobs.workers import Done, Task, num_cores, run_here
 from opensora_repro.data.options import parse, parser_of
 from opensora_repro.data.progress import progress
 from opensora_repro.errors import DataError, UserError
@@ -315,3 +315,23 @@ def test_progress_is_quiet_for_short_work_and_tells_of_long(
     (line,) = capsys.readouterr().err.splitlines()
     assert "testing" in line
     assert "1/3" in line
+
+
+def test_twins_are_read_and_made_once(tmp_path: Path) -> None:
+    """Rows of one file, or of equal ones, wait for the first; so they do where it cannot be read, or has failed."""
+    for name in ("a", "b", "hangs"):
+        (tmp_path / name).write_text("same")
+    jobs = [Job("k", "", {}, files=(tmp_path / name,)) for name in ("a", "a", "b", "hangs", "a", "hangs")]
+    with Records(tmp_path / "out") as records:
+        course, sha = Course(jobs, Keeping(records, "x")), "0" * 64
+        reads = [task.key for task in course]
+        assert reads == ["0", "2", "3"] and course.num_left == 6
+        course.take("0", Done(json.dumps([sha])))
+        course.take("3", Done.failed("out of time", final=False))
+        (work,) = course
+        course.take("2", Done(json.dumps([sha])))
+        assert (work.key, work.args) == ("0", {"contents": [sha]}) and not [*course] and course.take_new() == 2
+        course.take("0", Done.failed("odd", final=False))
+        assert course.take_new() == 4 and not [*course]
+        assert [result["error"] for result in course.results()] == ["odd"] * 3 + ["out of time", "odd", "out of time"]
+        assert records.places("x", ["k"]) == {} and not [*records.texts("failed x")]

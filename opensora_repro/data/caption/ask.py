@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from opensora_repro.data.jobs.course import Keeping
 from opensora_repro.data.jobs.earlier import adopt, sampled_digest
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, contents_of
+from opensora_repro.data.tables import Again
 from opensora_repro.data.video import IMAGE_SUFFIXES, DecodeError
 from opensora_repro.errors import DataError
 from opensora_repro.files import digest
@@ -46,20 +47,23 @@ OURS = ("model", "messages", "max_tokens", "max_completion_tokens", "temperature
 ANSWERS = ("captions", "rewrites")  # kinds of records of what an endpoint has answered
 ENDPOINT_FRAMES = 8
 Record = dict[str, Any]
+Messages = Callable[[], list[Record]]  # made when they are sent
 
 
 def clip_keys(
-    rows: Sequence[Record], keeping: Keeping, how: list[Any], runner: Runner, earlier: Callable[[], list[Any]]
-) -> list[str]:
+    rows: Iterable[Record], keeping: Keeping, how: list[Any], runner: Runner, earlier: Callable[[], list[Any]]
+) -> Iterable[str]:
     """Return what names each clip's record: its content, and how it is asked about."""
-    paths = [Path(row["path"]) for row in rows]
+    paths = Again(lambda: (Path(row["path"]) for row in rows))
 
-    def keys(contents: Sequence[str], how: list[Any]) -> list[str]:
-        facts = [[int(row["num_frames"]), float(row["fps"])] for row in rows]
-        return [digest([content, *told, *how]) for content, told in zip(contents, facts, strict=True)]
+    def keys(contents: Iterable[str], how: list[Any]) -> Iterable[str]:
+        return Again(lambda: (
+            digest([content, int(row["num_frames"]), float(row["fps"]), *how])
+            for content, row in zip(contents, rows, strict=True)
+        ))  # fmt: skip
 
     named = keys(contents_of(paths, keeping.records, runner), how)
-    adopt(keeping, named, lambda: keys(list(map(sampled_digest, paths)), earlier()))
+    adopt(keeping, named, lambda: keys(map(sampled_digest, paths), earlier()))
     return named
 
 
@@ -141,8 +145,8 @@ def fields_of(args: AskedArguments) -> Record:
 
 
 def from_endpoint(
-    rows: Sequence[Record], args: AskedArguments, endpoint: Endpoint | Endpoints, records: Records, runner: Runner
-) -> list[Caption]:
+    rows: Iterable[Record], args: AskedArguments, endpoint: Endpoint | Endpoints, records: Records, runner: Runner
+) -> Iterable[Caption]:
     """Return every clip's caption as the endpoint writes it."""
     whole = args.send == "video"
     usual = f"This is a video clip. {DESCRIBE}" if whole else INSTRUCTION
@@ -151,31 +155,46 @@ def from_endpoint(
     how = [METHOD, endpoint.model, instruction, frames, args.max_tokens, endpoint.fields]
     keeping = Keeping(records, ANSWERS[0])
     keys = clip_keys(rows, keeping, how, runner, lambda: how)
-    prompts = {key: partial(about_clip, row, instruction, frames) for key, row in zip(keys, rows, strict=True)}
+
+    def prompts() -> Iterator[tuple[str, Messages]]:
+        return ((key, partial(about_clip, row, instruction, frames)) for key, row in zip(keys, rows, strict=True))
+
     found = answers(prompts, args, endpoint, keeping, "captioning")
-    return [judge(found[key]) for key in keys]
+    return Again(lambda: map(judge, found))
 
 
 def rewritten(
-    captions: Sequence[Caption], args: AskedArguments, endpoint: Endpoint | Endpoints, records: Records
-) -> list[Caption]:
+    captions: Iterable[Caption], args: AskedArguments, endpoint: Endpoint | Endpoints, records: Records
+) -> Iterable[Caption]:
     """Return the captions made detailed; what is no caption, and is not sent, as it is."""
     how: list[Any] = [REWRITE_METHOD, endpoint.model, REWRITE, args.max_tokens]
     how += [endpoint.fields] if endpoint.fields else []  # without any, the answers of earlier runs are still right
-    keys = [digest([found.text, *how]) if found.text and not found.reason else None for found in captions]
-    keys = [None if found.flag in REJECTED else key for key, found in zip(keys, captions, strict=True)]
-    prompts = {key: partial(about_text, found.text) for key, found in zip(keys, captions, strict=True) if key}
+
+    def is_sent(found: Caption) -> bool:
+        return bool(found.text) and not found.reason and found.flag not in REJECTED
+
+    def prompts() -> Iterator[tuple[str, Messages]]:
+        return ((digest([c.text, *how]), partial(about_text, c.text)) for c in captions if is_sent(c))
+
     written = answers(prompts, args, endpoint, Keeping(records, ANSWERS[1]), "rewriting")
-    detailed = [judge(written[key]) if key else short for key, short in zip(keys, captions, strict=True)]
-    return [replace(d, reason=d.reason and f"rewriting: {d.reason}") if key else d
-            for key, d in zip(keys, detailed, strict=True)]  # fmt: skip
+
+    def detailed() -> Iterator[Caption]:
+        left = iter(written)
+        for short in captions:
+            found = judge(next(left)) if is_sent(short) else short
+            yield replace(found, reason=f"rewriting: {found.reason}") if is_sent(short) and found.reason else found
+
+    return Again(detailed)
 
 
 def answers(
-    prompts: Mapping[str, Callable[[], list[Record]]], args: AskedArguments, endpoint: Endpoint | Endpoints,
-    keeping: Keeping, label: str,
-) -> dict[str, Record]:  # fmt: skip
-    questions = [Prompt(key, messages) for key, messages in prompts.items()]
+    prompts: Callable[[], Iterator[tuple[str, Messages]]],
+    args: AskedArguments,
+    endpoint: Endpoint | Endpoints,
+    keeping: Keeping,
+    label: str,
+) -> Iterable[Record]:
+    questions = Again(lambda: (Prompt(key, messages) for key, messages in prompts()))
     prices = Prices(args.price_in, args.price_out)
     concurrency = args.concurrency * (len(endpoint.servers) if isinstance(endpoint, Endpoints) else 1)
     return complete_all(questions, keeping, endpoint, concurrency=concurrency, label=label, prices=prices)

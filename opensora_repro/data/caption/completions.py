@@ -6,14 +6,17 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from opensora_repro.data.caption.chat import Answer, Endpoint, NoAnswer, Stopped
 from opensora_repro.data.caption.endpoints import Endpoints
-from opensora_repro.data.jobs.course import Keeping
+from opensora_repro.data.ids import Seen
+from opensora_repro.data.jobs.course import LOOKED_UP, Keeping, failures_of
+from opensora_repro.data.jobs.keyed import left_of, results_of
 from opensora_repro.data.progress import progress
+from opensora_repro.data.tables import Again, in_batches
 from opensora_repro.data.video import DecodeError
 from opensora_repro.errors import DataError
 
@@ -41,81 +44,103 @@ class Prices:
         return (self.tokens_in * tokens_in + self.tokens_out * tokens_out) / 1e6
 
 
+@dataclass
+class Sum:
+    """Answers and their tokens."""
+
+    answers: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+
+    def add(self, record: dict[str, Any]) -> None:
+        self.answers += 1
+        self.tokens_in += record["tokens_in"]
+        self.tokens_out += record["tokens_out"]
+
+    def line(self, prices: Prices) -> str:
+        line = f"{self.answers} answers, {self.tokens_in:,} tokens in, {self.tokens_out:,} out"
+        return f"{line}, cost {prices.cost(self.tokens_in, self.tokens_out):.4f}" if prices != Prices() else line
+
+
 class Usage:
     """What was asked and what it cost: in this run, and before."""
 
-    def __init__(self, prices: Prices, before: Sequence[dict[str, Any]], endpoint: Endpoint | Endpoints) -> None:
-        self.prices, self.before, self.endpoint = prices, list(before), endpoint
-        self.asked: list[dict[str, Any]] = []
+    def __init__(self, prices: Prices, endpoint: Endpoint | Endpoints) -> None:
+        self.prices, self.endpoint = prices, endpoint
+        self.asked, self.before = Sum(), Sum()
 
     def line(self) -> str:
         """Return "12 answers, 3,400 tokens in, 560 out, cost 0.0123"."""
-        text = _sums(self.asked, self.prices)
-        if isinstance(self.endpoint, Endpoints) and self.asked:
+        text = self.asked.line(self.prices)
+        if isinstance(self.endpoint, Endpoints) and self.asked.answers:
             text += f" ({self.endpoint.shares()})"
-        return f"{text}; before: {_sums(self.before, self.prices)}" if self.before else text
-
-
-def _sums(records: Sequence[dict[str, Any]], prices: Prices) -> str:
-    tokens_in, tokens_out = (sum(record[name] for record in records) for name in ("tokens_in", "tokens_out"))
-    line = f"{len(records)} answers, {tokens_in:,} tokens in, {tokens_out:,} out"
-    return f"{line}, cost {prices.cost(tokens_in, tokens_out):.4f}" if prices != Prices() else line
+        return f"{text}; before: {self.before.line(self.prices)}" if self.before.answers else text
 
 
 def complete_all(
-    prompts: Sequence[Prompt],
+    prompts: Iterable[Prompt],
     keeping: Keeping,
     endpoint: Endpoint | Endpoints,
     *,
     concurrency: int,
     label: str,
     prices: Prices,
-) -> dict[str, dict[str, Any]]:
-    """Return {"text", "cut", "tokens_in", "tokens_out"} or {"error": reason} for every prompt, by its key.
+) -> Iterable[dict[str, Any]]:
+    """Return {"text", "cut", "tokens_in", "tokens_out"} or {"error": reason} for every prompt, in their order.
 
-    An answer that is recorded is not asked for again; a failure is tried again by the next run. Prints the cost, also
-    when the run ends early. Raises DataError where no server is, or the endpoint answers nobody.
+    Prompts may be of any number, as the jobs of `run_jobs`. An answer that is recorded is not asked for again; a
+    failure is tried again by the next run. Prints the cost, also when the run ends early. Raises DataError where no
+    server is, or the endpoint answers nobody.
     """
-    results = keeping.records.get(keeping.kind, [prompt.key for prompt in prompts])
-    usage = Usage(prices, list(results.values()), endpoint)
-    todo = {prompt.key: prompt for prompt in prompts if prompt.key not in results}
-    total = len(results) + len(todo)
-    if todo:
+    failed, usage = failures_of(keeping), Usage(prices, endpoint)
+    todo = Again(lambda: left_of(((prompt.key, prompt) for prompt in prompts), keeping, failed))
+    left = sum(1 for _ in todo)
+    add_recorded(usage.before, (prompt.key for prompt in prompts), keeping)
+    if left:
         endpoint.check_reachable()
-    workers = _Workers(list(todo.values()), keeping, endpoint, concurrency)
-    missed = 0
+    workers = _Workers((prompt for _, prompt in todo), keeping, endpoint, min(concurrency, left))
+    missed, done = 0, 0
     try:
-        with progress(label, len(todo), "clip") as bar:
-            while len(results) < total:
+        with progress(label, left, "clip") as bar:
+            while done < left:
                 result = workers.next_result()
                 bar(result is not None)
                 if result is None:
                     continue
-                key, outcome = result
+                (key, outcome), done = result, done + 1
                 if isinstance(outcome, Answer):
-                    results[key], missed = asdict(outcome), 0
-                    usage.asked.append(results[key])
+                    missed = 0
+                    usage.asked.add(asdict(outcome))
                     continue
-                missed += isinstance(outcome, NoAnswer) and (outcome.unreachable or not (usage.asked or usage.before))
-                results[key] = {"error": str(outcome)}
+                answered = usage.asked.answers + usage.before.answers
+                missed += isinstance(outcome, NoAnswer) and (outcome.unreachable or not answered)
+                keeping.records.put(failed, {key: json.dumps({"error": str(outcome)})})
                 if missed == IN_A_ROW:
                     raise DataError(f"{endpoint.url}: {outcome}, {missed} times in a row; the same command goes on")
     finally:
-        usage.asked += workers.end()
+        for answer in workers.end():
+            usage.asked.add(answer)
         print(f"{label}: {usage.line()}", flush=True)
-    return {prompt.key: results[prompt.key] for prompt in prompts}
+    return results_of((prompt.key for prompt in prompts), keeping, failed)
+
+
+def add_recorded(total: Sum, keys: Iterable[str], keeping: Keeping) -> None:
+    """Add the answers that are recorded, each once."""
+    seen = Seen()
+    for batch in in_batches(keys, LOOKED_UP):
+        new = [key for key, is_new in zip(batch, seen.add(batch).tolist(), strict=True) if is_new]
+        for record in keeping.records.get(keeping.kind, new).values():
+            total.add(record)
 
 
 class _Workers:
     """Threads that take one prompt after another; daemons, so that none keeps a run from ending."""
 
-    def __init__(self, prompts: Sequence[Prompt], keeping: Keeping, endpoint: Endpoint | Endpoints, size: int) -> None:
-        self.keeping, self.endpoint = keeping, endpoint
-        self.prompts: Iterator[Prompt] = iter(prompts)
+    def __init__(self, prompts: Iterator[Prompt], keeping: Keeping, endpoint: Endpoint | Endpoints, count: int) -> None:
+        self.keeping, self.endpoint, self.prompts = keeping, endpoint, prompts
         self.lock = threading.Lock()
         self.results: queue.SimpleQueue[tuple[str, Answer | Exception]] = queue.SimpleQueue()
         endpoint.start()
-        count = min(size, len(prompts))
         self.threads = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
         for thread in self.threads:
             thread.start()
@@ -145,18 +170,19 @@ class _Workers:
 
     def _work(self) -> None:
         while True:
-            with self.lock:
-                prompt = next(self.prompts, None)
-            if prompt is None:
-                return
+            prompt = None
             try:
+                with self.lock:
+                    prompt = next(self.prompts, None)
+                if prompt is None:
+                    return
                 answer = self.endpoint.ask(prompt.messages())
                 self.keeping.records.put(self.keeping.kind, {prompt.key: json.dumps(asdict(answer))})
                 self.results.put((prompt.key, answer))
             except (NoAnswer, DecodeError) as trouble:
-                self.results.put((prompt.key, trouble))
+                self.results.put((prompt.key if prompt else "", trouble))
             except Stopped:
                 return
             except Exception as error:  # the main thread's to raise
-                self.results.put((prompt.key, error))
+                self.results.put((prompt.key if prompt else "", error))
                 return

@@ -6,16 +6,26 @@ import json
 import os
 import sys
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
 
-from opensora_repro.data.caption.lists import FRAME, CaptionList, ClipKeys, Entry, Row, read_list, source_of
+from opensora_repro.data.caption.lists import (
+    FRAME,
+    CaptionList,
+    ClipKeys,
+    Entry,
+    IdEntries,
+    Row,
+    lists_ids,
+    read_list,
+    source_of,
+)
 from opensora_repro.data.caption.names import SHOWN, Found, NameIndex
 from opensora_repro.data.caption.text import EMPTY, Caption, judged
 from opensora_repro.data.caption_values import CAPTION_KEYS, texts_in
-from opensora_repro.data.tables import is_missing
+from opensora_repro.data.tables import Again, is_missing
 from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
 
@@ -24,18 +34,32 @@ TEXT_FILES = (".txt", ".json")  # the first that is there
 LARGEST_FILE = 1 << 20  # bytes
 
 
-def captions_of(sidecar: Path, clips: Sequence[Row]) -> list[Caption]:
-    """Return every clip's caption, or the reason why it has none. Raises DataError."""
+def captions_of(sidecar: Path, clips: Iterable[Row]) -> Iterable[Caption]:
+    """Return every clip's caption, or the reason why it has none. Raises DataError.
+
+    Neither clips nor captions are held where a table has the ids of all clips; else names are compared in memory.
+    """
     if sidecar.is_dir():
-        return from_files(sidecar, clips)
+        return from_files(sidecar, list(clips))
     if not sidecar.exists():
         raise DataError(f"{one_line(sidecar)}: no such file or folder")
+    if lists_ids(sidecar):
+        entries = IdEntries(clips)
+        listed = read_list(sidecar, entries)
+        if entries.num_found == len(entries.ids):
+            _note(listed)
+            return Again(lambda: map(checked, entries))
+        del entries, listed
     listed = read_list(sidecar, ClipKeys.of(clips))
+    _note(listed)
+    return from_list(listed, list(clips))
+
+
+def _note(listed: CaptionList) -> None:
     if listed.first_of_several:
         print(
             f"note: {listed.first_of_several} rows have several captions; the first of each is taken", file=sys.stderr
         )
-    return from_list(listed, clips)
 
 
 def without(reason: str) -> Caption:

@@ -21,17 +21,18 @@ import csv
 import io
 import json
 import os
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Protocol
 
 from opensora_repro.data.caption.names import forms_of, is_named
 from opensora_repro.data.caption_values import CAPTION_KEYS, scene_span, span_of, texts_in, written_literal
 from opensora_repro.data.csv_tables import as_written, csv_names, csv_rows, inert
-from opensora_repro.data.tables import Table, is_missing, open_table
+from opensora_repro.data.tables import Table, in_batches, is_missing, open_table
 from opensora_repro.errors import DataError
 from opensora_repro.files import one_line, writing
 
@@ -55,12 +56,18 @@ class Entry:
     end: float = float("inf")
 
 
+class Entries(Protocol):
+    """Entries by keys, such as a dictionary of them."""
+
+    def setdefault(self, key: str, entry: Entry, /) -> Entry: ...
+
+
 @dataclass
 class CaptionList:
     """The entries that concern the clips at hand."""
 
     path: Path
-    whole: dict[str, Entry] = field(default_factory=dict)  # by a clip's id, or a clip's or a source's name
+    whole: Any = field(default_factory=dict)  # `Entries`, by a clip's id, or a clip's or a source's name
     spans: dict[str, list[Entry]] = field(default_factory=lambda: defaultdict(list))  # by a source's name
     unit: str = TIME  # of the spans
     keyed_by: str = "id"  # for messages
@@ -101,6 +108,66 @@ class ClipKeys:
     def named(self, key: str) -> bool:
         return key in self.ids or is_named(key, self.forms)
 
+    def entries(self) -> Entries:
+        return {}
+
+
+class IdEntries:
+    """The clips at hand by their ids alone, and the entries for them in a file: ids and 24 bytes a clip are held."""
+
+    def __init__(self, clips: Iterable[Row]) -> None:
+        import numpy as np
+        import pyarrow as pa
+
+        batches = [pa.array([clip["id"] for clip in batch], pa.string()) for batch in in_batches(clips)]
+        self.ids = pa.chunked_array(batches, pa.string())
+        hashes = np.fromiter((hash(name) for batch in batches for name in batch.to_pylist()), np.int64, len(self.ids))
+        self.order = np.argsort(hashes)
+        self.hashes = hashes[self.order]
+        self.places = np.full(len(self.ids), -1)
+        self.num_found = 0
+        self.file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - is gone with this process
+
+    def named(self, key: str) -> bool:
+        return self._number(key) >= 0
+
+    def entries(self) -> Entries:
+        return self
+
+    def setdefault(self, key: str, entry: Entry) -> Entry:
+        number = self._number(key)
+        if self.places[number] >= 0:
+            self.file.flush()
+            return self._read(number)
+        self.places[number], self.num_found = self.file.tell(), self.num_found + 1
+        text = json.dumps([entry.row, entry.caption]).encode()
+        self.file.write(len(text).to_bytes(4, "little") + text)
+        return entry
+
+    def __iter__(self) -> Iterator[Entry]:
+        """Yield the clips' entries in their order, all of which are there."""
+        self.file.flush()
+        return map(self._read, range(len(self.ids)))
+
+    def _number(self, key: str) -> int:
+        """Return the number of the clip with an id, -1 where there is none."""
+        wanted = hash(key)
+        at = int(self.hashes.searchsorted(wanted))
+        while at < len(self.hashes) and self.hashes[at] == wanted:
+            number = int(self.order[at])
+            if self.ids[number].as_py() == key:
+                return number
+            at += 1
+        return -1
+
+    def _read(self, number: int) -> Entry:
+        handle, place = self.file.fileno(), int(self.places[number])
+        length = int.from_bytes(os.pread(handle, 4, place), "little")
+        return Entry(*json.loads(os.pread(handle, length, place + 4)))
+
+
+Ours = ClipKeys | IdEntries
+
 
 def source_of(clip: Row) -> str:
     """Return what a clip was cut from; a manifest without that column lists whole files."""
@@ -108,7 +175,14 @@ def source_of(clip: Row) -> str:
     return clip["path"] if is_missing(source) else str(source)
 
 
-def read_list(path: Path, ours: ClipKeys) -> CaptionList:
+def lists_ids(path: Path) -> bool:
+    """Whether a table has a column of clips' ids."""
+    kind = path.suffix.lower()
+    names = csv_names(path) if kind in (".csv", ".tsv") else open_table(path).schema.names if kind == ".parquet" else ()
+    return not set(IDS).isdisjoint(map(_plain_name, names))
+
+
+def read_list(path: Path, ours: Ours) -> CaptionList:
     """Read what a list says of the known clips. Raises DataError for a list of no known format, or a wrong row."""
     kind = path.suffix.lower()
     if kind not in SUFFIXES:
@@ -130,9 +204,13 @@ def read_list(path: Path, ours: ClipKeys) -> CaptionList:
 Rows = Callable[[Sequence[str]], Iterable[Sequence[Any]]]
 
 
-def _read(path: Path, names: Sequence[str], rows: Rows, ours: ClipKeys) -> CaptionList:
+def _plain_name(column: str) -> str:
+    return "_".join(column.casefold().replace("-", " ").split())
+
+
+def _read(path: Path, names: Sequence[str], rows: Rows, ours: Ours) -> CaptionList:
     """Choose the reader by the columns, whose names may be written with capitals and spaces."""
-    known = {"_".join(name.casefold().replace("-", " ").split()): name for name in reversed(names)}
+    known = {_plain_name(name): name for name in reversed(names)}
 
     def take(*columns: str) -> Iterable[Sequence[Any]]:
         return rows([known[name] for name in columns])
@@ -161,12 +239,12 @@ def _read(path: Path, names: Sequence[str], rows: Rows, ours: ClipKeys) -> Capti
 # ---- formats
 
 
-def _by_key(path: Path, rows: Iterable[Sequence[Any]], ours: ClipKeys, keyed_by: str, of_clips: int = 0) -> CaptionList:
+def _by_key(path: Path, rows: Iterable[Sequence[Any]], ours: Ours, keyed_by: str, of_clips: int = 0) -> CaptionList:
     """Read rows of a caption and keys, of which the first that is there counts.
 
     Of the first `of_clips` keys it is the first that is known here: a spreadsheet may spoil an id of digits.
     """
-    found = CaptionList(path, keyed_by=keyed_by)
+    found = CaptionList(path, ours.entries(), keyed_by=keyed_by)
     for number, (caption, *values) in enumerate(rows, start=1):
         names = [as_written(_name(path, number, value)) for value in values]
         keys = [name for name in names[:of_clips] if name] or [name for name in names[of_clips:] if name][:1]
@@ -177,7 +255,7 @@ def _by_key(path: Path, rows: Iterable[Sequence[Any]], ours: ClipKeys, keyed_by:
     return found
 
 
-def _by_span(path: Path, rows: Iterable[Sequence[Any]], ours: ClipKeys, unit: str) -> CaptionList:
+def _by_span(path: Path, rows: Iterable[Sequence[Any]], ours: Ours, unit: str) -> CaptionList:
     """Read captions of spans; one without a span is of all its source."""
     found = CaptionList(path, unit=unit, keyed_by="source")
     for number, (value, start, end, caption) in enumerate(rows, start=1):
@@ -201,7 +279,7 @@ def _by_span(path: Path, rows: Iterable[Sequence[Any]], ours: ClipKeys, unit: st
     return found
 
 
-def _panda(path: Path, rows: Iterable[Sequence[Any]], ours: ClipKeys) -> CaptionList:
+def _panda(path: Path, rows: Iterable[Sequence[Any]], ours: Ours) -> CaptionList:
     found = CaptionList(path, keyed_by="source")
     for number, (value, spans, captions) in enumerate(rows, start=1):
         video = _name(path, number, value)
@@ -220,7 +298,7 @@ def _is_hd_vg(video: dict[str, Any]) -> bool:
     return isinstance(video.get("clip"), dict)
 
 
-def _hd_vg(path: Path, videos: dict[str, Any], ours: ClipKeys) -> CaptionList:
+def _hd_vg(path: Path, videos: dict[str, Any], ours: Ours) -> CaptionList:
     """Scenes by their name and by their place in the video: frames within a clip, which has a span of the video.
 
     A video's row is its number in the file; the end -1 stands for the clip's own.

@@ -378,15 +378,6 @@ def is_about_video(caption: str) -> bool:
     return _ABOUT.match(caption) is not None
 
 
-def reason_of(found: Caption, keep_flagged: bool) -> str:
-    """Return why a clip is left out, "" if it is not."""
-    if found.flag and keep_flagged:
-        return ""
-    if found.reason or found.flag not in REJECTED:
-        return found.reason
-    return f"{REJECTED[found.flag]}: {found.text[:100]}" if found.text else REJECTED[found.flag]
-
-
 def judge(record: dict[str, Any]) -> Caption:
     """Return what became of a clip: a text, or the error in its place."""
     return Caption(reason=record["error"]) if "error" in record else judged(record["text"], cut=record["cut"])

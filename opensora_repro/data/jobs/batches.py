@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from opensora_repro.data.jobs.cluster import Needs
-from opensora_repro.data.jobs.course import Job, Keeping
+from opensora_repro.data.jobs.course import Job, Keeping, failures_of
+from opensora_repro.data.jobs.keyed import left_of, results_of
 from opensora_repro.data.jobs.parts import to_records
 from opensora_repro.data.jobs.run import USUAL, Runner, run_over_ray, run_tasks
-from opensora_repro.data.jobs.workers import Task, Work
+from opensora_repro.data.jobs.workers import Done, Task, Work
 from opensora_repro.data.progress import progress
+from opensora_repro.data.tables import Again, in_batches
 
 Record = dict[str, Any]
 SENT = 64  # clips that a worker gets at a time where it sizes its batches by itself: all their frames are in memory
@@ -24,7 +26,7 @@ def sized_batches(given: int | None, device: str, *, usual: int) -> int:
 
 def run_batches(
     work: Work,
-    items: Mapping[str, Record],
+    items: Iterable[tuple[str, Record]],
     keeping: Keeping,
     *,
     size: int,
@@ -32,31 +34,46 @@ def run_batches(
     runner: Runner,
     label: str,
     needs: Needs = USUAL,
-) -> dict[str, Record]:
-    """Return every item's record by its key, a digest of its content and of how it is treated.
+) -> Iterable[Record]:
+    """Return every item's record in their order, of items with their keys: digests of content and of treatment.
 
-    `work` gets {"items": a batch, each with its "key", **options} and returns {"clips": {key: record}}. What is
-    recorded is not done again. If a batch fails, its items are tried one by one; one that fails alone has
-    {"error": ...}.
+    Items may be of any number, as the jobs of `run_jobs`. `work` gets {"items": a batch, each with its "key",
+    **options} and returns {"clips": {key: record}}. What is recorded is not done again. If a batch fails, its items are
+    tried one by one; one that fails alone has {"error": ...}.
     """
     if runner.kind == "ray":
-        jobs = [Job(key, "", item) for key, item in items.items()]
-        results = run_over_ray(work, jobs, keeping, runner, needs, label, "clip", group=size, options=options)
-        return dict(zip(items, results, strict=True))
+        jobs = Again(lambda: (Job(key, "", item) for key, item in items))
+        return run_over_ray(work, jobs, keeping, runner, needs, label, "clip", group=size, options=options)
     to_records(keeping)
-    known = keeping.records.get(keeping.kind, items)
+    failed = failures_of(keeping)
     for step in dict.fromkeys((size, 1)):
-        left = [{"key": key, **item} for key, item in items.items() if key not in known]
-        batches = {str(at): left[at : at + step] for at in range(0, len(left), step)}
-        tasks = [Task(at, {"items": batch, **options}, None) for at, batch in batches.items()]
-        with progress(label, len(tasks), "batch") as bar:
-            for done in run_tasks(work, iter(tasks), runner) if tasks else ():
+        batches = _Batches(items, keeping, failed, step, options)
+        with progress(label, batches.count, "batch") as bar:
+            for done in run_tasks(work, iter(batches), runner) if batches.count else ():
                 bar(done is not None)
-                if done is None:
-                    continue
-                batch, result = batches[done[0]], json.loads(done[1].text)
-                found = {batch[0]["key"]: result} if len(batch) == 1 and "error" in result else result.get("clips", {})
-                if done[1].final:
-                    keeping.records.put(keeping.kind, {key: json.dumps(record) for key, record in found.items()})
-                known.update(found)
-    return {key: known[key] for key in items}
+                if done is not None:
+                    batches.take(*done)
+    return results_of((key for key, _ in items), keeping, failed)
+
+
+class _Batches:
+    """Tasks for batches of what is left; of these, the ones are held that are under way."""
+
+    def __init__(
+        self, items: Iterable[tuple[str, Record]], keeping: Keeping, failed: str, size: int, options: Record
+    ) -> None:
+        self.items, self.keeping, self.failed, self.size, self.options = items, keeping, failed, size, options
+        self.under_way = dict[str, list[Record]]()
+        self.count = -(-sum(1 for _ in left_of(items, keeping, failed)) // size)
+
+    def __iter__(self) -> Iterator[Task]:
+        left = ({"key": key, **item} for key, item in left_of(self.items, self.keeping, self.failed))
+        for number, batch in enumerate(in_batches(left, self.size)):
+            self.under_way[str(number)] = batch
+            yield Task(str(number), {"items": batch, **self.options}, None)
+
+    def take(self, number: str, done: Done) -> None:
+        batch, result = self.under_way.pop(number), json.loads(done.text)
+        found = {batch[0]["key"]: result} if len(batch) == 1 and "error" in result else result.get("clips", {})
+        kind = self.keeping.kind if done.final else self.failed
+        self.keeping.records.put(kind, {key: json.dumps(record) for key, record in found.items()})

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opensora_repro.data.jobs.records import Records
+from opensora_repro.data.jobs.records import Records, Spool
 from opensora_repro.data.jobs.workers import Done, Task
+from opensora_repro.data.tables import in_batches
 from opensora_repro.files import Sha256Memo, digest, size_and_time
+from opensora_repro.storage.addresses import address_of
 
 CONTENTS = "sha256"  # the kind of records that remember files' contents
+LOOKED_UP = 256  # jobs at a time: there are results that hold hundreds of clips
+SPOILT = -1
+Files = tuple[str, tuple[Path, ...]]  # with how they are treated
 
 
 @dataclass(frozen=True)
@@ -44,18 +50,29 @@ class Keeping:
 
 @dataclass
 class _Piece:
-    """A job, and what is known by now of its record's name, which its files' contents decide."""
+    """A job on its way, and what is known by now of its record's name, which its files' contents decide."""
 
+    number: int
     job: Job
     name: str = ""
     contents: list[str] = field(default_factory=list)
     before: list[Any] = field(default_factory=list)  # the files' sizes and times when a worker was told to read them
-    failure: Any = None  # why it could not
+
+    @property
+    def of(self) -> Files:
+        return self.job.key, self.job.files
 
 
 def record_name(key: str, contents: Sequence[str]) -> str:
     """Return a record's name: how the work is done, and what its files contain."""
     return f"{digest(contents)}-{key}" if contents else key
+
+
+def failures_of(keeping: Keeping) -> str:
+    """Return the kind of what fails in one run and is tried again by the next; what a killed one left is deleted."""
+    kind = f"failed {keeping.kind}"
+    keeping.records.drop(kind, "")
+    return kind
 
 
 def memo_of(records: Records) -> Sha256Memo:
@@ -67,87 +84,152 @@ def memo_of(records: Records) -> Sha256Memo:
 
 
 class Course:
-    """An iterator over tasks that may go on after its end: what a worker finds in a file decides what comes next."""
+    """An iterator over tasks that may go on after its end: what a worker finds in a file decides what comes next.
 
-    def __init__(self, jobs: Sequence[Job], keeping: Keeping) -> None:
-        self.keeping, self.records = keeping, keeping.records
-        alike = {(job.key, job.files): _Piece(job) for job in jobs}
-        self.places = [alike[job.key, job.files] for job in jobs]
-        self.pieces = list(alike.values())
-        self.found: dict[str, Any] = {}  # results by record
-        self.waiting: Counter[str] = Counter()  # jobs by the record that is being made: twins need it made once
+    Of a job 8 bytes are held: where its result lies in the records. Jobs are made when their turns come, by an iterable
+    that gives them anew whenever it is asked. What fails for now is recorded apart, and forgotten with the run.
+    """
+
+    def __init__(self, jobs: Iterable[Job], keeping: Keeping) -> None:
+        self.jobs, self.keeping, self.records = jobs, keeping, keeping.records
+        self.failed, self.has_failures = failures_of(keeping), False
         self.memo = memo_of(self.records)
-        self._look_up()
-        left = [number for number, piece in enumerate(self.pieces) if piece.name not in self.found]
-        self.num_left, self.queue = len(left), deque(number for number in left if self._is_first(number))
+        self.places = array("q")  # 0: no result yet, SPOILT: one that no longer holds
+        self.of_store = False  # whether files are objects
+        for batch in in_batches(jobs, LOOKED_UP):
+            self.of_store = self.of_store or any(address_of(file) for job in batch for file in job.files)
+            self.places.extend(self._find_recorded(batch))
+        self.num_left = sum(place <= 0 for place in self.places)
+        self.left, self.queue = self._left(), deque[_Piece]()
+        self.given = dict[str, _Piece]()  # by their tasks' keys
+        self.reading = dict[Files, list[_Piece]]()  # jobs whose files are being read, by these
+        self.unread = dict[Files, int]()  # where it is told why files could not be
+        self.waiting = dict[str, list[int]]()  # jobs by the record that is being made: twins need it made once
+        self.made_again = set[str]()  # records that did not hold
+        self.num_new = 0  # results since `take_new`
 
-    def _look_up(self) -> None:
-        """Take the results that are recorded, as far as it is remembered what the files contain."""
-        for piece in self.pieces:
-            contents = [self.memo.recall(file) for file in piece.job.files]
-            if None not in contents:
-                self._name(piece, [text for text in contents if text])
-        self._take_recorded({piece.name: piece.job for piece in self.pieces if piece.name})
+    def _find_recorded(self, jobs: Sequence[Job]) -> list[int]:
+        """Return where the jobs' results lie, as far as it is remembered what their files contain."""
+        pieces = [_Piece(0, job) for job in jobs]
+        for piece in pieces:
+            self._recall(piece)
+        found = self._places(jobs, [piece.name for piece in pieces])
         if self.records.num_taken_over(self.keeping.kind):
-            left = [piece for piece in self.pieces if piece.job.earlier and piece.name not in self.found]
-            self._take_recorded({piece.job.earlier: piece.job for piece in left})
-            for piece in left:
-                if piece.job.earlier in self.found:
-                    piece.name = piece.job.earlier
+            earlier = self._places(jobs, [job.earlier for job in jobs])
+            found = [place if place > 0 else before or place for place, before in zip(found, earlier, strict=True)]
+        return found
+
+    def _recall(self, piece: _Piece) -> None:
+        contents = [self.memo.recall(file) for file in piece.job.files]
+        if None not in contents:
+            self._name(piece, [text for text in contents if text])
 
     def _name(self, piece: _Piece, contents: list[str]) -> None:
         piece.contents = contents
         piece.name = record_name(piece.job.key, contents)
 
-    def _take_recorded(self, jobs: Mapping[str, Job]) -> None:
-        for name, result in self.records.get(self.keeping.kind, jobs).items():
-            if self.keeping.holds is None or self.keeping.holds(jobs[name], result):
-                self.found[name] = result
+    def _places(self, jobs: Sequence[Job], names: Sequence[str]) -> list[int]:
+        kind, holds = self.keeping.kind, self.keeping.holds
+        known = self.records.places(kind, [name for name in names if name])
+        found = [known.get(name, 0) for name in names]
+        if holds and known:
+            results = self.records.get(kind, known)
+            pairs = zip(found, jobs, names, strict=True)
+            found = [SPOILT if at and not holds(job, results[name]) else at for at, job, name in pairs]
+        return found
 
-    def _is_first(self, number: int) -> bool:
-        """Whether this job is to be handed out: to read its files, or to do what is not under way for a twin."""
-        name = self.pieces[number].name
-        self.waiting[name] += bool(name)
-        return self.waiting[name] <= 1
+    def _left(self) -> Iterator[_Piece]:
+        start = 0
+        for batch in in_batches(self.jobs, LOOKED_UP):
+            for number, job in enumerate(batch, start):
+                if self.places[number] <= 0:
+                    piece = _Piece(number, job)
+                    self._recall(piece)
+                    yield piece
+            start += len(batch)
 
     def __iter__(self) -> Course:
         return self
 
     def __next__(self) -> Task:
         """Return the next task: to tell what a job's files contain, or, where that is known, to do it."""
-        if not self.queue:
-            raise StopIteration
-        number = self.queue.popleft()
-        piece, job = self.pieces[number], self.pieces[number].job
+        while True:
+            piece = self.queue.popleft() if self.queue else next(self.left)
+            if not (self._has_result(piece) if piece.name else self._is_read(piece)):
+                return self._task(piece)
+
+    def _task(self, piece: _Piece) -> Task:
+        key, job = str(piece.number), piece.job
+        self.given[key] = piece
         if not piece.name:
             piece.before = [size_and_time(file) for file in job.files]
-            return Task(str(number), {}, job.seconds, tuple(os.path.abspath(file) for file in job.files))
+            return Task(key, {}, job.seconds, tuple(os.path.abspath(file) for file in job.files))
+        self.waiting[piece.name] = [piece.number]
         if self.keeping.one_a_file:
-            self.records.drop(self.keeping.kind, f"{digest(piece.contents)}-")
-        return Task(str(number), {**job.args, "contents": piece.contents} if job.files else job.args, job.seconds)
+            self.records.drop(self.keeping.kind, f"{digest(piece.contents)}-", but=piece.name)
+        return Task(key, {**job.args, "contents": piece.contents} if job.files else job.args, job.seconds)
 
-    def take(self, key: str, done: Done) -> int:
-        """Take what became of a task; return how many jobs have their results by that."""
-        piece, result = self.pieces[int(key)], json.loads(done.text)
-        if piece.name:
-            if done.final:
-                self.records.put(self.keeping.kind, {piece.name: done.text})
-            self.found[piece.name] = result
-            return self.waiting[piece.name]
-        if isinstance(result, dict):  # the worker was lost, or out of time
-            piece.failure = result
-            return 1
-        for file, before, content in zip(piece.job.files, piece.before, result, strict=True):
-            self.memo.remember(file, before, content)
-        self._name(piece, result)
-        if piece.name not in self.waiting:
-            self._take_recorded({piece.name: piece.job})
-        if piece.name in self.found:
-            return 1
-        if self._is_first(int(key)):
-            self.queue.appendleft(int(key))
-        return 0
+    def _is_read(self, piece: _Piece) -> bool:
+        """Whether a job's files are being read for another one, or could not be."""
+        twins = self.reading.setdefault(piece.of, [])
+        twins.append(piece)
+        if unread := self.unread.get(piece.of):
+            del self.reading[piece.of]
+            self._found([piece.number], unread)
+        return bool(unread) or len(twins) > 1
 
-    def results(self) -> list[Any]:
+    def _has_result(self, piece: _Piece) -> bool:
+        """Whether a twin has made a job's result since it was looked for, or is at it."""
+        if piece.name in self.waiting:
+            self.waiting[piece.name].append(piece.number)
+            return True
+        place = 0
+        if self.places[piece.number] != SPOILT or piece.name in self.made_again:
+            (place,) = self._places([piece.job], [piece.name])
+        if place == SPOILT:
+            self.places[piece.number] = SPOILT
+        if place <= 0 and self.has_failures:
+            place = self.records.places(self.failed, [piece.name]).get(piece.name, 0)
+        if place > 0:
+            self._found([piece.number], place)
+        return place > 0
+
+    def take(self, key: str, done: Done) -> None:
+        """Take what became of a task."""
+        piece = self.given.pop(key)
+        twins = [] if piece.name else self.reading.pop(piece.of)
+        if twins and isinstance(contents := json.loads(done.text), list):
+            for file, before, content in zip(piece.job.files, piece.before, contents, strict=True):
+                self.memo.remember(file, before, content)
+            for twin in twins:
+                self._name(twin, contents)
+            self.queue.extendleft(reversed(twins))
+            return
+        if self.places[piece.number] == SPOILT:
+            self.made_again.add(piece.name)
+        final = done.final and not twins  # else the worker was lost, or out of time, before it could read
+        self.has_failures = self.has_failures or not final
+        kind, name = self.keeping.kind if final else self.failed, piece.name or key
+        self.records.put(kind, {name: done.text})
+        place = self.records.places(kind, [name])[name]
+        if twins:
+            self.unread[piece.of] = place
+        self._found([twin.number for twin in twins] or self.waiting.pop(name), place)
+
+    def _found(self, numbers: Sequence[int], place: int) -> None:
+        for number in numbers:
+            self.places[number] = place
+        self.num_new += len(numbers)
+
+    def take_new(self) -> int:
+        """Return how many jobs have their results since this was asked last."""
+        new, self.num_new = self.num_new, 0
+        return new
+
+    def results(self) -> Spool:
         """Return the jobs' results in their order."""
-        return [piece.failure or self.found[piece.name] for piece in self.places]
+        found = Spool(self.records.path.parent)
+        for start in range(0, len(self.places), LOOKED_UP):
+            found.add(self.records.texts_at(self.places[start : start + LOOKED_UP]))
+        self.records.drop(self.failed, "")
+        return found

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from opensora_repro.data.jobs.course import Keeping
+from opensora_repro.data.jobs.course import LOOKED_UP, Keeping
+from opensora_repro.data.tables import in_batches
 from opensora_repro.files import size_and_time
 
 SAMPLE = 1 << 16  # bytes
@@ -36,10 +37,15 @@ def sampled_digest(path: Path) -> str:
     return content.hexdigest()
 
 
-def adopt(keeping: Keeping, keys: Sequence[str], earlier: Callable[[], Sequence[str]]) -> None:
+def adopt(keeping: Keeping, keys: Iterable[str], earlier: Callable[[], Iterable[str]]) -> None:
     """Let what an earlier release recorded under its keys be found under today's, where nothing is yet."""
     records, kind = keeping.records, keeping.kind
-    if records.num_taken_over(kind) and (new := set(keys) - records.get(kind, keys).keys()):
-        named = {key: name for key, name in zip(keys, earlier(), strict=True) if key in new}
+    if not records.num_taken_over(kind) or all(
+        len(records.places(kind, batch)) == len(set(batch)) for batch in in_batches(keys, LOOKED_UP)
+    ):
+        return
+    for batch in in_batches(zip(keys, earlier(), strict=True), LOOKED_UP):
+        new = set(dict(batch)) - records.places(kind, list(dict(batch))).keys()
+        named = {key: name for key, name in batch if key in new}
         found = records.get(kind, list(named.values()))
         records.put(kind, {key: json.dumps(found[name]) for key, name in named.items() if name in found})

@@ -6,7 +6,7 @@ so that manifests and rejects are what the tools make one after the other: a lin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,7 +41,7 @@ class Stage:
     one_a_file: bool = False
 
 
-def run_line(stages: Sequence[Stage], jobs: Sequence[Job], runner: Runner) -> None:
+def run_line(stages: Sequence[Stage], jobs: Iterable[Job], runner: Runner) -> None:
     """Do the first step's jobs that have no result yet, and of each what follows from it.
 
     What fails for now has no lasting result: the step's own tool tries it again. Raises as `run_streamed` does.

@@ -1,4 +1,7 @@
-"""Records of finished work: rows of OUT/records.sqlite, which outlast a tool that is killed the moment after."""
+"""Records of finished work: rows of OUT/records.sqlite, which outlast a tool that is killed the moment after.
+
+Beside them what a run passes on in the order of its rows, however many there are: a `Spool`.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,13 @@ import errno
 import json
 import os
 import sqlite3
+import tempfile
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from opensora_repro.errors import DataError
 from opensora_repro.storage.addresses import address_of
@@ -21,6 +25,7 @@ RECORDS_FILE = "records.sqlite"
 JOURNAL = "WAL"
 SAVED_EVERY = 300.0  # seconds, of records that lie in a store
 TAKEN_OVER = "taken over"  # the kind that tells which other kinds were
+PIECE = 1 << 17  # bytes of a spool that are read at a time
 OURS = 0x4F535252  # SQLite's application id: what tells our files from others' databases
 
 
@@ -81,10 +86,28 @@ class Records:
         with self._locked():
             yield from self.rows.execute("SELECT key, text FROM records WHERE kind = ?", (kind,))
 
-    def drop(self, kind: str, prefix: str) -> None:
-        """Forget the records whose keys begin with `prefix`, of letters and digits."""
+    def places(self, kind: str, keys: Collection[str]) -> dict[str, int]:
+        """Return the numbers of the rows, from 1 on, that hold what is recorded under `keys`, for `texts_at`.
+
+        They are good until a row is dropped; what is recorded anew keeps its row.
+        """
+        self.num_taken_over(kind)
+        chosen = "SELECT key, rowid FROM records WHERE kind = ? AND key IN (SELECT value FROM json_each(?))"
+        with self._locked():
+            return dict(self.rows.execute(chosen, (kind, json.dumps(list(keys)))))
+
+    def texts_at(self, places: Sequence[int]) -> list[str]:
+        """Return the JSON texts of rows, in the order asked for."""
+        chosen = "SELECT rowid, text FROM records WHERE rowid IN (SELECT value FROM json_each(?))"
+        with self._locked():
+            found = dict(self.rows.execute(chosen, (json.dumps(list(places)),)).fetchall())
+        return [found[place] for place in places]
+
+    def drop(self, kind: str, prefix: str, *, but: str = "") -> None:
+        """Forget the records whose keys begin with `prefix`, of letters and digits, but for one."""
         with self._locked(), self.rows:
-            self.rows.execute("DELETE FROM records WHERE kind = ? AND key GLOB ?", (kind, f"{prefix}*"))
+            chosen = "DELETE FROM records WHERE kind = ? AND key GLOB ? AND key != ?"
+            self.rows.execute(chosen, (kind, f"{prefix}*", but))
 
     def num_taken_over(self, kind: str) -> int:
         """Take over what an earlier release recorded of a kind, unless that is done; return how many records it was."""
@@ -106,7 +129,10 @@ class Records:
     def _put(self, rows: Iterable[tuple[str, ...]]) -> None:
         with self._locked():
             with self.rows:
-                self.rows.executemany("REPLACE INTO records VALUES (?, ?, ?)", rows)
+                self.rows.executemany(
+                    "INSERT INTO records VALUES (?, ?, ?) ON CONFLICT (kind, key) DO UPDATE SET text = excluded.text",
+                    rows,
+                )
             if address_of(self.path) and time.monotonic() >= self.due:
                 self._save()
 
@@ -135,6 +161,32 @@ class Records:
                 f"{self.path}: is damaged, or no file of records ({error}): restore it, or delete it and all work "
                 "that it records is done again"
             ) from None
+
+
+class Spool:
+    """JSON texts in the order in which they are added, in a file that is gone with this process.
+
+    They are read as often as they are asked for, some thousand at a time.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - is gone with this process
+        self.count = 0
+
+    def add(self, texts: Sequence[str]) -> None:
+        self.file.write("".join(f"{text}\n" for text in texts).encode())
+        self.file.flush()
+        self.count += len(texts)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Any]:
+        at, rest = 0, b""
+        while piece := os.pread(self.file.fileno(), PIECE, at):
+            at += len(piece)
+            *lines, rest = (rest + piece).split(b"\n")
+            yield from map(json.loads, lines)
 
 
 def _texts_below(folder: Path) -> Iterator[tuple[str, str]]:

@@ -8,8 +8,9 @@ which the worker that is to do it looks up just before, and which is remembered.
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -17,16 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from opensora_repro.data.jobs.cluster import Needs, Place, import_ray
-from opensora_repro.data.jobs.course import Course, Job, Keeping, memo_of
+from opensora_repro.data.jobs.course import LOOKED_UP, Course, Job, Keeping, memo_of
 from opensora_repro.data.jobs.gpus import visible_gpus
 from opensora_repro.data.jobs.parts import to_records
-from opensora_repro.data.jobs.records import Records
+from opensora_repro.data.jobs.records import Records, Spool
 from opensora_repro.data.jobs.stream import Results, Table, run_streamed
 from opensora_repro.data.jobs.workers import Steps, Task, Work, num_cores, run_here
 from opensora_repro.data.options import option
 from opensora_repro.data.progress import progress
+from opensora_repro.data.tables import Again, in_batches
 from opensora_repro.errors import DataError, check_least
-from opensora_repro.storage.addresses import address_of
 from opensora_repro.storage.scratch import ready
 
 
@@ -109,8 +110,8 @@ def run_jobs(
 ) -> Iterable[Any]:
     """Run `work` on every job that has no record yet; return the jobs' results in their order.
 
-    `needs` is what a worker holds over Ray. There `jobs` may be of any number, if it gives a new iterator whenever it
-    is asked for one: neither jobs nor results are held, both are read when they are asked for.
+    `jobs` may be of any number, if it gives a new iterator whenever it is asked for one: neither jobs nor results are
+    held, both are read when they are asked for. `needs` is what a worker holds over Ray.
 
     `work` is a top-level function of a module that workers can import; it gets `args` and returns something JSON-able.
     A job that crashes its worker or outlasts its time has the result {"error": reason}. A crash is
@@ -120,14 +121,16 @@ def run_jobs(
     if runner.kind == "ray":
         return run_over_ray(work, jobs, keeping, runner, needs, label, unit)
     to_records(keeping)
-    jobs = list(jobs)
-    if any(address_of(file) for job in jobs for file in job.files):
-        ready()
     course = Course(jobs, keeping)
+    if course.of_store:
+        ready()
     if course.num_left:
         with progress(label, course.num_left, unit) as bar:
             for step in run_tasks(work, course, runner):
-                bar(course.take(*step) if step else 0)
+                if step:
+                    course.take(*step)
+                bar(course.take_new())
+            bar(course.take_new())
     return course.results()
 
 
@@ -162,17 +165,17 @@ def run_over_ray(
     )  # fmt: skip
 
 
-def contents_of(files: Sequence[Path], records: Records, runner: Runner) -> list[str]:
-    """Return the sha256 of files that no job has read, such as clips that go to a model in batches."""
+def contents_of(files: Iterable[Path], records: Records, runner: Runner) -> Iterable[str]:
+    """Return the sha256 of files that no job has read, such as clips that go to a model in batches; as `run_jobs`."""
     if runner.kind == "ray":
-        jobs = [Job("contents", str(file), {}, files=(file,)) for file in files]
+        jobs = Again(lambda: (Job("contents", str(file), {}, files=(file,)) for file in files))
         keeping = Keeping(records, "contents")
-        return [str(found) for found in run_over_ray(first_content, jobs, keeping, runner, READING, "reading", "file")]
-    memo, contents = memo_of(records), []
-    with ThreadPoolExecutor(num_cores()) as pool, progress("reading", len(files), "file") as bar:
-        for content in pool.map(memo, files):
-            contents.append(content)
-            bar(1)
+        return run_over_ray(first_content, jobs, keeping, runner, READING, "reading", "file")
+    memo, contents = memo_of(records), Spool(records.path.parent)
+    with ThreadPoolExecutor(num_cores()) as pool, progress("reading", sum(1 for _ in files), "file") as bar:
+        for batch in in_batches(files, LOOKED_UP):
+            contents.add([json.dumps(content) for content in pool.map(memo, batch)])
+            bar(len(batch))
     return contents
 
 

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from opensora_repro.data.ids import text_digest
-from opensora_repro.data.inputs import TABLE_SUFFIXES, VIDEO_SUFFIXES, Inputs, Item, find_inputs
+from opensora_repro.data.ids import Originals, Seen, text_digest
+from opensora_repro.data.inputs import TABLE_SUFFIXES, VIDEO_SUFFIXES, Item, Items, TableItems, find_inputs
 from opensora_repro.data.jobs.cluster import Needs
-from opensora_repro.data.jobs.course import Job, Keeping
+from opensora_repro.data.jobs.course import LOOKED_UP, Job, Keeping
 from opensora_repro.data.jobs.earlier import file_key
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, run_jobs
-from opensora_repro.data.manifest import MANIFEST, path_from, reject, write_outcome
+from opensora_repro.data.manifest import MANIFEST, path_from, reject, write_parted
 from opensora_repro.data.origin import Maker, making
-from opensora_repro.data.tables import Row, is_missing, read_names, with_types
+from opensora_repro.data.tables import Again, Row, in_batches, is_missing, read_names, with_types
 from opensora_repro.errors import DataError
 from opensora_repro.files import digest, is_file, one_line, size_and_time
 from opensora_repro.storage.addresses import address_of
@@ -73,14 +73,13 @@ def probe_all(
     `leave_out` is the folder in which no input is looked for, OUT by default.
     """
     inputs = find_inputs(given, out=leave_out or out, suffixes=suffixes(images))
-    usable = [item for item in inputs.items if not item.reason]
-    jobs = [job_of(item, decode) for item in usable]
     with Records(out) as records:
-        found = run_jobs(probe_file, jobs, Keeping(records, "files"), runner=runner, label="probing", needs=NEEDS)
-    results = {id(item): result for item, result in zip(usable, found, strict=True)}
-    rows, rejects = collect(inputs, results, out)
-    write_outcome(out, rows, rejects, with_types(rows, COLUMNS))
-    counts = f"{len(inputs.items)} files, {len(rows)} readable, {len(rejects)} rejected, {inputs.others} others"
+        jobs, keeping = jobs_of(inputs.items, decode), Keeping(records, "files")
+        found = run_jobs(probe_file, jobs, keeping, runner=runner, label="probing", needs=NEEDS)
+    probed = Probed(inputs.items, found, out)
+    columns = with_types(probed.rows(lambda row: None), COLUMNS) if isinstance(inputs.items, TableItems) else COLUMNS
+    rows, rejects = write_parted(out, probed.rows, columns)
+    counts = f"{len(inputs.items)} files, {rows} readable, {rejects} rejected, {inputs.others} others"
     print(f"{counts}: {one_line(out)}")
     if not rows:
         raise DataError(f"{given}: no file can be read; the reasons are in {out / 'rejects.parquet'}")
@@ -91,6 +90,10 @@ def suffixes(images: bool) -> frozenset[str]:
     from opensora_repro.data.video import IMAGE_SUFFIXES
 
     return VIDEO_SUFFIXES | IMAGE_SUFFIXES if images else VIDEO_SUFFIXES
+
+
+def jobs_of(items: Items, decode: bool) -> Iterable[Job]:
+    return Again(lambda: (job_of(item, decode) for item in items if not item.reason))
 
 
 def job_of(item: Item, decode: bool) -> Job:
@@ -115,29 +118,44 @@ def probe_file(args: dict[str, Any]) -> Row:
     return {"id": identity, "caption": "", "file_size": path.stat().st_size, **facts}
 
 
-def collect(inputs: Inputs, results: dict[int, Row], out: Path) -> tuple[list[Row], list[Row]]:
-    """Return the manifest's rows and the rejects, in the inputs' order.
+class Probed:
+    """The manifest's rows and the rejects, in the inputs' order, made of the results as often as they are asked for.
 
     A table's rows keep their columns. Of files with the same content each has its row, and `same_as` names the first;
     the first one's id is the content's digest, the others' add one of their name, since ids are unique.
     """
-    rows: dict[str, Row] = {}
-    rejects: list[Row] = []
-    first: dict[str, str] = {}
-    for item in inputs.items:
-        result = results.get(id(item), {"error": item.reason})
+
+    def __init__(self, items: Items, results: Iterable[Row], out: Path) -> None:
+        self.items, self.results, self.out = items, results, out
+        self.originals = Originals(result["id"] for _, result in self._told() if "error" not in result)
+
+    def _told(self) -> Iterator[tuple[Item, Row]]:
+        results = iter(self.results)
+        return ((item, {"error": item.reason} if item.reason else next(results)) for item in self.items)
+
+    def rows(self, refuse: Callable[[Row], None]) -> Iterator[Row]:
+        """Yield the manifest's rows, and hand the rejects among them to `refuse`."""
+        seen, original = Seen(), self.originals.names()
+        for batch in in_batches(self._told(), LOOKED_UP):
+            found = [self._row(item, result, original) for item, result in batch]
+            new = iter(seen.add([row["id"] for row, good in found if good]).tolist())
+            for (item, _), (row, good) in zip(batch, found, strict=True):
+                if not good:
+                    refuse(row)
+                elif next(new):
+                    yield row
+                else:
+                    refuse(reject(row["id"], item.name, "probe", "another row has this id", path=row["path"]))
+
+    def _row(self, item: Item, result: Row, original: Callable[[str], str]) -> tuple[Row, bool]:
         named = text_digest(item.name)
-        path = "" if item.reason else path_from(out, item.path)
+        path = "" if item.reason else path_from(self.out, item.path)
         given = {k: v for k, v in (item.row or {}).items() if k in ("id", "caption", "source") and not is_missing(v)}
         if "error" in result:
             identity = str(given.get("id", result.get("id", named)))
-            rejects.append(reject(identity, item.name, "probe", result["error"], path=path))
-            continue
-        same = first.setdefault(result["id"], item.name)
+            return reject(identity, item.name, "probe", result["error"], path=path), False
+        same = original(item.name)
         row = {**(item.row or {}), **result, "source": item.name, **given, "path": path}
         if same != item.name:
             row |= {"id": given.get("id", f"{result['id']}-{named[:8]}"), "same_as": same}
-        row["id"] = str(row["id"])
-        if rows.setdefault(row["id"], row) is not row:
-            rejects.append(reject(row["id"], item.name, "probe", "another row has this id", path=path))
-    return list(rows.values()), rejects
+        return {**row, "id": str(row["id"])}, True

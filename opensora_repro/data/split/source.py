@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opensora_repro.data.inputs import Item
+from opensora_repro.data.ids import Originals, text_digest
+from opensora_repro.data.inputs import Item, Items
 from opensora_repro.data.jobs.course import Job
 from opensora_repro.data.jobs.earlier import file_key
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.manifest import reject
 from opensora_repro.data.split.options import Options, encoding_of, scans_in_one_pass
-from opensora_repro.data.tables import Row
+from opensora_repro.data.tables import Again, Row, in_batches
 from opensora_repro.files import digest, is_file, size_and_time
 
 if TYPE_CHECKING:
@@ -36,6 +37,10 @@ class Source:
     path: Path
     name: str
     digest: str
+
+
+def jobs_of(items: Items, out: Path, options: Options) -> Iterable[Job]:
+    return Again(lambda: (job_of(item, out, options) for item in items if not item.reason))
 
 
 def job_of(item: Item, out: Path, options: Options) -> Job:
@@ -107,10 +112,10 @@ def has_its_clips(out: Path, job: Job, result: Record) -> bool:
     return all(is_file(out / "clips" / row["path"]) for row in result.get("clips", []))
 
 
-def take_over(records: Records, jobs: list[Job]) -> None:
+def take_over(records: Records, jobs: Iterable[Job]) -> None:
     """Bring an earlier release's records together: of a file the name of its content's, and of that the clips."""
-    if records.num_taken_over("files"):
-        named = records.get("files", [job.earlier for job in jobs])
+    for batch in in_batches(jobs) if records.num_taken_over("files") else ():
+        named = records.get("files", [job.earlier for job in batch])
         names = {key: record["digest"] for key, record in named.items() if "digest" in record}
         found = records.get("sources", names.values())
         known = {key: {**found[name], "content": name[:16]} for key, name in names.items() if name in found}
@@ -151,20 +156,36 @@ def reject_row(reason: str, start: int | None = None, end: int | None = None) ->
     return {"start_frame": start, "end_frame": end, "reason": reason}
 
 
-def collect(sources: list[Source], records: Iterable[Record]) -> tuple[list[Row], list[Row]]:
-    """Join the sources' rows; of sources with the same content the first is kept."""
-    clips: list[Row] = []
-    rejects: list[Row] = []
-    owner: dict[str, str] = {}
-    for source, record in zip(sources, records, strict=True):
-        found = record.get("clips", [])
-        refused = record.get("rejects", []) if "error" not in record else [reject_row(str(record["error"]))]
-        first = owner.setdefault(source.digest, source.name) if found else source.name
-        if first != source.name:
-            found, refused = [], [reject_row(f"same content as {first}")]
-        clips += [{**row, "source": source.name, "path": f"clips/{row['path']}"} for row in found]
-        rejects += [named_reject(source, row) for row in refused]
-    return clips, rejects
+class Outcome:
+    """The clips and the rejects, in the sources' order, made of the results as often as they are asked for.
+
+    Of sources with the same content the first is kept.
+    """
+
+    def __init__(self, items: Items, results: Iterable[Record]) -> None:
+        self.items, self.results = items, results
+        self.originals = Originals(source.digest for source, record in self._told() if record.get("clips"))
+
+    def clips(self, refuse: Callable[[Row], None]) -> Iterator[Row]:
+        """Yield the clips, and hand the rejects to `refuse`."""
+        original = self.originals.names()
+        for source, record in self._told():
+            found = record.get("clips", [])
+            refused = record.get("rejects", []) if "error" not in record else [reject_row(str(record["error"]))]
+            first = original(source.name) if found else source.name
+            if first != source.name:
+                found, refused = [], [reject_row(f"same content as {first}")]
+            yield from ({**row, "source": source.name, "path": f"clips/{row['path']}"} for row in found)
+            for row in refused:
+                refuse(named_reject(source, row))
+        for item in self.items:
+            if item.reason:
+                refuse(reject("", item.name, "split", item.reason))
+
+    def _told(self) -> Iterator[tuple[Source, Record]]:
+        usable = (item for item in self.items if not item.reason)
+        for item, record in zip(usable, self.results, strict=True):
+            yield Source(item.path, item.name, record.get("content", text_digest(item.name))), record
 
 
 def named_reject(source: Source, row: Row) -> Row:
