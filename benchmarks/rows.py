@@ -50,7 +50,7 @@ def told(path: str, out: str, workers: str, chunk: str, read: str) -> None:
     """Send the table's rows through the plan; print how many there are, seconds of the steps and memory, as JSON."""
     import pyarrow.parquet as pq
 
-    from opensora_repro.data.jobs.cluster import Needs, Place
+    from opensora_repro.data.jobs.cluster import Place, Resources
     from opensora_repro.data.jobs.course import Job, Keeping
     from opensora_repro.data.jobs.parts import named_hash
     from opensora_repro.data.jobs.records import Records
@@ -70,7 +70,7 @@ def told(path: str, out: str, workers: str, chunk: str, read: str) -> None:
     began = time.perf_counter()
     with Records(Path(out)) as records:
         results = run_streamed(
-            "benchmarks.rows:nothing", table, Keeping(records, "rows"), needs=Needs(rows=int(chunk)),
+            "benchmarks.rows:nothing", table, Keeping(records, "rows"), resources=Resources(rows=int(chunk)),
             place=Place("local", int(workers)), label="rows", unit="row",
         )  # fmt: skip
         found: dict[str, Any] = {"rows": len(results), "seconds": round(time.perf_counter() - began, 1)}

@@ -152,7 +152,7 @@ def run(line: Line, tools: dict[str, ModuleType]) -> int:
         print(title, flush=True)
         if not fresh:
             forget(folder)
-        status = run_ahead(steps[number:], tools) or tools[step.tool].main(command_of(step, given, folder))
+        status = run_line(steps[number:], tools) or tools[step.tool].main(command_of(step, given, folder))
         remove_leftovers(folder)  # of runs that were killed
         if status:
             return failed(line, number, status)
@@ -160,7 +160,7 @@ def run(line: Line, tools: dict[str, ModuleType]) -> int:
     return finish(line, out)
 
 
-def run_ahead(steps: Sequence[Place], tools: dict[str, ModuleType]) -> int:
+def run_line(steps: Sequence[Place], tools: dict[str, ModuleType]) -> int:
     """Over Ray, do what the first of these steps and those after it can do row by row; returns the exit status.
 
     When their turns come, the tools find it done.

@@ -25,7 +25,7 @@ from opensora_repro.data.jobs.line import Stage
 from opensora_repro.data.jobs.run import RunnerArguments, runner_of
 from opensora_repro.data.options import any_path, argument, option, parse, parser_of
 from opensora_repro.data.origin import made_by
-from opensora_repro.data.probe.rows import NEEDS, jobs_of, probe_all, probe_file, suffixes
+from opensora_repro.data.probe.rows import RESOURCES, jobs_of, probe_all, probe_file, suffixes
 from opensora_repro.errors import run_command
 
 
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def stage_of(args: Arguments) -> Stage:
-    return Stage("probe", Path(args.out), "files", probe_file, NEEDS)
+    return Stage("probe", Path(args.out), "files", probe_file, RESOURCES)
 
 
 def first_jobs(args: Arguments) -> Iterable[Job]:

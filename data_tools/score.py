@@ -34,7 +34,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from opensora_repro.data.jobs.cluster import Needs
+from opensora_repro.data.jobs.cluster import Resources
 from opensora_repro.data.jobs.course import Keeping
 from opensora_repro.data.jobs.gpus import check_device
 from opensora_repro.data.jobs.line import Stage
@@ -50,7 +50,7 @@ from opensora_repro.errors import DataError, check_least, run_command
 from opensora_repro.files import one_line
 
 NAMES = ("motion", "jitter", "static", "sharpness", "brightness", "letterbox", "text", "watermark", "duplicates")
-NEEDS = Needs(memory=1 << 30)
+RESOURCES = Resources(memory=1 << 30)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,9 @@ def score(args: Arguments) -> int:
     clips = read_manifest(manifest, need_captions=False)
     with Records(out) as kept:
         jobs, keeping = Jobs(clips, names, old=kept.num_taken_over("scores") > 0), Keeping(kept, "scores")
-        found = Found.of(run_jobs(measure, jobs, keeping, runner=runner, label="scoring", unit="clip", needs=NEEDS))
+        found = Found.of(
+            run_jobs(measure, jobs, keeping, runner=runner, label="scoring", unit="clip", resources=RESOURCES)
+        )
         if args.clip or args.embed:
             from opensora_repro.frozen.embedding import embed_all
 
@@ -150,7 +152,7 @@ def score(args: Arguments) -> int:
 
 def stage_of(args: Arguments) -> Stage:
     """Return this tool as a step of a line over a cluster, see jobs/line.py; models and groups want all rows."""
-    return Stage("score", Path(args.out), "scores", measure, NEEDS, jobs_after, {"names": names_of(args)})
+    return Stage("score", Path(args.out), "scores", measure, RESOURCES, jobs_after, {"names": names_of(args)})
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from os.path import expanduser
 from pathlib import Path
 
 from opensora_repro.data.inputs import Items, find_inputs
-from opensora_repro.data.jobs.cluster import Needs
+from opensora_repro.data.jobs.cluster import Resources
 from opensora_repro.data.jobs.course import Job, Keeping
 from opensora_repro.data.jobs.line import Stage
 from opensora_repro.data.jobs.records import Records
@@ -37,7 +37,7 @@ from opensora_repro.files import one_line, remove_leftovers, size_and_time
 
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
 CLIP_COLUMNS = {**MANIFEST, **LINEAGE, "resplit": "bool"}
-NEEDS = Needs(memory=1 << 30)
+RESOURCES = Resources(memory=1 << 30)
 FEW = 4  # sources a worker, up to which it pays to share one out: its frames are decoded twice then
 
 
@@ -133,7 +133,9 @@ def split(args: Arguments) -> int:
             from opensora_repro.data.split.shared import split_long
 
             split_long(list(jobs), options, keeping, 60 * args.share, runner)
-        found = run_jobs(source.split_job, jobs, keeping, runner=runner, label="splitting", unit="video", needs=NEEDS)
+        found = run_jobs(
+            source.split_job, jobs, keeping, runner=runner, label="splitting", unit="video", resources=RESOURCES
+        )
     remove_leftovers(out / "clips")  # again: the workers of a run that was killed just before may have died since
     clips, rejects = write_parted(out, source.Outcome(inputs.items, found).clips, CLIP_COLUMNS)
     total = len(inputs.items)
@@ -162,7 +164,7 @@ def stage_of(args: Arguments) -> Stage:
     holds = partial(source.has_its_clips, out)
     make_ready(out)
     return Stage(
-        "split", out, "sources", source.split_job, NEEDS, source.jobs_after_probe, told, holds, one_a_file=True
+        "split", out, "sources", source.split_job, RESOURCES, source.jobs_after_probe, told, holds, one_a_file=True
     )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from opensora_repro.data.jobs.cluster import Needs, Place
+    from opensora_repro.data.jobs.cluster import Place, Resources
     from opensora_repro.data.jobs.rows import Order
 
 REPO = Path(__file__).resolve().parent.parent
@@ -83,7 +83,7 @@ def misbehave(args: dict[str, Any]) -> Any:
     return square(args)
 
 
-def plan_here(order: Order, count: int, needs: Needs, place: Place) -> Iterator[Any]:
+def plan_here(order: Order, count: int, resources: Resources, place: Place) -> Iterator[Any]:
     """Let an actor's code do the chunks in this process: the same rows and parts as a plan's, without a cluster."""
     import numpy as np
 

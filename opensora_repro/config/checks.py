@@ -216,7 +216,7 @@ def _check_memory(config: Config, require: Any) -> None:
 
 
 # What each metric needs to be measured in training; others are measured by stages.evaluate alone.
-_NEEDS = {
+_MEASURED_WITH = {
     **dict.fromkeys(("loss", "caption_gap", "motion_gap"), ()),
     **dict.fromkeys(("flicker", "motion_distance", "static", "blank", "noise"), ("samples",)),
     **dict.fromkeys(("frechet", "kernel"), ("samples", "features")),
@@ -236,8 +236,8 @@ def _check_best(config: Config, require: Any) -> None:
         known = config.checkpoint.keep_best in ("loss", "psnr", "ssim")
         require(key, bool(validation.every) and known, "none without evaluate.every (or loss with validation.every)")
     else:
-        require(key, metric in _NEEDS, f"one of {', '.join(_NEEDS)}, which [evaluate] measures")
-        for needed in _NEEDS[metric]:
+        require(key, metric in _MEASURED_WITH, f"one of {', '.join(_MEASURED_WITH)}, which [evaluate] measures")
+        for needed in _MEASURED_WITH[metric]:
             require(key, bool(getattr(evaluate, needed)), f"another without evaluate.{needed}, or set that")
     name, every = ("evaluate", evaluate.every) if evaluate.every else ("validation", validation.every)
     saved = every % config.checkpoint.every == 0

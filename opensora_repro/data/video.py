@@ -98,10 +98,11 @@ class FrameIndex:
         Frames before the first key frame are no loss.
         """
         known = {time for time in times if time is not None}
+        one_a_field = len(self.times) in (2 * len(times), 2 * len(times) - 1)  # where no syntax tells second fields
         begin = min(known, default=0)
         lost = [time for time in self.times if known and time > begin and time not in known]
         has_clock = len(known) == len(times)
-        if times and not (lost and has_clock):
+        if times and not (lost and has_clock and not one_a_field):
             return ""
         return self.ended_early(len(times))
 

@@ -12,7 +12,7 @@ from opensora_repro.data.caption.options import AskedArguments
 from opensora_repro.data.caption.text import Caption, ends_sentence, judge
 from opensora_repro.data.clip_frames import middles_of
 from opensora_repro.data.jobs.batches import run_batches, sized_batches
-from opensora_repro.data.jobs.cluster import Needs
+from opensora_repro.data.jobs.cluster import Resources
 from opensora_repro.data.jobs.course import Keeping, memo_of
 from opensora_repro.data.jobs.earlier import sampled_digest
 from opensora_repro.data.jobs.gpus import check_device, usual_device
@@ -24,7 +24,7 @@ from opensora_repro.frozen.captioner import ONE_IMAGE, Captioner, Clip, captione
 from opensora_repro.frozen.fitting import in_batches_that_fit
 from opensora_repro.frozen.pretrained import HashFile
 
-NEEDS = Needs(memory=4 << 30)  # of a worker with a captioner
+RESOURCES = Resources(memory=4 << 30)  # of a worker with a captioner
 BATCH_SIZE = 8  # clips, where memory does not tell
 Record = dict[str, Any]
 
@@ -45,7 +45,7 @@ def from_model(
     runner = replace(runner, workers=args.model_workers, gpu=gpu)
     size, options = sized_batches(args.batch_size, device, usual=BATCH_SIZE), {**options, "batch_size": args.batch_size}
     found = run_batches(
-        describe, items, keeping, size=size, options=options, runner=runner, label="captioning", needs=NEEDS
+        describe, items, keeping, size=size, options=options, runner=runner, label="captioning", resources=RESOURCES
     )
     return Again(lambda: map(judge, found))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from opensora_repro.data.clip_frames import read_middles
 from opensora_repro.data.jobs.batches import run_batches, sized_batches
-from opensora_repro.data.jobs.cluster import Needs
+from opensora_repro.data.jobs.cluster import Resources
 from opensora_repro.data.jobs.course import Keeping, memo_of
 from opensora_repro.data.jobs.earlier import adopt, sampled_digest
 from opensora_repro.data.jobs.run import Runner, contents_of
@@ -23,7 +23,7 @@ from opensora_repro.frozen.image_encoder import find_image_encoder, image_encode
 
 MODEL_METHOD = 1  # raise when the model's scores are computed otherwise
 BATCH_SIZE = 16  # clips, where memory does not tell
-MODEL_NEEDS = Needs(memory=2 << 30)
+MODEL_RESOURCES = Resources(memory=2 << 30)
 Record = dict[str, Any]
 
 
@@ -47,7 +47,7 @@ def embed_all(
     options = {**models, "device": device, "batch_size": batch_size}
     size = sized_batches(batch_size, device, usual=BATCH_SIZE)
     found = run_batches(
-        embed, todo, keeping, size=size, options=options, runner=runner, label="embedding", needs=MODEL_NEEDS
+        embed, todo, keeping, size=size, options=options, runner=runner, label="embedding", resources=MODEL_RESOURCES
     )
     return list(found)
 

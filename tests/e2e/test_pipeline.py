@@ -25,7 +25,7 @@ from tests.job_records import recorded
 from tests.job_works import plan_here
 
 if TYPE_CHECKING:
-    from opensora_repro.data.jobs.cluster import Needs, Place
+    from opensora_repro.data.jobs.cluster import Place, Resources
     from opensora_repro.data.jobs.rows import Order
 
 BAD = ("zero_bytes.mp4", "audio_only.mp4", "text_renamed.mp4", "trunc_mdat_half.mp4", "directory.mp4")
@@ -244,9 +244,9 @@ def test_over_a_cluster_rows_go_on_at_once(
     pytest.importorskip("ray")
     out, counts, dies = made.with_name("over-ray"), list[list[list[int]]](), [True]
 
-    def plan(order: Order, count: int, needs: Needs, place: Place) -> Iterator[Any]:
+    def plan(order: Order, count: int, resources: Resources, place: Place) -> Iterator[Any]:
         assert order.then is not None  # the tools have nothing left for plans of their own
-        for found in plan_here(order, count, needs, place):
+        for found in plan_here(order, count, resources, place):
             counts.append(found)
             yield found
             if dies[0] and found[2][0]:

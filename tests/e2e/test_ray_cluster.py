@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 
 from opensora_repro.data.jobs import parts
-from opensora_repro.data.jobs.cluster import Needs
+from opensora_repro.data.jobs.cluster import Resources
 from opensora_repro.data.jobs.course import Job, Keeping
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, run_jobs
@@ -58,7 +58,9 @@ def run(folder: Path, runner: Runner, count: int = COUNT) -> list[Any]:
         jobs.append(Job("k", str(n), {"n": n, "log": str(folder / "log"), "sleep": 0.1}, 60.0, (file,)))
     with Records(folder / "out") as records:
         return list(
-            run_jobs(square, jobs, Keeping(records, "x"), runner=runner, label="squaring", needs=Needs(rows=ROWS))
+            run_jobs(
+                square, jobs, Keeping(records, "x"), runner=runner, label="squaring", resources=Resources(rows=ROWS)
+            )
         )
 
 

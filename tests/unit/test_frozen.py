@@ -139,14 +139,14 @@ def test_embeddings_leave_as_the_model_reads_them(folder: Path, dtype: str) -> N
 
 
 def test_what_a_run_needs() -> None:
-    def needs(**sections: object) -> tuple[bool, bool]:
+    def resources(**sections: object) -> tuple[bool, bool]:
         cfg = parse_config({"data": {"draws": 1, "cache": "somewhere", "val_manifest": "val"}, **sections})
         return encodes_always(cfg), encodes_after_start(cfg)
 
-    assert needs() == (False, False)
-    assert needs(data={}) == (True, True)
-    assert needs(validation={"every": 5}) == (True, False)
-    assert needs(sample={"every": 5, "prompts": ["a"]}) == (True, True)
+    assert resources() == (False, False)
+    assert resources(data={}) == (True, True)
+    assert resources(validation={"every": 5}) == (True, False)
+    assert resources(sample={"every": 5, "prompts": ["a"]}) == (True, True)
 
 
 def test_only_what_no_process_loaded_was_skipped() -> None:

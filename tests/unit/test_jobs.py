@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from opensora_repro.data.jobs import cluster, gpus
-from opensora_repro.data.jobs.cluster import Needs
+from opensora_repro.data.jobs.cluster import Resources
 from opensora_repro.data.jobs.course import Course, Job, Keeping
 from opensora_repro.data.jobs.parts import to_records
 from opensora_repro.data.jobs.records import Records
@@ -245,20 +245,20 @@ def test_which_nodes_have_room() -> None:
              ("c", False, {"CPU": 99.0})]  # fmt: skip
     told = [{"NodeID": name, "Alive": alive, "Resources": resources} for name, alive, resources in facts]
 
-    def room(needs: Needs, place: cluster.Place, nodes: list[dict[str, Any]] = told) -> tuple[int, object]:
-        found, apart = cluster._nodes(SimpleNamespace(nodes=lambda: nodes), needs, place)
-        return cluster._room(found, needs), apart
+    def room(resources: Resources, place: cluster.Place, nodes: list[dict[str, Any]] = told) -> tuple[int, object]:
+        found, apart = cluster._nodes(SimpleNamespace(nodes=lambda: nodes), resources, place)
+        return cluster._room(found, resources), apart
 
     here = cluster.Place()
-    assert room(Needs(), here) == (3, {"ray.io/node-id": "!in(a)"})
-    assert room(Needs(memory=4), here)[0] == 2 and room(Needs(cpus=2.0), here)[0] == 1
-    assert room(Needs(), cluster.Place(gpu_nodes=True)) == (11, None)
-    assert room(Needs(gpus=1.0), here) == (2, None) and room(Needs(gpus=0.5), here) == (4, None)
-    assert room(Needs(), here, told[:1]) == (8, None)  # where there are no others
+    assert room(Resources(), here) == (3, {"ray.io/node-id": "!in(a)"})
+    assert room(Resources(memory=4), here)[0] == 2 and room(Resources(cpus=2.0), here)[0] == 1
+    assert room(Resources(), cluster.Place(gpu_nodes=True)) == (11, None)
+    assert room(Resources(gpus=1.0), here) == (2, None) and room(Resources(gpus=0.5), here) == (4, None)
+    assert room(Resources(), here, told[:1]) == (8, None)  # where there are no others
     with pytest.raises(DataError, match="this cluster has no GPU, as --device cuda asks for"):
-        room(Needs(gpus=1.0), here, told[1:])
+        room(Resources(gpus=1.0), here, told[1:])
     with pytest.raises(DataError, match=r"no node has the 4 cores, 0 GPUs .* of a worker; --cpus, --gpus and --memory"):
-        room(Needs(cpus=4.0), here)
+        room(Resources(cpus=4.0), here)
 
 
 @pytest.mark.exhaustive
@@ -293,8 +293,11 @@ def test_runner_options(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"--memory -1\.0: expected 0 or more"):
         runner_of(options("--runner", "ray", "--memory", "-1"))
     told = runner_of(options("--runner", "ray", "--cpus", "2", "--gpus", ".5", "--memory", "1.5"))
-    assert told.needs(Needs(rows=8)) == Needs(cpus=2.0, memory=3 << 29, rows=8)
-    assert replace(told, gpu=True).needs(Needs()).gpus == 0.5 and Runner(gpu=True).needs(Needs()).gpus == 1.0
+    assert told.resources(Resources(rows=8)) == Resources(cpus=2.0, memory=3 << 29, rows=8)
+    assert (
+        replace(told, gpu=True).resources(Resources()).gpus == 0.5
+        and Runner(gpu=True).resources(Resources()).gpus == 1.0
+    )
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(DataError, match="Ray is not installed"):
         runner_of(options("--runner", "ray", "--address", "auto"))

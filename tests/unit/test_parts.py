@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from opensora_repro.data.jobs import parts, rows
-from opensora_repro.data.jobs.cluster import Needs, Place
+from opensora_repro.data.jobs.cluster import Place, Resources
 from opensora_repro.data.jobs.course import Job, Keeping
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.rows import Order, Rows
@@ -33,7 +33,12 @@ def run(work: str, todo: list[Job], folder: Path, **more: Any) -> list[Any]:
     with Records(folder) as records:
         keeping = Keeping(records, "x", **more)
         found = run_streamed(
-            f"tests.job_works:{work}", Table.of_jobs(todo), keeping, needs=Needs(rows=CHUNK), place=Place(), label="x"
+            f"tests.job_works:{work}",
+            Table.of_jobs(todo),
+            keeping,
+            resources=Resources(rows=CHUNK),
+            place=Place(),
+            label="x",
         )
         assert len(found) == len(todo)
         assert list(found) == list(found)
@@ -137,8 +142,8 @@ def test_a_model_s_batch_that_fails_is_tried_one_by_one(tmp_path: Path) -> None:
     items = [Job(f"k{n}", "", {"path": str(n), "n": n, "spoilt": n == 4}) for n in range(7)]
     with Records(tmp_path) as records:
         found = run_streamed(
-            "tests.job_works:squares", Table.of_jobs(items), Keeping(records, "x"), needs=Needs(rows=7), place=Place(),
-            label="x", group=3, options={"log": str(log)},
+            "tests.job_works:squares", Table.of_jobs(items), Keeping(records, "x"), resources=Resources(rows=7),
+            place=Place(), label="x", group=3, options={"log": str(log)},
         )  # fmt: skip
         assert [r.get("square", r.get("error")) for r in found] == [0, 1, 4, 9, "ValueError: spoilt", 25, 36]
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from opensora_repro.data.jobs.cluster import Needs
+from opensora_repro.data.jobs.cluster import Resources
 from opensora_repro.data.jobs.course import Job, Keeping, failures_of
 from opensora_repro.data.jobs.keyed import left_of, results_of
 from opensora_repro.data.jobs.parts import to_records
@@ -33,7 +33,7 @@ def run_batches(
     options: Record,
     runner: Runner,
     label: str,
-    needs: Needs = USUAL,
+    resources: Resources = USUAL,
 ) -> Iterable[Record]:
     """Return every item's record in their order, of items with their keys: digests of content and of treatment.
 
@@ -43,7 +43,7 @@ def run_batches(
     """
     if runner.kind == "ray":
         jobs = Again(lambda: (Job(key, "", item) for key, item in items))
-        return run_over_ray(work, jobs, keeping, runner, needs, label, "clip", group=size, options=options)
+        return run_over_ray(work, jobs, keeping, runner, resources, label, "clip", group=size, options=options)
     to_records(keeping)
     failed = failures_of(keeping)
     for step in dict.fromkeys((size, 1)):

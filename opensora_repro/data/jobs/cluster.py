@@ -25,7 +25,7 @@ STARTS = 3  # of a cluster on this machine: Ray gives its own processes half a m
 
 
 @dataclass(frozen=True)
-class Needs:
+class Resources:
     """What a worker of a step holds over Ray: cores, GPUs and bytes of memory. `rows` is how many it gets at a time."""
 
     cpus: float = 1.0
@@ -56,7 +56,7 @@ def import_ray() -> Any:
 Counts = list[list[int]]  # of each step of a line (usually there is one): rows that were done, and rejects among them
 
 
-def run_plan(order: Order, count: int, needs: Needs, place: Place) -> Iterator[Counts]:
+def run_plan(order: Order, count: int, resources: Resources, place: Place) -> Iterator[Counts]:
     """Do the chunks 0 to `count` of `order`, then make few parts of many; yield what was done, now and then.
 
     Every node needs this package, and inputs and outputs under the same path. Raises DataError if no cluster answers
@@ -65,12 +65,12 @@ def run_plan(order: Order, count: int, needs: Needs, place: Place) -> Iterator[C
     ray = import_ray()
     mine = not ray.is_initialized()
     if mine:
-        _connect(ray, needs, place)
+        _connect(ray, resources, place)
     try:
         with _told(ray):
-            nodes, apart = _nodes(ray, needs, place)
-            yield from _chunks(ray, order, count, needs, place, room=_room(nodes, needs), apart=apart)
-            merge = ray.remote(num_cpus=min(1.0, needs.cpus), max_retries=3, label_selector=apart)(parts.merge)
+            nodes, apart = _nodes(ray, resources, place)
+            yield from _chunks(ray, order, count, resources, place, room=_room(nodes, resources), apart=apart)
+            merge = ray.remote(num_cpus=min(1.0, resources.cpus), max_retries=3, label_selector=apart)(parts.merge)
             groups = [group for folder in folders_of(order) for group in parts.groups_to_merge(folder)]
             ray.get([merge.remote(group) for group in groups])
     finally:
@@ -88,7 +88,7 @@ def _told(ray: Any) -> Iterator[None]:
 
 
 def _chunks(
-    ray: Any, order: Order, count: int, needs: Needs, place: Place, *, room: int, apart: dict[str, str] | None
+    ray: Any, order: Order, count: int, resources: Resources, place: Place, *, room: int, apart: dict[str, str] | None
 ) -> Iterator[Counts]:
     from ray.data import ActorPoolStrategy, DataContext, from_items
 
@@ -104,9 +104,9 @@ def _chunks(
         batch_size=max(1, count // blocks),  # of the smallest block; with GPUs Ray wants it told
         fn_constructor_args=(order,),
         compute=ActorPoolStrategy(min_size=1, max_size=most, initial_size=min(room, most)),
-        num_cpus=needs.cpus,
-        num_gpus=needs.gpus or None,
-        memory=needs.memory or None,
+        num_cpus=resources.cpus,
+        num_gpus=resources.gpus or None,
+        memory=resources.memory or None,
         label_selector=apart,
     )
     for done in plan.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
@@ -116,38 +116,38 @@ def _chunks(
         yield from map(json.loads, done["counts"].tolist())
 
 
-def _nodes(ray: Any, needs: Needs, place: Place) -> tuple[list[dict[str, float]], dict[str, str] | None]:
+def _nodes(ray: Any, resources: Resources, place: Place) -> tuple[list[dict[str, float]], dict[str, str] | None]:
     """Return what each node has that may do this work, and by which label Ray keeps away from the others.
 
     Nodes with GPUs are left to what needs these, unless there are no others.
     """
     alive = [node for node in ray.nodes() if node["Alive"]]
     with_gpus = [node for node in alive if node["Resources"].get("GPU")]
-    if needs.gpus or place.gpu_nodes or len(with_gpus) == len(alive) or not with_gpus:
+    if resources.gpus or place.gpu_nodes or len(with_gpus) == len(alive) or not with_gpus:
         return [node["Resources"] for node in alive], None
     names = ", ".join(node["NodeID"] for node in with_gpus)
     others = [node["Resources"] for node in alive if node not in with_gpus]
     return others, {"ray.io/node-id": f"!in({names})"}
 
 
-def _room(nodes: list[dict[str, float]], needs: Needs) -> int:
+def _room(nodes: list[dict[str, float]], resources: Resources) -> int:
     """Return how many workers the nodes have room for. Raises DataError for none."""
-    per_worker = {"CPU": needs.cpus, "GPU": needs.gpus, "memory": needs.memory}
+    per_worker = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": resources.memory}
     per_worker = {name: amount for name, amount in per_worker.items() if amount}
     room = sum(int(min(node.get(name, 0) / amount for name, amount in per_worker.items())) for node in nodes)
     if room or not per_worker:
         return max(1, room)
-    if needs.gpus and not any(node.get("GPU") for node in nodes):
+    if resources.gpus and not any(node.get("GPU") for node in nodes):
         raise DataError("--runner ray: this cluster has no GPU, as --device cuda asks for")
-    told = f"{needs.cpus:g} cores, {needs.gpus:g} GPUs and {needs.memory / 2**30:.1f} GiB of memory"
+    told = f"{resources.cpus:g} cores, {resources.gpus:g} GPUs and {resources.memory / 2**30:.1f} GiB of memory"
     raise DataError(f"--runner ray: no node has the {told} of a worker; --cpus, --gpus and --memory say less")
 
 
-def _connect(ray: Any, needs: Needs, place: Place) -> None:
+def _connect(ray: Any, resources: Resources, place: Place) -> None:
     """Join the cluster at the address, or start one here ("local", or none given and none running)."""
     quiet = {"logging_level": "WARNING", "log_to_driver": False}
     here = place.address == "local" or not (place.address or os.environ.get("RAY_ADDRESS"))
-    cores = math.ceil(place.workers * needs.cpus) or num_cores()
+    cores = math.ceil(place.workers * resources.cpus) or num_cores()
     for left in reversed(range(STARTS if here else 1)):
         try:
             if here:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from opensora_repro.data.jobs import parts
-from opensora_repro.data.jobs.cluster import Needs, Place, run_plan
+from opensora_repro.data.jobs.cluster import Place, Resources, run_plan
 from opensora_repro.data.jobs.course import Job, Keeping
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.rows import Following, Order
@@ -34,7 +34,7 @@ class Stage:
     out: Path
     kind: str
     work: Work
-    needs: Needs
+    resources: Resources
     jobs: Callable[[dict[str, Any], Any, dict[str, Any]], list[Job]] | None = None  # the first step has none
     options: dict[str, Any] = field(default_factory=dict)
     holds: Callable[[Job, Any], bool] | None = None
@@ -54,24 +54,24 @@ def run_line(stages: Sequence[Stage], jobs: Iterable[Job], runner: Runner) -> No
             return  # the tools know how an earlier release named what it did
         for keeping in keepings:
             parts.from_records(keeping)
-        needs = runner.needs(_needs_of(stages))
-        runs = [Run(Table.of_jobs(jobs if not number else []), k, needs.rows) for number, k in enumerate(keepings)]
+        resources = runner.resources(_resources_of(stages))
+        runs = [Run(Table.of_jobs(jobs if not number else []), k, resources.rows) for number, k in enumerate(keepings)]
         todo = [run.write_todo(anew=False) for run in runs]
         if (chunks_left := todo[0])[1]:
             told = ", ".join(stage.name for stage in stages)
             print(f"{told}: row by row, {chunks_left[1]:,} to do", flush=True)
-            order = _order_of(stages, runs, threads=max(1, int(needs.cpus)))
+            order = _order_of(stages, runs, threads=max(1, int(resources.cpus)))
             place = Place(runner.address, runner.workers, runner.gpu_nodes)
             with progress_of_line([stage.name for stage in stages], chunks_left[1]) as tell:
-                for counts in run_plan(order, chunks_left[0], needs, place):
+                for counts in run_plan(order, chunks_left[0], resources, place):
                     tell(counts)
         for run in runs:
             run.sweep()
 
 
-def _needs_of(stages: Sequence[Stage]) -> Needs:
+def _resources_of(stages: Sequence[Stage]) -> Resources:
     """Return what a worker needs that does all of it."""
-    told = [stage.needs for stage in stages]
+    told = [stage.resources for stage in stages]
     return replace(
         told[0], cpus=max(one.cpus for one in told), memory=max(one.memory for one in told),
         rows=min(one.rows for one in told),

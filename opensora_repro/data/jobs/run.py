@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from opensora_repro.data.jobs.cluster import Needs, Place, import_ray
+from opensora_repro.data.jobs.cluster import Place, Resources, import_ray
 from opensora_repro.data.jobs.course import LOOKED_UP, Course, Job, Keeping, memo_of
 from opensora_repro.data.jobs.gpus import visible_gpus
 from opensora_repro.data.jobs.parts import to_records
@@ -48,7 +48,7 @@ class Runner:
     memory: float | None = None
     gpu_nodes: bool = False
 
-    def needs(self, step: Needs) -> Needs:
+    def resources(self, step: Resources) -> Resources:
         """Return what a worker holds over Ray, for a step that says what it needs."""
         cpus = step.cpus if self.cpus is None else self.cpus
         gpus = float(self.gpu) or step.gpus
@@ -58,9 +58,9 @@ class Runner:
         return replace(step, cpus=cpus, gpus=gpus, memory=memory)
 
 
-USUAL = Needs()
+USUAL = Resources()
 WHERE = "where the work is done"
-READING = Needs(rows=256)  # of files, for what they contain
+READING = Resources(rows=256)  # of files, for what they contain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,12 +106,12 @@ def run_jobs(
     runner: Runner,
     label: str,
     unit: str = "file",
-    needs: Needs = USUAL,
+    resources: Resources = USUAL,
 ) -> Iterable[Any]:
     """Run `work` on every job that has no record yet; return the jobs' results in their order.
 
     `jobs` may be of any number, if it gives a new iterator whenever it is asked for one: neither jobs nor results are
-    held, both are read when they are asked for. `needs` is what a worker holds over Ray.
+    held, both are read when they are asked for. `resources` is what a worker holds over Ray.
 
     `work` is a top-level function of a module that workers can import; it gets `args` and returns something JSON-able.
     A job that crashes its worker or outlasts its time has the result {"error": reason}. A crash is
@@ -119,7 +119,7 @@ def run_jobs(
     tried again by the next run. A full or read-only disk raises OSError at once, Ctrl-C KeyboardInterrupt.
     """
     if runner.kind == "ray":
-        return run_over_ray(work, jobs, keeping, runner, needs, label, unit)
+        return run_over_ray(work, jobs, keeping, runner, resources, label, unit)
     to_records(keeping)
     course = Course(jobs, keeping)
     if course.of_store:
@@ -150,7 +150,7 @@ def run_over_ray(
     jobs: Iterable[Job],
     keeping: Keeping,
     runner: Runner,
-    needs: Needs,
+    resources: Resources,
     label: str,
     unit: str,
     *,
@@ -160,8 +160,8 @@ def run_over_ray(
     """Like `run_jobs`, over a cluster; with `group` the work takes so many jobs at a time, see `run_batches`."""
     place = Place(runner.address, runner.workers, runner.gpu_nodes)
     return run_streamed(
-        name_of(work), Table.of_jobs(jobs), keeping, needs=runner.needs(needs), place=place, label=label, unit=unit,
-        group=group, options=options,
+        name_of(work), Table.of_jobs(jobs), keeping, resources=runner.resources(resources), place=place, label=label,
+        unit=unit, group=group, options=options,
     )  # fmt: skip
 
 

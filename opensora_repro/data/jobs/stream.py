@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from opensora_repro.data.jobs import parts
-from opensora_repro.data.jobs.cluster import Needs, Place, run_plan
+from opensora_repro.data.jobs.cluster import Place, Resources, run_plan
 from opensora_repro.data.jobs.course import CONTENTS, Job, Keeping, memo_of, record_name
 from opensora_repro.data.jobs.rows import Order, files_of
 from opensora_repro.data.progress import progress
@@ -70,7 +70,7 @@ def run_streamed(
     table: Table,
     keeping: Keeping,
     *,
-    needs: Needs,
+    resources: Resources,
     place: Place,
     label: str,
     unit: str = "file",
@@ -82,7 +82,7 @@ def run_streamed(
     Raises OSError and RuntimeError for what stops all of the work, and where results of it are not found.
     """
     parts.from_records(keeping)
-    run = Run(table, keeping, needs.rows if not group else max(1, needs.rows // group) * group)
+    run = Run(table, keeping, resources.rows if not group else max(1, resources.rows // group) * group)
     for number in range(ROUNDS + 1):
         chunks, left = run.write_todo(anew=number > 0)
         if not left:
@@ -90,9 +90,9 @@ def run_streamed(
             return Results(run.index, run.order)
         if number == ROUNDS:
             break
-        order = run.order_of(work, threads=max(1, int(needs.cpus)), group=group, options=options or {})
+        order = run.order_of(work, threads=max(1, int(resources.cpus)), group=group, options=options or {})
         with progress(label, left, unit) as bar:
-            for counts in run_plan(order, chunks, needs, place):
+            for counts in run_plan(order, chunks, resources, place):
                 bar(counts[0][0])
     told = f"{left} results are not here or no longer hold after {ROUNDS} tries"
     raise OSError(f"{run.folder}: {told}; do all nodes share this folder?")

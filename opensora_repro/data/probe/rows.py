@@ -10,7 +10,7 @@ from typing import Any
 
 from opensora_repro.data.ids import Originals, Seen, text_digest
 from opensora_repro.data.inputs import TABLE_SUFFIXES, VIDEO_SUFFIXES, Item, Items, TableItems, find_inputs
-from opensora_repro.data.jobs.cluster import Needs
+from opensora_repro.data.jobs.cluster import Resources
 from opensora_repro.data.jobs.course import LOOKED_UP, Job, Keeping
 from opensora_repro.data.jobs.earlier import file_key
 from opensora_repro.data.jobs.records import Records
@@ -29,7 +29,7 @@ COLUMNS = {
     "coded_width": "int64", "rotation": "int64", "audio": "bool", "container": "string", "file_size": "int64",
     "same_as": "string",
 }  # fmt: skip
-NEEDS = Needs(memory=1 << 29, rows=256)
+RESOURCES = Resources(memory=1 << 29, rows=256)
 PATIENCE = 60.0  # seconds that any file may take
 READ_RATE, DECODE_RATE = 5e6, 20e3  # bytes a second that a slow disk and a slow core manage, for large files
 LINK_RATE = 200e3  # and a slow line to a store, which busy processes share
@@ -75,7 +75,7 @@ def probe_all(
     inputs = find_inputs(given, out=leave_out or out, suffixes=suffixes(images))
     with Records(out) as records:
         jobs, keeping = jobs_of(inputs.items, decode), Keeping(records, "files")
-        found = run_jobs(probe_file, jobs, keeping, runner=runner, label="probing", needs=NEEDS)
+        found = run_jobs(probe_file, jobs, keeping, runner=runner, label="probing", resources=RESOURCES)
     probed = Probed(inputs.items, found, out)
     columns = with_types(probed.rows(lambda row: None), COLUMNS) if isinstance(inputs.items, TableItems) else COLUMNS
     rows, rejects = write_parted(out, probed.rows, columns)
