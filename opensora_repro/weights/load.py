@@ -183,6 +183,8 @@ def _as_needed(model: Network, layout: Layout, file: WeightsFile) -> tuple[dict[
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether there is neither NaN nor infinity in it. A finite sum tells at a fraction of the price."""
+    if tensor.element_size() == 1:  # of eight bits, which torch does not add up
+        tensor = tensor.float()
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
@@ -325,6 +327,12 @@ def to_ours(layout: Layout, tensors: Mapping[str, Tensor], where: str) -> tuple[
     if kernel is not None and kernel.ndim == 4:  # an image model's patches have no frame axis
         weights[KERNEL] = kernel.unsqueeze(2)
     tables = {key: weights.pop(key) for key in TABLES if key in weights}
+    other = next((key for key, value in weights.items() if not value.is_floating_point()), None)
+    if other is not None:
+        raise WeightsError(
+            f"{where}: {other} holds {str(weights[other].dtype).removeprefix('torch.')}, expected floating-point "
+            "numbers: take the weights that these quantised ones were made of"
+        )
     return weights, tables
 
 
