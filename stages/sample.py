@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from opensora_repro.config import ConfigError
 from opensora_repro.config.checks import SAMPLERS
-from opensora_repro.config.prompts import check_prompts, read_prompts
+from opensora_repro.config.prompts import check_prompts, is_blank, read_prompts
 from opensora_repro.errors import GOES_ON, run_command
 from opensora_repro.files import user_path
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from opensora_repro.sampling.source import Source
     from opensora_repro.sampling.speedups import Speedups
 
+LONGEST = 86_400  # seconds of a video
 SIZES = (
     "steps", "guidance", "num_frames", "height", "width", "fps", "sampler", "vae", "vae_tile", "text", "dtype",
     "shard_text",
@@ -188,7 +189,6 @@ def best(run: Path) -> Path:
 
 
 def check_numbers(args: argparse.Namespace) -> None:
-    from opensora_repro.config.prompts import is_blank
     from opensora_repro.sampling.named_sizes import FRAMES, parse_frames
 
     if args.num_frames is not None:
@@ -215,8 +215,8 @@ def check_numbers(args: argparse.Namespace) -> None:
         raise ConfigError(f"--vae-tile {args.vae_tile}: expected at least 0")
     if args.guidance is not None and not math.isfinite(args.guidance):
         raise ConfigError(f"--guidance {args.guidance}: expected a finite number")
-    if args.seconds is not None and not (math.isfinite(args.seconds) and args.seconds > 0):
-        raise ConfigError(f"--seconds {args.seconds:g}: expected more than 0")
+    if args.seconds is not None and not 0 < args.seconds <= LONGEST:
+        raise ConfigError(f"--seconds {args.seconds:g}: expected more than 0, and at most {LONGEST:,}")
     chained = args.loop or args.condition_frames is not None
     if args.seconds is not None and args.num_frames is not None and not chained:
         raise ConfigError("--seconds and --num-frames both say how long: give one")
@@ -316,7 +316,7 @@ def build_run(args: argparse.Namespace, *, opens_files: bool = False) -> tuple[S
         source,
         prompts,
         scores=scores,
-        negative=args.negative.strip(),
+        negative="" if is_blank(args.negative) else args.negative.strip(),
         **expansion(args, source),
         ema=not args.no_ema,
         speedups=wished,
