@@ -114,9 +114,7 @@ def load_model_weights(
     weights, tables, notes = _as_needed(model, layout, file)
     _check_heads(model, file, where)
     inserted = _check_fit(model, layout, weights, where)
-    for path in file.files:
-        if (path.parent / STATE_FILE).is_file():
-            recorded_sha256(path)
+    check_recorded(file)
     if not _fill(model, weights, inserted, from_map=file.mapped and file.container != "memory"):
         raise _not_finite(file)
     return LoadReport(
@@ -179,6 +177,19 @@ def _as_needed(model: Network, layout: Layout, file: WeightsFile) -> tuple[dict[
         weights = inflate(weights, frames)
         notes += (f"patches of one frame inflated to {frames} (model.patch_size)",)
     return weights, tables, notes
+
+
+def check_recorded(file: WeightsFile) -> None:
+    """Raise WeightsError for a checkpoint's file that is no longer what was written."""
+    for path in file.files:
+        if (path.parent / STATE_FILE).is_file():
+            recorded_sha256(path)
+
+
+def check_finite(file: WeightsFile, weights: Mapping[str, Tensor]) -> None:
+    """Raise WeightsError where the file's weights hold a value that is not finite."""
+    if not all(map(all_finite, weights.values())):
+        raise _not_finite(file)
 
 
 def all_finite(tensor: Tensor) -> bool:
