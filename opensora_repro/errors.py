@@ -59,6 +59,8 @@ def run_command(run: Callable[[], int], *, kept: str = GOES_ON, less_memory: str
     try:
         return run()
     except KeyboardInterrupt:
+        # Of one that came through code in text, as imports run it, Python would end by the signal, whatever our code.
+        eval("0")
         print("; ".join(filter(None, ("interrupted", kept))), file=sys.stderr, flush=True)
         return INTERRUPTED
     except TrainingError as error:  # first: a checkpoint that cannot be written is both

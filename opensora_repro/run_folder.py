@@ -95,8 +95,8 @@ def best_checkpoint(run_dir: Path) -> Path | None:
 
 def values_by_step(run_dir: Path, metric: str) -> dict[int, float]:
     """What evaluations of the run found; where none has the metric, its validations."""
-    evaluated = {line["step"]: line["metrics"].get(metric) for line in _lines(run_dir / EVALUATION_FILE)}
-    validated = {line["step"]: line.get(metric) for line in _lines(run_dir / VALIDATION_FILE)}
+    evaluated = {line["step"]: line["metrics"].get(metric) for line in _of_steps(run_dir / EVALUATION_FILE)}
+    validated = {line["step"]: line.get(metric) for line in _of_steps(run_dir / VALIDATION_FILE)}
     found = [{step: of for step, of in lines.items() if of is not None} for lines in (evaluated, validated)]
     return found[0] or found[1]
 
@@ -249,10 +249,10 @@ class JsonLines:
         return list(_parsed(line.decode("utf-8", "replace") for line in lines))
 
     def truncate_after(self, step: int) -> None:
-        """Drop the lines of later steps, which a resumed run writes again, and a last line cut short."""
+        """Drop the lines of later steps, which a resumed run writes again, and what is none: a last one cut short."""
         if not self.path.exists():
             return
-        kept = [line for line in _lines(self.path) if line["step"] <= step]
+        kept = [line for line in _of_steps(self.path) if line["step"] <= step]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def close(self) -> None:
@@ -266,6 +266,10 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
     yield from _parsed(path.read_text(encoding="utf-8", errors="replace").splitlines())
+
+
+def _of_steps(path: Path) -> Iterator[dict[str, Any]]:
+    return (line for line in _lines(path) if type(line.get("step")) is int)
 
 
 def _parsed(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
@@ -354,10 +358,13 @@ class Events:
     def _open(self) -> SummaryWriter:
         from torch.utils.tensorboard import SummaryWriter
 
-        # Events of steps that a killed process had gone beyond the checkpoint are hidden.
-        file = SummaryWriter(str(self.folder), purge_step=self.resumed_step + 1, max_queue=1000, flush_secs=20)
-        threading.excepthook = self._on_thread_error
-        return file
+        threading.excepthook = self._on_thread_error  # its thread writes at once
+        try:
+            # Events of steps that a killed process had gone beyond the checkpoint are hidden.
+            return SummaryWriter(str(self.folder), purge_step=self.resumed_step + 1, max_queue=1000, flush_secs=20)
+        except OSError:
+            threading.excepthook = self._hook_before
+            raise
 
     def _on_thread_error(self, args: threading.ExceptHookArgs) -> None:
         """The events' thread hands what stopped it to whoever writes next: no need for a traceback beside."""

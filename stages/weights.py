@@ -216,11 +216,13 @@ def run_verify(args: argparse.Namespace) -> int:
 
 def run_convert(args: argparse.Namespace) -> int:
     from opensora_repro.weights.export import export
-    from opensora_repro.weights.load import check_complete, to_ours
+    from opensora_repro.weights.load import check_complete, check_finite, check_recorded, to_ours
 
     file, found = open_source(args)
     check_complete(file, found.model)
+    check_recorded(file)
     weights, _ = to_ours(found.layout, file.tensors, str(file.path))
+    check_finite(file, weights)
     export(weights, found.model, grid_of(found), args.to, args.out)
     print(f"{found.layout.title} weights, {len(weights)} tensors, written as {args.to}: {args.out}")
     note_objective(found)

@@ -42,8 +42,9 @@ def csv_schema(path: Path, names: Sequence[str] | None) -> tuple[Any, int]:
     with _readable(path), _open(path, names, {}, None) as reader:
         first = reader.schema
     found = first.names
-    if repeated := sorted({name for name in found if found.count(name) > 1}):
-        raise DataError(f"{path}: column {one_line(repeated[0])} is there twice")
+    check_names(path, found)
+    if len(found) == 1 and not names:
+        _check_commas(path)
     others = [name for name in found if name not in TEXTS]
     guess = {name: _plain(first.field(name).type) for name in others or found[:1]}
     with _readable(path):
@@ -53,6 +54,19 @@ def csv_schema(path: Path, names: Sequence[str] | None) -> tuple[Any, int]:
             guess, num_rows = _scan(path, names, dict.fromkeys(guess, pa.string()))
     types = {name: pa.float64() if kind == pa.null() else kind for name, kind in guess.items() if name in others}
     return pa.schema([(name, types.get(name, pa.string())) for name in found]), num_rows
+
+
+def check_names(path: Path, names: Sequence[str]) -> None:
+    """Raise DataError for a name that two columns have."""
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(f"{path}: column {one_line(repeated[0])} is there twice")
+
+
+def _check_commas(path: Path) -> None:
+    """Raise DataError where a table of one column is one of several in another spelling."""
+    with _lines_of(path) as lines:
+        if len(_header(lines, iter(lines))) > 1:
+            raise DataError(f"{path}: fields are parted by {DELIMITERS[lines.delimiter]}, expected commas; {HOW}")
 
 
 def _holds(path: Path, content: bytes) -> bool:
@@ -192,6 +206,8 @@ def csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
 def check_csv(path: Path) -> None:
     """Raise DataError for a row with more fields than the header, which other readers shift or cut, and bad quotes."""
     with _lines_of(path, ",") as lines:
+        if lines.wide:
+            raise DataError(f"{path}: is UTF-16 text; {HOW}")
         records = _records(lines)
         width = len(next(records, (0, []))[1])
         for number, (line, fields) in enumerate(records, start=1):
@@ -210,8 +226,8 @@ def _fields(count: int) -> str:
 class _Lines:
     """A file's lines; those of the record that is being read are kept for messages."""
 
-    def __init__(self, path: Path, file: IO[str], delimiter: str) -> None:
-        self.path, self.file = path, file
+    def __init__(self, path: Path, file: IO[str], delimiter: str, wide: bool) -> None:
+        self.path, self.file, self.wide = path, file, wide
         self.delimiter, self.lenient = delimiter, not delimiter  # other readers know commas alone, and no spaces
         self.number = 0
         self.record: list[str] = []
@@ -240,7 +256,7 @@ def _lines_of(path: Path, delimiter: str = "") -> Iterator[_Lines]:
             raise DataError(f"{path}: is no UTF-8 text; {HOW}")
         how = {"encoding": "utf-16"} if wide else {"encoding": "utf-8-sig", "errors": "surrogateescape"}
         with open(path, newline="", **how) as text:  # type: ignore[call-overload]
-            yield _Lines(path, text, delimiter)
+            yield _Lines(path, text, delimiter, wide)
     except UnicodeError as error:
         raise DataError(f"{path}: cannot be read as csv: no UTF-16 text; {HOW}") from error
     except OSError as error:

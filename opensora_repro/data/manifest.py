@@ -33,7 +33,7 @@ from opensora_repro.data.tables import (
 )
 from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
-from opensora_repro.storage.addresses import place, relative, within
+from opensora_repro.storage.addresses import AddressRefused, place, relative, within
 
 MANIFEST = {
     "id": "string", "path": "string", "caption": "string", "num_frames": "int64", "fps": "double",
@@ -90,7 +90,10 @@ def _with_columns(path: Path) -> Table:
 def _checked(table: Table, need_captions: bool) -> Iterator[Any]:
     absolute, first = Absolute(table.path.absolute().parent), 1
     for batch in table.batches():
-        yield absolute(_Rows(table.path, batch, first).checked(need_captions))
+        try:
+            yield absolute(_Rows(table.path, batch, first).checked(need_captions))
+        except AddressRefused as error:
+            raise DataError(f"{table.path}: column path: {error.filename} {error.strerror}") from None
         first += batch.num_rows
 
 
@@ -145,8 +148,16 @@ class _Rows:
         self.batch = self.batch.set_column(self.batch.schema.get_field_index(column), column, values)
 
     def _column(self, name: str) -> Any:
+        import pyarrow as pa
+
         values = self.batch[name]
-        return values.dictionary_decode() if hasattr(values, "dictionary_decode") else values
+        values = values.dictionary_decode() if hasattr(values, "dictionary_decode") else values
+        if not (pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type)):
+            return values
+        try:
+            return values.cast(pa.string())
+        except pa.ArrowInvalid:
+            raise DataError(f"{self.path}: column {name} holds bytes that are no UTF-8 text") from None
 
     def _ids(self) -> Any:
         import pyarrow as pa

@@ -232,6 +232,12 @@ def require_usable(found: Survey) -> None:
     )
 
 
+def require_kept(found: Survey) -> None:
+    """Raise DataError where no usable clip is ever trained on."""
+    if found.buckets and not any(found.clips):
+        raise DataError(f"{found.manifest}: no clip goes to any of data.buckets: let one that has clips keep some")
+
+
 def kinds(found: Survey) -> list[tuple[str, int, str]]:
     """The clips by what becomes of them: a name, how many, a note for people."""
     data, factors = found.data, found.factors

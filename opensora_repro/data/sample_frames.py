@@ -16,6 +16,7 @@ from opensora_repro.data.video import DecodeError, frame_times
 if TYPE_CHECKING:
     import torch
 
+MOST_FRAMES = 1 << 40  # of clips whose rates are a slip
 SLACK = 1e-6  # of seconds and of frames: what fractions lose as floating-point numbers
 
 
@@ -32,7 +33,7 @@ def frames_at_rate(data: DataConfig, num_frames: Any, fps: Any) -> Any:
     if not data.fps:
         return num_frames
     rates = np.where(num_frames == 1, data.fps, fps)  # a picture is one frame, and may have no rate
-    return np.ceil(num_frames * (data.fps / rates) - SLACK).astype(np.int64)
+    return np.ceil(np.minimum(num_frames * (data.fps / rates), MOST_FRAMES) - SLACK).astype(np.int64)
 
 
 def choose_frames(

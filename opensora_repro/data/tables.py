@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from opensora_repro.config.prompts import is_blank
-from opensora_repro.data.csv_tables import csv_names, csv_schema, stream_csv
+from opensora_repro.data.csv_tables import check_names, csv_names, csv_schema, stream_csv
 from opensora_repro.errors import DataError
 from opensora_repro.files import one_line, writing
 from opensora_repro.storage.addresses import address_of
@@ -62,8 +62,7 @@ def open_table(path: Path, *, names: Sequence[str] | None = None) -> Table:
     else:
         with _readable(path), pq.ParquetFile(path) as file:
             schema, num_rows = file.schema_arrow.remove_metadata(), file.metadata.num_rows
-        if repeated := next((name for name in schema.names if schema.names.count(name) > 1), None):
-            raise DataError(f"{path}: column {one_line(repeated)} is there twice")
+            check_names(path, schema.names)
         table = Table(path, schema, num_rows, lambda columns=None: _stream(path, columns))
     if not num_rows:
         raise EmptyTableError(f"{path}: the table is empty (a header but no rows)")
@@ -85,6 +84,8 @@ def _readable(path: Path) -> Iterator[None]:
     """Whatever goes wrong while a Parquet file is read becomes a DataError that names it."""
     try:
         yield
+    except DataError:
+        raise
     except (OSError, ValueError) as error:  # pyarrow's errors for damaged content derive from these
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"{path}: cannot be read as parquet: {reason}") from error

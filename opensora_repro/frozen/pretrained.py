@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
-from opensora_repro.errors import UserError
+from opensora_repro.errors import UserError, is_out_of_memory
 from opensora_repro.files import here_or_shipped
 from opensora_repro.frozen.hub import HUB_NAME, in_cache, split_hub_name
 
@@ -152,9 +152,9 @@ def bar_if_large(folder: str) -> None:
 def _load(load: Callable[..., T], folder: Path, where: str, kind: str) -> T:
     try:
         return load(str(folder), local_files_only=True)
-    except torch.cuda.OutOfMemoryError:
-        raise  # nothing is wrong with the files
     except Exception as error:  # the libraries raise whatever the file at hand made them stumble over
+        if is_out_of_memory(error):  # nothing is wrong with the files
+            raise
         raise ModelNotFound(f"{where}: cannot be loaded as a {kind} ({_one_line(error)})") from error
 
 

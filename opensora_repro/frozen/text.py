@@ -34,6 +34,8 @@ CLEANING = 1  # part of the fingerprint: count up when `clean_caption` changes, 
 _URL = re.compile(r"\b(?:https?://|www\.)\S+")
 _TAG = re.compile(r"</?[a-z!][^<>]*>")
 _MARKDOWN_LINK = re.compile(r"!?\[([^\[\]]*)\]\([^()]*\)")
+# Thai to Lao, Burmese, Khmer, Japanese, Chinese
+_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]")
 _HANDLE = re.compile(r"(?<!\w)@\w+")
 
 
@@ -68,7 +70,7 @@ def _clean_once(text: str) -> str:
 
 @dataclass(frozen=True)
 class Reading:
-    """What of a text a model reads. Words are what lies between spaces."""
+    """What of a text a model reads. Words are what lies between spaces; where a script has none, its signs."""
 
     tokens: int  # of the whole text, with those that the tokenizer adds
     words: int
@@ -89,8 +91,9 @@ def read_texts(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[Re
 
 def _reading(tokenizer: Any, words: Sequence[str], ids: Sequence[Sequence[int]], max_length: int) -> Reading:
     added = tokenizer.num_special_tokens_to_add()
-    unknown = sum(tokenizer.unk_token_id in tokens for tokens in ids)
-    reading = Reading(added + sum(map(len, ids)), len(words), unknown, " ".join(words), "")
+    counts = [max(1, len(_UNSPACED.findall(word))) for word in words]
+    unknown = sum(count for count, tokens in zip(counts, ids, strict=True) if tokenizer.unk_token_id in tokens)
+    reading = Reading(added + sum(map(len, ids)), sum(counts), unknown, " ".join(words), "")
     room = max_length - added
     for number, tokens in enumerate(ids):
         if len(tokens) > room:  # of a word that is cut, such as a sentence without spaces, the rest

@@ -16,6 +16,8 @@ from torch.distributed import Store as Store  # type: ignore[attr-defined]
 
 from opensora_repro.errors import EngineError
 
+LAST_PORT = 65535
+
 
 @dataclass(frozen=True)
 class Place:
@@ -52,8 +54,10 @@ def open_store(*, serve: bool, timeout: float) -> Store:
     within `timeout` seconds, or where the port is taken.
     """
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
-    if not address or not port.isdigit():
+    if not address or not port:
         raise EngineError("several processes, but MASTER_ADDR and MASTER_PORT are not set: start them with torchrun")
+    if not port.isdecimal() or int(port) > LAST_PORT:
+        raise EngineError(f"MASTER_PORT={port!r} in the environment: expected a port, 0 to {LAST_PORT}")
     try:
         store = TCPStore(
             address,

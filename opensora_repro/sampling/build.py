@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from opensora_repro.config import ConfigError
-from opensora_repro.config.prompts import check_prompts
+from opensora_repro.config.prompts import check_prompts, is_blank
 from opensora_repro.sampling.caches import Broadcast
 from opensora_repro.sampling.chain import Chain, plan_chain, read_script, texts_of
 from opensora_repro.sampling.conditions import read_json
@@ -55,7 +55,7 @@ def build_run(options: Options, *, opens_files: bool = False) -> tuple[SamplingR
         source, prompts, o.out, seed=o.seed, batch_size=o.batch_size, sp_size=o.sp_size, device=o.device,
         ema=not o.no_ema, gif=o.gif, overwrite=o.overwrite,
         scores=score_words(o, source), speedups=speedups(o, source), given=given, chain=chain,
-        negative=o.negative.strip(), **expansion(o, source),
+        negative="" if is_blank(o.negative) else o.negative.strip(), **expansion(o, source),
     )  # fmt: skip
     return run, lines
 

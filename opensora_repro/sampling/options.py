@@ -14,6 +14,7 @@ from opensora_repro.config import ConfigError
 from opensora_repro.config.prompts import check_prompts, is_blank, read_prompts
 from opensora_repro.errors import check_least
 
+LONGEST = 86_400  # seconds of a video
 NUMBERS = ("steps", "num_frames", "height", "width", "fps", "batch_size", "sp_size", "condition_frames", "mask_align")
 
 
@@ -107,8 +108,8 @@ def checked(options: Options) -> Options:
         raise ConfigError(f"--vae-tile {o.vae_tile}: expected at least 0")
     if o.guidance is not None and not math.isfinite(o.guidance):
         raise ConfigError(f"--guidance {o.guidance}: expected a finite number")
-    if o.seconds is not None and not (math.isfinite(o.seconds) and o.seconds > 0):
-        raise ConfigError(f"--seconds {o.seconds:g}: expected more than 0")
+    if o.seconds is not None and not 0 < o.seconds <= LONGEST:
+        raise ConfigError(f"--seconds {o.seconds:g}: expected more than 0, and at most {LONGEST:,}")
     if o.seconds is not None and o.num_frames is not None and not o.chains:
         raise ConfigError("--seconds and --num-frames both say how long: give one")
     if o.resolution is not None and (o.height is not None or o.width is not None):

@@ -20,6 +20,7 @@ PLACES = ("checkpoint", "file")  # where something lay: what it was, weights_sha
 # Settings of samples that were given frames, are chained, were made faster, ...: others have none
 SOMETIMES = ("given", "long", "negative", "lora", "guidance_interval", "broadcast", "step_cache")
 SHOWN = 4  # differences named
+_KINDS = {"samples": list, "prompts": list, "expanded": dict}
 _SAMPLE = re.compile(r"\d{4,}\.(mp4|png|gif)")
 
 
@@ -51,8 +52,7 @@ class SampleFolder:
         record = self._record()
         if record is None or record.keys() == {"expanded"}:  # which was asked for before anything was sampled
             return []
-        known = record.get("prompts")
-        known = known if isinstance(known, list) else []
+        known = record.get("prompts", [])
         changes = [
             *_changes(self.settings, record),
             *_only_there(self.settings, record),
@@ -65,7 +65,11 @@ class SampleFolder:
                 "folder, or replace them with --overwrite"
             )
         numbers = range(min(len(known), len(self.prompts)))
-        return [i for i in numbers if all((self.path / name).is_file() for name in self.files(i))]
+        return [i for i in numbers if all(map(self._is_there, self.files(i)))]
+
+    def _is_there(self, name: str) -> bool:
+        file = self.path / name
+        return file.is_file() and file.stat().st_size > 0
 
     def clear(self) -> None:
         """Delete the samples that the record knows, and the record."""
@@ -111,10 +115,17 @@ class SampleFolder:
         except (OSError, ValueError):
             reason = f"{RECORD} there cannot be read"
         else:
-            if isinstance(content, dict):
+            if isinstance(content, dict) and _is_record(content):
                 return content
             reason = f"{RECORD} there is not this command's"
         raise ConfigError(f"--out {self.path}: {reason}; take another folder, or replace it with --overwrite")
+
+
+def _is_record(content: Mapping[str, Any]) -> bool:
+    """Whether the prompts are a list, and the samples one of such as have a file."""
+    samples, prompts, expanded = (content.get(key, kind()) for key, kind in _KINDS.items())
+    named = isinstance(samples, list) and all(isinstance(e, dict) and isinstance(e.get("file"), str) for e in samples)
+    return named and isinstance(prompts, list) and isinstance(expanded, dict)
 
 
 def _changes(here: Mapping[str, Any], there: Mapping[str, Any]) -> Iterator[str]:

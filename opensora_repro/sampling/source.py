@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 
 from opensora_repro.config import Config, ConfigError, load_recorded
 from opensora_repro.data.buckets import as_sampled, buckets_of
+from opensora_repro.files import read_json
 from opensora_repro.frozen.autoencoder import Autoencoder
 from opensora_repro.frozen.text import (
     ConditionEncoder,
@@ -80,7 +80,7 @@ def find_source(path: Path, *, ema: bool = True, num_heads: int | None = None, f
 def _adapted_weights(checkpoint: Path, config: Config) -> WeightsFile:
     """Those that a run with [lora] has trained its adapters for. Raises ConfigError where they are others by now."""
     found = open_weights(config.init.weights)
-    recorded = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["identity"].get("init.weights", {})
+    recorded = read_json(checkpoint / STATE_FILE).get("identity", {}).get("init.weights", {})
     digests = {facts["sha256"] for facts in recorded.values()}
     if {recorded_sha256(file) for file in found.files} != digests:
         raise ConfigError(

@@ -81,12 +81,14 @@ def read_state(folder: Path) -> tuple[TrainState, dict[str, str]]:
     path = folder / STATE_FILE
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not isinstance(content.get("sha256"), dict):
+            raise ValueError("it is no object with sha256 in it")
         version, hashes = content.pop("schema_version"), content.pop("sha256")
         content.pop("device", None)  # for people, and for plans, see planning/measured.py
         content.pop("position", None)  # of earlier releases, which had one size
         if "global_batch_size" in content:
             content["global_batch_sizes"] = [content.pop("global_batch_size")]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"checkpoint {folder} is damaged: {STATE_FILE} cannot be read ({error})") from None
     if version != SCHEMA_VERSION:
         raise SchemaError(f"checkpoint {folder} has schema version {version}; this release reads {SCHEMA_VERSION}")

@@ -24,13 +24,16 @@ from opensora_repro.weights.files import open_weights
 
 Say = Callable[[str], None]
 # What may change under the same ids: what it is in the record, and what a message calls it.
-TOLD_COLUMNS = {"caption": "captions", "num_frames": "lengths (num_frames)", "fps": "rates (fps)"}
+TOLD_COLUMNS = {
+    "caption": "captions", "num_frames": "lengths (num_frames)", "fps": "rates (fps)", "height": "heights",
+    "width": "widths",
+}  # fmt: skip
 
 
 def check_manifest(cfg: Config, start: Start, table: Any, say: Say) -> None:
     """Raise ConfigError where the ids are not those that the run began with: the order of samples follows from them.
 
-    Other captions, lengths or rates under the same ids are told. The state takes up what is there now.
+    Other captions, lengths, rates or sizes under the same ids are told. The state takes up what is there now.
     """
     found = ids_fingerprint(table["id"])
     if start.state.data_fingerprint not in ("", found):

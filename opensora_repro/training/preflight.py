@@ -19,6 +19,7 @@ from opensora_repro.data.preflight import (
     bucket_table,
     facts,
     keyed_sample,
+    require_kept,
     require_usable,
     survey,
     table,
@@ -36,7 +37,7 @@ from opensora_repro.parallel.mesh import Mesh
 from opensora_repro.planning.budget import bucket_costs
 from opensora_repro.planning.fit import check_memory
 from opensora_repro.planning.sizes import token_grid
-from opensora_repro.run_folder import check_folder
+from opensora_repro.run_folder import check_folder, checkpoints_folder
 from opensora_repro.sampling.generate import check_fit
 from opensora_repro.storage.addresses import address_of, place
 from opensora_repro.training.identity import adapted_identity, frozen_identity
@@ -65,7 +66,8 @@ def preflight(
     state takes up what the frozen models hold. `device` None: the run is planned for another machine, of which no
     device, memory or frozen models are here to be looked at.
     """
-    check_folder("run.dir", cfg.run.dir)
+    for folder in (cfg.run.dir, str(checkpoints_folder(Path(cfg.run.dir)))):
+        check_folder("run.dir", folder)
     check_track(cfg)
     if cfg.data.cache:
         check_folder("data.cache", cfg.data.cache)
@@ -192,6 +194,8 @@ def clips(
     found = survey(frame, cfg.data, manifest)
     if here:
         require_usable(found)
+    if here and samples:
+        require_kept(found)
     yield from table(found, title)
     rows = bucket_rows(found, samples, bucket_costs(cfg)) if samples else []
     if samples:

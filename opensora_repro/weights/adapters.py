@@ -128,7 +128,10 @@ def _pairs(file: Path) -> dict[str, tuple[Tensor, Tensor]]:
                 name = key.replace(".default.", ".")
                 end = next((end for end in ENDS if name.endswith(end)), None)
                 if not name.startswith(PREFIX) or end is None:
-                    raise WeightsError(f"{file}: {key} is no LoRA of a linear layer as peft names it")
+                    raise WeightsError(
+                        f"{file}: {key} is no LoRA of a linear layer as peft names it (expected {PREFIX}LAYER"
+                        f"{' and '.join(ENDS)}): merge it into its model with the program that made it"
+                    )
                 layer = name.removeprefix(PREFIX).removesuffix(end)
                 found.setdefault(layer, {})[ENDS[end]] = opened.get_tensor(key)
     except (OSError, SafetensorError) as error:

@@ -12,7 +12,8 @@ import os
 import pickle
 import re
 import sys
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,17 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from opensora_repro.errors import UserError
+from opensora_repro.errors import UserError, is_out_of_memory
 from opensora_repro.files import Sha256Memo, sha256_of, size_and_time
-from opensora_repro.run_folder import ADAPTER_FILE, CONFIG_FILE, MODEL_FILE, STATE_FILE
+from opensora_repro.run_folder import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    MODEL_FILE,
+    STATE_FILE,
+    checkpoints_folder,
+    list_steps,
+    step_of,
+)
 from opensora_repro.weights.catalog import CatalogError, Progress, find_cached, load_catalog, similar_name
 from opensora_repro.weights.diffusers_layout import diffusers_kind, dit_facts, pixart_facts
 from opensora_repro.weights.inert import inert_containers
@@ -37,7 +46,14 @@ OPEN_SORA_FIELDS: dict[str, type] = {
     "caption_channels": int, "model_max_length": int, "class_dropout_prob": float, "pred_sigma": bool,
     "qk_norm": bool, "qk_norm_legacy": bool, "input_sq_size": int,
 }  # fmt: skip
-EXPECTED = {int: "an integer", float: "a number", bool: "true or false", list: "three integers"}
+EXPECTED = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    list: "three integers",
+    tuple: "a list",
+    str: "text",
+}
 MODEL_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -57,6 +73,11 @@ FACTS_KEY = "opensora_repro.model"  # of a safetensors file's metadata: fields o
 NULL_CAPTION_FILE = "null_caption.safetensors"  # beside a diffusers model, which has no place for it
 # Within the names of low-rank adapters as PEFT, diffusers, kohya's scripts and LyCORIS write them
 LORA = re.compile(r"(^|[._])(lora|hada|lokr)[._]")
+# And of what else changes a model instead of being one: rotations, scales, differences, adapters by number
+ADAPTERS = re.compile(
+    rf"{LORA.pattern}|(^|[._])(lora([AB]|\d+|_[AB])|b?oft|ia3|vera|lycoris)[._]|\.diff(_b)?$|^\w+:\d+:(up|down)$",
+    re.IGNORECASE,
+)
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 NULL_CAPTION = "y_embedder.y_embedding"
 TABLES = ("pos_embed", "pos_embed_spatial", "pos_embed_temporal", "temp_embed")
@@ -67,12 +88,15 @@ BUFFERS = (NULL_CAPTION, ROTARY, *TABLES)  # not trained, so that an average of 
 # Keys of dicts that hold the weights, averaged ones first
 EMA_HOLDERS = ("state_dict_ema", "ema", "ema_model", "model_ema", "ema_state_dict")
 HOLDERS = ("state_dict", "model", "module", "model_state_dict")
+AVERAGED = re.compile(r"(^|_)ema(_|$)")  # in keys of other names
 # Words that wrapping modules put into names. Those of the first line stand anywhere and are no model's own: compiled,
 # FSDP (also as of old), checkpointed, Lightning's. The others come first alone: data parallel, a trainer's, averages.
 INNER = ("_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_forward_module")
 OUTER = ("module", "model", "online_model")
 EMA_OUTER = ("ema_model", "model_ema", "ema")
 COUNTERS = ("initted", "step", "n_averaged", "num_updates", "decay")  # that averaging modules keep beside the weights
+# Every model has one of them: what stands before it, and before all other names, is a wrapper's, whatever it says.
+PATCHES = ("x_embedder.proj.weight", "pos_embed.proj.weight")
 
 
 class WeightsError(UserError):
@@ -121,12 +145,12 @@ def open_weights(path: str | Path, *, ema: bool = True) -> WeightsFile:
 
 def check_tensors(weights: WeightsFile) -> None:
     """Raise WeightsError unless there are a model's tensors by name and nothing else."""
-    lora = next((key for key in weights.tensors if LORA.search(key)), None)
+    lora = next((key for key in weights.tensors if ADAPTERS.search(key)), None)
     if lora is not None:
         raise WeightsError(
-            f"{weights.path}: this is a LoRA (low-rank changes to a model's weights, first {lora}), not the weights of "
-            "a model: sample the model with --lora, or merge it into its model (stages.weights merge; where it is not "
-            "laid out as peft does it, with the program that made it), or give the model's own weights"
+            f"{weights.path}: this is a LoRA or its like (changes to a model's weights, first {lora}), not the weights "
+            "of a model: sample the model with --lora, or merge it into its model (stages.weights merge; where it is "
+            "not laid out as peft does it, with the program that made it), or give the model's own weights"
         )
     stray = next((key for key, value in weights.tensors.items() if not isinstance(value, Tensor)), None)
     if stray is not None or not weights.tensors:
@@ -152,10 +176,16 @@ def recorded_sha256(file: Path, progress: Progress | None = None) -> str:
     if found is None:
         found = sha256_of(file, progress)
         _READ.remember(file, before, found)
+    state = file.parent / STATE_FILE
     try:
-        recorded = json.loads((file.parent / STATE_FILE).read_text(encoding="utf-8"))["sha256"][file.name]
-    except (OSError, ValueError, KeyError, TypeError):  # not one of ours
+        recorded = json.loads(state.read_text(encoding="utf-8"))["sha256"][file.name]
+    except (OSError, KeyError, TypeError):  # not one of ours
         return found
+    except ValueError:
+        raise WeightsError(
+            f"{state}: damaged, so that nobody knows whether {file.name} is what was written: restore it or take "
+            "another checkpoint; away from its checkpoint a file is taken as it is"
+        ) from None
     if found != recorded:
         raise WeightsError(
             f"{file}: damaged or changed since it was written (its sha256 is not the one that {STATE_FILE} records): "
@@ -224,10 +254,10 @@ def _own_config(asked: Path, found: Path) -> Path | None:
 
 def _newest_steps(run: Path) -> list[Path]:
     """The newest whole checkpoint of a run, or of its folder of checkpoints: ours, or Open-Sora's; else none."""
-    steps = [*run.glob("checkpoints/step-*"), *run.glob("step-*")]
+    steps = [*list_steps(checkpoints_folder(run)), *list_steps(run)]
     ours = [step for step in steps if any((step / name).is_file() for name in (MODEL_FILE, ADAPTER_FILE))]
     if ours:
-        return [max(ours, key=lambda step: int(step.name.removeprefix("step-")))]
+        return [max(ours, key=step_of)]
     theirs = {
         (int(match[1]), int(match[2])): folder
         for folder in run.iterdir()
@@ -261,18 +291,33 @@ def _open_file(path: Path, ema: bool) -> WeightsFile:
         if kind == "safetensors":
             with safe_open(path, "pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                facts = json.loads((file.metadata() or {}).get(FACTS_KEY, "{}"))
-                return WeightsFile(path, kind, "", tensors, facts, files=(path,))
+                told = (file.metadata() or {}).get(FACTS_KEY, "{}")
+                return WeightsFile(path, kind, "", tensors, _recorded_facts(path, told), files=(path,))
         with inert_containers():
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "torch")
+    except WeightsError:
+        raise
     except pickle.UnpicklingError as error:
         raise WeightsError(_refusal(path, error)) from None
     except Exception as error:  # a damaged pickle makes torch stumble over anything
+        if is_out_of_memory(error):
+            raise
         raise WeightsError(f"{path}: damaged or cut off, cannot be read ({_one_line(error)}): fetch it again") from None
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path}: holds a {type(content).__name__}, expected tensors by name")
     tensors, holders = take_out(content, ema=ema)
     return WeightsFile(path, kind, ".".join(holders), tensors, files=(path,))
+
+
+def _recorded_facts(path: Path, told: str) -> dict[str, Any]:
+    """What `stages.weights` has written of the model. Raises WeightsError for what it has not."""
+    try:
+        facts = json.loads(told)
+    except ValueError:
+        facts = None
+    if not isinstance(facts, dict):
+        raise WeightsError(f"{path}: its metadata's {FACTS_KEY} is no JSON object: write the file without it")
+    return facts
 
 
 def _sniff(path: Path) -> str:
@@ -283,12 +328,26 @@ def _sniff(path: Path) -> str:
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read ({error.strerror})") from None
     if head.startswith(b"PK\x03\x04"):
+        _check_zip(path)
         return "torch"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 30:
         return "safetensors"
     if head.startswith(b"\x80"):
         return "torch (legacy)"
     raise WeightsError(f"{path}: {_what_else(head)}")
+
+
+def _check_zip(path: Path) -> None:
+    """Raise WeightsError for an archive that is not torch's; whether that is whole, torch sees."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.rpartition("/")[2] for name in archive.namelist()}
+    except (OSError, zipfile.BadZipFile):
+        return
+    if "constants.pkl" in names:
+        raise WeightsError(f"{path}: is a TorchScript program, not weights: save the tensors of its state_dict() alone")
+    if "data.pkl" not in names:
+        raise WeightsError(f"{path}: is an archive, not weights: unpack it, or save its tensors by name")
 
 
 def _what_else(head: bytes) -> str:
@@ -299,6 +358,8 @@ def _what_else(head: bytes) -> str:
         return "is a Git LFS pointer, not the file it points to: run `git lfs pull` where it was cloned"
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "is a web page, not weights (an error page saved under this name?): fetch it again"
+    if head.startswith(b"GGUF"):
+        return "is a GGUF file, whose weights are quantised: take the weights that it was made of"
     return "is neither a torch nor a safetensors file"
 
 
@@ -406,6 +467,7 @@ def take_out(content: Mapping[Any, Any], *, ema: bool) -> tuple[dict[Any, Any], 
     """
     first, second = (EMA_HOLDERS, HOLDERS) if ema else (HOLDERS, EMA_HOLDERS)
     held = {key: content[key] for key in (*first, *second) if _holds(content.get(key))}
+    held = held or _held_otherwise(content, ema=ema)
     if not held:
         return dict(content), ()
     key = next(iter(held))
@@ -417,6 +479,24 @@ def take_out(content: Mapping[Any, Any], *, ema: bool) -> tuple[dict[Any, Any], 
             bare = {_bare(str(name))[0]: value for name, value in others.items()}
             tensors |= {name: bare[name] for name in BUFFERS if name in bare and name not in names}
     return tensors, (key, *inner)
+
+
+def _held_otherwise(content: Mapping[Any, Any], *, ema: bool) -> dict[Any, Any]:
+    """Under whatever key the only thing that holds tensors as modules name them; an average may stand beside it."""
+    if any(isinstance(value, Tensor) and value.numel() > 1 for value in content.values()):
+        return {}
+    names = [str(key) for key, value in content.items() if isinstance(key, str) and _holds_named(value)]
+    averaged = [name for name in names if AVERAGED.search(name)]
+    trained = [name for name in names if name not in averaged]
+    chosen = (averaged or trained) if ema else (trained or averaged)
+    return {chosen[0]: content[chosen[0]]} if len(chosen) == 1 else {}
+
+
+def _holds_named(value: Any) -> bool:
+    """An optimizer's state goes by numbers, or has tensors of its own names."""
+    return isinstance(value, Mapping) and any(
+        (isinstance(item, Tensor) and "." in str(key)) or _holds_named(item) for key, item in value.items()
+    )
 
 
 def _holds(value: Any) -> bool:
@@ -440,6 +520,10 @@ def strip_names(tensors: Mapping[Any, Any], *, ema: bool) -> tuple[dict[str, Any
             raise NameClash(f"{origin[averaged, name]} and {key} are both {name}, once wrappers' words are taken off")
         copies[averaged][name], origin[averaged, name] = value, str(key)
         words |= dict.fromkeys(taken)
+    for averaged, copy in copies.items():
+        if before := _before_all(copy):
+            words[before[:-1]] = None
+            copies[averaged] = {name.removeprefix(before): value for name, value in copy.items()}
     if not words:
         return copies[False], []
     notes = [f"{' and '.join(f'{word}.' for word in words)} taken off the names"]
@@ -453,6 +537,13 @@ def strip_names(tensors: Mapping[Any, Any], *, ema: bool) -> tuple[dict[str, Any
     kind, rest = ("averaged", "trained") if ema else ("trained", "averaged")
     notes.append(f"the {kind} of two copies taken" + (f", {len(filled)} tensors of the {rest} one" if filled else ""))
     return {**chosen, **filled}, notes
+
+
+def _before_all(names: Iterable[str]) -> str:
+    """What stands before all names, with its last dot; empty where a model's own come first."""
+    own = [name for name in names if name not in COUNTERS]
+    ends = (name.removesuffix(end) for name in own for end in PATCHES if name.endswith(f".{end}"))
+    return next((before for before in ends if all(name.startswith(before) for name in own)), "")
 
 
 def _bare(name: str) -> tuple[str, list[str]]:

@@ -31,7 +31,11 @@ OBJECTS = {
     "omegaconf.listconfig": ("ListConfig",),
     "omegaconf.nodes": ("AnyNode", "BooleanNode", "FloatNode", "IntegerNode", "PathNode", "StringNode"),
     "typing": ("Any",),
-    "builtins": ("bool", "dict", "float", "int", "list", "str", "tuple"),
+    "builtins": ("bool", "dict", "float", "frozenset", "int", "list", "range", "slice", "str", "tuple"),
+    "decimal": ("Decimal",),
+    "fractions": ("Fraction",),
+    "uuid": ("UUID", "SafeUUID"),
+    "time": ("struct_time",),
     "ml_collections.config_dict.config_dict": ("ConfigDict", "FieldReference"),
 }
 DICTS = {

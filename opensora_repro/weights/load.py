@@ -114,9 +114,7 @@ def load_model_weights(
     weights, tables, notes = _as_needed(model, layout, file)
     _check_heads(model, file, where)
     inserted = _check_fit(model, layout, weights, where)
-    for path in file.files:
-        if (path.parent / STATE_FILE).is_file():
-            recorded_sha256(path)
+    check_recorded(file)
     if not _fill(model, weights, inserted, from_map=file.mapped and file.container != "memory"):
         raise _not_finite(file)
     return LoadReport(
@@ -181,8 +179,23 @@ def _as_needed(model: Network, layout: Layout, file: WeightsFile) -> tuple[dict[
     return weights, tables, notes
 
 
+def check_recorded(file: WeightsFile) -> None:
+    """Raise WeightsError for a checkpoint's file that is no longer what was written."""
+    for path in file.files:
+        if (path.parent / STATE_FILE).is_file():
+            recorded_sha256(path)
+
+
+def check_finite(file: WeightsFile, weights: Mapping[str, Tensor]) -> None:
+    """Raise WeightsError where the file's weights hold a value that is not finite."""
+    if not all(map(all_finite, weights.values())):
+        raise _not_finite(file)
+
+
 def all_finite(tensor: Tensor) -> bool:
     """Whether there is neither NaN nor infinity in it. A finite sum tells at a fraction of the price."""
+    if tensor.element_size() == 1:  # of eight bits, which torch does not add up
+        tensor = tensor.float()
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
@@ -325,6 +338,12 @@ def to_ours(layout: Layout, tensors: Mapping[str, Tensor], where: str) -> tuple[
     if kernel is not None and kernel.ndim == 4:  # an image model's patches have no frame axis
         weights[KERNEL] = kernel.unsqueeze(2)
     tables = {key: weights.pop(key) for key in TABLES if key in weights}
+    other = next((key for key, value in weights.items() if not value.is_floating_point()), None)
+    if other is not None:
+        raise WeightsError(
+            f"{where}: {other} holds {str(weights[other].dtype).removeprefix('torch.')}, expected floating-point "
+            "numbers: take the weights that these quantised ones were made of"
+        )
     return weights, tables
 
 

@@ -12,7 +12,7 @@ from opensora_repro.config import Config, DataConfig, TextConfig, load_recorded
 from opensora_repro.models.config import ARCHITECTURES, ModelConfig
 from opensora_repro.models.stdit import PIXELS_A_LATENT
 from opensora_repro.weights.families import Family, families_of, family_of, recognise
-from opensora_repro.weights.files import WeightsError, WeightsFile
+from opensora_repro.weights.files import EXPECTED, WeightsError, WeightsFile
 from opensora_repro.weights.layouts import HEADS_BY_WIDTH, Layout, Trained
 from opensora_repro.weights.load import to_ours, trained_at
 
@@ -80,10 +80,21 @@ def _model(
         facts = family.facts(weights)
     except ValueError as error:
         raise WeightsError(f"{file.path}: not whole weights: {error}") from None
+    _check_facts(family, file)
     facts["num_heads"] = _heads(file, facts["hidden_size"], facts.get("num_heads"), num_heads)
     facts |= {key: value for key, value in family.from_tables(trained).items() if value is not None}
     model: ModelConfig = replace(family.config(), **{**facts, **_known(family.config, file.facts)})
     return model
+
+
+def _check_facts(family: Family, file: WeightsFile) -> None:
+    """Raise WeightsError where what comes with the file is not of the type that the model's config has there."""
+    usual = family.config()
+    for key, value in file.facts.items():
+        expected = type(getattr(usual, key, value))
+        kinds = {tuple: (list, tuple), float: (int, float)}.get(expected, (expected,))
+        if type(value) not in kinds:
+            raise WeightsError(f"{file.path}: it says {key} = {value!r} of its model: expected {EXPECTED[expected]}")
 
 
 def _heads(file: WeightsFile, width: int, shown: int | None, asked: int | None) -> int:

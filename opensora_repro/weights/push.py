@@ -7,6 +7,7 @@ import os
 from opensora_repro.config import ConfigError
 from opensora_repro.errors import TrainingError, UserError
 from opensora_repro.weights.card import REPO, Shared
+from opensora_repro.weights.files import recorded_sha256
 
 
 class HubError(TrainingError):
@@ -26,13 +27,16 @@ def endpoint() -> str:
 def push(shared: Shared, repo: str, *, public: bool) -> str:
     """Make the repository where it is not there, and commit everything at once; return the address.
 
-    One that is there stays as private or public as it is. Raises HubError, UserError.
+    One that is there stays as private or public as it is. Raises HubError, UserError, also for a checkpoint's file that
+    is no longer what was written.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     if get_token() is None:
         raise UserError("no token for the hub: set HF_TOKEN, or log in once with `hf auth login`")
+    for path in shared.files.values():
+        recorded_sha256(path)
     api = HfApi(endpoint=endpoint())
     parts = [CommitOperationAdd(name, str(path)) for name, path in shared.files.items()]
     parts += [CommitOperationAdd(name, text.encode()) for name, text in shared.texts.items()]

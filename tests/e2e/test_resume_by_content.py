@@ -109,6 +109,16 @@ def test_other_captions_under_the_same_ids_are_told(world: World, run_dir: Path,
         assert ("other captions under the same ids" in capsys.readouterr().out) == said
 
 
+def test_other_sizes_under_the_same_ids_are_told(world: World, run_dir: Path, capsys: Any) -> None:
+    """Buckets are chosen by them."""
+    path = world.manifest("images")
+    pd.read_parquet(path).assign(width=48).to_parquet(path)
+    capsys.readouterr()
+    assert train(world, run_dir, 4, "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "other widths under the same ids" in out and "other heights" not in out
+
+
 def test_checkpoints_that_record_no_identity_still_resume(
     world: World, run_dir: Path, tmp_path: Path, capsys: Any
 ) -> None:

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from opensora_repro.config.prompts import read_prompts
 from stages.sample import main
 from tests.sample_home import PROMPTS, check_mistake, decode, generate_samples, sample
 
@@ -189,6 +190,12 @@ MISTAKES = {
     "guidance": (["{home}/flow", "--prompt", "x", "--guidance", "nan"], "--guidance nan: expected a finite number"),
     "steps": (["{home}/iddpm", "--prompt", "x", "--sampler", "ddim", "--steps", "1001"], "trained with 1000"),
     "empty prompt": (["{home}/flow", "--prompt", " "], "prompt 1 is empty"),
+    "a prompt without ink": (["{home}/flow", "--prompt", "\u3164\u2800\ufe0f"], "prompt 1 is empty"),
+    "a video of years": (["{home}/flow", "--prompt", "x", "--seconds", "1e9"], "--seconds 1e+09: expected more than 0"),
+    "a loop of years": (
+        ["{home}/flow", "--prompt", "x", "--loop", "--num-frames", "99999999999"],
+        "99999999999 frames: expected at most 10,000,000",
+    ),
     "no prompts file": (["{home}/flow", "--prompts", "{home}/none.txt"], "none.txt: cannot be read"),
     "not text": (["{home}/flow", "--prompts", "{home}/flow/checkpoints/step-00000020/ema.safetensors"], "not UTF-8"),
     "no vae": (["{home}/flow", "--prompt", "x", "--vae", "{home}/no-vae"], "vae.path={home}/no-vae: no such folder"),
@@ -217,7 +224,15 @@ def test_mistakes_are_one_line_before_weights_are_read(
     check_mistake([*arguments, "--dry-run"], message.format(home=home), tmp_path, capsys)
 
 
-@pytest.mark.parametrize("text", ["", "\n\n# nothing\n"])
+def test_lines_of_which_nothing_can_be_seen_are_no_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text(
+        "\ufeffa cat\r\n\u200b\r\n\ufeff# joined with another file\n\u3164\n \ufeffa dog\n", encoding="utf-8"
+    )
+    assert read_prompts(path) == ["a cat", "a dog"]
+
+
+@pytest.mark.parametrize("text", ["", "\n\n# nothing\n", "\u200b\n"])
 def test_an_empty_prompts_file(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text(text)

@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 import torch
 
+from opensora_repro.run_folder import Events
 from opensora_repro.training.loop import Trainer
 from opensora_repro.training.save import CheckpointWriter
 from stages import sample, stage2_video
@@ -199,6 +200,22 @@ def test_samples_and_events_that_cannot_be_written(world: World, tmp_path: Path,
     (step,) = saved(tmp_path / "run")
     assert step == 3 if what == "samples" else step < 4
     assert message.endswith(f"saved: {tmp_path / 'run' / 'checkpoints'}/step-{step:08d}")
+
+
+def test_a_disk_that_is_full_at_the_first_event(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its thread tells nobody by itself."""
+    with largest_file(10):
+        events = Events(tmp_path / "tensorboard", 3)
+        events.add({"loss": 1.0}, 4)
+        events.close()
+    assert events.error is not None and "cannot write" in str(events.error)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_no_place_for_checkpoints_is_told_before_training(world: World, tmp_path: Path, ends: Any) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("in the way")
+    assert "run.dir = " in ends(DATA) and not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_checkpoint_that_cannot_be_written(world: World, tmp_path: Path, ends: Any) -> None:

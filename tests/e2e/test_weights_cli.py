@@ -199,7 +199,9 @@ def test_verify_compares_a_checkpoint_with_what_was_written(tmp_path: Path, caps
     (folder / "state.json").write_text(json.dumps({"sha256": {"ema.safetensors": digest}}))
     assert run("verify", folder) == 0
     (folder / "state.json").write_text(json.dumps({"sha256": {"ema.safetensors": digest[::-1]}}))
-    assert "damaged or changed since it was written" in refused(capsys, "verify", folder)
+    for command in (["verify"], ["convert", "--to", "opensora", "--out", tmp_path / "out.pth"]):
+        assert "damaged or changed since it was written" in refused(capsys, *command, folder)
+    assert not (tmp_path / "out.pth").exists()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -233,6 +235,8 @@ def test_verify_names_a_tensor_that_is_not_finite(
     path = damaged(publish(tmp_path, name), "blocks.1.attn.qkv.bias", value)
     line = refused(capsys, "verify", path, *WITH_HEADS, code=1)
     assert str(path) in line and "not finite" in line and "blocks.1.attn.qkv.bias" in line
+    line = refused(capsys, "convert", path, *WITH_HEADS, "--to", "safetensors", "--out", tmp_path / "out")
+    assert "not finite" in line and "blocks.1.attn.qkv.bias" in line and not (tmp_path / "out").exists()
 
 
 def test_verify_reads_a_diffusers_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load
 
+from opensora_repro.errors import UserError
 from opensora_repro.weights.card import escaped, share
+from opensora_repro.weights.push import push as send
 from stages import sample, stage2_video, weights
 from tests.hub_server import Hub
 from tests.training_world import World, make_world, newest_tensors
@@ -93,6 +96,17 @@ def test_a_hub_that_refuses(world: World, hub: Hub) -> None:
     refused = push(hub, world.root / "run", REPO, "--yes")
     assert refused.returncode == 1 and "nothing was committed" in refused.stderr
     assert len(refused.stderr.strip().splitlines()) == 1
+
+
+def test_what_is_damaged_is_not_sent(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = shutil.copytree(world.root / "run", tmp_path / "run")
+    (file,) = run.glob("checkpoints/step-*/ema.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    monkeypatch.setenv("HF_TOKEN", "a token")
+    with pytest.raises(UserError, match=r"ema\.safetensors: damaged or changed since it was written"):
+        send(share(run, name=REPO), REPO, public=False)
 
 
 def test_a_card_tells_how_the_run_was_made(world: World, tmp_path: Path) -> None:

@@ -142,6 +142,13 @@ def test_all_damaged_is_an_error_and_none_is_none(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("state", ["[1]", "null", '{"schema_version": 1, "sha256": []}', '{"sha256": {}}'])
+def test_a_state_of_another_shape_is_damaged(tmp_path: Path, state: str) -> None:
+    (Run().save(tmp_path, 1) / "state.json").write_text(state)
+    with pytest.raises(CheckpointError, match=r"no checkpoint of .* is whole .*state\.json cannot be read"):
+        newest_checkpoint(tmp_path, lambda _: None)
+
+
 def test_a_later_schema_is_refused_not_skipped(tmp_path: Path) -> None:
     Run().save(tmp_path, 1)
     folder = Run().save(tmp_path, 2)

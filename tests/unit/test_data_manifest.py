@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from opensora_repro.data import manifest, tables
 from opensora_repro.errors import DataError
@@ -119,6 +120,32 @@ def test_caption_of_another_type(tmp_path: Path) -> None:
         read_manifest(tmp_path / "m.parquet")
 
 
+def test_columns_of_bytes_are_text(tmp_path: Path) -> None:
+    encoded = {name: [text.encode() for text in rows()[name]] for name in ("id", "path", "caption")}
+    rows(**encoded).to_parquet(tmp_path / "m.parquet")
+    back = read_manifest(tmp_path / "m.parquet")
+    assert back["id"].tolist() == ["a", "b", "c"] and back["caption"].tolist() == rows()["caption"].tolist()
+    assert back["path"][0] == str(tmp_path / "clips/a.mp4")
+    rows(id=[b"a", b"\xff", b"c"]).to_parquet(tmp_path / "m.parquet")
+    with pytest.raises(DataError, match="column id holds bytes that are no UTF-8 text"):
+        read_manifest(tmp_path / "m.parquet")
+
+
+@pytest.mark.parametrize("name", ["caption", "score"])
+def test_a_column_that_is_there_twice(tmp_path: Path, name: str) -> None:
+    frame = rows(score=[1, 2, 3])
+    table = pa.Table.from_pandas(frame).append_column(name, pa.array(["x", "y", "z"]))
+    parquet.write_table(table, tmp_path / "m.parquet")
+    with pytest.raises(DataError, match=rf"m\.parquet: column {name} is there twice"):
+        read_manifest(tmp_path / "m.parquet")
+
+
+def test_a_path_of_no_store_is_told_with_the_manifest(tmp_path: Path) -> None:
+    rows(path=["file:///a.mp4"] * 3).to_parquet(tmp_path / "m.parquet")
+    with pytest.raises(DataError, match=r"m\.parquet: column path: file:/// is of no store that can be used"):
+        read_manifest(tmp_path / "m.parquet")
+
+
 def test_tools_may_read_rows_without_captions(tmp_path: Path) -> None:
     write_manifest(rows(caption=["x", "", None]), tmp_path / "m.csv")
     assert read_manifest(tmp_path / "m.csv", need_captions=False)["caption"].tolist() == ["x", "", ""]
@@ -131,8 +158,15 @@ def test_tools_may_read_rows_without_captions(tmp_path: Path) -> None:
         ("m.csv", b"", "cannot be read as csv"),
         ("m.csv", b"id,path,caption,num_frames,fps,height,width\n", "empty"),
         ("m.parquet", b"PAR1 not really", "cannot be read as parquet"),
-        ("m.csv", b"\xff\xfe\x00\x01binary\x00", "cannot be read as csv|missing"),
+        ("m.csv", b"\xff\xfe\x00\x01binary\x00", "is UTF-16 text"),
         ("m.json", b"{}", "expected a .parquet or .csv file"),
+        (
+            "m.csv",
+            b"id;path;caption\na;b;c\n",
+            "fields are parted by semicolons, expected commas; save it as CSV UTF-8",
+        ),
+        ("m.csv", b"id\tpath\na\tb\n", "fields are parted by tabs, expected commas"),
+        ("m.csv", rows().to_csv(index=False).encode("utf-16"), "is UTF-16 text; save it as CSV UTF-8"),
     ],
 )
 def test_files_that_are_no_manifest(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import ast
 import errno
 import importlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,6 +43,16 @@ def test_an_end_is_one_line_and_an_exit_code(name: str, capsys: pytest.CaptureFi
 
     assert run_command(run, kept="all is kept", less_memory="Take less") == code
     assert capsys.readouterr().err == f"{line}\n"
+
+
+def test_ctrl_c_within_code_in_text_has_its_exit_code(tmp_path: Path, repo_dir: Path) -> None:
+    """Which libraries run as they are imported; a module that is run as a command ends so."""
+    run = "import sys; from opensora_repro.errors import run_command as r; sys.exit(r(lambda: exec(sys.argv[1])))"
+    (tmp_path / "interrupted.py").write_text(run)
+    command = [sys.executable, "-m", "interrupted", "raise KeyboardInterrupt"]
+    paths = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(repo_dir)))}
+    ended = subprocess.run(command, env=paths, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (130, "interrupted; the same command goes on from here\n")
 
 
 @pytest.mark.parametrize("error", [ValueError("ours"), RuntimeError("ours"), KeyError("ours")])

@@ -20,7 +20,7 @@ from opensora_repro.data.cache import LatentCache
 from opensora_repro.data.dataset import BadSample, Clip
 from opensora_repro.files import Sha256Memo, sha256_of
 from opensora_repro.frozen.encoder import Encoded, Encoder, open_encoder, skipped_models
-from opensora_repro.frozen.pretrained import ModelNotFound
+from opensora_repro.frozen.pretrained import FrozenModel, ModelNotFound
 from opensora_repro.training import fill
 from opensora_repro.training.fill import cache_fingerprint
 from tests.tiny_models import TINY_LATENT_CHANNELS, TINY_STRIDE, TINY_TEXT_CHANNELS, make_tiny_text, make_tiny_vae
@@ -194,6 +194,15 @@ def test_what_can_be_seen_is_refused_without_loading(folder: Path, spoil, messag
     with pytest.raises(ModelNotFound, match=message) as error:
         open_encoder(config(folder), CPU)
     assert "\n" not in str(error.value)
+
+
+def test_no_memory_to_load_is_no_fault_of_the_files(folder: Path) -> None:
+    def load(path: str, **options: Any) -> torch.Tensor:
+        return torch.empty(1 << 50)
+
+    model = FrozenModel(load, str(folder / "vae"), key="vae.path", kind="autoencoder", weights=(VAE_WEIGHTS,))
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        model.get()
 
 
 def test_shards_and_pickled_weights_are_found(folder: Path) -> None:

@@ -80,6 +80,10 @@ def test_a_restart_does_not_see_the_keys_of_the_start_before(address: None, monk
 def test_what_is_missing_for_the_store_is_named(address: None, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EngineError, match=r"^process 0 at 127\.0\.0\.1:\d+ does not answer within 1 s"):
         open_store(serve=False, timeout=1)
+    for port in ("abc", "99999999", "-1"):
+        monkeypatch.setenv("MASTER_PORT", port)
+        with pytest.raises(EngineError, match=f"MASTER_PORT='{port}' in the environment: expected a port"):
+            open_store(serve=True, timeout=1)
     monkeypatch.delenv("MASTER_PORT")
     with pytest.raises(EngineError, match="MASTER_ADDR and MASTER_PORT are not set"):
         open_store(serve=True, timeout=1)

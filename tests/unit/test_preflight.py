@@ -21,6 +21,7 @@ from opensora_repro.data.preflight import (
     bucket_rows,
     bucket_table,
     keyed_sample,
+    require_kept,
     require_usable,
     survey,
     table,
@@ -227,6 +228,20 @@ def test_folders_that_cannot(tmp_path: Path) -> None:
     for name in ("file", "file/run", "link", "n" * 300):
         with pytest.raises(ConfigError, match=r"run\.dir = .*: cannot be used \("):
             check_folder("run.dir", str(tmp_path / name))
+
+
+def test_buckets_that_keep_nothing(clip: Path) -> None:
+    buckets = (BucketConfig(8, "64x64", keep=0.0), BucketConfig(99, "64x64"))
+    found = look(clip, {}, data=DataConfig(frame_interval=2, buckets=buckets))
+    require_usable(found)
+    with pytest.raises(DataError, match=r"manifest\.csv: no clip goes to any of data\.buckets: let one that has"):
+        require_kept(found)
+
+
+def test_a_rate_that_is_a_slip_makes_no_length_a_negative_one(clip: Path) -> None:
+    by_time = dataclasses.replace(DATA, frame_interval=1, fps=12.0)
+    found = look(clip, {"fps": 1e-30}, data=by_time)
+    assert found.usable == 1 and found.longest > 0
 
 
 def test_clips_of_buckets(clip: Path) -> None:

@@ -97,6 +97,21 @@ def test_samples_of_other_settings_refuse(tmp_path: Path, name: str) -> None:
     assert (tmp_path / "samples.json").read_bytes() == before
 
 
+def test_an_empty_file_is_no_sample(tmp_path: Path) -> None:
+    fill(tmp_path, 0, 1)
+    (tmp_path / "0000.mp4").write_bytes(b"")
+    assert folder(tmp_path).finished() == [1]
+
+
+@pytest.mark.parametrize("damage", [{"samples": "x"}, {"samples": [1]}, {"samples": [{}]}, {"prompts": None}])
+def test_a_record_of_another_shape_refuses(tmp_path: Path, damage: dict[str, Any]) -> None:
+    fill(tmp_path, 0)
+    record = json.loads((tmp_path / "samples.json").read_text(encoding="utf-8"))
+    (tmp_path / "samples.json").write_text(json.dumps(record | damage))
+    with pytest.raises(ConfigError, match=r"samples\.json there is not this command's; .* --overwrite"):
+        folder(tmp_path).finished()
+
+
 @pytest.mark.parametrize("content", [None, b"half a fi", b"[]", b"\xff\xfe", b'{"seed": 0}'])
 def test_files_of_nobody_knows_what_refuse(tmp_path: Path, content: bytes | None) -> None:
     (tmp_path / "0001.mp4").write_bytes(b"somebody's")

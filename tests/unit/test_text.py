@@ -85,6 +85,11 @@ def test_what_of_a_caption_is_read(text: T5Text) -> None:
     assert [reading.dropped for reading in text.read(["one two three four", "one two three forty"])] == ["", "y"]
 
 
+def test_scripts_without_spaces_count_by_their_signs(text: T5Text) -> None:
+    readings = text.read(["a red circle", "\u4e00\u53ea\u7ea2\u8272\u7684\u5706", "red \u0e41\u0e14\u0e07"])
+    assert [(reading.words, reading.unknown) for reading in readings] == [(3, 0), (6, 6), (4, 3)]
+
+
 def test_what_lies_beyond_the_longest_caption_is_not_read(folder: Path) -> None:
     tags = "<b>" * (MAX_CHARACTERS // 3)
     (reading,) = load(folder).read([f"{tags}a waves at sea"])

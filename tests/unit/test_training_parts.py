@@ -156,6 +156,7 @@ def test_json_lines_truncate_to_the_resumed_step(tmp_path: Path) -> None:
     file.close()
     lines = file.path.read_text().splitlines()
     with open(file.path, "a") as handle:
+        handle.write('{"loss": 1}\n[1]\n{"step": "x"}\n')  # somebody's
         handle.write('{"step": 6, "lo')  # a kill in the middle of a line
     file.truncate_after(3)
     assert file.path.read_text().splitlines() == lines[:3]

@@ -6,11 +6,16 @@ import argparse
 import datetime
 import json
 import pathlib
+import re
 import sys
 import types
+import uuid
+import zipfile
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +72,8 @@ RENAMED: dict[str, tuple[Rename, tuple[str, ...]]] = {
     "checkpointed blocks": (lambda key: within(key, "_checkpoint_wrapped_module."), ("_checkpoint_wrapped_module.",)),
     "a trainer's": (lambda key: f"model.{key}", ("model.",)),
     "a trainer's average": (lambda key: f"ema_model.module.{key}", ("ema_model.", "module.")),
+    "a pipeline's": (lambda key: f"model.diffusion_model.{key}", ("model.", "diffusion_model.")),
+    "somebody's": (lambda key: f"module.net.module.{key}", ("module.", "net.module.")),
     "all at once": (
         lambda key: f"module.model._orig_mod.module.{within(key, '_orig_mod.')}",
         ("module.", "model.", "_orig_mod."),
@@ -102,6 +109,11 @@ HOLDERS: dict[str, tuple[Callable[[Weights], Any], str]] = {
     "ordered": (lambda w: {"state_dict": OrderedDict(w)}, "state_dict"),
     "an empty average": (lambda w: {"ema": {}, "model": w}, "model"),
     "settings called ema": (lambda w: {"ema": {"decay": 0.9999}, "model": w}, "model"),
+    "somebody's": (lambda w: {"generator": w, "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}}}, "generator"),
+    "somebody's average": (
+        lambda w: {"params": {"a.b": torch.zeros(2)}, "params_ema": w, "step": torch.tensor(3)},
+        "params_ema",
+    ),
 }
 
 
@@ -114,6 +126,12 @@ def test_nested_containers(tmp_path: Path, name: str) -> None:
     report = load_model_weights(model, tmp_path / "w.pt")
     assert_same_weights(model, source)
     assert report.wrapper == wrapper and f"under '{wrapper}'" in str(report)
+
+
+def test_of_two_holders_without_a_known_name_none_is_guessed(tmp_path: Path) -> None:
+    weights = video_layout(make_model())
+    torch.save({"generator": weights, "critic": {"a.b": torch.zeros(2)}}, tmp_path / "w.pt")
+    check_error(tmp_path / "w.pt", "expected tensors by name, found 'generator'")
 
 
 def test_words_are_whole_and_only_wrappers() -> None:
@@ -208,6 +226,7 @@ BESIDE: dict[str, Any] = {
     "namespaces": types.SimpleNamespace(a=1, b=argparse.Namespace(c=[1, {"d": (2, None)}])),
     "times": {"began": datetime.datetime(2023, 1, 1), "took": datetime.timedelta(1)},
     "default dicts": defaultdict(list, {"a": [1]}),
+    "other plain values": [frozenset([1]), range(3), slice(1), Decimal("1"), Fraction(1, 3), uuid.UUID(int=1)],
 }
 
 
@@ -321,6 +340,12 @@ LORAS: dict[str, Any] = {
     "kohya": lora("lora_down", "lora_up", "lora_unet_", alpha=True),
     "LoHa": {f"lora_unet_blocks_0_attn_qkv.hada_w{n}_{side}": torch.zeros(4, 4) for n in "12" for side in "ab"},
     "LoKr": {"blocks.0.attn.qkv.lokr_w1": torch.zeros(4, 4), "blocks.0.attn.qkv.lokr_w2": torch.zeros(12, 12)},
+    "by number": lora("qkv_lora1.down", "proj_lora2.up"),
+    "cloneofsimo's": {"unet:0:up": torch.zeros(4, 4), "unet:0:down": torch.zeros(4, 4)},
+    "rotations": {"base_model.model.blocks.0.attn.qkv.oft_r": torch.zeros(4, 4)},
+    "scales": {"base_model.model.blocks.0.attn.qkv.ia3_l": torch.zeros(4, 1)},
+    "differences": {"diffusion_model.blocks.0.attn.qkv.diff": torch.zeros(4, 4)},
+    "LyCORIS": {"lycoris_blocks_0_attn_qkv.a1.weight": torch.zeros(4, 4)},
     "not merged": {**make_model(IMAGE).state_dict(), **lora("lora_A", "lora_B")},
     "in a container": {"state_dict": lora("lora_down", "lora_up", "module."), "step": 3},
 }
@@ -383,6 +408,17 @@ def test_the_folder_of_checkpoints(tmp_path: Path) -> None:
         assert source_config(str(path)) == config
 
 
+def test_copies_of_checkpoints_under_other_names_are_nobodys(tmp_path: Path) -> None:
+    for name in ("step-00000900", "step-00000900-backup", "step-final", "step-00001000 (copy)"):
+        save_checkpoint(tmp_path / "run/checkpoints" / name, make_model(), make_model(seed=len(name)))
+    model = STDiT(TINY)
+    for path in (tmp_path / "run", tmp_path / "run/checkpoints"):
+        (file,) = load_model_weights(model, path).files
+        assert Path(file).parent.name == "step-00000900"
+    (file,) = load_model_weights(model, tmp_path / "run/checkpoints/step-final").files
+    assert Path(file).parent.name == "step-final"
+
+
 def test_a_run_without_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text(dump_toml(Config(model=TINY)))
     check_error(tmp_path, r"no checkpoint in this run yet \(looked for checkpoints/step-\*\)")
@@ -409,6 +445,26 @@ def test_tensors_that_are_not_finite_are_named(tmp_path: Path, value: float, dty
         model = STDiT(TINY)
     with pytest.raises(WeightsError, match=message):
         load_model_weights(model, tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float64])
+def test_floating_point_of_any_width_is_read(tmp_path: Path, dtype: torch.dtype) -> None:
+    weights = {key: value.to(dtype) for key, value in video_layout(make_model()).items()}
+    save_file(weights, tmp_path / "w.safetensors")
+    model = STDiT(TINY)
+    load_model_weights(model, tmp_path / "w.safetensors")
+    key = "blocks.1.mlp.fc2.weight"
+    assert torch.equal(model.state_dict()[key], weights[key].float())
+    weights[key] = torch.full_like(weights[key].float(), float("nan")).to(dtype)
+    save_file(weights, tmp_path / "nan.safetensors")
+    check_error(tmp_path / "nan.safetensors", "fc2.weight holds values that are not finite")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.complex64])
+def test_what_is_no_floating_point_is_refused(dtype: torch.dtype) -> None:
+    weights = video_layout(make_model())
+    weights["blocks.0.mlp.fc1.weight"] = weights["blocks.0.mlp.fc1.weight"].to(dtype)
+    check_error(weights, rf"blocks\.0\.mlp\.fc1\.weight holds {str(dtype)[6:]}, expected floating-point numbers")
 
 
 def test_large_values_are_finite() -> None:
@@ -438,3 +494,64 @@ def test_a_file_that_is_not_what_was_written(tmp_path: Path, name: str) -> None:
         load_model_weights(STDiT(TINY), folder)
     (folder / name).rename(tmp_path / name)
     load_model_weights(STDiT(TINY), tmp_path / name)
+
+
+@pytest.mark.parametrize("state", ["", '{"schema_version": 1, "sha'])
+def test_a_damaged_record_of_a_checkpoint_vouches_for_nothing(tmp_path: Path, state: str) -> None:
+    folder = save_checkpoint(tmp_path / "step-00000001", make_model(), make_model(seed=1))
+    (folder / "state.json").write_text(state)
+    check_error(folder, r"state\.json: damaged, so that nobody knows whether ema\.safetensors is what was written")
+    (folder / "state.json").unlink()
+    load_model_weights(STDiT(TINY), folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that look like weights
+
+
+def a_program(path: Path) -> None:
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(path))
+
+
+def an_archive(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/model.bin", b"123")
+
+
+def of_numpy(path: Path) -> None:
+    with open(path, "wb") as file:
+        np.savez(file, a=np.zeros(3))
+
+
+def foreign_facts(told: str) -> Callable[[Path], None]:
+    return lambda path: save_file(make_model().state_dict(), path, {"opensora_repro.model": told})
+
+
+LIKE_WEIGHTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "TorchScript": (a_program, "is a TorchScript program, not weights"),
+    "an archive": (an_archive, "is an archive, not weights: unpack it"),
+    "numpy's": (of_numpy, "is an archive, not weights"),
+    "GGUF": (lambda path: path.write_bytes(b"GGUF" + bytes(99)), "is a GGUF file, whose weights are quantised"),
+    "no facts": (foreign_facts("none"), "its metadata's opensora_repro.model is no JSON object"),
+    "a list of facts": (foreign_facts("[1]"), "its metadata's opensora_repro.model is no JSON object"),
+    "heads as text": (foreign_facts('{"num_heads": "4"}'), "it says num_heads = '4' of its model: expected an integer"),
+}
+
+
+@pytest.mark.parametrize("name", LIKE_WEIGHTS)
+def test_no_memory_to_read_them_is_no_fault_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(video_layout(make_model()), tmp_path / "w.pt", _use_new_zipfile_serialization=False)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: torch.empty(1 << 50))
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        open_weights(tmp_path / "w.pt")
+
+
+def test_what_only_looks_like_weights_is_told_in_one_line(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, name: str
+) -> None:
+    make, message = LIKE_WEIGHTS[name]
+    make(tmp_path / "w.pt")
+    recwarn.clear()
+    with pytest.raises(WeightsError, match=rf"w\.pt: {re.escape(message)}"):
+        find_source(tmp_path / "w.pt")
+    assert not recwarn.list
