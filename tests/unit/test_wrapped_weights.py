@@ -538,7 +538,6 @@ LIKE_WEIGHTS: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", LIKE_WEIGHTS)
 def test_no_memory_to_read_them_is_no_fault_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save(video_layout(make_model()), tmp_path / "w.pt", _use_new_zipfile_serialization=False)
     monkeypatch.setattr(torch, "load", lambda *_, **__: torch.empty(1 << 50))
@@ -546,6 +545,7 @@ def test_no_memory_to_read_them_is_no_fault_of_the_files(tmp_path: Path, monkeyp
         open_weights(tmp_path / "w.pt")
 
 
+@pytest.mark.parametrize("name", LIKE_WEIGHTS)
 def test_what_only_looks_like_weights_is_told_in_one_line(
     tmp_path: Path, recwarn: pytest.WarningsRecorder, name: str
 ) -> None:
