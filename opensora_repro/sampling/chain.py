@@ -23,11 +23,11 @@ from opensora_repro.data.write import join_videos, write_video
 from opensora_repro.files import remove_folder, writing
 from opensora_repro.sampling.conditions import prompt_of_loop, split_prompt
 from opensora_repro.sampling.given import Given, GivenClip
+from opensora_repro.sampling.options import MOST_FRAMES
 
 if TYPE_CHECKING:
     from opensora_repro.frozen.autoencoder import Autoencoder
 
-MOST_FRAMES = 10_000_000  # of a video: more than four days of 24 a second is a slip
 _TIMED = re.compile(r"(\d+(?:\.\d+)?):\s+(.*\S)")
 
 
@@ -54,7 +54,7 @@ class Chain:
     def __post_init__(self) -> None:
         """Raises ConfigError."""
         if self.total > MOST_FRAMES:
-            raise ConfigError(f"--seconds or --num-frames: {self.total} frames: expected at most {MOST_FRAMES:,}")
+            raise ConfigError(f"--seconds: {self.total} frames: expected at most {MOST_FRAMES:,}")
         if self.head + (self.tail if self.loop else 0) >= self.window:
             both = f"{self.head} + {self.tail}" if self.loop else f"{self.head}"
             raise ConfigError(

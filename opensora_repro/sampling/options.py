@@ -14,7 +14,7 @@ from opensora_repro.config import ConfigError
 from opensora_repro.config.prompts import check_prompts, is_blank, read_prompts
 from opensora_repro.errors import check_least
 
-LONGEST = 86_400  # seconds of a video
+LONGEST, MOST_FRAMES = 86_400, 10_000_000  # seconds and frames of a video: more is a slip
 NUMBERS = ("steps", "num_frames", "height", "width", "fps", "batch_size", "sp_size", "condition_frames", "mask_align")
 
 
@@ -104,6 +104,8 @@ def checked(options: Options) -> Options:
             raise ConfigError(f"--num-frames {num_frames}: expected {expected}") from None
     o = replace(o, num_frames=num_frames)
     check_least(o, *NUMBERS)
+    if o.num_frames is not None and o.num_frames > MOST_FRAMES:
+        raise ConfigError(f"--num-frames {o.num_frames}: expected at most {MOST_FRAMES:,}")
     if o.vae_tile is not None and o.vae_tile < 0:
         raise ConfigError(f"--vae-tile {o.vae_tile}: expected at least 0")
     if o.guidance is not None and not math.isfinite(o.guidance):

@@ -194,7 +194,7 @@ MISTAKES = {
     "a video of years": (["{home}/flow", "--prompt", "x", "--seconds", "1e9"], "--seconds 1e+09: expected more than 0"),
     "a loop of years": (
         ["{home}/flow", "--prompt", "x", "--loop", "--num-frames", "99999999999"],
-        "99999999999 frames: expected at most 10,000,000",
+        "--num-frames 99999999999: expected at most 10,000,000",
     ),
     "no prompts file": (["{home}/flow", "--prompts", "{home}/none.txt"], "none.txt: cannot be read"),
     "not text": (["{home}/flow", "--prompts", "{home}/flow/checkpoints/step-00000020/ema.safetensors"], "not UTF-8"),
