@@ -107,7 +107,7 @@ class VideoFeatures:
 
     @torch.no_grad()
     def features(self, videos: Sequence[np.ndarray]) -> Tensor:
-        model = self.frozen.get()
+        model = self.frozen.model
         mean, std = _colours(self.frozen.folder)
         size = model.config.image_size
         frames = [evenly(video, model.config.num_frames) for video in videos]
@@ -136,7 +136,7 @@ class ImageFeatures:
 
     @torch.no_grad()
     def features(self, videos: Sequence[np.ndarray]) -> Tensor:
-        encoder = self.frozen.get()
+        encoder = self.frozen.model
         found = []
         for video in videos:
             frames = evenly(video, min(FRAMES, len(video)))

@@ -45,7 +45,7 @@ class Autoencoder(ABC):
     @property
     def vae(self) -> Any:
         """The network itself. Raises ModelNotFound."""
-        return self.frozen.get()
+        return self.frozen.model
 
     def latent_frames(self, num_frames: int) -> int:
         """Latents of a clip of so many frames."""

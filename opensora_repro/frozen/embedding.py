@@ -73,7 +73,7 @@ def load_models(clip: str, head: str, encoder: str, device: str) -> tuple[Any, A
     return (
         model,
         load_head(head, model.channels, key="--aesthetic") if model and head else None,
-        find_image_encoder(encoder, key="--embed", device=device).get() if encoder else None,
+        find_image_encoder(encoder, key="--embed", device=device).model if encoder else None,
     )
 
 

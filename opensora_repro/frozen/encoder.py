@@ -67,8 +67,8 @@ class Encoder:
 
     def load(self) -> Encoder:
         """Read the weights now: what is wrong with them is said at the start. Raises ModelNotFound."""
-        self.vae.frozen.get()
-        self.text.frozen.get()
+        self.vae.frozen.load()
+        self.text.frozen.load()
         return self
 
     def not_loaded(self) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -56,25 +57,27 @@ class FrozenModel(Generic[T]):
         except (OSError, ValueError) as error:
             raise self.unusable(error) from error
         self._load = load
-        self._model: T | None = None
+
+    @cached_property
+    def model(self) -> T:
+        """Loaded when it is first asked for. Raises ModelNotFound."""
+        return _load(self._load, self.folder, self.where, self.kind)
 
     @property
     def loaded(self) -> bool:
-        return self._model is not None
+        return "model" in self.__dict__
 
-    def get(self) -> T:
-        """The model, loaded at the first call. Raises ModelNotFound."""
-        if self._model is None:
-            self._model = _load(self._load, self.folder, self.where, self.kind)
-        return self._model
+    def load(self) -> None:
+        """Read the weights now, if they are not there. Raises ModelNotFound."""
+        _ = self.model
 
     def part(self, load: Callable[..., Any]) -> Any:
         """What `load`, called as the model's own, makes of the folder. Raises ModelNotFound."""
         return _load(load, self.folder, self.where, self.kind)
 
     def release(self) -> None:
-        """Let go of the weights; the next `get` reads them again."""
-        self._model = None
+        """Let go of the weights; whoever asks for the model next reads them again."""
+        self.__dict__.pop("model", None)
 
     def size(self, name: str) -> int:
         """A whole number of config.json. Raises ModelNotFound."""

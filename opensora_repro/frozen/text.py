@@ -148,12 +148,12 @@ class _TextModel:
     @property
     def model(self) -> Any:
         """Raises ModelNotFound."""
-        return self.frozen.get()[0]
+        return self.frozen.model[0]
 
     @property
     def tokenizer(self) -> Any:
         """Raises ModelNotFound."""
-        return self.frozen.get()[1]
+        return self.frozen.model[1]
 
 
 class T5Text(_TextModel):

@@ -102,10 +102,10 @@ def checked(options: Options) -> Options:
         except ValueError:
             expected = f"a number, or one of {', '.join(FRAMES)}"
             raise ConfigError(f"--num-frames {num_frames}: expected {expected}") from None
+        if num_frames > MOST_FRAMES:
+            raise ConfigError(f"--num-frames {num_frames}: expected at most {MOST_FRAMES:,}")
     o = replace(o, num_frames=num_frames)
     check_least(o, *NUMBERS)
-    if o.num_frames is not None and o.num_frames > MOST_FRAMES:
-        raise ConfigError(f"--num-frames {o.num_frames}: expected at most {MOST_FRAMES:,}")
     if o.vae_tile is not None and o.vae_tile < 0:
         raise ConfigError(f"--vae-tile {o.vae_tile}: expected at least 0")
     if o.guidance is not None and not math.isfinite(o.guidance):

@@ -415,9 +415,9 @@ def load_models(
     if source.adapters:
         add_adapters(model, source.adapters)
     model = model.eval().to(device)
-    vae.frozen.get()
+    vae.frozen.load()
     if not isinstance(conditions, ClassLabels):
-        conditions.frozen.get()
+        conditions.frozen.load()
     if isinstance(conditions, T5Text) and report.lacks_null_caption:
         take_null_caption(model, conditions)
     return model, vae, conditions, report

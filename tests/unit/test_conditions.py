@@ -78,7 +78,7 @@ def test_wrong_folders_end_in_one_line(tmp_path: Path) -> None:
         (make_tiny_text(tmp_path / "t5"), "cannot be loaded"),
     ):
         with pytest.raises(ModelNotFound, match=reason) as error:
-            open_clip_text(TextConfig(str(path)), "cpu", torch.float32).frozen.get()
+            open_clip_text(TextConfig(str(path)), "cpu", torch.float32).frozen.load()
         message = str(error.value)
         assert message.startswith(f"text.path={path}: ") and "CLIP text model" in message and "\n" not in message
 

@@ -202,7 +202,7 @@ def test_no_memory_to_load_is_no_fault_of_the_files(folder: Path) -> None:
 
     model = FrozenModel(load, str(folder / "vae"), key="vae.path", kind="autoencoder", weights=(VAE_WEIGHTS,))
     with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
-        model.get()
+        model.load()
 
 
 def test_shards_and_pickled_weights_are_found(folder: Path) -> None:

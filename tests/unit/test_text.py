@@ -177,7 +177,7 @@ def test_offload_gives_the_same_bits(folder: Path, dtype: torch.dtype) -> None:
 
 def check_error(path: str, reason: str) -> None:
     with pytest.raises(ModelNotFound, match=reason) as error:
-        open_text_encoder(TextConfig(path), 20, "cpu", torch.float32).frozen.get()
+        open_text_encoder(TextConfig(path), 20, "cpu", torch.float32).frozen.load()
     message = str(error.value)
     assert message.startswith(f"text.path={path}: ") and "\n" not in message and len(message) < 600
 

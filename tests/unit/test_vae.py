@@ -185,7 +185,7 @@ def test_the_folder_above_an_autoencoder_names_it(folder: Path, tmp_path: Path) 
 
 def check_error(path: Path, reason: str) -> None:
     with pytest.raises(ModelNotFound, match=reason) as error:
-        load(path).frozen.get()
+        load(path).frozen.load()
     message = str(error.value)
     assert message.startswith(f"vae.path={path}: ") and "\n" not in message and len(message) < 500
 

@@ -292,7 +292,7 @@ def test_a_config_without_a_class_is_told_by_the_weights(folders: dict[str, Path
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "something"}))
     assert load(tmp_path).geometry == load(folders[OPEN_SORA]).geometry  # the published sizes
     with pytest.raises(ModelNotFound, match=r"missing, left over or misshapen, first spatial_vae\.module"):
-        load(tmp_path).frozen.get()
+        load(tmp_path).frozen.load()
 
 
 def test_what_is_no_autoencoder_ends_in_one_line(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -326,7 +326,7 @@ def test_weights_of_open_sora_are_read_strictly(folders: dict[str, Path], tmp_pa
     ):
         save_file(changed, tmp_path / "model.safetensors")
         with pytest.raises(ModelNotFound, match=reason):
-            load(tmp_path).frozen.get()
+            load(tmp_path).frozen.load()
 
 
 def test_an_image_autoencoder_with_a_shift(tmp_path: Path) -> None:

@@ -184,11 +184,11 @@ def check_models(cfg: AutoencoderConfig) -> None:
 
 
 def build_temporal(cfg: AutoencoderConfig) -> TemporalAutoencoder:
-    image = frozen_image(cfg.model.image, "model.image").get()
+    image = frozen_image(cfg.model.image, "model.image").model
     whole = temporal_config(cfg.model, image.config.latent_channels, image.config.get("scaling_factor"))
     check_image_latents(cfg, whole)
     if cfg.init.weights:
-        model = frozen_temporal(init_folder(cfg.init), whole).get()
+        model = frozen_temporal(init_folder(cfg.init), whole).model
         return TemporalAutoencoder(model, dict(image.config))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.run.seed)
@@ -258,7 +258,7 @@ def build_image(cfg: AutoencoderConfig) -> ImageAutoencoder:
     if cfg.init.weights:
         frozen = frozen_image(init_folder(cfg.init), "init.weights")
         check_same_model(frozen.config, cfg.model)
-        vae = frozen.get()
+        vae = frozen.model
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.run.seed)
