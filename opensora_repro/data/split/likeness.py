@@ -36,7 +36,7 @@ def thumbnail(planes: list[np.ndarray]) -> Picture:
 def _shrink(plane: np.ndarray, width: int, height: int) -> np.ndarray:
     """Average over areas; of large planes, over evenly spaced rows, and by halving, which OpenCV does fastest."""
     if plane.shape[0] >= SAMPLED * height and plane.shape[1] >= SAMPLED * width:
-        plane = plane.take(_spaced(plane.shape[0], SAMPLED * height), axis=0)
+        plane = plane[_spaced(plane.shape[0], SAMPLED * height)]
         for _ in range(SAMPLED.bit_length() - 1):
             plane = cv2.resize(plane, (plane.shape[1] // 2, plane.shape[0] // 2), interpolation=cv2.INTER_AREA)
     return cv2.resize(plane, (width, height), interpolation=cv2.INTER_AREA)
@@ -113,26 +113,31 @@ def distance(one: Picture, other: Picture) -> float:
 
 def unexplained(before: np.ndarray, after: np.ndarray, radius: int, block: int) -> float:
     """Return the mean difference that is left of `after` when each block takes its best match within `radius`."""
-    height, width = after.shape
-    side = 2 * radius + 1
-    shifted, copies, apart = _scratch(side * side, height, width, get_ident())
-    padded = cv2.copyMakeBorder(before, radius, radius, radius, radius, cv2.BORDER_REPLICATE)
-    step = padded.shape[1]
-    windows = as_strided(padded, (side, side, height, width), (step, 1, step, 1))
-    np.copyto(shifted.reshape(windows.shape), windows)
-    np.copyto(copies, after)
-    tall = (side * side * height, width)
-    left = cv2.absdiff(shifted.reshape(tall), copies.reshape(tall), dst=apart)
+    room = _matching(radius, after.shape, get_ident())
+    cv2.copyMakeBorder(before, radius, radius, radius, radius, cv2.BORDER_REPLICATE, dst=room.padded)
+    np.copyto(room.shifted, room.windows)
+    np.copyto(room.copies, after)
+    left = cv2.absdiff(room.all_shifted, room.all_copies, dst=room.apart)
     for _ in range(block.bit_length() - 1):  # halving is many times faster than a quarter at once
         left = cv2.resize(left, (left.shape[1] // 2, left.shape[0] // 2), interpolation=cv2.INTER_AREA)
-    return float(left.reshape(side * side, -1).min(axis=0).mean())
+    return float(left.reshape((2 * radius + 1) ** 2, -1).min(axis=0).mean())
+
+
+class _Matching:
+    """Room for block matching, and views of it: getting them anew costs more than the matching itself."""
+
+    def __init__(self, radius: int, shape: tuple[int, int]) -> None:
+        (height, width), side = shape, 2 * radius + 1
+        self.padded = np.empty((height + 2 * radius, width + 2 * radius), np.uint8)
+        step = self.padded.shape[1]
+        self.windows = as_strided(self.padded, (side, side, height, width), (step, 1, step, 1))
+        self.all_shifted, self.all_copies, self.apart = np.empty((3, side * side * height, width), np.uint8)
+        self.shifted, self.copies = self.all_shifted.reshape(self.windows.shape), self.all_copies.reshape(-1, *shape)
 
 
 @lru_cache(maxsize=16)
-def _scratch(count: int, height: int, width: int, _thread: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Room for block matching, kept because getting it anew costs more than the matching itself."""
-    shape = (count, height, width)
-    return np.empty(shape, np.uint8), np.empty(shape, np.uint8), np.empty((count * height, width), np.uint8)
+def _matching(radius: int, shape: tuple[int, int], _thread: int) -> _Matching:
+    return _Matching(radius, shape)
 
 
 def changed(one: np.ndarray, other: np.ndarray) -> float:
@@ -268,9 +273,10 @@ def _visible(radius: int) -> np.ndarray:
 def _inner(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Return bool [ROWS, COLUMNS]: the regions without letterbox or pillarbox."""
     inner = np.ones((HEIGHT, WIDTH), np.float32)
-    for a, b, part in ((one, other, inner), (one.T, other.T, inner.T)):
-        low, high = np.minimum(a.min(axis=1), b.min(axis=1)), np.maximum(a.max(axis=1), b.max(axis=1))
-        uneven = np.flatnonzero(high - low > BORDER)
+    low, high = cv2.min(one, other), cv2.max(one, other)
+    for axis, part in ((1, inner), (0, inner.T)):
+        spread = cv2.reduce(high, axis, cv2.REDUCE_MAX) - cv2.reduce(low, axis, cv2.REDUCE_MIN)
+        uneven = np.flatnonzero(spread > BORDER)
         part[: uneven[0] if len(uneven) else None] = 0
         part[uneven[-1] + 1 if len(uneven) else 0 :] = 0
     return _means(inner)[0] > 0.99
