@@ -192,6 +192,9 @@ def write_small(folder: Path) -> list[Path]:
 
 
 def memory_side() -> Mapping[str, Ask]:
+    import multiprocessing
+
+    multiprocessing.set_start_method("fork", force=True)  # as on Linux training does; this process was not
     return {"held": measure_memory}
 
 
