@@ -176,10 +176,10 @@ def kept(one: np.ndarray, other: np.ndarray, radius: int = 4) -> float:
     return float((hits / np.maximum(1, count))[enough].max(initial=0.0))
 
 
-def kept_by_camera(one: np.ndarray, other: np.ndarray) -> float:
-    """Return `kept`, for a camera that had time to move, with either picture enlarged as a zoom does it."""
+def is_kept_by_camera(one: np.ndarray, other: np.ndarray, share: float) -> bool:
+    """Whether `kept` reaches a share for a camera that had time to move, with either picture enlarged as by a zoom."""
     pairs = [(_enlarged(one, zoom), other) for zoom in ZOOMS] + [(one, _enlarged(other, zoom)) for zoom in ZOOMS[1:]]
-    return max(kept(a, b, radius=8) for a, b in pairs)
+    return any(kept(a, b, radius=8) >= share for a, b in pairs)
 
 
 def relit(one: Picture, other: Picture) -> float:

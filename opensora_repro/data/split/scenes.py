@@ -8,13 +8,13 @@ with the one before without asking whether it has moved, and so cannot tell simi
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,9 +27,13 @@ from opensora_repro.data.video import (
     open_video,
 )
 
+if TYPE_CHECKING:
+    from opensora_repro.data.split.likeness import Picture
+
 # Thumbnails do not need the filter that smooths block edges, and H.264 and HEVC spend a quarter of their time on it.
 DRAFT = {"skip_loop_filter": "all", "flags2": "+fast"}
 PLANES = frozenset(f"yuv{kind}{sampling}p" for kind in ("", "j") for sampling in ("420", "422", "444"))  # 8 bits
+BATCH = 64  # thumbnails that the detector gets at once
 ANALYSIS_WIDTH = 256  # pixels; wider pictures are reduced, which is also PySceneDetect's default
 WINDOW = 3  # frames on either side that a frame's change is compared with
 MIN_CHANGE = 8.0  # content score below which nothing is a cut
@@ -80,8 +84,7 @@ def scan_video(path: str | Path, *, detector: str = "shots", threshold: float | 
         if detector == "shots":
             stream.codec_context.options = DRAFT
         footage = Footage(path, container, stream)
-        for frame in footage:
-            metrics.add(frame)
+        metrics.add_all(footage)
     return footage.scan(*metrics.finish())
 
 
@@ -199,7 +202,17 @@ class Thumbnails:
         self.detector = ShotDetector(ShotOptions() if threshold is None else ShotOptions(ratio=threshold))
         self.reformatter = VideoReformatter()
 
+    def add_all(self, frames: Iterable[Any]) -> None:
+        """Take thumbnails of some frames, then look at them: by turns, decoder and detector lose their caches."""
+        reduced = map(self._reduced, frames)
+        while batch := list(islice(reduced, BATCH)):
+            for picture, time in batch:
+                self.detector.add(picture, time)
+
     def add(self, frame: Any) -> None:
+        self.detector.add(*self._reduced(frame))
+
+    def _reduced(self, frame: Any) -> tuple[Picture, float | None]:
         from opensora_repro.data.split.likeness import thumbnail
 
         time = frame.time
@@ -207,7 +220,7 @@ class Thumbnails:
             frame = self.reformatter.reformat(
                 frame, width=256, height=144, format="yuv420p", interpolation="AREA", **one_scaling_thread()
             )
-        self.detector.add(thumbnail([_plane(plane) for plane in frame.planes]), time)
+        return thumbnail([_plane(plane) for plane in frame.planes]), time
 
     def finish(self) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
         shots = self.detector.finish()
@@ -233,7 +246,11 @@ class _Metrics:
         self.reformatter = VideoReformatter()
         self.stamps: list[Any] = []
 
-    def add(self, frame: Any) -> None:
+    def add_all(self, frames: Iterable[Any]) -> None:
+        for frame in frames:
+            self._add(frame)
+
+    def _add(self, frame: Any) -> None:
         factor = max(1, frame.width // ANALYSIS_WIDTH)
         width, height = frame.width // factor, max(1, frame.height // factor)
         small = self.reformatter.reformat(

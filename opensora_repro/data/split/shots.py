@@ -35,8 +35,8 @@ from opensora_repro.data.split.likeness import (
     changed,
     distance,
     inset,
+    is_kept_by_camera,
     kept,
-    kept_by_camera,
     relit,
     residual,
 )
@@ -410,7 +410,7 @@ class ShotDetector:
     def _is_same(self, before: int, after: int) -> bool:
         """Whether a gradual change ends where it began, but for the camera's motion, or is gone again."""
         before, after = max(0, before), min(after, self.count - 1)
-        same = kept_by_camera(self.recent[before][0], self.recent[after][0]) >= self.options.same
+        same = is_kept_by_camera(self.recent[before][0], self.recent[after][0], self.options.same)
         return same or self._is_covered(before, after)
 
     def _fade(self, valley: Valley) -> Stretch | None:
