@@ -61,14 +61,13 @@ def run(args: argparse.Namespace) -> int:
     from opensora_repro.planning.budget import make_budget
     from opensora_repro.planning.report import as_json, report
 
-    several, cfg = len(buckets_of(cfg)), as_heaviest(cfg)
-    budget = make_budget(cfg, question)
+    several, budget = len(buckets_of(cfg)), make_budget(cfg, question)
     if args.json:
         print(json.dumps(as_json(budget), indent=1))
     else:
         if several > 1:
             print(f"as if all steps were of the heaviest of {several} buckets; stages.buckets --plan tells of each\n")
-        print("\n".join(report(cfg, budget)))
+        print("\n".join(report(as_heaviest(cfg), budget)))
     return 0
 
 

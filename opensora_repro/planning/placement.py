@@ -43,6 +43,7 @@ class Fitter:
 
     cfg: Config
     grid: Grid
+    least_frames: int  # of latents, in patches, of the run's shortest clips
     parameters: int
     frozen: FrozenSizes
     gpu: Gpu
@@ -55,6 +56,9 @@ class Fitter:
         try:
             check_config(cfg)
             mesh = Mesh(0, self.gpus, parallel.tp_size, parallel.sp_size)
+            if self.least_frames < parallel.sp_size:
+                shortest = f"the shortest clips have only {self.least_frames} latent frames"
+                raise ConfigError(f"parallel.sp_size = {parallel.sp_size}: {shortest}")
         except (ConfigError, EngineError) as error:
             return Fit(overrides, parallel, refused=str(error))
         memory = {kind: self._memory(cfg, mesh, kind) for kind in ACTIVATION_CHECKPOINTING}

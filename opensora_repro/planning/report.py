@@ -98,6 +98,8 @@ def _advice(cfg: Config, budget: Budget) -> str:
     packed = cfg.data.packing_tokens > 0
     smaller = ["lower data.packing_tokens"] if packed else ["lower train.batch_size"] * (cfg.train.batch_size > 1)
     remedies = [*smaller, "lower vae.micro_batch_size"]
+    if cfg.train.overlap and not (cfg.data.cache or cfg.text.shard):
+        remedies.append("set train.overlap=false")
     spread = "text.shard=true, " * (budget.gpus > 1)
     remedies.append(f"set {spread}text.offload=true or optim.offload=true")
     return ", or ".join([*remedies, "take more or larger GPUs"])
