@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opensora_repro.config import Config
-from opensora_repro.config.sections import encodes_after_start, sample_fps
+from opensora_repro.config.sections import sample_fps
 from opensora_repro.data.buckets import as_heaviest, as_one_size, buckets_of
 from opensora_repro.parallel.mesh import Mesh
 from opensora_repro.planning.encoders import FrozenSizes, frozen_sizes
@@ -96,11 +96,13 @@ class Budget:
 
 
 def make_budget(cfg: Config, question: Question) -> Budget:
-    """Of the heaviest bucket's steps; layouts are those that every bucket allows.
+    """Work and time of the heaviest bucket's steps, and memory of those that need the most.
 
     Raises ConfigError, and EngineError where the config's own layout does not divide the GPUs.
     """
     frames = min(latent_frames(cfg, bucket.num_frames, question.strides) for bucket in buckets_of(cfg))
+    least_frames = -(-frames // cfg.model.patch_size[0])
+    fitter = Fitter(cfg, question.gpu, question.gpus, least_frames, question.strides)
     cfg = as_heaviest(cfg)
     mesh = Mesh(0, question.gpus, cfg.parallel.tp_size, cfg.parallel.sp_size)
     peak = question.gpu.peak(cfg.train.dtype)
@@ -124,8 +126,6 @@ def make_budget(cfg: Config, question: Question) -> Budget:
         run_tokens=cfg.train.steps * samples * grid.tokens,
         epochs=cfg.train.steps * samples / question.clips if question.clips else None,
     )
-    shared = -(-frames // cfg.model.patch_size[0])
-    fitter = Fitter(cfg, grid, shared, parameters, frozen, question.gpu, question.gpus, encodes_after_start(cfg))
     return Budget(
         gpu=question.gpu,
         gpus=question.gpus,

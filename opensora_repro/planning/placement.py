@@ -10,10 +10,9 @@ from opensora_repro.config import Config, ConfigError, ParallelConfig, check_con
 from opensora_repro.errors import EngineError
 from opensora_repro.models.config import ACTIVATION_CHECKPOINTING
 from opensora_repro.parallel.mesh import Mesh
-from opensora_repro.planning.encoders import FrozenSizes
 from opensora_repro.planning.gpus import GIB, Gpu
-from opensora_repro.planning.memory import Memory, step_memory
-from opensora_repro.planning.sizes import Grid
+from opensora_repro.planning.memory import Memory, needed_memory
+from opensora_repro.planning.sizes import Strides
 
 SIZES = (1, 2, 4, 8)  # of tensor and sequence parallelism; more than a machine's GPUs would wait for the network
 
@@ -42,13 +41,10 @@ class Fitter:
     """What the layouts of one config have in common."""
 
     cfg: Config
-    grid: Grid
-    least_frames: int  # of latents, in patches, of the run's shortest clips
-    parameters: int
-    frozen: FrozenSizes
     gpu: Gpu
     gpus: int
-    encodes: bool
+    least_frames: int  # of latents, in patches, of the run's shortest clips
+    strides: Strides | None = None
 
     def try_layout(self, parallel: ParallelConfig) -> Fit:
         cfg = dataclasses.replace(self.cfg, parallel=parallel)
@@ -69,7 +65,7 @@ class Fitter:
     def _memory(self, cfg: Config, mesh: Mesh, checkpointing: str) -> Memory:
         train = dataclasses.replace(cfg.train, activation_checkpointing=checkpointing)
         cfg = dataclasses.replace(cfg, train=train)
-        return step_memory(cfg, self.grid, self.parameters, self.frozen, mesh, encodes=self.encodes)
+        return needed_memory(cfg, mesh, "cuda", self.strides)
 
 
 def too_much(memory: Memory, gpu: Gpu) -> str:

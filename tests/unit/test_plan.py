@@ -158,10 +158,28 @@ def test_no_layout_is_offered_that_a_bucket_does_not_allow(capsys: pytest.Captur
     layouts = planned(capsys, pictures, "--gpus", "8")["layouts"]
     assert len({layout["parallel"]["sp_size"] for layout in layouts}) == 4
     assert all("only 1 latent frames" in fit["refused"] for fit in layouts if fit["parallel"]["sp_size"] > 1)
-    bucket = '{resolution="256", num_frames=17, keep=1.0, batch_size=1}, {resolution="256", num_frames=68, batch_size=1}'
+    bucket = (
+        '{resolution="256", num_frames=17, keep=1.0, batch_size=1}, {resolution="256", num_frames=68, batch_size=1}'
+    )
     layouts = planned(capsys, clips, f"data.buckets=[{bucket}]", "--gpus", "8")["layouts"]
     refused = {fit["parallel"]["sp_size"]: "only 5 latent frames" in fit["refused"] for fit in layouts}
     assert refused == {1: False, 2: False, 4: False, 8: True}
+
+
+def test_memory_is_of_the_bucket_that_needs_the_most(capsys: pytest.CaptureFixture[str]) -> None:
+    """Not of the one with the most pixels a step, where fewer of them are more to encode at once; the advice fits."""
+    recipe = str(CONFIGS / "opensora_1_1/stage2.toml")
+    heavy, large = (
+        f'{{resolution="{size}", num_frames=16, batch_size={count}}}' for size, count in (("256", 60), ("720p", 2))
+    )
+    peaks = {}
+    for name, buckets in (("heavy", heavy), ("large", large), ("both", f"{heavy}, {large}")):
+        found = planned(capsys, recipe, f"data.buckets=[{buckets}]", "vae.micro_batch_size=32")
+        peaks[name] = found["configured"]["memory"]["peak"], found["work"]["tokens_a_step"]
+    assert peaks["heavy"][0] < peaks["large"][0] == peaks["both"][0]
+    assert peaks["large"][1] < peaks["heavy"][1] == peaks["both"][1]
+    assert main([recipe, f"data.buckets=[{heavy}, {large}]", "vae.micro_batch_size=64", "--gpu", "4090"]) == 0
+    assert "none fits on 1 x RTX-4090: lower the batch_size of data.buckets, or lower vae" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("path", SMALL_RECIPES, ids=lambda path: path.stem)
