@@ -276,7 +276,7 @@ def _parsed(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     for line in lines:
         try:
             value = json.loads(line)
-        except ValueError:  # cut short by a kill
+        except (ValueError, RecursionError):  # cut short by a kill, or damaged
             continue
         if isinstance(value, dict):
             yield value

@@ -388,6 +388,23 @@ def test_mistakes(arguments: list[str], expected: str, capsys: pytest.CaptureFix
     assert expected in refused(capsys, *arguments)
 
 
+@pytest.mark.parametrize(
+    "line", ['{"samples": true, "seconds": 2}', f'{{"samples": {"9" * 400}, "seconds": 2}}', "[" * 5000]
+)
+def test_damaged_metrics_are_passed_over(line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [{"step": i, "samples": 4, "seconds": 20} for i in range(5)]
+    found = []
+    for name, more in (("whole", ""), ("damaged", 9 * f"{line}\n")):
+        run = write_run(tmp_path / name, load_config(LONG), lines)
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(more)
+        found.append(planned(capsys, SMALL, "--gpu", "A100", "--measured", str(run))["time"]["utilisation"])
+    assert found[0] == found[1]
+    path = tmp_path / "bench.json"
+    path.write_text(f'{{"tokens_per_second": {"9" * 400}, "latents": [4, 16, 32, 32], "more": {line}}}')
+    assert re.search("no row with|not a JSON file", refused(capsys, LONG, "--measured", str(path)))
+
+
 def test_runs_that_measure_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run", load_config(SMALL), [{"step": 1, "samples": 2, "seconds": 1}, {"step": 2}])
     assert "1 step(s) with samples and seconds, expected more than 2" in refused(capsys, SMALL, "--measured", str(run))
