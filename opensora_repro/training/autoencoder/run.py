@@ -16,6 +16,7 @@ from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.sampler import BatchSampler, Schedule, SharedBatches
 from opensora_repro.files import write_text
 from opensora_repro.frozen.own_words import build_encoder, build_tokenizer, count_words, save_text_encoder, vocabulary
+from opensora_repro.frozen.perceptual import load_lpips
 from opensora_repro.kernels.ops import choose
 from opensora_repro.parallel.build import build_engine
 from opensora_repro.parallel.engine import TorchEngine
@@ -27,7 +28,6 @@ from opensora_repro.training.autoencoder.batches import HeldFeed
 from opensora_repro.training.autoencoder.loop import AutoencoderTrainer
 from opensora_repro.training.autoencoder.losses import AutoencoderLosses
 from opensora_repro.training.autoencoder.model import build_autoencoder
-from opensora_repro.training.autoencoder.perceptual import load_lpips
 from opensora_repro.training.autoencoder.preflight import find_start, preflight
 from opensora_repro.training.autoencoder.report import TEXT_FACTS
 from opensora_repro.training.autoencoder.validate import HeldOut
