@@ -29,11 +29,12 @@ from opensora_repro.run_folder import (
     CONFIG_FILE,
     QUARANTINE_FILE,
     JsonLines,
+    TrainState,
     list_checkpoints,
+    read_state,
     recorded_weights,
 )
 from opensora_repro.storage.addresses import place
-from opensora_repro.training.checkpoint import TrainState, read_state
 from opensora_repro.training.identity import TOLD_COLUMNS, ids_fingerprint
 
 SHOWN = 5  # of each kind of difference between two manifests

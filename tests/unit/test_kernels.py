@@ -15,8 +15,8 @@ from torch import nn
 
 from opensora_repro.config import OptimConfig
 from opensora_repro.kernels import eager, ops
-from opensora_repro.run_folder import checkpoints_folder
-from opensora_repro.training.checkpoint import TrainState, load_checkpoint, verify_checkpoint
+from opensora_repro.run_folder import TrainState, checkpoints_folder, verify_checkpoint
+from opensora_repro.training.checkpoint import load_checkpoint
 from opensora_repro.training.optim import build_optimizer
 from opensora_repro.training.save import CheckpointWriter
 from opensora_repro.training.step import Ema

@@ -25,8 +25,7 @@ from opensora_repro.models.config import STDiTConfig
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.planning.positions import describe_rescaling
-from opensora_repro.run_folder import JsonLines, claimed_run_folder
-from opensora_repro.training.checkpoint import TrainState
+from opensora_repro.run_folder import JsonLines, TrainState, claimed_run_folder
 from opensora_repro.training.identity import ids_fingerprint
 from opensora_repro.training.metrics import Quarantine
 from opensora_repro.training.start import changed_settings, find_start
