@@ -17,6 +17,7 @@ from opensora_repro.config.sections import encodes_after_start, encodes_always, 
 from opensora_repro.data.buckets import as_sampled, assigned
 from opensora_repro.data.cache import CacheRows, LatentCache
 from opensora_repro.data.dataset import Clip, ClipDataset
+from opensora_repro.data.ids import ids_fingerprint
 from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.packing import build_sampler, build_schedule
 from opensora_repro.data.sampler import SharedBatches, keyed_generator
@@ -42,7 +43,7 @@ from opensora_repro.training.alarms import Alarms
 from opensora_repro.training.batches import CacheFeed, ClipFeed, Feed
 from opensora_repro.training.checkpoint import load_checkpoint
 from opensora_repro.training.fill import CacheFill, cache_fingerprint, fill_cache
-from opensora_repro.training.identity import check_manifest, ids_fingerprint
+from opensora_repro.training.identity import check_manifest
 from opensora_repro.training.loop import Evaluates, Trainer
 from opensora_repro.training.metrics import Quarantine, RunLog
 from opensora_repro.training.model import apply_compile, build_model, compiles

@@ -19,6 +19,7 @@ import torch
 
 from opensora_repro.config import BucketConfig, Config, ConfigError, OptimConfig, dump_toml
 from opensora_repro.data.dataset import BadSample
+from opensora_repro.data.ids import ids_fingerprint
 from opensora_repro.errors import DataError, TrainingError
 from opensora_repro.kernels.adamw import FusedAdamW
 from opensora_repro.models.config import STDiTConfig
@@ -26,7 +27,6 @@ from opensora_repro.models.stdit import STDiT
 from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.planning.positions import describe_rescaling
 from opensora_repro.run_folder import JsonLines, TrainState, claimed_run_folder
-from opensora_repro.training.identity import ids_fingerprint
 from opensora_repro.training.metrics import Quarantine
 from opensora_repro.training.start import changed_settings, find_start
 from opensora_repro.training.step import Ema, StepResult, StepTotals, decide, learning_rate

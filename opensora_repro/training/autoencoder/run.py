@@ -12,6 +12,7 @@ import torch
 from opensora_repro.config import AutoencoderConfig, dump_toml
 from opensora_repro.data.buckets import assigned, buckets_of, global_batch_sizes
 from opensora_repro.data.dataset import ClipDataset
+from opensora_repro.data.ids import ids_fingerprint
 from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.sampler import BatchSampler, Schedule, SharedBatches
 from opensora_repro.files import write_text
@@ -33,7 +34,7 @@ from opensora_repro.training.autoencoder.report import TEXT_FACTS
 from opensora_repro.training.autoencoder.validate import HeldOut
 from opensora_repro.training.batches import ClipFeed, Feed
 from opensora_repro.training.checkpoint import load_checkpoint
-from opensora_repro.training.identity import check_manifest, ids_fingerprint
+from opensora_repro.training.identity import check_manifest
 from opensora_repro.training.metrics import Quarantine, RunLog
 from opensora_repro.training.optim import prepare_engine
 from opensora_repro.training.run import Outcome, Say
