@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from opensora_repro.config import Config
     from opensora_repro.demo.shapes import Motion
     from opensora_repro.sampling.caches import StepCache
-    from opensora_repro.sampling.source import Source
+    from opensora_repro.sampling.source import ModelSource
     from opensora_repro.sampling.speedups import Speedups
 
 FULL = {"flow": ("euler", 30), "iddpm": ("iddpm", 100)}  # as Open-Sora 1.2, and 1.0 and 1.1, were published
@@ -37,7 +37,7 @@ class Side:
     speedups: Speedups | None = None
 
 
-def sides(source: Source, step_cache: StepCache | None) -> dict[str, Side]:
+def sides(source: ModelSource, step_cache: StepCache | None) -> dict[str, Side]:
     from opensora_repro.sampling.caches import Broadcast
     from opensora_repro.sampling.speedups import Speedups, fast_options
 

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     question = ask(args, cfg)
     from opensora_repro.data.buckets import buckets_of
     from opensora_repro.planning.budget import make_budget
-    from opensora_repro.planning.report import as_json, report
+    from opensora_repro.planning.report import as_json, plan_lines
 
     several, budget = len(buckets_of(cfg)), make_budget(cfg, question)
     if args.json:
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
                 f"as if all steps were of the heaviest of {several} buckets, and memory of the one that needs the most;"
             )
             print("stages.buckets --plan tells of each\n")
-        print("\n".join(report(cfg, budget)))
+        print("\n".join(plan_lines(cfg, budget)))
     return 0
 
 

@@ -201,7 +201,7 @@ def too_large(entry: Entry, takes: str, limit: float) -> ConfigError:
 # The table
 
 
-def report(cfg: Config, choices: Sequence[Choice], data_ranks: int) -> Iterator[str]:
+def choice_lines(cfg: Config, choices: Sequence[Choice], data_ranks: int) -> Iterator[str]:
     """Lines for people, a row a bucket."""
     shares = _shares(choices)
     rows = [_HEADER, *(_row(cfg, choice, data_ranks, share) for choice, share in zip(choices, shares, strict=True))]

@@ -17,7 +17,7 @@ from opensora_repro.planning.placement import too_much
 DAY = 24 * SECONDS_AN_HOUR
 
 
-def report(cfg: Config, budget: Budget) -> list[str]:
+def plan_lines(cfg: Config, budget: Budget) -> list[str]:
     lines: list[str] = []
     heavy = as_heaviest(cfg)
     for title, rows in (

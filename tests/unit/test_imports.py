@@ -357,6 +357,13 @@ def test_names_are_standard_words() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_one_word_has_one_meaning() -> None:
+    """A stage of the training, a source video, a training sample's frames."""
+    texts = (path.read_text(encoding="utf-8") for path in python_files(LIBRARY, "stages", "data_tools"))
+    found = [name for text in texts for name in re.findall(r"^class (Stage|Source|Clip)\b", text, re.MULTILINE)]
+    assert sorted(found) == ["Clip", "Source", "Stage"]
+
+
 READERS = ("pickle.load", "pickle.loads", "pickle.Unpickler", "joblib.load")
 
 
