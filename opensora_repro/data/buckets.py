@@ -325,8 +325,8 @@ def as_heaviest(cfg: Config) -> Config:
     return as_one_size(cfg, max(kept_buckets(cfg), key=lambda bucket: math.prod(bucket.shape) * bucket.batch_size))
 
 
-def as_largest(cfg: Config) -> list[Config]:
-    """The configs of the largest bucket of each frame count and batch size: one of them decides a run's memory.
+def largest_buckets(cfg: Config) -> list[Bucket]:
+    """The largest of each frame count and batch size: one of them decides a run's memory.
 
     It need not be the heaviest: few frames of many pixels take more to encode. Ratios differ by a few percent.
     """
@@ -334,7 +334,7 @@ def as_largest(cfg: Config) -> list[Config]:
     for bucket in kept_buckets(cfg):
         key = bucket.num_frames, bucket.batch_size
         largest[key] = max(bucket, largest.get(key, bucket), key=lambda bucket: math.prod(bucket.shape))
-    return [as_one_size(cfg, bucket) for bucket in largest.values()]
+    return list(largest.values())
 
 
 def kept_buckets(cfg: Config) -> tuple[Bucket, ...]:

@@ -11,6 +11,7 @@ from opensora_repro.parallel.mesh import Mesh
 from opensora_repro.planning.encoders import FrozenSizes, frozen_sizes
 from opensora_repro.planning.flops import Products, forward_products
 from opensora_repro.planning.gpus import Gpu
+from opensora_repro.planning.memory import largest_sizes
 from opensora_repro.planning.parameters import count_parameters
 from opensora_repro.planning.placement import Fit, Fitter, candidates
 from opensora_repro.planning.sizes import Strides, latent_frames, latent_shape, token_grid
@@ -102,7 +103,7 @@ def make_budget(cfg: Config, question: Question) -> Budget:
     """
     frames = min(latent_frames(cfg, bucket.num_frames, question.strides) for bucket in buckets_of(cfg))
     least_frames = -(-frames // cfg.model.patch_size[0])
-    fitter = Fitter(cfg, question.gpu, question.gpus, least_frames, question.strides)
+    fitter = Fitter(cfg, question.gpu, question.gpus, least_frames, largest_sizes(cfg, question.strides))
     cfg = as_heaviest(cfg)
     mesh = Mesh(0, question.gpus, cfg.parallel.tp_size, cfg.parallel.sp_size)
     peak = question.gpu.peak(cfg.train.dtype)

@@ -11,8 +11,7 @@ from opensora_repro.errors import EngineError
 from opensora_repro.models.config import ACTIVATION_CHECKPOINTING
 from opensora_repro.parallel.mesh import Mesh
 from opensora_repro.planning.gpus import GIB, Gpu
-from opensora_repro.planning.memory import Memory, needed_memory
-from opensora_repro.planning.sizes import Strides
+from opensora_repro.planning.memory import Memory, Size, needed_memory
 
 SIZES = (1, 2, 4, 8)  # of tensor and sequence parallelism; more than a machine's GPUs would wait for the network
 
@@ -44,7 +43,7 @@ class Fitter:
     gpu: Gpu
     gpus: int
     least_frames: int  # of latents, in patches, of the run's shortest clips
-    strides: Strides | None = None
+    sizes: list[Size]  # whose steps may need the most memory
 
     def try_layout(self, parallel: ParallelConfig) -> Fit:
         cfg = dataclasses.replace(self.cfg, parallel=parallel)
@@ -65,7 +64,7 @@ class Fitter:
     def _memory(self, cfg: Config, mesh: Mesh, checkpointing: str) -> Memory:
         train = dataclasses.replace(cfg.train, activation_checkpointing=checkpointing)
         cfg = dataclasses.replace(cfg, train=train)
-        return needed_memory(cfg, mesh, "cuda", self.strides)
+        return needed_memory(cfg, mesh, "cuda", self.sizes)
 
 
 def too_much(memory: Memory, gpu: Gpu) -> str:
