@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.comparisons import rms_error
-from benchmarks.harness import Run, add_options, clock_of, in_turns, interleaved, side_by_side, table
+from benchmarks.harness import Run, add_options, clock_of, interleaved, side_by_side, table, with_products
 from benchmarks.limits import counted_flops, matmul_limit, matmuls, share_of_limit
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def measure_kind(
         runs = {name: run(layer, call, x, backward=backward) for name, call in calls.items()}
         counted = None if x.is_cuda else {name: counted_flops(work) for name, work in runs.items()}
         needed = formula(kind, sizes, dim) * (3 if backward else 1)
-        times = interleaved(in_turns(runs, products), rounds=100, seconds=seconds / 2, warmup=1, clock=clock)
+        times = interleaved(with_products(runs, products), rounds=100, seconds=seconds / 2, warmup=1, clock=clock)
         limit = matmul_limit(works, times)
         for other in list(calls)[1:]:
             row: dict[str, Any] = {

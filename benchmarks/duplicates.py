@@ -67,10 +67,10 @@ def make_embeddings(path: Path, ids: Any, order: str) -> tuple[np.ndarray, np.nd
             rows = np.arange(start, min(start + BATCH_ROWS, len(ids)))
             made, twins = vectors(rows), np.flatnonzero(partner[rows] >= 0)
             if len(twins):
-                near, c = vectors(partner[rows[twins]]), cosine[rows[twins], None]
-                away = random.standard_normal(near.shape, dtype=np.float32)
-                away -= (away * near).sum(axis=1, keepdims=True) * near
-                made[twins] = c * near + np.sqrt(1 - c**2) * away / np.linalg.norm(away, axis=1, keepdims=True)
+                originals, c = vectors(partner[rows[twins]]), cosine[rows[twins], None]
+                away = random.standard_normal(originals.shape, dtype=np.float32)
+                away -= (away * originals).sum(axis=1, keepdims=True) * originals
+                made[twins] = c * originals + np.sqrt(1 - c**2) * away / np.linalg.norm(away, axis=1, keepdims=True)
             lists = pa.FixedSizeListArray.from_arrays(pa.array(made.astype(np.float16).ravel()), SIZE)
             write(pa.RecordBatch.from_arrays([ids.slice(start, len(rows)), lists], schema=pa.schema(
                 [("id", pa.string()), ("embedding", kind)])))  # fmt: skip

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from opensora_repro.config import Config
     from opensora_repro.demo.shapes import Motion
     from opensora_repro.sampling.caches import StepCache
-    from opensora_repro.sampling.source import Source
+    from opensora_repro.sampling.source import ModelSource
     from opensora_repro.sampling.speedups import Speedups
 
 FULL = {"flow": ("euler", 30), "iddpm": ("iddpm", 100)}  # as Open-Sora 1.2, and 1.0 and 1.1, were published
@@ -37,7 +37,7 @@ class Side:
     speedups: Speedups | None = None
 
 
-def sides(source: Source, step_cache: StepCache | None) -> dict[str, Side]:
+def sides(source: ModelSource, step_cache: StepCache | None) -> dict[str, Side]:
     from opensora_repro.sampling.caches import Broadcast
     from opensora_repro.sampling.speedups import Speedups, fast_options
 
@@ -162,11 +162,11 @@ def report(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         adherence = row["adherence"] or {}
         shown = [f"{adherence[key]:.3f}" if key in adherence else "" for key in ("colour", "shape", "direction")]
-        near = "" if row["psnr"] is None else f"{row['psnr']:.1f}"
+        likeness = "" if row["psnr"] is None else f"{row['psnr']:.1f}"
         sampler = f"{row['sampler']}, {row['steps']}"
         cpu = [f"{row['processor']['ratio']:.2f}x"] if result["device"] == "cpu" else []
         ms = f"{row['ours']['median_ms']:.0f}"
-        lines.append((row["side"], sampler, f"{row['ratio']:.2f}x", *cpu, ms, near, *shown))
+        lines.append((row["side"], sampler, f"{row['ratio']:.2f}x", *cpu, ms, likeness, *shown))
     title = (
         f"{result['prompts']} prompts, {result['num_frames']} frames, guidance {result['guidance']:g}, "
         f"{result['threads']} thread(s), {result['clock']} (medians of {result['batch_size']} prompts at once)"

@@ -35,10 +35,10 @@ def interleaved(
     Ends after `rounds` rounds, or earlier once `seconds` have passed (but never before three rounds).
     """
     clocked = {name: timed(call, clock) for name, call in sides.items()}
-    return taking_turns(clocked, rounds=rounds, seconds=seconds, warmup=warmup)
+    return interleaved_seconds(clocked, rounds=rounds, seconds=seconds, warmup=warmup)
 
 
-def taking_turns(
+def interleaved_seconds(
     sides: Mapping[str, Callable[[], float]], *, rounds: int, seconds: float, warmup: int = 2
 ) -> dict[str, list[float]]:
     """As `interleaved`, of calls that say themselves how many seconds they took, such as those in other processes."""
@@ -66,7 +66,7 @@ def timed(call: Callable[[], object], clock: Callable[[], float]) -> Callable[[]
     return work
 
 
-def in_turns(calls: Mapping[str, Call], products: Mapping[str, Call]) -> dict[str, Call]:
+def with_products(calls: Mapping[str, Call], products: Mapping[str, Call]) -> dict[str, Call]:
     """Both in one round, the products shared out behind the sides, so that each side has some of them beside it."""
     order: dict[str, Call] = {}
     for i, (name, call) in enumerate(calls.items()):

@@ -129,9 +129,9 @@ def clips_a_second(times: Sequence[float]) -> float:
 
 def measure_all(videos: Sequence[Path], folder: Path, windows: int) -> dict[str, Any]:
     workers = {name: Worker(build, (name,), keeps_memory=False) for name in READERS}
-    with in_processes(workers, one_thread=True) as asking:
-        missing = {name: why for name, ask in asking.items() if (why := ask("missing"))}
-        sides = {name: ask for name, ask in asking.items() if name not in missing}
+    with in_processes(workers, one_thread=True) as readers:
+        missing = {name: why for name, ask in readers.items() if (why := ask("missing"))}
+        sides = {name: ask for name, ask in readers.items() if name not in missing}
         cases = [video_case(video, windows) for video in videos] + [clips_case(videos[0], folder, windows)]
         rows = [row for case in cases for row in measure(case, sides)]
     best = {

@@ -92,8 +92,8 @@ def build_loop(
     from opensora_repro.kernels import ops
     from opensora_repro.parallel.engine import TorchEngine
     from opensora_repro.process import StopSignals
+    from opensora_repro.run_folder import TrainState
     from opensora_repro.training.alarms import Alarms
-    from opensora_repro.training.checkpoint import TrainState
     from opensora_repro.training.metrics import Quarantine, RunLog
     from opensora_repro.training.optim import build_optimizer
     from opensora_repro.training.save import CheckpointWriter

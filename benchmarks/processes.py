@@ -44,7 +44,7 @@ def in_processes(workers: Mapping[str, Worker], one_thread: bool) -> Iterator[di
 
 
 def seconds_of(ask: Ask, *about: Any) -> Callable[[], float]:
-    """The seconds of one answer, for `harness.taking_turns`."""
+    """The seconds of one answer, for `harness.interleaved_seconds`."""
     return lambda: float(ask("seconds", *about))
 
 

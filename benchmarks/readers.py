@@ -135,11 +135,11 @@ def reference(path: str) -> np.ndarray:
     return np.stack([shown[time] for time in sorted(shown)])
 
 
-def wrong_frames(found: np.ndarray, start: int, whole: np.ndarray, *, near: int = 30, margin: float = 0.3) -> int:
+def wrong_frames(found: np.ndarray, start: int, whole: np.ndarray, *, radius: int = 30, margin: float = 0.3) -> int:
     """How many of a window's frames look, by more than `margin` levels, more like another one than like theirs."""
     wrong = 0
     for picture, number in zip(found, frames_of(start), strict=True):
-        first = max(0, number - near)
-        distances = np.abs(whole[first : number + near + 1] - picture).mean(axis=(1, 2))
+        first = max(0, number - radius)
+        distances = np.abs(whole[first : number + radius + 1] - picture).mean(axis=(1, 2))
         wrong += bool(distances[number - first] > distances.min() + margin)
     return wrong

@@ -29,7 +29,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import faster
-from benchmarks.harness import Run, add_options, clock_of, in_turns, side_by_side, table, taking_turns, timed
+from benchmarks.harness import (
+    Run,
+    add_options,
+    clock_of,
+    interleaved_seconds,
+    side_by_side,
+    table,
+    timed,
+    with_products,
+)
 from benchmarks.limits import counted_flops, layer_shapes, matmul_limit, matmuls, share_of_limit
 from benchmarks.processes import Ask, Worker, in_processes, memory_columns, seconds_of
 from benchmarks.sides import Sizes, build_ours, build_plain
@@ -167,7 +176,9 @@ def measure(
                 ask("run", prompt, checked)
             differences[what] = largest_difference(asks, checked)
             calls = {name: seconds_of(ask, "run", prompt, steps) for name, ask in asks.items()}
-            times = taking_turns(in_turns(calls, products), rounds=100, seconds=seconds / len(prompts), warmup=1)
+            times = interleaved_seconds(
+                with_products(calls, products), rounds=100, seconds=seconds / len(prompts), warmup=1
+            )
             limits[what] = matmul_limit(works, times)
             flops = {name: ask("flops", prompt, steps) for name, ask in asks.items()}
             for other in names[1:]:

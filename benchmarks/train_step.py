@@ -25,7 +25,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.harness import Run, add_options, clock_of, in_turns, side_by_side, table, taking_turns, timed
+from benchmarks.harness import (
+    Run,
+    add_options,
+    clock_of,
+    interleaved_seconds,
+    side_by_side,
+    table,
+    timed,
+    with_products,
+)
 from benchmarks.limits import layer_shapes, matmul_limit, matmuls, share_of_limit
 from benchmarks.processes import Ask, Worker, in_processes, memory_columns, seconds_of
 from benchmarks.sides import CALLS, SIDES, Sizes, inputs, model_flops
@@ -108,7 +117,7 @@ def measure(
     with in_processes(workers, one_thread) as asks:
         for what, share in (("forward", 0.3), ("training step", 0.7)):
             calls = {name: seconds_of(ask, what) for name, ask in asks.items()}
-            times = taking_turns(in_turns(calls, products), rounds=100, seconds=share * seconds, warmup=1)
+            times = interleaved_seconds(with_products(calls, products), rounds=100, seconds=share * seconds, warmup=1)
             limits[what] = matmul_limit(works, times)
             for other in names[1:]:
                 row = {"what": what, "other_side": other, **side_by_side(times["ours"], times[other])}

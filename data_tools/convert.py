@@ -43,7 +43,7 @@ from opensora_repro.errors import DataError, check_least, run_command
 from opensora_repro.files import one_line, remove_leftovers, user_path
 
 if TYPE_CHECKING:
-    from opensora_repro.data.convert.source import Refuse, Source
+    from opensora_repro.data.convert.source import InputRows, Refuse
     from opensora_repro.data.convert.tar_reader import Limits
 
 FROM = ("manifest", "opensora", "ucf101", "imagenet", "webdataset", "hdvg", "panda70m")
@@ -223,7 +223,7 @@ def write_webdataset(options: Options, records: Records) -> int:
         return write_shards(table, options.out, records, options.shard_size, options.runner, refuse) if rows else 0
 
 
-def open_source(options: Options, records: Records) -> Source:
+def open_source(options: Options, records: Records) -> InputRows:
     """Open INPUT as what it is. Raises DataError."""
     from opensora_repro.data.convert import class_folders, tables, tar_reader
     from opensora_repro.data.video import IMAGE_SUFFIXES
@@ -242,7 +242,7 @@ def open_source(options: Options, records: Records) -> Source:
     return class_folders.open_class_folders(given, out, suffixes, options.classes, options.listed)
 
 
-def accepted(source: Source, options: Options, records: Records, refuse: Refuse) -> Iterator[Any]:
+def accepted(source: InputRows, options: Options, records: Records, refuse: Refuse) -> Iterator[Any]:
     """Yield the rows with ids, and with what the files tell where they are to be asked.
 
     Files that were extracted from archives and are of no use are deleted in the end.

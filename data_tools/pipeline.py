@@ -35,7 +35,7 @@ from opensora_repro.files import is_file, one_line, remove_leftovers
 from opensora_repro.storage.addresses import address_of
 
 if TYPE_CHECKING:
-    from opensora_repro.data.report.stages import Stage
+    from opensora_repro.data.report.stages import ToolOutcome
 
 URLS_FILE = "urls.parquet"  # what convert makes of tables of addresses, for download
 ROW_BY_ROW = ("probe", "split", "score")  # in this order what a row gives can go on at once, whatever others do
@@ -186,7 +186,7 @@ def run_line(steps: Sequence[Place], tools: dict[str, ModuleType]) -> int:
             forget(folder)
 
     def work() -> int:
-        run_line([tool.stage_of(args) for tool, args in group], group[0][0].first_jobs(group[0][1]), runner)
+        run_line([tool.step_of(args) for tool, args in group], group[0][0].first_jobs(group[0][1]), runner)
         return 0
 
     return run_command(work)
@@ -226,7 +226,7 @@ def finish(line: Line, out: Path) -> int:
     return 0
 
 
-def stages_of(line: Line, out: Path) -> list[Stage]:
+def stages_of(line: Line, out: Path) -> list[ToolOutcome]:
     """Return the steps' outcomes; one that writes no manifest is left out."""
     from opensora_repro.data.report.stages import MANIFEST_FILE, REJECTS_FILE, find_stages
 
@@ -237,7 +237,7 @@ def stages_of(line: Line, out: Path) -> list[Stage]:
     return find_stages([str(folder) for folder in left])
 
 
-def write_report(line: Line, stages: Sequence[Stage], out: Path) -> None:
+def write_report(line: Line, stages: Sequence[ToolOutcome], out: Path) -> None:
     from opensora_repro.data.jobs.run import runner_of
 
     inputs = [str(stage.folder) for stage in stages]
@@ -248,7 +248,7 @@ def write_report(line: Line, stages: Sequence[Stage], out: Path) -> None:
     report.report(args.inputs, out, args.clips, runner_of(args))
 
 
-def summarize(stages: Sequence[Stage]) -> None:
+def summarize(stages: Sequence[ToolOutcome]) -> None:
     print(f"{'rows':>12} {'rejected':>10}  stage")
     for stage in stages:
         rows, rejected = (table.num_rows if table else 0 for table in (stage.manifest, stage.rejects))

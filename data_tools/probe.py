@@ -21,7 +21,7 @@ from pathlib import Path
 
 from opensora_repro.data.inputs import find_inputs
 from opensora_repro.data.jobs.course import Job
-from opensora_repro.data.jobs.line import Stage
+from opensora_repro.data.jobs.line import ToolStep
 from opensora_repro.data.jobs.run import RunnerArguments, runner_of
 from opensora_repro.data.options import any_path, argument, option, parse, parser_of
 from opensora_repro.data.origin import made_by
@@ -52,8 +52,8 @@ def main(argv: list[str] | None = None) -> int:
 # ---- as a step of a line over a cluster, see jobs/line.py
 
 
-def stage_of(args: Arguments) -> Stage:
-    return Stage("probe", Path(args.out), "files", probe_file, RESOURCES)
+def step_of(args: Arguments) -> ToolStep:
+    return ToolStep("probe", Path(args.out), "files", probe_file, RESOURCES)
 
 
 def first_jobs(args: Arguments) -> Iterable[Job]:

@@ -29,7 +29,7 @@ from opensora_repro.storage.addresses import is_address, relative, within
 if TYPE_CHECKING:
     from opensora_repro.data.report.page import Report
     from opensora_repro.data.report.rows import Groups
-    from opensora_repro.data.report.stages import Stage
+    from opensora_repro.data.report.stages import ToolOutcome
     from opensora_repro.data.tables import Table
 
 CLIPS = 48
@@ -97,7 +97,7 @@ def report(inputs: Sequence[str], out: Path, clips: int, runner: Runner) -> int:
     return 0
 
 
-def gather(stages: Sequence[Stage], clips: int) -> Report:
+def gather(stages: Sequence[ToolOutcome], clips: int) -> Report:
     """Read all tables; return what the page tells, but for the pictures."""
     from opensora_repro.data.report.page import Report
     from opensora_repro.data.report.rows import rows_at, spread
@@ -127,24 +127,24 @@ def gather(stages: Sequence[Stage], clips: int) -> Report:
     return told
 
 
-def last_of(stages: Sequence[Stage]) -> Stage | None:
+def last_of(stages: Sequence[ToolOutcome]) -> ToolOutcome | None:
     """Return the last stage that has rows."""
     return next((stage for stage in reversed(stages) if stage.manifest), None)
 
 
-def before_filter(stages: Sequence[Stage]) -> Stage | None:
+def before_filter(stages: Sequence[ToolOutcome]) -> ToolOutcome | None:
     """Return the stage before the first filter: the rows that the last stage's are to be seen against."""
     at = next((number for number, stage in enumerate(stages) if stage.rules and number > 0), 0)
     return stages[at - 1] if at and stages[at - 1].manifest else None
 
 
-def first_with(stages: Sequence[Stage], column: str) -> Table | None:
+def first_with(stages: Sequence[ToolOutcome], column: str) -> Table | None:
     """Return the first manifest that has the column: later ones may have dropped what it tells of."""
     return next((s.manifest for s in stages if s.manifest and column in s.manifest.schema.names), None)
 
 
 def groups(
-    stages: Sequence[Stage], column: str, advance: Callable[[int], None], count: int, members: int
+    stages: Sequence[ToolOutcome], column: str, advance: Callable[[int], None], count: int, members: int
 ) -> Groups | None:
     from opensora_repro.data.report.rows import find_groups
 
@@ -155,7 +155,7 @@ def groups(
     return find_groups(table, column, columns, advance, count=count, members=members)
 
 
-def rows_to_read(stages: Sequence[Stage]) -> int:
+def rows_to_read(stages: Sequence[ToolOutcome]) -> int:
     """Return about how many rows all passes read, for the progress."""
     tables = [table for stage in stages for table in (stage.manifest, stage.rejects) if table]
     last, before = last_of(stages), before_filter(stages)
@@ -184,7 +184,7 @@ def link(path: Path, out: Path) -> str:
     return quote(way, safe="/:" if is_address(way) else "/", errors="surrogateescape")
 
 
-def strips_of(rows: Sequence[dict[str, Any]], stage: Stage, out: Path, runner: Runner) -> dict[str, Any]:
+def strips_of(rows: Sequence[dict[str, Any]], stage: ToolOutcome, out: Path, runner: Runner) -> dict[str, Any]:
     from opensora_repro.data.report.thumbnails import read_strips
 
     return read_strips(rows, stage.folder.absolute(), out, runner)

@@ -37,7 +37,7 @@ from pathlib import Path
 from opensora_repro.data.jobs.cluster import Resources
 from opensora_repro.data.jobs.course import Keeping
 from opensora_repro.data.jobs.gpus import check_device
-from opensora_repro.data.jobs.line import Stage
+from opensora_repro.data.jobs.line import ToolStep
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import RunnerArguments, run_jobs, runner_of
 from opensora_repro.data.manifest import REJECTS
@@ -150,9 +150,9 @@ def score(args: Arguments) -> int:
     return 0
 
 
-def stage_of(args: Arguments) -> Stage:
+def step_of(args: Arguments) -> ToolStep:
     """Return this tool as a step of a line over a cluster, see jobs/line.py; models and groups want all rows."""
-    return Stage("score", Path(args.out), "scores", measure, RESOURCES, jobs_after, {"names": names_of(args)})
+    return ToolStep("score", Path(args.out), "scores", measure, RESOURCES, jobs_after, {"names": names_of(args)})
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pathlib import Path
 from opensora_repro.data.inputs import Items, find_inputs
 from opensora_repro.data.jobs.cluster import Resources
 from opensora_repro.data.jobs.course import Job, Keeping
-from opensora_repro.data.jobs.line import Stage
+from opensora_repro.data.jobs.line import ToolStep
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, RunnerArguments, run_jobs, runner_of
 from opensora_repro.data.jobs.workers import num_cores
@@ -158,12 +158,12 @@ def make_ready(out: Path) -> None:
 # ---- as a step of a line over a cluster, see jobs/line.py
 
 
-def stage_of(args: Arguments) -> Stage:
+def step_of(args: Arguments) -> ToolStep:
     out, options = Path(args.out), options_of(args)
     told = {"out": os.fspath(out.absolute()), "options": asdict(options), "long": long_seconds(args, options)}
     holds = partial(source.has_its_clips, out)
     make_ready(out)
-    return Stage(
+    return ToolStep(
         "split", out, "sources", source.split_job, RESOURCES, source.jobs_after_probe, told, holds, one_a_file=True
     )
 

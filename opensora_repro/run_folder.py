@@ -12,14 +12,15 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from opensora_repro.config import ConfigError
 from opensora_repro.config.sections import LOWER_IS_BETTER
-from opensora_repro.errors import TrainingError, cannot_write
-from opensora_repro.files import beside, read_json, remove_file, remove_folder, write_text, writing
+from opensora_repro.errors import TrainingError, UserError, cannot_write
+from opensora_repro.files import beside, read_json, remove_file, remove_folder, sha256_of, write_text, writing
 from opensora_repro.storage.addresses import address_of, place
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ EVENTS = "tensorboard"
 MODEL_FILE, EMA_FILE, OPTIMIZER_FILE = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
 ADAPTER_FILE, ADAPTER_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"  # of [lora], as peft has them
 STATE_FILE = "state.json"
+SCHEMA_VERSION = 1
 BEST = "best"  # a link among the checkpoints
 LONGEST_LINE = 1000  # bytes of a step's
 _STEP_NAME = re.compile(r"step-(\d{8,})")
@@ -121,6 +123,88 @@ def step_of(folder: Path) -> int:
     match = _STEP_NAME.fullmatch(folder.name)
     assert match is not None
     return int(match[1])
+
+
+# How far a checkpoint is, and whether it is whole
+
+
+class CheckpointError(UserError):
+    """A checkpoint cannot be written, read or trusted; the message is one line meant for the user."""
+
+
+class SchemaError(CheckpointError):
+    """The checkpoint is whole, but of another release's layout."""
+
+
+@dataclass
+class TrainState:
+    """Where a run stands, besides its tensors."""
+
+    step: int = 0  # optimizer steps done, skipped ones included
+    samples_seen: int = 0  # good samples that reached the model
+    bad_steps: int = 0  # non-finite steps in a row up to now
+    ema_updates: int = 0
+    global_batch_sizes: list[int] = field(default_factory=list)  # samples a step of each bucket, over all ranks
+    data_fingerprint: str = ""  # of the samples' ids, which the sampler's order depends on
+    identity: dict[str, Any] = field(default_factory=dict)  # of manifest and frozen models, see training/identity.py
+
+
+def verify_checkpoint(folder: Path) -> TrainState:
+    """Read `state.json` and compare every file's sha256. Raises CheckpointError that says what is wrong."""
+    state, hashes = read_state(folder)
+    for name, expected in hashes.items():
+        try:
+            found = sha256_of(folder / name)
+        except OSError as error:
+            raise CheckpointError(f"checkpoint {folder} is damaged: {name}: {error.strerror}") from None
+        if found != expected:
+            raise CheckpointError(f"checkpoint {folder} is damaged: {name} is not what was written (sha256 differs)")
+    return state
+
+
+def read_state(folder: Path) -> tuple[TrainState, dict[str, str]]:
+    """The state and each file's recorded sha256. Raises CheckpointError."""
+    path = folder / STATE_FILE
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not isinstance(content.get("sha256"), dict):
+            raise ValueError("it is no object with sha256 in it")
+        version, hashes = content.pop("schema_version"), content.pop("sha256")
+        content.pop("device", None)  # for people, and for plans, see planning/measured.py
+        content.pop("position", None)  # of earlier releases, which had one size
+        if "global_batch_size" in content:
+            content["global_batch_sizes"] = [content.pop("global_batch_size")]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"checkpoint {folder} is damaged: {STATE_FILE} cannot be read ({error})") from None
+    if version != SCHEMA_VERSION:
+        raise SchemaError(f"checkpoint {folder} has schema version {version}; this release reads {SCHEMA_VERSION}")
+    try:
+        return TrainState(**content), hashes
+    except TypeError as error:
+        raise CheckpointError(f"checkpoint {folder} is damaged: {STATE_FILE}: {error}") from None
+
+
+def newest_checkpoint(run_dir: Path, report: Callable[[str], None] = print) -> tuple[Path, TrainState] | None:
+    """The newest checkpoint whose files are whole; None where there is none at all.
+
+    A damaged one is reported and the one before it taken. Raises CheckpointError where all are damaged.
+    """
+    reasons: list[str] = []
+    for folder in reversed(list_checkpoints(run_dir)):
+        try:
+            state = verify_checkpoint(folder)
+        except SchemaError:
+            raise
+        except CheckpointError as error:
+            reasons.append(str(error))
+            report(f"{error}; looking for the one before it")
+            continue
+        return folder, state
+    if reasons:
+        raise CheckpointError(
+            f"no checkpoint of {run_dir} is whole ({reasons[0]}): restore one, or move the folder away to start again"
+        )
+    return None
 
 
 # Whether it can be written, and who trains there
@@ -276,7 +360,7 @@ def _parsed(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     for line in lines:
         try:
             value = json.loads(line)
-        except ValueError:  # cut short by a kill
+        except (ValueError, RecursionError):  # cut short by a kill, or damaged
             continue
         if isinstance(value, dict):
             yield value

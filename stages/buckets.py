@@ -57,12 +57,12 @@ def run(args: argparse.Namespace) -> int:
     cfg = load_config(args.config, args.overrides)
     text = read(args, cfg)
     settle_process()
-    from opensora_repro.planning.batch_sizes import balance, report
+    from opensora_repro.planning.batch_sizes import balance, choice_lines
 
     entries = look(cfg)
     cost_of, limit, data_ranks = (planned if args.plan else measured)(args, cfg)
     choices = balance(entries, cost_of, limit, seconds=args.seconds, most=args.max_batch)
-    print("\n".join(report(cfg, choices, data_ranks)))
+    print("\n".join(choice_lines(cfg, choices, data_ranks)))
     out = args.out or Path(args.config).with_name(f"{Path(args.config).stem}-buckets.toml")
     found = {choice.entry.key: choice.batch_size for choice in choices}
     keys = [f"data.buckets[{own}].batch_size" for own in range(len(cfg.data.buckets))] or ["train.batch_size"]

@@ -57,18 +57,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     cfg = load_config(args.config, args.overrides)
     question = ask(args, cfg)
-    from opensora_repro.data.buckets import as_heaviest, buckets_of
+    from opensora_repro.data.buckets import buckets_of
     from opensora_repro.planning.budget import make_budget
-    from opensora_repro.planning.report import as_json, report
+    from opensora_repro.planning.report import as_json, plan_lines
 
-    several, cfg = len(buckets_of(cfg)), as_heaviest(cfg)
-    budget = make_budget(cfg, question)
+    several, budget = len(buckets_of(cfg)), make_budget(cfg, question)
     if args.json:
         print(json.dumps(as_json(budget), indent=1))
     else:
         if several > 1:
-            print(f"as if all steps were of the heaviest of {several} buckets; stages.buckets --plan tells of each\n")
-        print("\n".join(report(cfg, budget)))
+            print(
+                f"as if all steps were of the heaviest of {several} buckets, and memory of the one that needs the most;"
+            )
+            print("stages.buckets --plan tells of each\n")
+        print("\n".join(plan_lines(cfg, budget)))
     return 0
 
 

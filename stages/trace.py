@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def differences(args: argparse.Namespace) -> int:
-    from opensora_repro.training.trace import diff
+    from opensora_repro.report.trace import diff
 
     for path in args.diff:
         if not path.exists():
@@ -55,7 +55,7 @@ def differences(args: argparse.Namespace) -> int:
 
 
 def trace(args: argparse.Namespace) -> int:
-    from opensora_repro.training.trace import Trace
+    from opensora_repro.report.trace import Trace
 
     found = Trace.of(args.source, args.manifest)
     for line in found.warnings():

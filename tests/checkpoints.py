@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from opensora_repro.parallel.engine import TorchEngine
-from opensora_repro.training.checkpoint import TrainState
+from opensora_repro.run_folder import TrainState
 from opensora_repro.training.save import CheckpointWriter
 from opensora_repro.training.step import Ema
 

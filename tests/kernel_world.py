@@ -84,8 +84,8 @@ def check_compiled() -> Errors:
             with kernel_cases.using(kernels, torch.device("cpu")):
                 out = run("full", layer, x)
                 results.append((out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])))
-        for i, (wanted, got) in enumerate(zip(*results, strict=True)):
-            found[f"{shape}: {i}"] = kernel_cases.rms(got - wanted) / kernel_cases.rms(wanted) / 1e-5
+        for i, (expected, got) in enumerate(zip(*results, strict=True)):
+            found[f"{shape}: {i}"] = kernel_cases.rms(got - expected) / kernel_cases.rms(expected) / 1e-5
     graphs = [module for graph in backend.graphs for module in graph.modules() if hasattr(module, "graph")]
     operations = {str(node.target) for graph in graphs for node in graph.graph.nodes}
     assert any("short_attention" in name for name in operations), operations
@@ -167,11 +167,11 @@ def check_models(dtype: str) -> Errors:
         exact, eager, fused = results
         assert exact.keys() == fused.keys()
         assert any(not torch.equal(eager[key], fused[key]) for key in eager), "the same kernels ran twice"
-        for key, wanted in exact.items():
-            size = max(kernel_cases.rms(wanted), 1e-6)
-            rounding = kernel_cases.rms(eager[key] - wanted) / size
+        for key, expected in exact.items():
+            size = max(kernel_cases.rms(expected), 1e-6)
+            rounding = kernel_cases.rms(eager[key] - expected) / size
             allowed = 1e-5 if dtype == "fp32" else 3 * rounding + 1e-2
-            found[f"{name}: {key}"] = kernel_cases.rms(fused[key] - wanted) / size / allowed
+            found[f"{name}: {key}"] = kernel_cases.rms(fused[key] - expected) / size / allowed
     return found
 
 

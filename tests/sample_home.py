@@ -21,7 +21,7 @@ PROMPTS = ["a red circle moving left", "a blue square moving up", "../../etc/pas
 def save_run(run: Path, cfg: Config, *, steps: tuple[int, ...]) -> None:
     """A run's folder with a checkpoint of other random weights at each of `steps`."""
     from opensora_repro.models.stdit import STDiT
-    from opensora_repro.training.checkpoint import TrainState
+    from opensora_repro.run_folder import TrainState
 
     for step in steps:
         torch.manual_seed(step)

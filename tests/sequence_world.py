@@ -109,8 +109,8 @@ def make_inputs(case: Case, batch: int = 2) -> tuple[tuple[Any, ...], dict[str, 
         kwargs["frame_mask"][0, list(case.given)] = False
         kwargs["frame_mask"][1:, 0] = False
     kwargs |= conditions(CONFIGS[case.network], batch)
-    wanted = torch.randn(batch, 8, case.frames, *case.side, generator=generator)
-    return (latents, torch.rand(batch, generator=generator) * 1000, text, mask), kwargs, wanted
+    expected = torch.randn(batch, 8, case.frames, *case.side, generator=generator)
+    return (latents, torch.rand(batch, generator=generator) * 1000, text, mask), kwargs, expected
 
 
 def share_out(model: STDiT, ddp: bool = False) -> FrameParallel:
@@ -138,15 +138,15 @@ def gradients(model: STDiT, average: bool) -> dict[str, Tensor]:
     return found
 
 
-def worst(ours: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+def worst(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """Largest difference of any tensor over its largest value."""
-    assert ours.keys() == wanted.keys()
-    return max(((ours[k] - wanted[k]).abs().max() / wanted[k].abs().max()).item() for k in wanted)
+    assert ours.keys() == expected.keys()
+    return max(((ours[k] - expected[k]).abs().max() / expected[k].abs().max()).item() for k in expected)
 
 
-def worst_norm(ours: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+def worst_norm(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """As `worst`, but norm of the difference over norm: rounding's typical size, not its luckless peak."""
-    return max(((ours[k] - wanted[k]).norm() / wanted[k].norm()).item() for k in wanted)
+    return max(((ours[k] - expected[k]).norm() / expected[k].norm()).item() for k in expected)
 
 
 def passes(case: Case, shared: bool, autocast: bool = False) -> dict[str, Tensor]:
@@ -154,11 +154,11 @@ def passes(case: Case, shared: bool, autocast: bool = False) -> dict[str, Tensor
     model = make_model(case.patch, network=case.network)
     model.activation_checkpointing = case.checkpointing
     call: Callable[..., Tensor] = share_out(model, case.ddp) if shared else model
-    arguments, kwargs, wanted = make_inputs(case)
+    arguments, kwargs, expected = make_inputs(case)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         out = call(*arguments, **kwargs)
     assert out.dtype == torch.float32
-    (out * wanted).sum().backward()
+    (out * expected).sum().backward()
     return {"output": out.detach(), **gradients(model, average=shared and not case.ddp)}
 
 
@@ -182,8 +182,8 @@ def check_two_forwards() -> Errors:
             call: Callable[..., Tensor] = share_out(model) if shared else model
             losses = []
             for case in (first, second):
-                arguments, kwargs, wanted = make_inputs(case)
-                losses.append((call(*arguments, **kwargs) * wanted).sum())
+                arguments, kwargs, expected = make_inputs(case)
+                losses.append((call(*arguments, **kwargs) * expected).sum())
             if order == "together":
                 losses = [losses[0] + losses[1]]
             for loss in reversed(losses) if order == "last to first" else losses:
@@ -219,13 +219,13 @@ def check_sampling() -> Errors:
         doubled = latents.repeat(2, 1, 1, 1, 1), timestep.repeat(2), torch.cat([text, text.flip(1)]), mask
         drop_text = torch.tensor([False, False, True, True])
         with mode():
-            wanted = model(*doubled, drop_text=drop_text)
+            expected = model(*doubled, drop_text=drop_text)
             guided = model(*doubled[:2], torch.cat([text, model.null_condition().expand_as(text)]), mask)
             prepared = model.prepare_text(text, mask, null=model.null_condition())
             shared = share_out(model)
             ours = shared(*doubled, drop_text=drop_text)
             ours_guided = shared(latents, timestep, prepared)
-        errors[name] = worst({"": ours.detach()}, {"": wanted.detach()})
+        errors[name] = worst({"": ours.detach()}, {"": expected.detach()})
         errors[f"{name}, prepared text"] = worst({"": ours_guided.detach()}, {"": guided.detach()})
     return errors
 
@@ -246,8 +246,8 @@ def check_data_parallel() -> Errors:
             apply_sequence_parallelism(model, groups[mine])
             call = FrameParallel(DistributedDataParallel(model), groups[mine], 1)
         for case in cases[mine : mine + 1] if shared else cases:
-            arguments, kwargs, wanted = make_inputs(case)
-            loss = (call(*arguments, **kwargs) * wanted).sum()
+            arguments, kwargs, expected = make_inputs(case)
+            loss = (call(*arguments, **kwargs) * expected).sum()
             (loss if shared else loss / 2).backward()
         results.append(gradients(model, average=False))
     return {"two groups": worst(*results)}
@@ -267,8 +267,8 @@ def check_replaced_projections() -> Errors:
     shared = make_model()
     call = share_out(shared)
     replace_projections(shared)
-    wanted = replace_projections(make_model())(*arguments, **kwargs)
-    return {"output": worst({"": call(*arguments, **kwargs).detach()}, {"": wanted.detach()})}
+    expected = replace_projections(make_model())(*arguments, **kwargs)
+    return {"output": worst({"": call(*arguments, **kwargs).detach()}, {"": expected.detach()})}
 
 
 def check_tensor_parallel() -> Errors:
@@ -287,9 +287,9 @@ def check_tensor_parallel() -> Errors:
             if cut:
                 how = ShardConfig(tensor_parallel_process_group=group(), enable_tensor_parallelism=True)
                 ShardFormer(how).optimize(model, TensorPolicy())
-            arguments, kwargs, wanted = make_inputs(case)
+            arguments, kwargs, expected = make_inputs(case)
             out = model(*arguments, **kwargs)
-            (out * wanted).sum().backward()
+            (out * expected).sum().backward()
             found = {"output": out.detach(), **gradients(model, average=False)}
             for name, how_cut in tensor_cuts(model).items():
                 pieces = [torch.empty_like(found[name]) for _ in range(dist.get_world_size())]

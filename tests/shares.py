@@ -11,7 +11,8 @@ from opensora_repro.config import OptimConfig, ParallelConfig
 from opensora_repro.models.config import STDiTConfig
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.parallel.build import build_engine
-from opensora_repro.training.checkpoint import TrainState, optimizer_pieces
+from opensora_repro.run_folder import TrainState
+from opensora_repro.training.checkpoint import optimizer_pieces
 from opensora_repro.training.optim import build_optimizer
 from opensora_repro.training.save import take_snapshot
 from opensora_repro.training.step import Ema

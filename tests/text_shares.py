@@ -70,8 +70,8 @@ def encode(engine: TorchEngine, cfg: TextConfig, dtype: torch.dtype) -> dict[str
     gathered = max(most) - before - results - shares
     whole = open_text_encoder(cfg, LENGTH, "cpu", dtype)
     whole.micro_batch_size = AT_ONCE
-    wanted = [whole.encode(CAPTIONS[call : call + rank + 1])[0] for call in range(rank)] * 2
-    differences = [(a - b).abs().max().item() for a, b in zip(found, wanted, strict=True)]
+    expected = [whole.encode(CAPTIONS[call : call + rank + 1])[0] for call in range(rank)] * 2
+    differences = [(a - b).abs().max().item() for a, b in zip(found, expected, strict=True)]
     numel = sum(parameter.numel() for parameter in whole.model.parameters())
     part = max(sum(p.numel() for p in block.parameters()) for block in whole.model.encoder.block)
     return {

@@ -13,7 +13,7 @@ from opensora_repro.frozen.geometry import Geometry
 from opensora_repro.sampling.chain import plan_chain
 from opensora_repro.sampling.given import Reference, condition_lengths, parse_span, read_geometry
 from opensora_repro.sampling.named_sizes import frames_of_seconds
-from opensora_repro.sampling.source import Source
+from opensora_repro.sampling.source import ModelSource
 
 START, END, AT, EXTEND, BEFORE, EDIT = "start", "end", "at", "extend", "before", "edit"
 USES = {  # what is done with a given file -> in words
@@ -91,7 +91,7 @@ def text(value: Any, name: str) -> str:
     return found
 
 
-def options(settings: Settings, source: Source, path_of: Callable[[str], Path]) -> list[str]:
+def options(settings: Settings, source: ModelSource, path_of: Callable[[str], Path]) -> list[str]:
     """The words that `stages.sample` takes for the settings, but for the source, --out and --device. ConfigError."""
     length, total = _length(settings, source)
     prompt = "label" if source.model.conditioning == "class" else "prompt"
@@ -111,7 +111,7 @@ def options(settings: Settings, source: Source, path_of: Callable[[str], Path]) 
     return found + _given(settings.given, source, total, path_of)
 
 
-def _length(settings: Settings, source: Source) -> tuple[list[str], int]:
+def _length(settings: Settings, source: ModelSource) -> tuple[list[str], int]:
     """Options that say how long, and the frames that come of them: the nearest number that the autoencoder takes."""
     if settings.seconds == 0 and not settings.loop:
         return ["--num-frames=1"], 1
@@ -133,12 +133,12 @@ def nearest_exact(geometry: Geometry, num_frames: int) -> int:
     return next(number for number in candidates if number > 0 and geometry.is_exact(number))
 
 
-def total_frames(settings: Settings, source: Source) -> int:
+def total_frames(settings: Settings, source: ModelSource) -> int:
     """Frames of the whole video."""
     return _length(settings, source)[1]
 
 
-def frames_of(path: Path, source: Source) -> int:
+def frames_of(path: Path, source: ModelSource) -> int:
     """Frames of a given file at the rate that the run is trained at. Raises ConfigError."""
     return len(Reference(path, source.config.data, path.name).frames)
 
@@ -156,7 +156,7 @@ def span_of(one: GivenFile, count: int, total: int) -> range:
         raise ConfigError(f"{one.name}: part {one.part!r}: expected START:STOP in frames, such as 0:8 or -8:") from None
 
 
-def _given(given: Sequence[GivenFile], source: Source, total: int, path_of: Callable[[str], Path]) -> list[str]:
+def _given(given: Sequence[GivenFile], source: ModelSource, total: int, path_of: Callable[[str], Path]) -> list[str]:
     found: list[str] = []
     clips: dict[str, Path] = {}
     for one in given:
@@ -185,7 +185,7 @@ def _keep(one: GivenFile, path: Path, count: int, total: int) -> str:
     return f"--keep={place}={path}[{span.start}:{span.stop}]@{one.strength:g}"
 
 
-def places(settings: Settings, source: Source, path_of: Callable[[str], Path]) -> list[tuple[str, range, bool]]:
+def places(settings: Settings, source: ModelSource, path_of: Callable[[str], Path]) -> list[tuple[str, range, bool]]:
     """For a time line: each given file's name, its frames of the video, and whether they are changed. ConfigError."""
     total, data = total_frames(settings, source), source.config.data
     window = data.num_frames if settings.loop or total > source.longest else total

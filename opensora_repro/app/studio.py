@@ -41,7 +41,7 @@ from opensora_repro.run_folder import CONFIG_FILE, list_checkpoints, list_steps
 from opensora_repro.sampling.generate import NotFinite, decode
 from opensora_repro.sampling.named_sizes import named_size
 from opensora_repro.sampling.run import SamplingRun, load_models, pick_device
-from opensora_repro.sampling.source import Source, find_source
+from opensora_repro.sampling.source import ModelSource, find_source
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,7 +105,7 @@ class KeptModels:
         self.key: tuple[Any, ...] = ()
         self.models: Any = None
 
-    def __call__(self, source: Source, device: torch.device, shards: Any = None) -> Any:
+    def __call__(self, source: ModelSource, device: torch.device, shards: Any = None) -> Any:
         cfg = source.config
         files = tuple((str(file), file.stat().st_mtime_ns) for file in source.weights.files)
         key = (files, source.model, cfg.vae, cfg.text, cfg.train.dtype, str(device))
@@ -154,10 +154,10 @@ class Studio:
         found = list_checkpoints(path) or list_steps(path) if path.is_dir() else []
         return next((step for step in found if step.name == checkpoint), path)
 
-    def source(self, run: str, checkpoint: str, *, average: bool = True) -> Source:
+    def source(self, run: str, checkpoint: str, *, average: bool = True) -> ModelSource:
         return _find_source(self.path(run, checkpoint), average)
 
-    def shapes(self, source: Source) -> list[tuple[int, int]]:
+    def shapes(self, source: ModelSource) -> list[tuple[int, int]]:
         """Heights and widths of the run's buckets, the default first; of a release's weights those it is known for."""
         data = source.config.data
         found = [(data.height, data.width)]
@@ -350,7 +350,7 @@ class Studio:
 
 
 @lru_cache(maxsize=64)
-def _find_source(path: Path, average: bool) -> Source:
+def _find_source(path: Path, average: bool) -> ModelSource:
     return find_source(path, ema=average)
 
 

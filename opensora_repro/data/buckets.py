@@ -321,8 +321,20 @@ def as_sampled(cfg: Config) -> Config:
 
 
 def as_heaviest(cfg: Config) -> Config:
-    """The config of the bucket whose micro-batch has the most pixels, which decides the memory that a run needs."""
+    """The config of the bucket whose micro-batch has the most pixels, which decides the work of a step."""
     return as_one_size(cfg, max(kept_buckets(cfg), key=lambda bucket: math.prod(bucket.shape) * bucket.batch_size))
+
+
+def largest_buckets(cfg: Config) -> list[Bucket]:
+    """The largest of each frame count and batch size: one of them decides a run's memory.
+
+    It need not be the heaviest: few frames of many pixels take more to encode. Ratios differ by a few percent.
+    """
+    largest: dict[tuple[int, int], Bucket] = {}
+    for bucket in kept_buckets(cfg):
+        key = bucket.num_frames, bucket.batch_size
+        largest[key] = max(bucket, largest.get(key, bucket), key=lambda bucket: math.prod(bucket.shape))
+    return list(largest.values())
 
 
 def kept_buckets(cfg: Config) -> tuple[Bucket, ...]:

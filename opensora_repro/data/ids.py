@@ -1,4 +1,4 @@
-"""Ids made of texts, and which have come before among millions: 8 bytes each."""
+"""Ids made of texts, digests of columns, and which have come before among millions: 8 bytes each."""
 
 from __future__ import annotations
 
@@ -9,6 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+# What may change under the same ids: what it is in the record, and what a message calls it.
+TOLD_COLUMNS = {
+    "caption": "captions", "num_frames": "lengths (num_frames)", "fps": "rates (fps)", "height": "heights",
+    "width": "widths",
+}  # fmt: skip
 
 
 def text_digest(*parts: str) -> str:
@@ -31,6 +38,11 @@ def column_digest(column: Any) -> str:
         told_apart = pc.binary_join_element_wise(pc.utf8_length(texts).cast(pa.string()), texts, ":")
         told.update(pc.binary_join(pa.ListArray.from_arrays([0, len(texts)], told_apart), "")[0].as_buffer())
     return told.hexdigest()
+
+
+def ids_fingerprint(ids: Any) -> str:
+    """Digest of a column of ids in their order, on which the order of training depends."""
+    return f"{len(ids)} samples, ids {column_digest(ids)}"
 
 
 class Originals:

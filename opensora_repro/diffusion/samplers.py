@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor
 
 from opensora_repro.diffusion.dpm_solver import ContinuousSchedule, dpm_solver_sample
-from opensora_repro.diffusion.flow import NUM_TIMESTEPS, ModelFn, Size, build_flow
+from opensora_repro.diffusion.flow import NUM_TIMESTEPS, ModelFn, RectifiedFlow, Size, build_flow
 from opensora_repro.diffusion.frame_masks import GivenFrames, per_frame
 from opensora_repro.diffusion.gaussian import GaussianDiffusion, linear_betas
 from opensora_repro.kernels.ops import to_device
@@ -33,6 +33,7 @@ FLOW_SAMPLERS = ("euler", "ab2", "heun")
 NUM_GUIDED_CHANNELS = 3  # published models guide the first three noise channels under IDDPM (inherited from DiT)
 EVERYWHERE = (0.0, 1.0)  # all noise levels
 
+NextNoise = Callable[[], Tensor]  # as much as the first, from the samples' own generators
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
 Watch = Callable[[int, Tensor], None]  # (steps done, what the clean latents [B, C, T, H, W] would be by now)
 # (text, mask, null=the null caption or None) -> what the model takes in place of both; the null half follows the text
@@ -189,7 +190,7 @@ def masked_flow_sample(
     x: Tensor,
     times: Tensor,
     given: GivenFrames,
-    next_noise: Callable[[], Tensor],
+    next_noise: NextNoise,
     *,
     name: str = "euler",
     progress: Progress | None = None,
@@ -229,7 +230,7 @@ def iddpm_sample(
     diffusion: GaussianDiffusion,
     model_fn: ModelFn,
     x: Tensor,
-    next_noise: Callable[[], Tensor],
+    next_noise: NextNoise,
     *,
     progress: Progress | None = None,
     watch: Watch | None = None,
@@ -268,7 +269,7 @@ def masked_iddpm_sample(
     model_fn: ModelFn,
     x: Tensor,
     given: GivenFrames,
-    next_noise: Callable[[], Tensor],
+    next_noise: NextNoise,
     *,
     deterministic: bool = False,
     progress: Progress | None = None,
@@ -442,32 +443,44 @@ class LatentSampler:
             noise = next_noise()
             if given is not None and given.region is not None:
                 model_fn = inpainting(model_fn, given, noise, flow=flow)
-            if flow:
-                path = build_flow(self.objective)
-                times = path.sampling_times(self.steps, tokens, frames, size=size)
+            if not flow:
+                return self._denoise(model_fn, noise, next_noise, given, watch)
+            path = build_flow(self.objective)
+            times = path.sampling_times(self.steps, tokens, frames, size=size)
+            return self._follow(path, times, model_fn, noise, next_noise, given, watch)
 
-                def velocity_fn(x: Tensor, timestep: Tensor, *masks: Tensor) -> Tensor:
-                    return path.velocity(model_fn(x, timestep, *masks), shape[0])
+    def _follow(
+        self, path: RectifiedFlow, times: Tensor, model_fn: ModelFn, noise: Tensor, next_noise: NextNoise,
+        given: GivenFrames | None, watch: Watch | None,
+    ) -> Tensor:  # fmt: skip
+        """The flow from noise to data."""
 
-                if given is not None:
-                    return masked_flow_sample(
-                        velocity_fn, noise, times, given, next_noise,
-                        name=self.name, progress=self.progress, watch=watch,
-                    )  # fmt: skip
-                follow = FOLLOW.get(self.name, euler_sample)
-                return follow(velocity_fn, noise, times, self.progress, watch)
-            if self.name == "dpm":
-                schedule = ContinuousSchedule(linear_betas())
-                return dpm_solver_sample(
-                    model_fn, noise, schedule, self.steps,
-                    given=given, next_noise=next_noise, progress=self.progress, watch=watch,
-                )  # fmt: skip
-            diffusion = GaussianDiffusion.spaced(self.steps)
-            if given is not None:
-                return masked_iddpm_sample(
-                    diffusion, model_fn, noise, given, next_noise,
-                    deterministic=self.name == "ddim", progress=self.progress, watch=watch,
-                )  # fmt: skip
-            if self.name == "ddim":
-                return ddim_sample(diffusion, model_fn, noise, progress=self.progress, watch=watch)
-            return iddpm_sample(diffusion, model_fn, noise, next_noise, progress=self.progress, watch=watch)
+        def velocity_fn(x: Tensor, timestep: Tensor, *masks: Tensor) -> Tensor:
+            return path.velocity(model_fn(x, timestep, *masks), noise.shape[1])
+
+        if given is not None:
+            return masked_flow_sample(
+                velocity_fn, noise, times, given, next_noise, name=self.name, progress=self.progress, watch=watch
+            )
+        follow = FOLLOW.get(self.name, euler_sample)
+        return follow(velocity_fn, noise, times, self.progress, watch)
+
+    def _denoise(
+        self, model_fn: ModelFn, noise: Tensor, next_noise: NextNoise, given: GivenFrames | None, watch: Watch | None
+    ) -> Tensor:
+        """By the samplers of IDDPM's schedule."""
+        if self.name == "dpm":
+            schedule = ContinuousSchedule(linear_betas())
+            return dpm_solver_sample(
+                model_fn, noise, schedule, self.steps,
+                given=given, next_noise=next_noise, progress=self.progress, watch=watch,
+            )  # fmt: skip
+        diffusion = GaussianDiffusion.spaced(self.steps)
+        if given is not None:
+            return masked_iddpm_sample(
+                diffusion, model_fn, noise, given, next_noise,
+                deterministic=self.name == "ddim", progress=self.progress, watch=watch,
+            )  # fmt: skip
+        if self.name == "ddim":
+            return ddim_sample(diffusion, model_fn, noise, progress=self.progress, watch=watch)
+        return iddpm_sample(diffusion, model_fn, noise, next_noise, progress=self.progress, watch=watch)

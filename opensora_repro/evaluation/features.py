@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate
 
 from opensora_repro.config import ConfigError
 from opensora_repro.files import Sha256Memo
-from opensora_repro.frozen.clip import Clip, clip_fingerprint, load_clip
+from opensora_repro.frozen.clip import ClipModel, clip_fingerprint, load_clip
 from opensora_repro.frozen.image_encoder import ImageEncoder, find_image_encoder, prepared
 from opensora_repro.frozen.pretrained import FrozenModel, check_complete, find_folder
 
@@ -151,7 +151,7 @@ class ClipFeatures:
     def __init__(self, path: str, device: torch.device, *, key: str) -> None:
         self.name = path
         self.fingerprint = clip_fingerprint(path, key=key, hash_file=Sha256Memo())
-        self.model: Clip = load_clip(path, key=key, device=str(device))
+        self.model: ClipModel = load_clip(path, key=key, device=str(device))
 
     def features(self, videos: Sequence[np.ndarray]) -> Tensor:
         return torch.stack(

@@ -42,13 +42,13 @@ from opensora_repro.evaluation.share import shared
 from opensora_repro.evaluation.table import write_evaluation
 from opensora_repro.files import Sha256Memo, digest, is_file, read_json, safe_name, write_text
 from opensora_repro.frozen.encoder import open_encoder
+from opensora_repro.frozen.perceptual import load_lpips
 from opensora_repro.kernels.ops import choose
 from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.run_folder import STATE_FILE
 from opensora_repro.sampling.run import SamplingRun
-from opensora_repro.sampling.source import Source
+from opensora_repro.sampling.source import ModelSource
 from opensora_repro.storage.addresses import place, shown
-from opensora_repro.training.autoencoder.perceptual import load_lpips
 from opensora_repro.training.step import ModelRunner
 from opensora_repro.weights.adapters import add_adapters
 from opensora_repro.weights.families import empty_model
@@ -79,7 +79,7 @@ class Options:
     ema: bool
 
 
-def evaluate(sources: Sequence[Source], options: Options, say: Say) -> str:
+def evaluate(sources: Sequence[ModelSource], options: Options, say: Say) -> str:
     """Evaluate every source; return the table. Raises UserError, NotFinite."""
     engine = TorchEngine(ParallelConfig(), str(options.device))
     say = say if engine.is_main else lambda line: None
@@ -223,7 +223,7 @@ class Known:
 class OfCheckpoint:
     """One checkpoint's steps."""
 
-    def __init__(self, source: Source, name: str, common: Common) -> None:
+    def __init__(self, source: ModelSource, name: str, common: Common) -> None:
         if source.model.conditioning != "t5":
             raise ConfigError(f"{source.path}: it is conditioned on a class, and held-out clips have captions")
         self.source, self.name, self.common = source, name, common

@@ -64,7 +64,7 @@ FAMILIES = {  # by the config's model_type
 
 
 @dataclass(frozen=True)
-class Clip:
+class ShownClip:
     """Some frames, uint8 [T, H, W, 3]: `numbers` of a clip's `num_frames`, which has `fps` a second.
 
     `instruction` is what the model is asked about it.
@@ -96,7 +96,7 @@ class Captioner:
         special = zip(processor.tokenizer.all_special_ids, processor.tokenizer.all_special_tokens, strict=True)
         self.dropped = {number for number, token in special if not THOUGHT.search(token)}
 
-    def caption(self, clips: Sequence[Clip], max_tokens: int) -> list[tuple[str, bool]]:
+    def caption(self, clips: Sequence[ShownClip], max_tokens: int) -> list[tuple[str, bool]]:
         """Return of each clip, of any length and size, what the model wrote and whether max_tokens ended it.
 
         Those with as many frames form a batch, which not every family's processor could form otherwise; the likeliest
@@ -109,7 +109,7 @@ class Captioner:
         return [texts[at] for at in range(len(clips))]
 
     @torch.no_grad()
-    def _write(self, clips: Sequence[Clip], max_tokens: int) -> list[tuple[str, bool]]:
+    def _write(self, clips: Sequence[ShownClip], max_tokens: int) -> list[tuple[str, bool]]:
         inputs = self.inputs(clips).to(self.model.device)
         for name, value in inputs.items():
             if torch.is_floating_point(value):
@@ -123,14 +123,14 @@ class Captioner:
         cut = [len(row) >= max_tokens and not self.ends & set(row) for row in tokens.tolist()]
         return [(self._text(row, clip), was) for row, clip, was in zip(tokens.tolist(), clips, cut, strict=True)]
 
-    def _text(self, tokens: list[int], clip: Clip) -> str:
+    def _text(self, tokens: list[int], clip: ShownClip) -> str:
         """Return what was written; marks of thoughts stay, and one that the prompt opened stands at the beginning."""
         kept = [token for token in tokens if token not in self.dropped]
         text = self.processor.tokenizer.decode(kept, skip_special_tokens=False).strip()
         opened = self.family.shown != ONE_IMAGE and OPENED_THOUGHT.search(self._prompt(clip.instruction, 1))
         return f"{opened[0].strip()}{text}" if opened else text
 
-    def inputs(self, clips: Sequence[Clip]) -> Any:
+    def inputs(self, clips: Sequence[ShownClip]) -> Any:
         """Return what the model's `generate` takes, of clips with as many frames."""
         from PIL import Image
 

@@ -20,7 +20,14 @@ from opensora_repro.data.jobs.run import Runner
 from opensora_repro.data.tables import Again
 from opensora_repro.data.video import DecodeError
 from opensora_repro.errors import DataError
-from opensora_repro.frozen.captioner import ONE_IMAGE, Captioner, Clip, captioner_fingerprint, family_of, load_captioner
+from opensora_repro.frozen.captioner import (
+    ONE_IMAGE,
+    Captioner,
+    ShownClip,
+    captioner_fingerprint,
+    family_of,
+    load_captioner,
+)
 from opensora_repro.frozen.fitting import in_batches_that_fit
 from opensora_repro.frozen.pretrained import HashFile
 
@@ -73,14 +80,14 @@ def describe(args: Record) -> Record:
     """Job: for every clip of a batch the model's text, or why there is none."""
     captioner = loaded(args["model"], args["device"], args["dtype"])
     results: dict[str, Record] = {}
-    clips: dict[str, Clip] = {}
+    clips: dict[str, ShownClip] = {}
     for item in args["items"]:
         numbers = middles_of(item["num_frames"], args["frames"])
         tells = captioner.family.times
         asked = args["instruction"] if tells else with_times(args["instruction"], item, numbers)
         try:
             frames = shown_frames(item, args["frames"])
-            clips[item["key"]] = Clip(frames, numbers, item["num_frames"], item["fps"], asked)
+            clips[item["key"]] = ShownClip(frames, numbers, item["num_frames"], item["fps"], asked)
         except DecodeError as error:
             results[item["key"]] = {"error": str(error)}
     if clips:

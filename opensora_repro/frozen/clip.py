@@ -21,7 +21,7 @@ HEAD_KIND = "linear head over CLIP's image embeddings"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-class Clip:
+class ClipModel:
     """A CLIP model, its tokenizer, and the size and colours of the pictures it takes."""
 
     def __init__(self, model: Any, tokenizer: Any, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -63,15 +63,15 @@ def clip_fingerprint(path: str, *, key: str, hash_file: HashFile) -> str:
     return frozen.fingerprint(hash_file)
 
 
-def load_clip(path: str, *, key: str, device: str = "cpu") -> Clip:
+def load_clip(path: str, *, key: str, device: str = "cpu") -> ClipModel:
     """Load a local folder or a hub name in the cache; `key` names the option in errors. Raises ModelNotFound."""
     from transformers import AutoTokenizer, CLIPModel
 
-    def load(folder: str, **options: Any) -> Clip:
+    def load(folder: str, **options: Any) -> ClipModel:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         model, info = CLIPModel.from_pretrained(folder, output_loading_info=True, **options)
         check_complete(info)
-        return Clip(model.float().to(device).eval().requires_grad_(False), tokenizer, *_colours(Path(folder)))
+        return ClipModel(model.float().to(device).eval().requires_grad_(False), tokenizer, *_colours(Path(folder)))
 
     return load_frozen(load, path, key=key, kind=KIND)
 

@@ -15,9 +15,9 @@ from opensora_repro.data.buckets import Bucket, Rule, as_one_size, buckets_of, k
 from opensora_repro.parallel.mesh import Mesh
 from opensora_repro.planning.budget import bucket_costs, step_flops
 from opensora_repro.planning.encoders import frozen_sizes
-from opensora_repro.planning.fit import needed_memory
 from opensora_repro.planning.flops import forward_products
 from opensora_repro.planning.gpus import Gpu
+from opensora_repro.planning.memory import needed_memory
 from opensora_repro.planning.report import duration, number, size
 from opensora_repro.planning.sizes import latent_shape, token_grid
 
@@ -201,7 +201,7 @@ def too_large(entry: Entry, takes: str, limit: float) -> ConfigError:
 # The table
 
 
-def report(cfg: Config, choices: Sequence[Choice], data_ranks: int) -> Iterator[str]:
+def choice_lines(cfg: Config, choices: Sequence[Choice], data_ranks: int) -> Iterator[str]:
     """Lines for people, a row a bucket."""
     shares = _shares(choices)
     rows = [_HEADER, *(_row(cfg, choice, data_ranks, share) for choice, share in zip(choices, shares, strict=True))]

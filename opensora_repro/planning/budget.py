@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opensora_repro.config import Config
-from opensora_repro.config.sections import encodes_after_start, sample_fps
-from opensora_repro.data.buckets import as_one_size, buckets_of
+from opensora_repro.config.sections import sample_fps
+from opensora_repro.data.buckets import as_heaviest, as_one_size, buckets_of
 from opensora_repro.parallel.mesh import Mesh
 from opensora_repro.planning.encoders import FrozenSizes, frozen_sizes
 from opensora_repro.planning.flops import Products, forward_products
 from opensora_repro.planning.gpus import Gpu
+from opensora_repro.planning.memory import largest_sizes
 from opensora_repro.planning.parameters import count_parameters
 from opensora_repro.planning.placement import Fit, Fitter, candidates
-from opensora_repro.planning.sizes import Strides, latent_shape, token_grid
+from opensora_repro.planning.sizes import Strides, latent_frames, latent_shape, token_grid
 
 SECONDS_AN_HOUR = 3600
 
@@ -96,7 +97,14 @@ class Budget:
 
 
 def make_budget(cfg: Config, question: Question) -> Budget:
-    """Raises ConfigError, and EngineError where the config's own layout does not divide the GPUs."""
+    """Work and time of the heaviest bucket's steps, and memory of those that need the most.
+
+    Raises ConfigError, and EngineError where the config's own layout does not divide the GPUs.
+    """
+    frames = min(latent_frames(cfg, bucket.num_frames, question.strides) for bucket in buckets_of(cfg))
+    least_frames = -(-frames // cfg.model.patch_size[0])
+    fitter = Fitter(cfg, question.gpu, question.gpus, least_frames, largest_sizes(cfg, question.strides))
+    cfg = as_heaviest(cfg)
     mesh = Mesh(0, question.gpus, cfg.parallel.tp_size, cfg.parallel.sp_size)
     peak = question.gpu.peak(cfg.train.dtype)
     shape = latent_shape(cfg, question.strides)
@@ -119,7 +127,6 @@ def make_budget(cfg: Config, question: Question) -> Budget:
         run_tokens=cfg.train.steps * samples * grid.tokens,
         epochs=cfg.train.steps * samples / question.clips if question.clips else None,
     )
-    fitter = Fitter(cfg, grid, parameters, frozen, question.gpu, question.gpus, encodes_after_start(cfg))
     return Budget(
         gpu=question.gpu,
         gpus=question.gpus,

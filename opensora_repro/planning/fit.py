@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from opensora_repro.config import Config, ConfigError
-from opensora_repro.config.sections import encodes_after_start
-from opensora_repro.data.buckets import as_heaviest
 from opensora_repro.parallel.device import total_memory
 from opensora_repro.parallel.mesh import Mesh
-from opensora_repro.planning.encoders import frozen_sizes
 from opensora_repro.planning.gpus import usable_bytes
-from opensora_repro.planning.memory import Memory, step_memory
-from opensora_repro.planning.parameters import count_parameters
+from opensora_repro.planning.memory import needed_memory
 from opensora_repro.planning.report import memory_parts, size
-from opensora_repro.planning.sizes import latent_shape, token_grid
 from opensora_repro.process import host_memory
 
 
@@ -64,14 +59,3 @@ def check_memory(cfg: Config, mesh: Mesh, device: torch.device) -> str:
     warning = "" if peak <= room.free else "warning: probably too much "
     has = f"{room.place} has {size(room.free)} of its {size(room.total)} {room.state}"
     return f"{warning}memory: about {size(need.peak)} a process{together}, {has}: {memory_parts(need)}"
-
-
-def needed_memory(cfg: Config, mesh: Mesh, device_type: str) -> Memory:
-    """Of one process, by the formulas; of its heaviest bucket's steps."""
-    cfg = as_heaviest(cfg)
-    if device_type == "cpu":  # where what is offloaded lies in the same memory
-        cfg = replace(cfg, optim=replace(cfg.optim, offload=False), text=replace(cfg.text, offload=False))
-    grid = token_grid(cfg.model, latent_shape(cfg))
-    parameters, frozen = count_parameters(cfg.model), frozen_sizes(cfg)
-    encodes = encodes_after_start(cfg)
-    return step_memory(cfg, grid, parameters, frozen, mesh, encodes=encodes, device=device_type)

@@ -6,7 +6,7 @@ import json
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from opensora_repro.config import Config, ConfigError, load_recorded
 from opensora_repro.data.buckets import as_one_size, buckets_of
@@ -19,6 +19,7 @@ from opensora_repro.planning.parameters import count_parameters
 from opensora_repro.planning.sizes import latent_shape, token_grid
 from opensora_repro.run_folder import CONFIG_FILE, METRICS_FILE, STATE_FILE, JsonLines
 
+LARGEST = 1e18  # that a measured number may be
 FIRST_STEPS = 2  # left out: they start processes, kernels, caches
 
 
@@ -97,10 +98,19 @@ def _steps(lines: Sequence[dict[str, Any]], sizes: dict[int, _Size]) -> Iterator
     only = next(iter(sizes)) if len(sizes) == 1 else None
     for line in lines:
         samples, seconds, tokens = (line.get(name) for name in ("samples", "seconds", "tokens"))
-        if isinstance(samples, int) and isinstance(seconds, float | int) and samples > 0 and seconds > 0:
-            of_sample = only or (tokens // samples if isinstance(tokens, int) else None)
+        if _is_count(samples) and _is_rate(seconds):
+            of_sample = only or (tokens // samples if _is_count(tokens) else None)
             if of_sample in sizes:
                 yield samples, seconds, sizes[of_sample]
+
+
+def _is_rate(value: Any) -> TypeGuard[float]:
+    """Above 0; of damaged files any value may come, JSON's numbers are of any size."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < LARGEST
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and _is_rate(value)
 
 
 def _run_devices(run_dir: Path) -> set[str]:
@@ -114,7 +124,7 @@ def _json(path: Path) -> Any:
     """None for a file that is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -149,7 +159,7 @@ def _rows(content: Any) -> Iterator[dict[str, Any]]:
     if isinstance(content, dict):
         rate, latents = content.get("tokens_per_second"), content.get("latents")
         sizes = latents if isinstance(latents, list) and len(latents) >= 4 else []
-        if isinstance(rate, int | float) and sizes and all(isinstance(size, int) and size > 0 for size in sizes):
+        if _is_rate(rate) and sizes and all(map(_is_count, sizes)):
             yield content
         for value in content.values():
             yield from _rows(value)

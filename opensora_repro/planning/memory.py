@@ -11,11 +11,14 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from opensora_repro.config import Config, ParallelConfig
+from opensora_repro.config.sections import encodes_after_start
+from opensora_repro.data.buckets import Bucket, as_one_size, largest_buckets
 from opensora_repro.models.config import TrainedConfig, is_costly, targeted_layers
 from opensora_repro.parallel.mesh import Mesh
-from opensora_repro.planning.encoders import FrozenSizes, text_values
+from opensora_repro.planning.encoders import FrozenSizes, frozen_sizes, text_values
 from opensora_repro.planning.flops import attended
 from opensora_repro.planning.parameters import (
     adapter_parameters,
@@ -28,7 +31,7 @@ from opensora_repro.planning.parameters import (
     outside_weights,
     trained_parameters,
 )
-from opensora_repro.planning.sizes import Grid
+from opensora_repro.planning.sizes import Grid, Strides, latent_shape, token_grid
 
 FLOAT = 4  # bytes: of weights, of the residual stream, of norms
 HALF = 2
@@ -491,3 +494,30 @@ def step_memory(
         working = max(working, states.gradients + min(moments, parts * 2 * FLOAT * CHUNK))
     peak = states.weights + states.optimizer + states.average + encoders + working
     return Memory(states, activations, encoders, encoding, peak)
+
+
+class Size(NamedTuple):
+    """A bucket with what follows from its size alone."""
+
+    bucket: Bucket
+    grid: Grid
+    frozen: FrozenSizes
+
+
+def largest_sizes(cfg: Config, strides: Strides | None = None) -> list[Size]:
+    """`strides` as of `latent_shape`. Raises ConfigError."""
+    ones = [(bucket, as_one_size(cfg, bucket)) for bucket in largest_buckets(cfg)]
+    return [Size(bucket, token_grid(one.model, latent_shape(one, strides)), frozen_sizes(one)) for bucket, one in ones]
+
+
+def needed_memory(cfg: Config, mesh: Mesh, device_type: str, sizes: Sequence[Size] = ()) -> Memory:
+    """Of one process of a run, in the steps that need the most; `sizes` where they are known. Raises ConfigError."""
+    if device_type == "cpu":  # where what is offloaded lies in the same memory
+        optim, text = dataclasses.replace(cfg.optim, offload=False), dataclasses.replace(cfg.text, offload=False)
+        cfg = dataclasses.replace(cfg, optim=optim, text=text)
+    parameters, encodes = count_parameters(cfg.model), encodes_after_start(cfg)
+    found = (
+        step_memory(as_one_size(cfg, bucket), grid, parameters, frozen, mesh, encodes=encodes, device=device_type)
+        for bucket, grid, frozen in sizes or largest_sizes(cfg)
+    )
+    return max(found, key=lambda memory: memory.peak)

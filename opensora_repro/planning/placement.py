@@ -10,10 +10,8 @@ from opensora_repro.config import Config, ConfigError, ParallelConfig, check_con
 from opensora_repro.errors import EngineError
 from opensora_repro.models.config import ACTIVATION_CHECKPOINTING
 from opensora_repro.parallel.mesh import Mesh
-from opensora_repro.planning.encoders import FrozenSizes
 from opensora_repro.planning.gpus import GIB, Gpu
-from opensora_repro.planning.memory import Memory, step_memory
-from opensora_repro.planning.sizes import Grid
+from opensora_repro.planning.memory import Memory, Size, needed_memory
 
 SIZES = (1, 2, 4, 8)  # of tensor and sequence parallelism; more than a machine's GPUs would wait for the network
 
@@ -42,12 +40,10 @@ class Fitter:
     """What the layouts of one config have in common."""
 
     cfg: Config
-    grid: Grid
-    parameters: int
-    frozen: FrozenSizes
     gpu: Gpu
     gpus: int
-    encodes: bool
+    least_frames: int  # of latents, in patches, of the run's shortest clips
+    sizes: list[Size]  # whose steps may need the most memory
 
     def try_layout(self, parallel: ParallelConfig) -> Fit:
         cfg = dataclasses.replace(self.cfg, parallel=parallel)
@@ -55,6 +51,9 @@ class Fitter:
         try:
             check_config(cfg)
             mesh = Mesh(0, self.gpus, parallel.tp_size, parallel.sp_size)
+            if self.least_frames < parallel.sp_size:
+                shortest = f"the shortest clips have only {self.least_frames} latent frames"
+                raise ConfigError(f"parallel.sp_size = {parallel.sp_size}: {shortest}")
         except (ConfigError, EngineError) as error:
             return Fit(overrides, parallel, refused=str(error))
         memory = {kind: self._memory(cfg, mesh, kind) for kind in ACTIVATION_CHECKPOINTING}
@@ -65,7 +64,7 @@ class Fitter:
     def _memory(self, cfg: Config, mesh: Mesh, checkpointing: str) -> Memory:
         train = dataclasses.replace(cfg.train, activation_checkpointing=checkpointing)
         cfg = dataclasses.replace(cfg, train=train)
-        return step_memory(cfg, self.grid, self.parameters, self.frozen, mesh, encodes=self.encodes)
+        return needed_memory(cfg, mesh, "cuda", self.sizes)
 
 
 def too_much(memory: Memory, gpu: Gpu) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from opensora_repro.config import Config
 from opensora_repro.config.sections import sample_fps
+from opensora_repro.data.buckets import as_heaviest
 from opensora_repro.models.config import ACTIVATION_CHECKPOINTING
 from opensora_repro.planning.budget import SECONDS_AN_HOUR, Budget
 from opensora_repro.planning.gpus import GIB, Gpu
@@ -16,14 +17,15 @@ from opensora_repro.planning.placement import too_much
 DAY = 24 * SECONDS_AN_HOUR
 
 
-def report(cfg: Config, budget: Budget) -> list[str]:
+def plan_lines(cfg: Config, budget: Budget) -> list[str]:
     lines: list[str] = []
+    heavy = as_heaviest(cfg)
     for title, rows in (
-        ("WORK", _work(cfg, budget)),
+        ("WORK", _work(heavy, budget)),
         ("MEMORY of one process, as the config has it", _memory(cfg, budget)),
         ("LAYOUTS", _layouts(cfg, budget)),
         ("TIME AND COST", _time(budget)),
-        ("SAMPLING with the trained model", _inference(cfg, budget)),
+        ("SAMPLING with the trained model", _inference(heavy, budget)),
     ):
         lines += [title, *(f"  {line}" for line in rows), ""]
     return lines[:-1]
@@ -95,9 +97,13 @@ def _advice(cfg: Config, budget: Budget) -> str:
         helped = [fit for fit in budget.layouts if kind in fit.peaks and fit.peaks[kind] <= usable]
         if helped:
             return f"with train.activation_checkpointing={kind} {helped[0].overrides} would"
-    packed = cfg.data.packing_tokens > 0
-    smaller = ["lower data.packing_tokens"] if packed else ["lower train.batch_size"] * (cfg.train.batch_size > 1)
+    packed, buckets = cfg.data.packing_tokens > 0, cfg.data.buckets
+    smaller = ["lower train.batch_size"] * (cfg.train.batch_size > 1)
+    if packed or buckets:
+        smaller = ["lower data.packing_tokens" if packed else "lower the batch_size of data.buckets"]
     remedies = [*smaller, "lower vae.micro_batch_size"]
+    if cfg.train.overlap and not (cfg.data.cache or cfg.text.shard):
+        remedies.append("set train.overlap=false")
     spread = "text.shard=true, " * (budget.gpus > 1)
     remedies.append(f"set {spread}text.offload=true or optim.offload=true")
     return ", or ".join([*remedies, "take more or larger GPUs"])

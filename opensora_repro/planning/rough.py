@@ -16,9 +16,9 @@ from opensora_repro.parallel.device import choose_device, default_kind, device_n
 from opensora_repro.parallel.mesh import Mesh
 from opensora_repro.planning.budget import step_flops
 from opensora_repro.planning.encoders import autoencoder_sizes, frozen_sizes
-from opensora_repro.planning.fit import needed_memory
 from opensora_repro.planning.flops import forward_products
 from opensora_repro.planning.gpus import Gpu, find_gpu, gpu_of_device
+from opensora_repro.planning.memory import needed_memory
 from opensora_repro.planning.sizes import latent_shape, token_grid
 
 # Of float32 on a core, as the laptop's stages were measured (docs/training.md): 44 GFLOP in 0.8 s, 105 in 1.5 to 1.8

@@ -41,7 +41,7 @@ class Grid:
 def latent_shape(cfg: Config, strides: Strides | None = None) -> tuple[int, int, int, int]:
     """[C, T, h, w] of a sample's latents; `strides` are those of `vae.path` unless given. Raises ConfigError."""
     geometry, data = autoencoder_geometry(cfg.vae.path), cfg.data
-    frames, rows, columns = strides or (0, geometry.spatial_stride, geometry.spatial_stride)
+    _, rows, columns = strides or (0, geometry.spatial_stride, geometry.spatial_stride)
     if not strides:
         geometry.check_frames(data.num_frames, "data.num_frames")
     for key, pixels, stride in (("height", data.height, rows), ("width", data.width, columns)):
@@ -49,11 +49,16 @@ def latent_shape(cfg: Config, strides: Strides | None = None) -> tuple[int, int,
             raise ConfigError(f"data.{key} = {pixels}: expected a multiple of {stride}, the autoencoder's stride")
     return (
         cfg.model.in_channels,
-        # Strides alone tell of an autoencoder that is causal in time: a first frame alone, then groups.
-        1 + -(-(data.num_frames - 1) // frames) if strides else geometry.latent_frames(data.num_frames),
+        latent_frames(cfg, data.num_frames, strides),
         data.height // rows,
         data.width // columns,
     )
+
+
+def latent_frames(cfg: Config, num_frames: int, strides: Strides | None = None) -> int:
+    if strides:  # alone, they tell of an autoencoder that is causal in time: a first frame alone, then groups
+        return 1 + -(-(num_frames - 1) // strides[0])
+    return autoencoder_geometry(cfg.vae.path).latent_frames(num_frames)
 
 
 def token_grid(model: ModelConfig, shape: tuple[int, ...]) -> Grid:

@@ -1,1 +1,1 @@
-"""Pages about runs."""
+"""What finished runs tell: pages, and which clips made a checkpoint."""

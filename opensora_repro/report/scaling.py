@@ -175,14 +175,14 @@ def table(found: Mapping[str, Any]) -> list[str]:
         lines.append(f"{names}{operations(run['flops']):>16}{duration(run['seconds']):>11}{run['loss']:>15.4f}{mark}")
     lines += ["", "loss = a + b * C^-c, C in FLOPs, of the best size at each budget"]
     lines += [f"  {name} = {interval(value)}" for name, value in found["law"].items()]
-    return [*lines, f"next: {ahead(found['next'])}", *(f"note: {note}" for note in found["notes"])]
+    return [*lines, f"next: {next_in_words(found['next'])}", *(f"note: {note}" for note in found["notes"])]
 
 
 def interval(value: Mapping[str, float]) -> str:
     return f"{number(value['value'])} ({number(value['low'], 3)} to {number(value['high'], 3)})"
 
 
-def ahead(following: Mapping[str, Any]) -> str:
+def next_in_words(following: Mapping[str, Any]) -> str:
     """What the next size up would reach and take, in a sentence."""
     cost = "" if following["cost"] is None else f", costs {following['cost']:,.2f}"
     return (
@@ -212,7 +212,7 @@ def write_page(found: Mapping[str, Any], out: Path) -> None:
         "title": f"Scaling: {', '.join(sizes)}",
         "found": found,
         "best": best,
-        "ahead": ahead(found["next"]),
+        "next_in_words": next_in_words(found["next"]),
         "charts": [_by_flops(found, sizes), _by_size(found)],
         "shown": shown,
         "samples": list(_samples(shown)),

@@ -15,7 +15,7 @@ from opensora_repro.sampling.given import Given, condition_lengths, open_given, 
 from opensora_repro.sampling.named_sizes import DEFAULT_RATIO, frames_of_seconds, named_size
 from opensora_repro.sampling.options import Options, checked, given_prompts
 from opensora_repro.sampling.run import SamplingRun, check_prompts_fit, with_options
-from opensora_repro.sampling.source import Source, find_source
+from opensora_repro.sampling.source import ModelSource, find_source
 from opensora_repro.sampling.speedups import Speedups, fast_options, open_step_cache
 from opensora_repro.weights.adapters import read_adapter
 
@@ -78,7 +78,7 @@ def own_references(options: Options, prompts: list[str]) -> tuple[Options, list[
     return replace(options, **own), texts
 
 
-def expansion(o: Options, source: Source) -> dict[str, Any]:
+def expansion(o: Options, source: ModelSource) -> dict[str, Any]:
     """Who rewrites the prompts, and what of them was rewritten before. Raises ConfigError, ModelNotFound."""
     if o.expand is None:
         return {}
@@ -88,7 +88,7 @@ def expansion(o: Options, source: Source) -> dict[str, Any]:
     return {"expander": expander, "expanded": {} if o.overwrite else remembered(o.out)}
 
 
-def fast(options: Options, source: Source) -> tuple[Options, list[str]]:
+def fast(options: Options, source: ModelSource) -> tuple[Options, list[str]]:
     """Let `--fast` choose what was not given; a line on it."""
     chosen = fast_options(source, vars(options))
     words = {
@@ -98,7 +98,7 @@ def fast(options: Options, source: Source) -> tuple[Options, list[str]]:
     return replace(options, **chosen), [f"--fast: {told}"]
 
 
-def speedups(o: Options, source: Source) -> Speedups | None:
+def speedups(o: Options, source: ModelSource) -> Speedups | None:
     """What was asked for besides sampler and steps. Raises ConfigError."""
     if o.broadcast_between is not None and o.broadcast is None:
         raise ConfigError("--broadcast-between: give --broadcast, too, which acts there")
@@ -113,7 +113,7 @@ def speedups(o: Options, source: Source) -> Speedups | None:
     )
 
 
-def named(o: Options, source: Source, total: int | None) -> dict[str, Any]:
+def named(o: Options, source: ModelSource, total: int | None) -> dict[str, Any]:
     """Height, width and frames that were asked for by name. Raises ConfigError."""
     found: dict[str, Any] = {}
     if o.resolution is not None:
@@ -124,7 +124,7 @@ def named(o: Options, source: Source, total: int | None) -> dict[str, Any]:
     return found
 
 
-def asks_for_frames(o: Options, source: Source, prompts: list[str], total: int | None) -> bool:
+def asks_for_frames(o: Options, source: ModelSource, prompts: list[str], total: int | None) -> bool:
     """Whether frames are given, clips are chained, or the prompt may be a script."""
     given = (o.keep, o.first, o.last, o.extend, o.join, o.edit, o.inpaint, o.mask_strategy, o.paste, o.chains)
     script = any(prompt.startswith(("0:", "0.0:", "|0|")) for prompt in prompts)
@@ -132,8 +132,8 @@ def asks_for_frames(o: Options, source: Source, prompts: list[str], total: int |
 
 
 def frames(
-    o: Options, source: Source, prompts: list[str], total: int | None
-) -> tuple[Source, list[str], Given | None, Chain | None, list[str]]:
+    o: Options, source: ModelSource, prompts: list[str], total: int | None
+) -> tuple[ModelSource, list[str], Given | None, Chain | None, list[str]]:
     """Source and prompts for what is given and chained, that itself, and lines on it. Raises ConfigError."""
     if source.model.conditioning != "t5":
         raise ConfigError(f"{source.path}: DiT and Latte take no given frames, and make no longer videos")
@@ -158,7 +158,7 @@ def frames(
     return source, prompts if script is None else [script], given, chain, lines
 
 
-def score_words(o: Options, source: Source) -> dict[str, float | str]:
+def score_words(o: Options, source: ModelSource) -> dict[str, float | str]:
     """What is added to the prompts. Raises ConfigError for a model that reads none."""
     aesthetic = source.aesthetic if o.aesthetic is None else o.aesthetic
     given = {"aesthetic": None if aesthetic == "none" else aesthetic, "motion": o.motion, "camera": o.camera}

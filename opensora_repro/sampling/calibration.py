@@ -22,7 +22,7 @@ from opensora_repro.parallel.device import default_kind
 from opensora_repro.sampling.caches import StepCache, attended, relative_change, replaced
 from opensora_repro.sampling.generate import ProgressBar, generate
 from opensora_repro.sampling.run import load_models
-from opensora_repro.sampling.source import Source, weights_sha256
+from opensora_repro.sampling.source import ModelSource, weights_sha256
 from opensora_repro.sampling.speedups import Speedups
 
 DEGREE = 4  # of the polynomial, TeaCache's
@@ -111,7 +111,7 @@ def psnr(found: Sequence[np.ndarray], full: Sequence[np.ndarray]) -> float:
 
 
 def calibrate(
-    source: Source,
+    source: ModelSource,
     prompts: Sequence[str],
     device: torch.device,
     *,

@@ -30,7 +30,7 @@ from opensora_repro.process import keep_freed_memory, limit_threads
 from opensora_repro.sampling.conditions import with_scores
 from opensora_repro.sampling.generate import ProgressBar, check_fit, generate
 from opensora_repro.sampling.sample_folder import SampleFolder
-from opensora_repro.sampling.source import Source, check_memory, weights_sha256
+from opensora_repro.sampling.source import ModelSource, check_memory, weights_sha256
 from opensora_repro.weights.adapters import add_adapters, check_adapters
 from opensora_repro.weights.families import Network, empty_model
 from opensora_repro.weights.load import LoadReport, check_complete, load_model_weights
@@ -78,7 +78,7 @@ def with_options(cfg: Config, **options: Any) -> Config:
     return cfg
 
 
-def check_prompts_fit(source: Source, prompts: list[str], *, labels: bool) -> None:
+def check_prompts_fit(source: ModelSource, prompts: list[str], *, labels: bool) -> None:
     """Raise ConfigError for class numbers where text is wanted, and the other way round."""
     if source.model.conditioning == "class":
         try:
@@ -93,7 +93,7 @@ def check_prompts_fit(source: Source, prompts: list[str], *, labels: bool) -> No
 class SamplingRun:
     """`prompts` sampled from `source`, whose config has the size and the sampler, into `out`."""
 
-    source: Source
+    source: ModelSource
     prompts: Sequence[str]
     out: Path
     seed: int = 0
@@ -388,7 +388,7 @@ def pick_device(name: str | None, world_size: int, local_rank: int) -> torch.dev
 
 
 def open_frozen(
-    source: Source, device: torch.device, shards: Shards | None = None
+    source: ModelSource, device: torch.device, shards: Shards | None = None
 ) -> tuple[Autoencoder, ConditionEncoder]:
     """The autoencoder, and what makes a condition of prompts: T5, CLIP, or class numbers; their weights are not read.
 
@@ -403,7 +403,7 @@ def open_frozen(
 
 
 def load_models(
-    source: Source, device: torch.device, shards: Shards | None = None
+    source: ModelSource, device: torch.device, shards: Shards | None = None
 ) -> tuple[Network, Autoencoder, ConditionEncoder, LoadReport]:
     """The model in float32, and what `open_frozen` gives, all weights read.
 

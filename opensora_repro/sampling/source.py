@@ -31,7 +31,7 @@ LONGEST = {"stdit": 64, "stdit2": 128, "stdit3": 408}
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """Weights, the model that they make, and the defaults of their run or release."""
 
     path: Path
@@ -44,7 +44,9 @@ class Source:
     adapters: tuple[Adapter, ...] = ()  # which join the weights
 
 
-def find_source(path: Path, *, ema: bool = True, num_heads: int | None = None, family: str | None = None) -> Source:
+def find_source(
+    path: Path, *, ema: bool = True, num_heads: int | None = None, family: str | None = None
+) -> ModelSource:
     """Look at a run (its newest checkpoint), a checkpoint, or published weights. Raises ConfigError, WeightsError.
 
     A name of the catalog, which no file here has, means what the hub's cache holds of it.
@@ -59,14 +61,14 @@ def find_source(path: Path, *, ema: bool = True, num_heads: int | None = None, f
         masks = any(recorded.frame_masks.shares().values())
         adapters = (read_adapter(str(checkpoint), ema=ema),) if has_adapter(checkpoint) else ()
         weights = _adapted_weights(checkpoint, config) if adapters else open_weights(checkpoint / name)
-        return Source(
+        return ModelSource(
             checkpoint, weights, config.model, config, longest=longest, trained_with_masks=masks, adapters=adapters
         )
     file = open_weights(path, ema=ema)
     found = describe(file, num_heads=num_heads, family=family)
     own = file.config is not None  # a run's, whose captions need not end with scores
     architecture = getattr(found.model, "architecture", "")
-    return Source(
+    return ModelSource(
         path,
         file,
         found.model,
@@ -105,14 +107,14 @@ def _own_checkpoint(path: Path) -> Path | None:
     return None
 
 
-def weights_sha256(source: Source) -> str:
+def weights_sha256(source: ModelSource) -> str:
     """Of the files that are read, wherever they lie. Raises WeightsError for a checkpoint's that has changed."""
     digests = [recorded_sha256(file) for file in source.weights.files]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def check_memory(
-    source: Source,
+    source: ModelSource,
     vae: Autoencoder,
     conditions: ConditionEncoder,
     device: torch.device,

@@ -17,7 +17,7 @@ from opensora_repro.planning.sizes import latent_shape, token_grid
 from opensora_repro.sampling.caches import Broadcast, Caches, StepCache
 
 if TYPE_CHECKING:
-    from opensora_repro.sampling.source import Source
+    from opensora_repro.sampling.source import ModelSource
 
 CALIBRATION = "step_cache.json"  # of stages.calibrate, beside the checkpoint
 FAST_STEPS = {"euler": 7, "ab2": 7, "dpm": 16}  # by what samples flow models, and IDDPM ones
@@ -106,7 +106,7 @@ class Speedups:
         return kept + (2 * FLOAT * values if self.step_cache is not None else 0)
 
 
-def fast_options(source: Source, given: dict[str, Any]) -> dict[str, Any]:
+def fast_options(source: ModelSource, given: dict[str, Any]) -> dict[str, Any]:
     """What `--fast` chooses of sampler, steps, guidance_interval and broadcast, where `given` says nothing of it.
 
     Never more steps than the run's own.
@@ -121,7 +121,7 @@ def fast_options(source: Source, given: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in chosen.items() if given[key] is None}
 
 
-def open_step_cache(text: str, source: Source, folder: Path) -> StepCache:
+def open_step_cache(text: str, source: ModelSource, folder: Path) -> StepCache:
     """Of FILE, FILE:THRESHOLD, THRESHOLD or nothing, the file then in the run's or weights' folder.
 
     Raises ConfigError.

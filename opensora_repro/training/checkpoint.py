@@ -1,4 +1,4 @@
-"""Checkpoints: whole tensors under published names, written beside and renamed last, verified before use.
+"""Checkpoints: whole tensors under published names, written beside and renamed last, verified before use (run_folder).
 
 RUN/checkpoints/step-00000100/
     model.safetensors      the trained weights
@@ -17,9 +17,7 @@ processes: every rank takes its pieces from the whole tensors, so any other topo
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,98 +25,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from opensora_repro.errors import TrainingError, UserError
-from opensora_repro.files import sha256_of
+from opensora_repro.errors import TrainingError
 from opensora_repro.parallel.engine import TorchEngine
-from opensora_repro.run_folder import ADAPTER_FILE, EMA_FILE, MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, list_checkpoints
+from opensora_repro.run_folder import ADAPTER_FILE, EMA_FILE, MODEL_FILE, OPTIMIZER_FILE, CheckpointError, TrainState
 from opensora_repro.training.step import Ema
 from opensora_repro.weights.adapters import saved_name
 from opensora_repro.weights.files import LORA
 
-SCHEMA_VERSION = 1
-
-
-class CheckpointError(UserError):
-    """A checkpoint cannot be written, read or trusted; the message is one line meant for the user."""
-
 
 class UnwritableCheckpoint(CheckpointError, TrainingError):
     """The machine's fault, not the user's."""
-
-
-class SchemaError(CheckpointError):
-    """The checkpoint is whole, but of another release's layout."""
-
-
-@dataclass
-class TrainState:
-    """Where a run stands, besides its tensors."""
-
-    step: int = 0  # optimizer steps done, skipped ones included
-    samples_seen: int = 0  # good samples that reached the model
-    bad_steps: int = 0  # non-finite steps in a row up to now
-    ema_updates: int = 0
-    global_batch_sizes: list[int] = field(default_factory=list)  # samples a step of each bucket, over all ranks
-    data_fingerprint: str = ""  # of the samples' ids, which the sampler's order depends on
-    identity: dict[str, Any] = field(default_factory=dict)  # of manifest and frozen models, see identity.py
-
-
-def verify_checkpoint(folder: Path) -> TrainState:
-    """Read `state.json` and compare every file's sha256. Raises CheckpointError that says what is wrong."""
-    state, hashes = read_state(folder)
-    for name, expected in hashes.items():
-        try:
-            found = sha256_of(folder / name)
-        except OSError as error:
-            raise CheckpointError(f"checkpoint {folder} is damaged: {name}: {error.strerror}") from None
-        if found != expected:
-            raise CheckpointError(f"checkpoint {folder} is damaged: {name} is not what was written (sha256 differs)")
-    return state
-
-
-def read_state(folder: Path) -> tuple[TrainState, dict[str, str]]:
-    """The state and each file's recorded sha256. Raises CheckpointError."""
-    path = folder / STATE_FILE
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or not isinstance(content.get("sha256"), dict):
-            raise ValueError("it is no object with sha256 in it")
-        version, hashes = content.pop("schema_version"), content.pop("sha256")
-        content.pop("device", None)  # for people, and for plans, see planning/measured.py
-        content.pop("position", None)  # of earlier releases, which had one size
-        if "global_batch_size" in content:
-            content["global_batch_sizes"] = [content.pop("global_batch_size")]
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"checkpoint {folder} is damaged: {STATE_FILE} cannot be read ({error})") from None
-    if version != SCHEMA_VERSION:
-        raise SchemaError(f"checkpoint {folder} has schema version {version}; this release reads {SCHEMA_VERSION}")
-    try:
-        return TrainState(**content), hashes
-    except TypeError as error:
-        raise CheckpointError(f"checkpoint {folder} is damaged: {STATE_FILE}: {error}") from None
-
-
-def newest_checkpoint(run_dir: Path, report: Callable[[str], None] = print) -> tuple[Path, TrainState] | None:
-    """The newest checkpoint whose files are whole; None where there is none at all.
-
-    A damaged one is reported and the one before it taken. Raises CheckpointError where all are damaged.
-    """
-    reasons: list[str] = []
-    for folder in reversed(list_checkpoints(run_dir)):
-        try:
-            state = verify_checkpoint(folder)
-        except SchemaError:
-            raise
-        except CheckpointError as error:
-            reasons.append(str(error))
-            report(f"{error}; looking for the one before it")
-            continue
-        return folder, state
-    if reasons:
-        raise CheckpointError(
-            f"no checkpoint of {run_dir} is whole ({reasons[0]}): restore one, or move the folder away to start again"
-        )
-    return None
 
 
 def load_checkpoint(folder: Path, state: TrainState, engine: TorchEngine, ema: Ema) -> None:

@@ -11,9 +11,9 @@ from opensora_repro.parallel.device import choose_device
 from opensora_repro.parallel.mesh import Mesh, launched_as
 from opensora_repro.planning.budget import step_flops
 from opensora_repro.planning.encoders import frozen_sizes
-from opensora_repro.planning.fit import needed_memory
 from opensora_repro.planning.flops import forward_products
 from opensora_repro.planning.gpus import Gpu
+from opensora_repro.planning.memory import needed_memory
 from opensora_repro.planning.parameters import count_parameters
 from opensora_repro.planning.report import encoding_and_recomputation, fits_into, memory_parts, operations, size
 from opensora_repro.planning.sizes import latent_shape, token_grid
@@ -55,7 +55,7 @@ def _plan(
     cfg: Config, stage: Stage, mesh: Mesh, gpu: Gpu | None, start: Start, rows: int | None
 ) -> Iterator[tuple[str, str]]:
     """What follows from the config alone, by name."""
-    several, cfg = len(buckets_of(cfg)), as_heaviest(cfg)
+    several, whole, cfg = len(buckets_of(cfg)), cfg, as_heaviest(cfg)
     (samples,) = global_batch_sizes(cfg, mesh.data_size)
     shape = latent_shape(cfg)
     grid = token_grid(cfg.model, shape)
@@ -63,8 +63,11 @@ def _plan(
     parameters = count_parameters(cfg.model)
     yield "model", f"{parameters:,} parameters" + (", temporal attention" if cfg.model.temporal_attention else "")
     if several > 1:
-        follows = "if all of a step's clips were of the heaviest" if cfg.data.packing_tokens else "of the heaviest one"
-        yield "buckets", f"{several}, told apart below; what follows is {follows}"
+        follows = "if all of a step's clips were of the heaviest" if cfg.data.packing_tokens else "of the heaviest"
+        yield (
+            "buckets",
+            f"{several}, told apart below; what follows is {follows}, memory of the one that needs the most",
+        )
     sizes = "x".join(map(str, shape))
     yield "latents", f"{sizes} -> {grid.tokens:,} tokens a sample, {grid.tokens * samples:,} a step"
     yield "processes", f"{mesh.world_size} = {mesh.data_size} data x {mesh.sp_size} sequence x {mesh.tp_size} tensor"
@@ -75,7 +78,7 @@ def _plan(
     if rows is not None and several == 1:
         yield "data", f"{rows:,} rows; {cfg.train.steps} steps are {cfg.train.steps * samples / rows:.3g} epochs"
     if gpu is not None:
-        memory = needed_memory(cfg, mesh, "cuda")
+        memory = needed_memory(whole, mesh, "cuda")
         yield "memory", f"about {size(memory.peak)} a process on a GPU: {memory_parts(memory)}"
         yield "card", fits_into(memory, gpu)
     yield "start", _start(cfg, start.checkpoint)

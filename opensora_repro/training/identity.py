@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from opensora_repro.config import Config, ConfigError, load_recorded
-from opensora_repro.data.ids import column_digest
+from opensora_repro.data.ids import TOLD_COLUMNS, column_digest, ids_fingerprint
 from opensora_repro.files import Sha256Memo, sha256_of, size_and_time
 from opensora_repro.frozen.encoder import Encoder, open_encoder
 from opensora_repro.frozen.pretrained import FrozenModel, HashFile, ModelNotFound
@@ -23,11 +23,6 @@ from opensora_repro.training.start import Start
 from opensora_repro.weights.files import open_weights
 
 Say = Callable[[str], None]
-# What may change under the same ids: what it is in the record, and what a message calls it.
-TOLD_COLUMNS = {
-    "caption": "captions", "num_frames": "lengths (num_frames)", "fps": "rates (fps)", "height": "heights",
-    "width": "widths",
-}  # fmt: skip
 
 
 def check_manifest(cfg: Config, start: Start, table: Any, say: Say) -> None:
@@ -54,11 +49,6 @@ def check_manifest(cfg: Config, start: Start, table: Any, say: Say) -> None:
                 "the run goes on with the new ones"
             )
     start.state.identity["data.manifest"] = columns
-
-
-def ids_fingerprint(ids: Any) -> str:
-    """Digest of a column of ids in their order, on which the order of training depends."""
-    return f"{len(ids)} samples, ids {column_digest(ids)}"
 
 
 def frozen_identity(cfg: Config, start: Start, encoder: Encoder) -> dict[str, dict[str, Any]]:

@@ -27,13 +27,13 @@ from opensora_repro.models.captioned import CaptionedModel
 from opensora_repro.parallel.device import HostValues
 from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.process import StopSignals
-from opensora_repro.run_folder import REPORT_FILE, JsonLines, list_checkpoints, mark_best
+from opensora_repro.run_folder import REPORT_FILE, JsonLines, TrainState, list_checkpoints, mark_best
 from opensora_repro.sampling.generate import NotFinite
 from opensora_repro.sampling.grids import moving_grid, sample_prompts, write_samples
 from opensora_repro.training.adapters import dropout_keys
 from opensora_repro.training.alarms import Alarms, is_due
 from opensora_repro.training.batches import Batch, BatchBuilder, Collator, Feed, Fetched, PackedBatch, Prefetcher
-from opensora_repro.training.checkpoint import TrainState, UnwritableCheckpoint
+from opensora_repro.training.checkpoint import UnwritableCheckpoint
 from opensora_repro.training.metrics import Progress, Quarantine, RunLog
 from opensora_repro.training.save import CheckpointWriter
 from opensora_repro.training.step import (

@@ -26,13 +26,13 @@ from opensora_repro.parallel.build import build_engine
 from opensora_repro.parallel.device import forget_peak, peak_memory
 from opensora_repro.parallel.mesh import launched_as
 from opensora_repro.planning.batch_sizes import Entry, of_one_size, require_one, too_large
-from opensora_repro.planning.fit import needed_memory
+from opensora_repro.planning.memory import needed_memory
 from opensora_repro.planning.sizes import latent_shape
 from opensora_repro.process import StopSignals
+from opensora_repro.run_folder import TrainState
 from opensora_repro.sampling.generate import check_fit
 from opensora_repro.training.alarms import Alarms
 from opensora_repro.training.batches import Fetched
-from opensora_repro.training.checkpoint import TrainState
 from opensora_repro.training.loop import Trainer
 from opensora_repro.training.metrics import Quarantine, RunLog
 from opensora_repro.training.model import apply_compile, build_model, compiles

@@ -28,7 +28,7 @@ from opensora_repro.data.preflight import (
 from opensora_repro.data.tables import kind_by_name
 from opensora_repro.files import is_file
 from opensora_repro.frozen.autoencoder import Autoencoder
-from opensora_repro.frozen.encoder import open_encoder
+from opensora_repro.frozen.encoder import Encoder, open_encoder
 from opensora_repro.frozen.pretrained import ModelNotFound
 from opensora_repro.frozen.text import survey_captions
 from opensora_repro.kernels.ops import choose
@@ -66,16 +66,7 @@ def preflight(
     state takes up what the frozen models hold. `device` None: the run is planned for another machine, of which no
     device, memory or frozen models are here to be looked at.
     """
-    for folder in (cfg.run.dir, str(checkpoints_folder(Path(cfg.run.dir)))):
-        check_folder("run.dir", folder)
-    check_track(cfg)
-    if cfg.data.cache:
-        check_folder("data.cache", cfg.data.cache)
-    if device is not None:
-        check_installed(cfg.parallel)
-        if cfg.text.shard:
-            check_shards()
-        choose(cfg.train.kernels, device.type)
+    _check_machine(cfg, device)
     if cfg.init.weights and (not start.resumes or cfg.lora.rank):
         if dry and weights_to_come(cfg.init.weights):
             yield to_come("init.weights", cfg.init.weights)
@@ -84,13 +75,7 @@ def preflight(
     encoder = None
     try:
         encoder = open_encoder(cfg, device or torch.device("cpu"))
-        check_fit(as_sampled(cfg), encoder.vae, encoder.text)
-        stride = encoder.vae.spatial_stride
-        for bucket in kept_buckets(cfg):
-            if min(bucket.height, bucket.width) < stride:
-                raise ConfigError(f"data.buckets: {bucket}: a side is below {stride}, the autoencoder's stride")
-            encoder.vae.check_frames(bucket.num_frames, f"data.buckets: {bucket}")
-            check_tokens(cfg, bucket, encoder.vae)
+        _check_encoder(cfg, encoder)
         if start.resumes or not dry:
             start.state.identity |= frozen_identity(cfg, start, encoder)
             if cfg.lora.rank:
@@ -110,21 +95,48 @@ def preflight(
                 f"packing: a step has {samples[0]:,} clips of any buckets, in rows of at most "
                 f"{cfg.data.packing_tokens:,} tokens"
             )
-        path = cfg.data.manifest
-        yield from clips(cfg, frame, "clips of", path, samples, here=device is not None, told=told)
+        yield from clips(cfg, frame, "clips of", cfg.data.manifest, samples, here=device is not None, told=told)
     if validates(cfg) or cfg.evaluate.every:
-        held_out = find_manifest(cfg.data.val_manifest) if dry else read_manifest(cfg.data.val_manifest)
-        if held_out is None:
-            yield to_come("data.val_manifest", cfg.data.val_manifest)
-        else:
-            held_out = held_out.take(chosen_rows(held_out["id"].to_pylist(), cfg.validation.max_samples))
-            yield from clips(
-                cfg, held_out, "held-out clips of", cfg.data.val_manifest, (), here=device is not None, told=told
-            )
+        yield from _held_out_clips(cfg, here=device is not None, dry=dry, told=told)
     if frame is not None and encoder is not None:
         looked = keyed_sample(frame, SAMPLED_ROWS)["caption"].to_pylist()
         prompts = cfg.sample.prompts if cfg.sample.every else ()
         yield from survey_captions(encoder.text, looked, len(frame), prompts)
+
+
+def _check_machine(cfg: Config, device: torch.device | None) -> None:
+    """Places to write to, and what the run's layout and kernels need here. Raises what `preflight` does."""
+    for folder in (cfg.run.dir, str(checkpoints_folder(Path(cfg.run.dir)))):
+        check_folder("run.dir", folder)
+    check_track(cfg)
+    if cfg.data.cache:
+        check_folder("data.cache", cfg.data.cache)
+    if device is not None:
+        check_installed(cfg.parallel)
+        if cfg.text.shard:
+            check_shards()
+        choose(cfg.train.kernels, device.type)
+
+
+def _check_encoder(cfg: Config, encoder: Encoder) -> None:
+    """Whether the frozen models fit the model and every bucket. Raises ConfigError."""
+    check_fit(as_sampled(cfg), encoder.vae, encoder.text)
+    stride = encoder.vae.spatial_stride
+    for bucket in kept_buckets(cfg):
+        if min(bucket.height, bucket.width) < stride:
+            raise ConfigError(f"data.buckets: {bucket}: a side is below {stride}, the autoencoder's stride")
+        encoder.vae.check_frames(bucket.num_frames, f"data.buckets: {bucket}")
+        check_tokens(cfg, bucket, encoder.vae)
+
+
+def _held_out_clips(cfg: Config, *, here: bool, dry: bool, told: list[dict[str, Any]] | None) -> Iterator[str]:
+    path = cfg.data.val_manifest
+    held_out = find_manifest(path) if dry else read_manifest(path)
+    if held_out is None:
+        yield to_come("data.val_manifest", path)
+        return
+    held_out = held_out.take(chosen_rows(held_out["id"].to_pylist(), cfg.validation.max_samples))
+    yield from clips(cfg, held_out, "held-out clips of", path, (), here=here, told=told)
 
 
 def check_tokens(cfg: Config, bucket: Bucket, vae: Autoencoder) -> None:

@@ -17,6 +17,7 @@ from opensora_repro.config.sections import encodes_after_start, encodes_always, 
 from opensora_repro.data.buckets import as_sampled, assigned
 from opensora_repro.data.cache import CacheRows, LatentCache
 from opensora_repro.data.dataset import Clip, ClipDataset
+from opensora_repro.data.ids import ids_fingerprint
 from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.packing import build_sampler, build_schedule
 from opensora_repro.data.sampler import SharedBatches, keyed_generator
@@ -29,13 +30,20 @@ from opensora_repro.parallel.build import build_engine, build_shards
 from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.parallel.preflight import check_same, config_facts, weights_digest
 from opensora_repro.process import StopSignals
-from opensora_repro.run_folder import WEIGHTS_FILE, claimed_run_folder, clean_leftovers, list_checkpoints, write_config
+from opensora_repro.run_folder import (
+    WEIGHTS_FILE,
+    claimed_run_folder,
+    clean_leftovers,
+    list_checkpoints,
+    read_state,
+    write_config,
+)
 from opensora_repro.sampling.generate import check_fit, decode
 from opensora_repro.training.alarms import Alarms
 from opensora_repro.training.batches import CacheFeed, ClipFeed, Feed
-from opensora_repro.training.checkpoint import load_checkpoint, read_state
+from opensora_repro.training.checkpoint import load_checkpoint
 from opensora_repro.training.fill import CacheFill, cache_fingerprint, fill_cache
-from opensora_repro.training.identity import check_manifest, ids_fingerprint
+from opensora_repro.training.identity import check_manifest
 from opensora_repro.training.loop import Evaluates, Trainer
 from opensora_repro.training.metrics import Quarantine, RunLog
 from opensora_repro.training.model import apply_compile, build_model, compiles

@@ -32,14 +32,14 @@ from opensora_repro.run_folder import (
     CONFIG_FILE,
     EMA_FILE,
     OPTIMIZER_FILE,
+    SCHEMA_VERSION,
     STATE_FILE,
+    TrainState,
     checkpoints_folder,
     mark_best,
     prune,
 )
 from opensora_repro.training.checkpoint import (
-    SCHEMA_VERSION,
-    TrainState,
     UnwritableCheckpoint,
     optimizer_pieces,
     saved_as,

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora_repro.config import Config, ConfigError, config_dict, load_recorded
-from opensora_repro.run_folder import CONFIG_FILE
+from opensora_repro.run_folder import CONFIG_FILE, TrainState, newest_checkpoint
 
 if TYPE_CHECKING:
     from opensora_repro.models.captioned import CaptionedModel
     from opensora_repro.parallel.engine import TorchEngine
-    from opensora_repro.training.checkpoint import TrainState
     from opensora_repro.weights.load import LoadReport
 
 
@@ -80,7 +79,6 @@ class Start:
 def find_start(cfg: Config, data_size: int, report: Callable[[str], None] = print) -> Start:
     """Look into `run.dir`. Raises ConfigError when it holds a run with other settings, CheckpointError when damaged."""
     from opensora_repro.data.buckets import global_batch_sizes
-    from opensora_repro.training.checkpoint import TrainState, newest_checkpoint
 
     run_dir = Path(cfg.run.dir)
     samples = global_batch_sizes(cfg, data_size)

@@ -172,15 +172,15 @@ class Card:
 
     def _places(self) -> str:
         """What has to be given besides, since it lay where nobody else finds it."""
-        needs = []
+        required = []
         if self.cfg.lora.rank:
-            needs.append(f"`BASE` are the weights that it was trained for, {escaped(_last(self.cfg.init.weights))}")
+            required.append(f"`BASE` are the weights that it was trained for, {escaped(_last(self.cfg.init.weights))}")
         for key in NEEDED:
             section, name = key.split(".")
             path = getattr(getattr(self.cfg, section), name)
             if os.path.isabs(path):
-                needs.append(f"`--{section} PATH` says where {escaped(_last(path))} lies (`{key}`)")
-        return "\n\n" + "; ".join(needs) + "." if needs else ""
+                required.append(f"`--{section} PATH` says where {escaped(_last(path))} lies (`{key}`)")
+        return "\n\n" + "; ".join(required) + "." if required else ""
 
     def _recipe(self) -> Iterator[tuple[Any, ...]]:
         yield "steps", self._state["step"]

@@ -140,14 +140,14 @@ def test_any_number_of_processes_trains_the_same_run(
     validations = [json.loads((path / "validation.jsonl").read_text().splitlines()[-1]) for path in (run_dir, alone)]
     np.testing.assert_allclose(validations[0]["losses"], validations[1]["losses"], rtol=1e-4)
     for name in ("model", "ema"):
-        weights, wanted = newest_tensors(run_dir, name), newest_tensors(alone, name)
-        for key in wanted:
-            np.testing.assert_allclose(weights[key], wanted[key], rtol=1e-3, atol=2e-5, err_msg=key)
+        weights, expected = newest_tensors(run_dir, name), newest_tensors(alone, name)
+        for key in expected:
+            np.testing.assert_allclose(weights[key], expected[key], rtol=1e-3, atol=2e-5, err_msg=key)
 
 
 def test_a_cached_run_is_the_same_bit_for_bit(world: World, alone: Path, tmp_path: Path) -> None:
     cached = arguments(world, tmp_path / "run", 1, train__steps=STEPS, data__cache=str(tmp_path / "cache"))
     run(1, [cached], tmp_path / "log")
     assert losses(tmp_path / "run") == losses(alone)
-    found, wanted = newest_tensors(tmp_path / "run"), newest_tensors(alone)
-    assert all((found[key] == wanted[key]).all() for key in wanted)
+    found, expected = newest_tensors(tmp_path / "run"), newest_tensors(alone)
+    assert all((found[key] == expected[key]).all() for key in expected)

@@ -58,10 +58,10 @@ def assert_same_run(run_dir: Path, expected: Path) -> None:
             theirs[key] for key in ("step", "lr", "samples", "tokens")
         ]
     for name in ("model", "ema"):
-        weights, wanted = newest_tensors(run_dir, name), newest_tensors(expected, name)
-        assert set(weights) == set(wanted)
-        for key in wanted:
-            np.testing.assert_allclose(weights[key], wanted[key], rtol=1e-3, atol=2e-5, err_msg=key)
+        weights, reference = newest_tensors(run_dir, name), newest_tensors(expected, name)
+        assert set(weights) == set(reference)
+        for key in reference:
+            np.testing.assert_allclose(weights[key], reference[key], rtol=1e-3, atol=2e-5, err_msg=key)
 
 
 def test_two_processes_equal_one_with_twice_the_batch(world: World, one_process: Path, tmp_path: Path) -> None:

@@ -109,10 +109,10 @@ def run_of(world: World, runs: dict[str, Path], layout: str) -> Path:
     return runs[layout]
 
 
-def distance(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]) -> float:
+def distance(found: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray]) -> float:
     """The worst tensor's |difference| over its |value|, Euclidean."""
-    assert found.keys() == wanted.keys()
-    return max(float(np.linalg.norm(found[key] - wanted[key]) / np.linalg.norm(wanted[key])) for key in wanted)
+    assert found.keys() == reference.keys()
+    return max(float(np.linalg.norm(found[key] - reference[key]) / np.linalg.norm(reference[key])) for key in reference)
 
 
 def assert_same(run_dir: Path, expected: Path) -> None:
@@ -226,14 +226,14 @@ def test_bf16_is_within_rounding(world: World, tmp_path: Path) -> None:
             assert min(measure(found, run) for run in runs) <= noise, (layout, measure.__name__)
 
 
-def loss_distance(found: Path, wanted: Path) -> float:
+def loss_distance(found: Path, reference: Path) -> float:
     """Root mean square over the steps of the losses' relative difference."""
-    ours, theirs = np.array(losses(found)), np.array(losses(wanted))
+    ours, theirs = np.array(losses(found)), np.array(losses(reference))
     return float(np.sqrt(np.mean((ours / theirs - 1) ** 2)))
 
 
-def weight_distance(found: Path, wanted: Path) -> float:
+def weight_distance(found: Path, reference: Path) -> float:
     """|difference| over |value| of all weights together."""
-    ours, theirs = newest_tensors(found), newest_tensors(wanted)
+    ours, theirs = newest_tensors(found), newest_tensors(reference)
     squares = [(float(((ours[key] - theirs[key]) ** 2).sum()), float((theirs[key] ** 2).sum())) for key in theirs]
     return float(np.sqrt(sum(part for part, _ in squares) / sum(whole for _, whole in squares)))

@@ -84,9 +84,9 @@ def test_masks_resume_and_spread(world: World, one_process: tuple[Path, dict[str
 def assert_same_run(two: Path, whole: Path) -> None:
     """To rounding: sums are taken in another order."""
     np.testing.assert_allclose(losses(two), losses(whole), rtol=1e-5)
-    weights, wanted = newest_tensors(two), newest_tensors(whole)
-    for key in wanted:
-        np.testing.assert_allclose(weights[key], wanted[key], rtol=1e-3, atol=2e-5, err_msg=key)
+    weights, expected = newest_tensors(two), newest_tensors(whole)
+    for key in expected:
+        np.testing.assert_allclose(weights[key], expected[key], rtol=1e-3, atol=2e-5, err_msg=key)
     both = [json.loads((path / "validation.jsonl").read_text())["losses"] for path in (two, whole)]
     np.testing.assert_allclose(*both, rtol=1e-4)
 

@@ -49,9 +49,9 @@ def train(world: World, layout: str, run_dir: Path, **changes: Any) -> Path:
 def assert_same(run_dir: Path, expected: Path) -> None:
     np.testing.assert_allclose(losses(run_dir), losses(expected), rtol=TOLERANCE)
     for name in ("model", "ema"):
-        found, wanted = newest_tensors(run_dir, name), newest_tensors(expected, name)
-        assert found.keys() == wanted.keys()
-        for key, value in wanted.items():
+        found, reference = newest_tensors(run_dir, name), newest_tensors(expected, name)
+        assert found.keys() == reference.keys()
+        for key, value in reference.items():
             np.testing.assert_allclose(
                 found[key], value, rtol=0, atol=TOLERANCE * max(1, abs(value).max()), err_msg=key
             )
@@ -67,8 +67,8 @@ def test_a_frozen_caption_mlp(world: World, expected: Path, tmp_path: Path, layo
     frozen = {key for key in newest_tensors(expected) if key.startswith(("y_embedder.", "rope."))}
     assert len(frozen) == 6
     for name in ("model", "ema"):
-        found, wanted = newest_tensors(run_dir, name), newest_tensors(expected, name)
-        assert all(np.array_equal(found[key], wanted[key]) for key in frozen)
+        found, reference = newest_tensors(run_dir, name), newest_tensors(expected, name)
+        assert all(np.array_equal(found[key], reference[key]) for key in frozen)
     assert not [key for key in newest_tensors(run_dir, "optimizer") if key.partition(".")[2] in frozen]
 
 

@@ -78,8 +78,8 @@ def test_a_process_without_process_0_says_so(tmp_path: Path) -> None:
 def test_a_process_that_misses_the_first_all_reduce_is_named(tmp_path: Path) -> None:
     commands = start("no_collective", tmp_path, [0, 1], world_size=2)
     assert codes(commands) == [1, 1]
-    wanted = rf"error \(process 0\): the first all-reduce has not ended after 3 s; {named(1, commands[1])} is behind"
-    assert re.search(wanted, commands[0].err)
+    reference = rf"error \(process 0\): the first all-reduce has not ended after 3 s; {named(1, commands[1])} is behind"
+    assert re.search(reference, commands[0].err)
 
 
 def test_a_hung_collective_ends_with_everyones_stacks(tmp_path: Path) -> None:
@@ -124,8 +124,8 @@ def test_an_error_of_one_process_is_told_by_the_others(tmp_path: Path, scenario:
     commands = start(scenario, tmp_path, [0, 1, 2], world_size=3)
     assert codes(commands) == [1, 1, 1]
     for rank in (0, 2):
-        wanted = rf"error \(process {rank}\): {named(1, commands[1])} ended: MemoryError: no room for the batch"
-        assert re.search(wanted, commands[rank].err)
+        reference = rf"error \(process {rank}\): {named(1, commands[1])} ended: MemoryError: no room for the batch"
+        assert re.search(reference, commands[rank].err)
 
 
 def test_differing_facts_are_named_and_pauses_are_not_hangs(tmp_path: Path) -> None:

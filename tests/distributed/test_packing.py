@@ -51,11 +51,11 @@ def test_processes_and_a_resume_train_the_same_run(world: World, alone: Path, tm
         tmp_path / "log")  # fmt: skip
     np.testing.assert_allclose(losses(run_dir), losses(alone), rtol=1e-5)
     for key in ("samples", "tokens"):
-        found, wanted = ([line[key] for line in lines(path, "metrics")] for path in (run_dir, alone))
-        assert found == wanted
-    assert len(set(wanted)) > 3  # tokens: each step has other clips
-    found, wanted = (lines(path, "validation")[-1]["losses"] for path in (run_dir, alone))
-    np.testing.assert_allclose(found, wanted, rtol=1e-4)
+        found, expected = ([line[key] for line in lines(path, "metrics")] for path in (run_dir, alone))
+        assert found == expected
+    assert len(set(expected)) > 3  # tokens: each step has other clips
+    found, expected = (lines(path, "validation")[-1]["losses"] for path in (run_dir, alone))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
     weights, wanted_weights = newest_tensors(run_dir), newest_tensors(alone)
     for key in wanted_weights:
         np.testing.assert_allclose(weights[key], wanted_weights[key], rtol=1e-3, atol=2e-5, err_msg=key)
@@ -66,5 +66,5 @@ def test_a_cached_run_that_was_resumed_is_the_same_bit_for_bit(world: World, alo
     calls = [arguments(world, tmp_path / "run", 1, **cached, train__steps=steps) for steps in (6, STEPS)]
     run(1, calls, tmp_path / "log")
     assert losses(tmp_path / "run") == losses(alone)
-    found, wanted = newest_tensors(tmp_path / "run"), newest_tensors(alone)
-    assert all((found[key] == wanted[key]).all() for key in wanted)
+    found, expected = newest_tensors(tmp_path / "run"), newest_tensors(alone)
+    assert all((found[key] == expected[key]).all() for key in expected)

@@ -14,7 +14,7 @@ from opensora_repro.config import dump_toml, load_config
 from opensora_repro.data.video import read_frames
 from opensora_repro.data.write import write_png
 from opensora_repro.models.stdit import STDiT
-from opensora_repro.training.checkpoint import TrainState
+from opensora_repro.run_folder import TrainState
 from tests.chat_server import chat_server, completion
 from tests.checkpoints import write_checkpoint
 from tests.training_world import World, finish, make_world, start_processes

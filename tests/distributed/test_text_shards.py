@@ -56,8 +56,8 @@ def test_a_cache_is_filled_as_one_process_would(tmp_path: Path) -> None:
 
     shared, whole = run("shared", 2, text__shard=True), run("whole", 1)
     np.testing.assert_allclose(losses(shared), losses(whole), rtol=1e-5)
-    weights, wanted = newest_tensors(shared), newest_tensors(whole)
-    for key in wanted:
-        assert np.linalg.norm(weights[key] - wanted[key]) <= 1e-5 * np.linalg.norm(wanted[key]), key
+    weights, expected = newest_tensors(shared), newest_tensors(whole)
+    for key in expected:
+        assert np.linalg.norm(weights[key] - expected[key]) <= 1e-5 * np.linalg.norm(expected[key]), key
     validations = [json.loads((path / "validation.jsonl").read_text())["losses"] for path in (shared, whole)]
     np.testing.assert_allclose(validations[0], validations[1], rtol=1e-5)

@@ -44,8 +44,8 @@ def settings(**changes: object) -> Settings:
     return replace(base, **changes)  # type: ignore[arg-type]
 
 
-def made(studio: Studio, browser: str, *wanted: Settings) -> list[Job]:
-    jobs = studio.submit(browser, wanted)
+def made(studio: Studio, browser: str, *expected: Settings) -> list[Job]:
+    jobs = studio.submit(browser, expected)
     for job in jobs:
         assert job.ended.wait(120)
     return jobs
@@ -66,20 +66,20 @@ def sent(studio: Studio, path: Path) -> str:
 
 
 def test_samples_are_those_of_the_command_whatever_is_kept_and_previewed(studio: Studio, home: Path) -> None:
-    wanted = [settings(), settings(negative="a blue square"), settings(run="iddpm", checkpoint="step-00000001")]
-    jobs = made(studio, ONE, *wanted[:2])
+    expected = [settings(), settings(negative="a blue square"), settings(run="iddpm", checkpoint="step-00000001")]
+    jobs = made(studio, ONE, *expected[:2])
     kept = studio.models.models
-    assert made(studio, ONE, wanted[0])[0].state == "done" and studio.models.models is kept
-    jobs += made(studio, ONE, wanted[2])
+    assert made(studio, ONE, expected[0])[0].state == "done" and studio.models.models is kept
+    jobs += made(studio, ONE, expected[2])
     assert studio.models.models is not kept  # one at a time
     assert [job.state for job in jobs] == ["done"] * 3
     assert all(job.preview[:2] == b"\xff\xd8" and job.steps[0] == job.steps[1] for job in jobs)
     for number, (job, negative) in enumerate(zip(jobs, ("", "a blue square", ""), strict=True)):
         result = studio.result(ONE, job.result)
-        assert result is not None and result.settings == wanted[number]
+        assert result is not None and result.settings == expected[number]
         words = [*("--negative", negative)] if negative else []
         out = studio.folder.parent / f"command{number}"
-        run, sampled = home / wanted[number].run, ["--num-frames=6", "--steps=3", "--seed=3", "--device=cpu"]
+        run, sampled = home / expected[number].run, ["--num-frames=6", "--steps=3", "--seed=3", "--device=cpu"]
         assert main([str(run), "--prompt", result.settings.prompt, "--out", str(out), *sampled, *words]) == 0
         assert (out / "0000.mp4").read_bytes() == result.file.read_bytes()
         known = [json.loads((folder / "samples.json").read_text()) for folder in (out, result.folder)]

@@ -15,7 +15,7 @@ from opensora_repro.data.caption.text import judge
 from opensora_repro.data.clip_frames import middles_of, read_middles
 from opensora_repro.data.write import write_video
 from opensora_repro.frozen import captioner as captioners
-from opensora_repro.frozen.captioner import Captioner, Clip
+from opensora_repro.frozen.captioner import Captioner, ShownClip
 from tests import tiny_captioners
 from tests.frames import read_manifest, read_table, write_manifest
 from tests.job_records import recorded
@@ -44,8 +44,8 @@ def load_captioner(folder: Path, dtype: str = "float32") -> Captioner:
     return captioners.load_captioner(str(folder), key="--model", device="cpu", dtype=dtype)
 
 
-def clip_of(seed: int, frames: int, instruction: str = "describe", *, of: int = 30, fps: float = 12.0) -> Clip:
-    return Clip(pictures(seed, frames), middles_of(of, frames), of, fps, instruction)
+def clip_of(seed: int, frames: int, instruction: str = "describe", *, of: int = 30, fps: float = 12.0) -> ShownClip:
+    return ShownClip(pictures(seed, frames), middles_of(of, frames), of, fps, instruction)
 
 
 def pictures(seed: int, frames: int = 10) -> np.ndarray:
@@ -167,7 +167,7 @@ def test_the_tool(clips: Path, models: Models, tmp_path: Path) -> None:
         [1, 3, 6, 8],
         "The frames are at 0.12, 0.38, 0.75, 1.00 seconds of a clip of 1.25 seconds. describe",
     )
-    expected = [captioner.caption([Clip(frames, numbers, 10, 8.0, asked)], 6)[0][0] for frames in shown]
+    expected = [captioner.caption([ShownClip(frames, numbers, 10, 8.0, asked)], 6)[0][0] for frames in shown]
     assert table["caption"].tolist() == expected and len(set(expected)) > 3
     assert table["id"].tolist() == [f"c{seed}" for seed in range(5)]
     assert set(table["caption_flag"]) <= {"truncated", "loop", ""}

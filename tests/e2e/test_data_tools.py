@@ -197,14 +197,14 @@ def test_every_bad_file_is_listed_or_split(videos_dir: Path, tmp_path: Path) -> 
     reasons = dict(zip(rejects["source"], rejects["reason"], strict=True))
     frames = clips.groupby("source")["num_frames"].sum().to_dict()
     for path in folder.iterdir():
-        verdict = expected.get(path.name, {"verdict": "reject"})
-        if verdict["verdict"] != "accept":
+        outcome = expected.get(path.name, {"verdict": "reject"})
+        if outcome["verdict"] != "accept":
             assert path.name in reasons
             assert path.name not in frames
-        elif verdict["frames"] < 8:
+        elif outcome["frames"] < 8:
             assert "--min-frames" in reasons[path.name]
         else:
-            assert frames.get(path.name) == verdict["frames"] or reasons[path.name].startswith("same content as")
+            assert frames.get(path.name) == outcome["frames"] or reasons[path.name].startswith("same content as")
     assert reasons["trunc_mdat_half.mp4"] == "damaged: holds 29 of 90 frames"
     assert reasons["audio_only.mp4"] == "no video stream"
     assert reasons["no_target.mp4"] == "a link to a file that is not there"

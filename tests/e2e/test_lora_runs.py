@@ -169,8 +169,8 @@ def test_two_processes_train_the_run_of_one(world: World, layout: str) -> None:
     finish(start_processes(STAGE, arguments(world, two, **spread), 2, world.root / "log" / two))
     np.testing.assert_allclose(losses(world.root / two), losses(world.root / one), rtol=1e-5)
     for name in ("adapter_model", "ema"):
-        wanted = newest_tensors(world.root / one, name)
+        expected = newest_tensors(world.root / one, name)
         found = newest_tensors(world.root / two, name)
-        assert found.keys() == wanted.keys()
-        for key, value in wanted.items():
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
             assert np.linalg.norm(found[key] - value) <= 1e-4 * np.linalg.norm(value) + 1e-7, key

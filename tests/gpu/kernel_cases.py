@@ -153,14 +153,14 @@ def errors(case: Case, types: str) -> dict[str, float]:
     found += torch.autograd.grad(found, given, grads)
 
     wide: list[Any] = [None if v is None else v.detach().double().requires_grad_() for v in case.inputs]
-    wanted = case.call(eager, *wide)
-    wanted = wanted if isinstance(wanted, tuple) else (wanted,)
+    expected = case.call(eager, *wide)
+    expected = expected if isinstance(expected, tuple) else (expected,)
     wide = [value for value in wide if value is not None]
-    wanted += torch.autograd.grad(wanted, wide, [grad.double() for grad in grads])
-    shapes = [tuple(a.shape) == tuple(b.shape) for a, b in zip(found, wanted, strict=True)]
-    assert all(shapes), [(a.shape, b.shape) for a, b in zip(found, wanted, strict=True)]
+    expected += torch.autograd.grad(expected, wide, [grad.double() for grad in grads])
+    shapes = [tuple(a.shape) == tuple(b.shape) for a, b in zip(found, expected, strict=True)]
+    assert all(shapes), [(a.shape, b.shape) for a, b in zip(found, expected, strict=True)]
     names = [f"output {i}" for i in range(len(grads))] + [f"gradient {i}" for i in range(len(given))]
-    pairs, allowed = zip(names, found, wanted, strict=True), case.roundings * TOLERANCE[types]
+    pairs, allowed = zip(names, found, expected, strict=True), case.roundings * TOLERANCE[types]
     return {name: rms(a.double() - b) / max(rms(b), 1e-12) / allowed for name, a, b in pairs}
 
 
@@ -225,8 +225,8 @@ def _at_odd_address(value: Tensor) -> Tensor:
     return room[1:].view(value.shape).copy_(value)
 
 
-def _worst(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    pairs = zip(found, wanted, strict=True)
+def _worst(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    pairs = zip(found, expected, strict=True)
     return max(float((a.double().cpu() - b.detach().cpu()).abs().max() / b.detach().abs().max()) for a, b in pairs)
 
 

@@ -57,12 +57,12 @@ def curve(
         def loss_of(step: int) -> torch.Tensor:
             generator = torch.Generator().manual_seed(step)
             latents = torch.randn(batch_size, cfg.in_channels, *size, generator=generator)
-            wanted = torch.randn(latents.shape, generator=generator) + latents
+            expected = torch.randn(latents.shape, generator=generator) + latents
             text = torch.randn(batch_size, cfg.model_max_length, cfg.caption_channels, generator=generator).to(device)
             mask = torch.ones(batch_size, cfg.model_max_length, dtype=torch.bool)
             timesteps = torch.rand(batch_size, generator=generator).mul(1000).to(device)
             found = runner.conditioned(text, mask)(latents.to(device), timesteps)
-            return (found[:, : cfg.in_channels] - wanted.to(device)).square().mean()
+            return (found[:, : cfg.in_channels] - expected.to(device)).square().mean()
 
         losses = []
         for step in range(steps):

@@ -122,9 +122,9 @@ def test_choices_are_within_one_and_a_half_unless_bounded(config: Path) -> None:
         for start in (0.0, 0.2):
             cost = Even(each, start)
             found = choose(entry, cost, 1.0, 2.0**40, None)
-            near = 1 / TOLERANCE <= cost.seconds(found.batch_size) <= TOLERANCE
-            assert near == (found.held_by == ""), (each, start, found)
-            assert near or found.batch_size <= 2
+            about = 1 / TOLERANCE <= cost.seconds(found.batch_size) <= TOLERANCE
+            assert about == (found.held_by == ""), (each, start, found)
+            assert about or found.batch_size <= 2
     assert choose(entry, Even(), 10.0, 7.5 * 2**30, None).held_by == "memory"
     assert choose(entry, Even(), 10.0, 7.5 * 2**30, None).batch_size == 7
     with pytest.raises(ConfigError, match=r"data\.buckets\[0\] \(16 x 440x232\): a step with one sample takes 1 GiB"):

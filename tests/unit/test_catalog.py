@@ -185,20 +185,20 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self.end_headers()
                 return
             content = hub.files[name]
-            wanted = self.headers.get("Range")
-            start = int(re.match(r"bytes=(\d+)-", wanted)[1]) if wanted else 0
+            expected = self.headers.get("Range")
+            start = int(re.match(r"bytes=(\d+)-", expected)[1]) if expected else 0
             if body:
                 if hub.silent:
                     self.close_connection = True
                     return
-                hub.ranges.append(wanted)
-            self.send_response(206 if wanted else 200)
+                hub.ranges.append(expected)
+            self.send_response(206 if expected else 200)
             self.send_header("X-Repo-Commit", COMMIT)
             if name.endswith((".pth", ".safetensors")):
                 self.send_header("X-Linked-Etag", f'"{hub.claimed_sha.get(name, hashlib.sha256(content).hexdigest())}"')
                 self.send_header("X-Linked-Size", str(len(content)))
             self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
-            if wanted:
+            if expected:
                 self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
             self.send_header("Content-Length", str(len(content) - start))
             self.end_headers()

@@ -11,14 +11,16 @@ from safetensors.torch import load_file
 from torch import nn
 
 from opensora_repro.config import OptimConfig
-from opensora_repro.run_folder import checkpoints_folder, clean_leftovers, list_checkpoints
-from opensora_repro.training.checkpoint import (
+from opensora_repro.run_folder import (
     CheckpointError,
     TrainState,
-    load_checkpoint,
+    checkpoints_folder,
+    clean_leftovers,
+    list_checkpoints,
     newest_checkpoint,
     verify_checkpoint,
 )
+from opensora_repro.training.checkpoint import load_checkpoint
 from opensora_repro.training.optim import build_optimizer
 from opensora_repro.training.save import CheckpointWriter
 from opensora_repro.training.step import Ema

@@ -52,8 +52,8 @@ def test_it_computes_what_its_twin_does(
     choose("auto", "cpu")
     expected = results(eager, tensors(samples, torch.float64), gated)
     torch.testing.assert_close(results(ops, tensors(samples, torch.float64), gated), expected, rtol=1e-12, atol=1e-12)
-    for found, wanted in zip(results(ops, tensors(samples, torch.float32), gated), expected, strict=True):
-        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+    for found, reference in zip(results(ops, tensors(samples, torch.float32), gated), expected, strict=True):
+        torch.testing.assert_close(found.double(), reference, rtol=1e-5, atol=1e-5)
 
 
 def test_it_is_for_many_tokens_of_one_type_where_nobody_asks_for_the_twins(choose: Any) -> None:

@@ -139,9 +139,9 @@ def test_workers_change_nothing(manifest: Path, workers: int) -> None:
     sampler = sampler_of(dataset, 3, 1)
     torch.manual_seed(0)
     plain = list(build_loader(dataset, sampler, 4, 6, 0))
-    ahead = list(build_loader(dataset, sampler, 4, 6, workers))
-    assert len(plain) == len(ahead) == 6
-    for step, one, other in zip(range(4, 10), plain, ahead, strict=True):
+    prefetched = list(build_loader(dataset, sampler, 4, 6, workers))
+    assert len(plain) == len(prefetched) == 6
+    for step, one, other in zip(range(4, 10), plain, prefetched, strict=True):
         assert all(same(a, b) for a, b in zip(one, other, strict=True))
         assert [s.id for s in one] == [column(dataset, "id")[i] for _, i in sampler.batch(step)]
         assert one.shape == other.shape == (4, 48, 40)

@@ -32,19 +32,19 @@ B_PICTURE = 3  # ffmpeg's AV_PICTURE_TYPE_B
 ANAMORPHIC = {"odd_321x241_yuv444.mp4": (241, 428), "tiny_16x16.mp4": (16, 28)}
 
 
-def named(verdict: str) -> list[str]:
-    return sorted(name for name, entry in EXPECTED.items() if entry["verdict"] == verdict)
+def named(outcome: str) -> list[str]:
+    return sorted(name for name, entry in EXPECTED.items() if entry["verdict"] == outcome)
 
 
-def decode_in_order(path: Path, wanted: Sequence[int]) -> dict[int, np.ndarray]:
+def decode_in_order(path: Path, expected: Sequence[int]) -> dict[int, np.ndarray]:
     """The reference: decode from the first frame on and count."""
     found = {}
     with av.open(str(path)) as container:
         container.streams.video[0].thread_type = "AUTO"
         for i, frame in enumerate(container.decode(video=0)):
-            if i in wanted:
+            if i in expected:
                 found[i] = to_rgb(VideoReformatter(), frame, frame.height, frame.width)
-            if len(found) == len(wanted):
+            if len(found) == len(expected):
                 break
     return found
 
@@ -70,9 +70,9 @@ def test_odd_but_sound_files(videos_dir: Path, name: str) -> None:
     assert info.num_frames == entry["frames"]
     assert (info.height, info.width) == ANAMORPHIC.get(name, (entry["display_h"], entry["display_w"]))
     last = entry["frames"] - 1
-    wanted = sorted({max(0, last - 2), last})
-    frames = read_frames_at(path, wanted)
-    assert frames.shape == (len(wanted), info.height, info.width, 3)
+    expected = sorted({max(0, last - 2), last})
+    frames = read_frames_at(path, expected)
+    assert frames.shape == (len(expected), info.height, info.width, 3)
     with pytest.raises(DecodeError, match=f"1 of 2 frames.*it has {last + 1}"):
         read_frames(path, start=last, count=2)
 

@@ -181,9 +181,9 @@ def test_features_made_on_the_spot_tell_what_is_shown_and_how_well(tmp_path: Pat
     real, held = all_features(model, videos[:32], 8), all_features(model, videos[32:], 8)
     noisy = [np.clip(v + np.random.default_rng(0).normal(0, 80, v.shape), 0, 255).astype(np.uint8) for v in videos[32:]]
     reds = [video for video, caption in zip(videos, captions, strict=True) if "red" in caption][:16]
-    near, worse, fewer = (of_features(all_features(model, of, 8), real) for of in (videos[32:], noisy, reds))
+    closest, worse, fewer = (of_features(all_features(model, of, 8), real) for of in (videos[32:], noisy, reds))
     for name in ("frechet", "kernel"):
-        assert near[name].value < min(worse[name].value, fewer[name].value) / 2, name  # type: ignore[union-attr]
+        assert closest[name].value < min(worse[name].value, fewer[name].value) / 2, name  # type: ignore[union-attr]
     assert held.shape == (16, 1, 64)
 
 
@@ -286,9 +286,9 @@ def test_a_copy_is_what_is_near_at_every_noise() -> None:
         [0.1] * 4 + [math.inf, 0.014],
     )
     samples = memorised.Nearest([4, 5, 4, 6, 8, 1], [0.5, 3.0, 0.4, 0.1, 9.0, 0.0], pixels, seconds)
-    near = memorised.are_near(samples, held, clips)
-    assert near == [True, False, True, False, True, False]  # the last one is between two
-    assert memorised.suspects(samples, near, clips) == [12, 7]
+    closest = memorised.are_near(samples, held, clips)
+    assert closest == [True, False, True, False, True, False]  # the last one is between two
+    assert memorised.suspects(samples, closest, clips) == [12, 7]
     flags = [True, False, True, False, False, False]
     lines = memorised.as_lines(samples, clips, {12: 3, 7: 8}, flags, list("abcdef"), [f"id{n}" for n in range(9)])
     assert lines[2]["second"] is None and lines[0]["second"] == 0.1

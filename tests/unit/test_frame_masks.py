@@ -25,11 +25,11 @@ def test_without_given_frames_nothing_changes(name: str) -> None:
     model = make_model(name)
     inputs, told = make_inputs(model.cfg)
     plain = model(*inputs, **told)
-    wanted = gradients(model, plain)
+    expected = gradients(model, plain)
     masked = model(*inputs, **told, frame_mask=torch.ones(2, 3, dtype=torch.bool))
     assert torch.equal(masked, plain)
     found = gradients(model, masked)
-    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -96,11 +96,11 @@ def test_checkpointing_changes_nothing(name: str, checkpointing: str, offload: b
     model = make_model(name)
     inputs, told = make_inputs(model.cfg)
     told["frame_mask"] = some_frames(2, 3)
-    wanted = gradients(model, model(*inputs, **told))
+    expected = gradients(model, model(*inputs, **told))
     model.activation_checkpointing, model.offload_activations = checkpointing, offload
     found = gradients(model, model(*inputs, **told))
-    assert wanted.keys() == found.keys()
-    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -114,13 +114,13 @@ def test_prepared_text_with_guidance(name: str) -> None:
             with torch.no_grad():
                 doubled = [x.repeat(2, *[1] * (x.ndim - 1)) for x in (latents, timestep)]
                 both = torch.cat([text, null.expand_as(text)])
-                wanted = model(*doubled, both, masks, **told, frame_mask=frame_mask)
+                expected = model(*doubled, both, masks, **told, frame_mask=frame_mask)
                 found = model(
                     latents, timestep, model.prepare_text(text, masks, null=null), **told, frame_mask=frame_mask
                 )
                 alone = model(latents, timestep, model.prepare_text(text, masks), **told, frame_mask=frame_mask)
-            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
-            torch.testing.assert_close(alone, wanted[:2], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(alone, expected[:2], atol=1e-5, rtol=1e-4)
 
 
 def test_embedded_captions_end_to_end() -> None:
@@ -128,14 +128,14 @@ def test_embedded_captions_end_to_end() -> None:
     model, plain = make_model("stdit3", skip_y_embedder=True), make_model("stdit3")
     (latents, timestep, text, mask), told = make_inputs(model.cfg)
     with torch.no_grad():
-        wanted = plain(latents, timestep, text, mask, **told)
+        expected = plain(latents, timestep, text, mask, **told)
         embedded = plain.y_embedder(text)[mask][None]  # [1, N, D]
         lengths = mask.sum(1)
         found = model(latents, timestep, embedded, lengths, **told)
-        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
         null = model.null_condition()
         guided = model(latents, timestep, model.prepare_text(embedded, lengths, null=null), **told)
-        torch.testing.assert_close(guided[:2], wanted, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(guided[:2], expected, atol=1e-5, rtol=1e-4)
         nulls = plain(latents, timestep, plain.null_condition().expand_as(text), mask, **told)
         torch.testing.assert_close(guided[2:], nulls, atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match=r"expected text \[1, 15, 48\], got \[1, 14, 48\]"):

@@ -99,11 +99,11 @@ def test_flow(golden_1_2_dir: Path, name: str, prepared: bool, monkeypatch: pyte
     assert relative_error(found, case["out"]) < tolerance
     assert len(spy.seen) == info["steps"]
     for number, seen in enumerate(spy.seen):
-        for key, wanted in case.group(f"act.{number}").items():
+        for key, expected in case.group(f"act.{number}").items():
             if key == "x_mask":
-                assert torch.equal(seen[key], wanted), number
+                assert torch.equal(seen[key], expected), number
             else:
-                assert relative_error(seen[key], wanted) < tolerance, (number, key)
+                assert relative_error(seen[key], expected) < tolerance, (number, key)
     if "in.frame_mask" in case.tensors:
         kept = (case["in.frame_mask"] == 0)[:, None, :, None, None].expand_as(found)
         assert torch.equal(found[kept], case["in.z"][kept]) and kept.any()
@@ -126,6 +126,6 @@ def test_iddpm(golden_1_2_dir: Path, prepared: bool, monkeypatch: pytest.MonkeyP
     assert relative_error(found[generated], case["out"][generated]) < tolerance
     assert torch.equal(found[~generated], case["in.z"][~generated]) and not generated.all()
     for number, seen in enumerate(spy.seen):
-        wanted = case.group(f"act.{number}")
-        assert torch.equal(seen["t"], wanted["t"]) and torch.equal(seen["x_mask"], wanted["x_mask"])
-        assert relative_error(seen["z"], wanted["z"]) < tolerance, number
+        expected = case.group(f"act.{number}")
+        assert torch.equal(seen["t"], expected["t"]) and torch.equal(seen["x_mask"], expected["x_mask"])
+        assert relative_error(seen["z"], expected["z"]) < tolerance, number

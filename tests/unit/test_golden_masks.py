@@ -55,13 +55,13 @@ def test_masks_are_as_likely_as_published(masks: Any) -> None:
     """But for those that the published code cannot draw, and those that give all frames."""
     generator, seen = torch.Generator().manual_seed(0), 0
     for mode, by_length in masks["distributions"].items():
-        for length, wanted in by_length.items():
-            if not isinstance(wanted, dict) or any("1" not in mask for mask in wanted):
+        for length, expected in by_length.items():
+            if not isinstance(expected, dict) or any("1" not in mask for mask in expected):
                 continue
-            count = 1 if len(wanted) == 1 else DRAWS
+            count = 1 if len(expected) == 1 else DRAWS
             found = Counter(written(draw_mask(OURS.get(mode, mode), int(length), generator)) for _ in range(count))
-            assert found.keys() <= wanted.keys(), (mode, length)
-            for mask, share in wanted.items():
+            assert found.keys() <= expected.keys(), (mode, length)
+            for mask, share in expected.items():
                 spread = (share * (1 - share) / count) ** 0.5
                 assert found[mask] / count == pytest.approx(share, abs=5 * spread + 1e-12), (mode, mask)
             seen += 1
@@ -134,11 +134,11 @@ def test_iddpm_losses(golden_1_2_dir: Path, name: str, kind: type[GaussianDiffus
     terms = diffusion.loss_terms(output, x_0, seen[0], t, noise, frame_mask=frame_mask)
     assert t.tolist() == [0, 421, 999]
     for key, found in {"loss": loss, "x_t": seen[0], **terms}.items():
-        wanted = case[f"out.{key}.{name}"]
+        expected = case[f"out.{key}.{name}"]
         if kind is GaussianDiffusion and key in ("loss", "vb"):
-            assert relative_error(found[:1], wanted[:1]) < 0.01, key
-            found, wanted = found[1:], wanted[1:]
-        assert relative_error(found, wanted) < tolerance, key
+            assert relative_error(found[:1], expected[:1]) < 0.01, key
+            found, expected = found[1:], expected[1:]
+        assert relative_error(found, expected) < tolerance, key
 
 
 def test_all_given_is_no_loss_and_no_gradient() -> None:
@@ -173,12 +173,12 @@ def _check_speed_draws(diffusion: GaussianDiffusion, case: Case) -> None:
     p = case["p"].double()
     steps = torch.arange(1000)
     mirrored = torch.where(steps < SPEED_MIRROR, SPEED_MIRROR - steps, steps - SPEED_MIRROR)
-    wanted = (p + torch.zeros(1000, dtype=torch.float64).index_add(0, mirrored, p)) / 2
+    expected = (p + torch.zeros(1000, dtype=torch.float64).index_add(0, mirrored, p)) / 2
     generators = [torch.Generator().manual_seed(number) for number in range(8000)]
     drawn = diffusion.draw_timesteps(generators, 1).long()
     for low, high in pairwise([0, 100, 300, 500, 640, 700, 850, 1000]):
         share = ((drawn >= low) & (drawn < high)).double().mean().item()
-        assert share == pytest.approx(wanted[low:high].sum().item(), abs=0.02), (low, high)
+        assert share == pytest.approx(expected[low:high].sum().item(), abs=0.02), (low, high)
     assert ((drawn >= 700).double().mean() < 0.06) and drawn.min() >= 0 and drawn.max() <= 999
 
 
@@ -198,8 +198,8 @@ def test_speed_weighs_the_mse_alone() -> None:
 
 
 def test_strategies_are_parsed(strings: Any) -> None:
-    for text, wanted in strings["parse"].items():
-        assert [list(condition) for condition in parse_strategy(text)] == wanted, text
+    for text, expected in strings["parse"].items():
+        assert [list(condition) for condition in parse_strategy(text)] == expected, text
     assert parse_strategy(None) == []
 
 
@@ -227,8 +227,8 @@ def _insert(row: Any, sample: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_starts_are_aligned(strings: Any) -> None:
-    for start, align, total, wanted in strings["nearest"]:
-        assert aligned(start, align, total) == wanted, (start, align, total)
+    for start, align, total, expected in strings["nearest"]:
+        assert aligned(start, align, total) == expected, (start, align, total)
 
 
 def test_the_clip_before_becomes_a_reference(strings: Any) -> None:

@@ -321,6 +321,49 @@ def test_tracked_files_stay_small() -> None:
     assert demo < 4_000_000, f"checkpoints/demo holds {demo} bytes; it is to stay under 4 MB"
 
 
+PRIVATE_WORDS = "verdict ahead needs peers turns wanted near asking wish through dear visits besides"
+AS_NAMES = re.compile(rf"\b({PRIVATE_WORDS.replace(' ', '|')})\b *([]=:,()[.-]|in\b)")
+
+
+def private_names(source: str) -> Iterator[tuple[int, str]]:
+    """Where names are given that say less than the field's own."""
+    for node in ast.walk(ast.parse(source)) if AS_NAMES.search(source) else ():
+        name = ""
+        if isinstance(node, ast.Name | ast.Attribute):
+            name = node.id if isinstance(node, ast.Name) else node.attr
+        elif isinstance(node, ast.arg | ast.keyword):
+            name = node.arg or ""
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            name = node.name
+        if name in PRIVATE_WORDS.split():
+            yield node.lineno, name
+
+
+def test_names_are_standard_words() -> None:
+    example = "def near(wish):\n    for ahead, here in turns:\n        self.dear = unseen(besides=nearest)"
+    assert sorted(private_names(example)) == [
+        (1, "near"),
+        (1, "wish"),
+        (2, "ahead"),
+        (2, "turns"),
+        (3, "besides"),
+        (3, "dear"),
+    ]
+    wrong = [
+        f"{path.relative_to(REPO)}:{line}: {name}"
+        for path in python_files(*OURS, "examples")
+        for line, name in private_names(path.read_text(encoding="utf-8"))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_one_word_has_one_meaning() -> None:
+    """A stage of the training, a source video, a training sample's frames."""
+    texts = (path.read_text(encoding="utf-8") for path in python_files(LIBRARY, "stages", "data_tools"))
+    found = [name for text in texts for name in re.findall(r"^class (Stage|Source|Clip)\b", text, re.MULTILINE)]
+    assert sorted(found) == ["Clip", "Source", "Stage"]
+
+
 READERS = ("pickle.load", "pickle.loads", "pickle.Unpickler", "joblib.load")
 
 

@@ -15,8 +15,8 @@ from torch import nn
 
 from opensora_repro.config import OptimConfig
 from opensora_repro.kernels import eager, ops
-from opensora_repro.run_folder import checkpoints_folder
-from opensora_repro.training.checkpoint import TrainState, load_checkpoint, verify_checkpoint
+from opensora_repro.run_folder import TrainState, checkpoints_folder, verify_checkpoint
+from opensora_repro.training.checkpoint import load_checkpoint
 from opensora_repro.training.optim import build_optimizer
 from opensora_repro.training.save import CheckpointWriter
 from opensora_repro.training.step import Ema
@@ -121,10 +121,10 @@ def test_triton_where_it_cannot_run_is_one_line(monkeypatch: pytest.MonkeyPatch)
 def test_attention_in_parts() -> None:
     """As CUDA needs it, whose grids end at 65,535: outputs and gradients are those of all sequences at once."""
     q, k, v = (torch.randn(7, 2, 5, 8, dtype=torch.float64).requires_grad_() for _ in range(3))
-    found, wanted = (eager.attention(q, k, v, at_once=count) for count in (3, None))
-    grad = torch.randn_like(wanted)
-    torch.testing.assert_close(found, wanted)
-    pairs = (torch.autograd.grad(out, (q, k, v), grad) for out in (found, wanted))
+    found, expected = (eager.attention(q, k, v, at_once=count) for count in (3, None))
+    grad = torch.randn_like(expected)
+    torch.testing.assert_close(found, expected)
+    pairs = (torch.autograd.grad(out, (q, k, v), grad) for out in (found, expected))
     for one, other in zip(*pairs, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -166,13 +166,13 @@ def test_either_optimizer_goes_on_from_the_others_checkpoint(tmp_path: Path, fus
     first.steps(0, 3)
     second.load(first.save(tmp_path, 3))
     second.steps(3, 6)
-    wanted, found = (load_all(run.save(tmp_path / name, 6)) for name, run in (("a", whole), ("b", second)))
-    assert wanted.keys() == found.keys()
-    assert {value.dtype for value in wanted.values()} == {torch.float32}
-    for name, value in wanted.items():
+    expected, found = (load_all(run.save(tmp_path / name, 6)) for name, run in (("a", whole), ("b", second)))
+    assert expected.keys() == found.keys()
+    assert {value.dtype for value in expected.values()} == {torch.float32}
+    for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7, msg=lambda text, name=name: name + text)
-    assert wanted["optimizer: step.0.weight"].item() == 6
-    assert not torch.equal(wanted["ema: 0.weight"], wanted["model: 0.weight"])
+    assert expected["optimizer: step.0.weight"].item() == 6
+    assert not torch.equal(expected["ema: 0.weight"], expected["model: 0.weight"])
 
 
 def load_all(folder: Path) -> dict[str, torch.Tensor]:

@@ -173,9 +173,9 @@ def test_verdict_after_anothers_failure(watchdog: Watchdog) -> None:
         assert watchdog._why_to_end(watchdog._exchanged + GRACE + 1) == "because"
 
 
-@pytest.mark.parametrize(("wish", "local_rank"), [(None, 1), ("cuda", 1), ("cuda:1", 0)])
+@pytest.mark.parametrize(("chosen", "local_rank"), [(None, 1), ("cuda", 1), ("cuda:1", 0)])
 def test_sampling_sets_its_gpu_before_it_touches_one(
-    monkeypatch: pytest.MonkeyPatch, wish: str | None, local_rank: int
+    monkeypatch: pytest.MonkeyPatch, chosen: str | None, local_rank: int
 ) -> None:
     """Else every process of a machine would leave a context on the first GPU."""
     from opensora_repro.sampling.run import pick_device
@@ -185,5 +185,5 @@ def test_sampling_sets_its_gpu_before_it_touches_one(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append(("set", device)))
     monkeypatch.setattr(torch, "empty", lambda *_, device: done.append(("use", device)))
-    assert pick_device(wish, 1 if wish == "cuda:1" else 2, local_rank) == torch.device("cuda", 1)
+    assert pick_device(chosen, 1 if chosen == "cuda:1" else 2, local_rank) == torch.device("cuda", 1)
     assert done == [("set", torch.device("cuda", 1)), ("use", torch.device("cuda", 1))]

@@ -27,7 +27,7 @@ from opensora_repro.models.captioned import CaptionedModel, conditions_of
 from opensora_repro.models.config import STDiT2Config, STDiT3Config, STDiTConfig, TrainedConfig, block_layers
 from opensora_repro.models.packing import PackedSTDiT
 from opensora_repro.parallel.mesh import Mesh
-from opensora_repro.planning.fit import needed_memory
+from opensora_repro.planning.memory import needed_memory
 from opensora_repro.planning.parameters import adapter_parameters
 from opensora_repro.training.adapters import SampleDropout, apply_lora, dropout_keys
 from opensora_repro.weights.adapters import adapter_config, add_adapters, check_adapters, read_adapter, saved_name

@@ -23,15 +23,15 @@ RANDOM = np.random.default_rng(0)
 def crowd() -> np.ndarray:
     """4,850 vectors in a narrow cone: 800 are near to others, at various distances, and 50 are one more."""
     alone = RANDOM.normal(size=(4000, SIZE)) + 1
-    near = alone[:800] + RANDOM.uniform(0.1, 0.4, (800, 1)) * RANDOM.normal(size=(800, SIZE))
-    return np.concatenate([alone, near, np.repeat(alone[:1], 50, axis=0)])
+    pairs = alone[:800] + RANDOM.uniform(0.1, 0.4, (800, 1)) * RANDOM.normal(size=(800, SIZE))
+    return np.concatenate([alone, pairs, np.repeat(alone[:1], 50, axis=0)])
 
 
 def by_every_pair(vectors: np.ndarray, cosine: float) -> np.ndarray:
     """Each row's first near one among those before it, -1 where there is none."""
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    near = np.tril(unit @ unit.T >= cosine, -1)
-    return np.where(near.any(axis=1), near.argmax(axis=1), -1)
+    pairs = np.tril(unit @ unit.T >= cosine, -1)
+    return np.where(pairs.any(axis=1), pairs.argmax(axis=1), -1)
 
 
 @pytest.mark.parametrize("cells", [1, 60])

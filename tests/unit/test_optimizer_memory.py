@@ -69,11 +69,11 @@ def trained(optim: OptimConfig, checkpointing: str = "none") -> Run:
 
 
 def assert_equal(run: Run, expected: Run) -> None:
-    found, wanted = run.result(), expected.result()
-    assert found.keys() == wanted.keys()
-    assert len(wanted) == 5 * len(run.engine.masters)  # two moments and the number of steps besides
-    for name in wanted:
-        assert torch.equal(found[name], wanted[name]), name
+    found, reference = run.result(), expected.result()
+    assert found.keys() == reference.keys()
+    assert len(reference) == 5 * len(run.engine.masters)  # two moments and the number of steps besides
+    for name in reference:
+        assert torch.equal(found[name], reference[name]), name
     assert run.norms == expected.norms
 
 

@@ -84,7 +84,7 @@ def step(parts: list[PackedSampler], number: int) -> list[SampleBatch]:
     return [sampler.batch(number * count + part) for part in range(count) for sampler in parts]
 
 
-def visits(parts: list[SampleBatch]) -> set[tuple[Any, ...]]:
+def passes(parts: list[SampleBatch]) -> set[tuple[Any, ...]]:
     assert all(part.shapes is not None and len(part) == len(part.shapes) > 0 for part in parts)
     return {(*pair, shape) for part in parts for pair, shape in zip(part, part.shapes or (), strict=True)}
 
@@ -93,9 +93,9 @@ def test_a_step_is_the_same_whatever_shares_it() -> None:
     """Other numbers of processes and micro-batches, and in any order of asking."""
     alone, four, six = samplers(1), samplers(4), samplers(2, accumulation=3)
     for number in (9, 0, 30):
-        wanted = visits(step(alone, number))
-        assert len(wanted) == STEP and len({shape for *_, shape in wanted}) > 2
-        assert visits(step(four, number)) == visits(step(six, number)) == wanted
+        expected = passes(step(alone, number))
+        assert len(expected) == STEP and len({shape for *_, shape in expected}) > 2
+        assert passes(step(four, number)) == passes(step(six, number)) == expected
     pixels = [[sum(map(math.prod, part.shapes or ())) for part in step(four, number)] for number in range(40)]
     assert sum(map(max, pixels)) < 1.15 * sum(map(sum, pixels)) / 4  # nobody waits long for the fullest
 
@@ -105,11 +105,11 @@ def test_every_clip_is_seen_in_each_epoch_in_its_bucket() -> None:
     assignment = assign(table, rule, 5)
     sampler, seen = samplers(1)[0], Counter()
     for number in range(60):
-        seen.update(visits([sampler.batch(number)]))
+        seen.update(passes([sampler.batch(number)]))
     for epoch in range(6):
         buckets = assignment.buckets(epoch % 3)
-        wanted = {(epoch, row, rule.buckets[of].shape) for row, of in enumerate(buckets.tolist()) if of >= 0}
-        assert {visit for visit in seen if visit[0] == epoch} == wanted
+        expected = {(epoch, row, rule.buckets[of].shape) for row, of in enumerate(buckets.tolist()) if of >= 0}
+        assert {visit for visit in seen if visit[0] == epoch} == expected
     assert set(seen.values()) == {1}
 
 
@@ -165,7 +165,7 @@ def test_losses_of_rows_are_those_of_their_clips(objective: str, masked: bool) -
             alone = builder.build([sample for sample in samples if sample[1].id == name])
             call = runner.conditioned(alone.text, alone.mask, alone.drop_text, frame_mask=alone.frame_mask)
             drawn = alone.latents, alone.noise, alone.timesteps
-            wanted = objective_.losses(call, *drawn, frame_mask=alone.frame_mask)[0]
-            torch.testing.assert_close(loss, wanted, atol=1e-5, rtol=1e-5)
+            expected = objective_.losses(call, *drawn, frame_mask=alone.frame_mask)[0]
+            torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
     empty = builder.stand_in((4, 64, 64), 5)
     assert (empty.latents.shape, empty.weight) == ((1, 4, 1, 4, 6), 0.0)

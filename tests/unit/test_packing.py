@@ -82,9 +82,9 @@ def work(model: Any, cfg: Any, packed: bool) -> dict[str, Tensor]:
     return found | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def require_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
+def require_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
         assert found[name].shape == value.shape and found[name].dtype == value.dtype, name
         assert (found[name] - value).abs().max() <= 1e-5 * max(1, value.abs().max().item()), name
 
@@ -95,10 +95,10 @@ def test_packed_clips_are_the_same_clips(name: str, kernel: str, monkeypatch: py
     """`end to end`: with the twin of the GPU's kernel, which gives the sequences' ends as that reads them."""
     cfg = MODELS[name]
     model = make_model(cfg)
-    wanted = work(model, cfg, packed=False)
+    expected = work(model, cfg, packed=False)
     if kernel == "end to end":
         monkeypatch.setattr(packing, "varlen_kernel", lambda *_: plain_varlen)
-    require_same(work(model, cfg, packed=True), wanted)
+    require_same(work(model, cfg, packed=True), expected)
 
 
 @pytest.mark.parametrize("kernel", ["a batch's own", "end to end"])
@@ -115,17 +115,17 @@ def test_given_frames_in_a_row(name: str, kernel: str, monkeypatch: pytest.Monke
     with torch.no_grad():
         found = model(latents, *map(torch.cat, zip(*given, strict=True)), frame_mask=masks, **whole)
         for i, x in enumerate(latents):
-            wanted = model(x, *given[i], frame_mask=masks[i], **named[i])
-            torch.testing.assert_close(found[i], wanted, atol=1e-5, rtol=1e-5)
+            expected = model(x, *given[i], frame_mask=masks[i], **named[i])
+            torch.testing.assert_close(found[i], expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("keep", "offload"), [("selective", False), ("full", False), ("full", True)])
 def test_checkpointed_rows_are_the_same_rows(keep: str, offload: bool) -> None:
     cfg = MODELS["STDiT"]
     model = make_model(cfg)
-    wanted = work(model, cfg, packed=False)
+    expected = work(model, cfg, packed=False)
     model.activation_checkpointing, model.offload_activations = keep, offload
-    require_same(work(model, cfg, packed=True), wanted)
+    require_same(work(model, cfg, packed=True), expected)
 
 
 def test_a_clip_is_untouched_by_what_shares_its_row() -> None:
@@ -135,11 +135,11 @@ def test_a_clip_is_untouched_by_what_shares_its_row() -> None:
     latents, given, _ = make_inputs(cfg)
     rest = list(map(torch.cat, zip(*given, strict=True)))
     with torch.no_grad():
-        wanted = model(latents, *rest)
+        expected = model(latents, *rest)
         latents[1] = torch.full_like(latents[1], torch.nan)
         found = model(latents, *rest)
     assert found[1].isnan().all()
-    assert all(torch.equal(found[i], wanted[i]) for i in (0, 2, 3))
+    assert all(torch.equal(found[i], expected[i]) for i in (0, 2, 3))
 
 
 def test_a_packed_model_takes_lists_and_single_batches() -> None:

@@ -20,8 +20,7 @@ from opensora_repro.parallel.build import build_engine
 from opensora_repro.parallel.mesh import Mesh
 from opensora_repro.parallel.tensor import Cut
 from opensora_repro.parallel.tensor_file import TensorFile
-from opensora_repro.run_folder import list_checkpoints
-from opensora_repro.training.checkpoint import CheckpointError, TrainState
+from opensora_repro.run_folder import CheckpointError, TrainState, list_checkpoints
 from opensora_repro.training.save import CheckpointWriter, share_out
 from opensora_repro.training.step import Ema
 from tests.checkpoints import prepared

@@ -341,9 +341,9 @@ def test_a_row_bounds_what_a_packed_step_takes() -> None:
         config = Config(train=train, data=DataConfig(packing_tokens=row), model=TINY)
         return step_memory(config, grid, parameters, frozen_sizes(config), Mesh(), encodes=False).peak
 
-    wanted = peak(TrainConfig(batch_size=3, accumulation=2))
-    assert peak(TrainConfig(batch_size=64), row=2 * grid.tokens + 1) == wanted
-    assert peak(TrainConfig(batch_size=3), row=99 * grid.tokens) == wanted
+    expected = peak(TrainConfig(batch_size=3, accumulation=2))
+    assert peak(TrainConfig(batch_size=64), row=2 * grid.tokens + 1) == expected
+    assert peak(TrainConfig(batch_size=3), row=99 * grid.tokens) == expected
 
 
 @pytest.mark.parametrize("kernels", ["eager", "auto"])

@@ -90,10 +90,10 @@ def reference(path: Path) -> np.ndarray:
 def test_reads_are_exact_and_memory_is_flat(tmp_path: Path) -> None:
     kinds: list[tuple[Callable[[Path], None], int]] = [(steady, 0), (variable, 0), (rotated, 3)]
     files = []
-    for write, turns in kinds:
+    for write, quarters in kinds:
         path = tmp_path / f"{write.__name__}.mp4"
         write(path)
-        files.append((path, np.rot90(reference(path), turns, axes=(1, 2))))
+        files.append((path, np.rot90(reference(path), quarters, axes=(1, 2))))
     assert probe(tmp_path / "rotated.mp4").height == 64
     draw, before, heap = random.Random(0), 0, 0
     for number in range(READS):

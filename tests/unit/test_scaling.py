@@ -132,10 +132,16 @@ def test_the_page_tells_law_next_size_and_samples(tmp_path: Path) -> None:
     assert json.loads(json.dumps(found)) == found
     assert found["law"]["c"]["low"] <= C <= found["law"]["c"]["high"]
     assert [run["size"] for run in found["runs"] if run["best"]] == ["128x3"] * 3
-    ahead = found["next"]
-    assert ahead["seconds"] == pytest.approx(following.flops / 1e10) and ahead["flops"] == following.flops
-    assert ahead["cost"] == pytest.approx(2.0 * 2 * ahead["seconds"] / 3600)
-    assert ahead["loss"]["low"] < found["runs"][-1]["loss"] and ahead["loss"]["low"] < ahead["loss"]["high"]
+    following_size = found["next"]
+    assert (
+        following_size["seconds"] == pytest.approx(following.flops / 1e10)
+        and following_size["flops"] == following.flops
+    )
+    assert following_size["cost"] == pytest.approx(2.0 * 2 * following_size["seconds"] / 3600)
+    assert (
+        following_size["loss"]["low"] < found["runs"][-1]["loss"]
+        and following_size["loss"]["low"] < following_size["loss"]["high"]
+    )
     lines = table(found)
     assert sum("best" in line for line in lines[1:7]) == 3 and any(line.startswith("next: 256x4") for line in lines)
     assert any("Best at the edge of the sizes" in line for line in lines)

@@ -27,13 +27,13 @@ from opensora_repro.config import (
 )
 from opensora_repro.data.dataset import Clip
 from opensora_repro.frozen.own_words import build_encoder, build_tokenizer, count_words, save_text_encoder, vocabulary
+from opensora_repro.frozen.perceptual import load_lpips
 from opensora_repro.frozen.pretrained import ModelNotFound
 from opensora_repro.frozen.text import read_cleaned
 from opensora_repro.training.autoencoder.batches import VideoBuilder
 from opensora_repro.training.autoencoder.discriminator import PatchDiscriminator, adaptive_weight
 from opensora_repro.training.autoencoder.losses import PARTS, AutoencoderLosses, Drawn
 from opensora_repro.training.autoencoder.model import ImageAutoencoder, check_models, draw_image, temporal_config
-from opensora_repro.training.autoencoder.perceptual import load_lpips
 from opensora_repro.training.autoencoder.picture_start import GAINS, OPPONENTS, has_room, start_as_picture
 from opensora_repro.training.autoencoder.quality import psnr, ssim
 from opensora_repro.training.autoencoder.report import latents_told

@@ -56,8 +56,8 @@ def test_diffusers_models_are_as_wide_and_deep() -> None:
 
 
 def test_products_take_turns_with_the_sides() -> None:
-    turns = harness.in_turns(dict.fromkeys("ab", list), dict.fromkeys("123", dict))
-    assert list(turns) == ["a", "1", "3", "b", "2"]
+    order = harness.with_products(dict.fromkeys("ab", list), dict.fromkeys("123", dict))
+    assert list(order) == ["a", "1", "3", "b", "2"]
 
 
 @pytest.mark.parametrize("model", ["Latte", "PixArt"])

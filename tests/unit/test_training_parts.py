@@ -19,15 +19,14 @@ import torch
 
 from opensora_repro.config import BucketConfig, Config, ConfigError, OptimConfig, dump_toml
 from opensora_repro.data.dataset import BadSample
+from opensora_repro.data.ids import ids_fingerprint
 from opensora_repro.errors import DataError, TrainingError
 from opensora_repro.kernels.adamw import FusedAdamW
 from opensora_repro.models.config import STDiTConfig
 from opensora_repro.models.stdit import STDiT
 from opensora_repro.parallel.engine import TorchEngine
 from opensora_repro.planning.positions import describe_rescaling
-from opensora_repro.run_folder import JsonLines, claimed_run_folder
-from opensora_repro.training.checkpoint import TrainState
-from opensora_repro.training.identity import ids_fingerprint
+from opensora_repro.run_folder import JsonLines, TrainState, claimed_run_folder
 from opensora_repro.training.metrics import Quarantine
 from opensora_repro.training.start import changed_settings, find_start
 from opensora_repro.training.step import Ema, StepResult, StepTotals, decide, learning_rate
@@ -284,7 +283,7 @@ def test_refuses_other_settings_by_name(tmp_path: Path, key: str, value: Any, sh
 
 
 @pytest.mark.parametrize(
-    ("steps", "decay", "done", "wanted", "shown"),
+    ("steps", "decay", "done", "new_steps", "shown"),
     [
         (10, 0, 10, 99, None),
         (10, 3, 7, 99, None),
@@ -297,15 +296,15 @@ def test_refuses_other_settings_by_name(tmp_path: Path, key: str, value: Any, sh
     ],
 )
 def test_steps_that_would_undo_what_was_done(
-    tmp_path: Path, steps: int, decay: int, done: int, wanted: int, shown: str | None
+    tmp_path: Path, steps: int, decay: int, done: int, new_steps: int, shown: str | None
 ) -> None:
     cfg = changed(Config(model=TINY), run__dir=str(tmp_path), train__steps=steps, optim__decay_steps=decay)
     write_checkpoint(tmp_path, STDiT(TINY), dump_toml(cfg), TrainState(step=done, global_batch_sizes=[8]))
-    cfg = changed(cfg, train__steps=wanted)
+    cfg = changed(cfg, train__steps=new_steps)
     if shown is None:
         assert find_start(cfg, 1).state.step == done
         return
-    with pytest.raises(ConfigError, match=f"train.steps = {wanted}: .*{shown}"):
+    with pytest.raises(ConfigError, match=f"train.steps = {new_steps}: .*{shown}"):
         find_start(cfg, 1)
 
 

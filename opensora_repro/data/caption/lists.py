@@ -151,9 +151,9 @@ class IdEntries:
 
     def _number(self, key: str) -> int:
         """Return the number of the clip with an id, -1 where there is none."""
-        wanted = hash(key)
-        at = int(self.hashes.searchsorted(wanted))
-        while at < len(self.hashes) and self.hashes[at] == wanted:
+        hashed = hash(key)
+        at = int(self.hashes.searchsorted(hashed))
+        while at < len(self.hashes) and self.hashes[at] == hashed:
             number = int(self.order[at])
             if self.ids[number].as_py() == key:
                 return number

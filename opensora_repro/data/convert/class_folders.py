@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from opensora_repro.data.convert.source import Refuse, Source, refusal, source_of_rows
+from opensora_repro.data.convert.source import InputRows, Refuse, refusal, source_of_rows
 from opensora_repro.data.inputs import files_below
 from opensora_repro.data.tables import Row
 from opensora_repro.errors import DataError
@@ -33,7 +33,7 @@ class Class:
 
 def open_class_folders(
     root: Path, out: Path, suffixes: Collection[str], classes: Path | None, listed: Path | None
-) -> Source:
+) -> InputRows:
     """Open class folders; `classes` names and orders the classes, `listed` restricts the files. Raises DataError."""
     folders = class_folders(root, out)
     if not folders:

@@ -16,7 +16,7 @@ STAGE = "convert"
 
 
 @dataclass(frozen=True)
-class Source:
+class InputRows:
     """The rows of an input, before their ids and sizes are looked at.
 
     `schema` (pyarrow) starts with the manifest's columns, which may be null; others follow.
@@ -28,12 +28,12 @@ class Source:
     num_rows: int | None = None  # None where it is not known before
 
 
-def source_of_rows(folder: Path, columns: dict[str, str], rows: Callable[[Refuse], Iterable[Row]]) -> Source:
+def source_of_rows(folder: Path, columns: dict[str, str], rows: Callable[[Refuse], Iterable[Row]]) -> InputRows:
     """Return a source whose reader yields rows; `columns` are those beside the manifest's, as in `write_rows`."""
     from opensora_repro.data.tables import schema_of
 
     schema = schema_of({**MANIFEST, **columns})
-    return Source(folder, schema, lambda refuse: (rows_batch(rows_, schema) for rows_ in in_batches(rows(refuse))))
+    return InputRows(folder, schema, lambda refuse: (rows_batch(rows_, schema) for rows_ in in_batches(rows(refuse))))
 
 
 def refusal(identity: str, reason: str, path: str = "") -> Row:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from opensora_repro.data.caption_values import scene_span, span_of, written_literal
-from opensora_repro.data.convert.source import Refuse, Source, refusal
+from opensora_repro.data.convert.source import InputRows, Refuse, refusal
 from opensora_repro.data.manifest import LINEAGE, MANIFEST
 from opensora_repro.data.tables import Row, Table, open_table, schema_of
 from opensora_repro.errors import DataError
@@ -30,7 +30,7 @@ PANDA_COLUMNS = ("videoID", "url", "timestamp", "caption")  # and matching_score
 CHUNK = 1 << 22  # characters
 
 
-def open_clip_table(path: Path) -> Source:
+def open_clip_table(path: Path) -> InputRows:
     """Open a table with at least a `path` column; `text` stands in for a missing `caption`. Raises DataError."""
     table = open_table(path)
     if "path" not in table.schema.names:
@@ -38,7 +38,7 @@ def open_clip_table(path: Path) -> Source:
     return _source(table, "text" if "caption" not in table.schema.names else "caption")
 
 
-def open_opensora_csv(path: Path) -> Source:
+def open_opensora_csv(path: Path) -> InputRows:
     """Open a CSV without a header: path, caption, and what may follow. Raises DataError."""
     width = len(first_record(path))
     if width not in OPENSORA_WIDTHS:
@@ -56,7 +56,7 @@ def first_record(path: Path) -> list[str]:
         raise DataError(f"{path}: cannot be read as csv: {one_line(error)}") from error
 
 
-def _source(table: Table, caption: str) -> Source:
+def _source(table: Table, caption: str) -> InputRows:
     import pyarrow as pa
 
     known = {**MANIFEST, **{name: kind for name, kind in LINEAGE.items() if name in table.schema.names}}
@@ -69,7 +69,7 @@ def _source(table: Table, caption: str) -> Source:
             yield _with_paths(_typed(table.path, batch, schema, known, caption), seen, refuse)
             seen += batch.num_rows
 
-    return Source(table.path.absolute().parent, schema, batches, table.num_rows)
+    return InputRows(table.path.absolute().parent, schema, batches, table.num_rows)
 
 
 def _typed(path: Path, batch: Any, schema: Any, known: dict[str, str], caption: str) -> Any:

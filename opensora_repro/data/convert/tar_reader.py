@@ -19,7 +19,7 @@ from tarfile import EmptyHeaderError, TruncatedHeaderError  # type: ignore[attr-
 from typing import IO, Any
 
 from opensora_repro.data.caption_values import texts_in
-from opensora_repro.data.convert.source import Refuse, Source, refusal, source_of_rows
+from opensora_repro.data.convert.source import InputRows, Refuse, refusal, source_of_rows
 from opensora_repro.data.ids import Seen
 from opensora_repro.data.inputs import VIDEO_SUFFIXES, Item, files_below, find_inputs
 from opensora_repro.data.jobs.course import Job, Keeping
@@ -58,7 +58,7 @@ def find_tars(given: str, out: Path) -> list[Item]:
     return items
 
 
-def open_webdataset(items: list[Item], out: Path, records: Records, limits: Limits, runner: Runner) -> Source:
+def open_webdataset(items: list[Item], out: Path, records: Records, limits: Limits, runner: Runner) -> InputRows:
     """Extract what has not been extracted yet to OUT/media, and return the rows. Raises DataError.
 
     The id is the sample's own, or its key; where archives have the same keys, all of these follow the archive's name.

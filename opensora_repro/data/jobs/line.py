@@ -24,7 +24,7 @@ from opensora_repro.data.progress import progress_of_line
 
 
 @dataclass(frozen=True)
-class Stage:
+class ToolStep:
     """A step of a line: where its tool keeps which results, and what is done.
 
     `jobs` gives the jobs that follow from one of the step before: from its arguments, its result and `options`.
@@ -41,7 +41,7 @@ class Stage:
     one_a_file: bool = False
 
 
-def run_line(stages: Sequence[Stage], jobs: Iterable[Job], runner: Runner) -> None:
+def run_line(stages: Sequence[ToolStep], jobs: Iterable[Job], runner: Runner) -> None:
     """Do the first step's jobs that have no result yet, and of each what follows from it.
 
     What fails for now has no lasting result: the step's own tool tries it again. Raises as `run_streamed` does.
@@ -69,7 +69,7 @@ def run_line(stages: Sequence[Stage], jobs: Iterable[Job], runner: Runner) -> No
             run.sweep()
 
 
-def _resources_of(stages: Sequence[Stage]) -> Resources:
+def _resources_of(stages: Sequence[ToolStep]) -> Resources:
     """Return what a worker needs that does all of it."""
     told = [stage.resources for stage in stages]
     return replace(
@@ -78,7 +78,7 @@ def _resources_of(stages: Sequence[Stage]) -> Resources:
     )  # fmt: skip
 
 
-def _order_of(stages: Sequence[Stage], runs: Sequence[Run], threads: int) -> Order:
+def _order_of(stages: Sequence[ToolStep], runs: Sequence[Run], threads: int) -> Order:
     then = None
     for stage, run in reversed(list(zip(stages, runs, strict=True))):
         order = run.order_of(name_of(stage.work), by_name=True, threads=threads, then=then)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from opensora_repro.data.manifest import REJECTS, Rebase
-from opensora_repro.data.report.stages import MANIFEST_FILE, REJECTS_FILE, Stage
+from opensora_repro.data.report.stages import MANIFEST_FILE, REJECTS_FILE, ToolOutcome
 from opensora_repro.data.tables import EmptyTableError, Table, open_table, schema_of, table_writer
 from opensora_repro.files import digest, is_file, remove_file, sha256_of, write_text
 from opensora_repro.storage.addresses import address_of, is_address
@@ -116,7 +116,7 @@ def _names_in(folder: Path) -> set[str]:
     return set(os.listdir(folder)) if folder.is_dir() else set()
 
 
-def write_manifest_of(stage: Stage, path: Path) -> int:
+def write_manifest_of(stage: ToolOutcome, path: Path) -> int:
     """Write a stage's manifest again as `path`, with paths relative to its folder; returns the rows."""
     assert stage.manifest, stage.name
     rebase = Rebase(stage.folder.absolute(), path.parent.absolute())
@@ -126,7 +126,7 @@ def write_manifest_of(stage: Stage, path: Path) -> int:
     return stage.manifest.num_rows
 
 
-def write_rejects_of(stages: Sequence[Stage], path: Path) -> int:
+def write_rejects_of(stages: Sequence[ToolOutcome], path: Path) -> int:
     """Write the rejects of all stages as one table, in the stages' order; returns the rows."""
     schema, rows = schema_of(REJECTS), 0
     with table_writer(path, schema) as write:

@@ -11,7 +11,7 @@ from typing import Any
 
 from opensora_repro.data.report.markup import TEMPLATES, number, render, shown
 from opensora_repro.data.report.rows import Groups
-from opensora_repro.data.report.stages import SOURCES_COUNTED, Counts, Source
+from opensora_repro.data.report.stages import SOURCES_COUNTED, Counts, SourceCounts
 from opensora_repro.data.report.summary import CHARACTERS, WORDS, Numbers, Summary
 from opensora_repro.data.report.thumbnails import Strip
 
@@ -42,7 +42,7 @@ class Report:
     flags: Groups | None = None
     strips: dict[str, dict[str, Strip]] = field(default_factory=dict)  # of "clips" and "duplicates", by path
     links: dict[str, str] = field(default_factory=dict)  # addresses of the clips, by path
-    sources: list[Source] = field(default_factory=list)  # the most interesting first
+    sources: list[SourceCounts] = field(default_factory=list)  # the most interesting first
 
 
 def page(report: Report) -> str:

@@ -34,7 +34,7 @@ VARIABLE = (
 
 
 @dataclass(frozen=True)
-class Stage:
+class ToolOutcome:
     """One tool's outcome; a table without rows is None."""
 
     name: str
@@ -55,9 +55,9 @@ class Counts:
     reasons: Reasons
 
 
-def find_stages(inputs: Sequence[str]) -> list[Stage]:
+def find_stages(inputs: Sequence[str]) -> list[ToolOutcome]:
     """Return the stages that tools' folders, or single manifests, stand for, in the order given. Raises DataError."""
-    stages: list[Stage] = []
+    stages: list[ToolOutcome] = []
     for given in inputs:
         stage = _stage_of(Path(given))
         same = sum(other.name == stage.name for other in stages)
@@ -67,7 +67,7 @@ def find_stages(inputs: Sequence[str]) -> list[Stage]:
     return stages
 
 
-def _stage_of(given: Path) -> Stage:
+def _stage_of(given: Path) -> ToolOutcome:
     manifest, folder = given / MANIFEST_FILE, given
     if given.suffix.lower() in TABLE_SUFFIXES and is_file(given):
         manifest, folder = given, given.parent
@@ -77,7 +77,7 @@ def _stage_of(given: Path) -> Stage:
     if not is_file(manifest) and not is_file(rejects):
         raise DataError(f"{one_line(given)}: holds no {MANIFEST_FILE}; expected the --out folder of a dataset tool")
     name = folder.absolute().name if manifest.name == MANIFEST_FILE else manifest.stem
-    return Stage(
+    return ToolOutcome(
         re.sub(r"^\d+-", "", name) or name, folder, _table(manifest), _table(rejects), _rules(folder / RULES_FILE)
     )
 
@@ -98,7 +98,7 @@ def _rules(path: Path) -> list[dict[str, Any]]:
         return []
 
 
-def count_stage(stage: Stage, advance: Callable[[int], None]) -> Counts:
+def count_stage(stage: ToolOutcome, advance: Callable[[int], None]) -> Counts:
     """Read a stage's tables once; `advance` is told how many rows were read."""
     counts = Counts(0, 0, None, 0, Reasons())
     if stage.manifest:
@@ -204,7 +204,7 @@ def _name(batch: Any, row: int) -> str:
 
 
 @dataclass
-class Source:
+class SourceCounts:
     """One source; reasons are told with their stage."""
 
     name: str
@@ -229,17 +229,19 @@ class Source:
         reason.count += count
 
 
-def count_sources(stages: Sequence[Stage], last: Stage | None, advance: Callable[[int], None]) -> list[Source]:
+def count_sources(
+    stages: Sequence[ToolOutcome], last: ToolOutcome | None, advance: Callable[[int], None]
+) -> list[SourceCounts]:
     """Return the sources by what they lost, those first of which nothing was kept; empty where no table names any.
 
     Beyond SOURCES_COUNTED sources, those met later are left out.
     """
-    found: dict[str, Source] = {}
+    found: dict[str, SourceCounts] = {}
 
-    def source(name: str) -> Source:
+    def source(name: str) -> SourceCounts:
         if name not in found and len(found) >= SOURCES_COUNTED:
-            return Source(name)
-        return found.setdefault(name, Source(name))
+            return SourceCounts(name)
+        return found.setdefault(name, SourceCounts(name))
 
     if last and last.manifest:
         for name, count, seconds in _kept(last.manifest, advance):

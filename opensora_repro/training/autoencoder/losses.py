@@ -13,10 +13,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from opensora_repro.config import ReconstructionConfig
+from opensora_repro.frozen.perceptual import Lpips
 from opensora_repro.models.video_autoencoder import kl_divergence, sample_posterior
 from opensora_repro.training.autoencoder.discriminator import PatchDiscriminator, adaptive_weight
 from opensora_repro.training.autoencoder.model import TemporalAutoencoder, Trained
-from opensora_repro.training.autoencoder.perceptual import Lpips
 
 # Of the loss, as they are logged, before their weights
 PARTS = ("l1", "kl", "lpips", "image_latents", "adversarial", "discriminator")

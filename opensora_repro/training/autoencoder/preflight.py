@@ -11,14 +11,13 @@ from opensora_repro.config import AutoencoderConfig, ConfigError, config_dict, d
 from opensora_repro.data.buckets import global_batch_sizes, kept_buckets
 from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.preflight import facts, require_usable, survey, table, warnings
+from opensora_repro.frozen.perceptual import lpips_files
 from opensora_repro.parallel.mesh import launched_as
 from opensora_repro.planning.sizes import autoencoder_geometry
-from opensora_repro.run_folder import CONFIG_FILE, check_folder, list_checkpoints
+from opensora_repro.run_folder import CONFIG_FILE, TrainState, check_folder, list_checkpoints, newest_checkpoint
 from opensora_repro.training.autoencoder.model import check_models
-from opensora_repro.training.autoencoder.perceptual import lpips_files
 from opensora_repro.training.autoencoder.picture_start import has_room
 from opensora_repro.training.autoencoder.report import latents_told
-from opensora_repro.training.checkpoint import TrainState, newest_checkpoint
 from opensora_repro.training.preflight import find_manifest, to_come
 from opensora_repro.training.start import FREE_KEYS, FREE_SECTIONS, Start
 from opensora_repro.training.step import horizon_warning

@@ -12,10 +12,12 @@ import torch
 from opensora_repro.config import AutoencoderConfig, dump_toml
 from opensora_repro.data.buckets import assigned, buckets_of, global_batch_sizes
 from opensora_repro.data.dataset import ClipDataset
+from opensora_repro.data.ids import ids_fingerprint
 from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.sampler import BatchSampler, Schedule, SharedBatches
 from opensora_repro.files import write_text
 from opensora_repro.frozen.own_words import build_encoder, build_tokenizer, count_words, save_text_encoder, vocabulary
+from opensora_repro.frozen.perceptual import load_lpips
 from opensora_repro.kernels.ops import choose
 from opensora_repro.parallel.build import build_engine
 from opensora_repro.parallel.engine import TorchEngine
@@ -27,13 +29,12 @@ from opensora_repro.training.autoencoder.batches import HeldFeed
 from opensora_repro.training.autoencoder.loop import AutoencoderTrainer
 from opensora_repro.training.autoencoder.losses import AutoencoderLosses
 from opensora_repro.training.autoencoder.model import build_autoencoder
-from opensora_repro.training.autoencoder.perceptual import load_lpips
 from opensora_repro.training.autoencoder.preflight import find_start, preflight
 from opensora_repro.training.autoencoder.report import TEXT_FACTS
 from opensora_repro.training.autoencoder.validate import HeldOut
 from opensora_repro.training.batches import ClipFeed, Feed
 from opensora_repro.training.checkpoint import load_checkpoint
-from opensora_repro.training.identity import check_manifest, ids_fingerprint
+from opensora_repro.training.identity import check_manifest
 from opensora_repro.training.metrics import Quarantine, RunLog
 from opensora_repro.training.optim import prepare_engine
 from opensora_repro.training.run import Outcome, Say

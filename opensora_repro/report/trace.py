@@ -18,7 +18,7 @@ from typing import Any
 from opensora_repro.config import Config, ConfigError, config_dict, load_recorded
 from opensora_repro.data.buckets import assigned
 from opensora_repro.data.dataset import BadSample, ClipDataset
-from opensora_repro.data.ids import column_digest
+from opensora_repro.data.ids import TOLD_COLUMNS, column_digest, ids_fingerprint
 from opensora_repro.data.manifest import LINEAGE, read_manifest
 from opensora_repro.data.origin import read_origin, version_of
 from opensora_repro.data.packing import build_sampler, build_schedule
@@ -29,12 +29,12 @@ from opensora_repro.run_folder import (
     CONFIG_FILE,
     QUARANTINE_FILE,
     JsonLines,
+    TrainState,
     list_checkpoints,
+    read_state,
     recorded_weights,
 )
 from opensora_repro.storage.addresses import place
-from opensora_repro.training.checkpoint import TrainState, read_state
-from opensora_repro.training.identity import TOLD_COLUMNS, ids_fingerprint
 
 SHOWN = 5  # of each kind of difference between two manifests
 
