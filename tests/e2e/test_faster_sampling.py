@@ -75,7 +75,7 @@ def test_parts_are_stored_and_resumed_by_their_settings(
 
 
 def test_a_step_cache_is_calibrated_found_and_bound_to_its_weights(
-    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = shutil.copytree(home / "flow", tmp_path / "run")
     prompts = tmp_path / "prompts.txt"
@@ -96,7 +96,8 @@ def test_a_step_cache_is_calibrated_found_and_bound_to_its_weights(
     stored = record(tmp_path / "found")["step_cache"]
     assert stored == {"threshold": rows[-1]["threshold"], "polynomial": told["polynomial"], "span": told["span"]}
 
-    other = [str(home / "iddpm"), "--prompt", "x", "--step-cache", str(run / "step_cache.json")]
+    monkeypatch.setenv("HOME", str(run))
+    other = [str(home / "iddpm"), "--prompt", "x", "--step-cache", "~/step_cache.json"]
     check_mistake(other, "step_cache.json: calibrated for other weights; run stages.calibrate", tmp_path / "x", capsys)
     check_mistake(
         [str(home / "iddpm"), "--prompt", "x", "--step-cache"], "iddpm --prompts FILE writes it", tmp_path, capsys
