@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ import torch
 
 from opensora_repro.config import Config, ConfigError
 from opensora_repro.config.sections import validates
-from opensora_repro.data.buckets import Bucket, as_sampled, global_batch_sizes, kept_buckets
+from opensora_repro.data.buckets import Bucket, as_sampled, assigned, global_batch_sizes, kept_buckets
 from opensora_repro.data.manifest import read_manifest
+from opensora_repro.data.packing import build_schedule
 from opensora_repro.data.preflight import (
     SAMPLED_ROWS,
     bucket_rows,
@@ -26,7 +26,7 @@ from opensora_repro.data.preflight import (
     warnings,
 )
 from opensora_repro.data.tables import kind_by_name
-from opensora_repro.files import is_file
+from opensora_repro.files import is_file, is_free
 from opensora_repro.frozen.autoencoder import Autoencoder
 from opensora_repro.frozen.encoder import open_encoder
 from opensora_repro.frozen.pretrained import ModelNotFound
@@ -84,11 +84,12 @@ def preflight(
     encoder = None
     try:
         encoder = open_encoder(cfg, device or torch.device("cpu"))
-        check_fit(as_sampled(cfg), encoder.vae, encoder.text)
         stride = encoder.vae.spatial_stride
-        for bucket in kept_buckets(cfg):
+        for bucket in kept_buckets(cfg) if cfg.data.buckets else ():
             if min(bucket.height, bucket.width) < stride:
                 raise ConfigError(f"data.buckets: {bucket}: a side is below {stride}, the autoencoder's stride")
+        check_fit(as_sampled(cfg), encoder.vae, encoder.text)
+        for bucket in kept_buckets(cfg):
             encoder.vae.check_frames(bucket.num_frames, f"data.buckets: {bucket}")
             check_tokens(cfg, bucket, encoder.vae)
         if start.resumes or not dry:
@@ -112,6 +113,7 @@ def preflight(
             )
         path = cfg.data.manifest
         yield from clips(cfg, frame, "clips of", path, samples, here=device is not None, told=told)
+        build_schedule(cfg, assigned(frame, cfg), samples).require_step()
     if validates(cfg) or cfg.evaluate.every:
         held_out = find_manifest(cfg.data.val_manifest) if dry else read_manifest(cfg.data.val_manifest)
         if held_out is None:
@@ -147,7 +149,7 @@ def check_tokens(cfg: Config, bucket: Bucket, vae: Autoencoder) -> None:
 def is_to_come(path: str) -> bool:
     """Whether nothing has the name: an earlier stage may make it. What is there, but wrong, is a mistake."""
     there = place(path)
-    return not (is_file(there) if address_of(there) else os.path.lexists(there))
+    return not is_file(there) if address_of(there) else is_free(there)
 
 
 def find_manifest(path: str, *, need_captions: bool = True) -> Any | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -272,6 +273,8 @@ def test_what_an_earlier_stage_has_to_make(world: World, tmp_path: Path, capsys:
         ("data__manifest", "a folder"),
         ("init__weights", "a folder"),
         ("init__weights", "STDiT.pth"),  # no stage makes such a file
+        ("init__weights", "STDiT.PTH"),
+        ("init__weights", "checkpoints/STDiT.pth"),
         ("init__weights", "PixArt-alpha/PixArt-XL-2-256x256/transformer"),  # which is fetched
     ):
         (tmp_path / "a folder").mkdir(exist_ok=True)
@@ -361,6 +364,15 @@ def test_wrong_settings(world: World, image_run: Path, capsys: pytest.CaptureFix
         (stage1_image, "images", {"run__dir": str(world.root / "empty.toml" / "run")}, "cannot be used (Not a dir"),
         (stage1_image, "images", {"data__cache": str(world.root / "empty.toml"), "data__draws": 1}, "data.cache = "),
         (stage1_image, "images", {"text__path": "nobody/has-this"}, "nor in the hub's cache"),
+        (stage1_image, "images", {"text__path": str(without_padding(world))}, "its tokenizer has no padding token"),
+        (stage1_image, "images", {"run__seed": 2**63}, "run.seed: expected a number of 64 bits"),
+        (stage1_image, "images", {"optim__lr": 10**400}, "optim.lr: expected a number of 64 bits"),
+        (stage1_image, "images", {"track__wandb": "a/b"}, "track.wandb = a/b: expected a project's name"),
+        (stage1_image, "images", {"train__batch_size": 10**9}, "do not make one step of 1,000,000,000 samples"),
+        (stage1_image, "images", {"data__manifest": str(world.vae / "config.json" / "m.csv")}, "m.csv: no such file"),
+        (stage1_image, "images", {"init__weights": str(world.vae / "config.json" / "x")}, "x: no such weights file"),
+        (stage1_image, "images", {"init__weights": "x" * 5000}, "no such weights file"),
+        (stage1_image, "images", {"init__weights": "runs\0"}, "no such weights file"),
         (stage1_image, "images", {"model__hidden_size": 65536, "model__depth": 500}, "this machine has"),
         (stage2_video, "clips", {"data__num_frames": 13}, "none of the 7 clips can be used: 7 clips have fewer than"),
         (stage2_video, "clips", {"data__num_frames": 13, "data__manifest": wrong_paths(world)}, "7 files are missing"),
@@ -374,6 +386,45 @@ def test_wrong_settings(world: World, image_run: Path, capsys: pytest.CaptureFix
     for dry in (True, False):
         for stage, data, changes, message in expected:
             assert message in refused(stage, world, capsys, data, dry=dry, **changes)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("keep = 1e-9", "no clip goes to any of data.buckets in 128 epochs: let one that has clips keep more"),
+        ("batch_size = 1000000000", "epochs of the clips do not make one step of 1,000,000,000 samples: lower train."),
+    ],
+)
+def test_buckets_that_never_make_a_step(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], keys: str, message: str
+) -> None:
+    config = tmp_path / "buckets.toml"
+    config.write_text(f'[[data.buckets]]\nnum_frames = 4\nresolution = "32x32"\n{keys}\n')
+    for flags in (["--dry-run"], []):
+        assert stage2_video.main([str(config), *world.arguments(tmp_path / "run", "clips"), *flags]) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_bucket_below_the_autoencoders_stride_is_named(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "buckets.toml"
+    config.write_text('[[data.buckets]]\nnum_frames = 4\nresolution = "4x4"\n')
+    arguments = [str(config), *world.arguments(tmp_path / "run", "clips"), "--dry-run"]
+    assert stage2_video.main(arguments) == 2
+    assert "data.buckets: 4 x 4x4: a side is below 8, the autoencoder's stride" in capsys.readouterr().err
+
+
+def without_padding(world: World) -> Path:
+    """The text encoder, whose tokenizer names no padding token."""
+    folder = world.root / "text without padding"
+    shutil.copytree(world.text, folder, dirs_exist_ok=True)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            content = json.loads((folder / name).read_text())
+            content.pop("pad_token", None)
+            (folder / name).write_text(json.dumps(content))
+    return folder
 
 
 def wrong_paths(world: World) -> str:
