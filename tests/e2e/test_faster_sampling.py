@@ -104,6 +104,9 @@ def test_a_step_cache_is_calibrated_found_and_bound_to_its_weights(
     )
     (run / "step_cache.json").write_text('{"polynomial": ["a"]}')
     check_mistake([str(run), "--prompt", "x", "--step-cache"], "not a file of stages.calibrate", tmp_path, capsys)
+    for out in (tmp_path, prompts / "x.json"):
+        assert calibrate.main([*args, "--out", str(out)]) == 2
+        assert "error: --out = " in (err := capsys.readouterr().err) and "calibrating" not in err
     assert calibrate.main([*args, "--steps", "3"]) == 2
     assert "--steps 3: expected at least 5, or there is nothing to skip" in capsys.readouterr().err
 
