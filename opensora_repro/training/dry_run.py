@@ -42,7 +42,7 @@ def dry_run(cfg: Config, stage: Stage, gpu: Gpu | None = None) -> Iterator[str]:
     yield ""
     told: list[str] = []
     start = find_start(cfg, mesh.data_size, report=told.append)
-    frame = find_manifest(cfg.data.manifest)
+    frame = find_manifest(cfg.data.manifest, may_come=not start.resumes)
     if frame is not None:
         check_manifest(cfg, start, frame, say=lambda line: told.append(line.removeprefix("warning: ")))
     yield from (f"# warning: {line}" for line in told)

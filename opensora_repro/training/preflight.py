@@ -77,7 +77,7 @@ def preflight(
             check_shards()
         choose(cfg.train.kernels, device.type)
     if cfg.init.weights and (not start.resumes or cfg.lora.rank):
-        if dry and weights_to_come(cfg.init.weights):
+        if dry and _may_come(cfg):
             yield to_come("init.weights", cfg.init.weights)
         else:
             check_weights(cfg, stage)
@@ -115,7 +115,7 @@ def preflight(
         yield from clips(cfg, frame, "clips of", path, samples, here=device is not None, told=told)
         build_schedule(cfg, assigned(frame, cfg), samples).require_step()
     if validates(cfg) or cfg.evaluate.every:
-        held_out = find_manifest(cfg.data.val_manifest) if dry else read_manifest(cfg.data.val_manifest)
+        held_out = find_manifest(cfg.data.val_manifest, may_come=dry and not start.resumes)
         if held_out is None:
             yield to_come("data.val_manifest", cfg.data.val_manifest)
         else:
@@ -152,9 +152,15 @@ def is_to_come(path: str) -> bool:
     return not is_file(there) if address_of(there) else is_free(there)
 
 
-def find_manifest(path: str, *, need_captions: bool = True) -> Any | None:
-    """The manifest's rows, None where it is to come. Raises DataError."""
-    if not is_to_come(path):
+def _may_come(cfg: Config) -> bool:
+    """Whether an earlier stage may have to make `init.weights` yet: none makes what lies in the run's own folder."""
+    weights, own = Path(cfg.init.weights).absolute(), Path(cfg.run.dir).absolute()
+    return own not in (weights, *weights.parents) and weights_to_come(cfg.init.weights)
+
+
+def find_manifest(path: str, *, need_captions: bool = True, may_come: bool = True) -> Any | None:
+    """The manifest's rows, None where it is to come, as none is that a run began with. Raises DataError."""
+    if not may_come or not is_to_come(path):
         return read_manifest(path, need_captions=need_captions)
     kind_by_name(place(path))  # what comes under another name will not be one
     return None

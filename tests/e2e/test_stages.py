@@ -287,6 +287,8 @@ def test_what_an_earlier_stage_has_to_make(world: World, tmp_path: Path, capsys:
             **{**coming, key: value if "/" in value else str(tmp_path / value)},
         )
         assert value in wrong
+    own = {**coming, "init__weights": str(world.root / "refused" / "checkpoints")}
+    assert "checkpoints: no such weights file" in refused(stage2_video, world, capsys, "clips", dry=True, **own)
     assert "clips.parquet: no such file" in refused(stage2_video, world, capsys, "clips", **coming)
     only = {"init__weights": coming["init__weights"]}
     assert "stage1: no such weights" in refused(stage2_video, world, capsys, "clips", **only)
@@ -440,6 +442,17 @@ def test_a_run_folder_with_other_settings(world: World, image_run: Path, capsys:
     assert train(stage1_image, world, image_run, "images", optim__lr=1e-3, train__steps=9) == 2
     assert "optim.lr = 0.01 there, 0.001 here" in capsys.readouterr().err
     assert before == {path: path.stat().st_mtime_ns for path in image_run.rglob("*")}
+
+
+def test_what_a_run_began_with_is_not_to_come(
+    world: World, image_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = str(tmp_path / "gone.parquet")
+    for changes in ({"data__manifest": gone}, {"data__val_manifest": gone, "validation__every": 1}):
+        for flags in (["--dry-run"], []):
+            settings: dict[str, Any] = {"optim__lr": 1e-2, "train__steps": 9, **changes}
+            assert train(stage1_image, world, image_run, "images", *flags, **settings) == 2
+            assert "gone.parquet: no such file" in capsys.readouterr().err
 
 
 def test_a_manifest_that_has_changed(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

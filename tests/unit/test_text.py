@@ -94,7 +94,7 @@ def test_scripts_without_spaces_count_by_their_signs(text: T5Text) -> None:
 # In a tokenizer's folder: the file, what is changed in it
 SPACES = {"pre_tokenizer": None, "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}}
 CUT = {"direction": "Left", "max_length": 6, "strategy": "LongestFirst", "stride": 0}
-ODD = {
+ODD: dict[str, tuple[str, dict[str, Any]]] = {
     "filled up in front": ("tokenizer_config.json", {"padding_side": "left"}),
     "cut in front": ("tokenizer_config.json", {"truncation_side": "left"}),
     "cut in front to its own length": ("tokenizer.json", {"truncation": CUT}),

@@ -11,7 +11,6 @@ import torch
 
 from opensora_repro.config import AutoencoderConfig, ConfigError, config_dict, dump_toml, parse_config, read_toml
 from opensora_repro.data.buckets import assigned, global_batch_sizes, kept_buckets
-from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.packing import build_schedule
 from opensora_repro.data.preflight import facts, require_usable, survey, table, warnings
 from opensora_repro.kernels.ops import choose
@@ -42,7 +41,8 @@ def dry_run(cfg: AutoencoderConfig) -> Iterator[str]:
     yield from dump_toml(cfg).splitlines()
     yield ""
     start = find_start(cfg, world_size)
-    manifest = find_manifest(cfg.data.manifest, need_captions=bool(cfg.text.vocab_size))
+    captions, may_come = bool(cfg.text.vocab_size), not start.resumes
+    manifest = find_manifest(cfg.data.manifest, need_captions=captions, may_come=may_come)
     if manifest is not None:
         told: list[str] = []
         check_manifest(cfg.shared, start, manifest, told.append)
@@ -85,8 +85,8 @@ def preflight(
         yield from _clips(cfg, manifest, "clips of", cfg.data.manifest, told)
         build_schedule(cfg.shared, assigned(manifest, cfg.shared), start.state.global_batch_sizes).require_step()
     if cfg.validation.every and cfg.data.val_manifest:
-        read = find_manifest if dry else read_manifest
-        held_out = read(cfg.data.val_manifest, need_captions=False)
+        may_come = dry and not start.resumes
+        held_out = find_manifest(cfg.data.val_manifest, need_captions=False, may_come=may_come)
         if held_out is None:
             yield to_come("data.val_manifest", cfg.data.val_manifest)
         else:
