@@ -21,6 +21,7 @@ TRAIN_WITH_LESS = (
     'or set train.activation_checkpointing = "full"; configs/profiles has recipes by a card\'s memory'
 )
 _WRONG_NAME = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+_NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
 _CANNOT_GROW = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -68,7 +69,7 @@ def run_command(run: Callable[[], int], *, kept: str = GOES_ON, less_memory: str
     except UserError as error:
         return _tell(str(error), USER_MISTAKE)
     except OSError as error:
-        if isinstance(error, _WRONG_NAME):
+        if isinstance(error, _WRONG_NAME) or error.errno in _NO_NAME:
             return _tell(_told(error), USER_MISTAKE)
         return _tell("; ".join(filter(None, (_told(error), kept))), FAILURE)
     except (RuntimeError, MemoryError) as error:

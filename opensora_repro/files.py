@@ -49,6 +49,17 @@ def shipped(name: str) -> Path:
     return (package if (package / "checkpoints").is_dir() else package.parent) / name
 
 
+def is_free(path: str | Path) -> bool:
+    """Whether nothing has the name yet, and something could: it is a possible one, and no file is in its way."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return False
+
+
 def here_or_shipped(path: str | Path) -> Path:
     """Return `path`; where nothing is there, what comes with the product under that name: it works in any folder."""
     path = Path(path).expanduser()

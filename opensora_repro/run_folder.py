@@ -228,6 +228,13 @@ def check_folder(key: str, folder: str) -> None:
         raise ConfigError(f"{key} = {folder}: cannot be used ({reason})") from None
 
 
+def check_file(key: str, path: Path) -> None:
+    """As `check_folder`, of a file that is to be written there at the end of long work."""
+    if os.path.isdir(path):
+        raise ConfigError(f"{key} = {path}: cannot be used (this is a folder, expected a file's name)")
+    check_folder(key, str(path.parent))
+
+
 def _is_there(path: Path) -> bool:
     """Whether something has the name, be it a link to nowhere. Raises OSError where it cannot be looked at."""
     try:

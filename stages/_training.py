@@ -74,13 +74,17 @@ def _require(cfg: Config) -> None:
 
 
 def _find_evaluations_models(cfg: Config) -> None:
-    """What a run would need at its first evaluation, and a dry run would not open. Raises ModelNotFound."""
-    paths = {"evaluate.features": cfg.evaluate.features, "evaluate.clip": cfg.evaluate.clip}
-    for key, path in paths.items():
-        if cfg.evaluate.every and path and path != "own" and not os.path.isfile(path):
-            from opensora_repro.frozen.pretrained import find_folder
+    """What a run needs at its first evaluation, and a dry run does not open. Raises ModelNotFound, ConfigError."""
+    if not cfg.evaluate.every or not cfg.evaluate.samples:  # what they measure is sampled
+        return
+    if cfg.evaluate.features not in ("", "own"):
+        from opensora_repro.evaluation.features import check_features
 
-            find_folder(path, key=key, kind="model that [evaluate] measures with")
+        check_features(cfg.evaluate.features, key="evaluate.features")
+    if cfg.evaluate.clip:
+        from opensora_repro.frozen.clip import find_clip
+
+        find_clip(cfg.evaluate.clip, key="evaluate.clip")
 
 
 def _dry_run(cfg: Config, stage: Stage, gpu: str | None) -> int:

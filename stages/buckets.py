@@ -15,6 +15,7 @@ from opensora_repro.config.edit import with_batch_sizes
 from opensora_repro.errors import check_least, run_command
 from opensora_repro.files import here_or_shipped, user_path, write_text
 from opensora_repro.planning.gpus import GIB
+from opensora_repro.run_folder import check_file
 from stages._training import settle_process
 from stages.plan import BEST_UTILISATION, PUBLISHED_UTILISATION
 
@@ -59,11 +60,12 @@ def run(args: argparse.Namespace) -> int:
     settle_process()
     from opensora_repro.planning.batch_sizes import balance, choice_lines
 
+    out = args.out or Path(args.config).with_name(f"{Path(args.config).stem}-buckets.toml")
+    check_file("--out", out)
     entries = look(cfg)
     cost_of, limit, data_ranks = (planned if args.plan else measured)(args, cfg)
     choices = balance(entries, cost_of, limit, seconds=args.seconds, most=args.max_batch)
     print("\n".join(choice_lines(cfg, choices, data_ranks)))
-    out = args.out or Path(args.config).with_name(f"{Path(args.config).stem}-buckets.toml")
     found = {choice.entry.key: choice.batch_size for choice in choices}
     keys = [f"data.buckets[{own}].batch_size" for own in range(len(cfg.data.buckets))] or ["train.batch_size"]
     write_text(out, with_batch_sizes(text, [found.get(key) for key in keys]))

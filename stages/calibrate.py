@@ -56,6 +56,7 @@ def measure(args: argparse.Namespace, prompts: list[str]) -> int:
     from dataclasses import replace
 
     from opensora_repro.files import write_text
+    from opensora_repro.run_folder import check_file
     from opensora_repro.sampling.calibration import calibrate
     from opensora_repro.sampling.run import pick_device, with_options
     from opensora_repro.sampling.source import find_source
@@ -67,6 +68,7 @@ def measure(args: argparse.Namespace, prompts: list[str]) -> int:
     names = ("sampler", "steps", "guidance", "num_frames", "height", "width")
     config = with_options(source.config, **{name: getattr(args, name) for name in names})
     out = args.out or (path if path.is_dir() else path.parent) / CALIBRATION
+    check_file("--out", out)
     found = calibrate(
         replace(source, config=config), prompts, pick_device(args.device, 1, 0), seed=args.seed,
         batch_size=args.batch_size, least_psnr=args.psnr,

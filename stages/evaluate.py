@@ -16,6 +16,7 @@ from opensora_repro.config import ConfigError
 from opensora_repro.config.checks import SAMPLERS
 from opensora_repro.errors import GOES_ON, run_command
 from opensora_repro.files import user_path, user_place
+from opensora_repro.run_folder import check_folder
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -117,8 +118,7 @@ def check(args: argparse.Namespace) -> None:
             raise ConfigError(f"--levels {level:g}: expected shares of the noise range, from 0 to 1")
     if not args.manifest.is_file():
         raise ConfigError(f"--manifest {args.manifest}: no such file, expected a manifest of held-out clips")
-    if args.out.exists() and not args.out.is_dir():
-        raise ConfigError(f"--out {args.out}: this is a file, expected a folder")
+    check_folder("--out", str(args.out))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from opensora_repro.config import ConfigError
 from opensora_repro.config.checks import SAMPLERS
 from opensora_repro.errors import GOES_ON, run_command
 from opensora_repro.files import user_path
+from opensora_repro.run_folder import check_folder
 from opensora_repro.sampling.options import Options
 from opensora_repro.weights.catalog import here_or_published
 
@@ -141,8 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: Options) -> int:
     source = here_or_published(args.source)  # seen without importing torch
     args = replace(args, source=best(source) if args.best else source)
-    if args.out.exists() and not args.out.is_dir():
-        raise ConfigError(f"--out {args.out}: this is a file, expected a folder")
+    check_folder("--out", str(args.out))
     return sample(args)
 
 

@@ -226,7 +226,8 @@ _MEASURED_WITH = {
 
 def _check_best(config: Config, require: Any) -> None:
     """The best checkpoint can be kept only where what is measured is saved."""
-    metric, key = config.checkpoint.keep_best.split("@")[0], "checkpoint.keep_best"
+    name, key = config.checkpoint.keep_best, "checkpoint.keep_best"
+    metric, at, _ = name.partition("@")
     if not metric:
         return
     evaluate, validation = config.evaluate, config.validation
@@ -237,6 +238,9 @@ def _check_best(config: Config, require: Any) -> None:
         require(key, bool(validation.every) and known, "none without evaluate.every (or loss with validation.every)")
     else:
         require(key, metric in _MEASURED_WITH, f"one of {', '.join(_MEASURED_WITH)}, which [evaluate] measures")
+        levels = [f"loss@{level:g}" for level in validation.timesteps]
+        expected = f"{metric}, or of validation.timesteps {', '.join(levels)}"
+        require(key, not at or name in levels, expected)
         for needed in _MEASURED_WITH[metric]:
             require(key, bool(getattr(evaluate, needed)), f"another without evaluate.{needed}, or set that")
     name, every = ("evaluate", evaluate.every) if evaluate.every else ("validation", validation.every)

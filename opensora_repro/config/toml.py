@@ -257,7 +257,7 @@ def toml_value(raw: str) -> Any:
     """A TOML value, or the text itself where it is none (`init.weights=runs/stage1` needs no quotes)."""
     try:
         parsed = tomllib.loads(f"value = {raw}")
-    except tomllib.TOMLDecodeError:
+    except ValueError:  # also of more digits than Python reads
         return raw
     return parsed["value"] if len(parsed) == 1 else raw
 
@@ -275,6 +275,8 @@ def _convert(name: str, value: Any, hint: Any, where: str) -> Any:
         return _convert_section(name, value, hint, where)
     if typing.get_origin(hint) is tuple:
         return _convert_tuple(name, value, typing.get_args(hint), where)
+    if type(value) is int and not -(1 << 63) <= value < 1 << 63:
+        raise ConfigError(f"{where}: {name}: expected a number of 64 bits, as TOML's are")
     exact = type(value) is hint
     if hint is float and type(value) is int:
         value, exact = float(value), True

@@ -209,6 +209,11 @@ class Schedule:
         own = Samples(bucket, np.full(len(rows), epoch), rows)
         return own if ordinal else _joined(left, own)
 
+    def require_step(self) -> None:
+        """Raise DataError where the samples never make a step."""
+        while not self._first[-1]:
+            self._count_more()
+
     def draw(self, epoch: int) -> int:
         """Which of the samples' draws an epoch shows."""
         return epoch % self.draws if self.draws else epoch
@@ -223,9 +228,14 @@ class Schedule:
         """Count the samples of as many epochs more as were counted before."""
         counted = len(self._taken) - 1
         if counted > max(64, self.draws) and not self._taken[-1].any():
-            raise DataError("no clip goes to any of data.buckets")
+            raise DataError(
+                f"no clip goes to any of data.buckets in {counted} epochs: let one that has clips keep more"
+            )
         if counted > MOST_EPOCHS and not self._first[-1]:
-            raise DataError(f"{counted} epochs of what goes to data.buckets do not make one step")
+            raise DataError(
+                f"{counted:,} epochs of the clips do not make one step of {self.samples.min():,} samples: lower "
+                "train.batch_size (or batch_size of data.buckets) or train.accumulation, or add clips"
+            )
         epochs = np.arange(counted, max(1, 2 * counted))
         counts = self.assignment.counts(epochs % self.draws if self.draws else epochs)
         self._taken = np.concatenate([self._taken, self._taken[-1] + counts.cumsum(axis=0)])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,9 +16,9 @@ from torch.nn.functional import interpolate
 
 from opensora_repro.config import ConfigError
 from opensora_repro.files import Sha256Memo
-from opensora_repro.frozen.clip import ClipModel, clip_fingerprint, load_clip
+from opensora_repro.frozen.clip import ClipModel, clip_fingerprint, find_clip, load_clip
 from opensora_repro.frozen.image_encoder import ImageEncoder, find_image_encoder, prepared
-from opensora_repro.frozen.pretrained import FrozenModel, check_complete, find_folder
+from opensora_repro.frozen.pretrained import FrozenModel, ModelNotFound, check_complete, find_folder, read_object
 
 OWN = "own"  # the name of the model that is trained on the spot
 KEY = "features"
@@ -40,13 +41,39 @@ def open_features(path: str, device: torch.device, *, key: str = f"--{KEY}") -> 
     file = Path(path).expanduser()
     if file.is_file():
         return TorchScriptFeatures(file, device, key=key)
-    folder = find_folder(path, key=key, kind="TorchScript file, or a folder of a timm, CLIP or video model")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if "architecture" in config:
+    kind = _kind_of(path, key)
+    if kind is ImageFeatures:
         return ImageFeatures(find_image_encoder(path, key=key, device=str(device)), path)
-    if config.get("model_type") == "clip":
-        return ClipFeatures(path, device, key=key)
-    return VideoFeatures(path, device, key=key)
+    return ClipFeatures(path, device, key=key) if kind is ClipFeatures else VideoFeatures(path, device, key=key)
+
+
+def check_features(path: str, *, key: str) -> None:
+    """Look at what `open_features` would open, without reading it in. Raises ConfigError, ModelNotFound."""
+    file = Path(path).expanduser()
+    if file.is_file():
+        names = zipfile.ZipFile(file).namelist() if zipfile.is_zipfile(file) else []
+        if not any(name.endswith("/constants.pkl") for name in names):
+            raise ConfigError(f"{key}={file}: no TorchScript file, as torch.jit.save writes it")
+        return
+    kind = _kind_of(path, key)
+    if kind is ImageFeatures:
+        find_image_encoder(path, key=key)
+    elif kind is ClipFeatures:
+        find_clip(path, key=key)
+    else:
+        _find_video_model(lambda *_, **__: None, path, key).part(_video_config)
+
+
+def _kind_of(path: str, key: str) -> type[FeatureModel]:
+    """Whose folder it is. Raises ModelNotFound."""
+    folder = find_folder(path, key=key, kind="TorchScript file, or a folder of a timm, CLIP or video model")
+    try:
+        config = read_object(folder / "config.json")
+    except (OSError, ValueError) as error:
+        raise ModelNotFound(f"{key}={path}: {error}") from None
+    if "architecture" in config:
+        return ImageFeatures
+    return ClipFeatures if config.get("model_type") == "clip" else VideoFeatures
 
 
 def evenly(video: np.ndarray, num_frames: int) -> np.ndarray:
@@ -91,18 +118,15 @@ class VideoFeatures:
 
     def __init__(self, path: str, device: torch.device, *, key: str) -> None:
         self.name, self.device = path, device
-        self.frozen: FrozenModel[Any] = FrozenModel(
-            self._load, path, key=key, kind="transformers video model", weights=("model.safetensors",)
-        )
+        self.frozen = _find_video_model(self._load, path, key)
         self.fingerprint = self.frozen.fingerprint(Sha256Memo())
 
     def _load(self, folder: str, **options: Any) -> Any:
         from transformers import AutoModel
 
+        _video_config(folder, **options)
         model, info = AutoModel.from_pretrained(folder, output_loading_info=True, **options)
         check_complete(info)
-        if not hasattr(model.config, "num_frames"):
-            raise ValueError(f"a {model.config.model_type} takes no videos (its config has no num_frames)")
         return model.float().to(self.device).eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -114,6 +138,19 @@ class VideoFeatures:
         pixels = [torch.cat([prepared(frame, size, mean, std) for frame in video]) for video in frames]
         tokens = model(pixel_values=torch.stack(pixels).to(self.device)).last_hidden_state  # [N, L, D]
         return reduce(tokens, "n l d -> n 1 d", "mean").float().cpu()
+
+
+def _find_video_model(load: Callable[..., Any], path: str, key: str) -> FrozenModel[Any]:
+    return FrozenModel(load, path, key=key, kind="transformers video model", weights=("model.safetensors",))
+
+
+def _video_config(folder: str, **options: Any) -> None:
+    """Raise ValueError for the config of a model that takes no videos."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, **options)
+    if not hasattr(config, "num_frames"):
+        raise ValueError(f"a {config.model_type} takes no videos (its config has no num_frames)")
 
 
 def _colours(folder: Path) -> tuple[Sequence[float], Sequence[float]]:

@@ -57,10 +57,17 @@ class ClipModel:
         return unit(self.model.text_projection(text.pooler_output))
 
 
+def find_clip(path: str, *, key: str) -> FrozenModel[None]:
+    """Look a model's files over without reading it in. Raises ModelNotFound, for a model of another kind, too."""
+    frozen = FrozenModel(lambda *_, **__: None, path, key=key, kind=KIND, weights=WEIGHTS, tokenizer=TOKENIZER)
+    if frozen.config.get("model_type") != "clip":
+        raise frozen.unusable(ValueError(f"its model_type is {frozen.config.get('model_type')!r}"))
+    return frozen
+
+
 def clip_fingerprint(path: str, *, key: str, hash_file: HashFile) -> str:
     """Return a hash of the model's files without reading it in. Raises ModelNotFound."""
-    frozen = FrozenModel(lambda *_, **__: None, path, key=key, kind=KIND, weights=WEIGHTS, tokenizer=TOKENIZER)
-    return frozen.fingerprint(hash_file)
+    return find_clip(path, key=key).fingerprint(hash_file)
 
 
 def load_clip(path: str, *, key: str, device: str = "cpu") -> ClipModel:

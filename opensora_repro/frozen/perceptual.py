@@ -81,7 +81,7 @@ def load_lpips(path: str) -> Lpips:
         raise ConfigError(f"loss.lpips_path = {path}: its VGG16 has other shapes ({reason})") from None
 
 
-def lpips_files(path: str) -> list[Path]:
+def _files(path: str) -> list[Path]:
     """The files of weights in a folder. Raises ConfigError where there is none."""
     found = sorted(file for file in Path(path).glob("*") if file.suffix in (".safetensors", ".pth", ".pt", ".bin"))
     if not found:
@@ -93,7 +93,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     tensors: dict[str, Tensor] = {}
-    for file in lpips_files(str(folder)):
+    for file in _files(str(folder)):
         try:
             whole = file.suffix == ".safetensors"
             tensors |= load_file(file) if whole else torch.load(file, map_location="cpu", weights_only=True)

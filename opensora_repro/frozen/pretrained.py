@@ -48,7 +48,7 @@ class FrozenModel(Generic[T]):
         self.where, self.kind = f"{key}={path}", kind
         self.folder = find_folder(path, key=key, kind=kind)
         try:
-            self.config = _read_object(self.folder / "config.json")
+            self.config = read_object(self.folder / "config.json")
             self.files = [self.folder / "config.json", *_weight_files(self.folder, weights)]
             found = [self.folder / name for name in tokenizer if (self.folder / name).is_file()]
             if tokenizer and not found:
@@ -170,7 +170,7 @@ def _weight_files(folder: Path, names: Sequence[str]) -> list[Path]:
         found = [folder / name] if (folder / name).is_file() else []
         index = folder / f"{name}.index.json"
         if index.is_file():
-            shards = _read_object(index).get("weight_map")
+            shards = read_object(index).get("weight_map")
             if not isinstance(shards, dict):
                 raise ValueError(f"{index.name} has no weight_map")
             found += [index, *(folder / shard for shard in sorted(set(map(str, shards.values()))))]
@@ -195,7 +195,8 @@ def _check_whole(path: Path) -> None:
         raise ValueError(f"{path.name}: {error}; was it copied whole?") from None
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Of a JSON file. Raises ValueError where it holds none, OSError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:

@@ -6,8 +6,10 @@ import html
 import re
 import statistics
 import unicodedata
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,13 +31,14 @@ CLIP_KIND = "transformers CLIP text model with its tokenizer"
 CLIP_LENGTH, CLIP_CHANNELS = 77, 512  # where a config leaves them out, as transformers takes it
 MAX_CHARACTERS = 4096  # far beyond what the encoder reads; bounds the work that a hostile caption can cause
 UNKNOWN_WORDS, CUT_CAPTIONS = 0.01, 0.1  # shares from which on a warning is due
+LOOKED_AT = 32  # texts by which it is told how a tokenizer takes spaces
 CLEANING = 1  # part of the fingerprint: count up when `clean_caption` changes, so that no cache mixes old and new text
 
 _URL = re.compile(r"\b(?:https?://|www\.)\S+")
 _TAG = re.compile(r"</?[a-z!][^<>]*>")
 _MARKDOWN_LINK = re.compile(r"!?\[([^\[\]]*)\]\([^()]*\)")
 # Thai to Lao, Burmese, Khmer, Japanese, Chinese
-_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]")
+_UNSPACED = re.compile("([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff])")
 _HANDLE = re.compile(r"(?<!\w)@\w+")
 
 
@@ -82,24 +85,70 @@ class Reading:
 def read_texts(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[Reading]:
     """How each text, as the tokenizer is given it, is read by a model of `max_length` tokens."""
     split = [text.split() for text in texts]
-    known = list(dict.fromkeys(word for words in split for word in words))
-    # Tokens never reach over a space, so that a word that many captions have is looked at once.
+    # A word that many captions have is looked at once.
+    alone = _ids(tokenizer, (word for words in split for word in words))
+    unknown = _unknown(tokenizer, alone)
+    ids = [[alone[word] for word in words] for words in split]
+    if not _are_apart(tokenizer, split, ids):
+        ids = [_ids_within(tokenizer, words) for words in split]
+    return [_reading(tokenizer, words, found, unknown, max_length) for words, found in zip(split, ids, strict=True)]
+
+
+def _ids(tokenizer: Any, texts: Iterable[str]) -> dict[str, list[int]]:
+    """Token ids of each of the texts, alone."""
+    known = list(dict.fromkeys(texts))
     found = tokenizer(known, add_special_tokens=False, verbose=False).input_ids if known else []
-    ids = dict(zip(known, found, strict=True))
-    return [_reading(tokenizer, words, [ids[word] for word in words], max_length) for words in split]
+    return dict(zip(known, found, strict=True))
 
 
-def _reading(tokenizer: Any, words: Sequence[str], ids: Sequence[Sequence[int]], max_length: int) -> Reading:
+def _unknown(tokenizer: Any, alone: dict[str, list[int]]) -> dict[str, tuple[int, int]]:
+    """Of each word: how many it counts as, and how many of these the tokenizer does not know."""
+    unk, parts = tokenizer.unk_token_id, {word: _counted(word) for word in alone}
+    several = (part for word, own in parts.items() if len(own) > 1 and unk in alone[word] for part in own)
+    of_parts = _ids(tokenizer, several)
+    return {word: (len(own), sum(unk in of_parts.get(part, alone[word]) for part in own if unk in alone[word]))
+            for word, own in parts.items()}  # fmt: skip
+
+
+def _counted(word: str) -> list[str]:
+    """A word itself; of what is written without spaces, its signs and what stands between them, but for points."""
+    parts = [part for part in _UNSPACED.split(word) if any(unicodedata.category(sign)[0] != "P" for sign in part)]
+    return parts if len(parts) > 1 else [word]
+
+
+def _are_apart(tokenizer: Any, split: Sequence[list[str]], ids: Sequence[Sequence[Sequence[int]]]) -> bool:
+    """Whether a text's tokens are its words', each alone, as with T5's tokenizer and CLIP's; by a few of the texts."""
+    some = [number for number, words in enumerate(split) if len(words) > 1][:LOOKED_AT]
+    if not some or not tokenizer.is_fast:  # only those tell where their tokens lie
+        return True
+    whole = tokenizer([" ".join(split[number]) for number in some], add_special_tokens=False, verbose=False).input_ids
+    return all(list(chain.from_iterable(ids[number])) == found for number, found in zip(some, whole, strict=True))
+
+
+def _ids_within(tokenizer: Any, words: Sequence[str]) -> list[list[int]]:
+    """Token ids of each word within its text; a token of the space before a word is the word's."""
+    found: list[list[int]] = [[] for _ in words]
+    ends = list(accumulate((len(word) + 1 for word in words), initial=-1))[1:]
+    text = tokenizer(" ".join(words), add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    for token, (start, _) in zip(text.input_ids, text.offset_mapping, strict=True):
+        found[bisect_right(ends, start)].append(token)
+    return found
+
+
+def _reading(
+    tokenizer: Any, words: Sequence[str], ids: Sequence[Sequence[int]], unknown: dict[str, tuple[int, int]],
+    max_length: int,
+) -> Reading:  # fmt: skip
     added = tokenizer.num_special_tokens_to_add()
-    counts = [max(1, len(_UNSPACED.findall(word))) for word in words]
-    unknown = sum(count for count, tokens in zip(counts, ids, strict=True) if tokenizer.unk_token_id in tokens)
-    reading = Reading(added + sum(map(len, ids)), sum(counts), unknown, " ".join(words), "")
+    counts = [unknown[word] for word in words]
+    known, strange = (sum(count[column] for count in counts) for column in (0, 1))
+    reading = Reading(added + sum(map(len, ids)), known, strange, " ".join(words), "")
     room = max_length - added
     for number, tokens in enumerate(ids):
         if len(tokens) > room:  # of a word that is cut, such as a sentence without spaces, the rest
             part, rest = ("", words[number]) if room <= 0 else map(tokenizer.decode, (tokens[:room], tokens[room:]))
-            read, dropped = " ".join([*words[:number], part]), " ".join([rest, *words[number + 1 :]])
-            return replace(reading, read=read, dropped=dropped)
+            read, dropped = [*words[:number], part.strip()], [rest.strip(), *words[number + 1 :]]
+            return replace(reading, read=" ".join(read).rstrip(), dropped=" ".join(dropped))
         room -= len(tokens)
     return reading
 
@@ -187,9 +236,7 @@ class T5Text(_TextModel):
         """The tokenizer alone, for looking at captions; read anew at each call. Raises ModelNotFound."""
 
         def load(path: str, **options: Any) -> Any:
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(path, **options)
+            tokenizer = _tokenizer(path, **options)
             _check_tokenizer(tokenizer, self.frozen.config.get("vocab_size", len(tokenizer)))
             return tokenizer
 
@@ -290,10 +337,10 @@ def open_text_encoder(
     device = torch.device(device)
 
     def load(path: str, **options: Any) -> tuple[Any, Any]:
-        from transformers import AutoTokenizer, T5EncoderModel
+        from transformers import T5EncoderModel
 
         bar_if_large(path)
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        tokenizer = _tokenizer(path, **options)
         model, info = T5EncoderModel.from_pretrained(path, torch_dtype=dtype, output_loading_info=True, **options)
         check_complete(info)
         _check_tokenizer(tokenizer, model.config.vocab_size)
@@ -394,9 +441,12 @@ def open_clip_text(cfg: TextConfig, device: torch.device | str, dtype: torch.dty
 
 
 def _tokenizer(path: str, **options: Any) -> Any:
+    """Captions begin where their row does, whatever the folder says: they are cut and filled up at their end."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path, **options)
+    tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    return tokenizer
 
 
 class ClassLabels:
@@ -437,6 +487,8 @@ def _check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
     ids = tokenizer("a", add_special_tokens=False).input_ids
     if not ids or tokenizer.unk_token_id in ids:
         raise ValueError("its tokenizer knows no letters; are the tokenizer's files there?")
+    if tokenizer.pad_token_id is None:
+        raise ValueError("its tokenizer has no padding token, which fills up short captions: name one as pad_token")
     if len(tokenizer) > vocab_size:
         raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, the model embeds {vocab_size}")
 

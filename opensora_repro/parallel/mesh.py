@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 from opensora_repro.errors import EngineError
 
+LAST_PORT = 65535
+
 
 def launched_as(world_size: int = 1) -> tuple[int, int, int]:
     """RANK, WORLD_SIZE (by default `world_size`) and LOCAL_RANK as torchrun sets them. Raises EngineError."""
@@ -26,6 +28,16 @@ def launched_as(world_size: int = 1) -> tuple[int, int, int]:
     if local_rank < 0:
         raise EngineError(f"LOCAL_RANK={local_rank}: expected 0 or more")
     return rank, size, local_rank
+
+
+def meeting_place() -> tuple[str, int]:
+    """MASTER_ADDR and MASTER_PORT, where several processes find each other. Raises EngineError."""
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+    if not address or not port:
+        raise EngineError("several processes, but MASTER_ADDR and MASTER_PORT are not set: start them with torchrun")
+    if not port.isdecimal() or int(port) > LAST_PORT:
+        raise EngineError(f"MASTER_PORT={port!r} in the environment: expected a port, 0 to {LAST_PORT}")
+    return address, int(port)
 
 
 def _number(name: str, default: int) -> int:

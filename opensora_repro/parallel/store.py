@@ -15,8 +15,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from torch.distributed import Store as Store  # type: ignore[attr-defined]
 
 from opensora_repro.errors import EngineError
-
-LAST_PORT = 65535
+from opensora_repro.parallel.mesh import meeting_place
 
 
 @dataclass(frozen=True)
@@ -53,15 +52,11 @@ def open_store(*, serve: bool, timeout: float) -> Store:
     Keys of an earlier start are not seen: torchrun's store outlives a restart. Raises EngineError where nobody answers
     within `timeout` seconds, or where the port is taken.
     """
-    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
-    if not address or not port:
-        raise EngineError("several processes, but MASTER_ADDR and MASTER_PORT are not set: start them with torchrun")
-    if not port.isdecimal() or int(port) > LAST_PORT:
-        raise EngineError(f"MASTER_PORT={port!r} in the environment: expected a port, 0 to {LAST_PORT}")
+    address, port = meeting_place()
     try:
         store = TCPStore(
             address,
-            int(port),
+            port,
             is_master=serve,
             timeout=timedelta(seconds=timeout),
             wait_for_workers=False,

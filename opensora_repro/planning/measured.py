@@ -17,7 +17,7 @@ from opensora_repro.planning.flops import forward_products
 from opensora_repro.planning.gpus import Gpu, gpu_of_device
 from opensora_repro.planning.parameters import count_parameters
 from opensora_repro.planning.sizes import latent_shape, token_grid
-from opensora_repro.run_folder import CONFIG_FILE, METRICS_FILE, STATE_FILE, JsonLines
+from opensora_repro.run_folder import CONFIG_FILE, METRICS_FILE, STARTS_FILE, STATE_FILE, JsonLines
 
 LARGEST = 1e18  # that a measured number may be
 FIRST_STEPS = 2  # left out: they start processes, kernels, caches
@@ -114,8 +114,9 @@ def _is_count(value: Any) -> TypeGuard[int]:
 
 
 def _run_devices(run_dir: Path) -> set[str]:
-    """Of its checkpoints: a run may have been resumed on another machine."""
+    """Of its starts and its checkpoints: a run may have been resumed on another machine."""
     states = [_json(path) for path in run_dir.glob(f"checkpoints/step-*/{STATE_FILE}")]
+    states += JsonLines(run_dir / STARTS_FILE).read()  # of checkpoints that are kept no more, too
     devices = [state.get("device") for state in states if isinstance(state, dict)]
     return {name for name in devices if isinstance(name, str) and name}
 

@@ -133,7 +133,7 @@ def open_step_cache(text: str, source: ModelSource, folder: Path) -> StepCache:
     if threshold is None:  # no threshold, or a colon of the name's own
         name = text
     beside = folder if folder.is_dir() else folder.parent
-    places = [Path(name)] if name else [beside / CALIBRATION, source.path / CALIBRATION]
+    places = [Path(name).expanduser()] if name else [beside / CALIBRATION, source.path / CALIBRATION]
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         raise ConfigError(f"--step-cache: no {places[0]}; python -m stages.calibrate {folder} --prompts FILE writes it")

@@ -8,7 +8,7 @@ from pathlib import Path
 from opensora_repro.config import Config, dump_toml
 from opensora_repro.data.buckets import as_heaviest, buckets_of, global_batch_sizes
 from opensora_repro.parallel.device import choose_device
-from opensora_repro.parallel.mesh import Mesh, launched_as
+from opensora_repro.parallel.mesh import Mesh, launched_as, meeting_place
 from opensora_repro.planning.budget import step_flops
 from opensora_repro.planning.encoders import frozen_sizes
 from opensora_repro.planning.flops import forward_products
@@ -34,13 +34,15 @@ def dry_run(cfg: Config, stage: Stage, gpu: Gpu | None = None) -> Iterator[str]:
     """
     tp_size, sp_size = cfg.parallel.tp_size, cfg.parallel.sp_size
     rank, world_size, _ = launched_as(tp_size * sp_size if gpu is not None else 1)
+    if gpu is None and world_size > 1:
+        meeting_place()
     mesh = Mesh(rank, world_size, tp_size, sp_size)
     check_processes(cfg.optim, mesh.world_size)
     yield from dump_toml(cfg).splitlines()
     yield ""
     told: list[str] = []
     start = find_start(cfg, mesh.data_size, report=told.append)
-    frame = find_manifest(cfg.data.manifest)
+    frame = find_manifest(cfg.data.manifest, may_come=not start.resumes)
     if frame is not None:
         check_manifest(cfg, start, frame, say=lambda line: told.append(line.removeprefix("warning: ")))
     yield from (f"# warning: {line}" for line in told)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ import torch
 
 from opensora_repro.config import Config, ConfigError
 from opensora_repro.config.sections import validates
-from opensora_repro.data.buckets import Bucket, as_sampled, global_batch_sizes, kept_buckets
+from opensora_repro.data.buckets import Bucket, as_sampled, assigned, global_batch_sizes, kept_buckets
 from opensora_repro.data.manifest import read_manifest
+from opensora_repro.data.packing import build_schedule
 from opensora_repro.data.preflight import (
     SAMPLED_ROWS,
     bucket_rows,
@@ -26,7 +26,7 @@ from opensora_repro.data.preflight import (
     warnings,
 )
 from opensora_repro.data.tables import kind_by_name
-from opensora_repro.files import is_file
+from opensora_repro.files import is_file, is_free
 from opensora_repro.frozen.autoencoder import Autoencoder
 from opensora_repro.frozen.encoder import Encoder, open_encoder
 from opensora_repro.frozen.pretrained import ModelNotFound
@@ -68,7 +68,7 @@ def preflight(
     """
     _check_machine(cfg, device)
     if cfg.init.weights and (not start.resumes or cfg.lora.rank):
-        if dry and weights_to_come(cfg.init.weights):
+        if dry and _may_come(cfg):
             yield to_come("init.weights", cfg.init.weights)
         else:
             check_weights(cfg, stage)
@@ -96,8 +96,9 @@ def preflight(
                 f"{cfg.data.packing_tokens:,} tokens"
             )
         yield from clips(cfg, frame, "clips of", cfg.data.manifest, samples, here=device is not None, told=told)
+        build_schedule(cfg, assigned(frame, cfg), samples).require_step()
     if validates(cfg) or cfg.evaluate.every:
-        yield from _held_out_clips(cfg, here=device is not None, dry=dry, told=told)
+        yield from _held_out_clips(cfg, here=device is not None, may_come=dry and not start.resumes, told=told)
     if frame is not None and encoder is not None:
         looked = keyed_sample(frame, SAMPLED_ROWS)["caption"].to_pylist()
         prompts = cfg.sample.prompts if cfg.sample.every else ()
@@ -120,18 +121,19 @@ def _check_machine(cfg: Config, device: torch.device | None) -> None:
 
 def _check_encoder(cfg: Config, encoder: Encoder) -> None:
     """Whether the frozen models fit the model and every bucket. Raises ConfigError."""
-    check_fit(as_sampled(cfg), encoder.vae, encoder.text)
     stride = encoder.vae.spatial_stride
-    for bucket in kept_buckets(cfg):
+    for bucket in kept_buckets(cfg) if cfg.data.buckets else ():
         if min(bucket.height, bucket.width) < stride:
             raise ConfigError(f"data.buckets: {bucket}: a side is below {stride}, the autoencoder's stride")
+    check_fit(as_sampled(cfg), encoder.vae, encoder.text)
+    for bucket in kept_buckets(cfg):
         encoder.vae.check_frames(bucket.num_frames, f"data.buckets: {bucket}")
         check_tokens(cfg, bucket, encoder.vae)
 
 
-def _held_out_clips(cfg: Config, *, here: bool, dry: bool, told: list[dict[str, Any]] | None) -> Iterator[str]:
+def _held_out_clips(cfg: Config, *, here: bool, may_come: bool, told: list[dict[str, Any]] | None) -> Iterator[str]:
     path = cfg.data.val_manifest
-    held_out = find_manifest(path) if dry else read_manifest(path)
+    held_out = find_manifest(path, may_come=may_come)
     if held_out is None:
         yield to_come("data.val_manifest", path)
         return
@@ -159,12 +161,18 @@ def check_tokens(cfg: Config, bucket: Bucket, vae: Autoencoder) -> None:
 def is_to_come(path: str) -> bool:
     """Whether nothing has the name: an earlier stage may make it. What is there, but wrong, is a mistake."""
     there = place(path)
-    return not (is_file(there) if address_of(there) else os.path.lexists(there))
+    return not is_file(there) if address_of(there) else is_free(there)
 
 
-def find_manifest(path: str, *, need_captions: bool = True) -> Any | None:
-    """The manifest's rows, None where it is to come. Raises DataError."""
-    if not is_to_come(path):
+def _may_come(cfg: Config) -> bool:
+    """Whether an earlier stage may have to make `init.weights` yet: none makes what lies in the run's own folder."""
+    weights, own = Path(cfg.init.weights).absolute(), Path(cfg.run.dir).absolute()
+    return own not in (weights, *weights.parents) and weights_to_come(cfg.init.weights)
+
+
+def find_manifest(path: str, *, need_captions: bool = True, may_come: bool = True) -> Any | None:
+    """The manifest's rows, None where it is to come, as none is that a run began with. Raises DataError."""
+    if not may_come or not is_to_come(path):
         return read_manifest(path, need_captions=need_captions)
     kind_by_name(place(path))  # what comes under another name will not be one
     return None

@@ -11,9 +11,16 @@ from typing import Any
 from opensora_repro.config import AutoencoderConfig, Config, ConfigError, config_dict
 from opensora_repro.files import one_line
 
+LONGEST_NAME, NOT_IN_NAMES = 128, "/\\#?%:"  # of projects, as wandb has it
+
 
 def check_track(cfg: Config | AutoencoderConfig) -> None:
-    """Raise ConfigError where what `[track]` asks for is not installed."""
+    """Raise ConfigError where what `[track]` asks for is not installed, or has a name that no project can have."""
+    if len(cfg.track.wandb) > LONGEST_NAME or set(cfg.track.wandb) & set(NOT_IN_NAMES):
+        raise ConfigError(
+            f"track.wandb = {cfg.track.wandb}: expected a project's name, at most {LONGEST_NAME} characters without "
+            f"any of {' '.join(NOT_IN_NAMES)}; WANDB_ENTITY names whose it is"
+        )
     if cfg.track.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             f"track.wandb = {cfg.track.wandb}: wandb is not installed; pip install 'opensora-repro[track]', "

@@ -91,6 +91,15 @@ def find_cached(name: str) -> Path | None:
     return _place(entry, found)
 
 
+def means_published(name: str) -> bool:
+    """Whether a name is the catalog's, or such a one without its ending or folder, or nearly: no path of a run."""
+    given = Path(name.strip()).as_posix().lower()
+    known = [text for entry in load_catalog() for text in (entry.name, os.path.splitext(entry.name)[0],
+             entry.name.removesuffix(f"/{entry.folder}"), entry.repository)]  # fmt: skip
+    alike = [text.lower() for text in known if text.count("/") == given.count("/")]
+    return bool(difflib.get_close_matches(given, alike, n=1, cutoff=0.85))
+
+
 def similar_name(name: str) -> str:
     """For the end of a line on a name that nothing has: the catalog's, if one is nearly alike."""
     close = _closest(name, 0.8)

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from opensora_repro.errors import UserError, is_out_of_memory
-from opensora_repro.files import Sha256Memo, sha256_of, size_and_time
+from opensora_repro.files import Sha256Memo, is_free, sha256_of, size_and_time
 from opensora_repro.run_folder import (
     ADAPTER_FILE,
     CONFIG_FILE,
@@ -33,7 +33,7 @@ from opensora_repro.run_folder import (
     list_steps,
     step_of,
 )
-from opensora_repro.weights.catalog import CatalogError, Progress, find_cached, load_catalog, similar_name
+from opensora_repro.weights.catalog import CatalogError, Progress, find_cached, means_published, similar_name
 from opensora_repro.weights.diffusers_layout import diffusers_kind, dit_facts, pixart_facts
 from opensora_repro.weights.inert import inert_containers
 
@@ -67,6 +67,7 @@ MODEL_FILES = (
     "model/pytorch_model.bin",
 )
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")  # of a folder's only weights file, whatever its name
+OTHERS_SUFFIXES = (".gguf", ".onnx", ".h5", ".msgpack", ".npz", ".zip")  # of weights that nothing here reads
 # How files begin that lie beside weights
 NO_WEIGHTS = ("optimizer", "scheduler", "lr_scheduler", "sampler", "null_caption")
 FACTS_KEY = "opensora_repro.model"  # of a safetensors file's metadata: fields of the model's config, as JSON
@@ -201,9 +202,9 @@ def find_weights(path: str | Path, *, ema: bool = True) -> Path:
     Raises WeightsError.
     """
     path = Path(path)
-    if path.is_file():
+    if os.path.isfile(path):  # False of names that no file can have, too
         return path
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return find_weights(_cached(str(path)), ema=ema)
     for folder in (*_newest_steps(path), path, path / "transformer"):
         for name in (*EMA_FILES, *MODEL_FILES) if ema else MODEL_FILES:
@@ -227,12 +228,14 @@ def find_weights(path: str | Path, *, ema: bool = True) -> Path:
 def weights_to_come(path: str) -> bool:
     """Whether this may be a run that an earlier stage has to make, or has begun, without a checkpoint so far."""
     run = Path(path)
-    if os.path.lexists(path):
-        begun = (run / CONFIG_FILE).is_file() and not (run / "checkpoints").exists()
+    if not is_free(run):
+        begun = os.path.isfile(run / CONFIG_FILE) and not (run / "checkpoints").exists()
         return begun and not any(file.suffix in SUFFIXES for file in run.iterdir())
-    if any(entry.name == path for entry in load_catalog()):  # fetched by its name, not made
+    if means_published(path):  # fetched, not made
         return False
-    return run.suffix not in SUFFIXES or "checkpoints" in run.parts  # no stage makes such files, but in checkpoints
+    if run.suffix.lower() not in (*SUFFIXES, *OTHERS_SUFFIXES):
+        return True
+    return "checkpoints" in run.parts and run.name in (EMA_FILES[0], MODEL_FILE)
 
 
 def _cached(name: str) -> Path:

@@ -78,6 +78,16 @@ def test_out_of_memory_halves_and_goes_on(
     assert not (tmp_path / "cache").exists()
 
 
+def test_where_nothing_can_be_written_nothing_is_measured(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(world.root / "run.toml"), *world.arguments(tmp_path / "run", "clips")]
+    for out in (tmp_path, world.root / "run.toml" / "x.toml"):
+        assert buckets.main([*arguments, "--out", str(out)]) == 2
+        told = capsys.readouterr()
+        assert "error: --out = " in told.err and "measuring" not in told.out
+
+
 def test_more_processes_than_one_are_for_the_plan(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

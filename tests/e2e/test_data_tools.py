@@ -100,6 +100,9 @@ def test_clips_fit_the_config_that_they_are_for(
     for keys, rate in (("fps = 12.5", "12.5"), ('frame_sampling = "uniform"', "")):  # every frame of theirs counts
         config.write_text(f"[data]\nnum_frames = 4\nwidth = 48\n{keys}\n")
         assert recipe_options(str(config)) == {"min_frames": 4, "short_side": 256, "fps": rate}
+    buckets = '[[data.buckets]]\nnum_frames = 2\nresolution = "96x96"\nkeep = 0.0\n[[data.buckets]]\nnum_frames = 8\n'
+    config.write_text(f'[data]\nfps = 24\n{buckets}resolution = "64x48"\n')  # what one without clips takes is lost
+    assert recipe_options(str(config)) == {"min_frames": 8, "short_side": 48, "fps": "24"}
     with pytest.raises(SystemExit):
         split.main(["--for-training", str(footage), "--out", str(tmp_path / "out")])
     assert "is no .toml; write the input before it" in capsys.readouterr().err

@@ -207,6 +207,13 @@ def test_a_dry_run_refuses_what_a_run_would(world: World, tmp_path: Path, capsys
         ({"data__val_manifest": ""}, "evaluate.every is set, but data.val_manifest is not"),
         ({"evaluate__features": "gone/i3d"}, "evaluate.features=gone/i3d"),
         ({"evaluate__clip": str(tmp_path)}, "no config.json in this folder"),
+        (
+            {"evaluate__clip": str(world.text)},
+            "as a transformers CLIP model with its tokenizer (its model_type is 't5'",
+        ),
+        ({"evaluate__features": str(world.root / "empty.toml")}, "empty.toml: no TorchScript file"),
+        ({"evaluate__features": str(world.vae)}, "cannot be loaded as a transformers video model (no model.safe"),
+        ({"evaluate__features": str(world.text)}, "a t5 takes no videos (its config has no num_frames)"),
         ({"checkpoint__keep_best": "psnr", "evaluate__every": 0, "validation__every": 1000}, "stage 0 measures it"),
         ({"checkpoint__keep_best": "loss"}, "evaluate.every = 2 to be a multiple of checkpoint.every = 1000"),
     ):

@@ -75,7 +75,7 @@ def test_parts_are_stored_and_resumed_by_their_settings(
 
 
 def test_a_step_cache_is_calibrated_found_and_bound_to_its_weights(
-    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = shutil.copytree(home / "flow", tmp_path / "run")
     prompts = tmp_path / "prompts.txt"
@@ -96,13 +96,17 @@ def test_a_step_cache_is_calibrated_found_and_bound_to_its_weights(
     stored = record(tmp_path / "found")["step_cache"]
     assert stored == {"threshold": rows[-1]["threshold"], "polynomial": told["polynomial"], "span": told["span"]}
 
-    other = [str(home / "iddpm"), "--prompt", "x", "--step-cache", str(run / "step_cache.json")]
+    monkeypatch.setenv("HOME", str(run))
+    other = [str(home / "iddpm"), "--prompt", "x", "--step-cache", "~/step_cache.json"]
     check_mistake(other, "step_cache.json: calibrated for other weights; run stages.calibrate", tmp_path / "x", capsys)
     check_mistake(
         [str(home / "iddpm"), "--prompt", "x", "--step-cache"], "iddpm --prompts FILE writes it", tmp_path, capsys
     )
     (run / "step_cache.json").write_text('{"polynomial": ["a"]}')
     check_mistake([str(run), "--prompt", "x", "--step-cache"], "not a file of stages.calibrate", tmp_path, capsys)
+    for out in (tmp_path, prompts / "x.json"):
+        assert calibrate.main([*args, "--out", str(out)]) == 2
+        assert "error: --out = " in (err := capsys.readouterr().err) and "calibrating" not in err
     assert calibrate.main([*args, "--steps", "3"]) == 2
     assert "--steps 3: expected at least 5, or there is nothing to skip" in capsys.readouterr().err
 

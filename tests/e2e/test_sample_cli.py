@@ -394,10 +394,13 @@ def test_an_unknown_key_in_the_config(home: Path, tmp_path: Path, capsys: pytest
     check_mistake([str(run), "--prompt", "x"], "hidden_size", tmp_path, capsys)
 
 
-def test_out_is_a_file(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", ["out", "out/below", "n" * 300, "/proc/below"])
+def test_a_folder_that_cannot_be(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     (tmp_path / "out").write_text("mine")
-    assert main([str(home / "flow"), "--prompt", "x", "--out", str(tmp_path / "out")]) == 2
-    assert "this is a file, expected a folder" in capsys.readouterr().err
+    for flags in ([], ["--dry-run"], ["--overwrite"], ["--overwrite", "--dry-run"]):
+        assert main([str(home / "flow"), "--prompt", "x", "--out", str(tmp_path / name), *flags]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: --out = ") and "cannot be used (" in line
     assert (tmp_path / "out").read_text() == "mine"
 
 

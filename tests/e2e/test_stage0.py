@@ -122,6 +122,28 @@ def test_a_dry_run_says_what_would_be(world: World, tmp_path: Path, capsys: pyte
     assert "init.weights" in capsys.readouterr().err
 
 
+def test_what_a_run_refuses_a_dry_run_refuses(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for changes, message in (
+        ({"train.batch_size": 10**9}, "do not make one step of 1,000,000,000 samples"),
+        ({"train.kernels": "triton"}, 'train.kernels = "triton" cannot run here'),
+        ({"loss.lpips": 1.0, "loss.lpips_path": str(world.vae)}, "no VGG16 in torchvision's layout"),
+    ):
+        for flags in (["--dry-run"], []):
+            assert stage0_autoencoder.main([*arguments(world, tmp_path / "run", **changes), *flags]) == 2
+            assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_other_ids_are_refused_by_a_dry_run_too(
+    world: World, image_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fewer = tmp_path / "fewer.parquet"
+    write_manifest(read_manifest(world.manifest("clips")).slice(1), fewer)
+    words = arguments(world, image_run, **{**EVERYTHING, "data.manifest": str(fewer), "train.steps": 99})
+    for flags in (["--dry-run"], []):
+        assert stage0_autoencoder.main([*words, *flags]) == 2
+        assert "has changed since" in capsys.readouterr().err
+
+
 def test_clips_without_captions_will_do_without_a_text_encoder(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

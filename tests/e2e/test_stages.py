@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -272,6 +273,8 @@ def test_what_an_earlier_stage_has_to_make(world: World, tmp_path: Path, capsys:
         ("data__manifest", "a folder"),
         ("init__weights", "a folder"),
         ("init__weights", "STDiT.pth"),  # no stage makes such a file
+        ("init__weights", "STDiT.PTH"),
+        ("init__weights", "checkpoints/STDiT.pth"),
         ("init__weights", "PixArt-alpha/PixArt-XL-2-256x256/transformer"),  # which is fetched
     ):
         (tmp_path / "a folder").mkdir(exist_ok=True)
@@ -284,6 +287,8 @@ def test_what_an_earlier_stage_has_to_make(world: World, tmp_path: Path, capsys:
             **{**coming, key: value if "/" in value else str(tmp_path / value)},
         )
         assert value in wrong
+    own = {**coming, "init__weights": str(world.root / "refused" / "checkpoints")}
+    assert "checkpoints: no such weights file" in refused(stage2_video, world, capsys, "clips", dry=True, **own)
     assert "clips.parquet: no such file" in refused(stage2_video, world, capsys, "clips", **coming)
     only = {"init__weights": coming["init__weights"]}
     assert "stage1: no such weights" in refused(stage2_video, world, capsys, "clips", **only)
@@ -361,6 +366,15 @@ def test_wrong_settings(world: World, image_run: Path, capsys: pytest.CaptureFix
         (stage1_image, "images", {"run__dir": str(world.root / "empty.toml" / "run")}, "cannot be used (Not a dir"),
         (stage1_image, "images", {"data__cache": str(world.root / "empty.toml"), "data__draws": 1}, "data.cache = "),
         (stage1_image, "images", {"text__path": "nobody/has-this"}, "nor in the hub's cache"),
+        (stage1_image, "images", {"text__path": str(without_padding(world))}, "its tokenizer has no padding token"),
+        (stage1_image, "images", {"run__seed": 2**63}, "run.seed: expected a number of 64 bits"),
+        (stage1_image, "images", {"optim__lr": 10**400}, "optim.lr: expected a number of 64 bits"),
+        (stage1_image, "images", {"track__wandb": "a/b"}, "track.wandb = a/b: expected a project's name"),
+        (stage1_image, "images", {"train__batch_size": 10**9}, "do not make one step of 1,000,000,000 samples"),
+        (stage1_image, "images", {"data__manifest": str(world.vae / "config.json" / "m.csv")}, "m.csv: no such file"),
+        (stage1_image, "images", {"init__weights": str(world.vae / "config.json" / "x")}, "x: no such weights file"),
+        (stage1_image, "images", {"init__weights": "x" * 5000}, "no such weights file"),
+        (stage1_image, "images", {"init__weights": "runs\0"}, "no such weights file"),
         (stage1_image, "images", {"model__hidden_size": 65536, "model__depth": 500}, "this machine has"),
         (stage2_video, "clips", {"data__num_frames": 13}, "none of the 7 clips can be used: 7 clips have fewer than"),
         (stage2_video, "clips", {"data__num_frames": 13, "data__manifest": wrong_paths(world)}, "7 files are missing"),
@@ -376,6 +390,45 @@ def test_wrong_settings(world: World, image_run: Path, capsys: pytest.CaptureFix
             assert message in refused(stage, world, capsys, data, dry=dry, **changes)
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("keep = 1e-9", "no clip goes to any of data.buckets in 128 epochs: let one that has clips keep more"),
+        ("batch_size = 1000000000", "epochs of the clips do not make one step of 1,000,000,000 samples: lower train."),
+    ],
+)
+def test_buckets_that_never_make_a_step(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], keys: str, message: str
+) -> None:
+    config = tmp_path / "buckets.toml"
+    config.write_text(f'[[data.buckets]]\nnum_frames = 4\nresolution = "32x32"\n{keys}\n')
+    for flags in (["--dry-run"], []):
+        assert stage2_video.main([str(config), *world.arguments(tmp_path / "run", "clips"), *flags]) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_bucket_below_the_autoencoders_stride_is_named(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "buckets.toml"
+    config.write_text('[[data.buckets]]\nnum_frames = 4\nresolution = "4x4"\n')
+    arguments = [str(config), *world.arguments(tmp_path / "run", "clips"), "--dry-run"]
+    assert stage2_video.main(arguments) == 2
+    assert "data.buckets: 4 x 4x4: a side is below 8, the autoencoder's stride" in capsys.readouterr().err
+
+
+def without_padding(world: World) -> Path:
+    """The text encoder, whose tokenizer names no padding token."""
+    folder = world.root / "text without padding"
+    shutil.copytree(world.text, folder, dirs_exist_ok=True)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            content = json.loads((folder / name).read_text())
+            content.pop("pad_token", None)
+            (folder / name).write_text(json.dumps(content))
+    return folder
+
+
 def wrong_paths(world: World) -> str:
     frame = pd.read_parquet(world.manifest("clips"))
     path = world.root / "wrong_paths.parquet"
@@ -389,6 +442,17 @@ def test_a_run_folder_with_other_settings(world: World, image_run: Path, capsys:
     assert train(stage1_image, world, image_run, "images", optim__lr=1e-3, train__steps=9) == 2
     assert "optim.lr = 0.01 there, 0.001 here" in capsys.readouterr().err
     assert before == {path: path.stat().st_mtime_ns for path in image_run.rglob("*")}
+
+
+def test_what_a_run_began_with_is_not_to_come(
+    world: World, image_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = str(tmp_path / "gone.parquet")
+    for changes in ({"data__manifest": gone}, {"data__val_manifest": gone, "validation__every": 1}):
+        for flags in (["--dry-run"], []):
+            settings: dict[str, Any] = {"optim__lr": 1e-2, "train__steps": 9, **changes}
+            assert train(stage1_image, world, image_run, "images", *flags, **settings) == 2
+            assert "gone.parquet: no such file" in capsys.readouterr().err
 
 
 def test_a_manifest_that_has_changed(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -301,12 +301,19 @@ def test_ctrl_c_before_training(world: World, tmp_path: Path) -> None:
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2, but RANK is not set"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
         ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "x"}, "LOCAL_RANK='x'"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR and MASTER_PORT are not set"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "70000"}, "MASTER_PORT='70000'"),
     ],
 )
-def test_a_bad_environment(ends: Any, monkeypatch: pytest.MonkeyPatch, environment: Any, shown: str) -> None:
+def test_a_bad_environment(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], ends: Any, monkeypatch: pytest.MonkeyPatch,
+    environment: Any, shown: str,
+) -> None:  # fmt: skip
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert shown in ends(DATA)
+    assert stage2_video.main([*arguments(world, tmp_path / "run"), "--dry-run"]) == DATA
+    assert shown in capsys.readouterr().err
 
 
 # Weights and steps that are not finite

@@ -399,6 +399,8 @@ def test_the_best_checkpoint_is_kept_and_known(tmp_path: Path) -> None:
         ("noise", EvaluateConfig(every=10, samples=0), 0, "another without evaluate.samples"),
         ("psnr", EvaluateConfig(every=10), 0, "which .evaluate. measures"),
         ("loss", EvaluateConfig(every=7), 0, "evaluate.every = 7 to be a multiple of checkpoint.every = 5"),
+        ("loss@0.33", EvaluateConfig(every=10), 0, "loss, or of validation.timesteps loss@0.1, loss@0.3, "),
+        ("noise@0.1", EvaluateConfig(every=10), 0, "noise, or of validation.timesteps loss@0.1"),
         ("loss@0.1", EvaluateConfig(every=10), 0, ""),
         ("loss", EvaluateConfig(), 10, ""),
         ("kernel", EvaluateConfig(every=5, features="own"), 0, ""),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import pkgutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import stages
 from data_tools import pipeline
 from opensora_repro.config import load_config
 from opensora_repro.config.sections import PATH_KEYS
@@ -19,6 +22,11 @@ from stages import demo, plan, sample, stage2_video, weights
 
 # What options call the paths that they take
 PATHS = {"DIR", "FILE", "PATH", "INPUT", "MODEL", "HEAD", "CONFIG.toml", "RUN_OR_CHECKPOINT", "input", "table"}
+
+
+STAGES = sorted(
+    m.name for m in pkgutil.iter_modules(stages.__path__) if m.name not in ("__main__", "_training", "configs")
+)
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +59,48 @@ def test_every_path_option_of_the_data_tools(home: Path, name: str) -> None:
         suffix = ".toml" if action.metavar == "CONFIG.toml" else ""
         assert str(action.type(f"~/x{suffix}")) == f"{home}/x{suffix}", action
     assert not [action for action in parser._actions if action.type is Path]
+
+
+# What other options of the stages call what they take; those with a file among it expand that where they read it
+OTHERS = {
+    "ADDRESS", "H:W", "ID", "KEY=VALUE", "N", "NAME", "REPO", "S,B,...", "1x,4x,...", "SIZE", "STEP", "TEXT", "T,H,W",
+    "X", "device", "section.key=value",
+    "FILE;FILE", "FILE[:THRESHOLD]|THRESHOLD", "MASK|X,Y,WIDTH,HEIGHT", "PATH[:WEIGHT]",
+    "PLACE=FILE[SPAN]@STRENGTH", "URL|MODEL",
+}  # fmt: skip
+
+
+class Built(Exception):
+    pass
+
+
+def parsers(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[argparse.ArgumentParser]:
+    """Those that a stage parses its command line with."""
+
+    def stop(parser: argparse.ArgumentParser, *_: Any) -> None:
+        raise Built(parser)
+
+    for method in ("parse_args", "parse_known_args", "parse_intermixed_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, method, stop)
+    module = importlib.import_module(f"stages.{name}")
+    with pytest.raises(Built) as found:
+        (module.parse if hasattr(module, "parse") else module.main)([])
+    (parser,) = found.value.args
+    inner = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    yield parser
+    yield from (choice for action in inner for choice in action.choices.values())
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_whatever_an_option_of_the_stages_takes_is_a_path_or_known_to_be_none(
+    home: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for parser in parsers(name, monkeypatch):
+        for action in parser._actions:
+            plain = action.nargs == 0 or action.choices or action.type in (int, float)
+            if not plain and (action.metavar or action.dest) not in OTHERS:
+                assert action.type is not None, action
+                assert str(action.type("~/x.toml")) == f"{home}/x.toml", action
 
 
 def test_every_path_option_of_the_stages(home: Path) -> None:

@@ -313,6 +313,10 @@ def test_another_kind_of_device_tells_nothing(tmp_path: Path, capsys: pytest.Cap
     run = write_run(tmp_path / "run", cfg, lines)
     source = planned(capsys, LONG, "--gpu", "A100", "--measured", str(run))["time"]["utilisation_from"]
     assert source.startswith("on a device that is not recorded")
+    starts = run / "starts.jsonl"  # of a run without checkpoints so far
+    starts.write_text('{"step": 0, "device": "Tesla T4"}\n{"step": 9, "dev')
+    assert "measured on Tesla T4, which" in refused(capsys, LONG, "--gpu", "A100", "--measured", str(run))
+    starts.unlink()
     for step, device in enumerate(("NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-40GB", "cpu")):
         folder = run / "checkpoints" / f"step-{step:08d}"
         folder.mkdir(parents=True)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,6 +89,48 @@ def test_what_of_a_caption_is_read(text: T5Text) -> None:
 def test_scripts_without_spaces_count_by_their_signs(text: T5Text) -> None:
     readings = text.read(["a red circle", "\u4e00\u53ea\u7ea2\u8272\u7684\u5706", "red \u0e41\u0e14\u0e07"])
     assert [(reading.words, reading.unknown) for reading in readings] == [(3, 0), (6, 6), (4, 3)]
+
+
+# In a tokenizer's folder: the file, what is changed in it
+SPACES = {"pre_tokenizer": None, "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}}
+CUT = {"direction": "Left", "max_length": 6, "strategy": "LongestFirst", "stride": 0}
+ODD: dict[str, tuple[str, dict[str, Any]]] = {
+    "filled up in front": ("tokenizer_config.json", {"padding_side": "left"}),
+    "cut in front": ("tokenizer_config.json", {"truncation_side": "left"}),
+    "cut in front to its own length": ("tokenizer.json", {"truncation": CUT}),
+    "no space before the first word": ("tokenizer.json", SPACES),
+    "no end token": ("tokenizer.json", {"post_processor": None}),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_tokenizers_read_captions_from_their_beginning(folder: Path, tmp_path: Path, name: str) -> None:
+    """And what is told of it is what the ids hold."""
+    odd = change(folder, tmp_path / "odd", *ODD[name])
+    captions = ["a red circle moves left", "a cat", "one two three forty", "one two three four"]
+    text = load(odd)
+    ids, mask = text._tokenize(captions)
+    assert all(row == sorted(row, reverse=True) for row in mask.tolist())
+    for row, caption, reading in zip(ids, captions, text.read(captions), strict=True):
+        assert text.tokenizer.decode(row, skip_special_tokens=True).strip() == reading.read
+        assert reading.dropped == caption.removeprefix(reading.read).strip()
+
+
+def change(folder: Path, copy: Path, file: str, changes: dict[str, Any]) -> Path:
+    shutil.copytree(folder, copy)
+    content = json.loads((copy / file).read_text())
+    (copy / file).write_text(json.dumps(content | changes))
+    return copy
+
+
+def test_of_a_sentence_without_spaces_only_strange_signs_are_unknown(folder: Path, tmp_path: Path) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = [*content["model"]["vocab"], ["\u7ea2", -1.0], ["\u8272", -1.0]]
+    odd = change(folder, tmp_path / "odd", "tokenizer.json", {"model": {**content["model"], "vocab": vocabulary}})
+    config = json.loads((odd / "config.json").read_text())
+    (odd / "config.json").write_text(json.dumps(config | {"vocab_size": len(vocabulary)}))
+    readings = load(odd).read(["\u7ea2\u8272\u5706", "\u7ea2\u8272", "\u7ea2cat\u8272\u2603\u3001", "\u5706\u3002"])
+    assert [(reading.words, reading.unknown) for reading in readings] == [(3, 1), (2, 0), (4, 1), (1, 1)]
 
 
 def test_what_lies_beyond_the_longest_caption_is_not_read(folder: Path) -> None:

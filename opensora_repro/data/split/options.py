@@ -41,12 +41,12 @@ def recipe_options(path: str) -> dict[str, Any]:
     """
     from opensora_repro.config import ConfigError, load_config
     from opensora_repro.config.sections import sample_fps
-    from opensora_repro.data.buckets import buckets_of
+    from opensora_repro.data.buckets import kept_buckets
     from opensora_repro.data.sample_frames import interval_of
 
     try:
         cfg = load_config(path)
-        buckets = buckets_of(cfg)
+        buckets = kept_buckets(cfg)  # clips that others keep none of would be lost
     except ConfigError as error:
         raise DataError(f"--for-training: {error}") from None
     data, several = cfg.data, bool(cfg.data.buckets)

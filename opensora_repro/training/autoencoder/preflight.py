@@ -7,17 +7,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from opensora_repro.config import AutoencoderConfig, ConfigError, config_dict, dump_toml, parse_config, read_toml
-from opensora_repro.data.buckets import global_batch_sizes, kept_buckets
-from opensora_repro.data.manifest import read_manifest
+from opensora_repro.data.buckets import assigned, global_batch_sizes, kept_buckets
+from opensora_repro.data.packing import build_schedule
 from opensora_repro.data.preflight import facts, require_usable, survey, table, warnings
-from opensora_repro.frozen.perceptual import lpips_files
-from opensora_repro.parallel.mesh import launched_as
+from opensora_repro.frozen.perceptual import load_lpips
+from opensora_repro.kernels.ops import choose
+from opensora_repro.parallel.device import choose_device
+from opensora_repro.parallel.mesh import launched_as, meeting_place
 from opensora_repro.planning.sizes import autoencoder_geometry
 from opensora_repro.run_folder import CONFIG_FILE, TrainState, check_folder, list_checkpoints, newest_checkpoint
 from opensora_repro.training.autoencoder.model import check_models
 from opensora_repro.training.autoencoder.picture_start import has_room
 from opensora_repro.training.autoencoder.report import latents_told
+from opensora_repro.training.identity import check_manifest
 from opensora_repro.training.preflight import find_manifest, to_come
 from opensora_repro.training.start import FREE_KEYS, FREE_SECTIONS, Start
 from opensora_repro.training.step import horizon_warning
@@ -29,11 +34,18 @@ FREE = {*FREE_KEYS, "model.image", "loss.lpips_path", "text.vocab_size"}
 
 def dry_run(cfg: AutoencoderConfig) -> Iterator[str]:
     """Lines to print, as they are found out. Raises what the run itself would."""
-    world_size = launched_as()[1]
+    _, world_size, local_rank = launched_as()
+    if world_size > 1:
+        meeting_place()
     yield from dump_toml(cfg).splitlines()
     yield ""
     start = find_start(cfg, world_size)
-    manifest = find_manifest(cfg.data.manifest, need_captions=bool(cfg.text.vocab_size))
+    captions, may_come = bool(cfg.text.vocab_size), not start.resumes
+    manifest = find_manifest(cfg.data.manifest, need_captions=captions, may_come=may_come)
+    if manifest is not None:
+        told: list[str] = []
+        check_manifest(cfg.shared, start, manifest, told.append)
+        yield from (f"# {line}" for line in told)
     yield f"# stage:        stage0_autoencoder, {cfg.model.kind} autoencoder"
     yield f"# latents:      {latents_told(cfg)}"
     (samples, *_) = global_batch_sizes(cfg.shared, world_size)
@@ -42,7 +54,7 @@ def dry_run(cfg: AutoencoderConfig) -> Iterator[str]:
     yield f"# start:        {f'resumes {start.checkpoint}' if start.resumes else cfg.init.weights or 'a new model'}"
     found = ", ".join(folder.name for folder in list_checkpoints(Path(cfg.run.dir))) or "none yet"
     yield f"# checkpoints:  {found}"
-    for line in preflight(cfg, manifest, start, dry=True):
+    for line in preflight(cfg, manifest, start, choose_device(None, local_rank), dry=True):
         yield f"# {line}"
 
 
@@ -50,6 +62,7 @@ def preflight(
     cfg: AutoencoderConfig,
     manifest: Any | None,
     start: Start,
+    device: torch.device,
     *,
     dry: bool = False,
     told: list[dict[str, Any]] | None = None,
@@ -62,15 +75,17 @@ def preflight(
     check_track(cfg)
     check_models(cfg)
     if cfg.loss.lpips_path:
-        lpips_files(cfg.loss.lpips_path)
+        load_lpips(cfg.loss.lpips_path)
+    choose(cfg.train.kernels, device.type)
     _check_sides(cfg)
     if manifest is None:
         yield to_come("data.manifest", cfg.data.manifest)
     else:
         yield from _clips(cfg, manifest, "clips of", cfg.data.manifest, told)
+        build_schedule(cfg.shared, assigned(manifest, cfg.shared), start.state.global_batch_sizes).require_step()
     if cfg.validation.every and cfg.data.val_manifest:
-        read = find_manifest if dry else read_manifest
-        held_out = read(cfg.data.val_manifest, need_captions=False)
+        may_come = dry and not start.resumes
+        held_out = find_manifest(cfg.data.val_manifest, need_captions=False, may_come=may_come)
         if held_out is None:
             yield to_come("data.val_manifest", cfg.data.val_manifest)
         else:

@@ -14,6 +14,7 @@ from opensora_repro.data.buckets import assigned, buckets_of, global_batch_sizes
 from opensora_repro.data.dataset import ClipDataset
 from opensora_repro.data.ids import ids_fingerprint
 from opensora_repro.data.manifest import read_manifest
+from opensora_repro.data.packing import build_schedule
 from opensora_repro.data.sampler import BatchSampler, Schedule, SharedBatches
 from opensora_repro.files import write_text
 from opensora_repro.frozen.own_words import build_encoder, build_tokenizer, count_words, save_text_encoder, vocabulary
@@ -71,7 +72,7 @@ def _train(cfg: AutoencoderConfig, engine: TorchEngine, say: Say) -> Outcome:
     clips: list[dict[str, Any]] = []
 
     def look() -> None:
-        for line in preflight(cfg, manifest, start, told=clips):
+        for line in preflight(cfg, manifest, start, engine.device, told=clips):
             say(line)
 
     engine.world.on_first(look)
@@ -183,7 +184,7 @@ class _Run:
     ) -> AutoencoderTrainer:
         cfg, engine, state = self.cfg, self.engine, self.start.state
         samples = global_batch_sizes(self.shared, engine.mesh.data_size)
-        schedule = Schedule(assigned(self.manifest, self.shared), samples, cfg.run.seed, draws=cfg.data.draws)
+        schedule = build_schedule(self.shared, assigned(self.manifest, self.shared), samples)
         keep, background, best = cfg.checkpoint.keep, cfg.checkpoint.background, cfg.checkpoint.keep_best
         log = RunLog(self.run_dir, resumed_step=state.step, enabled=engine.is_main)
         settled = (cfg.optim.warmup_steps, cfg.loss.discriminator_start)
