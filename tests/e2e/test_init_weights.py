@@ -261,9 +261,9 @@ def test_a_name_of_the_catalog(
         )
         assert f"fetch {name}`" in line and not (tmp_path / "run").exists()
 
-    for near in ("PixArt-XL-2-256x256", f"{name} ", name.upper(), "PixArt-alpha/PixArt-XL-2-256x256",
+    for nearly in ("PixArt-XL-2-256x256", f"{name} ", name.upper(), "PixArt-alpha/PixArt-XL-2-256x256",
                  "PixArt-alpha/PixArt-alpha", "PixArt-alpha/PixArt-XL-2-256x256/transformer/"):  # fmt: skip
-        assert train(stage2_video, world, tmp_path / "run", near, "--dry-run") == 2, near
+        assert train(stage2_video, world, tmp_path / "run", nearly, "--dry-run") == 2, nearly
         assert "no such weights file" in (line := capsys.readouterr().err) or "fetch PixArt-alpha" in line
     assert train(stage2_video, world, tmp_path / "run", f"runs/{name.removesuffix('.pth')}", "--dry-run") == 0
 
