@@ -52,7 +52,8 @@ from opensora_repro.data.sample_frames import frame_window
         "at her 3 o'clock", "turned clock-wise", "rechtsgerichtete Pfeile", "oben links", "obenlinks im Bild",
         "auf drei Uhr", "Steuerbord voraus", "à 9 heures", "a las tres en punto",
         "el sentido de las manecillas del reloj",
-        "arriba a la dcha.", "праворукий музыкант", "从东到西", "三点钟方向", "順時鐘旋轉", "三時の方向", "3시 방향", "北東の空",
+        "arriba a la dcha.", "праворукий музыкант", "从东到西", "三点钟方向", "順時鐘旋轉", "三時の方向",
+        "3시 방향", "北東の空",
         "좌상단에",
         "sola döner", "saat yönünde", "jobb kezével", "searah jarum jam", "theo chiều kim đồng hồ",
         "باتجاه عقارب الساعة",
@@ -66,13 +67,15 @@ def test_captions_that_name_a_side(caption: str) -> None:
 @pytest.mark.parametrize(
     "caption",
     [
-        "a bright light", "a cleft rock at the beach", "moving up", "a feast", "wrights at work", "", "the least of it",
+        "a bright light", "a cleft rock at the beach", "moving up", "a feast", "wrights at work", "",
+        "the least of it",
         "a signal, an assignment, a contextual password", "the dog's ball and the cats' bowls", "a 5\" pipe",
         "A clear view; no visible text, logos or watermarks.", "a blue sky without any text", "a wooden vest",
         "ein aufrechter Baum am Rechteck", "eine Schildkröte im Texas-Hemd", "Recht haben", "die Antwort",
         "c'est un chien qui est grand", "este perro corre", "un enfant et un motif", "un perro detesta el agua",
         "лев лежит, это правда", "словно ветер", "这个东西很漂亮", "十字路口有一辆车", "東京の夜", "해가 떠오른다",
-        "una mujer sola", "large numbers of birds", "un gran número de aves", "der Rechtsanwalt", "balcony jobs in Prague", "barbaric kirin", "at three in the afternoon",
+        "una mujer sola", "large numbers of birds", "un gran número de aves", "der Rechtsanwalt",
+        "balcony jobs in Prague", "barbaric kirin", "at three in the afternoon",
     ],
 )  # fmt: skip
 def test_captions_that_do_not(caption: str) -> None:
