@@ -202,6 +202,15 @@ def relit(one: Picture, other: Picture) -> float:
     return float((alike.any(axis=0) & centre & (change > left) & (change > RELIT)).sum() / centre.sum())
 
 
+def is_detailed(*pictures: np.ndarray) -> bool:
+    """Whether enough regions of each hold something: a shape that moves on plain ground is as if wiped or scrolled."""
+    for values in map(np.float32, pictures):
+        mean = _means(values)
+        if ((_means(values * values) - mean * mean) >= TEXTURED).sum() < FEWEST:
+            return False
+    return True
+
+
 def scrolled(one: np.ndarray, other: np.ndarray) -> float:
     """Return how much of the change is left where one picture goes on above or below the other, as a page does.
 

@@ -37,6 +37,7 @@ from opensora_repro.data.split.likeness import (
     changed,
     distance,
     inset,
+    is_detailed,
     is_kept_by_camera,
     kept,
     relit,
@@ -295,7 +296,9 @@ class ShotDetector:
         same = kept(one[0], other[0], *[o.caught_up] * frozen)
         if relit(one, other) >= o.relit:
             return False
-        if self._is_inset(before, after) or scrolled(one[0], other[0]) <= o.scrolled:
+        if self._is_inset(before, after):
+            return False
+        if is_detailed(one[0], other[0]) and scrolled(one[0], other[0]) <= o.scrolled:
             return False
         if same < o.same:
             return not self._is_covered(before, after)
@@ -367,7 +370,7 @@ class ShotDetector:
             if off.max() > o.halves or steps.min() < o.wiped[0] or steps.max() > o.wiped[1]:
                 return
             worst = self.recent.patchwork(start, end)
-            if worst > o.patchwork:
+            if worst > o.patchwork or not is_detailed(one[0], other[0]):
                 return
         if changed(one[0], other[0]) >= 0.5 and distance(one, other) >= o.unlike * contrast:
             first, last = _ramp(shares)
