@@ -204,7 +204,8 @@ def relit(one: Picture, other: Picture) -> float:
 
 def is_detailed(*pictures: np.ndarray) -> bool:
     """Whether enough regions of each hold something: a shape that moves on plain ground is as if wiped or scrolled."""
-    for values in map(np.float32, pictures):
+    for picture in pictures:
+        values = picture.astype(np.float32)
         mean = _means(values)
         if ((_means(values * values) - mean * mean) >= TEXTURED).sum() < FEWEST:
             return False
