@@ -49,8 +49,17 @@ from opensora_repro.data.sample_frames import frame_window
         "mężczyzna skręca w lewo",
         "hij draait naar rechts",
         "une femme a\u0300 gauche",
+        "at her 3 o'clock", "turned clock-wise", "rechtsgerichtete Pfeile", "oben links", "obenlinks im Bild",
+        "auf drei Uhr", "Steuerbord voraus", "à 9 heures", "a las tres en punto",
+        "el sentido de las manecillas del reloj",
+        "arriba a la dcha.", "праворукий музыкант", "从东到西", "三点钟方向", "順時鐘旋轉", "三時の方向",
+        "3시 방향", "北東の空",
+        "좌상단에",
+        "sola döner", "saat yönünde", "jobb kezével", "searah jarum jam", "theo chiều kim đồng hồ",
+        "باتجاه عقارب الساعة",
+        "עם כיוון השעון", "ตามเข็มนาฬิกา", "кола вдясно", "ulijevo", "desno od stola", "a l'esquerra", "ezkerrera",
     ],
-)
+)  # fmt: skip
 def test_captions_that_name_a_side(caption: str) -> None:
     assert names_a_side(caption)
 
@@ -58,12 +67,15 @@ def test_captions_that_name_a_side(caption: str) -> None:
 @pytest.mark.parametrize(
     "caption",
     [
-        "a bright light", "a cleft rock at the beach", "moving up", "a feast", "wrights at work", "", "the least of it",
+        "a bright light", "a cleft rock at the beach", "moving up", "a feast", "wrights at work", "",
+        "the least of it",
         "a signal, an assignment, a contextual password", "the dog's ball and the cats' bowls", "a 5\" pipe",
         "A clear view; no visible text, logos or watermarks.", "a blue sky without any text", "a wooden vest",
         "ein aufrechter Baum am Rechteck", "eine Schildkröte im Texas-Hemd", "Recht haben", "die Antwort",
         "c'est un chien qui est grand", "este perro corre", "un enfant et un motif", "un perro detesta el agua",
         "лев лежит, это правда", "словно ветер", "这个东西很漂亮", "十字路口有一辆车", "東京の夜", "해가 떠오른다",
+        "una mujer sola", "large numbers of birds", "un gran número de aves", "der Rechtsanwalt",
+        "balcony jobs in Prague", "barbaric kirin", "at three in the afternoon",
     ],
 )  # fmt: skip
 def test_captions_that_do_not(caption: str) -> None:
@@ -79,6 +91,13 @@ def test_captions_that_do_not(caption: str) -> None:
         "a license plate", "ein Straßenschild", "eine Leuchtschrift", "mit Untertiteln", "des lettres rouges",
         "un panneau", "un letrero rojo", "texto en la pared", "un cartello", "uma placa", "красная надпись",
         "墙上写着字", "屏幕上的文字", "黃色的招牌", "下方有字幕", "看板の前", "赤い文字", "간판이 보인다",
+        "a clock face", "Chinese characters", "números en la camiseta", "一行字", "英語の文",
+        "a computer screen full of code", "a T-shirt printed with NASA",
+        "a road marking that says STOP",
+        "equations on a board", "it is 12:30", "eine Werbetafel", "er liest eine Zeitung", "des équations",
+        "un periódico",
+        "un giornale", "газета", "书本上的字", "扫描二维码", "报纸", "新聞を読む", "番号", "신문을 읽는다",
+        "이름이 적혀 있다",
     ],
 )  # fmt: skip
 def test_captions_that_name_writing(caption: str) -> None:

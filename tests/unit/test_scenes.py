@@ -220,6 +220,61 @@ def test_the_span_of_a_dissolve_is_tight_at_any_rate(rate: int) -> None:
     assert cuts == [(start + end) // 2]
 
 
+def page(seed: int, height: int = 1000) -> np.ndarray:
+    """Lines of text and a few blocks on white, uint8 [height, W, 3]."""
+    rng = np.random.default_rng(seed)
+    sheet = np.full((height, SIZE[1], 3), 250, np.uint8)
+    y = 8
+    while y < height - 60:
+        if rng.random() < 0.2:
+            sheet[y : y + 45, 15 : int(rng.integers(60, 250))] = rng.integers(0, 255, 3)
+            y += 60
+            continue
+        for x in range(10, int(rng.integers(60, 280)), 7):
+            sheet[y : y + 6, x : x + int(rng.integers(1, 6))] = 30
+        y += int(rng.integers(9, 18))
+    return sheet
+
+
+@pytest.mark.parametrize("step", [53, 71, 90])
+def test_a_page_that_is_scrolled_is_no_cut(step: int) -> None:
+    sheet = page(1)
+    frames = [sheet[at * step :][: SIZE[0]] for at in range(6) for _ in range(15)]
+    assert shots(frames) == ([], [])
+
+
+def test_a_window_over_little_else_is_no_cut() -> None:
+    """What is around has few regions that tell anything: a page's lines, a dark picture's one bright thing."""
+    sheet, dark = page(2)[: SIZE[0]], np.zeros((*SIZE, 3), np.uint8)
+    cv2.circle(dark, (60, 110), 40, (90, 110, 140), -1)
+    for ground in (sheet, dark):
+        window = ground.copy()
+        window[20:100, 130:270] = place(7)[20:100, 130:270]
+        assert shots([ground] * 40 + [window] * 60 + [ground] * 40) == ([], [])
+
+
+def test_pages_that_differ_are_cuts() -> None:
+    assert shots([page(3)[: SIZE[0]]] * 30 + [page(4)[500:][: SIZE[0]]] * 30)[0] == [30]
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_cuts_to_black_and_from_it_are_one_between_two_shots(rate: int) -> None:
+    black = [np.zeros((*SIZE, 3), np.uint8)] * (rate // 4)
+    cuts, ((start, end),) = shots(pan(1, rate) + black + pan(2, rate), rate)
+    assert len(cuts) == 1 and abs(start - rate) <= 1 and abs(end - rate - len(black)) <= 2
+
+
+@pytest.mark.parametrize("length", [5, 7, 9])
+def test_a_quick_wipe_is_one_cut(length: int) -> None:
+    one, other = pan(11, 30 + length, 0.4), pan(12, 30 + length, 0.4)
+    wiped = [a.copy() for a in one[30:]]
+    for i, frame in enumerate(wiped):
+        edge = SIZE[1] * (i + 1) // (length + 1)
+        frame[:, :edge] = other[i][:, :edge]
+    (cut,), _ = shots(one[:30] + wiped + other[length:])
+    assert 28 <= cut <= 32 + length
+
+
 def test_a_caption_on_black_between_two_fades_is_one_cut() -> None:
     nothing = np.zeros((*SIZE, 3), np.uint8)
     one, other = pan(13, 50), pan(14, 50)

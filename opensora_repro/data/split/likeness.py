@@ -96,6 +96,16 @@ class Recent:
         moved = (squares - 2 * from_start + squares[0]) / length
         return np.sqrt(np.maximum(0, moved - shares * shares)), shares
 
+    def patchwork(self, start: int, end: int) -> float:
+        """Return how far frames start to end are from being put together of pixels of the two; the worst frame's share.
+
+        A share of the distance between both ends: a wipe has little, a mixture half.
+        """
+        rows = self.rows[start - self.origin : end - self.origin + 1]
+        one, other = (cv2.absdiff(rows, np.broadcast_to(row, rows.shape)) for row in (rows[0], rows[-1]))
+        apart = cv2.reduce(cv2.min(one, other), 1, cv2.REDUCE_AVG).max()
+        return float(apart / max(1.0, one[-1].mean()))
+
 
 def residual(before: Picture, after: Picture) -> float:
     """Return how badly motion explains `after` from `before`, in grey levels; colour adds a quarter at most.
@@ -192,12 +202,38 @@ def relit(one: Picture, other: Picture) -> float:
     return float((alike.any(axis=0) & centre & (change > left) & (change > RELIT)).sum() / centre.sum())
 
 
+def is_detailed(*pictures: np.ndarray) -> bool:
+    """Whether enough regions of each hold something: a shape that moves on plain ground is as if wiped or scrolled."""
+    for picture in pictures:
+        values = picture.astype(np.float32)
+        mean = _means(values)
+        if ((_means(values * values) - mean * mean) >= TEXTURED).sum() < FEWEST:
+            return False
+    return True
+
+
+def scrolled(one: np.ndarray, other: np.ndarray) -> float:
+    """Return how much of the change is left where one picture goes on above or below the other, as a page does.
+
+    A share of the change, of the best of all steps by which no more than two thirds leave the picture; 1 where what
+    both hold shows nothing.
+    """
+    one, other = cv2.blur(one, (1, 3)), cv2.blur(other, (1, 3))  # a step need not be of whole thumbnail pixels
+    change, least = max(1.0, cv2.norm(one, other, cv2.NORM_L1) / one.size), 1.0
+    for step in range(RADIUS, 2 * HEIGHT // 3 + 1):
+        for above, below in ((one, other), (other, one)):
+            left = cv2.norm(above[step:], below[:-step], cv2.NORM_L1) / below[:-step].size / change
+            if left < least and cv2.meanStdDev(below[:-step])[1][0, 0] ** 2 > TEXTURED:
+                least = left
+    return least
+
+
 def inset(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
     """Return how much of the change lies in one upright rectangle, and how much of what is around that is kept.
 
     Captions, logos, windows and pictures in pictures change rectangles, and nothing around; what a camera sees does
-    not. Both are shares; 0 where the rectangle is more than half of the picture, or has no corners, as things
-    that move have none.
+    not. Both are shares; 0 where the rectangle is more than half of the picture, has no corners, as things that move
+    have none, or shows all that there is.
     """
     change = np.maximum(_least_change(one, other), _least_change(other, one))
     marked = change > max(RELIT, float(change.mean()))
@@ -207,6 +243,8 @@ def inset(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
         return 0.0, 0.0
     inside = np.zeros_like(one)
     inside[top:bottom, left:right] = 255
+    if cv2.meanStdDev(one, mask=~inside)[1][0, 0] ** 2 < TEXTURED:
+        return 0.0, 0.0
     alike, known, _ = _compare(one, other, 1)
     around = known[len(known) // 2] & (_means(inside).ravel() == 0)
     share = change[top:bottom, left:right].sum() / max(1, change.sum())
@@ -299,18 +337,19 @@ def _least_change(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 def _densest(mask: np.ndarray) -> tuple[int, int, int, int]:
     """Return top, bottom, left and right of the rectangle with the most marked pixels above those not marked.
 
-    Kadane's algorithm along the columns, for all pairs of rows at once.
+    For all pairs of rows at once: the sums of columns so far, each above the least of those before it.
     """
-    sums = np.vstack([np.zeros((1, WIDTH), np.int32), np.where(mask, 1, -1).cumsum(axis=0)])
+    sums = np.vstack([np.zeros((1, WIDTH), np.int32), np.where(mask, 1, -1).cumsum(axis=0, dtype=np.int32)])
+    top, bottom = _rows_between()
+    before = np.zeros((len(top), WIDTH + 1), np.int32)  # each column's sum with all before it
+    np.cumsum(sums[bottom] - sums[top], axis=1, out=before[:, 1:])
+    pair, column = divmod(int((before[:, 1:] - np.minimum.accumulate(before, axis=1)[:, :-1]).argmax()), WIDTH)
+    left = column - int(before[pair, column::-1].argmin())
+    return int(top[pair]), int(bottom[pair]), left, column + 1
+
+
+@lru_cache(maxsize=1)
+def _rows_between() -> tuple[np.ndarray, np.ndarray]:
+    """Return top and bottom of all pairs of rows."""
     top, bottom = np.triu_indices(HEIGHT + 1, 1)
-    columns = sums[bottom] - sums[top]  # [pairs, WIDTH]
-    running = np.zeros(len(top), np.int64)
-    begin, best = np.zeros_like(running), np.zeros_like(running)
-    left, right = np.zeros_like(running), np.zeros_like(running)
-    for column in range(WIDTH):
-        begin[running <= 0] = column
-        running = np.maximum(running, 0) + columns[:, column]
-        better = running > best
-        best[better], left[better], right[better] = running[better], begin[better], column + 1
-    pair = int(best.argmax())
-    return int(top[pair]), int(bottom[pair]), int(left[pair]), int(right[pair])
+    return top, bottom

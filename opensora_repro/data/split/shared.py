@@ -32,7 +32,7 @@ from opensora_repro.data.split.scenes import Span
 from opensora_repro.data.split.source import Record, Source, clip_path, clip_row, planned_spans
 from opensora_repro.files import digest, size_and_time
 
-METHOD = 1  # raise when a range would be looked at otherwise
+METHOD = 2  # raise when a range would be looked at otherwise
 SPARSE = 1e3  # bytes of a second of any video that is worth sharing out
 Part = tuple[Job, dict[str, Any]]  # of the work that a job would do alone: what is to be done of it
 

@@ -8,13 +8,15 @@ explain each other several times better. What a plain frame difference takes for
 - repeated frames (a film at 10 frames a second stored at 30): the neighbourhood is wide enough to hold real changes;
 - light that changes, whether it stays or not: what lies beside what is the same, only brighter, darker or tinted;
 - captions, windows and pictures in pictures: a rectangle changes, and nothing around it;
+- pages that are scrolled: most of the picture is there, far above or below;
 - flashes, black frames, explosions, interference, what passes close by: within a second the picture before is back;
 - the end of a freeze: the picture catches up with what has moved meanwhile.
 
 A dissolve is a stretch of frames that are mixtures of the stretch's two ends, in shares that go from one end to the
-other. A fade is a valley of the picture's contrast. Neither is a cut where its ends show the same place, as after a
-zoom or a blink. Memory is bounded: thumbnails are kept for some seconds, a few numbers for every frame. All lengths are
-times, so that the same footage has the same cuts at any frame rate.
+other; in a wipe every pixel is of one end or the other, instead. A fade is a valley of the picture's contrast, and so
+are cuts to a flat picture and from it. None is a cut where its ends show the same place, as after a zoom or a blink.
+Memory is bounded: thumbnails are kept for some seconds, a few numbers for every frame. All lengths are times, so that
+the same footage has the same cuts at any frame rate.
 """
 
 from __future__ import annotations
@@ -35,10 +37,12 @@ from opensora_repro.data.split.likeness import (
     changed,
     distance,
     inset,
+    is_detailed,
     is_kept_by_camera,
     kept,
     relit,
     residual,
+    scrolled,
 )
 
 DIM = 16.0  # contrast (standard deviation, in grey levels) below which all differences, noise too, are smaller
@@ -68,13 +72,19 @@ class ShotOptions:
     same: float = 0.6  # share of regions from which two pictures show one place; unlike ones reach 0.5 by chance
     relit: float = 0.5  # share of regions from which it is the light that has changed
     inset: float = 0.78  # share of the change that a rectangle holds, and of what is around that is kept
+    alone: float = 0.93  # share of the change in a rectangle from which nothing around has changed
+    scrolled: float = 0.14  # share of the change that a scrolled page leaves at most
     gone: float = 1.0  # what the picture before comes back from had only covered it
     frozen: float = 0.25  # a picture that is repeated for so long was stopped ...
     caught_up: int = 12  # ... and may then jump by so many thumbnail pixels
-    reaches: tuple[float, ...] = (0.27, 0.53, 0.93)  # from a dissolve's middle to its ends, tried in turn
-    apart: float = 10.0  # mean difference of a dissolve's ends
+    reaches: tuple[float, ...] = (0.17, 0.27, 0.53, 0.93)  # from a dissolve's middle to its ends, tried in turn
+    apart: float = 10.0  # mean difference of a dissolve's ends ...
+    winding: float = 4.0  # ... and of all steps between them together, in shares of that: more is motion to and fro
     mixture: float = 0.35  # how far from the line between the ends frames may lie, in shares of the ends' distance
     step: float = 0.3  # a dissolve's largest step between two frames, in shares of the way
+    wiped: tuple[float, float] = (-0.06, 0.4)  # a wipe's least and largest step, likewise
+    halves: float = 0.55  # how far a wipe lies from the line at most: half, where as much is of one end as of the other
+    patchwork: float = 0.15  # how far from either end a wipe's pixels may lie, in shares of the ends' distance
     unlike: float = 0.3  # residual between a dissolve's ends, in shares of their contrast
     dark: float = 0.15  # contrast in a fade's valley, in shares of that on either side
     fade: float = 1.0  # in which a fade's picture comes or goes; a valley longer than that is a scene of its own
@@ -286,8 +296,9 @@ class ShotDetector:
         same = kept(one[0], other[0], *[o.caught_up] * frozen)
         if relit(one, other) >= o.relit:
             return False
-        # An inset takes half of the picture at most, so about half is kept.
-        if same >= o.inset / 2 and min(inset(one[0], other[0])) >= o.inset:
+        if self._is_inset(before, after):
+            return False
+        if is_detailed(one[0], other[0]) and scrolled(one[0], other[0]) <= o.scrolled:
             return False
         if same < o.same:
             return not self._is_covered(before, after)
@@ -295,10 +306,24 @@ class ShotDetector:
         back = min(distance(self.recent[i], self.recent[j]) for i, j in self._around(before, after))
         return not frozen and back >= o.lasting * here
 
+    def _is_inset(self, before: int, after: int) -> bool:
+        share, around = inset(self.recent[before][0], self.recent[after][0])
+        return share >= self.options.alone or min(share, around) >= self.options.inset
+
     def _is_covered(self, before: int, after: int) -> bool:
         """Whether the same place shows again soon after what lies between two frames."""
+        flat, other = sorted((self.contrasts[before], self.contrasts[after]))
+        if flat < min(FLAT, self.options.dark * other) and self._is_blank(before, after):
+            return True
         pairs = self._around(before, after)
         return any(kept(self.recent[i][0], self.recent[j][0]) >= self.options.same for i, j in pairs)
+
+    def _is_blank(self, before: int, after: int) -> bool:
+        """Whether the same place is on both sides of the flat stretch that two frames border."""
+        first, last = self._since(before, self.options.gone), self._until(after, self.options.gone)
+        before = next((i for i in range(before, first, -1) if self.contrasts[i] >= FLAT), first)
+        after = next((i for i in range(after, last) if self.contrasts[i] >= FLAT), last)
+        return is_kept_by_camera(self.recent[before][0], self.recent[after][0], self.options.same)
 
     def _around(self, before: int, after: int) -> Iterator[tuple[int, int]]:
         """Yield pairs of frames, one before and one after what lies between two, that are `gone` apart or less."""
@@ -335,12 +360,18 @@ class ShotDetector:
         if contrast < FLAT:
             return
         one, other = self.recent[start], self.recent[end]
-        if cv2.norm(one[0], other[0], cv2.NORM_L1) / one[0].size < o.apart:
+        apart = cv2.norm(one[0], other[0], cv2.NORM_L1) / one[0].size
+        if apart < o.apart or sum(self.changes[start + 1 : end + 1]) > o.winding * apart:
             return
         off, shares = self.recent.mixture(start, end)
         worst = float(np.partition(off, 3 * len(off) // 4)[3 * len(off) // 4])  # the worst quarter may hold what moves
-        if worst > o.mixture or np.diff(shares).max() > o.step:
-            return
+        steps = np.diff(shares)
+        if worst > o.mixture or steps.max() > o.step:  # a wipe, or none
+            if off.max() > o.halves or steps.min() < o.wiped[0] or steps.max() > o.wiped[1]:
+                return
+            worst = self.recent.patchwork(start, end)
+            if worst > o.patchwork or not is_detailed(one[0], other[0]):
+                return
         if changed(one[0], other[0]) >= 0.5 and distance(one, other) >= o.unlike * contrast:
             first, last = _ramp(shares)
             margin = 0.15 * len(shares)  # within a dissolve shares go from end to end, but for what moves
@@ -380,9 +411,7 @@ class ShotDetector:
                 self.mixed = [m for m in self.mixed if fall is None or m[1] <= fall or m[0] >= end]
         known = min([self._since(self.decided, self.lag), *(self._since(start, o.fade) for start in pending)])
         while self.valleys and (finished or self.decided > self._until(self.valleys[0][1], o.fade)):
-            fade = self._fade(self.valleys.pop(0))
-            if fade and not any(fade[0] <= cut <= fade[1] for cut in [*self.hard, *(end for _, end in self.gradual)]):
-                self.gradual.append(fade)
+            self._take_fade(self._fade(self.valleys.pop(0)))
         while self.mixed:
             (start, end), last = self._first_dissolve()
             if last > known and not finished:
@@ -391,6 +420,16 @@ class ShotDetector:
             others = [*self.gradual, *((cut, cut + 1) for cut in self.hard)]
             if all(end <= a or start >= b for a, b in others) and not self._is_same(start - 1, end):
                 self.gradual.append((start, end))
+
+    def _take_fade(self, fade: Stretch | None) -> None:
+        """Note a fade; cuts to a flat picture and from it are one, but a cut on one side alone says where it is."""
+        if fade is None or any(fade[0] <= end <= fade[1] for _, end in self.gradual):
+            return
+        within = [cut for cut in self.hard if fade[0] <= cut <= fade[1]]
+        if not within or np.median(self.contrasts[within[0] : within[-1]] or FLAT) < FLAT:
+            self.hard = [cut for cut in self.hard if cut not in within]
+            self.blends = [blend for blend in self.blends if blend[1] not in within]
+            self.gradual.append(fade)
 
     def _first_dissolve(self) -> tuple[Stretch, int]:
         """Return the first dissolve, and where the last look at it ends.
@@ -411,7 +450,9 @@ class ShotDetector:
         """Whether a gradual change ends where it began, but for the camera's motion, or is gone again."""
         before, after = max(0, before), min(after, self.count - 1)
         same = is_kept_by_camera(self.recent[before][0], self.recent[after][0], self.options.same)
-        return same or self._is_covered(before, after)
+        beyond = self.options.reaches[0]  # half of a wipe is a rectangle, too
+        overlay = self._is_inset(self._since(before, beyond), self._until(after, beyond))
+        return same or overlay or self._is_covered(before, after)
 
     def _fade(self, valley: Valley) -> Stretch | None:
         """Return a flat stretch as [start of the fall, end of the rise); the rise if it is a scene of its own."""

@@ -24,7 +24,7 @@ from opensora_repro.files import digest, is_file, size_and_time
 if TYPE_CHECKING:
     from opensora_repro.data.split.scenes import Scan, Span
 
-METHOD = 5  # raise when the same options would give other clips, so that finished sources are done again
+METHOD = 6  # raise when the same options would give other clips, so that finished sources are done again
 PATIENCE = 600.0  # seconds that any source may take
 SLOWEST = 20e3  # bytes of a source that a busy core splits in a second
 Record = dict[str, Any]  # of a finished source: rows of "clips" and "rejects", 16 digits of its "content"
