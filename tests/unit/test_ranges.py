@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ FPS = 12
 SCENES = ("view", "dissolve", "view", "black", "view", "fade", "view", "view", "view")
 
 
-def film(path: Path, codec: str = "libx264", options: dict[str, str] | None = None) -> None:
-    """Write scenes of 4 s each of a moving view, and 14 s of black; a key frame every 2 s."""
+def film(
+    path: Path, codec: str = "libx264", options: dict[str, str] | None = None, scenes: Sequence[str] = SCENES
+) -> None:
+    """Write scenes of 4 s each of a moving view, and 14 s of black, half a second in a blink; a key frame every 2 s."""
     rng = np.random.default_rng(0)
 
     def view(length: int) -> np.ndarray:
@@ -34,11 +37,13 @@ def film(path: Path, codec: str = "libx264", options: dict[str, str] | None = No
         return np.stack([wide[:, i // 2 :][:, :160] for i in range(length)])
 
     parts: list[np.ndarray] = []
-    for kind in SCENES:
+    for kind in scenes:
         if kind == "view":
             parts.append(view(4 * FPS))
         elif kind == "black":
             parts.append(np.zeros((14 * FPS, 96, 160, 3)))
+        elif kind == "blink":
+            parts.append(np.zeros((FPS // 2, 96, 160, 3)))
         elif kind == "fade":
             parts[-1][-FPS // 2 :] *= np.linspace(1, 0, FPS // 2)[:, None, None, None]
         else:
@@ -79,6 +84,16 @@ def test_ranges_find_the_cuts_of_one_pass(long: Path) -> None:
     found |= look(long, starts, 72.0, unlike)
     assert unlike_before(list(found.values())) == []
     assert scan_of(long, *joined(list(found.values()))) == whole
+
+
+def test_cuts_to_black_and_from_it_are_one_where_a_range_begins_between_them(tmp_path: Path) -> None:
+    path, start = tmp_path / "blinks.mp4", 264  # a key frame, and the first black frame of the fifth blink
+    film(path, scenes=("view", "blink") * 6 + ("view",))
+    whole, found = scan_video(path), look(path, [0, start], 12.0, [0, 1])
+    assert [cut for cut in whole.cuts if abs(cut - start) < 20] == [start + 3]
+    assert {start, start + FPS // 2} <= {*found[0].hard, *found[1].hard}
+    assert unlike_before(list(found.values())) == []
+    assert scan_of(path, *joined(list(found.values()))) == whole
 
 
 def test_a_lead_that_is_too_short_is_noticed(long: Path) -> None:

@@ -96,16 +96,6 @@ class Recent:
         moved = (squares - 2 * from_start + squares[0]) / length
         return np.sqrt(np.maximum(0, moved - shares * shares)), shares
 
-    def patchwork(self, start: int, end: int) -> float:
-        """Return how far frames start to end are from being put together of pixels of the two; the worst frame's share.
-
-        A share of the distance between both ends: a wipe has little, a mixture half.
-        """
-        rows = self.rows[start - self.origin : end - self.origin + 1]
-        one, other = (cv2.absdiff(rows, np.broadcast_to(row, rows.shape)) for row in (rows[0], rows[-1]))
-        apart = cv2.reduce(cv2.min(one, other), 1, cv2.REDUCE_AVG).max()
-        return float(apart / max(1.0, one[-1].mean()))
-
 
 def residual(before: Picture, after: Picture) -> float:
     """Return how badly motion explains `after` from `before`, in grey levels; colour adds a quarter at most.
@@ -203,7 +193,7 @@ def relit(one: Picture, other: Picture) -> float:
 
 
 def is_detailed(*pictures: np.ndarray) -> bool:
-    """Whether enough regions of each hold something: a shape that moves on plain ground is as if wiped or scrolled."""
+    """Whether enough regions of each hold something: a shape that moves on plain ground is as if scrolled."""
     for picture in pictures:
         values = picture.astype(np.float32)
         mean = _means(values)

@@ -16,7 +16,7 @@ from typing import Any
 
 from opensora_repro.data.split.cut import PlainFrames
 from opensora_repro.data.split.scenes import DRAFT, Scan, Thumbnails, one_core
-from opensora_repro.data.split.shots import JITTER, STRIDE
+from opensora_repro.data.split.shots import JITTER, STRIDE, cuts_of
 from opensora_repro.data.split.single_pass import ROOM
 from opensora_repro.data.video import FrameIndex, frame_index, frames_from, open_video
 
@@ -122,11 +122,9 @@ def unlike_before(ranges: Sequence[RangeShots]) -> list[int]:
 
 def joined(ranges: Sequence[RangeShots]) -> tuple[list[int], list[tuple[int, int]]]:
     """Return a video's cuts and transitions from those of all of its ranges; see `Scan`."""
-    gradual = [(a, b) for part in ranges for a, b in part.gradual]
-    blends = [(a, b) for part in ranges for a, b in part.blends]
-    cuts = sorted({*(cut for part in ranges for cut in part.hard), *((a + b) // 2 for a, b in gradual)})
-    transitions = sorted(blends + [t for t in gradual if t[1] - t[0] > 1])
-    return cuts, transitions
+    hard = [cut for part in ranges for cut in part.hard]
+    blends, gradual = ([(a, b) for part in ranges for a, b in getattr(part, kind)] for kind in ("blends", "gradual"))
+    return cuts_of(hard, blends, gradual)
 
 
 def scan_of(path: Path, cuts: Sequence[int], transitions: Sequence[Sequence[int]]) -> Scan:

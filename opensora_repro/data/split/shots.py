@@ -13,10 +13,9 @@ explain each other several times better. What a plain frame difference takes for
 - the end of a freeze: the picture catches up with what has moved meanwhile.
 
 A dissolve is a stretch of frames that are mixtures of the stretch's two ends, in shares that go from one end to the
-other; in a wipe every pixel is of one end or the other, instead. A fade is a valley of the picture's contrast, and so
-are cuts to a flat picture and from it. None is a cut where its ends show the same place, as after a zoom or a blink.
-Memory is bounded: thumbnails are kept for some seconds, a few numbers for every frame. All lengths are times, so that
-the same footage has the same cuts at any frame rate.
+other. A fade is a valley of the picture's contrast, and so are cuts to a flat picture and from it. None is a cut where
+its ends show the same place, as after a zoom or a blink. Memory is bounded: thumbnails are kept for some seconds, a few
+numbers for every frame. All lengths are times, so that the same footage has the same cuts at any frame rate.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -78,13 +77,9 @@ class ShotOptions:
     frozen: float = 0.25  # a picture that is repeated for so long was stopped ...
     caught_up: int = 12  # ... and may then jump by so many thumbnail pixels
     reaches: tuple[float, ...] = (0.17, 0.27, 0.53, 0.93)  # from a dissolve's middle to its ends, tried in turn
-    apart: float = 10.0  # mean difference of a dissolve's ends ...
-    winding: float = 4.0  # ... and of all steps between them together, in shares of that: more is motion to and fro
+    apart: float = 10.0  # mean difference of a dissolve's ends
     mixture: float = 0.35  # how far from the line between the ends frames may lie, in shares of the ends' distance
     step: float = 0.3  # a dissolve's largest step between two frames, in shares of the way
-    wiped: tuple[float, float] = (-0.06, 0.4)  # a wipe's least and largest step, likewise
-    halves: float = 0.55  # how far a wipe lies from the line at most: half, where as much is of one end as of the other
-    patchwork: float = 0.15  # how far from either end a wipe's pixels may lie, in shares of the ends' distance
     unlike: float = 0.3  # residual between a dissolve's ends, in shares of their contrast
     dark: float = 0.15  # contrast in a fade's valley, in shares of that on either side
     fade: float = 1.0  # in which a fade's picture comes or goes; a valley longer than that is a scene of its own
@@ -147,11 +142,11 @@ class ShotDetector:
 
     @property
     def cuts(self) -> list[int]:
-        return sorted({*self.hard, *((start + end) // 2 for start, end in self.gradual)})
+        return cuts_of(self.hard, self.blends, self.gradual)[0]
 
     @property
     def transitions(self) -> list[Stretch]:
-        return sorted(self.blends + [t for t in self.gradual if t[1] - t[0] > 1])
+        return cuts_of(self.hard, self.blends, self.gradual)[1]
 
     def add(self, picture: Picture, seconds: float | None = None) -> None:
         """Take a frame's thumbnail (see `thumbnail`) and time; a clock that stands still goes on at its last pace."""
@@ -323,7 +318,7 @@ class ShotDetector:
         first, last = self._since(before, self.options.gone), self._until(after, self.options.gone)
         before = next((i for i in range(before, first, -1) if self.contrasts[i] >= FLAT), first)
         after = next((i for i in range(after, last) if self.contrasts[i] >= FLAT), last)
-        return is_kept_by_camera(self.recent[before][0], self.recent[after][0], self.options.same)
+        return kept(self.recent[before][0], self.recent[after][0], radius=8) >= self.options.same
 
     def _around(self, before: int, after: int) -> Iterator[tuple[int, int]]:
         """Yield pairs of frames, one before and one after what lies between two, that are `gone` apart or less."""
@@ -360,18 +355,12 @@ class ShotDetector:
         if contrast < FLAT:
             return
         one, other = self.recent[start], self.recent[end]
-        apart = cv2.norm(one[0], other[0], cv2.NORM_L1) / one[0].size
-        if apart < o.apart or sum(self.changes[start + 1 : end + 1]) > o.winding * apart:
+        if cv2.norm(one[0], other[0], cv2.NORM_L1) / one[0].size < o.apart:
             return
         off, shares = self.recent.mixture(start, end)
         worst = float(np.partition(off, 3 * len(off) // 4)[3 * len(off) // 4])  # the worst quarter may hold what moves
-        steps = np.diff(shares)
-        if worst > o.mixture or steps.max() > o.step:  # a wipe, or none
-            if off.max() > o.halves or steps.min() < o.wiped[0] or steps.max() > o.wiped[1]:
-                return
-            worst = self.recent.patchwork(start, end)
-            if worst > o.patchwork or not is_detailed(one[0], other[0]):
-                return
+        if worst > o.mixture or np.diff(shares).max() > o.step:
+            return
         if changed(one[0], other[0]) >= 0.5 and distance(one, other) >= o.unlike * contrast:
             first, last = _ramp(shares)
             margin = 0.15 * len(shares)  # within a dissolve shares go from end to end, but for what moves
@@ -427,9 +416,7 @@ class ShotDetector:
             return
         within = [cut for cut in self.hard if fade[0] <= cut <= fade[1]]
         if not within or np.median(self.contrasts[within[0] : within[-1]] or FLAT) < FLAT:
-            self.hard = [cut for cut in self.hard if cut not in within]
-            self.blends = [blend for blend in self.blends if blend[1] not in within]
-            self.gradual.append(fade)
+            self.gradual.append((fade[0], max([fade[1], *(cut + 1 for cut in within)])))
 
     def _first_dissolve(self) -> tuple[Stretch, int]:
         """Return the first dissolve, and where the last look at it ends.
@@ -450,9 +437,7 @@ class ShotDetector:
         """Whether a gradual change ends where it began, but for the camera's motion, or is gone again."""
         before, after = max(0, before), min(after, self.count - 1)
         same = is_kept_by_camera(self.recent[before][0], self.recent[after][0], self.options.same)
-        beyond = self.options.reaches[0]  # half of a wipe is a rectangle, too
-        overlay = self._is_inset(self._since(before, beyond), self._until(after, beyond))
-        return same or overlay or self._is_covered(before, after)
+        return same or self._is_covered(before, after)
 
     def _fade(self, valley: Valley) -> Stretch | None:
         """Return a flat stretch as [start of the fall, end of the rise); the rise if it is a scene of its own."""
@@ -484,6 +469,22 @@ class ShotDetector:
             return None
         half = end + int(np.flatnonzero(after >= after.max() / 2)[0])
         return min(until, 2 * half - end + 1)
+
+
+def cuts_of(
+    hard: Sequence[int], blends: Sequence[Stretch], gradual: Sequence[Stretch]
+) -> tuple[list[int], list[Stretch]]:
+    """Return cuts and transitions: a hard cut within a gradual one, as to black and from it, is a part of that."""
+    stretches = sorted(gradual)
+    starts = [start for start, _ in stretches]
+
+    def alone(cut: int) -> bool:
+        at = bisect_right(starts, cut) - 1
+        return at < 0 or cut >= stretches[at][1]
+
+    cuts = {*filter(alone, hard), *((start + end) // 2 for start, end in gradual)}
+    lasting = [stretch for stretch in gradual if stretch[1] - stretch[0] > 1]
+    return sorted(cuts), sorted([blend for blend in blends if alone(blend[1])] + lasting)
 
 
 def _ramp(shares: np.ndarray) -> tuple[float, float]:
