@@ -19,9 +19,10 @@ from safetensors.torch import save_file
 from benchmarks import tables
 from data_tools import deduplicate, score
 from data_tools import filter as filter_tool
+from opensora_repro.config import read_toml
 from opensora_repro.data.write import write_png, write_video
 from tests.frames import read_manifest, read_table, write_manifest
-from tests.made_pictures import moving
+from tests.made_pictures import moving, texture
 from tests.tiny_models import make_tiny_clip, make_tiny_image_encoder
 
 FPS = 8.0
@@ -76,6 +77,34 @@ def test_scores_become_columns(scored: Path) -> None:
     rejects = read_table(scored.parent / "rejects.parquet")
     assert rejects["id"].tolist() == ["broken", "gone"] and set(rejects["stage"]) == {"score"}
     assert rejects["reason"].tolist()[1] == "no such file"
+
+
+def test_the_pipelines_filter_keeps_what_moves_little_and_drops_what_stands_still(tmp_path: Path) -> None:
+    """A fixed camera that sees one small thing, slow or quick; a still with a sensor's noise; two slides."""
+    pipeline = Path(__file__).parents[2] / "configs" / "data" / "pipeline.toml"
+    keep = read_toml(pipeline)["filter"]["keep"]
+    wide = np.repeat(texture(180, 5 * 320)[..., None], 3, axis=2)
+    scenes = [np.repeat(wide[None, :, 320 * i : 320 * (i + 1)], 60, axis=0) for i in range(5)]
+    films = dict(zip(("slow", "quick", "still"), scenes, strict=False))
+    for name, side, pace in (("slow", 6, 0.5), ("quick", 4, 2.0)):
+        for number, frame in enumerate(films[name]):
+            at = 40 + round(number * pace)
+            frame[100 : 100 + side, at : at + side] = (255, 0, 0)
+    noise = np.random.default_rng(0).integers(-2, 3, films["still"].shape)
+    films["still"] = (films["still"] + noise).clip(0, 255).astype(np.uint8)
+    films["slides"] = np.concatenate([scene[:30] for scene in scenes[3:]])
+    rows = []
+    for name, frames in films.items():
+        write_video(tmp_path / f"{name}.mp4", frames, 25.0)
+        rows.append({"id": name, "path": str(tmp_path / f"{name}.mp4"), "caption": "", "num_frames": len(frames),
+                     "fps": 25.0, "height": 180, "width": 320})  # fmt: skip
+    write_manifest(pd.DataFrame(rows), tmp_path / "clips.parquet")
+    assert score.main([str(tmp_path / "clips.parquet"), "--out", str(tmp_path / "scored"), "--workers", "1"]) == 0
+    rules = [option for rule in keep for option in ("--keep", rule)]
+    scored = str(tmp_path / "scored" / "manifest.parquet")
+    assert filter_tool.main([scored, *rules, "--thumbnails", "0", "--out", str(tmp_path / "good")]) == 0
+    kept = read_manifest(tmp_path / "good" / "manifest.parquet", need_captions=False)
+    assert kept["id"].tolist() == ["slow", "quick"]
 
 
 def test_scoring_again_measures_only_what_is_new(clips: Path, scored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
