@@ -20,6 +20,7 @@ from data_tools import caption, split
 from opensora_repro import files
 from opensora_repro.data.jobs.records import RECORDS_FILE
 from opensora_repro.data.split.options import Options, recipe_options
+from opensora_repro.data.split.source import METHOD
 from opensora_repro.data.video import probe
 from tests.frames import read_manifest, read_table, write_manifest
 from tests.job_records import recorded
@@ -374,7 +375,7 @@ def test_what_an_earlier_release_made_stays(footage: Path, tmp_path: Path) -> No
     """It knew files by place, size and time of change, and their contents by another digest: clips keep their ids."""
     out, source = tmp_path / "out", footage / "one, 'two'.MP4"
     options = asdict(Options(detector="shots", threshold=None, min_frames=8, max_frames=0, crf=18))
-    how = blake2b(json.dumps([5, options]).encode(), digest_size=4).hexdigest()
+    how = blake2b(json.dumps([METHOD, options]).encode(), digest_size=4).hexdigest()
     status = source.stat()
     told = f"-{how} {source} {status.st_size} {status.st_mtime_ns}"
     key, name = blake2b(told.encode(), digest_size=12).hexdigest(), f"0123456789abcdef-{how}"
