@@ -115,7 +115,8 @@ def unexplained(before: np.ndarray, after: np.ndarray, radius: int, block: int) 
     """Return the mean difference that is left of `after` when each block takes its best match within `radius`."""
     room = _matching(radius, after.shape, get_ident())
     cv2.copyMakeBorder(before, radius, radius, radius, radius, cv2.BORDER_REPLICATE, dst=room.padded)
-    np.copyto(room.shifted, room.windows)
+    np.copyto(room.across, room.windows)
+    np.copyto(room.shifted, room.down)
     np.copyto(room.copies, after)
     left = cv2.absdiff(room.all_shifted, room.all_copies, dst=room.apart)
     for _ in range(block.bit_length() - 1):  # halving is many times faster than a quarter at once
@@ -128,11 +129,13 @@ class _Matching:
 
     def __init__(self, radius: int, shape: tuple[int, int]) -> None:
         (height, width), side = shape, 2 * radius + 1
-        self.padded = np.empty((height + 2 * radius, width + 2 * radius), np.uint8)
-        step = self.padded.shape[1]
-        self.windows = as_strided(self.padded, (side, side, height, width), (step, 1, step, 1))
+        tall = height + 2 * radius
+        self.padded = np.empty((tall, width + 2 * radius), np.uint8)
+        self.across = np.empty((side, tall, width), np.uint8)  # shifts across, whose shifts down lie in one piece
+        self.windows = as_strided(self.padded, self.across.shape, (1, self.padded.shape[1], 1))
+        self.down = as_strided(self.across, (side, side, height * width), (tall * width, width, 1))
         self.all_shifted, self.all_copies, self.apart = np.empty((3, side * side * height, width), np.uint8)
-        self.shifted, self.copies = self.all_shifted.reshape(self.windows.shape), self.all_copies.reshape(-1, *shape)
+        self.shifted, self.copies = self.all_shifted.reshape(self.down.shape), self.all_copies.reshape(-1, *shape)
 
 
 @lru_cache(maxsize=16)

@@ -277,8 +277,8 @@ class ShotDetector:
         earlier = [
             distance(self.recent[i], after) / here for i in self._spread(first - 1, self._since(first - 1, o.flash))
         ]
-        lasts = min(later + earlier) >= o.lasting and max(np.median(later), np.median(earlier)) <= o.growth
-        return bool(lasts) and self._is_elsewhere(first - 1, frame, here)
+        lasts = min(later + earlier) >= o.lasting and max(sorted(later)[2], sorted(earlier)[2]) <= o.growth
+        return lasts and self._is_elsewhere(first - 1, frame, here)
 
     def _spread(self, frame: int, last: int) -> list[int]:
         """Return up to five frames after one, or before it, evenly until the last; the frame itself if that is all."""
