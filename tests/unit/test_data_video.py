@@ -40,7 +40,6 @@ def decode_in_order(path: Path, expected: Sequence[int]) -> dict[int, np.ndarray
     """The reference: decode from the first frame on and count."""
     found = {}
     with av.open(str(path)) as container:
-        container.streams.video[0].thread_type = "AUTO"
         for i, frame in enumerate(container.decode(video=0)):
             if i in expected:
                 found[i] = to_rgb(VideoReformatter(), frame, frame.height, frame.width)
