@@ -9,7 +9,6 @@ import statistics
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -184,6 +183,8 @@ def _cpu_name() -> str:
 
 
 def _version(package: str) -> str | None:
+    from importlib import metadata  # late: the processes that are measured have no need of it
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -28,18 +28,23 @@ Picture = tuple[np.ndarray, np.ndarray]  # brightness uint8 [36, 64], colour dif
 
 
 def thumbnail(planes: list[np.ndarray]) -> Picture:
-    """Reduce a frame's uint8 planes Y [H, W], U and V (of any size) to a Picture."""
-    bright, *colours = planes
-    return _shrink(bright, WIDTH, HEIGHT), np.concatenate([_shrink(plane, *COLOUR_SIZE) for plane in colours])
+    """Reduce a frame's uint8 planes Y [H, W], U and V (of any size, both alike) to a Picture."""
+    return _shrink(planes[:1], WIDTH, HEIGHT), _shrink(planes[1:], *COLOUR_SIZE)
 
 
-def _shrink(plane: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Average over areas; of large planes, over evenly spaced rows, and by halving, which OpenCV does fastest."""
-    if plane.shape[0] >= SAMPLED * height and plane.shape[1] >= SAMPLED * width:
-        plane = plane[_spaced(plane.shape[0], SAMPLED * height)]
-        for _ in range(SAMPLED.bit_length() - 1):
-            plane = cv2.resize(plane, (plane.shape[1] // 2, plane.shape[0] // 2), interpolation=cv2.INTER_AREA)
-    return cv2.resize(plane, (width, height), interpolation=cv2.INTER_AREA)
+def _shrink(planes: list[np.ndarray], width: int, height: int) -> np.ndarray:
+    """Average planes over areas and lay them one below the other.
+
+    Large ones by evenly spaced rows and by halving, which OpenCV does fastest, in one go.
+    """
+    rows, columns = planes[0].shape
+    if rows < SAMPLED * height or columns < SAMPLED * width:
+        return np.concatenate([cv2.resize(p, (width, height), interpolation=cv2.INTER_AREA) for p in planes])
+    spaced = _spaced(rows, SAMPLED * height)
+    tall = planes[0][spaced] if len(planes) == 1 else np.concatenate([plane[spaced] for plane in planes])
+    for _ in range(SAMPLED.bit_length() - 1):
+        tall = cv2.resize(tall, (tall.shape[1] // 2, tall.shape[0] // 2), interpolation=cv2.INTER_AREA)
+    return cv2.resize(tall, (width, len(planes) * height), interpolation=cv2.INTER_AREA)
 
 
 @lru_cache(maxsize=16)
@@ -121,7 +126,8 @@ def unexplained(before: np.ndarray, after: np.ndarray, radius: int, block: int) 
     left = cv2.absdiff(room.all_shifted, room.all_copies, dst=room.apart)
     for _ in range(block.bit_length() - 1):  # halving is many times faster than a quarter at once
         left = cv2.resize(left, (left.shape[1] // 2, left.shape[0] // 2), interpolation=cv2.INTER_AREA)
-    return float(left.reshape((2 * radius + 1) ** 2, -1).min(axis=0).mean())
+    best = left.reshape((2 * radius + 1) ** 2, -1).min(axis=0)
+    return float(cv2.norm(best, cv2.NORM_L1) / best.size)  # the mean, which NumPy takes longer for
 
 
 class _Matching:
@@ -170,7 +176,7 @@ def kept(one: np.ndarray, other: np.ndarray, radius: int = 4) -> float:
     The picture as a whole may have moved by `radius` thumbnail pixels, and each region by one more. Unlike pictures
     reach a half by chance at most.
     """
-    alike, known, _ = _compare(one, other, radius)
+    alike, known = _compare(one, other, radius)
     side = 2 * radius + 1
     dilated = cv2.dilate(alike.reshape(side, side, -1).view(np.uint8), np.ones((3, 3), np.uint8)).reshape(known.shape)
     hits = (dilated.view(bool) & known).sum(axis=1)
@@ -187,12 +193,14 @@ def is_kept_by_camera(one: np.ndarray, other: np.ndarray, share: float) -> bool:
 
 def relit(one: Picture, other: Picture) -> float:
     """Return the share of regions that keep their structure and whose brightness or colour changes more than that."""
-    alike, known, left = _compare(one[0], other[0], 1)
+    correlation, known, variance = _correlate(one[0], other[0], 1)
     centre = known[len(known) // 2]
     if centre.sum() < FEWEST:
         return 0.0
+    best = correlation.max(axis=0)
+    left = np.sqrt(variance * (1 - best.clip(0, 1) ** 2))  # grey levels (standard deviation) that shifts leave
     change = np.abs(_levels(one) - _levels(other)).max(axis=0)
-    return float((alike.any(axis=0) & centre & (change > left) & (change > RELIT)).sum() / centre.sum())
+    return float(((best >= ALIKE) & centre & (change > left) & (change > RELIT)).sum() / centre.sum())
 
 
 def is_detailed(*pictures: np.ndarray) -> bool:
@@ -238,50 +246,65 @@ def inset(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
     inside[top:bottom, left:right] = 255
     if cv2.meanStdDev(one, mask=~inside)[1][0, 0] ** 2 < TEXTURED:
         return 0.0, 0.0
-    alike, known, _ = _compare(one, other, 1)
+    alike, known = _compare(one, other, 1)
     around = known[len(known) // 2] & (_means(inside).ravel() == 0)
     share = change[top:bottom, left:right].sum() / max(1, change.sum())
     return float(share), float(np.asarray(alike.any(axis=0))[around].mean()) if around.any() else 0.0
 
 
-def _compare(one: np.ndarray, other: np.ndarray, radius: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return bool [shifts, regions]: where `other` is as `one` shifted, and where that tells something; and [regions].
+def _compare(one: np.ndarray, other: np.ndarray, radius: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return bool [shifts, regions]: where `other` is as `one` shifted, and where that tells something."""
+    correlation, known, _ = _correlate(one, other, radius)
+    return correlation >= ALIKE, known
 
-    The last are the grey levels (standard deviation) that the best shift leaves unexplained.
+
+def _correlate(one: np.ndarray, other: np.ndarray, radius: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return how the regions of `other` correlate with `one` shifted, float32 [shifts, regions].
+
+    Also bool, where that tells something, and float32 [regions], the variances of `other`.
     """
     side = 2 * radius + 1
     padded = cv2.copyMakeBorder(one.astype(np.float32), radius, radius, radius, radius, cv2.BORDER_REPLICATE)
-    down, right = padded.strides
-    shifted = as_strided(padded, (side, side, HEIGHT, WIDTH), (down, right, down, right))
     fixed = other.astype(np.float32)
     boxes = (cv2.boxFilter(values, -1, BOX, anchor=(0, 0)) for values in (padded, padded * padded))
+    down, right = padded.strides
     steps = (down, right, BOX[1] * down, BOX[0] * right)
     mean, square = (as_strided(box, (side, side, ROWS, COLUMNS), steps).reshape(-1, ROWS, COLUMNS) for box in boxes)
     fixed_mean = _means(fixed)
     variance = np.maximum(0, square - mean * mean)
     fixed_variance = np.maximum(0, _means(fixed * fixed) - fixed_mean * fixed_mean)
-    products = _room(radius, get_ident())
-    np.copyto(products, shifted)
-    np.multiply(products, fixed, out=products)
-    together = _means(products.reshape(-1, WIDTH)) - mean * fixed_mean
+    room = _shifts(radius, get_ident())
+    np.copyto(room.across, as_strided(padded, room.across.shape, (right, down, right)))
+    np.multiply(room.down, fixed.reshape(-1), out=room.products)
+    halved = cv2.resize(room.tall, (WIDTH // 2, len(room.tall) // 2), interpolation=cv2.INTER_AREA)  # the fastest first
+    together = _means(halved) - mean * fixed_mean
     correlation = together / (np.sqrt(variance * fixed_variance) + 1)  # plus a grey level's noise
     flat, fixed_flat = variance < TEXTURED, fixed_variance < TEXTURED
     clipped = flat & ((mean < BLACK) | (mean > WHITE)) | fixed_flat & ((fixed_mean < BLACK) | (fixed_mean > WHITE))
     known = ~(flat & fixed_flat) & ~clipped & (_inner(one, other) & _visible(radius))
-    known, correlation = known.reshape(side * side, -1), correlation.reshape(side * side, -1)
-    left = np.sqrt(fixed_variance.ravel() * (1 - correlation.max(axis=0).clip(0, 1) ** 2))
-    return correlation >= ALIKE, known, left
+    return correlation.reshape(side * side, -1), known.reshape(side * side, -1), fixed_variance.ravel()
+
+
+class _Shifts:
+    """Room for a picture times all shifts of another, kept because getting it anew takes longer than the rest."""
+
+    def __init__(self, radius: int) -> None:
+        side, tall = 2 * radius + 1, HEIGHT + 2 * radius
+        self.across = np.empty((side, tall, WIDTH), np.float32)  # shifts across, whose shifts down lie in one piece
+        column, row, pixel = self.across.strides
+        self.down = as_strided(self.across, (side, side, HEIGHT * WIDTH), (row, column, pixel))
+        self.products = np.empty(self.down.shape, np.float32)
+        self.tall = self.products.reshape(-1, WIDTH)
 
 
 @lru_cache(maxsize=16)
-def _room(radius: int, _thread: int) -> np.ndarray:
-    """Room for all shifted pictures, kept because getting it anew takes longer than the rest."""
-    return np.empty((2 * radius + 1, 2 * radius + 1, HEIGHT, WIDTH), np.float32)
+def _shifts(radius: int, _thread: int) -> _Shifts:
+    return _Shifts(radius)
 
 
 def _means(tall: np.ndarray) -> np.ndarray:
-    """Return the regions' means [n, ROWS, COLUMNS] of n pictures, one below the other; of one [1, ROWS, COLUMNS]."""
-    height = len(tall) * ROWS // HEIGHT
+    """Return the regions' means [n, ROWS, COLUMNS] of n pictures of any size, one below the other."""
+    height = ROWS * len(tall) * WIDTH // (HEIGHT * tall.shape[1])
     return cv2.resize(tall, (COLUMNS, height), interpolation=cv2.INTER_AREA).reshape(-1, ROWS, COLUMNS)
 
 
@@ -303,14 +326,16 @@ def _visible(radius: int) -> np.ndarray:
 
 def _inner(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Return bool [ROWS, COLUMNS]: the regions without letterbox or pillarbox."""
-    inner = np.ones((HEIGHT, WIDTH), np.float32)
+    inner, whole = np.ones((HEIGHT, WIDTH), np.float32), True
     low, high = cv2.min(one, other), cv2.max(one, other)
     for axis, part in ((1, inner), (0, inner.T)):
-        spread = cv2.reduce(high, axis, cv2.REDUCE_MAX) - cv2.reduce(low, axis, cv2.REDUCE_MIN)
-        uneven = np.flatnonzero(spread > BORDER)
+        spread = cv2.subtract(cv2.reduce(high, axis, cv2.REDUCE_MAX), cv2.reduce(low, axis, cv2.REDUCE_MIN)).ravel()
+        if spread[0] > BORDER and spread[-1] > BORDER:
+            continue
+        whole, uneven = False, np.flatnonzero(spread > BORDER)
         part[: uneven[0] if len(uneven) else None] = 0
         part[uneven[-1] + 1 if len(uneven) else 0 :] = 0
-    return _means(inner)[0] > 0.99
+    return np.ones((ROWS, COLUMNS), bool) if whole else _means(inner)[0] > 0.99
 
 
 def _enlarged(picture: np.ndarray, zoom: float) -> np.ndarray:

@@ -259,7 +259,7 @@ class ShotDetector:
             *range(frame + 1, self._until(frame, o.window) + 1),
         ]
         around = [self.changes[i] for i in neighbours]
-        if around and step < (1 + blended) * sorted(around)[len(around) // 2]:
+        if around and step < (1 + blended) * _middle(around):
             return False  # most frames end here, before anything is searched
         neighbours = sorted({*neighbours} - {*self.hard[-4:]}, key=lambda i: max(first - i, i - frame))
         if blended and not self._is_blend(first - 1, frame):
@@ -415,7 +415,7 @@ class ShotDetector:
         if fade is None or any(fade[0] <= end <= fade[1] for _, end in self.gradual):
             return
         within = [cut for cut in self.hard if fade[0] <= cut <= fade[1]]
-        if not within or np.median(self.contrasts[within[0] : within[-1]] or FLAT) < FLAT:
+        if not within or _middle(self.contrasts[within[0] : within[-1]] or [FLAT]) < FLAT:
             self.gradual.append((fade[0], max([fade[1], *(cut + 1 for cut in within)])))
 
     def _first_dissolve(self) -> tuple[Stretch, int]:
@@ -485,6 +485,11 @@ def cuts_of(
     cuts = {*filter(alone, hard), *((start + end) // 2 for start, end in gradual)}
     lasting = [stretch for stretch in gradual if stretch[1] - stretch[0] > 1]
     return sorted(cuts), sorted([blend for blend in blends if alone(blend[1])] + lasting)
+
+
+def _middle(values: list[float]) -> float:
+    """Return the median, the upper one of two."""
+    return sorted(values)[len(values) // 2]
 
 
 def _ramp(shares: np.ndarray) -> tuple[float, float]:
