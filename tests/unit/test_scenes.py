@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks.split import f1
-from opensora_repro.data.split.likeness import HEIGHT, WIDTH, thumbnail
+from opensora_repro.data.split.likeness import HEIGHT, WIDTH, sampled, thumbnails
 from opensora_repro.data.split.scenes import Span, plan_spans, scan_video
 from opensora_repro.data.split.shots import ShotDetector
 
@@ -48,7 +48,8 @@ def mixed(one: Frames, other: Frames) -> Frames:
 
 def feed(detector: ShotDetector, frame: np.ndarray, rate: float = 30) -> None:
     y, u, v = cv2.split(cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2YUV))
-    detector.add(thumbnail([y, u, v]), detector.count / rate)
+    (picture,) = thumbnails([sampled([y, u, v])])
+    detector.add(picture, detector.count / rate)
 
 
 def shots(frames: Iterable[np.ndarray], rate: float = 30) -> tuple[list[int], list[tuple[int, int]]]:
@@ -319,7 +320,7 @@ def test_short_videos() -> None:
 @pytest.mark.parametrize("shape", [(36, 64), (20, 30), (500, 300), (1080, 1920)])
 def test_thumbnails_of_any_shape(shape: tuple[int, int]) -> None:
     plane = np.full(shape, 90, np.uint8)
-    bright, colour = thumbnail([plane, plane[::2, ::2], plane[::2, ::2]])
+    ((bright, colour),) = thumbnails([sampled([plane, plane[::2, ::2], plane[::2, ::2]])])
     assert (bright.shape, colour.shape) == ((HEIGHT, WIDTH), (18, 16))
     assert set(np.unique(bright)) | set(np.unique(colour)) == {90}
 

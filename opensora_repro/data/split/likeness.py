@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from functools import lru_cache
+from itertools import groupby
 from threading import get_ident
 
 import cv2
@@ -24,27 +26,41 @@ BORDER = 6  # grey levels within which a row of a border is even, and the same i
 FEWEST = 16  # regions, a third of all, that must tell something: a shape on plain ground may be anywhere
 RELIT = 4.0  # grey levels by which light changes a region at least
 ZOOMS = (1.0, 1.15, 1.3, 1.5)
+Rows = tuple[np.ndarray, np.ndarray]  # of Y, and of U above those of V: what a thumbnail averages
 Picture = tuple[np.ndarray, np.ndarray]  # brightness uint8 [36, 64], colour differences uint8 [18, 16], one below other
 
 
-def thumbnail(planes: list[np.ndarray]) -> Picture:
-    """Reduce a frame's uint8 planes Y [H, W], U and V (of any size, both alike) to a Picture."""
-    return _shrink(planes[:1], WIDTH, HEIGHT), _shrink(planes[1:], *COLOUR_SIZE)
+def sampled(planes: list[np.ndarray]) -> Rows:
+    """Take what a thumbnail averages of a frame's uint8 planes Y [H, W], U and V (of any size, both alike)."""
+    return _sampled(planes[:1], WIDTH, HEIGHT), _sampled(planes[1:], *COLOUR_SIZE)
 
 
-def _shrink(planes: list[np.ndarray], width: int, height: int) -> np.ndarray:
-    """Average planes over areas and lay them one below the other.
+def thumbnails(frames: list[Rows]) -> Iterator[Picture]:
+    """Yield the thumbnails of frames: several at a time cost far less than one by one."""
+    for _, alike in groupby(frames, lambda rows: (rows[0].shape, rows[1].shape)):
+        bright, colours = zip(*alike, strict=True)
+        yield from zip(
+            _shrink(bright, WIDTH, HEIGHT), _shrink(colours, COLOUR_SIZE[0], 2 * COLOUR_SIZE[1]), strict=True
+        )
 
-    Large ones by evenly spaced rows and by halving, which OpenCV does fastest, in one go.
-    """
+
+def _sampled(planes: list[np.ndarray], width: int, height: int) -> np.ndarray:
+    """Return evenly spaced rows of planes of one size, one below the other; small planes at the thumbnail's size."""
     rows, columns = planes[0].shape
     if rows < SAMPLED * height or columns < SAMPLED * width:
         return np.concatenate([cv2.resize(p, (width, height), interpolation=cv2.INTER_AREA) for p in planes])
     spaced = _spaced(rows, SAMPLED * height)
-    tall = planes[0][spaced] if len(planes) == 1 else np.concatenate([plane[spaced] for plane in planes])
-    for _ in range(SAMPLED.bit_length() - 1):
-        tall = cv2.resize(tall, (tall.shape[1] // 2, tall.shape[0] // 2), interpolation=cv2.INTER_AREA)
-    return cv2.resize(tall, (width, len(planes) * height), interpolation=cv2.INTER_AREA)
+    return planes[0][spaced] if len(planes) == 1 else np.concatenate([plane[spaced] for plane in planes])
+
+
+def _shrink(frames: tuple[np.ndarray, ...], width: int, height: int) -> np.ndarray:
+    """Average rows of frames, all of one size, over areas [n, height, width]; by halving, which OpenCV does fastest."""
+    tall = np.concatenate(frames)
+    if tall.shape[1] > width:
+        for _ in range(SAMPLED.bit_length() - 1):
+            tall = cv2.resize(tall, (tall.shape[1] // 2, tall.shape[0] // 2), interpolation=cv2.INTER_AREA)
+        tall = cv2.resize(tall, (width, len(frames) * height), interpolation=cv2.INTER_AREA)
+    return tall.reshape(len(frames), height, width)
 
 
 @lru_cache(maxsize=16)

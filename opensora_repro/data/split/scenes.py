@@ -28,12 +28,13 @@ from opensora_repro.data.video import (
 )
 
 if TYPE_CHECKING:
-    from opensora_repro.data.split.likeness import Picture
+    from opensora_repro.data.split.likeness import Picture, Rows
 
 # Thumbnails do not need the filter that smooths block edges, and H.264 and HEVC spend a quarter of their time on it.
 DRAFT = {"skip_loop_filter": "all", "flags2": "+fast"}
 PLANES = frozenset(f"yuv{kind}{sampling}p" for kind in ("", "j") for sampling in ("420", "422", "444"))  # 8 bits
 BATCH = 64  # thumbnails that the detector gets at once
+TOGETHER = 8  # of which so many are made at a time: their rows fit into a core's cache
 ANALYSIS_WIDTH = 256  # pixels; wider pictures are reduced, which is also PySceneDetect's default
 WINDOW = 3  # frames on either side that a frame's change is compared with
 MIN_CHANGE = 8.0  # content score below which nothing is a cut
@@ -204,23 +205,29 @@ class Thumbnails:
 
     def add_all(self, frames: Iterable[Any]) -> None:
         """Take thumbnails of some frames, then look at them: by turns, decoder and detector lose their caches."""
-        reduced = map(self._reduced, frames)
-        while batch := list(islice(reduced, BATCH)):
+        pictures = self._pictures(map(self._sampled, frames))
+        while batch := list(islice(pictures, BATCH)):
             for picture, time in batch:
                 self.detector.add(picture, time)
 
     def add(self, frame: Any) -> None:
-        self.detector.add(*self._reduced(frame))
+        self.add_all([frame])
 
-    def _reduced(self, frame: Any) -> tuple[Picture, float | None]:
-        from opensora_repro.data.split.likeness import thumbnail
+    def _pictures(self, frames: Iterator[tuple[Rows, float | None]]) -> Iterator[tuple[Picture, float | None]]:
+        from opensora_repro.data.split.likeness import thumbnails
+
+        while some := list(islice(frames, TOGETHER)):
+            yield from zip(thumbnails([rows for rows, _ in some]), (time for _, time in some), strict=True)
+
+    def _sampled(self, frame: Any) -> tuple[Rows, float | None]:
+        from opensora_repro.data.split.likeness import sampled
 
         time = frame.time
         if frame.format.name not in PLANES:
             frame = self.reformatter.reformat(
                 frame, width=256, height=144, format="yuv420p", interpolation="AREA", **one_scaling_thread()
             )
-        return thumbnail([_plane(plane) for plane in frame.planes]), time
+        return sampled([_plane(plane) for plane in frame.planes]), time
 
     def finish(self) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
         shots = self.detector.finish()
