@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from stages import stage2_video
 from tests.training_world import Command, World, make_world, metrics, newest_hashes
 
 STAGE2 = "stages.stage2_video"
+DEMO_VAE = Path(__file__).parents[2] / "checkpoints" / "demo" / "vae"
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +99,24 @@ def test_an_activation_saturates_in_a_run(world: World, tmp_path: Path) -> None:
     assert stage2_video.main(arguments(world, tmp_path / "run", **changes)) == 0
     (told,) = lines(tmp_path / "run" / "alarms.jsonl")
     assert told["alarm"] == "saturation" and told["step"] == 5
+
+
+def test_samples_are_of_one_colour_where_the_decoder_is_dead(world: World, tmp_path: Path) -> None:
+    """Training, which only encodes, does not notice. With the same autoencoder whole, they are seen to be noise yet."""
+    dead = tmp_path / "dead"
+    shutil.copytree(DEMO_VAE, dead)
+    weights = load_file(dead / "diffusion_pytorch_model.safetensors")
+    weights["decoder.conv_out.weight"].zero_()
+    save_file(weights, dead / "diffusion_pytorch_model.safetensors")
+    sampled = {"sample__every": 3, "sample__prompts": ["a red square", "a blue square"], "sample__sampler": "ddim",
+               "sample__steps": 2, "train__steps": 3, "validation__every": 0}  # fmt: skip
+    for vae, expected in ((DEMO_VAE, ["noise"]), (dead, ["flat", "motion"])):
+        run_dir = tmp_path / f"run_{vae.name}"
+        assert stage2_video.main(arguments(world, run_dir, **sampled, vae__path=str(vae))) == 0
+        told = lines(run_dir / "alarms.jsonl")
+        assert [line["alarm"] for line in told] == expected
+    assert told[0]["message"] == "2 of 2 samples are of one colour" and told[0]["step"] == 3
+    assert metrics(tmp_path / "run_dead") == metrics(tmp_path / "run_vae")
 
 
 def test_a_page_that_cannot_be_written_ends_no_run(
