@@ -127,6 +127,28 @@ def test_a_page_that_cannot_be_written_ends_no_run(
     assert "warning: no report.html: " in capsys.readouterr().out
 
 
+def test_a_run_that_may_not_send_is_refused_by_its_dry_run_in_the_same_line(world: World, tmp_path: Path) -> None:
+    """wandb has no key here; then it has one, whose server is never asked."""
+    words = arguments(world, tmp_path / "run", track__wandb="tiny", validation__every=0)
+    clean = {"WANDB_API_KEY": "", "WANDB_IDENTITY_TOKEN_FILE": "", "WANDB_MODE": "online", "NETRC": ""}
+    clean |= {
+        "HOME": str(tmp_path),
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+        "WANDB_CONFIG_DIR": str(tmp_path / "wandb"),
+    }
+    told = []
+    for flags in (["--dry-run"], []):
+        command = Command(STAGE2, words + flags, tmp_path / "log", clean)
+        assert command.wait() == 2, command.out
+        told.append([line for line in command.err.splitlines() if line.startswith("error")])
+    assert told[0] == told[1] and len(told[0]) == 1
+    assert "track.wandb = tiny: wandb has no key here: run `wandb login`; WANDB_MODE=offline keeps it" in told[0][0]
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "netrc").write_text(f"machine 127.0.0.1 login user password {'a' * 40}\n")
+    command = Command(STAGE2, [*words, "--dry-run"], tmp_path / "log", clean | {"NETRC": str(tmp_path / "netrc")})
+    assert command.wait() == 0, command.err
+
+
 def test_nothing_of_wandb_is_loaded_unasked_and_its_absence_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # what an environment without it looks like
     check_track(Config())
