@@ -129,9 +129,9 @@ def test_footage_slower_than_its_clips_is_told(
     clips = read_table_of(out / "manifest.parquet", need_captions=False)
     (told,) = preflight.warnings(preflight.survey(clips, DataConfig(num_frames=8, height=64, width=64, fps=24.0), out))
     assert told.startswith("67% of the clips") and "lower data.fps (the slowest have 12)" in told
-    wanted = told.rpartition("--keep ")[2].strip("'")
-    assert wanted in words
-    assert filter_tool.main([str(out / "manifest.parquet"), "--out", str(tmp_path / "kept"), "--keep", wanted]) == 0
+    expression = told.rpartition("--keep ")[2].strip("'")
+    assert expression in words
+    assert filter_tool.main([str(out / "manifest.parquet"), "--out", str(tmp_path / "kept"), "--keep", expression]) == 0
     assert set(read_manifest(tmp_path / "kept" / "manifest.parquet", need_captions=False)["source"]) == {"quick.mp4"}
 
 
