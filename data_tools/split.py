@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
 from functools import partial
 from os.path import expanduser
 from pathlib import Path
@@ -26,7 +27,7 @@ from opensora_repro.data.jobs.line import ToolStep
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, RunnerArguments, run_jobs, runner_of
 from opensora_repro.data.jobs.workers import num_cores
-from opensora_repro.data.manifest import LINEAGE, MANIFEST, write_parted
+from opensora_repro.data.manifest import FILMED_RATE, LINEAGE, MANIFEST, SLOW, filmed_rates, write_parted
 from opensora_repro.data.options import any_path, argument, option, parse, parser_of
 from opensora_repro.data.origin import made_by
 from opensora_repro.data.split import source
@@ -140,9 +141,26 @@ def split(args: Arguments) -> int:
     clips, rejects = write_parted(out, source.Outcome(inputs.items, found).clips, CLIP_COLUMNS)
     total = len(inputs.items)
     print(f"{total} videos, {clips} clips, {rejects} rejected, {inputs.others} other files: {one_line(out)}")
+    if options.fps and (line := repeats(out / "manifest.parquet", float(Fraction(options.fps)))):
+        print(f"warning: {line}", file=sys.stderr)
     if not clips:
         raise DataError(f"{args.input}: no clip came out; the reasons are in {out / 'rejects.parquet'}")
     return 0
+
+
+def repeats(manifest: Path, fps: float) -> str:
+    """Return a line on clips whose source has fewer frames a second; nothing where none has."""
+    import pyarrow.parquet as pq
+
+    rates = filmed_rates(pq.read_table(manifest, columns=list(LINEAGE)))
+    slow = rates < SLOW * fps
+    if not slow.any():
+        return ""
+    return (
+        f"{slow.sum()} of {len(rates)} clips were filmed at fewer frames a second (from {rates[slow].min():.4g} on) "
+        f"than --fps {fps:g}, so that frames repeat and motion halts: give a lower --fps (data.fps of --for-training's "
+        f"config), or leave them out: data_tools.filter --keep '{FILMED_RATE} >= {SLOW * fps:g}'"
+    )
 
 
 def are_few(items: Items, runner: Runner) -> bool:

@@ -42,6 +42,8 @@ MANIFEST = {
 LINEAGE = {
     "source": "string", "start_frame": "int64", "end_frame": "int64", "start_time": "double", "end_time": "double",
 }  # fmt: skip
+FILMED_RATE = "(end_frame - start_frame) / (end_time - start_time)"  # as `filter` reads it; see filmed_rates
+SLOW = 0.99  # of a rate asked for; NTSC's 24000/1001 for 24 repeats a frame in a thousand
 REJECTS = {
     "id": "string", "path": "string", "source": "string", "stage": "string", "reason": "string",
     "start_frame": "int64", "end_frame": "int64",
@@ -106,6 +108,23 @@ def _joined(batches: list[Any]) -> Any:
         return table.combine_chunks()
     except pa.ArrowInvalid:  # lists of more items than a chunk can have
         return table
+
+
+def filmed_rates(table: Any) -> Any:
+    """Return the frames a second that a clip's source has in its span, float [N]; infinite where no lineage tells.
+
+    A clip of more has frames twice: `split --fps` takes for each moment what the source shows then.
+    """
+    import numpy as np
+    from pyarrow.types import is_floating, is_integer
+
+    columns = [table[name] for name in LINEAGE if name != "source" and name in table.column_names]
+    if len(columns) < 4 or not all(is_integer(column.type) or is_floating(column.type) for column in columns):
+        return np.full(len(table), np.inf)
+    start, end, began, ended = (column.to_numpy().astype(float) for column in columns)  # missing: not a number
+    with np.errstate(invalid="ignore", divide="ignore"):
+        rates = (end - start) / (ended - began)
+    return np.where(rates > 0, rates, np.inf)
 
 
 def write_manifest(table: Any, path: str | Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from opensora_repro.config import DataConfig
 from opensora_repro.data.buckets import Bucket, Rule
+from opensora_repro.data.manifest import FILMED_RATE, LINEAGE, SLOW, filmed_rates
 from opensora_repro.data.sample_frames import frames_at_rate, interval_of
 from opensora_repro.errors import DataError
 from opensora_repro.storage.addresses import address_of, place, shown
@@ -26,7 +27,6 @@ ALL_ROWS, SAMPLED_ROWS = 100_000, 10_000  # beyond so many rows, a sample of so 
 THREADS = 32  # that wait for a file system; most of a local one's answers come at once
 NOTABLE = 0.1  # share of the clips from which on a warning is due
 MIXED_RATES = 1.5
-SLOW = 0.99  # of data.fps; NTSC's 24000/1001 for 24 repeats a frame in a thousand
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class Survey:
     resplit: int  # of the too short ones, those that a limit of length has cut, not a scene's end
     longest: int  # frames, as `frames_at_rate` counts them
     squeezed: int
-    slow: int  # of fewer frames a second than data.fps
+    slow: int  # of fewer frames a second than data.fps, or of a source with fewer
+    slowest: float  # of them, frames a second
     factors: tuple[float, ...]  # of the enlarged ones, ascending
     short_side: int  # pixels with which none would be enlarged
     rates: tuple[float, ...]  # frames a second of usable videos, the most frequent first; none where single frames do
@@ -107,6 +108,8 @@ def survey(table: Any, data: DataConfig, manifest: str | Path) -> Survey:
     enlarged = usable & (factors > 1)
     sides = (np.minimum(heights, widths) * factors)[enlarged]
     moving = usable & (frames > 1) & (target.num_frames > 1)
+    filmed = np.minimum(fps, filmed_rates(looked))
+    slow = moving & (filmed < SLOW * data.fps)
     window = (target.num_frames - 1) * interval_of(data) + 1
     return Survey(
         manifest=str(manifest),
@@ -120,7 +123,8 @@ def survey(table: Any, data: DataConfig, manifest: str | Path) -> Survey:
         resplit=int((too_short & resplit).sum()),
         longest=int(taken.max()),
         squeezed=int((usable & (taken < window)).sum()),
-        slow=int((moving & (fps < SLOW * data.fps)).sum()),
+        slow=int(slow.sum()),
+        slowest=round(float(filmed[slow].min()), 3) if slow.any() else 0.0,
         factors=tuple(np.sort(factors[enlarged]).tolist()),
         short_side=math.ceil(sides.max()) if len(sides) else 0,
         rates=tuple(rate for rate, _ in Counter(np.round(fps[moving], 3).tolist()).most_common()),
@@ -363,10 +367,12 @@ def warnings(found: Survey) -> Iterator[str]:
             f"{remedy}, or lower {'the resolutions of data.buckets' if data.buckets else 'data.height and data.width'}"
         )
     if found.slow > NOTABLE * total:
+        rate = FILMED_RATE if set(LINEAGE) <= set(found.looked.column_names) else "fps"
         yield (
-            f"{found.slow / total:.0%} of the clips in {found.manifest} have fewer frames a second than data.fps = "
-            f"{data.fps:g}, so that frames repeat and motion halts: lower data.fps (the slowest have "
-            f"{min(found.rates):g}), or leave them out: data_tools.filter --keep 'fps >= {SLOW * data.fps:g}'"
+            f"{found.slow / total:.0%} of the clips in {found.manifest} have fewer frames a second, themselves or as "
+            f"filmed, than data.fps = {data.fps:g}, so that frames repeat and motion halts: lower data.fps "
+            f"(the slowest have {found.slowest:g}), or leave them out: data_tools.filter --keep "
+            f"'{rate} >= {SLOW * data.fps:g}'"
         )
     by_number = not data.fps and data.frame_sampling == "window"
     if by_number and found.rates and max(found.rates) > MIXED_RATES * min(found.rates):

@@ -232,12 +232,12 @@ def cover_size(height: int, width: int, size: Size) -> Size:
 
 
 @contextmanager
-def open_video(path: str | Path, *, threads: int = 1, by_header: bool = False) -> Iterator[tuple[Any, Any]]:
+def open_video(path: str | Path, *, by_header: bool = False) -> Iterator[tuple[Any, Any]]:
     """Open a file's video: yields (container, stream) and closes both; PyAV's errors become DecodeError.
 
-    Of several streams it is the default one, then the largest (cover art is none). `threads` is 1 because training
-    decodes in many worker processes; 0 lets ffmpeg choose. `by_header`: of MP4, believe the header, and do not decode
-    the first frames to learn what it does not say, such as the pixel format.
+    Of several streams it is the default one, then the largest (cover art is none). One thread decodes: training reads
+    in many processes, and PyAV 17.1 was seen not to come back from closing several. `by_header`: of MP4, believe the
+    header, and do not decode the first frames to learn what it does not say, such as the pixel format.
     """
     import av
 
@@ -254,8 +254,8 @@ def open_video(path: str | Path, *, threads: int = 1, by_header: bool = False) -
             stream = max(streams, key=_rank)
             if stream.codec_context is None:
                 raise DecodeError(f"{path}: no decoder for its video stream")
-            stream.thread_type = "SLICE" if threads == 1 else "AUTO"
-            stream.codec_context.thread_count = threads
+            stream.thread_type = "SLICE"
+            stream.codec_context.thread_count = 1
             yield container, stream
     except av.FFmpegError as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -155,7 +155,8 @@ class FrameVAE(Autoencoder):
         assert num_frames in (None, latents.shape[2])
         frames = rearrange(latents / self.scale + self.shift, "b c t h w -> b t c h w")
         videos = [self._in_micro_batches(self._pixels, sample) for sample in frames]
-        return rearrange(videos, "b t c h w -> b c t h w").clamp(-1.0, 1.0)
+        joined = videos[0][None] if len(videos) == 1 else torch.stack(videos)  # one is not copied
+        return rearrange(joined, "b t c h w -> b c t h w").clamp_(-1.0, 1.0)
 
     def _moments(self, frames: Tensor) -> Tensor:
         return self._encoded(lambda pixels: self.vae.encode(pixels).latent_dist.parameters, frames)
@@ -165,12 +166,17 @@ class FrameVAE(Autoencoder):
 
     def _in_micro_batches(self, function: Any, frames: Tensor) -> Tensor:
         """Apply `function` to frames [T, C, H, W] a few at a time; return float32."""
-        outputs = []
+        joined = None
         with torch.autocast(self.vae.device.type, enabled=False):  # the weights' dtype decides, not the caller's
-            for batch in frames.split(self.micro_batch_size):
+            for first in range(0, len(frames), self.micro_batch_size):
+                batch = frames[first : first + self.micro_batch_size]
                 there = batch.to(self.vae.device, self.vae.dtype)
                 if len(there) == 1 and there.device.type == "cpu":
                     # Kernels chosen for a batch of one round differently there: let a lone frame run twice.
                     there = there.expand(2, -1, -1, -1)
-                outputs.append(function(there.contiguous())[: len(batch)].float())
-        return torch.cat(outputs)
+                output = function(there.contiguous())[: len(batch)].float()
+                if joined is None:  # as large as all of them: no copy of all is made at the end
+                    joined = output.new_empty(len(frames), *output.shape[1:])
+                joined[first : first + len(batch)] = output
+        assert joined is not None
+        return joined

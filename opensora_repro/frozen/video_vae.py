@@ -80,7 +80,8 @@ class VideoVAE(Autoencoder):
         assert latents.shape[2] == self.latent_frames(num_frames)
         mean, std = self.statistics(latents.device)
         clips = (latents.float() * std + mean).split(1)
-        videos = torch.cat([self._decoded(lambda z: self._pixels(z, num_frames), self._there(z)) for z in clips])
+        decoded = [self._decoded(lambda z: self._pixels(z, num_frames), self._there(z)) for z in clips]
+        videos = decoded[0] if len(decoded) == 1 else torch.cat(decoded)  # one, of 720p gigabytes, is not copied
         assert videos.shape[2] == num_frames
         return videos.clamp_(-1.0, 1.0)
 

@@ -26,6 +26,8 @@ class AutoencoderSizes:
     encoding_values: int  # alive at once while a GPU encodes a micro-batch, `vae.micro_batch_size` frames at a time
     encoding_values_alone: int  # the same of one clip after the other, as a CPU encodes
     decoding_values: int  # a clip's frames, so many at a time
+    decoded_values: int  # of pixels, which these become
+    unfolded_values: int  # what a CPU copies together for a convolution of few channels in three dimensions
 
 
 def image_autoencoder_sizes(vae: dict[str, Any], cfg: Config) -> AutoencoderSizes:
@@ -43,6 +45,8 @@ def image_autoencoder_sizes(vae: dict[str, Any], cfg: Config) -> AutoencoderSize
         encoding_values=MAPS_ENCODING * together * values,
         encoding_values_alone=MAPS_ENCODING * alone * values,
         decoding_values=MAPS_DECODING * alone * values,
+        decoded_values=3 * alone * rows * columns,
+        unfolded_values=0,
     )
 
 

@@ -8,12 +8,16 @@ from dataclasses import dataclass, replace
 from opensora_repro.config import Config
 from opensora_repro.models.config import ModelConfig
 from opensora_repro.planning.encoders import frozen_sizes, text_values
+from opensora_repro.planning.image_encoders import AutoencoderSizes
 from opensora_repro.planning.memory import FLOAT, HALF
 from opensora_repro.planning.parameters import mlp_width
 from opensora_repro.planning.sizes import latent_shape, token_grid
+from opensora_repro.process import KEPT_BYTES
 
 LATENTS_ALIVE = 6  # noise, the last ones, both halves' outputs, their mixture, a sampler's memory; all float32
-PIXELS_ALIVE = 3  # float32 videos: the decoded parts, joined, clamped
+PIXELS_ALIVE = 3  # float32: the decoded parts, joined, clamped
+FRAMES_CONVERTED = 4  # as sampling/generate.py has it, which needs torch
+HELD = 3  # times what maps and pixels of a part take, a CPU's process keeps of freed memory, as far as it may
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,25 @@ def sampling_memory(
     size = HALF if half and device_type == "cuda" else FLOAT
     t5 = replace(cfg.text, offload=cfg.text.offload and device_type == "cuda")
     text = text_values(t5, sizes, world_size) if reads_t5 else 0
-    pixels = 3 * cfg.data.num_frames * cfg.data.height * cfg.data.width
-    decoding = size * sizes.decoding_values + PIXELS_ALIVE * FLOAT * pixels + FLOAT * batch_size * math.prod(shape)
+    decoding = decoding_memory(cfg, sizes, size, device_type) + FLOAT * batch_size * math.prod(shape)
     return SamplingMemory(
         FLOAT * parameters, float(size * (sizes.vae_parameters + text)), float(denoising), float(decoding)
     )
+
+
+def decoding_memory(cfg: Config, sizes: AutoencoderSizes, size: int, device_type: str) -> int:
+    """Bytes beside latents and weights while a clip becomes float32 pixels, and these bytes; `size`: of a value.
+
+    Measured with processes on a CPU, see docs/weights.md; on a GPU it is unmeasured.
+    """
+    data = cfg.data
+    frame = 3 * FLOAT * data.height * data.width
+    video, part = data.num_frames * frame, FLOAT * sizes.decoded_values
+    maps, held = size * sizes.decoding_values, 0
+    if device_type == "cpu":
+        maps += size * sizes.unfolded_values
+        held = min(KEPT_BYTES, HELD * (maps + part))
+    if part >= video:
+        return held + maps + PIXELS_ALIVE * video
+    converted = video // FLOAT + PIXELS_ALIVE * min(FRAMES_CONVERTED, data.num_frames) * frame
+    return held + video + maps + PIXELS_ALIVE * part + converted

@@ -20,6 +20,8 @@ from opensora_repro.planning.sizes import autoencoder_geometry, autoencoder_kind
 
 # Feature maps of Open-Sora 1.2's temporal part, each of the first width at full length, at its largest moments.
 MAPS_ENCODING, MAPS_DECODING = 6, 12
+# Values of a kernel; torch unfolds an input whose channels, frames and rows multiply to no more (oneDNN takes others)
+KERNEL, UNFOLDED = 27, 20480
 
 
 def video_autoencoder_sizes(cfg: Config) -> AutoencoderSizes:
@@ -71,6 +73,8 @@ def _open_sora(config: dict[str, Any], cfg: Config) -> AutoencoderSizes:
         encoding_values=max(frames_part.encoding_values_alone, MAPS_ENCODING * values),
         encoding_values_alone=max(frames_part.encoding_values_alone, MAPS_ENCODING * values),
         decoding_values=max(frames_part.decoding_values, MAPS_DECODING * values),
+        decoded_values=3 * data.num_frames * rows[0] * columns[0],
+        unfolded_values=0,
     )
 
 
@@ -170,4 +174,6 @@ def _estimate(kind: str, config: dict[str, Any], cfg: Config) -> AutoencoderSize
         encoding_values=encoding + attended,
         encoding_values_alone=encoding + attended,
         decoding_values=values(counted.decoding) + attended,
+        decoded_values=3 * area * frames,
+        unfolded_values=KERNEL * width * alive * area if width * alive * sides[0][0] <= UNFOLDED else 0,
     )

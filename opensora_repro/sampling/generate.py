@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 
 MIN_GRAPH_STEPS = 10  # fewer do not pay for the recording of a CUDA graph
+FRAMES_CONVERTED = 4  # at once, from float32: of a whole video, a copy is the largest tensor there is
 
 
 class NotFinite(TrainingError):
@@ -220,10 +221,13 @@ def decode(vae: Autoencoder, latent: Tensor, *, num_frames: int) -> np.ndarray:
     Raises NotFinite.
     """
     video = vae.decode(rearrange(latent, "c t h w -> 1 c t h w"), num_frames=num_frames)[0]  # [3, T, H, W] in [-1, 1]
-    if not video.isfinite().all():
-        raise NotFinite("the autoencoder made pixels that are not finite of finite latents: are its weights whole?")
-    pixels = ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    frames: np.ndarray = rearrange(pixels, "c t h w -> t h w c").cpu().numpy()
+    frames = np.empty((*video.shape[1:], 3), np.uint8)
+    for first in range(0, num_frames, FRAMES_CONVERTED):
+        part = video[:, first : first + FRAMES_CONVERTED]
+        if not part.isfinite().all():
+            raise NotFinite("the autoencoder made pixels that are not finite of finite latents: are its weights whole?")
+        pixels = ((part.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        frames[first : first + FRAMES_CONVERTED] = rearrange(pixels, "c t h w -> t h w c").cpu().numpy()
     return frames
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from opensora_repro.config import AutoencoderConfig, Config, ConfigError, config
 from opensora_repro.files import one_line
 
 LONGEST_NAME, NOT_IN_NAMES = 128, "/\\#?%:"  # of projects, as wandb has it
+OTHERWISE = "WANDB_MODE=offline keeps it in run.dir, an empty track.wandb leaves it out"
 
 
 def check_track(cfg: Config | AutoencoderConfig) -> None:
-    """Raise ConfigError where what `[track]` asks for is not installed, or has a name that no project can have."""
+    """Raise ConfigError where what `[track]` asks for is not installed, may not send, or has a name of no project."""
     if len(cfg.track.wandb) > LONGEST_NAME or set(cfg.track.wandb) & set(NOT_IN_NAMES):
         raise ConfigError(
             f"track.wandb = {cfg.track.wandb}: expected a project's name, at most {LONGEST_NAME} characters without "
@@ -26,6 +28,22 @@ def check_track(cfg: Config | AutoencoderConfig) -> None:
             f"track.wandb = {cfg.track.wandb}: wandb is not installed; pip install 'opensora-repro[track]', "
             "or leave the key empty"
         )
+    if cfg.track.wandb and os.environ.get("RANK", "0") == "0" and not _may_send():  # one process sends
+        raise ConfigError(f"track.wandb = {cfg.track.wandb}: wandb has no key here: run `wandb login`; {OTHERWISE}")
+
+
+def _may_send() -> bool:
+    """Whether wandb finds a key where it looks for one (environment, netrc, its settings), or is told to send nothing.
+
+    Whether the key is right shows at the start: that takes its server.
+    """
+    import requests
+    import wandb
+
+    settings = wandb.setup().settings
+    if settings.mode != "online" or settings.api_key or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    return requests.utils.get_netrc_auth(settings.base_url) is not None
 
 
 class Track:
@@ -48,10 +66,7 @@ class Track:
                 settings=wandb.Settings(silent=True, console="off"),
             )
         except wandb.errors.Error as error:
-            raise ConfigError(
-                f"track.wandb = {cfg.track.wandb}: {' '.join(str(error).split())}; "
-                "WANDB_MODE=offline keeps it in run.dir, an empty key leaves it out"
-            ) from None
+            raise ConfigError(f"track.wandb = {cfg.track.wandb}: {' '.join(str(error).split())}; {OTHERWISE}") from None
         # Steps as a value: a resumed run makes some again, which wandb's own counter would refuse.
         self._run.define_metric("*", step_metric="step")
 

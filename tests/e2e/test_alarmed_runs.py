@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from stages import stage2_video
 from tests.training_world import Command, World, make_world, metrics, newest_hashes
 
 STAGE2 = "stages.stage2_video"
+DEMO_VAE = Path(__file__).parents[2] / "checkpoints" / "demo" / "vae"
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +101,52 @@ def test_an_activation_saturates_in_a_run(world: World, tmp_path: Path) -> None:
     assert told["alarm"] == "saturation" and told["step"] == 5
 
 
+def test_samples_are_of_one_colour_where_the_decoder_is_dead(world: World, tmp_path: Path) -> None:
+    """Training, which only encodes, does not notice. With the same autoencoder whole, they are seen to be noise yet."""
+    dead = tmp_path / "dead"
+    shutil.copytree(DEMO_VAE, dead)
+    weights = load_file(dead / "diffusion_pytorch_model.safetensors")
+    weights["decoder.conv_out.weight"].zero_()
+    save_file(weights, dead / "diffusion_pytorch_model.safetensors")
+    sampled = {"sample__every": 3, "sample__prompts": ["a red square", "a blue square"], "sample__sampler": "ddim",
+               "sample__steps": 2, "train__steps": 3, "validation__every": 0}  # fmt: skip
+    for vae, expected in ((DEMO_VAE, ["noise"]), (dead, ["flat", "motion"])):
+        run_dir = tmp_path / f"run_{vae.name}"
+        assert stage2_video.main(arguments(world, run_dir, **sampled, vae__path=str(vae))) == 0
+        told = lines(run_dir / "alarms.jsonl")
+        assert [line["alarm"] for line in told] == expected
+    assert told[0]["message"] == "2 of 2 samples are of one colour" and told[0]["step"] == 3
+    assert metrics(tmp_path / "run_dead") == metrics(tmp_path / "run_vae")
+
+
 def test_a_page_that_cannot_be_written_ends_no_run(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run" / "report.html").mkdir(parents=True)
     assert stage2_video.main(arguments(world, tmp_path / "run", train__steps=3, validation__every=0)) == 0
     assert "warning: no report.html: " in capsys.readouterr().out
+
+
+def test_a_run_that_may_not_send_is_refused_by_its_dry_run_in_the_same_line(world: World, tmp_path: Path) -> None:
+    """wandb has no key here; then it has one, whose server is never asked."""
+    words = arguments(world, tmp_path / "run", track__wandb="tiny", validation__every=0)
+    clean = {"WANDB_API_KEY": "", "WANDB_IDENTITY_TOKEN_FILE": "", "WANDB_MODE": "online", "NETRC": ""}
+    clean |= {
+        "HOME": str(tmp_path),
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+        "WANDB_CONFIG_DIR": str(tmp_path / "wandb"),
+    }
+    told = []
+    for flags in (["--dry-run"], []):
+        command = Command(STAGE2, words + flags, tmp_path / "log", clean)
+        assert command.wait() == 2, command.out
+        told.append([line for line in command.err.splitlines() if line.startswith("error")])
+    assert told[0] == told[1] and len(told[0]) == 1
+    assert "track.wandb = tiny: wandb has no key here: run `wandb login`; WANDB_MODE=offline keeps it" in told[0][0]
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "netrc").write_text(f"machine 127.0.0.1 login user password {'a' * 40}\n")
+    command = Command(STAGE2, [*words, "--dry-run"], tmp_path / "log", clean | {"NETRC": str(tmp_path / "netrc")})
+    assert command.wait() == 0, command.err
 
 
 def test_nothing_of_wandb_is_loaded_unasked_and_its_absence_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:

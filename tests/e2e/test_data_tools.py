@@ -17,8 +17,12 @@ import pandas as pd
 import pytest
 
 from data_tools import caption, split
+from data_tools import filter as filter_tool
 from opensora_repro import files
+from opensora_repro.config import DataConfig
+from opensora_repro.data import preflight
 from opensora_repro.data.jobs.records import RECORDS_FILE
+from opensora_repro.data.manifest import read_manifest as read_table_of
 from opensora_repro.data.split.options import Options, recipe_options
 from opensora_repro.data.split.source import METHOD
 from opensora_repro.data.video import probe
@@ -28,11 +32,11 @@ from tests.job_records import recorded
 SCENES = [(40, 8), (200, 14), (90, 5), (150, 12)]  # brightness of the left half, frames
 
 
-def film(path: Path, scenes: list[tuple[int, int]] = SCENES, size: int = 64) -> None:
+def film(path: Path, scenes: list[tuple[int, int]] = SCENES, size: int = 64, rate: int = 12) -> None:
     """Write a video of still scenes with a little noise."""
     noise = np.random.default_rng(len(scenes))
     with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=12, options={"crf": "20"})
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "20"})
         stream.width, stream.height, stream.pix_fmt = size, size, "yuv420p"
         for level, count in scenes:
             for _ in range(count):
@@ -109,6 +113,26 @@ def test_clips_fit_the_config_that_they_are_for(
     assert "is no .toml; write the input before it" in capsys.readouterr().err
     assert split.main([str(footage), "--out", str(tmp_path / "out"), "--for-training=absent.toml"]) == 2
     assert "--for-training: config absent.toml: cannot be read" in capsys.readouterr().err
+
+
+def test_footage_slower_than_its_clips_is_told(
+    footage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the split that repeats its frames, and by what looks at the clips before a training; filter knows them."""
+    film(footage / "quick.mp4", rate=24)
+    out = tmp_path / "out"
+    assert split.main([str(footage), "--out", str(out), "--fps", "12"]) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert split.main([str(footage), "--out", str(out), "--fps", "24"]) == 0
+    words = capsys.readouterr().err
+    assert "warning: 6 of 9 clips were filmed at fewer frames a second (from 12 on) than --fps 24, so that" in words
+    clips = read_table_of(out / "manifest.parquet", need_captions=False)
+    (told,) = preflight.warnings(preflight.survey(clips, DataConfig(num_frames=8, height=64, width=64, fps=24.0), out))
+    assert told.startswith("67% of the clips") and "lower data.fps (the slowest have 12)" in told
+    expression = told.rpartition("--keep ")[2].strip("'")
+    assert expression in words
+    assert filter_tool.main([str(out / "manifest.parquet"), "--out", str(tmp_path / "kept"), "--keep", expression]) == 0
+    assert set(read_manifest(tmp_path / "kept" / "manifest.parquet", need_captions=False)["source"]) == {"quick.mp4"}
 
 
 def test_split_again_does_nothing_and_new_files_are_added(footage: Path, tmp_path: Path) -> None:
