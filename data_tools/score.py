@@ -30,22 +30,23 @@ Nothing is downloaded: MODEL is a folder or a name in the hub's cache.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from opensora_repro.data.jobs.cluster import Resources
-from opensora_repro.data.jobs.course import Keeping
+from opensora_repro.data.jobs.course import Job, Keeping
 from opensora_repro.data.jobs.gpus import check_device
-from opensora_repro.data.jobs.line import ToolStep
+from opensora_repro.data.jobs.line import ModelStep, ToolStep
 from opensora_repro.data.jobs.records import Records
-from opensora_repro.data.jobs.run import RunnerArguments, run_jobs, runner_of
+from opensora_repro.data.jobs.run import Runner, RunnerArguments, run_jobs, runner_of
 from opensora_repro.data.manifest import REJECTS
 from opensora_repro.data.options import any_path, argument, local_path, option, parse, parser_of
 from opensora_repro.data.origin import made_by
 from opensora_repro.data.probe.rows import INPUT_HELP, manifest_of
-from opensora_repro.data.score.jobs import Jobs, Record, jobs_after, measure
-from opensora_repro.data.tables import write_rows
+from opensora_repro.data.score.jobs import Jobs, Record, job_of_row, measure, rows_of
+from opensora_repro.data.tables import Again, Table, plain_columns, write_rows
 from opensora_repro.errors import DataError, check_least, run_command
 from opensora_repro.files import one_line
 
@@ -127,12 +128,11 @@ def score(args: Arguments) -> int:
         if args.clip or args.embed:
             from opensora_repro.frozen.embedding import embed_all
 
-            gpu = check_device(args.device, args.model_workers, over_ray=runner.kind == "ray")
-            runner = replace(runner, workers=args.model_workers, gpu=gpu)
             readable = clips.filter([not reason for reason in found.reasons])
-            models = {"clip": args.clip, "head": args.aesthetic, "encoder": args.embed}
-            keeping = Keeping(kept, "models")
-            told = embed_all(readable, models, keeping, runner, device=args.device, batch_size=args.batch_size)
+            told = embed_all(
+                readable, models_of(args), Keeping(kept, "models"), model_runner(args), device=args.device,
+                batch_size=args.batch_size,
+            )  # fmt: skip
             write_embeddings_of(readable["id"].to_pylist(), told, out / "embeddings.parquet")
             found.add(told)
     good = [not reason for reason in found.reasons]
@@ -150,9 +150,53 @@ def score(args: Arguments) -> int:
     return 0
 
 
-def step_of(args: Arguments) -> ToolStep:
-    """Return this tool as a step of a line over a cluster, see jobs/line.py; models and groups want all rows."""
-    return ToolStep("score", Path(args.out), "scores", measure, RESOURCES, jobs_after, {"names": names_of(args)})
+def models_of(args: Arguments) -> dict[str, str]:
+    return {"clip": args.clip, "head": args.aesthetic, "encoder": args.embed}
+
+
+def model_runner(args: Arguments) -> Runner:
+    """Return where the models compute. Raises DataError for a device that is not there."""
+    runner = runner_of(args)
+    gpu = check_device(args.device, args.model_workers, over_ray=runner.kind == "ray")
+    return replace(runner, workers=args.model_workers, gpu=gpu)
+
+
+# ---- as a step of a line, see jobs/line.py
+
+
+def steps_of(args: Arguments, columns: Mapping[str, str]) -> list[ToolStep | ModelStep]:
+    """Return what is done clip by clip; groups of near-duplicates want all of them."""
+    from opensora_repro.data.score.measure import columns_of
+
+    names, out = names_of(args), Path(args.out)
+    columns = {**(columns or plain_columns(clips_of(args).schema)), **columns_of(names)}
+    how = {"names": names}
+    steps: list[ToolStep | ModelStep] = [
+        ToolStep("score", out, "scores", measure, RESOURCES, rows_of, columns, job_of_row, how)
+    ]
+    if args.clip or args.embed:
+        from opensora_repro.frozen.embedding import embedding_step
+
+        steps.append(
+            embedding_step(
+                out, models_of(args), model_runner(args), device=args.device, batch_size=args.batch_size,
+                columns=columns,
+            )
+        )  # fmt: skip
+    return steps
+
+
+def first_jobs(args: Arguments) -> Iterable[Job]:
+    """Return the jobs of INPUT's clips. Raises DataError."""
+    clips, names = clips_of(args), names_of(args)
+    told = list(plain_columns(clips.schema))
+    return Again(lambda: (job_of_row({name: row[name] for name in told}, {"names": names}) for row in clips.rows()))
+
+
+def clips_of(args: Arguments) -> Table:
+    from opensora_repro.data.manifest import open_manifest
+
+    return open_manifest(manifest_of(args.input, Path(args.out), runner_of(args)), need_captions=False)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from os.path import expanduser
@@ -155,17 +155,19 @@ def make_ready(out: Path) -> None:
     remove_leftovers(out / "clips")
 
 
-# ---- as a step of a line over a cluster, see jobs/line.py
+# ---- as a step of a line, see jobs/line.py
 
 
-def step_of(args: Arguments) -> ToolStep:
+def steps_of(args: Arguments, columns: Mapping[str, str]) -> list[ToolStep]:
     out, options = Path(args.out), options_of(args)
     told = {"out": os.fspath(out.absolute()), "options": asdict(options), "long": long_seconds(args, options)}
     holds = partial(source.has_its_clips, out)
     make_ready(out)
-    return ToolStep(
-        "split", out, "sources", source.split_job, RESOURCES, source.jobs_after_probe, told, holds, one_a_file=True
-    )
+    step = ToolStep(
+        "split", out, "sources", source.split_job, RESOURCES, source.rows_of, CLIP_COLUMNS, source.job_of_row, told,
+        holds, one_a_file=True,
+    )  # fmt: skip
+    return [step]
 
 
 def long_seconds(args: Arguments, options: Options) -> float:

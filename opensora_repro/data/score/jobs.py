@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +39,19 @@ def job_of(row: Record, names: list[str], *, old: bool = False) -> Job:
     return Job(digest([facts, methods]), str(row["id"]), args, TIMEOUT, (Path(row["path"]),), earlier)
 
 
-def jobs_after(args: Record, result: Record, options: Record) -> list[Job]:
-    """Return the jobs of the clips that a source was split to, or of a file that was probed."""
+def job_of_row(row: Record, options: Record) -> Job:
+    """Return the job of a row that a line's step before gives."""
+    job = job_of(row, options["names"])
+    return replace(job, args={**job.args, "row": row})
+
+
+def rows_of(args: Record, result: Record) -> list[Record]:
+    """Return a clip's row for the next step of a line, with its columns."""
+    from opensora_repro.data.score.measure import CODE
+
     if "error" in result:
         return []
-    folder = Path(args.get("out", "")) / "clips"
-    rows = [{**row, "path": str(folder / row["path"])} for row in result["clips"]] if "clips" in result else []
-    if "clips" not in result:
-        rows = [{**result, "path": args["path"], "fps": result["fps"] or 0.0}]
-    return [job_of(row, options["names"]) for row in rows]
+    return [{**args["row"], **{name: value for name, value in result.items() if name != CODE}}]
 
 
 def measure(args: Record) -> Record:
