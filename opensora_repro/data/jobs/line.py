@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -107,9 +108,12 @@ def run_steps(steps: Sequence[Any], jobs: Iterable[Job], runner: Runner, *, know
 
     `known_too`: on this machine also what follows from results that are there. `then` tells what waits for all rows.
     """
+    over_cluster = runner.kind == "ray"
+    if over_cluster and (later := [step.name for step in steps if isinstance(step, ModelStep)][:1]):
+        steps, then = list(takewhile(lambda step: not isinstance(step, ModelStep), steps)), later[0]
     told = ", ".join(step.name for step in steps)
     print(f"{told}: row by row{f'; with all rows: {then}' if then else ''}", flush=True)
-    if runner.kind == "ray":
+    if over_cluster:
         run_over_cluster(steps, jobs, runner)
     else:
         from opensora_repro.data.jobs.local_line import run_here
@@ -118,13 +122,18 @@ def run_steps(steps: Sequence[Any], jobs: Iterable[Job], runner: Runner, *, know
 
 
 def run_over_cluster(steps: Sequence[Any], jobs: Iterable[Job], runner: Runner) -> None:
-    """Do the first step's jobs that have no result yet, and of each what follows from it.
+    """Let actors do the steps that are tools', and this process ask the endpoint about the rows that come out.
 
     What fails for now has no lasting result: the step's own tool tries it again. Raises as `run_streamed` does.
     """
-    tools = [step for step in steps if isinstance(step, ToolStep)]
+    from opensora_repro.data.jobs.local_line import Asked
+
+    head = list(takewhile(lambda step: not isinstance(step, ClipStep), steps))
+    tail = list(takewhile(lambda step: not isinstance(step, ToolStep), steps[len(head) :]))
+    tools = [step for step in head if isinstance(step, ToolStep)]
     with ExitStack() as opened:
         keepings = [one.keeping(opened.enter_context(Records(one.out))) for one in tools]
+        asked = opened.enter_context(Asked(tail)) if tail else None
         if any(keeping.records.num_taken_over(keeping.kind) for keeping in keepings):
             return  # the tools know how an earlier release named what it did
         for keeping in keepings:
@@ -133,11 +142,13 @@ def run_over_cluster(steps: Sequence[Any], jobs: Iterable[Job], runner: Runner) 
         runs = [Run(Table.of_jobs(jobs if not number else []), k, resources.rows) for number, k in enumerate(keepings)]
         todo = [run.write_todo(anew=False) for run in runs]
         if (chunks_left := todo[0])[1]:
-            order = _order_of(steps, runs, threads=max(1, int(resources.cpus)))
+            order = _order_of(head, runs, threads=max(1, int(resources.cpus)), hands_out=bool(tail))
             place = Place(runner.address, runner.workers, runner.gpu_nodes)
-            with progress_of_line([step.name for step in steps], chunks_left[1]) as tell:
-                for counts in run_plan(order, chunks_left[0], resources, place):
-                    tell(counts)
+            with progress_of_line([step.name for step in (*head, *tail)], chunks_left[1]) as tell:
+                for told in run_plan(order, chunks_left[0], resources, place):
+                    tell(told["counts"] + (asked.take(told["rows"]) if asked else []))
+                for counts in asked.rest() if asked else ():
+                    tell([[0, 0] for _ in head] + counts)
         for run in runs:
             run.sweep()
 
@@ -151,9 +162,9 @@ def _resources_of(tools: Sequence[ToolStep]) -> Resources:
     )  # fmt: skip
 
 
-def _order_of(steps: Sequence[Any], runs: Sequence[Run], threads: int) -> Order:
+def _order_of(steps: Sequence[Any], runs: Sequence[Run], threads: int, hands_out: bool) -> Order:
     """Return the order of the first step, which holds those of the others."""
-    then: Following | None = None
+    then = Following("", {}, None, hands_out=True) if hands_out else None
     left, filters = list(runs), list[Any]()
     for step in reversed(steps):
         if not isinstance(step, ToolStep):

@@ -22,7 +22,7 @@ from opensora_repro.data.jobs.gpus import visible_gpus
 from opensora_repro.data.jobs.line import AskStep, ClipStep, ModelStep, Row, ToolStep
 from opensora_repro.data.jobs.parts import to_records
 from opensora_repro.data.jobs.records import Records
-from opensora_repro.data.jobs.rows import is_reject
+from opensora_repro.data.jobs.rows import CONTENT, is_reject
 from opensora_repro.data.jobs.run import Runner, name_of
 from opensora_repro.data.jobs.workers import Done, Pool, Task, named_function, num_cores, wait
 from opensora_repro.data.progress import progress_of_line
@@ -74,11 +74,7 @@ class _Line:
     def __init__(
         self, steps: Sequence[Any], keepings: Sequence[Any], jobs: Iterable[Job], runner: Runner, known_too: bool
     ) -> None:
-        self.places, then = list[_Place](), None
-        for number, (step, keeping) in reversed(list(enumerate(zip(steps, keepings, strict=True)))):
-            given = (jobs if number == 0 else [],) if isinstance(step, ToolStep) else ()
-            then = _KINDS[type(step)](step, keeping, then, *given) if keeping else _Filter(step, None, then)
-            self.places.insert(0, then)
+        self.places = _places_of(steps, keepings, jobs)
         self.tools = [place for place in self.places if isinstance(place, _Jobs)]
         self.clips = [place for place in self.places if isinstance(place, _Clips)]
         first = self.tools[0].course
@@ -127,6 +123,50 @@ class _Line:
     def _take_job(self, key: str, done: Done) -> None:
         number, _, name = key.partition(" ")
         self.tools[int(number)].course.take(name, done)
+
+
+class Asked:
+    """The end of a line whose other steps are done elsewhere: filters, and clips that an endpoint is asked about."""
+
+    def __init__(self, steps: Sequence[Any]) -> None:
+        self.opened = ExitStack()
+        keepings = [_keeps(one) and one.keeping(self.opened.enter_context(Records(one.out))) for one in steps]
+        self.places = _places_of(steps, keepings, [])
+        self.clips = [place for place in self.places if isinstance(place, _Clips)]
+        self.keepings = list(filter(None, keepings))
+
+    def __enter__(self) -> Asked:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for place in self.clips:
+            place.end()
+        for keeping in self.keepings:
+            failures_of(keeping)
+        self.opened.close()
+
+    def take(self, rows: Iterable[Row]) -> list[list[int]]:
+        """Go on with rows, and with what has been answered; return what the steps have done since."""
+        for row in rows:
+            self.places[0].take(row)
+        for place in self.clips:
+            place.look()
+        return [place.take_counts() for place in self.places]
+
+    def rest(self) -> Iterator[list[list[int]]]:
+        """Wait for the answers that are still to come."""
+        while any(place.is_under_way() for place in self.clips):
+            time.sleep(PAUSE)
+            yield self.take([])
+
+
+def _places_of(steps: Sequence[Any], keepings: Sequence[Any], jobs: Iterable[Job]) -> list[_Place]:
+    places, then = list[_Place](), None
+    for number, (step, keeping) in reversed(list(enumerate(zip(steps, keepings, strict=True)))):
+        given = (jobs if number == 0 else [],) if isinstance(step, ToolStep) else ()
+        then = _KINDS[type(step)](step, keeping, then, *given) if keeping else _Filter(step, None, then)
+        places.insert(0, then)
+    return places
 
 
 class _Place:
@@ -186,6 +226,9 @@ class _Clips(_Place):
         self.under_way = dict[str, list[Row]]()  # by the names of the records that are being made
 
     def take(self, row: Row) -> None:
+        if CONTENT in row:  # whoever gives the row has read the clip
+            self._known(row, row.pop(CONTENT))
+            return
         self.num_reading += 1
         reading = self.readers.submit(self.memo, Path(row["path"]))
         reading.add_done_callback(lambda reading: self.read.put((row, reading)))
@@ -195,15 +238,19 @@ class _Clips(_Place):
         while not self.read.empty():
             row, reading = self.read.get()
             self.num_reading -= 1
-            key = self.key_of(reading.result(), row)
-            known = self.keeping.records.get(self.keeping.kind, [key])
-            if key in self.under_way:
-                self.under_way[key].append(row)
-            elif key in known:
-                self._passed(row, known[key])
-            else:
-                self.under_way[key] = [row]
-                self.begin(key, row)
+            self._known(row, reading.result())
+
+    def _known(self, row: Row, content: str) -> None:
+        """Go on with a row, by what its clip contains."""
+        key = self.key_of(content, row)
+        known = self.keeping.records.get(self.keeping.kind, [key])
+        if key in self.under_way:
+            self.under_way[key].append(row)
+        elif key in known:
+            self._passed(row, known[key])
+        else:
+            self.under_way[key] = [row]
+            self.begin(key, row)
 
     def begin(self, key: str, row: Row) -> None:
         raise NotImplementedError

@@ -26,10 +26,11 @@ from opensora_repro.data.jobs.workers import (
     wait,
 )
 from opensora_repro.data.tables import in_batches
-from opensora_repro.files import read_json, replacing
+from opensora_repro.files import content_of, read_json, replacing
 
 FLUSH = 20.0  # seconds after which finished rows are a part, whatever else their chunk has to do
 DEATHS = 2  # of workers, or of their whole node, that a row may cost
+CONTENT = "content of its file"  # in a row that is handed out
 BUNDLE = "opensora_repro.data.jobs.rows:do_rows"
 Row = dict[str, Any]
 
@@ -59,9 +60,10 @@ class Following:
 
     job: str
     options: Row
-    order: Order | None  # None: the line ends with filters
+    order: Order | None  # None: the line ends with the filters, or `hands_out` rows to what is done elsewhere
     rows: str = ""
     filters: tuple[Any, ...] = ()  # that rows go through first, see filter/step.py
+    hands_out: bool = False
 
 
 def folders_of(order: Order) -> list[Path]:
@@ -124,7 +126,8 @@ class Rows:
                 self.num_done += self._chunk(int(number))
         except (OSError, RuntimeError) as error:
             trouble = f"{type(error).__name__} {error}"
-        return {"counts": [json.dumps(self.counts())], "trouble": [trouble]}
+        told = {"counts": self.counts(), "rows": self.then.take_rows() if self.then else []}
+        return {"told": [json.dumps(told)], "trouble": [trouble]}
 
     def counts(self) -> list[list[int]]:
         """Return what each step of the line has done since this was asked last: rows, and rejects among them."""
@@ -310,12 +313,17 @@ class _Then:
         self.following = following
         self.filtered = [[0, 0] for _ in following.filters]
         self.next = _Next(following, following.order, process) if following.order else None
+        self.rows = list[Row]()
 
     def follow(self, args: str, text: str) -> None:
         """Do what follows from a job's arguments and its result, both as JSON."""
         for row in named_function(self.following.rows)(json.loads(args), json.loads(text)):
-            if self._is_kept(row) and self.next:
+            if not self._is_kept(row):
+                continue
+            if self.next:
                 self.next.take(row)
+            elif self.following.hands_out:
+                self.rows.append({**row, CONTENT: content_of(Path(row["path"]))})
 
     def _is_kept(self, row: Row) -> bool:
         for one, counts in zip(self.following.filters, self.filtered, strict=True):
@@ -328,6 +336,13 @@ class _Then:
     def counts(self) -> list[list[int]]:
         found, self.filtered = self.filtered, [[0, 0] for _ in self.filtered]
         return found + (self.next.counts() if self.next else [])
+
+    def take_rows(self) -> list[Row]:
+        """Return the rows that are handed out since this was asked last, with what their files contain."""
+        if self.next:
+            return self.next.then.take_rows() if self.next.then else []
+        found, self.rows = self.rows, []
+        return found
 
     def flush(self, name: str) -> None:
         """Write what is finished as a part of this name."""
