@@ -17,6 +17,7 @@ from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, contents_of
 from opensora_repro.data.score.found import packed
 from opensora_repro.data.score.jobs import reason_of
+from opensora_repro.data.tables import Again
 from opensora_repro.data.video import DecodeError
 from opensora_repro.files import digest
 from opensora_repro.frozen.clip import clip_fingerprint, load_clip, load_head
@@ -31,28 +32,34 @@ Record = dict[str, Any]
 
 
 def embed_all(
-    clips: Any, models: dict[str, str], keeping: Keeping, runner: Runner, *, device: str, batch_size: int | None
-) -> list[Record]:
-    """Return what the models say of every clip: those of "clip", "head" and "encoder" that are not ""."""
+    clips: Iterable[Record],
+    models: dict[str, str],
+    keeping: Keeping,
+    runner: Runner,
+    *,
+    device: str,
+    batch_size: int | None,
+) -> Iterable[Record]:
+    """Return what the models say of every clip: those of "clip", "head" and "encoder" that are not "".
+
+    `clips` are rows with what is SHOWN, as often as they are asked for; neither they nor the records are held.
+    """
     load_models(**models, device="cpu")  # says now what every worker would say
     load_models.cache_clear()
-    shown = clips.select(SHOWN).to_pylist()
-    items = [{**row, "num_frames": int(row["num_frames"])} for row in shown]
-    paths = [Path(item["path"]) for item in items]
+    paths = Again(lambda: (Path(row["path"]) for row in clips))
 
-    def keys(contents: Iterable[str], hash_file: Callable[[Path], str]) -> list[str]:
+    def keys(contents: Iterable[str], hash_file: Callable[[Path], str]) -> Iterable[str]:
         how = model_fingerprint(**models, hash_file=hash_file)
-        return [key_of(text, item, how) for text, item in zip(contents, items, strict=True)]
+        return Again(lambda: (key_of(text, row, how) for text, row in zip(contents, clips, strict=True)))
 
     named = keys(contents_of(paths, keeping.records, runner), memo_of(keeping.records))
-    adopt(keeping, named, lambda: keys(list(map(sampled_digest, paths)), sampled_digest))
-    todo = list(zip(named, items, strict=True))
+    adopt(keeping, named, lambda: keys(map(sampled_digest, paths), sampled_digest))
+    todo = Again(lambda: zip(named, clips, strict=True))
     options = {**models, "device": device, "batch_size": batch_size}
     size = sized_batches(batch_size, device, usual=BATCH_SIZE)
-    found = run_batches(
+    return run_batches(
         embed, todo, keeping, size=size, options=options, runner=runner, label="embedding", resources=MODEL_RESOURCES
     )
-    return list(found)
 
 
 def embedding_step(

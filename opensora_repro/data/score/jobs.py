@@ -9,7 +9,7 @@ from typing import Any
 
 from opensora_repro.data.jobs.course import Job
 from opensora_repro.data.jobs.earlier import sampled_digest
-from opensora_repro.data.tables import BATCH
+from opensora_repro.data.tables import BATCH, Table
 from opensora_repro.files import digest
 
 TIMEOUT = 300.0  # seconds for a clip
@@ -20,13 +20,15 @@ Record = dict[str, Any]
 class Jobs:
     """The jobs of a manifest's clips, made whenever they are asked for."""
 
-    clips: Any
+    clips: Table
     names: list[str]
     old: bool  # also as earlier releases named them
 
     def __iter__(self) -> Iterator[Job]:
-        for batch in self.clips.select(["id", "path", "num_frames", "fps"]).to_batches(max_chunksize=BATCH):
-            yield from (job_of(row, self.names, old=self.old) for row in batch.to_pylist())
+        for batch in self.clips.batches():
+            shown = batch.select(["id", "path", "num_frames", "fps"])
+            for start in range(0, batch.num_rows, BATCH):
+                yield from (job_of(row, self.names, old=self.old) for row in shown.slice(start, BATCH).to_pylist())
 
 
 def job_of(row: Record, names: list[str], *, old: bool = False) -> Job:
