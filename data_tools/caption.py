@@ -35,9 +35,9 @@ from typing import TYPE_CHECKING, Any
 from opensora_repro.data.caption.options import AskedArguments, check_asked
 from opensora_repro.data.caption.text import Caption, judged
 from opensora_repro.data.jobs.course import Keeping
-from opensora_repro.data.jobs.line import AskStep, ModelStep, NeedsAllRows
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, RunnerArguments, runner_of
+from opensora_repro.data.jobs.steps import AskStep, ModelStep, NeedsAllRows
 from opensora_repro.data.options import any_path, argument, local_path, option, parse, parser_of
 from opensora_repro.data.origin import made_by
 from opensora_repro.data.probe.rows import INPUT_HELP, manifest_of
@@ -174,7 +174,7 @@ def first_captions(
     return from_endpoint(rows, args, endpoint, records, runner)
 
 
-# ---- as a step of a line, see jobs/line.py
+# ---- as a step of a line, see jobs/steps.py
 
 
 def steps_of(args: Arguments, columns: Mapping[str, str]) -> list[ModelStep | AskStep]:

@@ -295,7 +295,7 @@ def write_thumbnails(folder: Path, rules: list[Rule], clips: Path, count: int) -
 
 
 def steps_of(args: Arguments, columns: Mapping[str, str]) -> list[FilterStep]:
-    """Return this tool as a step of a line, see jobs/line.py. Raises NeedsAllRows."""
+    """Return this tool as a step of a line, see jobs/steps.py. Raises NeedsAllRows."""
     from opensora_repro.data.filter.step import filter_step
 
     return [filter_step(Path(args.out).name, args.rules, columns)]

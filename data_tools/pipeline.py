@@ -138,7 +138,7 @@ def run(line: Line, tools: dict[str, ModuleType]) -> int:
     """Run the steps in order, then write the line's own tables and the page; returns the exit status."""
     from opensora_repro.data.pipeline.record import forget, is_done, record_done
 
-    out, steps, ahead = Path(line.out), places(line), 0
+    out, steps, planned_to = Path(line.out), places(line), 0
     for number, (step, given, folder) in enumerate(steps):
         title = f"[{number + 1}/{len(steps)}] {step.name}"
         if number and not is_file(Path(given)):
@@ -152,9 +152,9 @@ def run(line: Line, tools: dict[str, ModuleType]) -> int:
         if not fresh:
             forget(folder)
         status = 0
-        if number >= ahead:
+        if number >= planned_to:
             length, status = run_line(steps[number:], tools)
-            ahead = number + length
+            planned_to = number + length
         status = status or tools[step.tool].main(command_of(step, given, folder))
         remove_leftovers(folder)  # of runs that were killed
         if status:
@@ -206,8 +206,8 @@ class Plan:
 
 def plan_of(steps: Sequence[Place], tools: dict[str, ModuleType]) -> Plan:
     """Return what the first of these steps and those after it can do row by row."""
-    from opensora_repro.data.jobs.line import NeedsAllRows
     from opensora_repro.data.jobs.run import runner_of
+    from opensora_repro.data.jobs.steps import NeedsAllRows
 
     plan = Plan()
     for step, given, folder in steps:

@@ -21,8 +21,8 @@ from pathlib import Path
 
 from opensora_repro.data.inputs import find_inputs
 from opensora_repro.data.jobs.course import Job
-from opensora_repro.data.jobs.line import ToolStep
 from opensora_repro.data.jobs.run import RunnerArguments, runner_of
+from opensora_repro.data.jobs.steps import ToolStep
 from opensora_repro.data.options import any_path, argument, option, parse, parser_of
 from opensora_repro.data.origin import made_by
 from opensora_repro.data.probe.rows import COLUMNS, RESOURCES, jobs_of, probe_all, probe_file, rows_of, suffixes
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(made_by("probe", args)(lambda: work(runner_of(args), decode=args.decode, images=args.images)))
 
 
-# ---- as a step of a line, see jobs/line.py
+# ---- as a step of a line, see jobs/steps.py
 
 
 def steps_of(args: Arguments, columns: Mapping[str, str]) -> list[ToolStep]:

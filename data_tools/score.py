@@ -39,9 +39,9 @@ from typing import TYPE_CHECKING
 from opensora_repro.data.jobs.cluster import Resources
 from opensora_repro.data.jobs.course import Job, Keeping
 from opensora_repro.data.jobs.gpus import check_device
-from opensora_repro.data.jobs.line import ModelStep, ToolStep
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, RunnerArguments, run_jobs, runner_of
+from opensora_repro.data.jobs.steps import ModelStep, ToolStep
 from opensora_repro.data.options import any_path, argument, local_path, option, parse, parser_of
 from opensora_repro.data.origin import made_by
 from opensora_repro.data.probe.rows import INPUT_HELP, manifest_of
@@ -173,7 +173,7 @@ def model_runner(args: Arguments) -> Runner:
     return replace(runner, workers=args.model_workers, gpu=gpu)
 
 
-# ---- as a step of a line, see jobs/line.py
+# ---- as a step of a line, see jobs/steps.py
 
 
 def steps_of(args: Arguments, columns: Mapping[str, str]) -> list[ToolStep | ModelStep]:

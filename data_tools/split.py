@@ -22,9 +22,9 @@ from pathlib import Path
 from opensora_repro.data.inputs import Items, find_inputs
 from opensora_repro.data.jobs.cluster import Resources
 from opensora_repro.data.jobs.course import Job, Keeping
-from opensora_repro.data.jobs.line import ToolStep
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, RunnerArguments, run_jobs, runner_of
+from opensora_repro.data.jobs.steps import ToolStep
 from opensora_repro.data.jobs.workers import num_cores
 from opensora_repro.data.manifest import LINEAGE, MANIFEST, write_parted
 from opensora_repro.data.options import any_path, argument, option, parse, parser_of
@@ -155,7 +155,7 @@ def make_ready(out: Path) -> None:
     remove_leftovers(out / "clips")
 
 
-# ---- as a step of a line, see jobs/line.py
+# ---- as a step of a line, see jobs/steps.py
 
 
 def steps_of(args: Arguments, columns: Mapping[str, str]) -> list[ToolStep]:

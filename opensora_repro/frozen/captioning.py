@@ -18,9 +18,9 @@ from opensora_repro.data.jobs.cluster import Resources
 from opensora_repro.data.jobs.course import Keeping, memo_of
 from opensora_repro.data.jobs.earlier import sampled_digest
 from opensora_repro.data.jobs.gpus import check_device, usual_device
-from opensora_repro.data.jobs.line import KeyOf, ModelStep
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner
+from opensora_repro.data.jobs.steps import KeyOf, ModelStep
 from opensora_repro.data.tables import Again
 from opensora_repro.data.video import DecodeError
 from opensora_repro.errors import DataError

@@ -12,9 +12,9 @@ from opensora_repro.data.jobs.batches import run_batches, sized_batches
 from opensora_repro.data.jobs.cluster import Resources
 from opensora_repro.data.jobs.course import Keeping, memo_of
 from opensora_repro.data.jobs.earlier import adopt, sampled_digest
-from opensora_repro.data.jobs.line import KeyOf, ModelStep
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, contents_of
+from opensora_repro.data.jobs.steps import KeyOf, ModelStep
 from opensora_repro.data.score.found import packed
 from opensora_repro.data.score.jobs import reason_of
 from opensora_repro.data.tables import Again

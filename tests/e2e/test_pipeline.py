@@ -25,6 +25,8 @@ from tests.e2e.test_data_tools import film, stamps
 from tests.frames import read_manifest, read_table
 from tests.job_records import recorded
 from tests.job_works import plan_here
+from tests.tiny_captioners import make_tiny_blip2
+from tests.tiny_models import make_tiny_clip
 
 if TYPE_CHECKING:
     from opensora_repro.data.jobs.cluster import Place, Resources
@@ -375,6 +377,46 @@ def test_over_a_cluster_filters_and_questions_are_part_of_the_plan(
     for name in ("probe", "split", "score", "filter", "caption", "filter-words"):
         for table in ("manifest.parquet", "rejects.parquet"):
             same_table(out / name / table, path.with_name("alone") / name / table)
+
+
+MODELS = """
+[run]
+workers = 1
+[probe]
+[split]
+min_frames = 6
+preset = "ultrafast"
+[score]
+scores = "brightness"
+clip = {clip!r}
+[filter]
+keep = "brightness > 0.05 and missing(text_match)"
+[caption]
+model = {model!r}
+device = "cpu"
+max_tokens = 5
+batch_size = 2
+keep_flagged = true
+[filter-words]
+keep = "len(caption_flag) >= 0"
+"""
+
+
+@pytest.mark.exhaustive
+def test_models_are_part_of_the_plan(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = {
+        "clip": str(make_tiny_clip(config.with_name("clip"))),
+        "model": str(make_tiny_blip2(config.with_name("m"))),
+    }
+    path, out, alone = (config.with_name(name) for name in ("models.toml", "models", "models-alone"))
+    told = MODELS.format(**models)
+    path.write_text(f"input = {str(config.parent / 'in')!r}\nout = 'unset'\n{told}", encoding="utf-8")
+    assert pipeline.main([str(path), "--out", str(out), "report.clips=0"]) == 0
+    assert "probe, split, score, score by models, filter, caption, filter-words: row by row" in capsys.readouterr().out
+    recorded_by_plan = recorded(out / "caption", "model")
+    one_by_one(path, alone)
+    assert len(recorded_by_plan) == 4 and recorded_by_plan == recorded(alone / "caption", "model")
+    same_files(out, alone)
 
 
 @pytest.mark.exhaustive

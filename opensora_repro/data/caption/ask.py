@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from opensora_repro.data.caption.chat import Endpoint
-from opensora_repro.data.caption.completions import Asking, Prices, Prompt, complete_all
+from opensora_repro.data.caption.completions import Completions, Prices, Prompt, complete_all
 from opensora_repro.data.caption.endpoints import Endpoints
 from opensora_repro.data.caption.options import AskedArguments
 from opensora_repro.data.caption.outcome import CAPTIONS, captioned
@@ -19,9 +19,9 @@ from opensora_repro.data.caption.text import REJECTED, Caption, judge
 from opensora_repro.data.clip_frames import middles_of, read_middles
 from opensora_repro.data.jobs.course import Keeping
 from opensora_repro.data.jobs.earlier import adopt, sampled_digest
-from opensora_repro.data.jobs.line import AskStep
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, contents_of
+from opensora_repro.data.jobs.steps import AskStep
 from opensora_repro.data.tables import Again
 from opensora_repro.data.video import IMAGE_SUFFIXES, DecodeError
 from opensora_repro.errors import DataError
@@ -180,14 +180,14 @@ def endpoint_step(
     """Return what `from_endpoint` does as a step of a line, of rows with these columns."""
     instruction, frames, how = question_of(args, endpoint)
 
-    def asking(prompts: Iterator[Prompt], keeping: Keeping) -> Asking:
+    def completions(prompts: Iterator[Prompt], keeping: Keeping) -> Completions:
         endpoint.check_reachable()
-        return Asking(prompts, keeping, endpoint, concurrency_of(args, endpoint), "captioning", prices_of(args))
+        return Completions(prompts, keeping, endpoint, concurrency_of(args, endpoint), "captioning", prices_of(args))
 
     return AskStep(
         "caption", out, ANSWERS[0], partial(captioned, keep_flagged=keep_flagged), {**columns, **CAPTIONS},
         lambda content, row: clip_key(content, row, how),
-        lambda key, row: Prompt(key, partial(about_clip, row, instruction, frames)), asking,
+        lambda key, row: Prompt(key, partial(about_clip, row, instruction, frames)), completions,
     )  # fmt: skip
 
 

@@ -95,20 +95,20 @@ def complete_all(
     failed = failures_of(keeping)
     todo = Again(lambda: left_of(((prompt.key, prompt) for prompt in prompts), keeping, failed))
     left = sum(1 for _ in todo)
-    asking = Asking((prompt for _, prompt in todo), keeping, endpoint, min(concurrency, left), label, prices)
-    add_recorded(asking.usage.before, (prompt.key for prompt in prompts), keeping)
+    completions = Completions((prompt for _, prompt in todo), keeping, endpoint, min(concurrency, left), label, prices)
+    add_recorded(completions.usage.before, (prompt.key for prompt in prompts), keeping)
     if left:
         endpoint.check_reachable()
     try:
         with progress(label, left, "clip") as bar:
-            while asking.num_done < left:
-                bar(asking.take() is not None)
+            while completions.num_done < left:
+                bar(completions.take() is not None)
     finally:
-        asking.end()
+        completions.end()
     return results_of((prompt.key for prompt in prompts), keeping, failed)
 
 
-class Asking:
+class Completions:
     """Prompts on their way to an endpoint by so many threads, which take the next one when they have an answer."""
 
     def __init__(

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from opensora_repro.data.filter.expressions import compile_expression, split_conjunction
-from opensora_repro.data.jobs.line import NeedsAllRows
+from opensora_repro.data.jobs.steps import NeedsAllRows
 from opensora_repro.data.tables import Row, Value, rows_batch, schema_of
 from opensora_repro.errors import DataError
 

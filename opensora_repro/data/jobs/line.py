@@ -7,100 +7,21 @@ cluster what a row gives stays in the same actor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import takewhile
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from opensora_repro.data.jobs import parts
+from opensora_repro.data.jobs import local_line, parts
 from opensora_repro.data.jobs.cluster import Place, Resources, run_plan
-from opensora_repro.data.jobs.course import Job, Keeping
+from opensora_repro.data.jobs.course import Job
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.rows import Following, Order
 from opensora_repro.data.jobs.run import Runner, name_of
+from opensora_repro.data.jobs.steps import ClipStep, ModelStep, ToolStep
 from opensora_repro.data.jobs.stream import Run, Table
-from opensora_repro.data.jobs.workers import Work
 from opensora_repro.data.progress import progress_of_line
-
-Row = dict[str, Any]
-
-
-class NeedsAllRows(Exception):
-    """What a step does with a row depends on the others: no line has it. The text names the step, and says why."""
-
-
-class LineStep(Protocol):
-    """What every step of a line has: a name for the progress."""
-
-    @property
-    def name(self) -> str: ...
-
-
-@dataclass(frozen=True)
-class ToolStep:
-    """A step whose tool keeps results of jobs.
-
-    `job` makes the job of a row from the step before, and of `options`; it may make none. `rows` are those that come of
-    a job's arguments and its result, with paths that are absolute; of their `columns` rules may speak.
-    """
-
-    name: str
-    out: Path
-    kind: str
-    work: Work
-    resources: Resources
-    rows: Callable[[dict[str, Any], Any], list[Row]]
-    columns: Mapping[str, str]
-    job: Callable[[Row, dict[str, Any]], Job | None] | None = None  # the first step has none
-    options: dict[str, Any] = field(default_factory=dict)
-    holds: Callable[[Job, Any], bool] | None = None
-    one_a_file: bool = False
-
-    def keeping(self, records: Records) -> Keeping:
-        return Keeping(records, self.kind, self.holds, self.one_a_file)
-
-
-KeyOf = Callable[[str, Row], str]  # of a clip's content and its row: what names the record of what is made of it
-
-
-@dataclass(frozen=True)
-class ClipStep:
-    """A step whose tool keeps records by what the clip contains. `rows` are those that come of a row and its record."""
-
-    name: str
-    out: Path
-    kind: str
-    rows: Callable[[Row, Row], list[Row]]
-    columns: Mapping[str, str]
-
-    def keeping(self, records: Records) -> Keeping:
-        return Keeping(records, self.kind)
-
-
-@dataclass(frozen=True)
-class ModelStep(ClipStep):
-    """Clips go to a model in batches, of at most `size` and of their values `shown`; see `run_batches`.
-
-    `ready` looks at the model, of whose files the records may remember what they contain: keys, the work's options.
-    """
-
-    work: Work
-    ready: Callable[[Records], tuple[KeyOf, dict[str, Any]]]
-    shown: tuple[str, ...]
-    size: int
-    runner: Runner
-    resources: Resources
-
-
-@dataclass(frozen=True)
-class AskStep(ClipStep):
-    """Each clip is a question to an endpoint, one of several at a time."""
-
-    key: KeyOf
-    prompt: Callable[[str, Row], Any]
-    asking: Callable[[Iterator[Any], Keeping], Any]  # of prompts, see completions.py
 
 
 def run_steps(steps: Sequence[Any], jobs: Iterable[Job], runner: Runner, *, known_too: bool, then: str) -> None:
@@ -116,9 +37,7 @@ def run_steps(steps: Sequence[Any], jobs: Iterable[Job], runner: Runner, *, know
     if over_cluster:
         run_over_cluster(steps, jobs, runner)
     else:
-        from opensora_repro.data.jobs.local_line import run_here
-
-        run_here(steps, jobs, runner, known_too=known_too)
+        local_line.run_here(steps, jobs, runner, known_too=known_too)
 
 
 def run_over_cluster(steps: Sequence[Any], jobs: Iterable[Job], runner: Runner) -> None:
@@ -126,14 +45,12 @@ def run_over_cluster(steps: Sequence[Any], jobs: Iterable[Job], runner: Runner) 
 
     What fails for now has no lasting result: the step's own tool tries it again. Raises as `run_streamed` does.
     """
-    from opensora_repro.data.jobs.local_line import Asked
-
     head = list(takewhile(lambda step: not isinstance(step, ClipStep), steps))
     tail = list(takewhile(lambda step: not isinstance(step, ToolStep), steps[len(head) :]))
     tools = [step for step in head if isinstance(step, ToolStep)]
     with ExitStack() as opened:
         keepings = [one.keeping(opened.enter_context(Records(one.out))) for one in tools]
-        asked = opened.enter_context(Asked(tail)) if tail else None
+        asked = opened.enter_context(local_line.Asked(tail)) if tail else None
         if any(keeping.records.num_taken_over(keeping.kind) for keeping in keepings):
             return  # the tools know how an earlier release named what it did
         for keeping in keepings:

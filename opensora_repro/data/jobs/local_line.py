@@ -19,11 +19,11 @@ from typing import Any
 
 from opensora_repro.data.jobs.course import Course, Job, failures_of, memo_of
 from opensora_repro.data.jobs.gpus import visible_gpus
-from opensora_repro.data.jobs.line import AskStep, ClipStep, ModelStep, Row, ToolStep
 from opensora_repro.data.jobs.parts import to_records
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.rows import CONTENT, is_reject
 from opensora_repro.data.jobs.run import Runner, name_of
+from opensora_repro.data.jobs.steps import AskStep, ClipStep, ModelStep, Row, ToolStep
 from opensora_repro.data.jobs.workers import Done, Pool, Task, named_function, num_cores, wait
 from opensora_repro.data.progress import progress_of_line
 from opensora_repro.storage.scratch import ready
@@ -318,11 +318,11 @@ class _Questions(_Clips):
     def __init__(self, step: AskStep, keeping: Any, then: _Place | None) -> None:
         super().__init__(step, keeping, then)
         self.key_of, self.prompts = step.key, queue.SimpleQueue[Any]()
-        self.asking: Any = None
+        self.completions: Any = None
 
     def begin(self, key: str, row: Row) -> None:
-        if not self.asking:
-            self.asking = self.step.asking(self._asked(), self.keeping)
+        if not self.completions:
+            self.completions = self.step.completions(self._asked(), self.keeping)
         self.prompts.put(self.step.prompt(key, row))
 
     def _asked(self) -> Iterator[Any]:
@@ -331,7 +331,7 @@ class _Questions(_Clips):
 
     def look(self) -> None:
         super().look()
-        while self.asking and (found := self.asking.take(0.0)):
+        while self.completions and (found := self.completions.take(0.0)):
             self.has_record(*found)
 
     def is_under_way(self) -> bool:
@@ -339,9 +339,9 @@ class _Questions(_Clips):
 
     def end(self) -> None:
         super().end()
-        if self.asking:
+        if self.completions:
             self.prompts.put(None)
-            self.asking.end()
+            self.completions.end()
 
 
 _KINDS: dict[type, Any] = {ToolStep: _Jobs, ModelStep: _Batches, AskStep: _Questions}

@@ -160,8 +160,8 @@ def good_rows(clips: Table, good: np.ndarray, columns: Iterable[str]) -> Iterato
 
 def _names_of(clips: Table, found: Found, best: np.ndarray) -> dict[int, str]:
     """Return the ids of those that others look like."""
-    wanted = {*best[best != np.arange(len(best))].tolist()}
-    return {place: row["id"] for place, row in enumerate(good_rows(clips, found.good, ["id"])) if place in wanted}
+    named = {*best[best != np.arange(len(best))].tolist()}
+    return {place: row["id"] for place, row in enumerate(good_rows(clips, found.good, ["id"])) if place in named}
 
 
 def groups_alike(clips: Table, found: Found, cosine: float) -> tuple[np.ndarray, np.ndarray]:
