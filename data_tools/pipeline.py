@@ -151,11 +151,12 @@ def run(line: Line, tools: dict[str, ModuleType]) -> int:
         print(title, flush=True)
         if not fresh:
             forget(folder)
-        status = 0
         if number >= planned_to:
             length, status = run_line(steps[number:], tools)
             planned_to = number + length
-        status = status or tools[step.tool].main(command_of(step, given, folder))
+            if status:
+                return failed(line, number, status, last=planned_to - 1)
+        status = tools[step.tool].main(command_of(step, given, folder))
         remove_leftovers(folder)  # of runs that were killed
         if status:
             return failed(line, number, status)
@@ -180,9 +181,9 @@ def run_line(steps: Sequence[Place], tools: dict[str, ModuleType]) -> tuple[int,
         for (_, _, folder), fresh in zip(steps, done, strict=False):
             if not fresh:
                 forget(folder)
+        jobs = tools[steps[0][0].tool].first_jobs(plan.first)
         planned.append(plan.length)
-        first, args = tools[steps[0][0].tool], plan.first
-        run_steps(plan.steps, first.first_jobs(args), runner_of(args), known_too=not all(done[1:]), then=plan.waits)
+        run_steps(plan.steps, jobs, runner_of(plan.first), known_too=not all(done[1:]), then=plan.waits)
         return 0
 
     planned = list[int]()
@@ -226,13 +227,17 @@ def plan_of(steps: Sequence[Place], tools: dict[str, ModuleType]) -> Plan:
     return plan
 
 
-def failed(line: Line, number: int, status: int) -> int:
-    """Say which step failed, and show on the page how far the line came; returns the step's exit status."""
+def failed(line: Line, number: int, status: int, last: int = 0) -> int:
+    """Say which step failed, or which up to the `last` were one plan, and show on the page how far the line came.
+
+    Returns the exit status.
+    """
     if status == INTERRUPTED:  # the tool has said so
         return status
     step, out = line.steps[number], Path(line.out)
     stale = "; the manifest there is an earlier run's" if is_file(out / "manifest.parquet") else ""
-    print(f"error: [{step.name}] failed (exit status {status}); the same command goes on there{stale}", file=sys.stderr)
+    name = f"{step.name} to {line.steps[last].name}" if last > number else step.name
+    print(f"error: [{name}] failed (exit status {status}); the same command goes on there{stale}", file=sys.stderr)
     with contextlib.suppress(DataError):  # nothing to show yet
         stages = stages_of(replace(line, steps=line.steps[: number + 1]), out)
         # Where it left rows, they are an earlier run's.

@@ -345,7 +345,7 @@ def test_one_plan_gives_what_the_tools_give_one_by_one(
 
     server.answer, run = answer, [str(path), "--out", str(out), "report.clips=0"]
     assert pipeline.main(run) == 2
-    assert "[probe] failed (exit status 2)" in capsys.readouterr().err and not any(there)
+    assert "[probe to filter-words] failed (exit status 2)" in capsys.readouterr().err and not any(there)
     assert len(recorded(out / "caption", "captions")) == 2
     fails[0] = False
     assert pipeline.main(run) == 0

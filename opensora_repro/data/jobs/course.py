@@ -102,7 +102,7 @@ class Course:
             self.of_store = self.of_store or any(address_of(file) for job in batch for file in job.files)
             self.places.extend(self._find_recorded(batch))
         self.num_left = sum(place <= 0 for place in self.places)
-        self.left, self.queue = self._left(), deque[_Piece]()
+        self.left, self.queue, self.is_over = self._left(), deque[_Piece](), False
         self.given = dict[str, _Piece]()  # by their tasks' keys
         self.reading = dict[Files, list[_Piece]]()  # jobs whose files are being read, by these
         self.unread = dict[Files, int]()  # where it is told why files could not be
@@ -140,7 +140,8 @@ class Course:
             found = [SPOILT if at and not holds(job, results[name]) else at for at, job, name in pairs]
         return found
 
-    def _left(self) -> Iterator[_Piece]:
+    def _left(self) -> Iterator[_Piece | None]:
+        """Yield what has no result; None after each job whose result was there and is told."""
         start = 0
         for batch in in_batches(self.jobs, LOOKED_UP):
             for number, job in enumerate(batch, start):
@@ -150,7 +151,9 @@ class Course:
                     yield piece
                 elif self.heard and self.tells_known:
                     self.heard(job, self.places[number])
+                    yield None
             start += len(batch)
+        self.is_over = True
 
     def add(self, job: Job) -> None:
         """Add a job that was not known at the beginning, and none of the jobs gives again."""
@@ -170,6 +173,8 @@ class Course:
         """Return the next task: to tell what a job's files contain, or, where that is known, to do it."""
         while True:
             piece = self.queue.popleft() if self.queue else next(self.left)
+            if piece is None:
+                raise StopIteration  # for now: whoever was told may have something to do first
             if not (self._has_result(piece) if piece.name else self._is_read(piece)):
                 return self._task(piece)
 

@@ -32,15 +32,14 @@ def run_steps(steps: Sequence[Any], jobs: Iterable[Job], runner: Runner, *, know
     over_cluster = runner.kind == "ray"
     if over_cluster and (later := [step.name for step in steps if isinstance(step, ModelStep)][:1]):
         steps, then = list(takewhile(lambda step: not isinstance(step, ModelStep), steps)), later[0]
-    told = ", ".join(step.name for step in steps)
-    print(f"{told}: row by row{f'; with all rows: {then}' if then else ''}", flush=True)
+    told = f"{', '.join(step.name for step in steps)}: row by row{f'; with all rows: {then}' if then else ''}"
     if over_cluster:
-        run_over_cluster(steps, jobs, runner)
+        run_over_cluster(steps, jobs, runner, told)
     else:
-        local_line.run_here(steps, jobs, runner, known_too=known_too)
+        local_line.run_here(steps, jobs, runner, known_too=known_too, told=told)
 
 
-def run_over_cluster(steps: Sequence[Any], jobs: Iterable[Job], runner: Runner) -> None:
+def run_over_cluster(steps: Sequence[Any], jobs: Iterable[Job], runner: Runner, told: str) -> None:
     """Let actors do the steps that are tools', and this process ask the endpoint about the rows that come out.
 
     What fails for now has no lasting result: the step's own tool tries it again. Raises as `run_streamed` does.
@@ -59,11 +58,12 @@ def run_over_cluster(steps: Sequence[Any], jobs: Iterable[Job], runner: Runner) 
         runs = [Run(Table.of_jobs(jobs if not number else []), k, resources.rows) for number, k in enumerate(keepings)]
         todo = [run.write_todo(anew=False) for run in runs]
         if (chunks_left := todo[0])[1]:
+            print(told, flush=True)
             order = _order_of(head, runs, threads=max(1, int(resources.cpus)), hands_out=bool(tail))
             place = Place(runner.address, runner.workers, runner.gpu_nodes)
             with progress_of_line([step.name for step in (*head, *tail)], chunks_left[1]) as tell:
-                for told in run_plan(order, chunks_left[0], resources, place):
-                    tell(told["counts"] + (asked.take(told["rows"]) if asked else []))
+                for done in run_plan(order, chunks_left[0], resources, place):
+                    tell(done["counts"] + (asked.take(done["rows"]) if asked else []))
                 for counts in asked.rest() if asked else ():
                     tell([[0, 0] for _ in head] + counts)
         for run in runs:

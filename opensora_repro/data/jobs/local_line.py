@@ -33,8 +33,8 @@ PAUSE = 0.05  # seconds between two looks at what threads do
 ANY_WORK = "opensora_repro.data.jobs.local_line:do_work"
 
 
-def run_here(steps: Sequence[Any], jobs: Iterable[Job], runner: Runner, *, known_too: bool) -> None:
-    """Do the first step's jobs that have no result yet, and of each what follows from it.
+def run_here(steps: Sequence[Any], jobs: Iterable[Job], runner: Runner, *, known_too: bool, told: str) -> None:
+    """Do the first step's jobs that have no result yet, and of each what follows from it; `told` is printed first.
 
     `known_too`: also what follows from results that are there. What fails for now has no lasting result: the step's own
     tool tries it again. Raises as `run_jobs` does.
@@ -48,7 +48,11 @@ def run_here(steps: Sequence[Any], jobs: Iterable[Job], runner: Runner, *, known
             to_records(keeping)
         line = _Line(steps, keepings, jobs, runner, known_too)
         opened.callback(line.end)
-        with progress_of_line([step.name for step in steps], line.tools[0].course.num_left) as tell:
+        first = line.tools[0].course
+        if not (todo := len(first.places) if known_too else first.num_left):
+            return
+        print(told, flush=True)
+        with progress_of_line([step.name for step in steps], todo) as tell:
             while line.go_on():
                 tell(line.counts())
             tell(line.counts())
@@ -113,11 +117,14 @@ class _Line:
 
     def _next_job(self) -> Task | None:
         """Return what is to be done next: of the last step that has something, unless too much waits behind them."""
-        full = sum(place.num_waiting() for place in self.clips) >= MOST_WAITING
-        for number, place in reversed(list(enumerate(self.tools))):
-            if (number or not full) and (task := next(place.course, None)):
-                args = {"work": name_of(place.step.work), "args": task.args}
-                return replace(task, key=f"{number} {task.key}", args=args)
+        full = False
+        while not full:
+            full = sum(place.num_waiting() for place in self.clips) >= MOST_WAITING
+            for number, place in reversed(list(enumerate(self.tools))):
+                if (number or not full) and (task := next(place.course, None)):
+                    args = {"work": name_of(place.step.work), "args": task.args}
+                    return replace(task, key=f"{number} {task.key}", args=args)
+            full = full or self.tools[0].course.is_over
         return None
 
     def _take_job(self, key: str, done: Done) -> None:
