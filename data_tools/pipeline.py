@@ -216,7 +216,7 @@ def plan_of(steps: Sequence[Place], tools: dict[str, ModuleType]) -> Plan:
         if not hasattr(tool, "first_jobs" if not plan.length else "steps_of"):
             break
         args = parse(tool.Arguments, tool.build_parser(), command_of(step, given, folder))
-        if plan.length and step.runner and runner_of(args) != runner_of(plan.first):
+        if plan.length and hasattr(args, "runner") and runner_of(args) != runner_of(plan.first):
             break
         try:
             plan.steps += tool.steps_of(args, dict(plan.steps[-1].columns) if plan.steps else {})

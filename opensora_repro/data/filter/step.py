@@ -30,8 +30,12 @@ class FilterStep:
 
 
 def filter_step(name: str, rules: Iterable[tuple[str, str]], columns: Mapping[str, str]) -> FilterStep:
-    """Return the step of a filter's rules, (kind, text) each. Raises NeedsAllRows for one that a row cannot tell."""
-    step = FilterStep(name, tuple(text for _, text in rules), tuple(columns.items()))
+    """Return the step of a filter's rules, (kind, text) each. Raises NeedsAllRows for one that a row cannot tell.
+
+    How a manifest writes paths depends on its folder, so none may name `path`.
+    """
+    told = tuple((column, kind) for column, kind in columns.items() if column != "path")
+    step = FilterStep(name, tuple(text for _, text in rules), told)
     for kind, text in rules:
         try:
             if kind == "percentile":
