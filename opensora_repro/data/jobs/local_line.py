@@ -23,7 +23,7 @@ from opensora_repro.data.jobs.parts import to_records
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.rows import CONTENT, is_reject
 from opensora_repro.data.jobs.run import Runner, name_of
-from opensora_repro.data.jobs.steps import AskStep, ClipStep, ModelStep, Row, ToolStep
+from opensora_repro.data.jobs.steps import AskStep, ClipStep, KeyOf, ModelStep, Row, ToolStep
 from opensora_repro.data.jobs.workers import Done, Pool, Task, named_function, num_cores, wait
 from opensora_repro.data.progress import progress_of_line
 from opensora_repro.storage.scratch import ready
@@ -226,7 +226,6 @@ class _Clips(_Place):
 
     def __init__(self, step: ClipStep, keeping: Any, then: _Place | None) -> None:
         super().__init__(step, keeping, then)
-        self.key_of: Callable[[str, Row], str]
         self.memo, self.readers = memo_of(keeping.records), ThreadPoolExecutor(1)
         self.read: queue.SimpleQueue[tuple[Row, Future[str]]] = queue.SimpleQueue()
         self.num_reading = 0
@@ -258,6 +257,9 @@ class _Clips(_Place):
         else:
             self.under_way[key] = [row]
             self.begin(key, row)
+
+    def key_of(self, content: str, row: Row) -> str:
+        raise NotImplementedError
 
     def begin(self, key: str, row: Row) -> None:
         raise NotImplementedError
@@ -291,10 +293,14 @@ class _Batches(_Clips):
 
     def __init__(self, step: ModelStep, keeping: Any, then: _Place | None) -> None:
         super().__init__(step, keeping, then)
-        self.key_of, self.options = step.ready(keeping.records)
+        self.model: tuple[KeyOf, Row] | None = None  # looked at when there is a clip for it
         self.pool = Pool(name_of(step.work), step.runner.workers, visible_gpus() if step.runner.gpu else ())
         self.items, self.least = deque[Row](), step.size
         self.batches = dict[str, list[str]]()  # keys of what is with the processes
+
+    def key_of(self, content: str, row: Row) -> str:
+        self.model = self.model or self.step.ready(self.keeping.records)
+        return self.model[0](content, row)
 
     def begin(self, key: str, row: Row) -> None:
         self.items.append({"key": key, **{name: row[name] for name in self.step.shown}})
@@ -305,7 +311,8 @@ class _Batches(_Clips):
         batch = [self.items.popleft() for _ in range(min(self.step.size, len(self.items)))]
         self.least, name = self.step.size, batch[0]["key"]
         self.batches[name] = [item["key"] for item in batch]
-        return Task(name, {"items": batch, **self.options}, None)
+        options = self.model[1] if self.model else {}
+        return Task(name, {"items": batch, **options}, None)
 
     def take_batch(self, name: str, done: Done) -> None:
         """Keep what came of a batch; of one that failed the tool finds out in its turn whose fault that was."""
@@ -324,8 +331,11 @@ class _Questions(_Clips):
 
     def __init__(self, step: AskStep, keeping: Any, then: _Place | None) -> None:
         super().__init__(step, keeping, then)
-        self.key_of, self.prompts = step.key, queue.SimpleQueue[Any]()
+        self.prompts = queue.SimpleQueue[Any]()
         self.completions: Any = None
+
+    def key_of(self, content: str, row: Row) -> str:
+        return str(self.step.key(content, row))
 
     def begin(self, key: str, row: Row) -> None:
         if not self.completions:
