@@ -26,7 +26,7 @@ truncated (was cut at --max-tokens), opener (begins "The video shows").
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from opensora_repro.data.caption.text import Caption, judged
 from opensora_repro.data.jobs.course import Keeping
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, RunnerArguments, runner_of
+from opensora_repro.data.jobs.steps import AskStep, ModelStep, NeedsAllRows
 from opensora_repro.data.options import any_path, argument, local_path, option, parse, parser_of
 from opensora_repro.data.origin import made_by
 from opensora_repro.data.probe.rows import INPUT_HELP, manifest_of
@@ -171,6 +172,25 @@ def first_captions(
 
     assert endpoint is not None
     return from_endpoint(rows, args, endpoint, records, runner)
+
+
+# ---- as a step of a line, see jobs/steps.py
+
+
+def steps_of(args: Arguments, columns: Mapping[str, str]) -> list[ModelStep | AskStep]:
+    """Return what is done clip by clip. Raises NeedsAllRows."""
+    if args.sidecar:
+        raise NeedsAllRows("caption (which names of a list mean which clips)")
+    if args.rewrite:
+        raise NeedsAllRows("caption (--rewrite)")
+    if args.model:
+        from opensora_repro.frozen.captioning import model_step
+
+        return [model_step(Path(args.out), args.model, args, runner_of(args), columns, args.keep_flagged)]
+    from opensora_repro.data.caption import ask
+
+    endpoint = ask.endpoint_of(args.endpoint, args.endpoint_model, args)
+    return [ask.endpoint_step(Path(args.out), args, endpoint, columns, args.keep_flagged)]
 
 
 if __name__ == "__main__":

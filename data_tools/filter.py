@@ -23,7 +23,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ from opensora_repro.files import one_line
 if TYPE_CHECKING:
     import numpy as np
 
+    from opensora_repro.data.filter.step import FilterStep
     from opensora_repro.data.filter.thresholds import Nearest
     from opensora_repro.data.tables import Table, Value
 
@@ -291,6 +292,13 @@ def write_thumbnails(folder: Path, rules: list[Rule], clips: Path, count: int) -
         if below or above:
             name = re.sub(r"[^A-Za-z0-9]+", "-", rule.text).strip("-")[:60]
             write_png(folder / f"{number:02d}-{name}.png", contact_sheet(rule.text, below, above))
+
+
+def steps_of(args: Arguments, columns: Mapping[str, str]) -> list[FilterStep]:
+    """Return this tool as a step of a line, see jobs/steps.py. Raises NeedsAllRows."""
+    from opensora_repro.data.filter.step import filter_step
+
+    return [filter_step(Path(args.out).name, args.rules, columns)]
 
 
 if __name__ == "__main__":

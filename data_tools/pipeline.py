@@ -19,7 +19,7 @@ import io
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from opensora_repro.data.report.stages import ToolOutcome
 
 URLS_FILE = "urls.parquet"  # what convert makes of tables of addresses, for download
-ROW_BY_ROW = ("probe", "split", "score")  # in this order what a row gives can go on at once, whatever others do
 TOOLS = ("convert", "download", "probe", "split", "score", "filter", "deduplicate", "caption")
 Place = tuple[Step, "str | Path", Path]  # a step, what it reads, and the folder it writes to
 
@@ -139,7 +138,7 @@ def run(line: Line, tools: dict[str, ModuleType]) -> int:
     """Run the steps in order, then write the line's own tables and the page; returns the exit status."""
     from opensora_repro.data.pipeline.record import forget, is_done, record_done
 
-    out, steps = Path(line.out), places(line)
+    out, steps, planned_to = Path(line.out), places(line), 0
     for number, (step, given, folder) in enumerate(steps):
         title = f"[{number + 1}/{len(steps)}] {step.name}"
         if number and not is_file(Path(given)):
@@ -152,7 +151,12 @@ def run(line: Line, tools: dict[str, ModuleType]) -> int:
         print(title, flush=True)
         if not fresh:
             forget(folder)
-        status = run_line(steps[number:], tools) or tools[step.tool].main(command_of(step, given, folder))
+        if number >= planned_to:
+            length, status = run_line(steps[number:], tools)
+            planned_to = number + length
+            if status:
+                return failed(line, number, status, last=planned_to - 1)
+        status = tools[step.tool].main(command_of(step, given, folder))
         remove_leftovers(folder)  # of runs that were killed
         if status:
             return failed(line, number, status)
@@ -160,45 +164,80 @@ def run(line: Line, tools: dict[str, ModuleType]) -> int:
     return finish(line, out)
 
 
-def run_line(steps: Sequence[Place], tools: dict[str, ModuleType]) -> int:
-    """Over Ray, do what the first of these steps and those after it can do row by row; returns the exit status.
+def run_line(steps: Sequence[Place], tools: dict[str, ModuleType]) -> tuple[int, int]:
+    """Do what the first of these steps and those after it can do row by row, as one plan.
 
-    When their turns come, the tools find it done.
+    When their turns come, the tools find it done. Returns how many steps the plan had, and the exit status.
     """
-    from opensora_repro.data.jobs.line import run_line
+    from opensora_repro.data.jobs.line import run_steps
     from opensora_repro.data.jobs.run import runner_of
     from opensora_repro.data.pipeline.record import forget, is_done
 
-    group, last = list[tuple[ModuleType, Any]](), -1
-    for step, given, folder in steps:
-        at = ROW_BY_ROW.index(step.tool) if step.tool in ROW_BY_ROW else -1
-        if at <= last:
-            break
-        tool, last = tools[step.tool], at
-        args = parse(tool.Arguments, tool.build_parser(), command_of(step, given, folder))
-        if group and runner_of(args) != runner_of(group[0][1]):
-            break
-        group.append((tool, args))
-    if len(group) < 2 or (runner := runner_of(group[0][1])).kind != "ray":
-        return 0
-    for step, given, folder in steps[: len(group)]:
-        if not is_done(folder, step.tool, step.options, Path(given)):
-            forget(folder)
-
     def work() -> int:
-        run_line([tool.step_of(args) for tool, args in group], group[0][0].first_jobs(group[0][1]), runner)
+        plan = plan_of(steps, tools)
+        if not plan.is_worth_it:
+            return 0
+        done = [is_done(folder, step.tool, step.options, Path(given)) for step, given, folder in steps[: plan.length]]
+        for (_, _, folder), fresh in zip(steps, done, strict=False):
+            if not fresh:
+                forget(folder)
+        jobs = tools[steps[0][0].tool].first_jobs(plan.first)
+        planned.append(plan.length)
+        run_steps(plan.steps, jobs, runner_of(plan.first), known_too=not all(done[1:]), then=plan.waits)
         return 0
 
-    return run_command(work)
+    planned = list[int]()
+    status = run_command(work)
+    return sum(planned), status
 
 
-def failed(line: Line, number: int, status: int) -> int:
-    """Say which step failed, and show on the page how far the line came; returns the step's exit status."""
+@dataclass
+class Plan:
+    """Steps of a line that go row by row: of how many tools; the first one's options; what waits for all rows."""
+
+    first: Any = None
+    steps: list[Any] = field(default_factory=list)
+    length: int = 0
+    waits: str = ""
+
+    @property
+    def is_worth_it(self) -> bool:
+        return sum(hasattr(step, "kind") for step in self.steps) > 1
+
+
+def plan_of(steps: Sequence[Place], tools: dict[str, ModuleType]) -> Plan:
+    """Return what the first of these steps and those after it can do row by row."""
+    from opensora_repro.data.jobs.run import runner_of
+    from opensora_repro.data.jobs.steps import NeedsAllRows
+
+    plan = Plan()
+    for step, given, folder in steps:
+        tool = tools[step.tool]
+        if not hasattr(tool, "first_jobs" if not plan.length else "steps_of"):
+            break
+        args = parse(tool.Arguments, tool.build_parser(), command_of(step, given, folder))
+        if plan.length and hasattr(args, "runner") and runner_of(args) != runner_of(plan.first):
+            break
+        try:
+            plan.steps += tool.steps_of(args, dict(plan.steps[-1].columns) if plan.steps else {})
+        except NeedsAllRows as error:
+            plan.waits = str(error)
+            break
+        plan.first, plan.length = plan.first or args, plan.length + 1
+    return plan
+
+
+def failed(line: Line, number: int, status: int, last: int = 0) -> int:
+    """Say which step failed, or which up to the `last` were one plan, and show on the page how far the line came.
+
+    Returns the exit status.
+    """
     if status == INTERRUPTED:  # the tool has said so
         return status
     step, out = line.steps[number], Path(line.out)
     stale = "; the manifest there is an earlier run's" if is_file(out / "manifest.parquet") else ""
-    print(f"error: [{step.name}] failed (exit status {status}); the same command goes on there{stale}", file=sys.stderr)
+    name = f"{step.name} to {line.steps[last].name}" if last > number else step.name
+    print(f"error: [{name}] failed (exit status {status}); the same command goes on there{stale}", file=sys.stderr)
     with contextlib.suppress(DataError):  # nothing to show yet
         stages = stages_of(replace(line, steps=line.steps[: number + 1]), out)
         # Where it left rows, they are an earlier run's.

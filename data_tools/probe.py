@@ -14,18 +14,18 @@ do not fit their packet. With it every frame is decoded. A damaged file is rejec
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from opensora_repro.data.inputs import find_inputs
 from opensora_repro.data.jobs.course import Job
-from opensora_repro.data.jobs.line import ToolStep
 from opensora_repro.data.jobs.run import RunnerArguments, runner_of
+from opensora_repro.data.jobs.steps import ToolStep
 from opensora_repro.data.options import any_path, argument, option, parse, parser_of
 from opensora_repro.data.origin import made_by
-from opensora_repro.data.probe.rows import RESOURCES, jobs_of, probe_all, probe_file, suffixes
+from opensora_repro.data.probe.rows import COLUMNS, RESOURCES, jobs_of, probe_all, probe_file, rows_of, suffixes
 from opensora_repro.errors import run_command
 
 
@@ -49,11 +49,13 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(made_by("probe", args)(lambda: work(runner_of(args), decode=args.decode, images=args.images)))
 
 
-# ---- as a step of a line over a cluster, see jobs/line.py
+# ---- as a step of a line, see jobs/steps.py
 
 
-def step_of(args: Arguments) -> ToolStep:
-    return ToolStep("probe", Path(args.out), "files", probe_file, RESOURCES)
+def steps_of(args: Arguments, columns: Mapping[str, str]) -> list[ToolStep]:
+    """Return what is done row by row; of the columns a rule may use those that do not depend on other files."""
+    told = {name: kind for name, kind in COLUMNS.items() if name not in ("id", "path", "same_as")}
+    return [ToolStep("probe", Path(args.out), "files", probe_file, RESOURCES, rows_of, told)]
 
 
 def first_jobs(args: Arguments) -> Iterable[Job]:

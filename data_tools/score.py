@@ -30,24 +30,28 @@ Nothing is downloaded: MODEL is a folder or a name in the hub's cache.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from opensora_repro.data.jobs.cluster import Resources
-from opensora_repro.data.jobs.course import Keeping
+from opensora_repro.data.jobs.course import Job, Keeping
 from opensora_repro.data.jobs.gpus import check_device
-from opensora_repro.data.jobs.line import ToolStep
 from opensora_repro.data.jobs.records import Records
-from opensora_repro.data.jobs.run import RunnerArguments, run_jobs, runner_of
-from opensora_repro.data.manifest import REJECTS
+from opensora_repro.data.jobs.run import Runner, RunnerArguments, run_jobs, runner_of
+from opensora_repro.data.jobs.steps import ModelStep, ToolStep
 from opensora_repro.data.options import any_path, argument, local_path, option, parse, parser_of
 from opensora_repro.data.origin import made_by
 from opensora_repro.data.probe.rows import INPUT_HELP, manifest_of
-from opensora_repro.data.score.jobs import Jobs, Record, jobs_after, measure
-from opensora_repro.data.tables import write_rows
+from opensora_repro.data.score.jobs import Jobs, Record, job_of_row, measure, rows_of
+from opensora_repro.data.tables import Again, Table, plain_columns
 from opensora_repro.errors import DataError, check_least, run_command
 from opensora_repro.files import one_line
+
+if TYPE_CHECKING:
+    from opensora_repro.data.score.found import Found
 
 NAMES = ("motion", "jitter", "static", "sharpness", "brightness", "letterbox", "text", "watermark", "duplicates")
 RESOURCES = Resources(memory=1 << 30)
@@ -113,46 +117,98 @@ def names_of(args: Arguments) -> list[str]:
 
 def score(args: Arguments) -> int:
     """Measure all clips, then write the manifest and the rejects; returns the exit status."""
-    from opensora_repro.data.manifest import read_manifest, write_manifest
-    from opensora_repro.data.score.found import Found, with_columns, write_embeddings_of
+    from opensora_repro.data.score.found import Found, groups_alike, write_scored
 
     names, runner, out = names_of(args), runner_of(args), Path(args.out)
-    manifest = manifest_of(args.input, out, runner)
-    clips = read_manifest(manifest, need_captions=False)
+    clips = clips_of(args)
     with Records(out) as kept:
         jobs, keeping = Jobs(clips, names, old=kept.num_taken_over("scores") > 0), Keeping(kept, "scores")
-        found = Found.of(
-            run_jobs(measure, jobs, keeping, runner=runner, label="scoring", unit="clip", resources=RESOURCES)
+        measured: Iterable[Record] = run_jobs(
+            measure, jobs, keeping, runner=runner, label="scoring", unit="clip", resources=RESOURCES
         )
-        if args.clip or args.embed:
-            from opensora_repro.frozen.embedding import embed_all
-
-            gpu = check_device(args.device, args.model_workers, over_ray=runner.kind == "ray")
-            runner = replace(runner, workers=args.model_workers, gpu=gpu)
-            readable = clips.filter([not reason for reason in found.reasons])
-            models = {"clip": args.clip, "head": args.aesthetic, "encoder": args.embed}
-            keeping = Keeping(kept, "models")
-            told = embed_all(readable, models, keeping, runner, device=args.device, batch_size=args.batch_size)
-            write_embeddings_of(readable["id"].to_pylist(), told, out / "embeddings.parquet")
-            found.add(told)
-    good = [not reason for reason in found.reasons]
-    measured = with_columns(clips.filter(good), found, args.cosine if "duplicates" in names else None)
-    refused = clips.filter([not kept for kept in good]).to_pylist()
-    reasons = filter(None, found.reasons)
-    rejects: list[Record] = [
-        row | {"stage": "score", "reason": reason} for row, reason in zip(refused, reasons, strict=True)
-    ]
-    write_rows(out / "rejects.parquet", rejects, REJECTS)
-    write_manifest(measured, out / "manifest.parquet")
-    print(f"{sum(good)} of {len(clips)} clips scored, {len(clips) - sum(good)} rejected: {one_line(out)}")
-    if not any(good):
-        raise DataError(f"{manifest}: no clip could be scored; the reasons are in {out / 'rejects.parquet'}")
+        found = Found.of(measured)
+        told = add_models(args, clips, found, kept) if args.clip or args.embed else []
+    groups = groups_alike(clips, found, args.cosine) if "duplicates" in names else None
+    write_scored(clips, found, reasons_of(measured, told), groups, out)
+    good, total = int(found.good.sum()), len(found.good)
+    print(f"{good} of {total} clips scored, {total - good} rejected: {one_line(out)}")
+    if not good:
+        raise DataError(f"{clips.path}: no clip could be scored; the reasons are in {out / 'rejects.parquet'}")
     return 0
 
 
-def step_of(args: Arguments) -> ToolStep:
-    """Return this tool as a step of a line over a cluster, see jobs/line.py; models and groups want all rows."""
-    return ToolStep("score", Path(args.out), "scores", measure, RESOURCES, jobs_after, {"names": names_of(args)})
+def add_models(args: Arguments, clips: Table, found: Found, kept: Records) -> Iterable[Record]:
+    """Let the models look at the clips that could be measured; return what they say of these."""
+    from opensora_repro.data.score.found import good_rows, write_embeddings_of
+    from opensora_repro.frozen.embedding import SHOWN, embed_all
+
+    good = found.good.copy()
+    told = embed_all(
+        Again(lambda: good_rows(clips, good, SHOWN)), models_of(args), Keeping(kept, "models"), model_runner(args),
+        device=args.device, batch_size=args.batch_size,
+    )  # fmt: skip
+    out = Path(args.out)
+    write_embeddings_of((row["id"] for row in good_rows(clips, good, ["id"])), told, out / "embeddings.parquet")
+    found.add(told, out)
+    return told
+
+
+def reasons_of(measured: Iterable[Record], told: Iterable[Record]) -> Iterator[str]:
+    """Yield why there is nothing of clips, of those in their order: not measured, or nothing that models could see."""
+    by_models = iter(told)
+    for record in measured:
+        record = record if "error" in record else next(by_models, record)
+        if "error" in record:
+            yield str(record["error"])
+
+
+def models_of(args: Arguments) -> dict[str, str]:
+    return {"clip": args.clip, "head": args.aesthetic, "encoder": args.embed}
+
+
+def model_runner(args: Arguments) -> Runner:
+    """Return where the models compute. Raises DataError for a device that is not there."""
+    runner = runner_of(args)
+    gpu = check_device(args.device, args.model_workers, over_ray=runner.kind == "ray")
+    return replace(runner, workers=args.model_workers, gpu=gpu)
+
+
+# ---- as a step of a line, see jobs/steps.py
+
+
+def steps_of(args: Arguments, columns: Mapping[str, str]) -> list[ToolStep | ModelStep]:
+    """Return what is done clip by clip; groups of near-duplicates want all of them."""
+    from opensora_repro.data.score.measure import columns_of
+
+    names, out = names_of(args), Path(args.out)
+    columns = {**(columns or plain_columns(clips_of(args).schema)), **columns_of(names)}
+    how = {"names": names}
+    steps: list[ToolStep | ModelStep] = [
+        ToolStep("score", out, "scores", measure, RESOURCES, rows_of, columns, job_of_row, how)
+    ]
+    if args.clip or args.embed:
+        from opensora_repro.frozen.embedding import embedding_step
+
+        steps.append(
+            embedding_step(
+                out, models_of(args), model_runner(args), device=args.device, batch_size=args.batch_size,
+                columns=columns,
+            )
+        )  # fmt: skip
+    return steps
+
+
+def first_jobs(args: Arguments) -> Iterable[Job]:
+    """Return the jobs of INPUT's clips. Raises DataError."""
+    clips, names = clips_of(args), names_of(args)
+    told = list(plain_columns(clips.schema))
+    return Again(lambda: (job_of_row({name: row[name] for name in told}, {"names": names}) for row in clips.rows()))
+
+
+def clips_of(args: Arguments) -> Table:
+    from opensora_repro.data.manifest import open_manifest
+
+    return open_manifest(manifest_of(args.input, Path(args.out), runner_of(args)), need_captions=False)
 
 
 if __name__ == "__main__":

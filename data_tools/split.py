@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from functools import partial
@@ -23,9 +23,9 @@ from pathlib import Path
 from opensora_repro.data.inputs import Items, find_inputs
 from opensora_repro.data.jobs.cluster import Resources
 from opensora_repro.data.jobs.course import Job, Keeping
-from opensora_repro.data.jobs.line import ToolStep
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, RunnerArguments, run_jobs, runner_of
+from opensora_repro.data.jobs.steps import ToolStep
 from opensora_repro.data.jobs.workers import num_cores
 from opensora_repro.data.manifest import FILMED_RATE, LINEAGE, MANIFEST, SLOW, filmed_rates, write_parted
 from opensora_repro.data.options import any_path, argument, option, parse, parser_of
@@ -173,17 +173,19 @@ def make_ready(out: Path) -> None:
     remove_leftovers(out / "clips")
 
 
-# ---- as a step of a line over a cluster, see jobs/line.py
+# ---- as a step of a line, see jobs/steps.py
 
 
-def step_of(args: Arguments) -> ToolStep:
+def steps_of(args: Arguments, columns: Mapping[str, str]) -> list[ToolStep]:
     out, options = Path(args.out), options_of(args)
     told = {"out": os.fspath(out.absolute()), "options": asdict(options), "long": long_seconds(args, options)}
     holds = partial(source.has_its_clips, out)
     make_ready(out)
-    return ToolStep(
-        "split", out, "sources", source.split_job, RESOURCES, source.jobs_after_probe, told, holds, one_a_file=True
-    )
+    step = ToolStep(
+        "split", out, "sources", source.split_job, RESOURCES, source.rows_of, CLIP_COLUMNS, source.job_of_row, told,
+        holds, one_a_file=True,
+    )  # fmt: skip
+    return [step]
 
 
 def long_seconds(args: Arguments, options: Options) -> float:

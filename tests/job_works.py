@@ -95,7 +95,7 @@ def plan_here(order: Order, count: int, resources: Resources, place: Place) -> I
         for number in range(count):
             done = actor({"chunk": np.array([number])})
             assert done["trouble"] == [""]
-            yield json.loads(done["counts"][0])
+            yield json.loads(done["told"][0])
     finally:
         if actor.process.worker:
             actor.process.worker.end()

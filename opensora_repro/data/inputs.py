@@ -18,7 +18,7 @@ from opensora_repro.data.tables import in_batches, is_missing, open_table
 from opensora_repro.errors import DataError
 from opensora_repro.files import one_line
 from opensora_repro.storage.addresses import AddressRefused, address_of, redacted, within
-from opensora_repro.storage.objects import is_object, objects_below, objects_matching
+from opensora_repro.storage.objects import is_object, objects_below, objects_matching, reason_missing
 
 VIDEO_SUFFIXES = frozenset(
     (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv",
@@ -170,8 +170,10 @@ def _of_store(path: Path, out: Path, suffixes: Collection[str]) -> Inputs:
         root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
         found = [one for one in objects_matching(path) if out not in one.parents]
         if not found:
-            raise DataError(f"{told}: no object matches this pattern")
+            raise DataError(f"{told}: {reason_missing(root) or 'no object matches this pattern'}")
         return Inputs(Items((_item(one, one.relative_to(root).as_posix()) for one in found), root))
+    if reason := reason_missing(path):
+        raise DataError(f"{told}: {reason}")
     return _of_folder(path, out, suffixes)
 
 

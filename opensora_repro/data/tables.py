@@ -276,6 +276,14 @@ def schema_of(columns: Mapping[str, str]) -> Any:
     return pa.schema([(name, pa.type_for_alias(kind)) for name, kind in columns.items()])
 
 
+def plain_columns(schema: Any) -> dict[str, str]:
+    """Return a schema's columns whose values JSON can hold, with pyarrow's names of their types."""
+    from pyarrow import types
+
+    kinds = (types.is_boolean, types.is_integer, types.is_floating, types.is_string, types.is_large_string)
+    return {field.name: str(field.type) for field in schema if any(is_kind(field.type) for is_kind in kinds)}
+
+
 def rows_batch(rows: Sequence[Row], schema: Any) -> Any:
     """Return rows as a pyarrow record batch; what a row lacks is null, what it has besides is left out."""
     import pyarrow as pa

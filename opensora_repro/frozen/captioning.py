@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
-from opensora_repro.data.caption.ask import INSTRUCTION, METHOD, clip_keys, shown_frames, with_times
+from opensora_repro.data.caption.ask import INSTRUCTION, METHOD, clip_key, clip_keys, shown_frames, with_times
 from opensora_repro.data.caption.options import AskedArguments
+from opensora_repro.data.caption.outcome import CAPTIONS, captioned
 from opensora_repro.data.caption.text import Caption, ends_sentence, judge
 from opensora_repro.data.clip_frames import middles_of
 from opensora_repro.data.jobs.batches import run_batches, sized_batches
@@ -16,7 +18,9 @@ from opensora_repro.data.jobs.cluster import Resources
 from opensora_repro.data.jobs.course import Keeping, memo_of
 from opensora_repro.data.jobs.earlier import sampled_digest
 from opensora_repro.data.jobs.gpus import check_device, usual_device
+from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner
+from opensora_repro.data.jobs.steps import KeyOf, ModelStep
 from opensora_repro.data.tables import Again
 from opensora_repro.data.video import DecodeError
 from opensora_repro.errors import DataError
@@ -33,6 +37,7 @@ from opensora_repro.frozen.pretrained import HashFile
 
 RESOURCES = Resources(memory=4 << 30)  # of a worker with a captioner
 BATCH_SIZE = 8  # clips, where memory does not tell
+SHOWN = ("path", "num_frames", "fps", "height", "width")  # of a clip
 Record = dict[str, Any]
 
 
@@ -40,21 +45,40 @@ def from_model(
     rows: Iterable[Record], model: str, args: AskedArguments, keeping: Keeping, runner: Runner
 ) -> Iterable[Caption]:
     """Return every clip's caption as the model writes it."""
+    args, runner = with_device(args, runner)
+    how, options = model_options(model, args, memo_of(keeping.records))
+    keys = clip_keys(rows, keeping, how, runner, lambda: model_options(model, args, sampled_digest)[0])
+    items = Again(lambda: ((key, {name: row[name] for name in SHOWN}) for key, row in zip(keys, rows, strict=True)))
+    found = run_batches(
+        describe, items, keeping, size=sized_batches(args.batch_size, args.device, usual=BATCH_SIZE), options=options,
+        runner=runner, label="captioning", resources=RESOURCES,
+    )  # fmt: skip
+    return Again(lambda: map(judge, found))
+
+
+def model_step(
+    out: Path, model: str, args: AskedArguments, runner: Runner, columns: Mapping[str, str], keep_flagged: bool
+) -> ModelStep:
+    """Return what `from_model` does as a step of a line, of rows with these columns."""
+    args, runner = with_device(args, runner)
+
+    def ready(records: Records) -> tuple[KeyOf, Record]:
+        how, options = model_options(model, args, memo_of(records))
+        return lambda content, row: clip_key(content, row, how), options
+
+    return ModelStep(
+        "caption", out, "model", partial(captioned, keep_flagged=keep_flagged), {**columns, **CAPTIONS}, describe,
+        ready, SHOWN, sized_batches(args.batch_size, args.device, usual=BATCH_SIZE), runner, RESOURCES,
+    )  # fmt: skip
+
+
+def with_device(args: AskedArguments, runner: Runner) -> tuple[Any, Runner]:
+    """Return the options with the device and the numbers' type that are meant, and where the models compute."""
     over_ray = runner.kind == "ray"
     device = args.device or usual_device(over_ray=over_ray)
     dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-    args = replace(args, device=device, dtype=dtype)
-    how, options = model_options(model, args, memo_of(keeping.records))
-    gpu = check_device(args.device, args.model_workers, over_ray=over_ray)
-    keys = clip_keys(rows, keeping, how, runner, lambda: model_options(model, args, sampled_digest)[0])
-    shown = ("path", "num_frames", "fps", "height", "width")
-    items = Again(lambda: ((key, {name: row[name] for name in shown}) for key, row in zip(keys, rows, strict=True)))
-    runner = replace(runner, workers=args.model_workers, gpu=gpu)
-    size, options = sized_batches(args.batch_size, device, usual=BATCH_SIZE), {**options, "batch_size": args.batch_size}
-    found = run_batches(
-        describe, items, keeping, size=size, options=options, runner=runner, label="captioning", resources=RESOURCES
-    )
-    return Again(lambda: map(judge, found))
+    gpu = check_device(device, args.model_workers, over_ray=over_ray)
+    return replace(args, device=device, dtype=dtype), replace(runner, workers=args.model_workers, gpu=gpu)
 
 
 def model_options(model: str, args: AskedArguments, hash_file: HashFile) -> tuple[list[Any], Record]:
@@ -67,7 +91,7 @@ def model_options(model: str, args: AskedArguments, hash_file: HashFile) -> tupl
     # What a model for one picture goes on from is best no text: its answer is the caption.
     instruction = args.instruction if args.instruction is not None else "" if family.shown == ONE_IMAGE else INSTRUCTION
     written = {"instruction": instruction, "max_tokens": args.max_tokens, "frames": frames, "dtype": args.dtype}
-    return [METHOD, files, written], {**written, "model": model, "device": args.device}
+    return [METHOD, files, written], {**written, "model": model, "device": args.device, "batch_size": args.batch_size}
 
 
 @lru_cache(maxsize=1)

@@ -12,9 +12,12 @@ from opensora_repro.data.jobs.batches import run_batches, sized_batches
 from opensora_repro.data.jobs.cluster import Resources
 from opensora_repro.data.jobs.course import Keeping, memo_of
 from opensora_repro.data.jobs.earlier import adopt, sampled_digest
+from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, contents_of
+from opensora_repro.data.jobs.steps import KeyOf, ModelStep
 from opensora_repro.data.score.found import packed
 from opensora_repro.data.score.jobs import reason_of
+from opensora_repro.data.tables import Again
 from opensora_repro.data.video import DecodeError
 from opensora_repro.files import digest
 from opensora_repro.frozen.clip import clip_fingerprint, load_clip, load_head
@@ -24,32 +27,67 @@ from opensora_repro.frozen.image_encoder import find_image_encoder, image_encode
 MODEL_METHOD = 1  # raise when the model's scores are computed otherwise
 BATCH_SIZE = 16  # clips, where memory does not tell
 MODEL_RESOURCES = Resources(memory=2 << 30)
+SHOWN = ("path", "num_frames", "caption")  # of a clip
 Record = dict[str, Any]
 
 
 def embed_all(
-    clips: Any, models: dict[str, str], keeping: Keeping, runner: Runner, *, device: str, batch_size: int | None
-) -> list[Record]:
-    """Return what the models say of every clip: those of "clip", "head" and "encoder" that are not ""."""
+    clips: Iterable[Record],
+    models: dict[str, str],
+    keeping: Keeping,
+    runner: Runner,
+    *,
+    device: str,
+    batch_size: int | None,
+) -> Iterable[Record]:
+    """Return what the models say of every clip: those of "clip", "head" and "encoder" that are not "".
+
+    `clips` are rows with what is SHOWN, as often as they are asked for; neither they nor the records are held.
+    """
     load_models(**models, device="cpu")  # says now what every worker would say
     load_models.cache_clear()
-    shown = clips.select(["path", "num_frames", "caption"]).to_pylist()
-    items = [{**row, "num_frames": int(row["num_frames"])} for row in shown]
-    paths = [Path(item["path"]) for item in items]
+    paths = Again(lambda: (Path(row["path"]) for row in clips))
 
-    def keys(contents: Iterable[str], hash_file: Callable[[Path], str]) -> list[str]:
+    def keys(contents: Iterable[str], hash_file: Callable[[Path], str]) -> Iterable[str]:
         how = model_fingerprint(**models, hash_file=hash_file)
-        return [digest([text, i["num_frames"], i["caption"], how]) for text, i in zip(contents, items, strict=True)]
+        return Again(lambda: (key_of(text, row, how) for text, row in zip(contents, clips, strict=True)))
 
     named = keys(contents_of(paths, keeping.records, runner), memo_of(keeping.records))
-    adopt(keeping, named, lambda: keys(list(map(sampled_digest, paths)), sampled_digest))
-    todo = list(zip(named, items, strict=True))
+    adopt(keeping, named, lambda: keys(map(sampled_digest, paths), sampled_digest))
+    todo = Again(lambda: zip(named, clips, strict=True))
     options = {**models, "device": device, "batch_size": batch_size}
     size = sized_batches(batch_size, device, usual=BATCH_SIZE)
-    found = run_batches(
+    return run_batches(
         embed, todo, keeping, size=size, options=options, runner=runner, label="embedding", resources=MODEL_RESOURCES
     )
-    return list(found)
+
+
+def embedding_step(
+    out: Path, models: dict[str, str], runner: Runner, *, device: str, batch_size: int | None, columns: dict[str, str]
+) -> ModelStep:
+    """Return what `embed_all` does as a step of a line, of rows with these columns."""
+
+    def ready(records: Records) -> tuple[KeyOf, Record]:
+        load_models(**models, device="cpu")
+        load_models.cache_clear()
+        how = model_fingerprint(**models, hash_file=memo_of(records))
+        return lambda text, row: key_of(text, row, how), {**models, "device": device, "batch_size": batch_size}
+
+    more = {"text_match": models["clip"], "aesthetic": models["head"]}
+    columns = {**columns, **{name: "double" for name, told in more.items() if told}}
+    return ModelStep(
+        "score by models", out, "models", rows_of, columns, embed, ready, SHOWN,
+        sized_batches(batch_size, device, usual=BATCH_SIZE), runner, MODEL_RESOURCES,
+    )  # fmt: skip
+
+
+def key_of(content: str, row: Record, how: str) -> str:
+    """Return what names the record of a clip."""
+    return digest([content, int(row["num_frames"]), row["caption"], how])
+
+
+def rows_of(row: Record, record: Record) -> list[Record]:
+    return [{**row, **{name: value for name, value in record.items() if name != "embedding"}}]
 
 
 def model_fingerprint(clip: str, head: str, encoder: str, hash_file: Callable[[Path], str]) -> str:

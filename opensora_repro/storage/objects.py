@@ -214,13 +214,24 @@ def is_object(path: Path) -> bool:
     return True
 
 
-def is_folder(path: Path) -> bool:
-    """Whether objects lie below a path."""
-    try:
-        info: dict[str, Any] = _tried(lambda files, address: files.info(address), path)
-    except FileNotFoundError:
-        return False
-    return bool(info["type"] == "directory")
+def reason_missing(path: Path) -> str:
+    """Return why nothing is at an address: no such bucket, no such object or folder; "" where an object or folder is.
+
+    A folder is what some object's name begins with. Stores list what is missing as empty, so this is asked for then.
+    """
+
+    def is_there(one: Path) -> bool:
+        try:
+            return bool(_tried(lambda files, address: files.info(address), one))
+        except FileNotFoundError:
+            return False
+
+    if is_there(path):
+        return ""
+    with contextlib.suppress(OSError):  # a key may be good for a part of a bucket alone
+        below = len(scratch_folder().parts) + 2  # after the scheme and the bucket
+        return "no such object or folder" if is_there(Path(*path.parts[:below])) else "no such bucket"
+    return "no such object or folder"
 
 
 def download(path: Path, to: Path) -> Facts:

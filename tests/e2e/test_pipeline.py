@@ -18,11 +18,15 @@ import pytest
 
 from data_tools import pipeline
 from opensora_repro.data.jobs.records import RECORDS_FILE
+from opensora_repro.data.pipeline.config import load_line
 from opensora_repro.data.write import write_video
+from tests.chat_server import ChatServer, brightness, chat_server, completion, error
 from tests.e2e.test_data_tools import film, stamps
 from tests.frames import read_manifest, read_table
 from tests.job_records import recorded
 from tests.job_works import plan_here
+from tests.tiny_captioners import make_tiny_blip2
+from tests.tiny_models import make_tiny_clip
 
 if TYPE_CHECKING:
     from opensora_repro.data.jobs.cluster import Place, Resources
@@ -243,31 +247,176 @@ def test_over_a_cluster_rows_go_on_at_once(
     """Each source is probed, split and scored before the next; killed after some, the rest is done, and once."""
     pytest.importorskip("ray")
     out, counts, dies = made.with_name("over-ray"), list[list[list[int]]](), [True]
+    rule = "filter.keep=brightness > 0.05"
 
     def plan(order: Order, count: int, resources: Resources, place: Place) -> Iterator[Any]:
         assert order.then is not None  # the tools have nothing left for plans of their own
         for found in plan_here(order, count, resources, place):
-            counts.append(found)
+            counts.append(found["counts"])
             yield found
-            if dies[0] and found[2][0]:
+            if dies[0] and counts[-1][3][0]:
                 raise OSError("the end of the command")
 
     for module in ("line", "stream"):
         monkeypatch.setattr(f"opensora_repro.data.jobs.{module}.run_plan", plan)
-    run = [str(config), "--out", str(out), "run.runner=ray"]
+    run = [str(config), "--out", str(out), "run.runner=ray", rule]
     assert pipeline.main(run) == 1
     assert not (out / "probe" / "manifest.parquet").exists() and any(out.glob("split/clips/*.mp4"))
-    assert sum(steps[0][0] for steps in counts) < 4 + len(BAD) and capsys.readouterr().out.count("row by row") == 1
+    assert (
+        sum(steps[0][0] for steps in counts) < 4 + len(BAD)
+        and "split, score, filter: row by row" in capsys.readouterr().out
+    )
     dies.clear()
     dies.append(False)
     assert pipeline.main(run) == 0
     sums = np.sum(counts, axis=0).tolist()
-    assert sums == [[4 + len(BAD), len(BAD)], [4, 0], [5, 0]]
+    assert sums == [[4 + len(BAD), len(BAD)], [4, 0], [5, 0], [7, 1]]  # a twin has its clips filtered, too
     for name in ("probe", "split", "score", "filter", "."):
         same_table(out / name / "manifest.parquet", made / name / "manifest.parquet")
         same_table(out / name / "rejects.parquet", made / name / "rejects.parquet")
     before = len(counts)
     assert pipeline.main(run) == 0 and len(counts) == before
+
+
+ASKED = """
+[run]
+workers = 1
+[probe]
+[split]
+min_frames = 6
+preset = "ultrafast"
+[score]
+scores = "brightness"
+[filter]
+keep = "brightness > 0.05"
+[caption]
+endpoint = "{url}"
+endpoint_model = "m"
+[filter-words]
+keep = "contains(caption, 'a film')"
+"""
+
+
+def one_by_one(path: Path, out: Path) -> None:
+    """Run the tools of a line as their own commands."""
+    tools = pipeline.find_tools()
+    known = {name: tool.Arguments for name, tool in tools.items()}
+    line = load_line(path, [], known, pipeline.report.Arguments, out=str(out))
+    for step, given, folder in pipeline.places(line):
+        assert tools[step.tool].main(pipeline.command_of(step, given, folder)) == 0
+
+
+def tell(question: dict[str, Any], _number: int = 0) -> Any:
+    return completion(f"a film of {shade}" if (shade := brightness(question)) > 2 else "nothing to tell")
+
+
+@pytest.fixture(scope="module")
+def asked(config: Path) -> Iterator[tuple[Path, ChatServer]]:
+    """A line with a filter and an endpoint in it; what its tools give one by one is in the folder "alone" beside it."""
+    path = config.with_name("asked.toml")
+    with chat_server(tell) as server:
+        told = ASKED.format(url=server.url)
+        path.write_text(f"input = {str(config.parent / 'in')!r}\nout = 'unset'\n{told}", encoding="utf-8")
+        one_by_one(path, path.with_name("alone"))
+        assert len(server.questions) == 4
+        yield path, server
+
+
+def same_files(ours: Path, alone: Path) -> None:
+    made, theirs = ({n: s[1] for n, s in stamps(folder).items()} for folder in (ours, alone))
+    assert len(theirs) > 20
+    for name in theirs:
+        assert made[name] == theirs[name] or Path(name).name == RECORDS_FILE, name
+
+
+def test_one_plan_gives_what_the_tools_give_one_by_one(
+    asked: tuple[Path, ChatServer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A clip is asked about before the last source is split; where the server fails, the same command goes on."""
+    path, server = asked
+    out, there, answered, fails = path.with_name("plan"), list[bool](), list[int](), [True]
+
+    def answer(question: dict[str, Any], _number: int) -> Any:
+        there.append((out / "split" / "manifest.parquet").exists())
+        if fails[0] and len(answered) > 1:
+            return error(401)
+        answered.append(brightness(question))
+        return tell(question)
+
+    server.answer, run = answer, [str(path), "--out", str(out), "report.clips=0"]
+    assert pipeline.main(run) == 2
+    assert "[probe to filter-words] failed (exit status 2)" in capsys.readouterr().err and not any(there)
+    assert len(recorded(out / "caption", "captions")) == 2
+    fails[0] = False
+    assert pipeline.main(run) == 0
+    said = capsys.readouterr().out
+    assert "probe, split, score, filter, caption, filter-words: row by row\n" in said
+    assert "captioning: 2 answers" in said and "captioning: 0 answers" in said
+    assert len(answered) == len({*answered}) == 4
+    same_files(out, path.with_name("alone"))
+    rejects = read_table(out / "rejects.parquet")["stage"].value_counts().to_dict()
+    assert rejects == {"probe": len(BAD), "split": 2, "filter": 3}
+
+
+def test_over_a_cluster_filters_and_questions_are_part_of_the_plan(
+    asked: tuple[Path, ChatServer], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("ray")
+    (path, server), there = asked, list[bool]()
+    out = path.with_name("asked-by-ray")
+
+    def answer(question: dict[str, Any], _number: int) -> Any:
+        there.append((out / "probe" / "manifest.parquet").exists())
+        return tell(question)
+
+    server.answer = answer
+    for module in ("line", "stream"):
+        monkeypatch.setattr(f"opensora_repro.data.jobs.{module}.run_plan", plan_here)
+    assert pipeline.main([str(path), "--out", str(out), "run.runner=ray", "report.clips=0"]) == 0
+    assert there == [False] * 4 and "captioning: 0 answers" in capsys.readouterr().out
+    for name in ("probe", "split", "score", "filter", "caption", "filter-words"):
+        for table in ("manifest.parquet", "rejects.parquet"):
+            same_table(out / name / table, path.with_name("alone") / name / table)
+
+
+MODELS = """
+[run]
+workers = 1
+[probe]
+[split]
+min_frames = 6
+preset = "ultrafast"
+[score]
+scores = "brightness"
+clip = {clip!r}
+[filter]
+keep = "brightness > 0.05 and missing(text_match)"
+[caption]
+model = {model!r}
+device = "cpu"
+max_tokens = 5
+batch_size = 2
+keep_flagged = true
+[filter-words]
+keep = "len(caption_flag) >= 0"
+"""
+
+
+@pytest.mark.exhaustive
+def test_models_are_part_of_the_plan(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = {
+        "clip": str(make_tiny_clip(config.with_name("clip"))),
+        "model": str(make_tiny_blip2(config.with_name("m"))),
+    }
+    path, out, alone = (config.with_name(name) for name in ("models.toml", "models", "models-alone"))
+    told = MODELS.format(**models)
+    path.write_text(f"input = {str(config.parent / 'in')!r}\nout = 'unset'\n{told}", encoding="utf-8")
+    assert pipeline.main([str(path), "--out", str(out), "report.clips=0"]) == 0
+    assert "probe, split, score, score by models, filter, caption, filter-words: row by row" in capsys.readouterr().out
+    recorded_by_plan = recorded(out / "caption", "model")
+    one_by_one(path, alone)
+    assert len(recorded_by_plan) == 4 and recorded_by_plan == recorded(alone / "caption", "model")
+    same_files(out, alone)
 
 
 @pytest.mark.exhaustive

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pytest
 
 from opensora_repro.data.caption.chat import Endpoint
 from opensora_repro.data.caption.completions import Prices, Prompt, complete_all
 from opensora_repro.data.caption.join import captions_of
 from opensora_repro.data.caption.lists import Entry
+from opensora_repro.data.caption.text import Caption
 from opensora_repro.data.inputs import Item, Items, find_inputs
 from opensora_repro.data.jobs.batches import run_batches
 from opensora_repro.data.jobs.course import Job, Keeping
@@ -120,3 +122,27 @@ def test_a_table_and_a_list_of_captions(tmp_path: Path) -> None:
         assert caption.text == f"{number}.mp4 é" and item.name == f"{number}.mp4"
         most = max(most, live(Item) + live(Entry)) if number % 500 == 0 else most
     assert most < 10
+
+
+class Row(dict[str, Any]):
+    """A clip's."""
+
+
+@pytest.mark.parametrize("listed", ["sources.csv", "texts"])
+def test_clips_that_are_named_by_their_sources_pass_through(listed: str, tmp_path: Path) -> None:
+    names = [f"{n}.mp4" for n in range(MANY // 100)]
+    (tmp_path / "texts").mkdir()
+    for name in names:
+        (tmp_path / "texts" / f"{name}.txt").write_text(f"of {name}")
+    pd.DataFrame({"source": names, "caption": [f"of {name}" for name in names]}).to_csv(
+        tmp_path / "sources.csv", index=False
+    )
+
+    def clips() -> Iterator[Row]:
+        return (Row(id=f"i{n}", path=f"clips/{n}.mp4", source=names[n // 100]) for n in range(100, MANY))
+
+    most = 0
+    for number, caption in enumerate(captions_of(tmp_path / listed, Again(clips)), start=100):
+        assert caption.text == f"of {names[number // 100]}"
+        most = max(most, live(Row) + live(Caption)) if number % 500 == 0 else most
+    assert number == MANY - 1 and 0 < most < 10

@@ -171,9 +171,9 @@ def test_a_clip_is_measured_whole(tmp_path: Path) -> None:
         measure_clip(tmp_path / "clip.mp4", num_frames=60, fps=FPS, names=["motion"])
 
 
-def test_records_of_millions_are_not_held() -> None:
+def test_records_of_millions_are_not_held(tmp_path: Path) -> None:
     """A number a column and clip is: a record is gone when those after it are read."""
-    from opensora_repro.data.score.found import Found
+    from opensora_repro.data.score.found import Found, packed
     from opensora_repro.data.tables import BATCH
 
     class Record(dict[str, Any]):
@@ -192,10 +192,15 @@ def test_records_of_millions_are_not_held() -> None:
 
     found = Found.of(records())
     assert most <= BATCH + 1
-    assert found.reasons[:3] == ["no", "", ""] and len(found.reasons) == 3 * BATCH
+    assert found.good[:6].tolist() == [False, True, True, True, True, False] and len(found.good) == 3 * BATCH
     motion = found.columns["motion"].to_pylist()
     assert motion[:5] == [None, 2.0, 3.0, 4.0, None]
     assert len(motion) == len(found.codes) == sum(n % 5 > 0 for n in range(3 * BATCH))
-    found.add([{"aesthetic": 1.0, "embedding": "x"} if number else {"error": "dark"} for number in range(len(motion))])
-    assert found.reasons[:3] == ["no", "dark", ""] and found.columns["motion"].to_pylist()[:2] == [2.0, 3.0]
-    assert len(found.columns["aesthetic"]) == len(found.embeddings) == len(motion) - 1
+    embedding = packed(np.ones(3))
+    told = [
+        {"aesthetic": 1.0, "embedding": embedding} if number else {"error": "dark"} for number in range(len(motion))
+    ]
+    found.add(told, tmp_path)
+    assert found.good[:3].tolist() == [False, False, True] and found.columns["motion"].to_pylist()[:2] == [2.0, 3.0]
+    assert len(found.columns["aesthetic"]) == len(found.vectors) == len(motion) - 1
+    assert found.vectors.shape[1] == 3 and found.embedded.tolist() == list(range(len(motion) - 1))

@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from data_tools import pipeline, preview, probe
+from data_tools import pipeline, preview, probe, report
 from opensora_repro.config import ConfigError
 from opensora_repro.config.toml import parse_config
 from opensora_repro.data.inputs import find_inputs
@@ -25,7 +25,7 @@ from opensora_repro.data.jobs import records
 from opensora_repro.data.manifest import read_manifest
 from opensora_repro.data.preflight import survey
 from opensora_repro.data.write import write_video
-from opensora_repro.errors import DataError, run_command
+from opensora_repro.errors import run_command
 from opensora_repro.files import one_line, write_text
 from opensora_repro.run_folder import check_folder
 from opensora_repro.storage import objects, scratch
@@ -285,8 +285,33 @@ def test_what_a_folder_and_a_pattern_stand_for(node: Store, tmp_path: Path) -> N
     assert [item.name for item in find_inputs(here / "*.mp4", out=out).items] == ["a.mp4", "b.mp4"]
     assert [item.name for item in find_inputs(here / "b.mp4", out=out).items] == ["b.mp4"]
     assert node.count("HEAD") < 9 and not copies()
-    with pytest.raises(DataError, match="nowhere: no video in this folder"):
-        find_inputs(place(f"s3://{BUCKET}/nowhere"), out=out)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        (f"{BUCKET}/nowhere", "no such object or folder"),
+        (f"{BUCKET}/nowhere/a.mp4", "no such object or folder"),
+        (f"{BUCKET}/nowhere/*.mp4", "no such object or folder"),
+        (f"{BUCKET}/words/*.mp4", "no object matches this pattern"),
+        (f"{BUCKET}/words", "no video in this folder"),
+        (f"{BUCKET}/empty", "no video in this folder"),
+        ("bucket-b", "no such bucket"),
+        ("bucket-b/a.mp4", "no such bucket"),
+        ("bucket-b/*.mp4", "no such bucket"),
+    ],
+)
+def test_what_is_missing_is_told_from_what_is_empty(
+    node: Store, name: str, told: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    put("words/notes.txt", b"x")
+    files().pipe_file(f"{BUCKET}/empty/", b"")  # as the stores' own pages make a folder
+    assert probe.main([f"s3://{name}", "--out", str(tmp_path / "out")]) == 2
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith(f"error: s3://{name}: {told}")
+    if told.startswith("no such"):
+        assert report.main([f"s3://{name}", "--out", str(tmp_path / "page")]) == 2
+        assert capfd.readouterr().err == f"error: s3://{name}: {told}\n"
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from opensora_repro.data.filter import thresholds
+from opensora_repro.data.filter.step import filter_step
 from opensora_repro.data.filter.thresholds import percentile
+from opensora_repro.data.jobs.steps import NeedsAllRows
 
 RANDOM = np.random.default_rng(0)
 CASES = {
@@ -31,3 +33,15 @@ def test_percentiles_equal_numpys(name: str, collect: int, monkeypatch: pytest.M
 
 def test_no_numbers_have_no_percentile() -> None:
     assert percentile(lambda: [np.array([np.nan]), np.array([])], 50) is None
+
+
+def test_a_line_has_the_filters_that_a_row_alone_tells() -> None:
+    columns = {"id": "string", "path": "string", "motion": "double", "num_frames": "int64", "fps": "double"}
+    step = filter_step("filter", [("keep", "motion > .5 or missing(motion)"), ("keep", "duration >= 2")], columns)
+    row = {"id": "a", "path": "/a.mp4", "motion": None, "num_frames": 48, "fps": 24.0, "other": object()}
+    assert step.keeps(row) and step.keeps({**row, "motion": 0.6})
+    assert not step.keeps({**row, "motion": 0.5}) and not step.keeps({**row, "num_frames": 47})
+    for kind, text in (("percentile", "motion > 1%"), ("keep", "not duplicate"), ("keep", "path != ''")):
+        with pytest.raises(NeedsAllRows) as told:
+            filter_step("filter-late", [("keep", "motion > 0"), (kind, text)], columns)
+        assert str(told.value) == f"filter-late ({text})"

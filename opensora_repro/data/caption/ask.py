@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from opensora_repro.data.caption.chat import Endpoint
-from opensora_repro.data.caption.completions import Prices, Prompt, complete_all
+from opensora_repro.data.caption.completions import Completions, Prices, Prompt, complete_all
 from opensora_repro.data.caption.endpoints import Endpoints
 from opensora_repro.data.caption.options import AskedArguments
+from opensora_repro.data.caption.outcome import CAPTIONS, captioned
 from opensora_repro.data.caption.text import REJECTED, Caption, judge
 from opensora_repro.data.clip_frames import middles_of, read_middles
 from opensora_repro.data.jobs.course import Keeping
 from opensora_repro.data.jobs.earlier import adopt, sampled_digest
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, contents_of
+from opensora_repro.data.jobs.steps import AskStep
 from opensora_repro.data.tables import Again
 from opensora_repro.data.video import IMAGE_SUFFIXES, DecodeError
 from opensora_repro.errors import DataError
@@ -58,13 +60,17 @@ def clip_keys(
 
     def keys(contents: Iterable[str], how: list[Any]) -> Iterable[str]:
         return Again(lambda: (
-            digest([content, int(row["num_frames"]), float(row["fps"]), *how])
+            clip_key(content, row, how)
             for content, row in zip(contents, rows, strict=True)
         ))  # fmt: skip
 
     named = keys(contents_of(paths, keeping.records, runner), how)
     adopt(keeping, named, lambda: keys(map(sampled_digest, paths), earlier()))
     return named
+
+
+def clip_key(content: str, row: Record, how: list[Any]) -> str:
+    return digest([content, int(row["num_frames"]), float(row["fps"]), *how])
 
 
 def with_times(instruction: str, row: Record, frames: Sequence[int]) -> str:
@@ -148,11 +154,7 @@ def from_endpoint(
     rows: Iterable[Record], args: AskedArguments, endpoint: Endpoint | Endpoints, records: Records, runner: Runner
 ) -> Iterable[Caption]:
     """Return every clip's caption as the endpoint writes it."""
-    whole = args.send == "video"
-    usual = f"This is a video clip. {DESCRIBE}" if whole else INSTRUCTION
-    instruction = usual if args.instruction is None else args.instruction
-    frames = 0 if whole else args.frames or ENDPOINT_FRAMES
-    how = [METHOD, endpoint.model, instruction, frames, args.max_tokens, endpoint.fields]
+    instruction, frames, how = question_of(args, endpoint)
     keeping = Keeping(records, ANSWERS[0])
     keys = clip_keys(rows, keeping, how, runner, lambda: how)
 
@@ -161,6 +163,32 @@ def from_endpoint(
 
     found = answers(prompts, args, endpoint, keeping, "captioning")
     return Again(lambda: map(judge, found))
+
+
+def question_of(args: AskedArguments, endpoint: Endpoint | Endpoints) -> tuple[str, int, list[Any]]:
+    """Return the instruction, how many frames go with it (0: the video), and all that decides the answers."""
+    whole = args.send == "video"
+    usual = f"This is a video clip. {DESCRIBE}" if whole else INSTRUCTION
+    instruction = usual if args.instruction is None else args.instruction
+    frames = 0 if whole else args.frames or ENDPOINT_FRAMES
+    return instruction, frames, [METHOD, endpoint.model, instruction, frames, args.max_tokens, endpoint.fields]
+
+
+def endpoint_step(
+    out: Path, args: AskedArguments, endpoint: Endpoint | Endpoints, columns: Mapping[str, str], keep_flagged: bool
+) -> AskStep:
+    """Return what `from_endpoint` does as a step of a line, of rows with these columns."""
+    instruction, frames, how = question_of(args, endpoint)
+
+    def completions(prompts: Iterator[Prompt], keeping: Keeping) -> Completions:
+        endpoint.check_reachable()
+        return Completions(prompts, keeping, endpoint, concurrency_of(args, endpoint), "captioning", prices_of(args))
+
+    return AskStep(
+        "caption", out, ANSWERS[0], partial(captioned, keep_flagged=keep_flagged), {**columns, **CAPTIONS},
+        lambda content, row: clip_key(content, row, how),
+        lambda key, row: Prompt(key, partial(about_clip, row, instruction, frames)), completions,
+    )  # fmt: skip
 
 
 def rewritten(
@@ -195,6 +223,13 @@ def answers(
     label: str,
 ) -> Iterable[Record]:
     questions = Again(lambda: (Prompt(key, messages) for key, messages in prompts()))
-    prices = Prices(args.price_in, args.price_out)
-    concurrency = args.concurrency * (len(endpoint.servers) if isinstance(endpoint, Endpoints) else 1)
-    return complete_all(questions, keeping, endpoint, concurrency=concurrency, label=label, prices=prices)
+    concurrency = concurrency_of(args, endpoint)
+    return complete_all(questions, keeping, endpoint, concurrency=concurrency, label=label, prices=prices_of(args))
+
+
+def prices_of(args: AskedArguments) -> Prices:
+    return Prices(args.price_in, args.price_out)
+
+
+def concurrency_of(args: AskedArguments, endpoint: Endpoint | Endpoints) -> int:
+    return args.concurrency * (len(endpoint.servers) if isinstance(endpoint, Endpoints) else 1)

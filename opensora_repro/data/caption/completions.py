@@ -92,36 +92,59 @@ def complete_all(
     failure is tried again by the next run. Prints the cost, also when the run ends early. Raises DataError where no
     server is, or the endpoint answers nobody.
     """
-    failed, usage = failures_of(keeping), Usage(prices, endpoint)
+    failed = failures_of(keeping)
     todo = Again(lambda: left_of(((prompt.key, prompt) for prompt in prompts), keeping, failed))
     left = sum(1 for _ in todo)
-    add_recorded(usage.before, (prompt.key for prompt in prompts), keeping)
+    completions = Completions((prompt for _, prompt in todo), keeping, endpoint, min(concurrency, left), label, prices)
+    add_recorded(completions.usage.before, (prompt.key for prompt in prompts), keeping)
     if left:
         endpoint.check_reachable()
-    workers = _Workers((prompt for _, prompt in todo), keeping, endpoint, min(concurrency, left))
-    missed, done = 0, 0
     try:
         with progress(label, left, "clip") as bar:
-            while done < left:
-                result = workers.next_result()
-                bar(result is not None)
-                if result is None:
-                    continue
-                (key, outcome), done = result, done + 1
-                if isinstance(outcome, Answer):
-                    missed = 0
-                    usage.asked.add(asdict(outcome))
-                    continue
-                answered = usage.asked.answers + usage.before.answers
-                missed += isinstance(outcome, NoAnswer) and (outcome.unreachable or not answered)
-                keeping.records.put(failed, {key: json.dumps({"error": str(outcome)})})
-                if missed == IN_A_ROW:
-                    raise DataError(f"{endpoint.url}: {outcome}, {missed} times in a row; the same command goes on")
+            while completions.num_done < left:
+                bar(completions.take() is not None)
     finally:
-        for answer in workers.end():
-            usage.asked.add(answer)
-        print(f"{label}: {usage.line()}", flush=True)
+        completions.end()
     return results_of((prompt.key for prompt in prompts), keeping, failed)
+
+
+class Completions:
+    """Prompts on their way to an endpoint by so many threads, which take the next one when they have an answer."""
+
+    def __init__(
+        self, prompts: Iterator[Prompt], keeping: Keeping, endpoint: Endpoint | Endpoints, concurrency: int, label: str,
+        prices: Prices,
+    ) -> None:  # fmt: skip
+        self.keeping, self.endpoint, self.label = keeping, endpoint, label
+        self.usage, self.missed, self.num_done = Usage(prices, endpoint), 0, 0
+        self.concurrency, self.prompts = concurrency, prompts
+        self.workers: _Workers | None = None
+
+    def take(self, wait: float = 1.0) -> tuple[str, Any] | None:
+        """Return a prompt's key and its record or failure, None where there is none for so many seconds.
+
+        Raises DataError where the endpoint answers nobody.
+        """
+        self.workers = self.workers or _Workers(self.prompts, self.keeping, self.endpoint, self.concurrency)
+        if (result := self.workers.next_result(wait)) is None:
+            return None
+        (key, outcome), self.num_done = result, self.num_done + 1
+        if isinstance(outcome, Answer):
+            self.missed = 0
+            self.usage.asked.add(record := asdict(outcome))
+            return key, record
+        answered = self.usage.asked.answers + self.usage.before.answers
+        self.missed += isinstance(outcome, NoAnswer) and (outcome.unreachable or not answered)
+        self.keeping.records.put(f"failed {self.keeping.kind}", {key: json.dumps({"error": str(outcome)})})
+        if self.missed == IN_A_ROW:
+            raise DataError(f"{self.endpoint.url}: {outcome}, {self.missed} times in a row; the same command goes on")
+        return key, {"error": str(outcome)}
+
+    def end(self) -> None:
+        """Send nothing more, wait a little for what is under way, tell the cost."""
+        for answer in self.workers.end() if self.workers else ():
+            self.usage.asked.add(answer)
+        print(f"{self.label}: {self.usage.line()}", flush=True)
 
 
 def add_recorded(total: Sum, keys: Iterable[str], keeping: Keeping) -> None:
@@ -145,10 +168,10 @@ class _Workers:
         for thread in self.threads:
             thread.start()
 
-    def next_result(self) -> tuple[str, Answer | NoAnswer | DecodeError] | None:
-        """Return a prompt's key and outcome, None when there is none for a second; raises what ends the run."""
+    def next_result(self, wait: float) -> tuple[str, Answer | NoAnswer | DecodeError] | None:
+        """Return a prompt's key and outcome, None when there is none for so many seconds; raises what ends the run."""
         try:
-            key, outcome = self.results.get(timeout=1.0)
+            key, outcome = self.results.get(timeout=wait)
         except queue.Empty:
             return None
         if not isinstance(outcome, Answer | NoAnswer | DecodeError):

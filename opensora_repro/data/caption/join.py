@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import cache, lru_cache
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
@@ -37,10 +37,11 @@ LARGEST_FILE = 1 << 20  # bytes
 def captions_of(sidecar: Path, clips: Iterable[Row]) -> Iterable[Caption]:
     """Return every clip's caption, or the reason why it has none. Raises DataError.
 
-    Neither clips nor captions are held where a table has the ids of all clips; else names are compared in memory.
+    Neither clips nor captions are held, and of a table that has the ids of all clips no names; of other lists what
+    concerns the clips is, and of a folder the names.
     """
     if sidecar.is_dir():
-        return from_files(sidecar, list(clips))
+        return from_files(sidecar, clips)
     if not sidecar.exists():
         raise DataError(f"{one_line(sidecar)}: no such file or folder")
     if lists_ids(sidecar):
@@ -52,7 +53,7 @@ def captions_of(sidecar: Path, clips: Iterable[Row]) -> Iterable[Caption]:
         del entries, listed
     listed = read_list(sidecar, ClipKeys.of(clips))
     _note(listed)
-    return from_list(listed, list(clips))
+    return from_list(listed, clips)
 
 
 def _note(listed: CaptionList) -> None:
@@ -66,36 +67,44 @@ def without(reason: str) -> Caption:
     return Caption(reason=reason)
 
 
-def named_for(clips: Sequence[Row], index: NameIndex) -> list[Found]:
-    """Return for every clip the name that means it, or the doubt: its id's, its file's, or its source's."""
-    columns = [[clip["id"] for clip in clips], [clip["path"] for clip in clips], [source_of(clip) for clip in clips]]
-    ways = [(names, index.find(names)) for names in columns]
-    result = []
-    for at in range(len(clips)):
-        tried = [found.get(names[at], Found()) for names, found in ways]
-        result.append(next((found for found in tried if found.clear), None) or max(tried, key=lambda f: f != Found()))
-    return result
+def namer(clips: Iterable[Row], index: NameIndex) -> Callable[[Row], Found]:
+    """Return what tells of a clip the name that means it, or the doubt: its id's, its file's, or its source's."""
+    ways = [(name_of, index.find(map(name_of, clips))) for name_of in (_id_of, _path_of, source_of)]
+
+    def named(clip: Row) -> Found:
+        tried = [found.get(name_of(clip), Found()) for name_of, found in ways]
+        return next((found for found in tried if found.clear), None) or max(tried, key=lambda f: f != Found())
+
+    return named
+
+
+def _id_of(clip: Row) -> str:
+    return str(clip["id"])
+
+
+def _path_of(clip: Row) -> str:
+    return str(clip["path"])
 
 
 # ---- lists
 
 
-def from_list(listed: CaptionList, clips: Sequence[Row]) -> list[Caption]:
+def from_list(listed: CaptionList, clips: Iterable[Row]) -> Iterable[Caption]:
     """Return every clip's caption: of its own key, else by its span of the source."""
-    whole = named_for(clips, NameIndex(listed.whole))
+    named_of = namer(clips, NameIndex(listed.whole))
     spans = NameIndex(listed.spans).find(map(source_of, clips))
     spans_of = cache(lambda name: Spans(listed.spans[name]))
-    captions = []
-    for clip, named in zip(clips, whole, strict=True):
+
+    def caption_of(clip: Row) -> Caption:
+        named, source = named_of(clip), spans.get(source_of(clip), Found())
         entry = listed.whole.get(clip["id"]) or listed.whole.get(named.name)
-        source = spans.get(source_of(clip), Found())
         if entry and (named.clear or clip["id"] in listed.whole):
-            captions.append(checked(entry))
-        elif source.clear:
-            captions.append(of_span(clip, spans_of(source.name), listed.unit))
-        else:
-            captions.append(without(doubt_of(named) or doubt_of(source) or f"no caption for this {listed.keyed_by}"))
-    return captions
+            return checked(entry)
+        if source.clear:
+            return of_span(clip, spans_of(source.name), listed.unit)
+        return without(doubt_of(named) or doubt_of(source) or f"no caption for this {listed.keyed_by}")
+
+    return Again(lambda: map(caption_of, clips))
 
 
 def doubt_of(found: Found) -> str:
@@ -162,7 +171,7 @@ def match(entries: list[Entry], start: float, end: float) -> Caption:
 # ---- a file a clip or a source
 
 
-def from_files(folder: Path, clips: Sequence[Row]) -> list[Caption]:
+def from_files(folder: Path, clips: Iterable[Row]) -> Iterable[Caption]:
     """Return captions of text and JSON files, each named after a clip's id or file, or after the source of clips.
 
     A file's own ending may stay in the name: `a.mp4.txt` is as good as `a.txt`. Files in the folder come first, then
@@ -172,10 +181,13 @@ def from_files(folder: Path, clips: Sequence[Row]) -> list[Caption]:
     for suffix in TEXT_FILES:
         for path in sorted(folder.rglob(f"*{suffix}")):
             places.setdefault(path.relative_to(folder).as_posix().removesuffix(suffix), path)
-    return [
-        from_file(places[found.name] if found.clear else beside_clip(clip["path"]), found, clip)
-        for clip, found in zip(clips, named_for(clips, NameIndex(places)), strict=True)
-    ]
+    named_of = namer(clips, NameIndex(places))
+
+    def caption_of(clip: Row) -> Caption:
+        found = named_of(clip)
+        return from_file(places[found.name] if found.clear else beside_clip(clip["path"]), found, clip)
+
+    return Again(lambda: map(caption_of, clips))
 
 
 def from_file(path: Path | None, found: Found, clip: Row) -> Caption:

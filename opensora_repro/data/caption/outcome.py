@@ -9,9 +9,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from opensora_repro.data.caption.text import REJECTED, Caption
+from opensora_repro.data.caption.text import REJECTED, Caption, judge
 from opensora_repro.data.manifest import Rebase, reject, rejects_writer
-from opensora_repro.data.tables import BATCH, Table, set_column, table_writer
+from opensora_repro.data.tables import BATCH, Row, Table, set_column, table_writer
+
+CAPTIONS = {"caption": "string", "caption_flag": "string"}  # what a clip has then
 
 
 @dataclass
@@ -74,6 +76,12 @@ def _without(batch: Any, good: list[bool]) -> Any:
     import pyarrow as pa
 
     return batch.filter(pa.array([not kept for kept in good])).to_pylist()
+
+
+def captioned(row: Row, record: dict[str, Any], *, keep_flagged: bool) -> list[Row]:
+    """Return a clip's row for the next step of a line, none where it is left out."""
+    found = judge(record)
+    return [] if reason_of(found, keep_flagged) else [{**row, "caption": found.text, "caption_flag": found.flag}]
 
 
 def reason_of(found: Caption, keep_flagged: bool) -> str:

@@ -53,10 +53,12 @@ def import_ray() -> Any:
     return ray
 
 
-Counts = list[list[int]]  # of each step of a line (usually there is one): rows that were done, and rejects among them
+# "counts" of each step of a line (usually there is one): rows that were done, and rejects among them; and "rows" that
+# come out of it, see `Following`
+Told = dict[str, Any]
 
 
-def run_plan(order: Order, count: int, resources: Resources, place: Place) -> Iterator[Counts]:
+def run_plan(order: Order, count: int, resources: Resources, place: Place) -> Iterator[Told]:
     """Do the chunks 0 to `count` of `order`, then make few parts of many; yield what was done, now and then.
 
     Every node needs this package, and inputs and outputs under the same path. Raises DataError if no cluster answers
@@ -89,7 +91,7 @@ def _told(ray: Any) -> Iterator[None]:
 
 def _chunks(
     ray: Any, order: Order, count: int, resources: Resources, place: Place, *, room: int, apart: dict[str, str] | None
-) -> Iterator[Counts]:
+) -> Iterator[Told]:
     from ray.data import ActorPoolStrategy, DataContext, from_items
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -113,7 +115,7 @@ def _chunks(
         for trouble in filter(None, done["trouble"].tolist()):
             kind, _, text = trouble.partition(" ")
             raise RuntimeError(text) if kind == "RuntimeError" else OSError(text)
-        yield from map(json.loads, done["counts"].tolist())
+        yield from map(json.loads, done["told"].tolist())
 
 
 def _nodes(ray: Any, resources: Resources, place: Place) -> tuple[list[dict[str, float]], dict[str, str] | None]:

@@ -92,6 +92,8 @@ class Course:
 
     def __init__(self, jobs: Iterable[Job], keeping: Keeping) -> None:
         self.jobs, self.keeping, self.records = jobs, keeping, keeping.records
+        self.heard: Callable[[Job, int], None] | None = None  # is told where a job's result lies when that is there
+        self.tells_known = False  # it is told of results that were there before, too
         self.failed, self.has_failures = failures_of(keeping), False
         self.memo = memo_of(self.records)
         self.places = array("q")  # 0: no result yet, SPOILT: one that no longer holds
@@ -100,11 +102,11 @@ class Course:
             self.of_store = self.of_store or any(address_of(file) for job in batch for file in job.files)
             self.places.extend(self._find_recorded(batch))
         self.num_left = sum(place <= 0 for place in self.places)
-        self.left, self.queue = self._left(), deque[_Piece]()
+        self.left, self.queue, self.is_over = self._left(), deque[_Piece](), False
         self.given = dict[str, _Piece]()  # by their tasks' keys
         self.reading = dict[Files, list[_Piece]]()  # jobs whose files are being read, by these
         self.unread = dict[Files, int]()  # where it is told why files could not be
-        self.waiting = dict[str, list[int]]()  # jobs by the record that is being made: twins need it made once
+        self.waiting = dict[str, list[_Piece]]()  # jobs by the record that is being made: twins need it made once
         self.made_again = set[str]()  # records that did not hold
         self.num_new = 0  # results since `take_new`
 
@@ -138,7 +140,8 @@ class Course:
             found = [SPOILT if at and not holds(job, results[name]) else at for at, job, name in pairs]
         return found
 
-    def _left(self) -> Iterator[_Piece]:
+    def _left(self) -> Iterator[_Piece | None]:
+        """Yield what has no result; None after each job whose result was there and is told."""
         start = 0
         for batch in in_batches(self.jobs, LOOKED_UP):
             for number, job in enumerate(batch, start):
@@ -146,7 +149,22 @@ class Course:
                     piece = _Piece(number, job)
                     self._recall(piece)
                     yield piece
+                elif self.heard and self.tells_known:
+                    self.heard(job, self.places[number])
+                    yield None
             start += len(batch)
+        self.is_over = True
+
+    def add(self, job: Job) -> None:
+        """Add a job that was not known at the beginning, and none of the jobs gives again."""
+        piece = _Piece(len(self.places), job)
+        self._recall(piece)
+        (place,) = self._places([job], [piece.name])
+        self.places.append(place)
+        if place > 0:
+            self._found([piece], place)
+        else:
+            self.queue.append(piece)
 
     def __iter__(self) -> Course:
         return self
@@ -155,6 +173,8 @@ class Course:
         """Return the next task: to tell what a job's files contain, or, where that is known, to do it."""
         while True:
             piece = self.queue.popleft() if self.queue else next(self.left)
+            if piece is None:
+                raise StopIteration  # for now: whoever was told may have something to do first
             if not (self._has_result(piece) if piece.name else self._is_read(piece)):
                 return self._task(piece)
 
@@ -164,7 +184,7 @@ class Course:
         if not piece.name:
             piece.before = [size_and_time(file) for file in job.files]
             return Task(key, {}, job.seconds, tuple(os.path.abspath(file) for file in job.files))
-        self.waiting[piece.name] = [piece.number]
+        self.waiting[piece.name] = [piece]
         if self.keeping.one_a_file:
             self.records.drop(self.keeping.kind, f"{digest(piece.contents)}-", but=piece.name)
         return Task(key, {**job.args, "contents": piece.contents} if job.files else job.args, job.seconds)
@@ -175,13 +195,13 @@ class Course:
         twins.append(piece)
         if unread := self.unread.get(piece.of):
             del self.reading[piece.of]
-            self._found([piece.number], unread)
+            self._found([piece], unread)
         return bool(unread) or len(twins) > 1
 
     def _has_result(self, piece: _Piece) -> bool:
         """Whether a twin has made a job's result since it was looked for, or is at it."""
         if piece.name in self.waiting:
-            self.waiting[piece.name].append(piece.number)
+            self.waiting[piece.name].append(piece)
             return True
         place = 0
         if self.places[piece.number] != SPOILT or piece.name in self.made_again:
@@ -191,7 +211,7 @@ class Course:
         if place <= 0 and self.has_failures:
             place = self.records.places(self.failed, [piece.name]).get(piece.name, 0)
         if place > 0:
-            self._found([piece.number], place)
+            self._found([piece], place)
         return place > 0
 
     def take(self, key: str, done: Done) -> None:
@@ -214,12 +234,14 @@ class Course:
         place = self.records.places(kind, [name])[name]
         if twins:
             self.unread[piece.of] = place
-        self._found([twin.number for twin in twins] or self.waiting.pop(name), place)
+        self._found(twins or self.waiting.pop(name), place)
 
-    def _found(self, numbers: Sequence[int], place: int) -> None:
-        for number in numbers:
-            self.places[number] = place
-        self.num_new += len(numbers)
+    def _found(self, pieces: Sequence[_Piece], place: int) -> None:
+        for piece in pieces:
+            self.places[piece.number] = place
+            if self.heard:
+                self.heard(piece.job, place)
+        self.num_new += len(pieces)
 
     def take_new(self) -> int:
         """Return how many jobs have their results since this was asked last."""

@@ -26,10 +26,11 @@ from opensora_repro.data.jobs.workers import (
     wait,
 )
 from opensora_repro.data.tables import in_batches
-from opensora_repro.files import read_json, replacing
+from opensora_repro.files import content_of, read_json, replacing
 
 FLUSH = 20.0  # seconds after which finished rows are a part, whatever else their chunk has to do
 DEATHS = 2  # of workers, or of their whole node, that a row may cost
+CONTENT = "content of its file"  # in a row that is handed out
 BUNDLE = "opensora_repro.data.jobs.rows:do_rows"
 Row = dict[str, Any]
 
@@ -53,16 +54,21 @@ class Order:
 
 @dataclass(frozen=True)
 class Following:
-    """The step after one of a line. `jobs`, "module:function", gives its jobs, of a job's arguments and its result."""
+    """What is done with what a row gave. "module:function" name what makes rows of a job's arguments and its result,
+    and of one of them and `options` the next step's job.
+    """
 
-    jobs: str
-    options: Row  # beside these two
-    order: Order
+    job: str
+    options: Row
+    order: Order | None  # None: the line ends with the filters, or `hands_out` rows to what is done elsewhere
+    rows: str = ""
+    filters: tuple[Any, ...] = ()  # that rows go through first, see filter/step.py
+    hands_out: bool = False
 
 
 def folders_of(order: Order) -> list[Path]:
     """Return where the parts of all steps of a line go."""
-    return [order.folder, *(folders_of(order.then.order) if order.then else ())]
+    return [order.folder, *(folders_of(order.then.order) if order.then and order.then.order else ())]
 
 
 def files_of(job: Job) -> str | None:
@@ -120,7 +126,8 @@ class Rows:
                 self.num_done += self._chunk(int(number))
         except (OSError, RuntimeError) as error:
             trouble = f"{type(error).__name__} {error}"
-        return {"counts": [json.dumps(self.counts())], "trouble": [trouble]}
+        told = {"counts": self.counts(), "rows": self.then.take_rows() if self.then else []}
+        return {"told": [json.dumps(told)], "trouble": [trouble]}
 
     def counts(self) -> list[list[int]]:
         """Return what each step of the line has done since this was asked last: rows, and rejects among them."""
@@ -299,30 +306,74 @@ class _Process:
         return self.ask(task, twice=False) if again else done
 
 
-class _Then(Rows):
-    """The next step of a line, done by the same process with what a row gave, as deep as the line goes."""
+class _Then:
+    """What follows from a row, done by the same process: filters, then the next step, as deep as the line goes."""
 
     def __init__(self, following: Following, process: _Process) -> None:
-        super().__init__(following.order, process)
         self.following = following
-        self.waiting = list[Row]()
+        self.filtered = [[0, 0] for _ in following.filters]
+        self.next = _Next(following, following.order, process) if following.order else None
+        self.rows = list[Row]()
 
     def follow(self, args: str, text: str) -> None:
-        """Do what has no result yet of the jobs that follow from a row's arguments and its result, both as JSON."""
-        for job in named_function(self.following.jobs)(json.loads(args), json.loads(text), self.following.options):
-            quick, told = parts.quick_hash(job), json.dumps(job.args)
-            known = self._at(parts.find(self.index, parts.as_hashes(quick)))
-            if known is None:
-                row = {"quick": quick, "key": job.key, "args": told, "seconds": job.seconds, "anew": False,
-                       "files": files_of(job)}  # fmt: skip
-                self.waiting.append(self._alone(row))
-                known = self.waiting[-1]["text"]
-                self.num_done, self.num_rejected = self.num_done + 1, self.num_rejected + is_reject(known)
-            if self.then:
-                self.then.follow(told, known)
+        """Do what follows from a job's arguments and its result, both as JSON."""
+        for row in named_function(self.following.rows)(json.loads(args), json.loads(text)):
+            if not self._is_kept(row):
+                continue
+            if self.next:
+                self.next.take(row)
+            elif self.following.hands_out:
+                self.rows.append({**row, CONTENT: content_of(Path(row["path"]))})
+
+    def _is_kept(self, row: Row) -> bool:
+        for one, counts in zip(self.following.filters, self.filtered, strict=True):
+            kept = one.keeps(row)
+            counts[:] = counts[0] + 1, counts[1] + (not kept)
+            if not kept:
+                return False
+        return True
+
+    def counts(self) -> list[list[int]]:
+        found, self.filtered = self.filtered, [[0, 0] for _ in self.filtered]
+        return found + (self.next.counts() if self.next else [])
+
+    def take_rows(self) -> list[Row]:
+        """Return the rows that are handed out since this was asked last, with what their files contain."""
+        if self.next:
+            return self.next.then.take_rows() if self.next.then else []
+        found, self.rows = self.rows, []
+        return found
 
     def flush(self, name: str) -> None:
         """Write what is finished as a part of this name."""
+        if self.next:
+            self.next.flush(name)
+
+
+class _Next(Rows):
+    """The next step of a line."""
+
+    def __init__(self, following: Following, order: Order, process: _Process) -> None:
+        super().__init__(order, process)
+        self.job_of, self.options = named_function(following.job), following.options
+        self.waiting = list[Row]()
+
+    def take(self, row: Row) -> None:
+        """Do the job of a row of the step before, unless it has a result."""
+        if (job := self.job_of(row, self.options)) is None:
+            return
+        quick, told = parts.quick_hash(job), json.dumps(job.args)
+        known = self._at(parts.find(self.index, parts.as_hashes(quick)))
+        if known is None:
+            todo = {"quick": quick, "key": job.key, "args": told, "seconds": job.seconds, "anew": False,
+                    "files": files_of(job)}  # fmt: skip
+            self.waiting.append(self._alone(todo))
+            known = self.waiting[-1]["text"]
+            self.num_done, self.num_rejected = self.num_done + 1, self.num_rejected + is_reject(known)
+        if self.then:
+            self.then.follow(told, known)
+
+    def flush(self, name: str) -> None:
         self._write(name, self.waiting)
         self.waiting = []
 

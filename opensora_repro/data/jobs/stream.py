@@ -92,10 +92,10 @@ def run_streamed(
             break
         order = run.order_of(work, threads=max(1, int(resources.cpus)), group=group, options=options or {})
         with progress(label, left, unit) as bar:
-            for counts in run_plan(order, chunks, resources, place):
-                bar(counts[0][0])
-    told = f"{left} results are not here or no longer hold after {ROUNDS} tries"
-    raise OSError(f"{run.folder}: {told}; do all nodes share this folder?")
+            for told in run_plan(order, chunks, resources, place):
+                bar(told["counts"][0][0])
+    why = f"{left} results are not here or no longer hold after {ROUNDS} tries"
+    raise OSError(f"{run.folder}: {why}; do all nodes share this folder?")
 
 
 class Run:

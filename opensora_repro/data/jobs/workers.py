@@ -17,10 +17,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import islice
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -58,38 +57,59 @@ class Done:
 Steps = Generator[tuple[str, Done] | None, None, None]
 
 
-def run_here(work: str, tasks: Iterable[Task], workers: int, gpus: Sequence[str] = ()) -> Steps:
+def run_here(work: str, tasks: Iterator[Task], workers: int, gpus: Sequence[str] = ()) -> Steps:
     """Yield each task's key and what became of it, in the order they end; None about every second while none does.
 
     `work` is "module:function"; each worker sees its own of the `gpus`, if there are any. Closing the generator kills
     the workers.
     """
-    queue, pool = iter(tasks), list[Worker]()
-    threads = max(1, num_cores() // workers) if workers > 1 else None
+    pool = Pool(work, workers, gpus)
     try:
-        for number, task in enumerate(islice(queue, workers)):
-            pool.append(Worker(work, surroundings(threads, gpus[number] if gpus else None)))
-            pool[-1].give(task)
-        while pool:
-            ready = wait(pool)
+        pool.fill(tasks)
+        while pool.busy:
+            ready = wait(pool.busy)
             if not ready:
                 yield None
             for worker in ready:
-                done = worker.take()
-                if done is None:
-                    continue
-                yield worker.task.key, done
-                following = next(queue, None)
-                if following is None or worker.dead:
-                    worker.end()
-                    pool.remove(worker)
-                if following is not None:
-                    if worker.dead:
-                        worker = Worker(work, worker.environment)
-                        pool.append(worker)
-                    worker.give(following)
+                if done := pool.take(worker):
+                    yield worker.task.key, done
+                    pool.fill(tasks)
     finally:
-        for worker in pool:
+        pool.close()
+
+
+class Pool:
+    """At most `size` workers, each started when there is something for it to do; see `run_here`."""
+
+    def __init__(self, work: str, size: int, gpus: Sequence[str] = ()) -> None:
+        threads = max(1, num_cores() // size) if size > 1 else None
+        self.work, self.busy, self.idle = work, list[Worker](), list[Worker]()
+        self.not_started = [surroundings(threads, gpus[number] if gpus else None) for number in range(size)]
+
+    def fill(self, tasks: Iterator[Task]) -> None:
+        """Give tasks to those that have none, as long as there are some."""
+        while self.idle or self.not_started:
+            if (task := next(tasks, None)) is None:
+                return
+            worker = self.idle.pop() if self.idle else Worker(self.work, self.not_started.pop(0))
+            self.busy.append(worker)
+            worker.give(task)
+
+    def take(self, worker: Worker) -> Done | None:
+        """Return what became of a busy worker's task, None while it is at it; another one follows one that died."""
+        done = worker.take()
+        if done:
+            self.busy.remove(worker)
+            if worker.dead:
+                self.not_started.insert(0, worker.environment)
+            else:
+                self.idle.append(worker)
+        return done
+
+    def close(self) -> None:
+        for worker in self.idle:
+            worker.end()
+        for worker in self.busy:
             worker.kill()
 
 

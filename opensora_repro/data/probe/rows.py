@@ -100,7 +100,7 @@ def job_of(item: Item, decode: bool) -> Job:
     """Return the job for a file; what it contains is part of the work. A name's end may tell pictures from videos."""
     size = (size_and_time(item.path) or [0])[0]  # a dangling link has none
     seconds = PATIENCE + size / (DECODE_RATE if decode else LINK_RATE if address_of(item.path) else READ_RATE)
-    args = {"path": os.fspath(item.path.absolute()), "decode": decode}
+    args = {"path": os.fspath(item.path.absolute()), "decode": decode, "name": item.name, "given": given_in(item)}
     key, earlier = digest([METHOD, decode, item.path.suffix.lower()]), file_key(item.path, METHOD, decode)
     return Job(key, item.name, args, seconds, (item.path,), earlier)
 
@@ -116,6 +116,18 @@ def probe_file(args: dict[str, Any]) -> Row:
     except DecodeError as error:
         return {"id": identity, "error": str(error).removeprefix(f"{path}: ")}
     return {"id": identity, "caption": "", "file_size": path.stat().st_size, **facts}
+
+
+def given_in(item: Item) -> dict[str, str]:
+    """Return what a table's row says of a file that stays as it is."""
+    return {k: str(v) for k, v in (item.row or {}).items() if k in ("id", "caption", "source") and not is_missing(v)}
+
+
+def rows_of(args: dict[str, Any], result: Row) -> list[Row]:
+    """Return a file's row for the next step of a line: with what there is of every file."""
+    if "error" in result:
+        return []
+    return [{**result, "source": args["name"], **args["given"], "path": args["path"], "fps": result["fps"] or 0.0}]
 
 
 class Probed:
@@ -150,7 +162,7 @@ class Probed:
     def _row(self, item: Item, result: Row, original: Callable[[str], str]) -> tuple[Row, bool]:
         named = text_digest(item.name)
         path = "" if item.reason else path_from(self.out, item.path)
-        given = {k: v for k, v in (item.row or {}).items() if k in ("id", "caption", "source") and not is_missing(v)}
+        given = given_in(item)
         if "error" in result:
             identity = str(given.get("id", result.get("id", named)))
             return reject(identity, item.name, "probe", result["error"], path=path), False

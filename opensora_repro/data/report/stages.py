@@ -15,6 +15,7 @@ from opensora_repro.data.tables import EmptyTableError, Table, open_table
 from opensora_repro.errors import DataError
 from opensora_repro.files import is_file, one_line
 from opensora_repro.storage.addresses import address_of
+from opensora_repro.storage.objects import reason_missing
 from opensora_repro.storage.scratch import fetched
 
 MANIFEST_FILE, REJECTS_FILE, RULES_FILE = "manifest.parquet", "rejects.parquet", "filter.json"
@@ -75,6 +76,8 @@ def _stage_of(given: Path) -> ToolOutcome:
         raise DataError(f"{one_line(given)}: no such folder or manifest")
     rejects = folder / REJECTS_FILE
     if not is_file(manifest) and not is_file(rejects):
+        if address_of(given) and (reason := reason_missing(given)):
+            raise DataError(f"{one_line(given)}: {reason}")
         raise DataError(f"{one_line(given)}: holds no {MANIFEST_FILE}; expected the --out folder of a dataset tool")
     name = folder.absolute().name if manifest.name == MANIFEST_FILE else manifest.stem
     return ToolOutcome(

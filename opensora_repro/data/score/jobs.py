@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from opensora_repro.data.jobs.course import Job
 from opensora_repro.data.jobs.earlier import sampled_digest
-from opensora_repro.data.tables import BATCH
+from opensora_repro.data.tables import BATCH, Table
 from opensora_repro.files import digest
 
 TIMEOUT = 300.0  # seconds for a clip
@@ -20,13 +20,15 @@ Record = dict[str, Any]
 class Jobs:
     """The jobs of a manifest's clips, made whenever they are asked for."""
 
-    clips: Any
+    clips: Table
     names: list[str]
     old: bool  # also as earlier releases named them
 
     def __iter__(self) -> Iterator[Job]:
-        for batch in self.clips.select(["id", "path", "num_frames", "fps"]).to_batches(max_chunksize=BATCH):
-            yield from (job_of(row, self.names, old=self.old) for row in batch.to_pylist())
+        for batch in self.clips.batches():
+            shown = batch.select(["id", "path", "num_frames", "fps"])
+            for start in range(0, batch.num_rows, BATCH):
+                yield from (job_of(row, self.names, old=self.old) for row in shown.slice(start, BATCH).to_pylist())
 
 
 def job_of(row: Record, names: list[str], *, old: bool = False) -> Job:
@@ -39,15 +41,19 @@ def job_of(row: Record, names: list[str], *, old: bool = False) -> Job:
     return Job(digest([facts, methods]), str(row["id"]), args, TIMEOUT, (Path(row["path"]),), earlier)
 
 
-def jobs_after(args: Record, result: Record, options: Record) -> list[Job]:
-    """Return the jobs of the clips that a source was split to, or of a file that was probed."""
+def job_of_row(row: Record, options: Record) -> Job:
+    """Return the job of a row that a line's step before gives."""
+    job = job_of(row, options["names"])
+    return replace(job, args={**job.args, "row": row})
+
+
+def rows_of(args: Record, result: Record) -> list[Record]:
+    """Return a clip's row for the next step of a line, with its columns."""
+    from opensora_repro.data.score.measure import CODE
+
     if "error" in result:
         return []
-    folder = Path(args.get("out", "")) / "clips"
-    rows = [{**row, "path": str(folder / row["path"])} for row in result["clips"]] if "clips" in result else []
-    if "clips" not in result:
-        rows = [{**result, "path": args["path"], "fps": result["fps"] or 0.0}]
-    return [job_of(row, options["names"]) for row in rows]
+    return [{**args["row"], **{name: value for name, value in result.items() if name != CODE}}]
 
 
 def measure(args: Record) -> Record:

@@ -69,24 +69,30 @@ class Score:
 
     measure: Callable[[Frames], Measured]
     method: int
+    columns: tuple[str, ...]
 
 
 SCORES = {
-    "motion": Score(lambda f: {"motion": pixels.motion(f.flows, f.fps)}, 1),
-    "jitter": Score(lambda f: {"jitter": pixels.jitter(f.flows, f.repeated, f.fps)}, 1),
-    "static": Score(lambda f: {"static_share": pixels.static_share(f.repeated)}, 1),
-    "sharpness": Score(lambda f: {"sharpness": pixels.sharpness(spread(f.picture))}, 1),
-    "brightness": Score(_brightness, 1),
-    "letterbox": Score(_letterbox, 1),
-    "text": Score(lambda f: {"text_area": pixels.text_area(spread(f.whole))}, 1),
-    "watermark": Score(lambda f: {"watermark_area": pixels.watermark_area(spread(f.whole))}, 1),
-    "duplicates": Score(_duplicates, 1),
+    "motion": Score(lambda f: {"motion": pixels.motion(f.flows, f.fps)}, 1, ("motion",)),
+    "jitter": Score(lambda f: {"jitter": pixels.jitter(f.flows, f.repeated, f.fps)}, 1, ("jitter",)),
+    "static": Score(lambda f: {"static_share": pixels.static_share(f.repeated)}, 1, ("static_share",)),
+    "sharpness": Score(lambda f: {"sharpness": pixels.sharpness(spread(f.picture))}, 1, ("sharpness",)),
+    "brightness": Score(_brightness, 1, ("brightness", "black_share")),
+    "letterbox": Score(_letterbox, 1, ("letterbox", "pillarbox")),
+    "text": Score(lambda f: {"text_area": pixels.text_area(spread(f.whole))}, 1, ("text_area",)),
+    "watermark": Score(lambda f: {"watermark_area": pixels.watermark_area(spread(f.whole))}, 1, ("watermark_area",)),
+    "duplicates": Score(_duplicates, 1, ()),
 }
 
 
 def methods_of(names: Collection[str]) -> list[Any]:
     """Return what tells one way of measuring from another."""
     return [FRAMES_METHOD, *((name, SCORES[name].method) for name in sorted(names))]
+
+
+def columns_of(names: Collection[str]) -> dict[str, str]:
+    """Return the columns that single clips have of these scores, with pyarrow's names of their types."""
+    return {column: "double" for name in names for column in SCORES[name].columns}
 
 
 def measure_clip(path: str | Path, *, num_frames: int, fps: float, names: Collection[str]) -> Measured:

@@ -46,19 +46,27 @@ def jobs_of(items: Items, out: Path, options: Options) -> Iterable[Job]:
 def job_of(item: Item, out: Path, options: Options) -> Job:
     """Return the job that splits a file. One that hangs its decoder is given up, a slow machine is waited for."""
     size = (size_and_time(item.path) or [0])[0]
-    args = {"path": os.fspath(item.path.absolute()), "out": os.fspath(out.absolute()), "options": asdict(options)}
+    args = {
+        "path": os.fspath(item.path.absolute()), "out": os.fspath(out.absolute()), "options": asdict(options),
+        "name": item.name,
+    }  # fmt: skip
     how = [METHOD, asdict(options)]
     before = hashlib.blake2b(json.dumps(how).encode(), digest_size=4)  # as earlier releases named options
     earlier = file_key(item.path, f"-{before.hexdigest()}")
     return Job(digest(how), item.name, args, PATIENCE + size / SLOWEST, (item.path,), earlier)
 
 
-def jobs_after_probe(args: Record, result: Record, options: Record) -> list[Job]:
+def job_of_row(row: Record, options: Record) -> Job | None:
     """Return the job of a file that was probed; none for a long one."""
-    if "error" in result or (result.get("duration") or 0) > options["long"]:
-        return []
-    path = Path(args["path"])
-    return [job_of(Item(path, path.name), Path(options["out"]), Options(**options["options"]))]
+    if (row.get("duration") or 0) > options["long"]:
+        return None
+    return job_of(Item(Path(row["path"]), row["source"]), Path(options["out"]), Options(**options["options"]))
+
+
+def rows_of(args: Record, result: Record) -> list[Row]:
+    """Return the clips of a source for the next step of a line."""
+    folder = os.path.join(args["out"], "clips")
+    return [{**row, "source": args["name"], "path": f"{folder}/{row['path']}"} for row in result.get("clips", [])]
 
 
 def split_job(args: dict[str, Any]) -> Record:
