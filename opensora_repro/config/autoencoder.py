@@ -37,6 +37,7 @@ class AutoencoderModelConfig:
     latent_channels: int = 4  # values of a latent; video: the image autoencoder's
     norm_groups: int = 32  # of GroupNorm; divides each of the channels
     attention: bool = True  # image: attention in the middle, as Stable Diffusion's; false: every size costs its pixels
+    frozen_encoder: bool = False  # image: train the decoder alone; latents stay those of init.weights
 
 
 WARPS = ("shrink", "turn", "flip", "shift")
@@ -155,11 +156,13 @@ def check_autoencoder(cfg: AutoencoderConfig) -> None:
 def _check_kind(cfg: AutoencoderConfig, require: Any) -> None:
     model, loss = cfg.model, cfg.loss
     if model.kind == "video":
+        require("model.frozen_encoder", not model.frozen_encoder, 'false with model.kind = "video"')
         require("model.image", bool(model.image), 'the folder of an image autoencoder with model.kind = "video"')
         if loss.target == "latents":
             for key in ("discriminator", "lpips_path", "latent_noise", "equivariance"):
                 require(f"loss.{key}", not getattr(loss, key), 'none with loss.target = "latents" (it sees pixels)')
         return
+    require("init.weights", bool(cfg.init.weights) or not model.frozen_encoder, "what model.frozen_encoder keeps")
     require("model.image", not model.image, 'none with model.kind = "image" (init.weights starts from another one)')
     require("loss.target", loss.target == "pixels", 'pixels with model.kind = "image"')
     require("loss.image_latents", not loss.image_latents, '0 with model.kind = "image"')

@@ -33,7 +33,13 @@ from opensora_repro.frozen.text import read_cleaned
 from opensora_repro.training.autoencoder.batches import VideoBuilder
 from opensora_repro.training.autoencoder.discriminator import PatchDiscriminator, adaptive_weight
 from opensora_repro.training.autoencoder.losses import PARTS, AutoencoderLosses, Drawn
-from opensora_repro.training.autoencoder.model import ImageAutoencoder, check_models, draw_image, temporal_config
+from opensora_repro.training.autoencoder.model import (
+    ImageAutoencoder,
+    build_image,
+    check_models,
+    draw_image,
+    temporal_config,
+)
 from opensora_repro.training.autoencoder.picture_start import GAINS, OPPONENTS, has_room, start_as_picture
 from opensora_repro.training.autoencoder.quality import psnr, ssim
 from opensora_repro.training.autoencoder.report import latents_told
@@ -310,6 +316,18 @@ def test_what_a_micro_batch_is_shown_follows_from_its_samples() -> None:
     noise = [own for batch in batches for own in batch.drawn.extra]
     assert {len(own.unique()) for own in noise} > {own.numel() for own in noise}
     assert torch.equal(batches[0].drawn.extra, batches[-1].drawn.extra)
+
+
+def test_with_a_frozen_encoder_the_decoder_alone_is_trained_and_latents_keep_their_factor(tmp_path: Path) -> None:
+    ImageAutoencoder(tiny().vae).save(tmp_path / "from", torch.zeros(4), torch.full((4,), 2.0))
+    model = replace(TINY, frozen_encoder=True)
+    cfg = AutoencoderConfig(model=model, init=InitConfig(weights=str(tmp_path / "from")))
+    autoencoder, video = build_image(cfg), uniform(1, 3, 1, 16, 16)
+    AutoencoderLosses(autoencoder, ReconstructionConfig())(video, drawn(autoencoder, video), 0)[0].sum().backward()
+    trained = {name.split(".")[0] for name, weight in autoencoder.vae.named_parameters() if weight.grad is not None}
+    assert trained == {"decoder", "post_quant_conv"}
+    autoencoder.save(tmp_path / "to", torch.zeros(4), torch.ones(4))
+    assert json.loads((tmp_path / "to" / "config.json").read_text())["scaling_factor"] == 0.5
 
 
 # The start
