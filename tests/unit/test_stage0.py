@@ -278,7 +278,7 @@ def test_latent_noise_is_shown_to_the_decoder() -> None:
     assert loud > quiet + 0.05
 
 
-@pytest.mark.parametrize("warp", [Warp(size=0.5), Warp(turns=1), Warp(flip=True), Warp(shift=(0.5, -0.25))])
+@pytest.mark.parametrize("warp", [Warp(size=0.5), Warp(rotations=1), Warp(flip=True), Warp(shift=(0.5, -0.25))])
 def test_latents_and_pictures_are_warped_alike(warp: Warp) -> None:
     """A codec of means is equivariant on slopes, but at edges: the warped picture's means are the warped means."""
     slopes = uniform(2, 2, 3, 2, 1, 1)

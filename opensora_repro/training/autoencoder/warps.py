@@ -24,7 +24,7 @@ class Warp:
     """What is done to all samples of a micro-batch."""
 
     size: float = 1.0  # share of the sides that is left
-    turns: int = 0  # quarters, against the clock
+    rotations: int = 0  # quarters, against the clock
     flip: bool = False  # left and right
     shift: tuple[float, float] = (0.0, 0.0)  # right and down, in latents' places
 
@@ -43,7 +43,7 @@ class Warp:
         if self.size < 1:
             frames = F.interpolate(frames, size=tuple(sides), mode="bilinear", antialias=True)
         frames = frames.flip(-1) if self.flip else frames
-        return rearrange(frames.rot90(self.turns, (-2, -1)), "(b t) c h w -> b c t h w", b=len(x))
+        return rearrange(frames.rot90(self.rotations, (-2, -1)), "(b t) c h w -> b c t h w", b=len(x))
 
 
 def draw_warp(kinds: Sequence[str], stride: int, generator: torch.Generator) -> Warp:
@@ -53,7 +53,7 @@ def draw_warp(kinds: Sequence[str], stride: int, generator: torch.Generator) -> 
     if kind == "shrink":
         return Warp(size=MIN_SIZE + (1 - MIN_SIZE) * first)
     if kind == "turn":
-        return Warp(turns=1 + int(3 * first))
+        return Warp(rotations=1 + int(3 * first))
     if kind == "flip":
         return Warp(flip=True)
     right, down = (round((share - 0.5) * stride) / stride for share in (first, second))
