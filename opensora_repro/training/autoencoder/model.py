@@ -75,9 +75,10 @@ class ImageAutoencoder:
 
     def save(self, folder: Path, mean: Tensor, std: Tensor) -> None:
         """Write the folder that `vae.path` takes; mean and deviation of the latents are float32 [Cz] each."""
-        # One factor for all channels, as `scaling_factor` means in diffusers: of the deviation around the common mean.
-        spread = (std.square() + (mean - mean.mean()).square()).mean().sqrt()
-        self.vae.register_to_config(scaling_factor=1 / float(spread))
+        if self.vae.encoder.conv_in.weight.requires_grad:  # else a model of these latents knows them by their factor
+            # One for all channels, as `scaling_factor` means in diffusers: of the deviation around the common mean.
+            spread = (std.square() + (mean - mean.mean()).square()).mean().sqrt()
+            self.vae.register_to_config(scaling_factor=1 / float(spread))
         with replacing(folder) as unfinished, _quietly():
             self.vae.save_pretrained(unfinished, safe_serialization=True)
 
@@ -265,6 +266,9 @@ def build_image(cfg: AutoencoderConfig) -> ImageAutoencoder:
             vae = draw_image(cfg.model)
     if cfg.train.activation_checkpointing == "full":
         vae.enable_gradient_checkpointing()
+    if cfg.model.frozen_encoder:
+        for part in (vae.encoder, vae.quant_conv):
+            part.requires_grad_(False)
     return ImageAutoencoder(vae.train())
 
 
