@@ -32,7 +32,7 @@ from opensora_repro.data.options import any_path, argument, option, parse, parse
 from opensora_repro.data.origin import made_by
 from opensora_repro.data.split import source
 from opensora_repro.data.split.options import USUAL, Options, check_options, recipe_options
-from opensora_repro.data.tables import Again
+from opensora_repro.data.tables import Again, open_table
 from opensora_repro.errors import DataError, run_command
 from opensora_repro.files import one_line, remove_leftovers, size_and_time
 
@@ -150,14 +150,16 @@ def split(args: Arguments) -> int:
 
 def repeats(manifest: Path, fps: float) -> str:
     """Return a line on clips whose source has fewer frames a second; nothing where none has."""
-    import pyarrow.parquet as pq
+    import pyarrow as pa
 
-    rates = filmed_rates(pq.read_table(manifest, columns=list(LINEAGE)))
-    slow = rates < SLOW * fps
-    if not slow.any():
+    table, slow, slowest = open_table(manifest), 0, float("inf")
+    for batch in table.batches([name for name in LINEAGE if name != "source"]):
+        rates = filmed_rates(pa.Table.from_batches([batch]))
+        slow, slowest = slow + int((rates < SLOW * fps).sum()), min(slowest, float(rates.min(initial=slowest)))
+    if not slow:
         return ""
     return (
-        f"{slow.sum()} of {len(rates)} clips were filmed at fewer frames a second (from {rates[slow].min():.4g} on) "
+        f"{slow} of {table.num_rows} clips were filmed at fewer frames a second (from {slowest:.4g} on) "
         f"than --fps {fps:g}, so that frames repeat and motion halts: give a lower --fps (data.fps of --for-training's "
         f"config), or leave them out: data_tools.filter --keep '{FILMED_RATE} >= {SLOW * fps:g}'"
     )
