@@ -39,6 +39,7 @@ class Plan:
     hq_videos: int  # how many of them make the high-quality set of stage 3
     prompts: int  # prompts sampled in each group, seen and never trained, in each format
     given: int  # videos made of given frames, of each task
+    seventh: str | None  # a colour that an adapter teaches to the finished model
     overrides: tuple[str, ...]  # handed to every stage
 
     @property
@@ -54,12 +55,19 @@ def parse(argv: list[str] | None) -> Plan:
     parser.add_argument("--hq-videos", type=int, default=2, help="of these, how many stage 3 uses (%(default)s)")
     parser.add_argument("--prompts", type=int, default=24, help="of each group and format, to sample (%(default)s)")
     parser.add_argument("--given", type=int, default=4, help="samples of each task with given frames (%(default)s)")
+    told = "then teach the model a colour by an adapter: orange, white, pink, lime, azure or violet"
+    parser.add_argument("--seventh", metavar="COLOUR", help=told)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="config changes for all three stages")
     args = parser.parse_args(argv)
     if min(args.videos, args.hq_videos, args.prompts, args.given) < 1 or args.hq_videos > args.videos:
         parser.error("--videos, --hq-videos, --prompts and --given must be at least 1, --hq-videos at most --videos")
+    if args.seventh is not None:
+        from opensora_repro.demo.shapes import OTHER_COLOURS
+
+        if args.seventh not in OTHER_COLOURS:
+            parser.error(f"--seventh {args.seventh}: expected one of {', '.join(OTHER_COLOURS)}")
     counts = (args.videos, args.hq_videos, args.prompts, args.given)
-    return Plan(args.dir, args.configs, *counts, tuple(args.overrides))
+    return Plan(args.dir, args.configs, *counts, args.seventh, tuple(args.overrides))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,6 +88,8 @@ def demo(plan: Plan) -> int:
         ("samples", "sample seen and never-trained combinations", sample_all),
         ("given", "animate pictures, go on with clips, close loops, join clips", sample_given),
     ]
+    if plan.seventh:
+        steps.append(("seventh", f"an adapter learns a seventh colour, {plan.seventh}, from 60 clips", teach_seventh))
     for number, (name, what, step) in enumerate(steps, start=1):
         print(f"\n[{number}/{len(steps)}] {what}", flush=True)
         begin = time.monotonic()
@@ -98,10 +108,14 @@ def demo(plan: Plan) -> int:
     given = measure_given(plan)
     summary: dict[str, Any] = {"adherence": table(records), "seconds": seconds, "records": records, "given": given,
                                "given_shares": rows_of(given)}  # fmt: skip
+    if plan.seventh:
+        summary["seventh"] = measure_seventh(plan)
     write_text(plan.root / "adherence.json", json.dumps(summary, indent=1) + "\n")
     report = write_report(plan, summary)
     print_adherence(summary["adherence"])
     print_given(given)
+    if plan.seventh:
+        print_adherence(summary["seventh"], f"with the adapter of {plan.seventh}, {seconds['seventh']:.0f} seconds")
     print(f"\ndone in {(time.monotonic() - started) / 60:.1f} minutes; open {report.resolve().as_uri()}")
     print(f"your own text: python -m stages.sample {plan.root}/stage3 --prompt 'a cyan square moving up' --out mine")
     return 0
@@ -263,6 +277,29 @@ def sample_given(plan: Plan) -> None:
         sample(plan, "--prompt", job.motion.caption, *job.options, "--out", str(path.parent))
 
 
+def seventh_prompts(plan: Plan) -> list[Motion]:
+    """Of the seventh colour, then of the six."""
+    from opensora_repro.demo.seventh import motions_of
+
+    own = motions_of(plan.seventh or "")
+    return [own[number % len(own)] for number in range(plan.prompts)] + sample_groups(plan)["seen"]
+
+
+def teach_seventh(plan: Plan) -> None:
+    """Train an adapter on clips of the seventh colour alone; sample with it."""
+    from opensora_repro.demo.seventh import SETTINGS, film_clips
+
+    folder = plan.root / "seventh"
+    manifest = film_clips(folder / "clips", plan.seventh or "", plan.root / "stage3.parquet")
+    places = {"run.dir": folder / "adapter", "init.weights": plan.root / "stage3", "data.manifest": manifest,
+              "data.val_manifest": plan.root / "val_stage3.parquet", "data.cache": folder / "cache"}  # fmt: skip
+    settings = [f"{key}={value}" for key, value in {**places, **SETTINGS}.items()]
+    run(STAGES["stage3"], str(plan.configs / "stage3.toml"), *settings, *plan.overrides)
+    prompts = folder / "prompts.txt"
+    prompts.write_text("\n".join(motion.caption for motion in seventh_prompts(plan)) + "\n")
+    sample(plan, "--prompts", str(prompts), "--lora", str(folder / "adapter"), "--out", str(folder / "samples"))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Measuring and reporting
 
@@ -303,6 +340,21 @@ def measure_given(plan: Plan) -> list[dict[str, Any]]:
     return records
 
 
+def measure_seventh(plan: Plan) -> dict[str, dict[str, float]]:
+    """Shares of the seventh colour's videos and of the six others'."""
+    from opensora_repro.demo.adherence import measure_file, shares
+    from opensora_repro.demo.shapes import COLOURS, OTHER_COLOURS
+
+    seventh = plan.seventh or ""
+    rows: dict[str, list[dict[str, Any]]] = {seventh: [], "the six": []}
+    for index, motion in enumerate(seventh_prompts(plan)):
+        seen = measure_file(
+            plan.root / "seventh" / "samples" / f"{index:04d}.mp4", COLOURS | {seventh: OTHER_COLOURS[seventh]}
+        )
+        rows[seventh if motion.colour == seventh else "the six"].append({"agrees": seen.agrees(motion)})
+    return {name: shares(own) for name, own in rows.items()}
+
+
 def table(records: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Shares of each group and format, by their names: "seen 1:1"."""
     from opensora_repro.demo.adherence import shares
@@ -314,8 +366,10 @@ def table(records: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return {name: shares(own) for name, own in rows.items()}
 
 
-def print_adherence(adherence: dict[str, dict[str, float]]) -> None:
-    print("\nprompt adherence, measured from the written mp4 files")
+def print_adherence(
+    adherence: dict[str, dict[str, float]], title: str = "prompt adherence, measured from the written mp4 files"
+) -> None:
+    print(f"\n{title}")
     print(f"{'':>18}{'colour':>10}{'shape':>10}{'direction':>11}")
     for name, row in adherence.items():
         print(f"{name:>18}{row['colour']:>10.2f}{row['shape']:>10.2f}{row['direction']:>11.2f}")

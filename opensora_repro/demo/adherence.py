@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,20 +31,22 @@ class Seen:
         return {key: value == getattr(motion, key) for key, value in asdict(self).items()}
 
 
-def measure(frames: np.ndarray) -> Seen:
-    """Judge uint8 frames [T, H, W, 3]: colour and shape by majority over frames, direction from first to last."""
+def measure(frames: np.ndarray, colours: Mapping[str, tuple[int, int, int]] = COLOURS) -> Seen:
+    """Judge uint8 frames [T, H, W, 3]: colour (of `colours`) and shape by majority over frames, direction from first to
+    last.
+    """
     per_frame = [(mask_of(frame), frame) for frame in frames]
-    colours = Counter(colour_of(frame, mask) for mask, frame in per_frame)
+    found = Counter(colour_of(frame, mask, colours) for mask, frame in per_frame)
     shapes = Counter(shape_of(mask) for mask, _ in per_frame)
     direction = direction_of(per_frame[0][0], per_frame[-1][0])
-    return Seen(majority(colours, len(frames)), majority(shapes, len(frames)), direction)
+    return Seen(majority(found, len(frames)), majority(shapes, len(frames)), direction)
 
 
-def measure_file(path: Path) -> Seen:
+def measure_file(path: Path, colours: Mapping[str, tuple[int, int, int]] = COLOURS) -> Seen:
     """Decode a whole video file and judge it."""
     from opensora_repro.data.video import probe, read_frames
 
-    return measure(np.asarray(read_frames(path, start=0, count=probe(path).num_frames)))
+    return measure(np.asarray(read_frames(path, start=0, count=probe(path).num_frames)), colours)
 
 
 def majority(votes: Counter[str | None], total: int) -> str | None:
@@ -56,12 +59,12 @@ def mask_of(frame: np.ndarray) -> np.ndarray:
     return frame.max(axis=-1) > FOREGROUND
 
 
-def colour_of(frame: np.ndarray, mask: np.ndarray) -> str | None:
+def colour_of(frame: np.ndarray, mask: np.ndarray, colours: Mapping[str, tuple[int, int, int]] = COLOURS) -> str | None:
     """The named colour nearest to the mean of the shape's pixels, by which channels are bright."""
     if mask.mean() < MIN_AREA:
         return None
     mean = frame[mask].mean(axis=0)
-    distances = {name: float(np.abs(mean - np.array(rgb)).max()) for name, rgb in COLOURS.items()}
+    distances = {name: float(np.abs(mean - np.array(rgb)).max()) for name, rgb in colours.items()}
     nearest = min(distances, key=distances.__getitem__)
     return nearest if distances[nearest] < FOREGROUND / 2 else None
 

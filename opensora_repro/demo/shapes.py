@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,15 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "yellow": (235, 235, 20),
     "magenta": (235, 20, 235),
     "cyan": (20, 235, 235),
+}
+# That no stage of the demo trains on, though its autoencoder and its tokenizer know them
+OTHER_COLOURS: dict[str, tuple[int, int, int]] = {
+    "orange": (235, 130, 20),
+    "white": (235, 235, 235),
+    "pink": (235, 130, 180),
+    "lime": (130, 235, 20),
+    "azure": (20, 130, 235),
+    "violet": (130, 20, 235),
 }
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -101,14 +110,20 @@ def render(
     *,
     width: int,
     height: int,
+    colour: Sequence[int] | None = None,
+    size: int | None = None,
 ) -> np.ndarray:
-    """Draw one anti-aliased frame, uint8 [height, width, 3]."""
-    size = max(width, height)
+    """Draw one anti-aliased frame, uint8 [height, width, 3].
+
+    `colour`: another than the motion's; `size`: the pixels that a length of 1 has, if not those of the longer side.
+    """
+    size = size or max(width, height)
+    colour = (COLOURS | OTHER_COLOURS)[motion.colour] if colour is None else colour
     x = (np.arange(width, dtype=np.float32) + 0.5) / size - centre[0]
     y = (np.arange(height, dtype=np.float32) + 0.5) / size - centre[1]
     distance = signed_distance(motion.shape, x[None, :], y[:, None], radius)
     coverage = np.clip(0.5 - distance * size, 0.0, 1.0)[..., None]
-    picture = coverage * np.array(COLOURS[motion.colour]) + (1.0 - coverage) * np.array(background)
+    picture = coverage * np.array(colour) + (1.0 - coverage) * np.array(background)
     return np.round(picture).astype(np.uint8)
 
 
