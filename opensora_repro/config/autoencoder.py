@@ -40,9 +40,6 @@ class AutoencoderModelConfig:
     frozen_encoder: bool = False  # image: train the decoder alone; latents stay those of init.weights
 
 
-WARPS = ("shrink", "turn", "flip", "shift")
-
-
 @dataclass(frozen=True)
 class ReconstructionConfig:
     target: str = "pixels"  # what is compared by L1: "pixels"; video: or "latents" of frames, 1.2's first stages
@@ -50,8 +47,6 @@ class ReconstructionConfig:
     image_latents: float = 0.0  # video: weight of L1 between an image's latents and the frozen one's (1.2's stage 1: 1)
     latent_noise: float = 0.0  # noise added to latents before decoding, up to so many of their standard deviations
     latent_noise_patch: int = 1  # largest side, a power of 2, of patches of latents that share their noise
-    equivariance: float = 0.0  # share of the micro-batches with latents warped, to give the picture warped (EQ-VAE)
-    warps: tuple[str, ...] = ("shrink", "turn", "flip")  # that it draws from; or "shift", by parts of a latent
     lpips: float = 0.1  # weight of LPIPS, where lpips_path is set
     lpips_path: str = ""  # folder with torchvision's VGG16 (and LPIPS's own lin weights, else channels count alike)
     discriminator: float = 0.0  # weight of a patch discriminator's hinge loss; 0: none
@@ -141,8 +136,6 @@ def check_autoencoder(cfg: AutoencoderConfig) -> None:
         require(f"loss.{name}", getattr(loss, name) >= 0, "0 or more")
     patch = loss.latent_noise_patch
     require("loss.latent_noise_patch", patch >= 1 and not patch & (patch - 1), "a power of 2")
-    require("loss.equivariance", 0 <= loss.equivariance <= 1, "a share from 0 to 1")
-    require("loss.warps", bool(loss.warps) and set(loss.warps) <= set(WARPS), f"some of {', '.join(WARPS)}")
     require("text.vocab_size", cfg.text.vocab_size >= 0, "0 or more")
     divides = all(channels % model.norm_groups == 0 for channels in model.channels)
     require("model.norm_groups", divides, f"a divisor of each of model.channels = {list(model.channels)}")
@@ -159,7 +152,7 @@ def _check_kind(cfg: AutoencoderConfig, require: Any) -> None:
         require("model.frozen_encoder", not model.frozen_encoder, 'false with model.kind = "video"')
         require("model.image", bool(model.image), 'the folder of an image autoencoder with model.kind = "video"')
         if loss.target == "latents":
-            for key in ("discriminator", "lpips_path", "latent_noise", "equivariance"):
+            for key in ("discriminator", "lpips_path", "latent_noise"):
                 require(f"loss.{key}", not getattr(loss, key), 'none with loss.target = "latents" (it sees pixels)')
         return
     require("init.weights", bool(cfg.init.weights) or not model.frozen_encoder, "what model.frozen_encoder keeps")

@@ -43,7 +43,6 @@ from opensora_repro.training.autoencoder.model import (
 from opensora_repro.training.autoencoder.picture_start import GAINS, OPPONENTS, has_room, start_as_picture
 from opensora_repro.training.autoencoder.quality import psnr, ssim
 from opensora_repro.training.autoencoder.report import latents_told
-from opensora_repro.training.autoencoder.warps import Warp, shifted
 
 TINY = AutoencoderModelConfig(channels=(16, 32), layers_per_block=1, latent_channels=4, norm_groups=4, attention=False)
 
@@ -278,41 +277,11 @@ def test_latent_noise_is_shown_to_the_decoder() -> None:
     assert loud > quiet + 0.05
 
 
-@pytest.mark.parametrize("warp", [Warp(size=0.5), Warp(rotations=1), Warp(flip=True), Warp(shift=(0.5, -0.25))])
-def test_latents_and_pictures_are_warped_alike(warp: Warp) -> None:
-    """A codec of means is equivariant on slopes, but at edges: the warped picture's means are the warped means."""
-    slopes = uniform(2, 2, 3, 2, 1, 1)
-    video = slopes[0] * torch.linspace(-1, 1, 32)[:, None] + slopes[1] * torch.linspace(-1, 1, 40)
-    latents = reduce(video, "b c t (h 4) (w 4) -> b c t h w", "mean")
-    warped, asked = warp(latents, video)
-    inside = (..., slice(1, -1), slice(1, -1))
-    found = reduce(asked, "b c t (h 4) (w 4) -> b c t h w", "mean")
-    assert torch.allclose(warped[inside], found[inside], atol=1e-4)
-    assert warped.shape != latents.shape or (warped - latents)[inside].abs().max() > 0.02
-
-
-def test_a_shift_of_a_whole_place_moves_every_value() -> None:
-    frames = uniform(1, 2, 5, 6)
-    assert torch.allclose(shifted(frames, 1, -2)[..., :3, 1:], frames[..., 2:, :-1], atol=1e-5)
-
-
-def test_equivariance_changes_nothing_but_what_is_decoded() -> None:
-    autoencoder, video = tiny(), uniform(2, 3, 1, 16, 16)
-    noise, losses = drawn(autoencoder, video), AutoencoderLosses(tiny(), ReconstructionConfig())
-    plain, moved = (losses(video, replace(noise, warp=warp), 0)[1] for warp in (None, Warp(shift=(0.5, 0.0))))
-    kl = PARTS.index("kl")
-    assert plain[kl] == moved[kl] and plain[0] != moved[0]
-
-
-def test_what_a_micro_batch_is_shown_follows_from_its_samples() -> None:
-    cfg = AutoencoderConfig(model=TINY, loss=ReconstructionConfig(
-        latent_noise=0.5, latent_noise_patch=4, equivariance=0.5, warps=("shift",)))  # fmt: skip
+def test_noise_that_patches_share_follows_from_the_sample() -> None:
+    cfg = AutoencoderConfig(model=TINY, loss=ReconstructionConfig(latent_noise=0.5, latent_noise_patch=4))
     builder = VideoBuilder(cfg, tiny(), torch.device("cpu"))
     clips = [Clip(name, "", torch.zeros(1, 16, 16, 3, dtype=torch.uint8), False, 8.0) for name in "ab"]
     batches = [builder.build([(epoch, clip) for clip in clips]) for epoch in (*range(12), 0)]
-    warps = [batch.drawn.warp for batch in batches]
-    assert None in warps and len(set(warps)) > 3 and warps[0] == warps[-1]
-    assert all(abs(places * 2) in (0, 1) for warp in warps if warp for places in warp.shift)
     noise = [own for batch in batches for own in batch.drawn.extra]
     assert {len(own.unique()) for own in noise} > {own.numel() for own in noise}
     assert torch.equal(batches[0].drawn.extra, batches[-1].drawn.extra)

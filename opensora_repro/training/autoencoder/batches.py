@@ -18,7 +18,6 @@ from opensora_repro.errors import TrainingError
 from opensora_repro.kernels.ops import to_device
 from opensora_repro.training.autoencoder.losses import Drawn
 from opensora_repro.training.autoencoder.model import Trained
-from opensora_repro.training.autoencoder.warps import Warp, draw_warp
 from opensora_repro.training.batches import HELD_BYTES, Fetched, PreparedBatch
 
 
@@ -58,11 +57,11 @@ class VideoBuilder:
         levels = [torch.rand((), generator=generator) for generator in generators]
         posterior = normal("posterior")
         extra = self._shared(normal("latent noise"), samples) if self.loss.latent_noise else posterior
-        posterior, extra, level = (to_device(value, self.device) for value in (posterior, extra, torch.stack(levels)))
+        drawn = (posterior, extra, torch.stack(levels))
         return VideoBatch(
             ids=[clip.id for _, clip in samples],
             video=video,
-            drawn=Drawn(posterior, extra, level, self._warp(*samples[0])),
+            drawn=Drawn(*(to_device(value, self.device) for value in drawn)),
             weight=1.0,
             num_tokens=len(samples) * math.prod(shape[1:]),
         )
@@ -81,13 +80,6 @@ class VideoBuilder:
             )
             own.copy_(own[..., rows[:, None], columns])
         return noise
-
-    def _warp(self, epoch: int, first: Clip) -> Warp | None:
-        """Of a micro-batch, by its first sample."""
-        generator = keyed_generator(self.seed, epoch, first.id, "warp")
-        if torch.rand((), generator=generator) >= self.loss.equivariance:
-            return None
-        return draw_warp(self.loss.warps, self.autoencoder.stride, generator)
 
     def num_frames(self, epoch: int, first: Clip) -> int:
         """Frames that a micro-batch is cut to, by its first sample."""

@@ -17,7 +17,6 @@ from opensora_repro.frozen.perceptual import Lpips
 from opensora_repro.models.video_autoencoder import kl_divergence, sample_posterior
 from opensora_repro.training.autoencoder.discriminator import PatchDiscriminator, adaptive_weight
 from opensora_repro.training.autoencoder.model import TemporalAutoencoder, Trained
-from opensora_repro.training.autoencoder.warps import Warp
 
 # Of the loss, as they are logged, before their weights
 PARTS = ("l1", "kl", "lpips", "image_latents", "adversarial", "discriminator")
@@ -30,7 +29,6 @@ class Drawn:
     posterior: Tensor  # [B, Cz, T', h, w]
     extra: Tensor  # [B, Cz, T', h, w]
     level: Tensor  # [B], from 0 to 1
-    warp: Warp | None = None  # of latents and pictures, where the decoder is to be equivariant
 
 
 class AutoencoderLosses(nn.Module):
@@ -54,14 +52,11 @@ class AutoencoderLosses(nn.Module):
         if self.cfg.target == "latents":
             losses = self._of_latents(video, sampled, parts)
             return losses, self._told(losses, parts)
-        shown, asked = self._noised(sampled, drawn), video
-        if drawn.warp is not None:
-            shown, asked = drawn.warp(shown, video)
-        found = self.autoencoder.decode(shown, num_frames=frames).float()
-        parts["l1"] = (found - asked).abs().mean(dim=(1, 2, 3, 4))  # [B]
+        found = self.autoencoder.decode(self._noised(sampled, drawn), num_frames=frames).float()
+        parts["l1"] = (found - video).abs().mean(dim=(1, 2, 3, 4))  # [B]
         if self.cfg.image_latents and frames == 1:
             parts["image_latents"] = self._image_latents(video, sampled)
-        flat_found, flat_source = (rearrange(x, "b c t h w -> (b t) c h w") for x in (found, asked))
+        flat_found, flat_source = (rearrange(x, "b c t h w -> (b t) c h w") for x in (found, video))
         (lpips,) = self._frozen
         if lpips is not None:
             parts["lpips"] = lpips(flat_found, flat_source).unflatten(0, (batch, frames)).mean(dim=1)
