@@ -89,6 +89,7 @@ def demo(plan: Plan) -> int:
         ("given", "animate pictures, go on with clips, close loops, join clips", sample_given),
     ]
     if plan.seventh:
+        steps.append(("decoder", "the autoencoder's decoder learns more colours than the six", teach_decoder))
         steps.append(("seventh", f"an adapter learns a seventh colour, {plan.seventh}, from 60 clips", teach_seventh))
     for number, (name, what, step) in enumerate(steps, start=1):
         print(f"\n[{number}/{len(steps)}] {what}", flush=True)
@@ -285,8 +286,23 @@ def seventh_prompts(plan: Plan) -> list[Motion]:
     return [own[number % len(own)] for number in range(plan.prompts)] + sample_groups(plan)["seen"]
 
 
+def decoder_folder(plan: Plan) -> Path:
+    return plan.root / "seventh" / "vae"
+
+
+def teach_decoder(plan: Plan) -> None:
+    """Train the decoder on, for any colour. Latents stay what they are, and with them the model."""
+    if not decoder_folder(plan).exists():
+        places = {
+            "run.dir": plan.root / "seventh" / "stage0",
+            "data.manifest": plan.root / "seventh/drawn/manifest.parquet",
+        }
+        settings = [f"{key}={value}" for key, value in places.items()]
+        run("opensora_repro.demo.autoencoder", "--out", str(decoder_folder(plan)), *settings)
+
+
 def teach_seventh(plan: Plan) -> None:
-    """Train an adapter on clips of the seventh colour alone; sample with it."""
+    """Train an adapter on clips of the seventh colour and others; sample with it."""
     from opensora_repro.demo.seventh import SETTINGS, film_clips
 
     folder = plan.root / "seventh"
@@ -297,7 +313,13 @@ def teach_seventh(plan: Plan) -> None:
     run(STAGES["stage3"], str(plan.configs / "stage3.toml"), *settings, *plan.overrides)
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(motion.caption for motion in seventh_prompts(plan)) + "\n")
-    sample(plan, "--prompts", str(prompts), "--lora", str(folder / "adapter"), "--out", str(folder / "samples"))
+    options = {
+        "--prompts": prompts,
+        "--lora": folder / "adapter",
+        "--vae": decoder_folder(plan),
+        "--out": folder / "samples",
+    }
+    sample(plan, *(str(word) for option in options.items() for word in option))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

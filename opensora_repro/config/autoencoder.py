@@ -46,7 +46,6 @@ class ReconstructionConfig:
     kl: float = 1e-6  # weight of the KL divergence to a unit Gaussian, both counted in sums over a frame as published
     image_latents: float = 0.0  # video: weight of L1 between an image's latents and the frozen one's (1.2's stage 1: 1)
     latent_noise: float = 0.0  # noise added to latents before decoding, up to so many of their standard deviations
-    latent_noise_patch: int = 1  # largest side, a power of 2, of patches of latents that share their noise
     lpips: float = 0.1  # weight of LPIPS, where lpips_path is set
     lpips_path: str = ""  # folder with torchvision's VGG16 (and LPIPS's own lin weights, else channels count alike)
     discriminator: float = 0.0  # weight of a patch discriminator's hinge loss; 0: none
@@ -134,8 +133,6 @@ def check_autoencoder(cfg: AutoencoderConfig) -> None:
         require(name, getattr(getattr(cfg, section), key) >= 1, "at least 1")
     for name in ("kl", "image_latents", "latent_noise", "lpips", "discriminator", "discriminator_start"):
         require(f"loss.{name}", getattr(loss, name) >= 0, "0 or more")
-    patch = loss.latent_noise_patch
-    require("loss.latent_noise_patch", patch >= 1 and not patch & (patch - 1), "a power of 2")
     require("text.vocab_size", cfg.text.vocab_size >= 0, "0 or more")
     divides = all(channels % model.norm_groups == 0 for channels in model.channels)
     require("model.norm_groups", divides, f"a divisor of each of model.channels = {list(model.channels)}")

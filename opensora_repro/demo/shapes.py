@@ -15,7 +15,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "magenta": (235, 20, 235),
     "cyan": (20, 235, 235),
 }
-# That no stage of the demo trains on, though its autoencoder and its tokenizer know them
+# That no stage of the demo trains on, though its tokenizer knows them
 OTHER_COLOURS: dict[str, tuple[int, int, int]] = {
     "orange": (235, 130, 20),
     "white": (235, 235, 235),

@@ -277,16 +277,6 @@ def test_latent_noise_is_shown_to_the_decoder() -> None:
     assert loud > quiet + 0.05
 
 
-def test_noise_that_patches_share_follows_from_the_sample() -> None:
-    cfg = AutoencoderConfig(model=TINY, loss=ReconstructionConfig(latent_noise=0.5, latent_noise_patch=4))
-    builder = VideoBuilder(cfg, tiny(), torch.device("cpu"))
-    clips = [Clip(name, "", torch.zeros(1, 16, 16, 3, dtype=torch.uint8), False, 8.0) for name in "ab"]
-    batches = [builder.build([(epoch, clip) for clip in clips]) for epoch in (*range(12), 0)]
-    noise = [own for batch in batches for own in batch.drawn.extra]
-    assert {len(own.unique()) for own in noise} > {own.numel() for own in noise}
-    assert torch.equal(batches[0].drawn.extra, batches[-1].drawn.extra)
-
-
 def test_with_a_frozen_encoder_the_decoder_alone_is_trained_and_latents_keep_their_factor(tmp_path: Path) -> None:
     ImageAutoencoder(tiny().vae).save(tmp_path / "from", torch.zeros(4), torch.full((4,), 2.0))
     model = replace(TINY, frozen_encoder=True)

@@ -39,7 +39,7 @@ class VideoBuilder:
     """Draws posterior and noise, keyed by (seed, epoch, sample id); cuts clips to images and random lengths."""
 
     def __init__(self, cfg: AutoencoderConfig, autoencoder: Trained, device: torch.device) -> None:
-        self.seed, self.mixture, self.loss = cfg.run.seed, cfg.mixture, cfg.loss
+        self.seed, self.mixture, self.noisy = cfg.run.seed, cfg.mixture, cfg.loss.latent_noise > 0
         self.autoencoder, self.device, self.smallest = autoencoder, device, buckets_of(cfg.shared)[-1]
 
     def build(self, samples: Sequence[tuple[int, Clip]]) -> VideoBatch:
@@ -56,8 +56,7 @@ class VideoBuilder:
         generators = [keyed_generator(self.seed, epoch, clip.id, "noise level") for epoch, clip in samples]
         levels = [torch.rand((), generator=generator) for generator in generators]
         posterior = normal("posterior")
-        extra = self._shared(normal("latent noise"), samples) if self.loss.latent_noise else posterior
-        drawn = (posterior, extra, torch.stack(levels))
+        drawn = (posterior, normal("latent noise") if self.noisy else posterior, torch.stack(levels))
         return VideoBatch(
             ids=[clip.id for _, clip in samples],
             video=video,
@@ -65,21 +64,6 @@ class VideoBuilder:
             weight=1.0,
             num_tokens=len(samples) * math.prod(shape[1:]),
         )
-
-    def _shared(self, noise: Tensor, samples: Sequence[tuple[int, Clip]]) -> Tensor:
-        """Noise [B, Cz, T', h, w] of which patches share one value a channel: a diffusion model errs by its tokens."""
-        if self.loss.latent_noise_patch == 1:
-            return noise
-        height, width = noise.shape[-2:]
-        for own, (epoch, clip) in zip(noise, samples, strict=True):
-            share, *offset = torch.rand(3, generator=keyed_generator(self.seed, epoch, clip.id, "patches")).tolist()
-            side = 2 ** int(share * self.loss.latent_noise_patch.bit_length())
-            rows, columns = (
-                (torch.arange(length) + int(part * side)) // side
-                for part, length in zip(offset, (height, width), strict=True)
-            )
-            own.copy_(own[..., rows[:, None], columns])
-        return noise
 
     def num_frames(self, epoch: int, first: Clip) -> int:
         """Frames that a micro-batch is cut to, by its first sample."""
