@@ -56,7 +56,7 @@ def parse(argv: list[str] | None) -> Plan:
     parser.add_argument("--prompts", type=int, default=24, help="of each group and format, to sample (%(default)s)")
     parser.add_argument("--given", type=int, default=4, help="samples of each task with given frames (%(default)s)")
     told = "then teach the model a colour by an adapter: orange, white, pink, lime, azure or violet"
-    parser.add_argument("--seventh", metavar="COLOUR", help=told)
+    parser.add_argument("--seventh", metavar="NAME", help=told)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="config changes for all three stages")
     args = parser.parse_args(argv)
     if min(args.videos, args.hq_videos, args.prompts, args.given) < 1 or args.hq_videos > args.videos:

@@ -9,10 +9,12 @@ import importlib
 import json
 import multiprocessing
 import os
+import secrets
 import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -239,7 +241,9 @@ def newest_tensors(run_dir: Path, name: str = "model") -> dict[str, np.ndarray]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """One that is free, below those that systems hand out: no other test's connection has it before it is used."""
+    while True:
+        port = secrets.randbelow(12000) + 20000
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
