@@ -71,7 +71,8 @@ def write_report(run_dir: Path, out: Path, *, title: str, summary: Mapping[str, 
 
     `summary` may hold `adherence` ({group and format: {colour, shape, direction: share}}), `records` (one a sampled
     video: group, format, caption, path, seen, agrees), `given` (likewise of each sample with given frames: task,
-    caption, path, given, seen, agrees) and `seconds` ({part of the demo: seconds}).
+    caption, path, given, seen, agrees), `seventh` (shares of a colour that an adapter taught, and of the six with it)
+    and `seconds` ({part of the demo: seconds}).
     """
     page, records, given = Page(run_dir), summary.get("records", []), summary.get("given", [])
     values = {
@@ -79,6 +80,7 @@ def write_report(run_dir: Path, out: Path, *, title: str, summary: Mapping[str, 
         "seconds": summary.get("seconds", {}),
         "parts": PARTS,
         "adherence": summary.get("adherence", {}),
+        "seventh": summary.get("seventh", {}),
         "counts": Counter(map(group_of, records)),
         "clips": _clips(run_dir / "manifest.parquet"),
         "stages": [page.stage(*stage) for stage in STAGES.items()],

@@ -109,6 +109,13 @@ def summary(run: Path) -> dict[str, Any]:
     return {"adherence": table, "records": records, "seconds": {"data": 30.0, "stage1": 90.0}}
 
 
+def test_a_colour_that_an_adapter_taught_is_a_row_of_the_table(run: Path, tmp_path: Path) -> None:
+    taught = {"white": {"colour": 0.75, "shape": 1.0, "direction": 1.0}}
+    report.write_report(run, tmp_path / "report.html", title="t", summary=summary(run) | {"seventh": taught})
+    page = Reader((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "with an adapter: white" in page.text and "0.75" in page.text
+
+
 def test_a_finished_run_is_shown_whole(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "report.html"
     report.write_report(run, out, title="Three <stages>", summary=summary(run))
