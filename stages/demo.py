@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from opensora_repro.demo.given import Job
     from opensora_repro.demo.shapes import Motion
 
-STAGES = {"stage1": "stages.stage1_image", "stage2": "stages.stage2_video", "stage3": "stages.stage3_hq"}
+RECIPE = "configs/demo.recipe.toml"
+STAGES = ("stage1", "stage2", "stage3")
 STILLS_A_CLIP = 4
 SAMPLE_SEED = 0
 GROUPS = ("seen", "never trained")
@@ -41,10 +42,6 @@ class Plan:
     given: int  # videos made of given frames, of each task
     seventh: str | None  # a colour that an adapter teaches to the finished model
     overrides: tuple[str, ...]  # handed to every stage
-
-    @property
-    def manifest(self) -> Path:
-        return self.root / "manifest.parquet"
 
 
 def parse(argv: list[str] | None) -> Plan:
@@ -81,10 +78,8 @@ def demo(plan: Plan) -> int:
     started = time.monotonic()
     seconds: dict[str, float] = {}
     steps: list[tuple[str, str, Callable[[Plan], Any]]] = [
-        ("data", "film long videos, split them at their cuts, join the captions", make_data),
-        ("stage1", "images: what colours and shapes look like", train("stage1")),
-        ("stage2", "video: temporal attention learns to move them", train("stage2")),
-        ("stage3", "high quality: more frames, in square, wide and tall, and single images", train("stage3")),
+        ("data", "film long videos, split them at their cuts, join the captions, choose each stage's clips", make_data),
+        ("training", "three stages: images, then video, then the best clips in square, wide and tall", follow_recipe),
         ("samples", "sample seen and never-trained combinations", sample_all),
         ("given", "animate pictures, go on with clips, close loops, join clips", sample_given),
     ]
@@ -104,7 +99,11 @@ def demo(plan: Plan) -> int:
         seconds[name] = round(time.monotonic() - begin, 1)
 
     from opensora_repro.demo.given import rows_of
+    from opensora_repro.planning.recipe import RECORD
 
+    trained = json.loads((plan.root / RECORD).read_text(encoding="utf-8"))
+    seconds = {"data": seconds["data"], **{stage: trained[stage]["seconds"] for stage in STAGES}, **seconds}
+    del seconds["training"]
     records = measure_all(plan)
     given = measure_given(plan)
     summary: dict[str, Any] = {"adherence": table(records), "seconds": seconds, "records": records, "given": given,
@@ -139,33 +138,36 @@ def make_data(plan: Plan) -> None:
 
     from opensora_repro.data.manifest import read_manifest, write_manifest
     from opensora_repro.demo.footage import film
+    from opensora_repro.planning.recipe import HELD_OUT, TRAIN
 
-    footage = plan.root / "footage"
-    captions = film(footage, videos=plan.videos + 1, returning=plan.videos + 1, seed=0)
-    # A lone shape on a plain ground is no footage: its frames can be told apart, but what moved where cannot.
-    run("data_tools.split", str(footage), "--detector", "adaptive", "--out", str(plan.root / "clips"))
-    run("data_tools.caption", str(plan.root / "clips" / "manifest.parquet"), "--sidecar", str(captions),
-        "--out", str(plan.root / "captioned"))  # fmt: skip
-    clips = read_manifest(plan.root / "captioned" / "manifest.parquet")
-    names = [Path(source).stem.split("_") for source in clips["source"].to_pylist()]
-    number = pa.array([int(number) for _, number in names])  # of the video among its like
-    one_way = pa.array([kind != "back" for kind, _ in names])
-    in_training, apart = pc.less(number, plan.videos), pc.equal(number, plan.videos)
-    training, held_out = clips.filter(in_training), clips.filter(apart)
-    best = clips.filter(pc.less(number, plan.hq_videos))
-    write_manifest(training, plan.manifest)
-    square, images = pc.equal(clips["width"], clips["height"]), plan.root / "images"
-    manifests = {}
-    for prefix, own in {"": in_training, "val_": apart}.items():
-        manifests[f"{prefix}stage2"] = clips.filter(pc.and_(own, square))
-        manifests[f"{prefix}stage1"] = take_stills(clips.filter(pc.and_(pc.and_(own, square), one_way)), images)
-    some = clips.filter(pc.and_(in_training, one_way))
+    film(plan.root / "footage", videos=plan.videos + 1, returning=plan.videos + 1, seed=0)
+    follow_recipe(plan, "--until", "held-out")
+    images, manifests = plan.root / "images", {}
+    training, held_out = (read_manifest(plan.root / name) for name in (TRAIN, HELD_OUT))
+    for prefix, clips in {"": training, "val_": held_out}.items():
+        square = clips.filter(pc.equal(clips["width"], clips["height"]))
+        manifests[f"{prefix}stage2"] = square
+        manifests[f"{prefix}stage1"] = take_stills(square.filter(moves_one_way(square)), images)
+    some = training.filter(moves_one_way(training))
     few = take_stills(some.take(list(range(0, len(some), 2))), images, numbers=(1,))  # one of every other clip
-    manifests["stage3"] = pa.concat_tables([best, few], promote_options="default")
+    best = pa.array([number < plan.hq_videos for _, number in map(video_of, training["source"].to_pylist())])
+    manifests["stage3"] = pa.concat_tables([training.filter(best), few], promote_options="default")
     manifests["val_stage3"] = held_out
     for name, own in manifests.items():
         write_manifest(own, plan.root / f"{name}.parquet")
-    print(f"{len(training)} training clips in {plan.manifest}")
+
+
+def video_of(source: str) -> tuple[str, int]:
+    """The kind of a long video, a format or "back", and its number among its like."""
+    kind, number = Path(source).stem.split("_")
+    return kind, int(number)
+
+
+def moves_one_way(clips: Any) -> Any:
+    """Which clips show a motion that does not come back."""
+    import pyarrow as pa
+
+    return pa.array([video_of(source)[0] != "back" for source in clips["source"].to_pylist()], pa.bool_())
 
 
 def take_stills(clips: Any, folder: Path, numbers: Sequence[int] = range(STILLS_A_CLIP)) -> Any:
@@ -196,27 +198,17 @@ def take_stills(clips: Any, folder: Path, numbers: Sequence[int] = range(STILLS_
 # Training and sampling
 
 
-def train(stage: str) -> Callable[[Plan], None]:
-    """Return the step that trains one stage; run again, it resumes or finds nothing left to do."""
-
-    def step(plan: Plan) -> None:
-        root = plan.root
-        places = {
-            "run.dir": root / stage,
-            "data.manifest": root / f"{stage}.parquet",
-            "data.val_manifest": root / f"val_{stage}.parquet",
-            "data.cache": root / "cache" / stage,
-        }
-        if stage != "stage1":
-            places["init.weights"] = root / {"stage2": "stage1", "stage3": "stage2"}[stage]
-        run(
-            STAGES[stage],
-            str(plan.configs / f"{stage}.toml"),
-            *(f"{k}={v}" for k, v in places.items()),
-            *plan.overrides,
-        )
-
-    return step
+def follow_recipe(plan: Plan, *options: str) -> None:
+    """Do the recipe's steps in this demo's folder and with its changes; run again, it passes over what is done."""
+    root, footage = plan.root, plan.root / "footage"
+    words = [f"input={footage}", f"captions={footage / 'captions.csv'}", f"out={root}"]
+    words.append(f"held_out=*_{plan.videos:02d}.mp4")
+    for stage in STAGES:
+        clips = {"data.manifest": root / f"{stage}.parquet", "data.val_manifest": root / f"val_{stage}.parquet"}
+        words.append(f"{stage}.config={plan.configs / f'{stage}.toml'}")
+        words += [f"{stage}.{key}={path}" for key, path in clips.items()]
+        words += [f"{stage}.{change}" for change in plan.overrides]
+    run("stages.recipe", RECIPE, *words, *options)
 
 
 def sample_groups(plan: Plan) -> dict[str, list[Motion]]:
@@ -310,7 +302,7 @@ def teach_seventh(plan: Plan) -> None:
     places = {"run.dir": folder / "adapter", "init.weights": plan.root / "stage3", "data.manifest": manifest,
               "data.val_manifest": plan.root / "val_stage3.parquet", "data.cache": folder / "cache"}  # fmt: skip
     settings = [f"{key}={value}" for key, value in {**places, **SETTINGS}.items()]
-    run(STAGES["stage3"], str(plan.configs / "stage3.toml"), *settings, *plan.overrides)
+    run("stages.stage3_hq", str(plan.configs / "stage3.toml"), *settings, *plan.overrides)
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(motion.caption for motion in seventh_prompts(plan)) + "\n")
     options = {

@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ MODULES = {
 }
 WITH_CONFIG = ("pipeline", *MODULES)  # sections with the keys config and set; the others have options
 SECTIONS = ("pipeline", "preview", *MODULES, "evaluate", "report", "card")
+TRAIN, HELD_OUT = "train.parquet", "held_out.parquet"
 RECORD = "recipe.json"
 Check = Callable[[str, Config], None]  # of a stage's name and config
 
@@ -34,7 +36,7 @@ class Recipe:
     input: Path
     out: Path
     captions: Path | None
-    held_out: float
+    held_out: float | str  # a share of the videos, or a pattern of their names
     sections: dict[str, dict[str, Any]]
 
     @property
@@ -62,8 +64,10 @@ def load_recipe(path: str, overrides: Sequence[str]) -> Recipe:
     for name in ("input", "out"):
         if not isinstance(top[name], str) or not top[name]:
             raise ConfigError(f"{path}: {name} is not set: give {name}=FOLDER")
-    if not isinstance(top["held_out"], float) or not 0 < top["held_out"] < 1:
-        raise ConfigError(f"{path}: held_out = {top['held_out']}: expected a share of the videos, such as 0.1")
+    held_out = top["held_out"]
+    if not (0 < held_out < 1 if isinstance(held_out, float) else set("*?[") & set(str(held_out))):
+        expected = "expected a share of the videos, such as 0.1, or a pattern of their names, such as 'test_*'"
+        raise ConfigError(f"{path}: held_out = {held_out}: {expected}")
     sections = {name: table[name] for name in SECTIONS if name in table}
     for name, content in sections.items():
         keys: dict[str, type] = {"config": str, "set": list} if name in WITH_CONFIG else {"options": list}
@@ -86,7 +90,7 @@ def load_recipe(path: str, overrides: Sequence[str]) -> Recipe:
         config = sections["pipeline"]["config"]
         raise ConfigError(f"{path}: no captions: give captions=FILE, or a [caption] section to {config}")
     captions = found["captions"] if top["captions"] else None
-    return Recipe(found["input"], found["out"], captions, top["held_out"], sections)
+    return Recipe(found["input"], found["out"], captions, held_out, sections)
 
 
 def _override(text: str, table: dict[str, Any]) -> None:
@@ -144,9 +148,9 @@ class Step:
 
 def steps_of(recipe: Recipe, check_stage: Check) -> list[Step]:
     """All steps, their configs checked. Raises ConfigError."""
-    train, held_out = recipe.out / "train.parquet", recipe.out / "held_out.parquet"
+    train, held_out = recipe.out / TRAIN, recipe.out / HELD_OUT
     runs = list(_stages(recipe, train, held_out, check_stage))
-    return [*_data(recipe, train, held_out), *_preview(recipe, runs[-1], train), *runs, *_pages(recipe, runs, held_out)]
+    return [*_data(recipe, train, held_out), *_preview(recipe, runs[-1]), *runs, *_pages(recipe, runs)]
 
 
 def _data(recipe: Recipe, train: Path, held_out: Path) -> Iterator[Step]:
@@ -162,12 +166,14 @@ def _data(recipe: Recipe, train: Path, held_out: Path) -> Iterator[Step]:
     def hold() -> None:
         hold_out(manifest, train, held_out, recipe.held_out)
 
-    title = f"{recipe.held_out:.0%} of the videos are held out"
+    share = recipe.held_out
+    title = f"{f'{share:.0%} of the videos' if isinstance(share, float) else f'videos named {share}'} are held out"
     yield Step("held-out", title, held_out, (str(recipe.held_out),), (manifest,), hold)
 
 
-def _preview(recipe: Recipe, last: Step, train: Path) -> Iterator[Step]:
+def _preview(recipe: Recipe, last: Step) -> Iterator[Step]:
     if "preview" in recipe.sections:
+        train = Path(last.config.data.manifest)
         page, config = recipe.out / "preview" / "preview.html", last.command[1]
         text = [word for word in last.command if word.startswith("text.path=")]  # which stage 0 has yet to make
         words = ["data_tools.preview", str(train), *recipe.changes(last.name), *text, "--config", config]
@@ -176,11 +182,16 @@ def _preview(recipe: Recipe, last: Step, train: Path) -> Iterator[Step]:
 
 
 def _stages(recipe: Recipe, train: Path, held_out: Path, check_stage: Check) -> Iterator[Step]:
-    """Each stage goes on from the one before, with the autoencoder and text encoder of stage 0, if there is one."""
+    """Each stage goes on from the one before, with the autoencoder and text encoder of stage 0, if there is one.
+
+    A stage may have clips of its own, as the best ones for the last.
+    """
     out, models, before = recipe.out, list[str](), None
     for name in recipe.stages:
         config, changes = recipe.sections[name]["config"], recipe.changes(name)
-        words = [f"run.dir={out / name}", f"data.manifest={train}", f"data.val_manifest={held_out}"]
+        own = {change.partition("=")[0].strip() for change in changes}
+        clips = {"data.manifest": train, "data.val_manifest": held_out}
+        words = [f"run.dir={out / name}", *(f"{key}={path}" for key, path in clips.items() if key not in own)]
         if name == "stage0":
             cfg: Any = load_autoencoder_config(config, [*changes, *words])
             models = [f"vae.path={out / name / 'vae'}", f"model.in_channels={cfg.model.latent_channels}"]
@@ -194,7 +205,7 @@ def _stages(recipe: Recipe, train: Path, held_out: Path, check_stage: Check) -> 
                 words.append(f"data.cache={out / 'cache' / name}")
             check_stage(name, cfg)
         file = here_or_shipped(config)
-        reads = [file, train, held_out]
+        reads = [file, Path(cfg.data.manifest), *([Path(cfg.data.val_manifest)] if cfg.data.val_manifest else ())]
         reads += [out / earlier for earlier in recipe.stages[: recipe.stages.index(name)]]
         command = (MODULES[name], str(file), *changes, *words)
         output = out / name / "checkpoints" / f"step-{cfg.train.steps:08d}"
@@ -202,11 +213,12 @@ def _stages(recipe: Recipe, train: Path, held_out: Path, check_stage: Check) -> 
         before = name if name != "stage0" else None
 
 
-def _pages(recipe: Recipe, runs: Sequence[Step], held_out: Path) -> Iterator[Step]:
+def _pages(recipe: Recipe, runs: Sequence[Step]) -> Iterator[Step]:
     """What is measured and told of the trained runs."""
     trained = [step for step in runs if step.name != "stage0"]
     folders, reads = [str(recipe.out / step.name) for step in trained], [step.output for step in trained]
     if "evaluate" in recipe.sections:
+        held_out = Path(trained[-1].config.data.val_manifest or recipe.out / HELD_OUT)
         result = Path(folders[-1]) / "evaluation" / "evaluation.json"  # where the run's own page looks for it
         words = ["stages.evaluate", folders[-1], "--manifest", str(held_out), "--out", str(result.parent)]
         words += recipe.options("evaluate")
@@ -222,8 +234,11 @@ def _pages(recipe: Recipe, runs: Sequence[Step], held_out: Path) -> Iterator[Ste
         yield Step("card", "a model card", card, tuple(words), tuple(reads))
 
 
-def hold_out(manifest: Path, train: Path, held_out: Path, share: float) -> None:
-    """Two manifests of one: whole videos are held out, chosen by their names alone. Raises DataError."""
+def hold_out(manifest: Path, train: Path, held_out: Path, share: float | str) -> None:
+    """Two manifests of one: whole videos are held out, chosen by their names alone: a share, or those of a pattern.
+
+    Raises DataError.
+    """
     import pyarrow as pa
 
     from opensora_repro.data.manifest import read_manifest, write_manifest
@@ -232,17 +247,28 @@ def hold_out(manifest: Path, train: Path, held_out: Path, share: float) -> None:
     ids = table["id"].to_pylist()
     sources = table["source"].to_pylist() if "source" in table.column_names else ids
     names = [Path(source or name).name for source, name in zip(sources, ids, strict=True)]
+    if isinstance(share, str):
+        kept_apart = {name for name in names if fnmatchcase(name, share)}
+        if not kept_apart or kept_apart == set(names):
+            found = "all" if kept_apart else f"none, such as {names[0]!r}"
+            raise DataError(f"held_out = {share}: of the {len(set(names))} videos of {manifest} it names {found}")
+    else:
+        kept_apart, names = _drawn_apart(manifest, names, ids, share)
+    mask = [name in kept_apart for name in names]
+    write_manifest(table.filter(pa.array(mask)), held_out)
+    write_manifest(table.filter(pa.array([not held for held in mask])), train)
+    print(f"{len(mask) - sum(mask):,} clips in {train}, {sum(mask):,} in {held_out}")
+
+
+def _drawn_apart(manifest: Path, names: list[str], ids: list[str], share: float) -> tuple[set[str], list[str]]:
+    """Return the names that are held out, and of which names they are: of the videos, or of the clips."""
     if len(set(names)) == 1:  # one video: some of its clips, which resemble the others
         names = ids
     order = sorted(set(names), key=_drawn)
     if len(order) < 2:
         raise DataError(f"{manifest}: a single clip, of which none can be held out")
     # Not so many of them: then new footage would move others to the other side.
-    kept_apart = {name for name in order[:-1] if _drawn(name) < share} or set(order[:1])
-    mask = [name in kept_apart for name in names]
-    write_manifest(table.filter(pa.array(mask)), held_out)
-    write_manifest(table.filter(pa.array([not held for held in mask])), train)
-    print(f"{len(mask) - sum(mask):,} clips in {train}, {sum(mask):,} in {held_out}")
+    return {name for name in order[:-1] if _drawn(name) < share} or set(order[:1]), names
 
 
 def _drawn(name: str) -> float:

@@ -52,6 +52,8 @@ def test_it_leaves_checkpoints_videos_and_a_report(finished):
     report = (root / "report.html").read_text()
     assert "report.html" in printed and "never trained" in printed
     assert "<svg" in report and "<video" in report and "http://" not in report.replace("http://www.w3.org", "")
+    assert 'href="report/report.html"' in report and (root / "report" / "report.html").exists()
+    assert (root / "card.md").exists()
     summary = json.loads((root / "adherence.json").read_text())
     assert [record["task"] for record in summary["given"]] == ["first", "extend", "loop", "join"]
     assert all(Path(record["path"]).exists() for record in summary["given"]) and "joined" in report
@@ -62,7 +64,7 @@ def test_it_leaves_checkpoints_videos_and_a_report(finished):
 
 def test_every_cut_is_found_and_every_caption_on_its_clip(finished):
     root, _ = finished
-    clips = read_manifest(root / "manifest.parquet")
+    clips = read_manifest(root / "train.parquet")
     trained = sorted(m.caption for m in motions(held_out=False))
     back = clips["caption"].str.endswith(" and back")
     assert sorted(clips[back]["caption"]) == sorted(m.caption for m in motions(held_out=False, returns=True))

@@ -19,6 +19,7 @@ import pytest
 
 from opensora_repro.data.manifest import read_manifest, write_manifest
 from opensora_repro.data.write import write_video
+from opensora_repro.errors import DataError
 from opensora_repro.planning.recipe import MODULES, hold_out
 from stages.recipe import main
 from tests.training_world import World, make_world
@@ -153,6 +154,11 @@ def test_a_dry_run_tells_steps_times_and_memory(
     assert main([*laptop, "--gpu", "T4", "--until", "stage1", "stage1.train.steps=7"]) == 0
     told = capsys.readouterr().out
     assert "stage1: 7 steps" in told and "stage2:" not in told and "on T4" in told
+    assert main([*laptop, "held_out=*1.mp4", "stage3.data.manifest=best.parquet"]) == 0
+    told = capsys.readouterr().out
+    assert "held-out: videos named *1.mp4 are held out" in told and "data_tools.preview best.parquet " in told
+    *_, third = [line for line in told.splitlines() if "stages.stage3_hq" in line]
+    assert third.count("data.manifest=") == 1 and f"data.val_manifest={out}/held_out.parquet" in third
 
 
 MISTAKES = {
@@ -164,6 +170,7 @@ MISTAKES = {
     "EMPTY: no video in this folder": ["input=FOOTAGE/EMPTY"],
     "out = ": ["out=FOOTAGE/others.csv"],
     "expected a share of the videos": ["held_out=1.5"],
+    "or a pattern of their names, such as 'test_*'": ["held_out=clip0.mp4"],
     "expected input=, captions=, out=, held_out= or SECTION.key=value": ["stage4.train.steps=1"],
     "--until stage9: this recipe's steps are pipeline, captions": ["--until", "stage9"],
     "--gpu asks what --dry-run estimates": ["--gpu", "T4"],
@@ -187,14 +194,14 @@ def test_mistakes_are_one_line_before_anything_runs(
 
 
 def test_what_is_held_out_stays_so_with_more_footage(tmp_path: Path) -> None:
-    def held_out(count: int) -> set[str]:
+    def held_out(count: int, share: float | str = 0.2) -> set[str]:
         rows = [
             {"id": f"{n}-{clip}", "path": str(tmp_path / f"{n}-{clip}.mp4"), "caption": "x", "num_frames": 4,
              "fps": 8.0, "height": 8, "width": 8, "source": f"films/{n}.mp4"}
             for n in range(count) for clip in range(2)
         ]  # fmt: skip
         write_manifest(pa.Table.from_pylist(rows), tmp_path / "all.parquet")
-        hold_out(tmp_path / "all.parquet", tmp_path / "train.parquet", tmp_path / "held.parquet", 0.2)
+        hold_out(tmp_path / "all.parquet", tmp_path / "train.parquet", tmp_path / "held.parquet", share)
         train, held = (set(read_manifest(tmp_path / f"{name}.parquet")["id"].to_pylist()) for name in ("train", "held"))
         assert train | held == {row["id"] for row in rows} and not train & held
         assert {f"{name.split('-')[0]}-{clip}" for name in held for clip in range(2)} == held  # whole videos
@@ -203,3 +210,7 @@ def test_what_is_held_out_stays_so_with_more_footage(tmp_path: Path) -> None:
     few, many = held_out(30), held_out(60)
     assert few < many and 6 <= len(few) < 24
     assert len(held_out(2)) == 2
+    assert held_out(30, "1?.mp4") == {f"{n}-{clip}" for n in range(10, 20) for clip in range(2)}
+    for pattern, found in {"x*": "names none, such as '0.mp4'", "*.mp4": "names all"}.items():
+        with pytest.raises(DataError, match=found):
+            held_out(30, pattern)

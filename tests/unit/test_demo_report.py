@@ -89,7 +89,7 @@ def run(tmp_path: Path) -> Path:
              "width": 64, "source": "film/long_0.mp4", "start_frame": 8 * i, "end_frame": 8 * i + 8,
              "start_time": 1.0 * i, "end_time": 1.0 * i + 1, "resplit": False}
         )  # fmt: skip
-    write_manifest(pd.DataFrame(rows), root / "manifest.parquet")
+    write_manifest(pd.DataFrame(rows), root / "train.parquet")
     return root
 
 
