@@ -215,7 +215,8 @@ def run_verify(args: argparse.Namespace) -> int:
 
 
 def run_convert(args: argparse.Namespace) -> int:
-    from opensora_repro.weights.export import export
+    from opensora_repro.weights.card import placeless
+    from opensora_repro.weights.export import export, is_pipeline
     from opensora_repro.weights.load import check_complete, check_finite, check_recorded, to_ours
 
     file, found = open_source(args)
@@ -223,9 +224,14 @@ def run_convert(args: argparse.Namespace) -> int:
     check_recorded(file)
     weights, _ = to_ours(found.layout, file.tensors, str(file.path))
     check_finite(file, weights)
-    export(weights, found.model, grid_of(found), args.to, args.out)
+    export(weights, found.model, grid_of(found), args.to, args.out, placeless(found.config))
     print(f"{found.layout.title} weights, {len(weights)} tensors, written as {args.to}: {args.out}")
-    note_objective(found)
+    if args.to == "diffusers" and is_pipeline(found.model):
+        load = f"DiffusionPipeline.from_pretrained({str(args.out)!r}, trust_remote_code=True)"
+        print("note: diffusers has no class for this model, so the folder is a pipeline with code, an import of this")
+        print(f'      package, and refused without trust_remote_code: {load}("your text").frames')
+    else:
+        note_objective(found)
     return 0
 
 

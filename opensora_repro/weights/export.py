@@ -8,22 +8,26 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from opensora_repro.config import Config, dump_toml
 from opensora_repro.files import replacing
-from opensora_repro.models.config import ModelConfig
+from opensora_repro.models.config import ModelConfig, TrainedConfig
 from opensora_repro.models.layers import spatial_positions, temporal_positions
+from opensora_repro.run_folder import CONFIG_FILE, MODEL_FILE
 from opensora_repro.weights.families import CLASSES_ONLY, family_of
 from opensora_repro.weights.files import FACTS_KEY, NULL_CAPTION, NULL_CAPTION_FILE, SUFFIXES, WeightsError
 from opensora_repro.weights.layouts import KERNEL
 
 FORMATS = ("opensora", "pixart", "diffusers", "safetensors")
+PIPELINE = {"transformer": "VideoModel", "pipeline": "TextToVideoPipeline"}  # of sampling/pipeline.py, by their modules
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,18 @@ class Grid:
     cols: int
 
 
-def export(weights: Mapping[str, Tensor], model: ModelConfig, grid: Grid, to: str, out: Path) -> None:
+def is_pipeline(model: ModelConfig) -> bool:
+    """Whether diffusers has no class that computes this model, whose folder is then a pipeline with code of its own."""
+    return model.conditioning == "t5" and family_of(model).diffusers is None
+
+
+def export(
+    weights: Mapping[str, Tensor], model: ModelConfig, grid: Grid, to: str, out: Path, config: Config | None = None
+) -> None:
     """Write `weights` (our keys) as `to`, one of FORMATS: a file, or for diffusers a folder, that must not exist yet.
 
     As "opensora", STDiT2 and STDiT3 become a folder, as they are released, unless `out` is named as a file of weights.
+    A pipeline's samples are made by `config`, of which its folder keeps a copy without this machine's places.
 
     Raises WeightsError where the layout has no place for the model, OSError when the disk has none.
     """
@@ -53,6 +65,8 @@ def export(weights: Mapping[str, Tensor], model: ModelConfig, grid: Grid, to: st
                 size = {"sample_size": _sample_size(model, grid), "sample_frames": grid.frames}
                 facts = {"format": "pt", FACTS_KEY: json.dumps(asdict(model) | size)}
                 save_file(_contiguous(weights), unfinished, facts)
+            elif to == "diffusers" and is_pipeline(model):
+                _write_pipeline(weights, model, config or Config(), unfinished)
             elif to == "diffusers":
                 _write_diffusers(weights, model, grid, unfinished)
             elif to == "pixart":
@@ -81,7 +95,7 @@ def _check_place(model: ModelConfig, to: str) -> None:
         reason = CLASSES_ONLY
     if reason is not None:
         raise WeightsError(f"--to {to}: {reason}")
-    if to in ("pixart", "diffusers") and (model.patch_size[0] != 1 or model.mlp_ratio != 4):
+    if to in ("pixart", "diffusers") and not is_pipeline(model) and (model.patch_size[0] != 1 or model.mlp_ratio != 4):
         raise WeightsError(f"--to {to}: it has patches of one frame and model.mlp_ratio=4 only")
 
 
@@ -101,6 +115,23 @@ def _write_diffusers(weights: Mapping[str, Tensor], model: ModelConfig, grid: Gr
     save_file(_contiguous(tensors), folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     if NULL_CAPTION in weights:
         save_file({NULL_CAPTION: weights[NULL_CAPTION].contiguous()}, folder / NULL_CAPTION_FILE, {"format": "pt"})
+
+
+def _write_pipeline(weights: Mapping[str, Tensor], model: ModelConfig, config: Config, folder: Path) -> None:
+    """As diffusers loads what it has no classes for: files that import ours, which it runs if told to trust them."""
+    import diffusers
+
+    component, pipeline = PIPELINE
+    index = {"_class_name": [pipeline, PIPELINE[pipeline]], "_diffusers_version": diffusers.__version__,
+             component: [component, PIPELINE[component]]}  # fmt: skip
+    (folder / component).mkdir(parents=True)
+    for module, place in {component: folder / component, pipeline: folder}.items():
+        code = f'"""Needs opensora-repro."""\n\nfrom opensora_repro.sampling.pipeline import {PIPELINE[module]}\n'
+        (place / f"{module}.py").write_text(f'{code}\n__all__ = ["{PIPELINE[module]}"]\n', encoding="utf-8")
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    config = replace(config, model=cast("TrainedConfig", model))
+    (folder / component / CONFIG_FILE).write_text(dump_toml(config), encoding="utf-8")
+    save_file(_contiguous(weights), folder / component / MODEL_FILE, {"format": "pt"})
 
 
 def _write_release(weights: Mapping[str, Tensor], model: ModelConfig, folder: Path) -> None:

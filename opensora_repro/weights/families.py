@@ -120,7 +120,6 @@ _DIT_OR_LATTE = Layout("Open-Sora DiT or Latte", _DIT_KEYS, ("temp_embed",))
 _PIXART_SAMPLING = SampleConfig(sampler="dpm", steps=20, guidance=4.5)
 _DIFFUSERS_PIXART = Diffusers(pixart_diffusers_config, pixart_to_diffusers)
 _NO_TEMPORAL = "it has no place for temporal attention (a video model); use opensora or safetensors"
-_NO_DIFFUSERS = "diffusers has no model of this kind; use opensora or safetensors"
 _NOT_PIXART = "these are DiT or Latte weights, expected PixArt's; use opensora or diffusers"
 CLASSES_ONLY = "its DiT knows classes and single images only; use opensora or safetensors"
 
@@ -139,7 +138,7 @@ FAMILIES = (
         starts_from={"pixart-ms": Start(_OF_STDIT2, fits_captions=True)},
         table="",
         data=DataConfig(num_frames=16, frame_interval=3, height=240, width=426),
-        no_place={"pixart": _NO_TEMPORAL, "diffusers": _NO_DIFFUSERS},
+        no_place={"pixart": _NO_TEMPORAL},
     ),
     Family(
         name="stdit3",
@@ -158,7 +157,7 @@ FAMILIES = (
         diffusion=DiffusionConfig(objective="flow", schedule="open_sora_1_2"),
         vae=VaeConfig(path="hpcai-tech/OpenSora-VAE-v1.2", micro_batch_size=4),
         aesthetic=6.5,
-        no_place={"pixart": _NO_TEMPORAL, "diffusers": _NO_DIFFUSERS},
+        no_place={"pixart": _NO_TEMPORAL},
     ),
     Family(
         name="stdit",
@@ -172,7 +171,7 @@ FAMILIES = (
         frames=16,
         trains=True,
         starts_from={"pixart": Start((TEMPORAL_KEYS,))},
-        no_place={"pixart": _NO_TEMPORAL, "diffusers": _NO_TEMPORAL},
+        no_place={"pixart": _NO_TEMPORAL},
     ),
     Family(
         name="pixart-ms",

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from safetensors.numpy import load_file
 
 from opensora_repro.data.video import probe
 from opensora_repro.models.config import STDiTConfig
 from opensora_repro.models.stdit import STDiT
+from opensora_repro.sampling.generate import generate
+from opensora_repro.sampling.run import load_models, with_options
+from opensora_repro.sampling.source import find_source
 from stages import sample, stage2_video, stage3_hq, weights
 from tests.tiny_models import make_tiny_video_vae
 from tests.training_world import World, make_world, metrics, newest_hashes, newest_tensors
@@ -140,6 +145,31 @@ def test_the_plan_says_so_before(world: World, tmp_path: Path, capsys: pytest.Ca
     assert "this is a stdit3" in capsys.readouterr().err
 
 
+def test_diffusers_loads_it_as_a_pipeline_if_told_to_trust_its_code(
+    world: World, trained: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    architecture, run_dir = trained
+    folder = tmp_path / "theirs"
+    assert weights.main(["convert", str(run_dir), "--to", "diffusers", "--out", str(folder)]) == 0
+    assert "refused without trust_remote_code" in capsys.readouterr().out
+    texts = [path.read_text() for path in folder.rglob("*.*") if path.suffix != ".safetensors"]
+    assert str(world.root) not in "".join(texts)
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        DiffusionPipeline.from_pretrained(folder)
+    pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    models = {"vae": str(world.vae if architecture == "stdit2" else world.root / "video-vae"), "text": str(world.text)}
+    prompts = ["a red square", "a blue circle"]
+    asked = {"num_inference_steps": 2, "seed": 3, "vae": models["vae"], "text_encoder": models["text"]}
+    found = pipeline(prompts, **asked, output_type="np").frames
+    source = find_source(run_dir)
+    source = replace(source, config=with_options(source.config, steps=2, **models))
+    *loaded, _ = load_models(source, torch.device("cpu"))
+    expected = dict(generate(*loaded, source.config, prompts, seed=3, batch_size=2))
+    assert np.array_equal(found, np.stack([expected[0], expected[1]])) and found.dtype == np.uint8
+    ((first, *_),) = pipeline(prompts[0], **asked).frames
+    assert np.abs(np.asarray(first).astype(int) - found[0, 0]).max() <= 1  # batches of one round otherwise
+
+
 def test_a_release_is_looked_into_converted_and_sampled(
     world: World, trained: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -150,8 +180,6 @@ def test_a_release_is_looked_into_converted_and_sampled(
     expected = newest_tensors(run_dir)
     again = load_file(release / "model.safetensors")
     assert again.keys() == expected.keys() and all(np.array_equal(again[key], expected[key]) for key in expected)
-    assert weights.main(["convert", str(run_dir), "--to", "diffusers", "--out", str(tmp_path / "theirs")]) == 2
-    assert "diffusers has no model of this kind" in capsys.readouterr().err
     assert weights.main(["inspect", str(release)]) == 0
     told = capsys.readouterr().out
     assert f"model.architecture = {architecture}" in told and f"init.weights={release} with model.architec" in told

@@ -405,8 +405,6 @@ def test_a_flow_model_is_written_with_a_warning(tmp_path: Path, capsys: pytest.C
 
 REFUSED = [
     ("stdit.pth", "pixart", "no place for temporal attention"),
-    ("stdit.pth", "diffusers", "no place for temporal attention"),
-    ("checkpoint", "diffusers", "no place for temporal attention"),
     ("latte.pt", "diffusers", "classes and single images only"),
     ("latte.pt", "pixart", "expected PixArt's"),
     ("dit.pt", "pixart", "expected PixArt's"),

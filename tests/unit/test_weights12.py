@@ -191,10 +191,9 @@ def test_export_and_back_bit_for_bit(tmp_path: Path, cfg: Any, name: str) -> Non
 
 
 @each
-@pytest.mark.parametrize(("to", "why"), [("diffusers", "diffusers has no model of this kind"), ("pixart", "no place")])
-def test_layouts_without_a_place_for_it(tmp_path: Path, cfg: Any, to: str, why: str) -> None:
-    with pytest.raises(WeightsError, match=f"--to {to}: .*{why}"):
-        export(weights_of(cfg), cfg, ANYWHERE, to, tmp_path / "out")
+def test_a_layout_without_a_place_for_it(tmp_path: Path, cfg: Any) -> None:
+    with pytest.raises(WeightsError, match=r"--to pixart: .*no place"):
+        export(weights_of(cfg), cfg, ANYWHERE, "pixart", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
