@@ -122,6 +122,7 @@ def _make_clips(folder: Path, count: int, frames: int) -> list[dict[str, Any]]:
 
 def _child(module: str, arguments: list[str], log: str, environment: dict[str, str], parent: int) -> None:
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    os.environ.clear()
     os.environ.update(environment)
     with open(log + ".out", "wb") as out, open(log + ".err", "wb") as err:
         os.dup2(out.fileno(), 1)
@@ -153,7 +154,8 @@ class Command:
 
     def __post_init__(self) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        environment = {"OMP_NUM_THREADS": "1", **self.environment}
+        # The server of forked processes was started by an earlier test, with what the environment was then.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **self.environment}
         target = (self.module, self.arguments, str(self.log), environment, os.getpid())
         self.process = forked.Process(target=_child, args=target)
         self.process.start()

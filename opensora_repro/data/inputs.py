@@ -172,8 +172,6 @@ def _of_store(path: Path, out: Path, suffixes: Collection[str]) -> Inputs:
         if not found:
             raise DataError(f"{told}: {reason_missing(root) or 'no object matches this pattern'}")
         return Inputs(Items((_item(one, one.relative_to(root).as_posix()) for one in found), root))
-    if reason := reason_missing(path):
-        raise DataError(f"{told}: {reason}")
     return _of_folder(path, out, suffixes)
 
 
@@ -186,7 +184,9 @@ def _below_address(root: Path, out: Path) -> Iterator[Path]:
 def _of_folder(root: Path, out: Path, suffixes: Collection[str]) -> Inputs:
     inputs = files_below(root, out, suffixes)
     if not inputs.items:
-        raise DataError(f"{one_line(root)}: no video in this folder (looked for {' '.join(sorted(suffixes))})")
+        reason = reason_missing(root) if address_of(root) else ""
+        looked_for = f"no video in this folder (looked for {' '.join(sorted(suffixes))})"
+        raise DataError(f"{one_line(root)}: {reason or looked_for}")
     return inputs
 
 

@@ -10,18 +10,10 @@ import pytest
 
 from data_tools import probe, score, split
 from opensora_repro.data.video import read_frames
-from opensora_repro.data.write import write_video
+from tests.e2e.test_data_tools import film
 from tests.frames import read_manifest, read_table
 
 RAY = ("--runner", "ray", "--address", "local")  # a cluster of its own, on this machine
-
-
-def film(path: Path, levels: list[int]) -> None:
-    """Write 12 frames of noise over each level of grey."""
-    noise = np.random.default_rng(levels[0]).integers(0, 30, (12 * len(levels), 64, 96, 3), dtype=np.uint8)
-    grey = np.repeat(np.array(levels, np.uint8), 12)
-    noise[:, :, :48] += grey[:, None, None, None]
-    write_video(path, noise, 12.0)
 
 
 def run_tools(videos: Path, out: Path, *where: str) -> None:
@@ -37,7 +29,7 @@ def test_two_ray_workers_give_what_two_processes_give(tmp_path: Path) -> None:
     videos = tmp_path / "videos"
     videos.mkdir()
     for name, levels in (("a", [20, 120, 200]), ("b", [90, 10]), ("c", [180, 40, 110])):
-        film(videos / f"{name}.mp4", levels)
+        film(videos / f"{name}.mp4", [(level, 12) for level in levels])
     (videos / "broken.mp4").write_bytes(b"\0" * 500)
     here, there = tmp_path / "here", tmp_path / "there"
     run_tools(videos, here)
