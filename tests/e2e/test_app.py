@@ -176,7 +176,7 @@ def test_stop_ends_the_sampler(page: Page, app: App) -> None:
 
 @pytest.mark.exhaustive
 def test_two_settings_stand_side_by_side_and_two_browsers_do_not_mix(browser: Browser, page: Page, app: App) -> None:
-    other = opened(browser.new_context(), app)
+    other, before = opened(browser.new_context(), app), page.locator("#gallery button:has(img)").count()
     page.click("#compare button")
     page.check("#compare input[type=checkbox]")
     page.fill("#compare textarea >> nth=0", "a blue square moving up")
@@ -189,7 +189,7 @@ def test_two_settings_stand_side_by_side_and_two_browsers_do_not_mix(browser: Br
     assert not set(mine) & set(theirs)
     other.wait_for_selector("#gallery button:has(img)")
     assert len(other.query_selector_all("#gallery button:has(img)")) == 1
-    page.wait_for_function("document.querySelectorAll('#gallery button:has(img)').length == 5")
+    page.wait_for_function(f"document.querySelectorAll('#gallery button:has(img)').length == {before + 2}")
 
 
 def test_nothing_outside_of_its_folder_is_given_out(app: App, home: Path) -> None:
