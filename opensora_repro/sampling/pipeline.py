@@ -71,6 +71,8 @@ class Videos(BaseOutput):  # type: ignore[misc]
 
 
 class TextToVideoPipeline(DiffusionPipeline):
+    """Prompts to videos by what `stages.sample` calls, on the device that `to` names."""
+
     def __init__(self, transformer: VideoModel) -> None:
         super().__init__()
         self.register_modules(transformer=transformer)
