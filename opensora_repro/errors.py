@@ -9,6 +9,7 @@ import errno
 import math
 import os
 import re
+import select
 import sys
 from collections.abc import Callable
 
@@ -58,7 +59,9 @@ def run_command(run: Callable[[], int], *, kept: str = GOES_ON, less_memory: str
     it was not the user's mistake, `less_memory` how to need less.
     """
     try:
-        return run()
+        code = run()
+        print(end="", flush=True)
+        return code
     except KeyboardInterrupt:
         # Of one that came through code in text, as imports run it, Python would end by the signal, whatever our code.
         eval("0")
@@ -69,6 +72,8 @@ def run_command(run: Callable[[], int], *, kept: str = GOES_ON, less_memory: str
     except UserError as error:
         return _tell(str(error), USER_MISTAKE)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return _tell("; ".join(filter(None, ("what read the output has ended", kept))), FAILURE)
         if isinstance(error, _WRONG_NAME) or error.errno in _NO_NAME:
             return _tell(_told(error), USER_MISTAKE)
         return _tell("; ".join(filter(None, (_told(error), kept))), FAILURE)
@@ -76,6 +81,21 @@ def run_command(run: Callable[[], int], *, kept: str = GOES_ON, less_memory: str
         if not is_out_of_memory(error):
             raise
         return _tell("; ".join(filter(None, (out_of_memory(error, less_memory), kept))), FAILURE)
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe whose other end is closed, as `| head` does; what is left to print is dropped.
+
+    Python would else complain once more when it ends.
+    """
+    if sys.stdout is None:
+        return False
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)  # a broken pipe is told unasked
+    if broken := bool(output.poll(0)):
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    return broken
 
 
 def _tell(message: str, code: int) -> int:

@@ -99,6 +99,7 @@ def replacing(path: Path) -> Iterator[Path]:
     unfinished = beside(path)
     try:
         yield unfinished
+        _share(unfinished)
         if _is_remote(path):
             publish(unfinished, path)
         elif not (unfinished.is_file() and path.is_file() and filecmp.cmp(unfinished, path, shallow=False)):
@@ -111,6 +112,19 @@ def replacing(path: Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         _delete(unfinished)
+
+
+def _share(unfinished: Path) -> None:
+    """Let others read files as they may read any that Python makes: safetensors' are for their owner's eyes alone."""
+    for file in unfinished.rglob("*") if unfinished.is_dir() else [unfinished]:
+        if file.is_file() and not file.is_symlink() and file.stat().st_mode & 0o777 == 0o600:
+            file.chmod(0o666 & ~_umask())
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)  # which only setting it tells
+    os.umask(mask)
+    return mask
 
 
 @contextmanager

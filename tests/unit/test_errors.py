@@ -55,6 +55,24 @@ def test_ctrl_c_within_code_in_text_has_its_exit_code(tmp_path: Path, repo_dir: 
     assert (ended.returncode, ended.stderr) == (130, "interrupted; the same command goes on from here\n")
 
 
+def test_an_output_that_nobody_reads_is_told_in_a_line() -> None:
+    """As `| head` leaves it; a pipe of our own that breaks is another matter, and no output at all is none."""
+    run = "import sys; from opensora_repro.errors import run_command as r; sys.exit(r(lambda: exec(sys.argv[1]) or 0))"
+    told = "error: what read the output has ended; the same command goes on from here\n"
+    broken = "error: [Errno 32] Broken pipe; the same command goes on from here\n"
+    reader, writer = os.pipe()
+    os.close(reader)
+    for work, stdout, end in (
+        ("print(1)", writer, (1, told)),  # at the end, as output is buffered
+        ("print(1, flush=True)", writer, (1, told)),
+        ("raise BrokenPipeError(32, 'Broken pipe')", subprocess.DEVNULL, (1, broken)),
+        ("import os; os.close(1); sys.stdout = None; print(1)", subprocess.DEVNULL, (0, "")),
+    ):
+        ended = subprocess.run([sys.executable, "-c", run, work], stdout=stdout, stderr=subprocess.PIPE, text=True)
+        assert (ended.returncode, ended.stderr) == end
+    os.close(writer)
+
+
 @pytest.mark.parametrize("error", [ValueError("ours"), RuntimeError("ours"), KeyError("ours")])
 def test_our_own_faults_are_raised(error: Exception) -> None:
     def run() -> int:

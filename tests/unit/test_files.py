@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from opensora_repro import files
 from opensora_repro.files import beside, remove_leftovers, replacing, write_text
@@ -91,6 +93,23 @@ def test_an_equal_file_is_left_untouched(tmp_path: Path) -> None:
     assert path.stat().st_mtime == 1
     write_text(path, "other")
     assert path.stat().st_mtime > 1 and path.read_text() == "other" and hidden(tmp_path) == []
+
+
+def test_weights_may_be_read_by_whom_other_files_may(tmp_path: Path) -> None:
+    """safetensors writes files that their owner alone may read; where all files are made so, these stay it."""
+    tensors = {"x": torch.zeros(2)}
+    for mask, mode in ((0o022, 0o644), (0o027, 0o640), (0o077, 0o600)):
+        before = os.umask(mask)
+        try:
+            with replacing(tmp_path / f"{mode}.safetensors") as file:
+                save_file(tensors, file)
+            with replacing(tmp_path / f"{mode}") as folder:
+                folder.mkdir()
+                save_file(tensors, folder / "model.safetensors")
+        finally:
+            assert os.umask(before) == mask
+        assert (tmp_path / f"{mode}.safetensors").stat().st_mode & 0o777 == mode
+        assert (tmp_path / f"{mode}" / "model.safetensors").stat().st_mode & 0o777 == mode
 
 
 def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
