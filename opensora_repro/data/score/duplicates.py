@@ -53,11 +53,17 @@ def num_crowded(codes: np.ndarray) -> int:
 
 
 def near_codes(codes: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Yield the pairs of rows of `codes`, uint16 [N, W], that differ in at most MAX_DISTANCE bits (some repeatedly).
+    """Yield the pairs of rows of `codes`, uint16 [N, W], that differ in at most MAX_DISTANCE bits (some repeatedly)
 
-    Rows are sorted by a word, then by the whole code, so that a bucket is a run of rows; each is compared with the
-    next, the second next, and so on within the run, all runs at once.
+    Of equal codes each is paired with the first alone. The different ones are sorted by a word, then by the whole code,
+    so that a bucket is a run of rows; each is compared with the next, the second next, and so on within the run, all
+    runs at once.
     """
+    _, different, of = np.unique(codes, axis=0, return_index=True, return_inverse=True)
+    first_alike = different[of.ravel()]
+    copies = np.flatnonzero(first_alike != np.arange(len(codes)))
+    yield from zip(first_alike[copies].tolist(), copies.tolist(), strict=True)
+    codes = codes[different]
     for word in range(codes.shape[1]):
         order = np.lexsort((*np.roll(codes, -word - 1, axis=1).T[::-1], codes[:, word]))
         keys = codes[order, word]
@@ -70,7 +76,7 @@ def near_codes(codes: np.ndarray) -> Iterator[tuple[int, int]]:
             for part in np.array_split(rows, len(rows) // 65536 + 1):
                 first, second = order[part], order[part + step]
                 found = _BITS[codes[first] ^ codes[second]].sum(axis=1, dtype=np.int32) <= MAX_DISTANCE
-                yield from zip(first[found].tolist(), second[found].tolist(), strict=True)
+                yield from zip(different[first[found]].tolist(), different[second[found]].tolist(), strict=True)
 
 
 def groups_of(count: int, pairs: Iterable[tuple[int, int]], rank: Sequence[int]) -> list[int]:
