@@ -70,8 +70,8 @@ def test_all_pairs_within_the_distance_are_found() -> None:
 def test_many_equal_codes_are_one_group_and_cost_little(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(duplicates, "MAX_BUCKET", 10)
     codes = np.repeat(RANDOM.integers(0, 1 << 16, (2, CODE_WORDS), dtype=np.uint16), 400, axis=0)
-    near = codes[:1] ^ np.array([1] + [0] * (CODE_WORDS - 1), np.uint16)  # however many copies lie between
-    pairs = list(near_codes(np.concatenate([codes, near])))
+    another = codes[:1] ^ np.array([1] + [0] * (CODE_WORDS - 1), np.uint16)  # however many copies lie between
+    pairs = list(near_codes(np.concatenate([codes, another])))
     assert groups_of(801, pairs, range(801)) == [0] * 400 + [400] * 400 + [0]
     assert len(pairs) == 2 * 399 + CODE_WORDS - 1
 
