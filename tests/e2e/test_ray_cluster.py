@@ -23,7 +23,8 @@ from opensora_repro.data.jobs.course import Job, Keeping
 from opensora_repro.data.jobs.records import Records
 from opensora_repro.data.jobs.run import Runner, run_jobs
 from opensora_repro.errors import DataError
-from tests.e2e.test_ray_tools import film, run_tools
+from tests.e2e.test_data_tools import film
+from tests.e2e.test_ray_tools import run_tools
 from tests.frames import read_table
 from tests.job_works import node, square
 
@@ -120,7 +121,7 @@ def test_tools_give_the_same_where_a_node_is_killed(tmp_path: Path) -> None:
     videos, out = tmp_path / "videos", tmp_path / "there"
     videos.mkdir()
     for number in range(12):
-        film(videos / f"{number}.mp4", [20 + number, 120 + number, 200 - number])
+        film(videos / f"{number}.mp4", [(level, 12) for level in (20 + number, 120 + number, 200 - number)])
     (videos / "broken.mp4").write_bytes(b"\0" * 500)
     run_tools(videos, tmp_path / "here")
     with cluster_of(num_cpus=1) as cluster, killing(cluster, lambda: any(out.glob("split/clips/*.mp4"))):
