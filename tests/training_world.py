@@ -243,9 +243,13 @@ def newest_tensors(run_dir: Path, name: str = "model") -> dict[str, np.ndarray]:
 
 
 def free_port() -> int:
-    """One that is free, below those that systems hand out: no other test's connection has it before it is used."""
+    """One that is free, below those that systems hand out: no other test's connection has it before it is used.
+
+    Each of the processes that tests run in has a range of its own, or two could be given one port.
+    """
+    begin = 20000 + 1500 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 8)
     while True:
-        port = secrets.randbelow(12000) + 20000
+        port = begin + secrets.randbelow(1500)
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
