@@ -88,13 +88,12 @@ def _nobody_reads() -> bool:
 
     Python would else complain once more when it ends.
     """
-    if sys.stdout is None:
-        return False
+    stdout = 1  # the process's own, whatever stands for it in Python
     output = select.poll()
-    output.register(sys.stdout.fileno(), 0)  # a broken pipe is told unasked
-    if broken := bool(output.poll(0)):
+    output.register(stdout, 0)  # errors are told unasked
+    if broken := any(event & select.POLLERR for _, event in output.poll(0)):
         with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+            os.dup2(nowhere.fileno(), stdout)
     return broken
 
 

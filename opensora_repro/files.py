@@ -99,7 +99,7 @@ def replacing(path: Path) -> Iterator[Path]:
     unfinished = beside(path)
     try:
         yield unfinished
-        _share(unfinished)
+        _let_others_read(unfinished)
         if _is_remote(path):
             publish(unfinished, path)
         elif not (unfinished.is_file() and path.is_file() and filecmp.cmp(unfinished, path, shallow=False)):
@@ -114,8 +114,8 @@ def replacing(path: Path) -> Iterator[Path]:
         _delete(unfinished)
 
 
-def _share(unfinished: Path) -> None:
-    """Let others read files as they may read any that Python makes: safetensors' are for their owner's eyes alone."""
+def _let_others_read(unfinished: Path) -> None:
+    """Give files the mode of any that Python makes: safetensors' may be read by their owner alone."""
     for file in unfinished.rglob("*") if unfinished.is_dir() else [unfinished]:
         if file.is_file() and not file.is_symlink() and file.stat().st_mode & 0o777 == 0o600:
             file.chmod(0o666 & ~_umask())

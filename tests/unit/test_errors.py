@@ -66,6 +66,8 @@ def test_an_output_that_nobody_reads_is_told_in_a_line() -> None:
         ("print(1)", writer, (1, told)),  # at the end, as output is buffered
         ("print(1, flush=True)", writer, (1, told)),
         ("raise BrokenPipeError(32, 'Broken pipe')", subprocess.DEVNULL, (1, broken)),
+        ("sys.stdout = None; raise BrokenPipeError(32, 'Broken pipe')", subprocess.DEVNULL, (1, broken)),
+        ("import io; sys.stdout = io.StringIO(); raise BrokenPipeError(32, 'Broken pipe')", writer, (1, told)),
         ("import os; os.close(1); sys.stdout = None; print(1)", subprocess.DEVNULL, (0, "")),
     ):
         ended = subprocess.run([sys.executable, "-c", run, work], stdout=stdout, stderr=subprocess.PIPE, text=True)

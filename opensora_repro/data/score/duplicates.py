@@ -53,7 +53,7 @@ def num_crowded(codes: np.ndarray) -> int:
 
 
 def near_codes(codes: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Yield the pairs of rows of `codes`, uint16 [N, W], that differ in at most MAX_DISTANCE bits (some repeatedly)
+    """Yield the pairs of rows of `codes`, uint16 [N, W], that differ in at most MAX_DISTANCE bits (some repeatedly).
 
     Of equal codes each is paired with the first alone. The different ones are sorted by a word, then by the whole code,
     so that a bucket is a run of rows; each is compared with the next, the second next, and so on within the run, all
