@@ -21,7 +21,7 @@ from opensora_repro.planning.gpus import Gpu, find_gpu, gpu_of_device
 from opensora_repro.planning.memory import needed_memory
 from opensora_repro.planning.sizes import latent_shape, token_grid
 
-# Of float32 on a core, as the laptop's stages were measured (docs/training.md): 44 GFLOP in 0.8 s, 105 in 1.5 to 1.8
+# Of float32 on a core. Small models were measured at 25 to 55e9, by the processor and by how much a step has to do.
 CORE_FLOPS = 55e9
 GPU_UTILISATION = 0.33  # the best that is public; `stages.plan` asks for others
 BACKWARD = 3  # times the forward's work, with it

@@ -149,7 +149,7 @@ def test_a_dry_run_tells_steps_times_and_memory(
         "card",
     )
     assert [line.split()[1] for line in told.splitlines() if line.startswith("[")] == [f"{name}:" for name in names]
-    assert re.search(r"stage3: 300 steps \(to do, about [\d.]+ min, about 619 MiB of memory\)", told)
+    assert re.search(r"stage3: 600 steps \(to do, about [\d.]+ min, about 215 MiB of memory\)", told)
     assert f"init.weights={out}/stage2 data.cache={out}/cache/stage3" in told and not out.exists()
     assert main([*laptop, "--gpu", "T4", "--until", "stage1", "stage1.train.steps=7"]) == 0
     told = capsys.readouterr().out
